@@ -1,0 +1,38 @@
+"""Variational autoencoders as pairs of Pyro programs: guides, objectives, honest evaluation."""
+
+from pyro_vae import datasets, guides, likelihoods, nets, objectives, priors
+from pyro_vae.evaluation import (
+    Evidence,
+    Surgery,
+    elbo_surgery,
+    evidence,
+    generate,
+    khat,
+    reconstruct,
+)
+from pyro_vae.models import LatentVariableModel
+from pyro_vae.programs import parameter_store
+from pyro_vae.terms import Terms, terms
+from pyro_vae.training import Fit, fit
+
+__all__ = [
+    "Evidence",
+    "Fit",
+    "LatentVariableModel",
+    "Surgery",
+    "Terms",
+    "datasets",
+    "elbo_surgery",
+    "evidence",
+    "fit",
+    "generate",
+    "guides",
+    "khat",
+    "likelihoods",
+    "nets",
+    "objectives",
+    "parameter_store",
+    "priors",
+    "reconstruct",
+    "terms",
+]

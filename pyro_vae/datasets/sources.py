@@ -1,0 +1,213 @@
+"""Where data files come from, and the proof that they are the right ones.
+
+A file is looked for in the user's data folder, then in the cache, then on its mirrors. Whatever
+the wrapper (gzip or not, .mat or .npy), what is inside must have the expected SHA-256.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pooch
+import scipy.io
+
+FOLDER_VARIABLE = "PYRO_VAE_DATA"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a data set, and the array that must be in it.
+
+    Args:
+        dataset: name of the data set, and of the sub-folder that holds the file.
+        variants: file names under which it may lie, the first as the mirrors call it.
+        urls: its mirrors.
+        read: takes the array out of a file; a ValueError or OSError says that it cannot.
+        shape: of that array, of dtype uint8.
+        sha256: of what is inside, as ``digest`` takes it.
+        header: bytes before the array that the digest covers too (those of the IDX format).
+    """
+
+    dataset: str
+    variants: tuple[str, ...]
+    urls: tuple[str, ...]
+    read: Callable[[Path, tuple[int, ...]], np.ndarray]
+    shape: tuple[int, ...]
+    sha256: str
+    header: bytes = b""
+
+    def load(self, folder: str | Path | None = None) -> np.ndarray:
+        """Return the array, from the data folder, the cache or a mirror.
+
+        Args:
+            folder: data folder; the environment variable ``PYRO_VAE_DATA`` if not given.
+
+        Raises:
+            ValueError: a file in the data folder is truncated or is not the right one.
+            FileNotFoundError: the file is nowhere and no mirror gave it.
+        """
+        folder = folder or os.environ.get(FOLDER_VARIABLE)
+        if folder is not None:
+            for path in self._candidates(Path(folder)):
+                return self._verified(path)
+        cache = Path(pooch.os_cache("pyro_vae"))
+        for path in self._candidates(cache):
+            with contextlib.suppress(ValueError):
+                return self._verified(path)
+            path.unlink()  # damaged in our own cache: fetch it again
+        return self._fetch(cache)
+
+    def _candidates(self, folder: Path) -> Iterator[Path]:
+        for name in self.variants:
+            path = folder / self.dataset / name
+            if path.is_file():
+                yield path
+
+    def _fetch(self, cache: Path) -> np.ndarray:
+        failures = []
+        for url in self.urls:
+            try:
+                path = pooch.retrieve(
+                    url,
+                    known_hash=None,  # what is inside is checked instead
+                    fname=self.variants[0],
+                    path=cache / self.dataset,
+                    downloader=pooch.HTTPDownloader(timeout=30),
+                )
+            except (OSError, ValueError) as error:  # requests' errors are OSErrors
+                failures.append(f"{url}: {error}")
+                continue
+            try:
+                return self._verified(Path(path))
+            except ValueError as error:
+                Path(path).unlink()
+                failures.append(f"{url}: {error}")
+        tried = "\n  ".join(failures)
+        raise FileNotFoundError(
+            f"could not get {self.variants[0]} of {self.dataset!r}:\n  {tried}\nPut the file by "
+            f"hand into FOLDER/{self.dataset}/ (any of {', '.join(self.variants)}) and name the "
+            f"FOLDER in the environment variable {FOLDER_VARIABLE}, or in load(..., folder=FOLDER)."
+        )
+
+    def _verified(self, path: Path) -> np.ndarray:
+        where = f"; replace {path}, or remove it to have it fetched"
+        try:
+            array = self.read(path, self.shape)
+        except (OSError, EOFError, ValueError, TypeError, KeyError, zlib.error) as error:
+            raise ValueError(f"{path} is truncated or no {self.dataset} file: {error}{where}") from error
+        digest = hashlib.sha256(self.header + array.tobytes()).hexdigest()
+        if digest != self.sha256:
+            raise ValueError(
+                f"{path} is not the file it should be: what is inside has SHA-256 {digest}, "
+                f"expected {self.sha256}{where}"
+            )
+        return array
+
+
+def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Read uint8 values in IDX format, gzipped or not, expecting a shape."""
+    header = idx_header(shape)
+    size = len(header) + int(np.prod(shape))
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if zipped else path.open("rb") as file:
+        content = file.read(size + 1)  # no more, whatever a file claims to hold
+    if len(content) != size:
+        came = f"more than {size}" if len(content) > size else str(len(content))
+        raise ValueError(f"expected {size} bytes, got {came}")
+    if not content.startswith(header):
+        raise ValueError(f"expected an IDX header of uint8 {shape}, got {content[:16].hex()}")
+    return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
+
+
+def idx_header(shape: tuple[int, ...]) -> bytes:
+    """Return the bytes that open an IDX file of uint8: a magic number, then the sizes."""
+    return bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
+
+
+def read_freyfaces(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Read the Frey faces from the authors' .mat file, one face a column, or from an .npy."""
+    if path.suffix == ".npy":
+        array = np.load(path, allow_pickle=False)
+    else:
+        array = scipy.io.loadmat(path)["ff"].T
+    if array.shape != shape or array.dtype != np.uint8:
+        raise ValueError(f"expected uint8 {shape}, got {array.dtype} {array.shape}")
+    return np.ascontiguousarray(array)
+
+
+def load_digits() -> np.ndarray:
+    """Return the embedded digits, uint8 (1797, 8, 8), values 0 to 16."""
+    with resources.files("pyro_vae.datasets").joinpath("digits.npz").open("rb") as file:
+        return np.load(file, allow_pickle=False)["images"]
+
+
+def _idx(dataset: str, name: str, mirrors: tuple[str, ...], count: int, sha256: str) -> SourceFile:
+    shape = (count, 28, 28)
+    return SourceFile(
+        dataset,
+        variants=(f"{name}.gz", name),
+        urls=tuple(f"{mirror}{name}.gz" for mirror in mirrors),
+        read=read_idx,
+        shape=shape,
+        sha256=sha256,
+        header=idx_header(shape),
+    )
+
+
+_MNIST = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+_FASHION = (
+    "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+)
+MNIST_TRAIN = _idx(
+    "mnist",
+    "train-images-idx3-ubyte",
+    _MNIST,
+    60_000,
+    "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+)
+MNIST_TEST = _idx(
+    "mnist",
+    "t10k-images-idx3-ubyte",
+    _MNIST,
+    10_000,
+    "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+)
+FASHION_TRAIN = _idx(
+    "fashion-mnist",
+    "train-images-idx3-ubyte",
+    _FASHION,
+    60_000,
+    "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+)
+FASHION_TEST = _idx(
+    "fashion-mnist",
+    "t10k-images-idx3-ubyte",
+    _FASHION,
+    10_000,
+    "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+)
+FREYFACES = SourceFile(
+    "freyfaces",
+    variants=("frey_rawface.mat", "freyfaces.npy"),
+    urls=(
+        "https://cs.nyu.edu/~roweis/data/frey_rawface.mat",
+        "http://www.cs.nyu.edu/~roweis/data/frey_rawface.mat",
+    ),
+    read=read_freyfaces,
+    shape=(1965, 560),
+    sha256="2438ba4f0d2a6bd8bac43de756141eaa33c8d248dd613d464bdb1210d9b7af78",
+)

@@ -1,0 +1,178 @@
+r"""How much a code tells about its datum: log q(z|x_n) - log q_agg(z) for codes z drawn for x_n.
+
+With q_agg(z) = (1/N) sum_j q(z|x_j), its average is the mutual information I_q[n, z] (Hoffman &
+Johnson 2016, sec. 3). Each code is scored under the posteriors of all N data points: by matrix
+products if they are diagonal Gaussians, else by running the guide on the given codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import Independent, Normal, TransformedDistribution
+from torch.distributions.transforms import Transform
+
+from pyro_vae.minibatches import Batch, Minibatches
+from pyro_vae.traces import Program, Site, data_frame, guide_log_prob, random_sites
+
+LOG_DENSITIES_AT_A_TIME = 4_000_000  # 32 MB of float64
+
+
+@dataclass(frozen=True)
+class DiagonalGaussians:
+    """q(z|x) for B data points, all latents of a datum in a row.
+
+    Args:
+        loc: means (B, d), float64.
+        scale: standard deviations (B, d), float64.
+        sites: names of the latent sites, in the order of the row.
+        real: whether the Gaussian is that of z itself, not of what a bijection maps onto z.
+    """
+
+    loc: Tensor
+    scale: Tensor
+    sites: tuple[str, ...]
+    real: bool
+
+    @classmethod
+    def read(cls, guide: Program, batch: Batch) -> DiagonalGaussians | None:
+        """Read them off one run of a guide; None if it is no diagonal Gaussian.
+
+        A Gaussian mapped onto a support by a bijection that is the same for all data counts: the
+        bijection leaves log q(z|x_n) - log q_agg(z) as it is.
+        """
+        sites = list(random_sites(poutine.trace(guide).get_trace(*batch)))
+        read = [_read_site(site) for site in sites]
+        if None in read:
+            return None
+        locs, scales, real = zip(*read, strict=True)
+        names = tuple(site["name"] for site in sites)
+        return cls(torch.cat(locs, dim=1), torch.cat(scales, dim=1), names, all(real))
+
+    @classmethod
+    def fit(cls, guide: Program, batch: Batch) -> bool:
+        """Tell whether a guide is a diagonal Gaussian, its parameters a function of x alone.
+
+        Those of a hierarchical guide change with what it drew above.
+        """
+        first, second = cls.read(guide, batch), cls.read(guide, batch)
+        if first is None or second is None:
+            return False
+        return torch.equal(first.loc, second.loc) and torch.equal(first.scale, second.scale)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[DiagonalGaussians]) -> DiagonalGaussians:
+        """Put those of several minibatches together."""
+        loc, scale = torch.cat([p.loc for p in parts]), torch.cat([p.scale for p in parts])
+        return cls(loc, scale, parts[0].sites, parts[0].real)
+
+    def codes(self, samples: dict[str, Tensor]) -> Tensor:
+        """Put the guide's draws in a row, (K, B, d); draw anew where a bijection hides them."""
+        if self.real:
+            return torch.cat([samples[name].flatten(2) for name in self.sites], dim=2).double()
+        num_particles = len(next(iter(samples.values())))
+        noise = torch.randn(num_particles, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
+        return self.loc + self.scale * noise
+
+
+def gaussian_information(q: DiagonalGaussians, codes: Tensor) -> Tensor:
+    r"""Return log q(z|x_n) - log q_agg(z), averaged over the codes z of each datum.
+
+    The square in :math:`\log q(z|x_j) = -\tfrac12 \sum_d (z_d - \mu_{jd})^2 / \sigma_{jd}^2 -
+    \sum_d \log \sigma_{jd}` is multiplied out, so that all pairs are one matrix product of
+    (z^2, z) with (-1/(2 sigma^2), mu/sigma^2). It cancels: hence float64.
+
+    Args:
+        q: the posteriors of all N data points.
+        codes: draws from them, (K, N, d).
+
+    Returns:
+        Shape (N,), in nats.
+    """
+    precision = q.scale.reciprocal().square()
+    weight = torch.cat([-0.5 * precision, q.loc * precision], dim=1).T
+    bias = -(0.5 * q.loc.square() * precision + q.scale.log()).sum(1)
+    rows_at_a_time = max(1, LOG_DENSITIES_AT_A_TIME // len(bias))
+    log_q_agg = [
+        torch.addmm(bias, torch.cat([z.square(), z], dim=1), weight).logsumexp(1)
+        for z in codes.flatten(0, 1).split(rows_at_a_time)
+    ]
+    log_q_agg = torch.cat(log_q_agg).reshape(codes.shape[:2]) - math.log(len(bias))
+    log_q = -(0.5 * (codes - q.loc).square() * precision + q.scale.log()).sum(2)
+    return (log_q - log_q_agg).mean(0)
+
+
+def scored_information(
+    guide: Program,
+    batches: Minibatches,
+    codes: Sequence[dict[str, Tensor]],
+    log_guide: Tensor,
+    plate_nesting: int,
+) -> Tensor:
+    """Return log q(z|x_n) - log q_agg(z) for given codes, by running the guide on them.
+
+    Args:
+        guide: program of q(z|x).
+        batches: all N data points.
+        codes: for each minibatch, the codes by latent site, each (K, B, *inner plates, *event).
+        log_guide: log q(z|x_n) of each code under its own datum, (K, N).
+        plate_nesting: how many batch dimensions the guide uses.
+
+    Returns:
+        Shape (N,), averaged over the K codes of each datum, in nats.
+
+    Raises:
+        ValueError: the guide cannot be scored at given codes.
+    """
+    log_q_agg = []
+    for code in codes:
+        shape = next(iter(code.values())).shape[:2]
+        flat = {name: value.flatten(0, 1) for name, value in code.items()}
+        rows_at_a_time = max(1, LOG_DENSITIES_AT_A_TIME // (100 * batches.batch_size))
+        total = []
+        for start in range(0, shape.numel(), rows_at_a_time):
+            rows = {name: value[start : start + rows_at_a_time] for name, value in flat.items()}
+            scores = [
+                guide_log_prob(guide, batch, rows, plate_nesting=plate_nesting).double()
+                for batch in batches
+            ]
+            total.append(torch.cat(scores, dim=1).logsumexp(1))
+        log_q_agg.append(torch.cat(total).reshape(shape))
+    log_q_agg = torch.cat(log_q_agg, dim=1) - math.log(log_guide.shape[1])
+    return (log_guide.double() - log_q_agg).mean(0)
+
+
+def _read_site(site: Site) -> tuple[Tensor, Tensor, bool] | None:
+    fn, frame = site["fn"], data_frame(site)
+    if site["is_observed"] or site["infer"].get("is_auxiliary") or site["mask"] is not None:
+        return None
+    base = _strip(fn)
+    if isinstance(base, TransformedDistribution) and all(map(_is_fixed, base.transforms)):
+        base = _strip(base.base_dist)
+    if not isinstance(base, Normal):
+        return None
+    data_axis = frame.dim - fn.event_dim
+    loc, scale = (p.double().movedim(data_axis, 0).flatten(1) for p in (base.loc, base.scale))
+    return loc, scale, base is _strip(fn)
+
+
+def _strip(distribution):
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def _is_fixed(transform: Transform) -> bool:
+    """Whether a transform has no parameters that could differ from datum to datum."""
+    if isinstance(transform, torch.nn.Module):
+        return False
+    attributes = [value for name, value in vars(transform).items() if not name.startswith("_")]
+    parts = [*getattr(transform, "parts", []), *attributes]
+    tensors = [value for value in parts if isinstance(value, Tensor)]
+    transforms = [value for value in parts if isinstance(value, Transform)]
+    return all(t.numel() == 1 for t in tensors) and all(map(_is_fixed, transforms))

@@ -1,0 +1,102 @@
+"""What a fitted pair shows: reconstructions of data, and data of its own."""
+
+from __future__ import annotations
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae import programs
+from pyro_vae.minibatches import as_tensor
+from pyro_vae.seeding import seeded
+from pyro_vae.traces import Program, Site, data_frame, random_sites
+
+
+def reconstruct(
+    model: Program, guide: Program, x: Tensor, *covariates: Tensor, seed: int | None = None
+) -> Tensor:
+    r"""Return :math:`E[x'|z]` for one :math:`z \sim q(z|x)`, the mean of the likelihood.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        x: data (B, *event).
+        *covariates: further arguments of the programs.
+        seed: fixes the draws of z.
+
+    Returns:
+        Shape (B, *event), on the CPU.
+
+    Raises:
+        ValueError: no observed site of the model has the shape of x.
+    """
+    x = as_tensor(x, "x").to(programs.device_of(model, guide))
+    with (
+        seeded(seed),
+        programs.parameter_store(model, guide),
+        programs.evaluation_mode(model, guide),
+    ):
+        guide_trace = poutine.trace(guide).get_trace(x, *covariates)
+        return _mean_of_x(poutine.replay(model, trace=guide_trace), x, *covariates)
+
+
+def generate(
+    model: Program,
+    x: Tensor,
+    *covariates: Tensor,
+    guide: Program | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    r"""Return :math:`E[x'|z]` for one :math:`z \sim p(z)` for each row of x.
+
+    Args:
+        model: program of p(x, z).
+        x: any data of the right shape (B, *event): it says how many rows to generate, no more.
+        *covariates: further arguments of the program.
+        guide: program that the model was fitted with; needed for a model whose ``pyro.param``
+            values live in the store of the pair.
+        seed: fixes the draws of z.
+
+    Returns:
+        Shape (B, *event), on the CPU.
+
+    Raises:
+        ValueError: no observed site of the model has the shape of x.
+    """
+    guide = model if guide is None else guide
+    x = as_tensor(x, "x").to(programs.device_of(model, guide))
+    with (
+        seeded(seed),
+        programs.parameter_store(model, guide),
+        programs.evaluation_mode(model),
+    ):
+        return _mean_of_x(model, x, *covariates)
+
+
+def _mean_of_x(model: Program, x: Tensor, *covariates: Tensor) -> Tensor:
+    trace = poutine.trace(poutine.uncondition(model)).get_trace(x, *covariates)
+    return mean(observed_site(trace, x)).expand(x.shape).cpu()
+
+
+def observed_site(trace: poutine.Trace, x: Tensor) -> Site:
+    """Return the first observed site of an unconditioned model's trace that has the shape of x."""
+    observed = [
+        site
+        for site in random_sites(trace)
+        if site["infer"].get("was_observed") and data_frame(site) is not None
+    ]
+    for site in observed:
+        if site["value"].shape[-x.dim() :] == x.shape:
+            return site
+    shapes = {site["name"]: tuple(site["value"].shape) for site in observed}
+    raise ValueError(
+        f"no observed site of the model has the shape of x, {tuple(x.shape)}: they are {shapes}"
+    )
+
+
+def mean(site: Site) -> Tensor:
+    """Return the mean of a site's distribution; its sample where no mean is known."""
+    try:
+        return site["fn"].mean
+    except NotImplementedError:
+        return site["value"]

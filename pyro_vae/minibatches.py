@@ -1,0 +1,156 @@
+"""One way to walk over data, whether tensors, arrays, a torch Dataset or a DataLoader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+Batch: TypeAlias = tuple[Tensor, ...]
+Data: TypeAlias = Any  # Tensor | ndarray | tuple of these | Dataset | DataLoader
+
+
+class Minibatches:
+    """Minibatches ``(x, *covariates)`` of any data, on one device.
+
+    Args:
+        data: a tensor or array x of N rows; a tuple (x, *covariates) of them; a torch Dataset
+            whose items are one of these; or a DataLoader, whose batch size and order then rule.
+        batch_size: rows of a minibatch; the last may have fewer.
+        device: where the minibatches are wanted.
+        shuffle: draw a new order at each pass.
+        generator: of that order.
+        transform: applied to each x on the device, as dynamic binarisation needs it.
+        name: what messages call the data.
+
+    Raises:
+        ValueError: there is no row; the lengths differ; a value is NaN or infinite; the data are
+            of a kind that cannot be read.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        batch_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        shuffle: bool = False,
+        generator: torch.Generator | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        name: str = "data",
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.transform = transform
+        self._shuffle = shuffle
+        self._generator = generator
+        self._name = name
+        self.tensors: Batch | None = None
+        self._loader: DataLoader | None = None
+        if isinstance(data, DataLoader):
+            self._loader = data
+        elif isinstance(data, Dataset) and not isinstance(data, TensorDataset):
+            streamed = isinstance(data, IterableDataset)
+            self._loader = DataLoader(
+                data,
+                batch_size,
+                shuffle=None if streamed else shuffle,
+                generator=generator,
+            )
+        else:
+            columns = data.tensors if isinstance(data, TensorDataset) else data
+            columns = columns if isinstance(columns, tuple | list) else (columns,)
+            self.tensors = tuple(
+                as_tensor(column, name if i == 0 else f"{name} covariate {i}").to(self.device)
+                for i, column in enumerate(columns)
+            )
+            lengths = [len(column) for column in self.tensors]
+            if len(set(lengths)) != 1:
+                raise ValueError(f"{name} and its covariates must be of one length, got {lengths}")
+
+    @property
+    def num_data(self) -> int | None:
+        """The number of rows, None where the data are a stream of unknown length."""
+        if self.tensors is not None:
+            return len(self.tensors[0])
+        try:
+            return len(self._loader.dataset)
+        except TypeError:
+            return None
+
+    @property
+    def x(self) -> Tensor | None:
+        """All rows of x after no transform; None where the data are streamed, or transformed."""
+        return self.tensors[0] if self.tensors is not None and self.transform is None else None
+
+    def first(self) -> Batch:
+        """Return the first minibatch in the data's own order."""
+        if self.tensors is None:
+            batch = next(iter(self), None)
+            if batch is None:
+                raise ValueError(f"{self._name} is empty: its loader yields no minibatch")
+            return batch
+        return self._prepare(column[: self.batch_size] for column in self.tensors)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._loader is not None:
+            for batch in self._loader:
+                yield self._prepare(batch if isinstance(batch, tuple | list) else (batch,))
+            return
+        order = None
+        if self._shuffle:
+            order = torch.randperm(self.num_data, generator=self._generator).to(self.device)
+        for start in range(0, self.num_data, self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            rows = rows if order is None else order[rows]
+            yield self._prepare(column[rows] for column in self.tensors)
+
+    def _prepare(self, columns) -> Batch:
+        x, *covariates = (
+            column.to(self.device, non_blocking=True)
+            if isinstance(column, Tensor)
+            else as_tensor(column, self._name).to(self.device)
+            for column in columns
+        )
+        return (x if self.transform is None else self.transform(x), *covariates)
+
+
+def as_tensor(values: Any, name: str) -> Tensor:
+    """Take one column of data as a tensor with N >= 1 rows and no NaN or infinity.
+
+    Args:
+        values: tensor or numpy array (N, ...).
+        name: what messages call it.
+
+    Raises:
+        ValueError: it is neither, holds no numbers, has no rows, or is not finite.
+    """
+    if isinstance(values, np.ndarray):
+        try:
+            values = torch.tensor(values)  # a copy: numpy arrays may be read-only
+        except TypeError as error:
+            raise ValueError(f"{name} must hold numbers, got dtype {values.dtype}") from error
+    if not isinstance(values, Tensor):
+        raise ValueError(  # noqa: TRY004 - bad data are a ValueError throughout
+            f"{name} must be a tensor, a numpy array, a tuple of these, a torch Dataset or a "
+            f"DataLoader, got {type(values).__name__}"
+        )
+    if values.dim() == 0 or len(values) == 0 or values.numel() == 0:
+        raise ValueError(
+            f"{name} is empty: expected shape (N, *event) with N >= 1, got {tuple(values.shape)}"
+        )
+    if values.is_floating_point():
+        finite = torch.isfinite(values).flatten(1).all(1) if values.dim() > 1 else values.isfinite()
+        if not finite.all():
+            row = (~finite).nonzero()[0].item()
+            raise ValueError(
+                f"{name} has NaN or infinite values, first in row {row}: remove or impute them, or "
+                "model them as missing with poutine.mask"
+            )
+    return values

@@ -1,0 +1,51 @@
+"""Models: Pyro programs of p(x, z), each a generative story to be read from top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyro
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_vae.traces import DATA_PLATE
+
+
+class LatentVariableModel(PyroModule):
+    r""":math:`p(x, z) = \prod_n p(z_n)\, p(x_n|z_n)`: the generative model of a VAE.
+
+    Args:
+        prior: called without arguments, gives p(z); see :mod:`pyro_vae.priors`.
+        likelihood: called on z, gives p(x|z); see :mod:`pyro_vae.likelihoods`.
+
+    Shape:
+        x is (B, *event), the event that of p(x|z).
+
+    Sites:
+        ``"z"`` latent and ``"x"`` observed, both in the plate ``"data"``.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> model = pv.LatentVariableModel(
+        ...     prior=pv.priors.StandardNormal(2),
+        ...     likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16)),
+        ... )
+        >>> pv.generate(model, torch.zeros(5, 16)).shape  # E[x|z] for five z from the prior
+        torch.Size([5, 16])
+    """
+
+    def __init__(
+        self,
+        prior: Callable[[], TorchDistributionMixin],
+        likelihood: Callable[[Tensor], TorchDistributionMixin],
+    ):
+        super().__init__()
+        self.prior = prior
+        self.likelihood = likelihood
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the program on a minibatch x and return it."""
+        with pyro.plate(DATA_PLATE, x.shape[0], dim=-1):
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", self.likelihood(z), obs=x)

@@ -1,0 +1,36 @@
+"""Priors: called without arguments, each gives the distribution p(z) of one datum."""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import nn
+
+
+class StandardNormal(nn.Module):
+    r""":math:`p(z) = \mathcal{N}(z; 0, I)` (Kingma & Welling 2014).
+
+    Args:
+        *event_shape: shape of z; most often one number, its dimension.
+
+    Raises:
+        ValueError: no size is given, or one is not positive.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> pv.priors.StandardNormal(50)().event_shape
+        torch.Size([50])
+    """
+
+    def __init__(self, *event_shape: int):
+        super().__init__()
+        if not event_shape or min(event_shape) < 1:
+            raise ValueError(f"StandardNormal needs positive sizes, got {event_shape}")
+        self.event_shape = torch.Size(event_shape)
+        self.register_buffer("loc", torch.zeros(self.event_shape))
+        self.register_buffer("scale", torch.ones(self.event_shape))
+
+    def forward(self) -> TorchDistributionMixin:
+        """Return p(z): batch shape (), event shape ``event_shape``."""
+        return dist.Normal(self.loc, self.scale).to_event(len(self.event_shape))

@@ -1,0 +1,183 @@
+"""What the library must know of a program beyond calling it: its modules, parameters and mode.
+
+Pyro keeps parameters by name in one global store, so that two pairs whose names agree would share
+them, or leave one untrained. Here a pair has a store of its own from its first fit on, and every
+function of the library that runs the pair opens that store. Pyro's own drivers (``SVI`` and the
+like) go on to use the global one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import pyro
+import torch
+from torch import nn
+
+from pyro_vae.traces import Program
+
+Store = dict[str, dict[str, Any]]  # as in pyro.get_param_store().get_state()
+
+# By the owners of the guide and of the model, then by their methods. Weak: a pair's store ends
+# with the pair.
+_stores: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple, Store]]] = WeakKeyDictionary()
+
+
+_open_stores: list[Store] = []
+
+
+@contextlib.contextmanager
+def parameter_store(model: Program, guide: Program, *, fresh: bool = False) -> Iterator[Store]:
+    """Open the parameter store of a pair, in place of Pyro's global one.
+
+    A pair that was fitted has its own store. Another pair sees its modules' own parameters, and
+    ``pyro.param`` values from the global store; nothing that it registers outlasts the block.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        fresh: open an empty store if the pair has none, to :func:`bind` it.
+
+    Yields:
+        The store, brought up to date when the block ends.
+
+    Raises:
+        ValueError: the pair was not fitted, but its model was, with another guide, and has
+            ``pyro.param`` values that live in the store of that pair.
+
+    Example:
+        >>> import pyro, torch, pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x, 1.0))
+        >>> fit = pv.fit(model, guide, torch.full((10,), 3.0), batch_size=10, epochs=2,
+        ...              learning_rate=0.1, progress=False)
+        >>> with pv.parameter_store(model, guide):
+        ...     print(f"{pyro.param('loc').item():.1f}")
+        0.2
+        >>> "loc" in pyro.get_param_store()
+        False
+    """
+    store = _find(model, guide)
+    if store is None:
+        store = {"params": {}, "constraints": {}} if fresh else _borrowed_store(model)
+    elif any(store is other for other in _open_stores):
+        yield store
+        return
+    _open_stores.append(store)
+    try:
+        with pyro.get_param_store().scope(store):
+            try:
+                yield store
+            finally:
+                store.update(pyro.get_param_store().get_state())
+    finally:
+        _open_stores.pop()
+
+
+def bind(model: Program, guide: Program, store: Store) -> None:
+    """Make a store the pair's own, for as long as the programs live."""
+    by_model = _stores.setdefault(_owner(guide), WeakKeyDictionary())
+    by_model.setdefault(_owner(model), {})[_methods(model, guide)] = store
+
+
+def modules(*programs: Program) -> list[nn.Module]:
+    """Return the torch modules that programs are, are methods of, or refer to by name."""
+    found: dict[nn.Module, None] = {}
+    for program in programs:
+        program = inspect.unwrap(program)
+        if isinstance(program, functools.partial):
+            arguments = (*program.args, *program.keywords.values())
+            found |= dict.fromkeys(a for a in arguments if isinstance(a, nn.Module))
+            found |= dict.fromkeys(modules(program.func))
+            continue
+        owner = _owner(program)
+        if isinstance(owner, nn.Module):
+            found[owner] = None
+        elif inspect.isfunction(program):
+            names = inspect.getclosurevars(program)
+            for value in (*names.nonlocals.values(), *names.globals.values()):
+                if isinstance(value, nn.Module):
+                    found[value] = None
+        else:
+            values = getattr(owner, "__dict__", {}).values()
+            found |= dict.fromkeys(v for v in values if isinstance(v, nn.Module))
+    return list(found)
+
+
+def parameters(model: Program, guide: Program) -> list[torch.Tensor]:
+    """Return a pair's trainable tensors: of the open store, and of programs that are modules."""
+    found = dict.fromkeys(p for _, p in pyro.get_param_store().named_parameters())
+    for program in (model, guide):
+        if isinstance(_owner(program), nn.Module):
+            found |= dict.fromkeys(_owner(program).parameters())
+    return [p for p in found if p.requires_grad]
+
+
+@contextlib.contextmanager
+def evaluation_mode(*programs: Program) -> Iterator[None]:
+    """Put the programs' modules into evaluation mode, without gradients; then back as they were."""
+    flags = [(m, m.training) for root in modules(*programs) for m in root.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def device_of(model: Program, guide: Program) -> torch.device:
+    """Return the device of a pair's parameters: the CPU if it has none."""
+    store = _find(model, guide) or pyro.get_param_store().get_state()
+    of_modules = (p for module in modules(model, guide) for p in module.parameters())
+    for parameter in (*of_modules, *store["params"].values()):
+        return parameter.device
+    return torch.device("cpu")
+
+
+def _owner(program: Program) -> Any:
+    return getattr(program, "__self__", program)
+
+
+def _methods(model: Program, guide: Program) -> tuple:
+    return getattr(model, "__func__", None), getattr(guide, "__func__", None)
+
+
+def _find(model: Program, guide: Program) -> Store | None:
+    by_model = _stores.get(_owner(guide), {})
+    return by_model.get(_owner(model), {}).get(_methods(model, guide))
+
+
+def _borrowed_store(model: Program) -> Store:
+    """Make a store of the global one's ``pyro.param`` values, for a pair without its own.
+
+    Modules bring their own parameters: entries that other modules left under the same names must
+    not replace them.
+    """
+    for by_model in _stores.values():
+        for store in by_model.get(_owner(model), {}).values():
+            if names := _names_of_bare_parameters(store):
+                raise ValueError(
+                    "this model was fitted with another guide, and pyro.param values such as "
+                    f"{names[0]!r} live with that pair: here they would start afresh. Fit this "
+                    "pair too, or make the model a PyroModule that holds its parameters."
+                )
+    state = pyro.get_param_store().get_state()
+    names = _names_of_bare_parameters(state)
+    return {kind: {name: values[name] for name in names} for kind, values in state.items()}
+
+
+def _names_of_bare_parameters(store: Store) -> list[str]:
+    return [name for name, p in store["params"].items() if not isinstance(p, nn.Parameter)]

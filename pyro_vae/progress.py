@@ -1,0 +1,52 @@
+"""Progress bars, drawn by rich."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+def progress_bar(**options) -> Progress:
+    """Make the bar that the library shows: description, bar, count, times, a status."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        **options,
+    )
+
+
+@contextlib.contextmanager
+def task(
+    progress: bool | Progress, description: str, total: int | None
+) -> Iterator[Callable[..., None]]:
+    """Show one task; yield ``advance(count, status="")``.
+
+    Args:
+        progress: True draws a bar of its own, False nothing; a Progress gets one more task.
+        description: text before the bar.
+        total: how many advances finish it, None if that is not known.
+    """
+    if progress is False:
+        yield lambda count=1, status="": None
+        return
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress_bar()) if progress is True else progress
+        row = bar.add_task(description, total=total, status="")
+
+        def advance(count: int = 1, status: str = "") -> None:
+            bar.update(row, advance=count, status=status)
+
+        yield advance

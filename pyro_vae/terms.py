@@ -1,0 +1,237 @@
+"""The terms of every objective: per-datum log-densities of a model and a guide.
+
+:func:`terms` runs a pair of Pyro programs and returns ``log p(x|z)``, ``log p(z)`` and
+``log q(z|x)`` as tensors of shape (K, B): K particles for each of the B data points of a
+minibatch. All objectives and nearly all estimators are short reductions of these tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.traces import PairTrace, Program
+
+
+def terms(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_particles: int = 1,
+    vectorize_particles: bool = True,
+    plate_nesting: int | None = None,
+    **kwargs: Any,
+) -> Terms:
+    r"""Run ``guide(*args)``, then ``model(*args)`` on the same latents; take the log-densities.
+
+    Args:
+        model: program of :math:`p(x, z)`.
+        guide: program of :math:`q(z|x)`.
+        *args: what both programs are called with: a minibatch whose leading dimension is the
+            batch, then any covariates.
+        num_particles: K, the number of samples of z for each datum.
+        vectorize_particles: draw the K particles in one run, under an outer plate whose dimension
+            leads. ``False`` runs the programs K times, for programs that cannot take the extra
+            dimension; the terms have the same law.
+        plate_nesting: how many batch dimensions the programs use, the particles' apart; found by
+            :func:`find_plate_nesting` when not given.
+        **kwargs: keyword arguments of both programs.
+
+    Returns:
+        The :class:`Terms` of the run, in nats.
+
+    Raises:
+        ValueError: no site stands in the plate ``"data"``; a latent site of the model is missing
+            in the guide, or the other way round; the plates of the two disagree.
+
+    Example:
+        >>> import pyro, torch, pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))  # the exact posterior
+        >>> x = torch.tensor([0.5, -1.0])
+        >>> t = pv.terms(model, guide, x, num_particles=3)
+        >>> t.log_weight.shape
+        torch.Size([3, 2])
+        >>> log_evidence = dist.Normal(0.0, 2**0.5).log_prob(x)
+        >>> torch.allclose(t.log_weight, log_evidence.expand(3, 2))
+        True
+    """
+    if num_particles < 1:
+        raise ValueError(f"num_particles must be at least 1, got {num_particles}")
+    if num_particles == 1 or not vectorize_particles:
+        return Terms([PairTrace(model, guide, args, kwargs) for _ in range(num_particles)])
+    if plate_nesting is None:
+        plate_nesting = find_plate_nesting(model, guide, *args, **kwargs)
+    trace = PairTrace(
+        model, guide, args, kwargs, num_particles=num_particles, plate_nesting=plate_nesting
+    )
+    return Terms([trace])
+
+
+def find_plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
+    """Count the batch dimensions that the plates of both programs use, by running them once."""
+    with torch.no_grad(), poutine.block():
+        trace = PairTrace(model, guide, args, kwargs)
+    dims = [
+        frame.dim
+        for factor in [*trace.model.values(), *trace.guide.values()]
+        for frame in factor.site["cond_indep_stack"]
+        if frame.vectorized
+    ]
+    return -min(dims)
+
+
+class Terms:
+    r"""Per-datum log-densities of a pair, in nats: K particles for each of B data points.
+
+    What belongs to a datum stands in the plate ``"data"``; the attributes named ``..._global``
+    hold the rest, one value for each particle.
+
+    Args:
+        runs: where the particles come from, one run after another along the first dimension.
+    """
+
+    def __init__(self, runs: Sequence[PairTrace]):
+        self._runs = runs
+        self._first = runs[0]
+
+    @cached_property
+    def log_likelihood(self) -> Tensor:
+        r""":math:`\log p(x_b|z_{kb})`, shape (K, B)."""
+        return self._sum(lambda run: (f for f in run.model.values() if f.observed))
+
+    @cached_property
+    def log_prior(self) -> Tensor:
+        r""":math:`\log p(z_{kb})`, shape (K, B)."""
+        return self._sum(lambda run: (f for f in run.model.values() if not f.observed))
+
+    @cached_property
+    def log_guide(self) -> Tensor:
+        r""":math:`\log q(z_{kb}|x_b)`, shape (K, B)."""
+        return self._sum(lambda run: run.guide.values())
+
+    @cached_property
+    def log_weight(self) -> Tensor:
+        r""":math:`\log w_{kb} = \log p(x_b, z_{kb}) - \log q(z_{kb}|x_b)`, shape (K, B)."""
+        return self.log_likelihood + self.log_prior - self.log_guide
+
+    @cached_property
+    def kl(self) -> Tensor:
+        r""":math:`\log q(z|x) - \log p(z)`, its expectation where it is known, shape (K, B).
+
+        Site by site: :math:`\mathrm{KL}(q \| p)` in closed form where torch or Pyro knows it, the
+        sampled difference elsewhere.
+
+        Raises:
+            ValueError: model and guide sample their latents in different orders; then a closed
+                form at one site could hold fixed what depends on that site.
+        """
+        return torch.cat([run.kl(local=True) for run in self._runs])
+
+    @cached_property
+    def log_likelihood_global(self) -> Tensor:
+        """Log-density of the observations that all data share, shape (K,); zero if none."""
+        return self._sum(lambda run: (f for f in run.model.values() if f.observed), local=False)
+
+    @cached_property
+    def log_weight_global(self) -> Tensor:
+        """Log-weight of everything that all data share, shape (K,); zero if nothing."""
+        log_joint = self._sum(lambda run: run.model.values(), local=False)
+        return log_joint - self._sum(lambda run: run.guide.values(), local=False)
+
+    @cached_property
+    def kl_global(self) -> Tensor:
+        """What :attr:`kl` is, for the latents that all data share, shape (K,); zero if none."""
+        return torch.cat([run.kl(local=False) for run in self._runs])
+
+    @cached_property
+    def score(self) -> Tensor | None:
+        """Log-density of the guide's sites without a reparameterised sample, shape (K, B).
+
+        Its gradient is the score function. None if every site is reparameterised.
+        """
+        if not self.not_reparameterized:
+            return None
+        return self._sum(lambda run: (f for f in run.guide.values() if not f.reparameterized))
+
+    @property
+    def samples(self) -> dict[str, Tensor]:
+        """Values of the latents of the plate ``"data"``, each (K, B, *inner plates, *event)."""
+        local = [name for name in self._first.latents if self._first.model[name].local]
+        return {name: torch.cat([run.value(name) for run in self._runs]) for name in local}
+
+    @property
+    def scale(self) -> float:
+        """N/B where the plate ``"data"`` stands for N data points by a subsample of B; else 1."""
+        return self._first.scale
+
+    @property
+    def not_reparameterized(self) -> list[str]:
+        """Names of the guide's sites without a reparameterised sample."""
+        return [f.name for f in self._first.guide.values() if not f.reparameterized]
+
+    @property
+    def global_sites(self) -> list[str]:
+        """Names of the sites of both programs that stand outside the plate ``"data"``."""
+        return self._names(lambda factor: not factor.local)
+
+    @property
+    def scaled_sites(self) -> list[str]:
+        """Names of the sites scaled by anything but the subsampling of the plate ``"data"``."""
+        return self._names(lambda factor: factor.scaled)
+
+    def require_independent_data(self, who: str) -> None:
+        """Refuse a pair whose log-weights are not those of independent data points.
+
+        Args:
+            who: the objective or estimator that needs them; it opens the message.
+
+        Raises:
+            ValueError: a site is global, or scaled.
+        """
+        if self.global_sites:
+            raise ValueError(
+                f"{who} weighs each datum by itself, but site {self.global_sites[0]!r} stands "
+                'outside the plate "data" and is shared by all data. Move it into the plate, or '
+                "use objectives.ELBO, which accepts global sites."
+            )
+        if self.scaled_sites:
+            raise ValueError(
+                f"{who} needs log-densities as they are, but site {self.scaled_sites[0]!r} is "
+                "scaled, by poutine.scale or by an inner plate that subsamples. A scale inside an "
+                "importance weight gives no bound on log p(x): remove it."
+            )
+
+    def require_reparameterized(self, who: str) -> None:
+        """Refuse a guide that has a site without a reparameterised sample.
+
+        Args:
+            who: the objective that needs them; it opens the message.
+
+        Raises:
+            ValueError: a site has none.
+        """
+        if self.not_reparameterized:
+            raise ValueError(
+                f"{who} needs a reparameterised sample at every site of the guide; site "
+                f"{self.not_reparameterized[0]!r} has none. Use objectives.ELBO, which falls back "
+                "on the score function."
+            )
+
+    def _sum(self, factors: Callable, local: bool = True) -> Tensor:
+        return torch.cat([run.total(factors(run), local=local) for run in self._runs])
+
+    def _names(self, condition: Callable) -> list[str]:
+        factors = [*self._first.model.values(), *self._first.guide.values()]
+        return list(dict.fromkeys(f.name for f in factors if condition(f)))

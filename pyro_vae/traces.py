@@ -1,0 +1,346 @@
+"""One run of a pair of Pyro programs, site by site: the contract checked, densities reduced."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Independent, kl_divergence
+
+Program = Callable[..., Any]
+Site = dict[str, Any]  # a node of pyro.poutine.Trace
+
+DATA_PLATE = "data"
+PARTICLE_PLATE = "_particles"
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One site's factor of p(x, z) or q(z|x).
+
+    ``log_prob`` has shape (K, B) for a local site, one inside the plate ``"data"``, and (K,) for a
+    global one. It is masked, and scaled by everything but the plate ``"data"``.
+    """
+
+    site: Site
+    log_prob: Tensor
+
+    @property
+    def name(self) -> str:
+        return self.site["name"]
+
+    @property
+    def local(self) -> bool:
+        return data_frame(self.site) is not None
+
+    @property
+    def observed(self) -> bool:
+        return self.site["is_observed"]
+
+    @property
+    def reparameterized(self) -> bool:
+        return self.observed or getattr(self.site["fn"], "has_rsample", False)
+
+    @property
+    def scaled(self) -> bool:
+        scale = own_scale(self.site)
+        return isinstance(scale, Tensor) or scale != 1.0
+
+
+class PairTrace:
+    """One run of ``guide(*args)``, and of ``model(*args)`` replayed on what the guide drew.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        args: positional arguments of both.
+        kwargs: keyword arguments of both.
+        num_particles: K, drawn under an outer plate; that plate is left out when K is 1.
+        plate_nesting: how many batch dimensions the programs use themselves; needed if K > 1.
+
+    Raises:
+        ValueError: the pair breaks the contract for programs (docs/contract.md).
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple = (),
+        kwargs: dict | None = None,
+        *,
+        num_particles: int = 1,
+        plate_nesting: int | None = None,
+    ):
+        kwargs = kwargs or {}
+        self.num_particles = num_particles
+        self.particle_dim = None if num_particles == 1 else -1 - plate_nesting
+        if self.particle_dim is not None:
+            particles = pyro.plate(PARTICLE_PLATE, num_particles, dim=self.particle_dim)
+            model, guide = particles(model), particles(guide)
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+
+        model_sites = {site["name"]: site for site in random_sites(model_trace)}
+        guide_sites = {site["name"]: site for site in random_sites(guide_trace)}
+        _check_names(model_sites, guide_sites)
+        frame = _common_data_frame([*model_sites.values(), *guide_sites.values()])
+        self.batch_size = frame.size
+        self.scale = (frame.full_size or frame.size) / frame.size
+        self.model = {name: self._factor(site) for name, site in model_sites.items()}
+        self.guide = {name: self._factor(site) for name, site in guide_sites.items()}
+
+    @property
+    def latents(self) -> list[str]:
+        """Names of the model's latent sites, in the model's order."""
+        return [factor.name for factor in self.model.values() if not factor.observed]
+
+    def value(self, name: str) -> Tensor:
+        """Return what the guide drew at a local latent: (K, B, *inner plates, *event)."""
+        site = self.guide[name].site
+        value = site["value"]
+        if self.particle_dim is None:
+            value = value.unsqueeze(0)
+        return value.movedim(data_frame(site).dim - site["fn"].event_dim, 1)
+
+    def total(self, factors: Iterable[Factor], *, local: bool) -> Tensor:
+        """Sum the log-densities of the local factors (K, B), or of the global ones (K,)."""
+        total = None
+        for factor in factors:
+            if factor.local is local:
+                total = factor.log_prob if total is None else total + factor.log_prob
+        return self._zeros(local) if total is None else total
+
+    def kl(self, *, local: bool) -> Tensor:
+        """Sum log q - log p over the local (K, B) or global (K,) latents, see ``Terms.kl``."""
+        total = self._zeros(local)
+        for name, q in self.guide.items():
+            if q.local is not local:
+                continue
+            p = self.model[name] if name in self.latents else None
+            closed_form = None if p is None else closed_form_kl(q.site, p.site)
+            if closed_form is not None:
+                self._check_order()
+                total = total + self._reduce(closed_form, q.site)
+            else:
+                total = total + q.log_prob if p is None else total + q.log_prob - p.log_prob
+        return total
+
+    def _check_order(self) -> None:
+        guide_order = [name for name in self.guide if name in self.latents]
+        if guide_order != self.latents:
+            raise ValueError(
+                "an analytic KL needs model and guide to sample their latents in the same order; "
+                f"the model's order is {self.latents}, the guide's {guide_order}. Reorder the "
+                "guide, or use objectives.ELBO."
+            )
+
+    def _factor(self, site: Site) -> Factor:
+        try:
+            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        except ValueError as error:
+            role = "observes" if site["is_observed"] else "has"
+            raise ValueError(
+                f"site {site['name']!r} {role} a value of shape {tuple(site['value'].shape)} that "
+                f"its distribution refuses (event shape {tuple(site['fn'].event_shape)}, support "
+                f"{site['fn'].support}): {error}"
+            ) from error
+        log_prob = scale_and_mask(log_prob, own_scale(site), site["mask"])
+        return Factor(site, self._reduce(torch.as_tensor(log_prob), site))
+
+    def _reduce(self, log_prob: Tensor, site: Site) -> Tensor:
+        return reduce_to_datum(
+            log_prob, data_frame(site), self.batch_size, self.particle_dim, self.num_particles
+        )
+
+    def _zeros(self, local: bool) -> Tensor:
+        some = next(iter(self.model.values())).log_prob
+        return some.new_zeros([self.num_particles, self.batch_size][: 2 if local else 1])
+
+
+def random_sites(trace: poutine.Trace) -> Iterator[Site]:
+    """Yield the sites that have a density: neither a plate's subsample nor pyro.deterministic."""
+    for site in trace.nodes.values():
+        if (
+            site["type"] == "sample"
+            and not site_is_subsample(site)
+            and not site["infer"].get("_deterministic")
+        ):
+            yield site
+
+
+def reduce_to_datum(
+    log_prob: Tensor,
+    frame: CondIndepStackFrame | None,
+    batch_size: int,
+    particle_dim: int | None,
+    num_particles: int,
+) -> Tensor:
+    """Sum a site's log-densities over every batch dimension but the particles' and the data's.
+
+    Args:
+        log_prob: of the site's batch shape.
+        frame: of the plate ``"data"`` at the site, None outside it.
+        batch_size: B, of that plate.
+        particle_dim: the particles' dimension, None without one.
+        num_particles: K.
+
+    Returns:
+        Shape (K, B), or (K,) outside the plate.
+    """
+    kept, sizes = [], [num_particles]
+    if particle_dim is not None:
+        kept.append(particle_dim)
+    if frame is not None:
+        kept.append(frame.dim)
+        sizes.append(batch_size)
+    missing = max((-dim for dim in kept), default=0) - log_prob.dim()
+    log_prob = log_prob.reshape((1,) * missing + tuple(log_prob.shape))
+    summed = [dim for dim in range(-log_prob.dim(), 0) if dim not in kept]
+    if summed:
+        log_prob = log_prob.sum(summed)
+    return log_prob.expand(sizes)
+
+
+def guide_log_prob(
+    guide: Program, args: tuple, values: dict[str, Tensor], *, plate_nesting: int
+) -> Tensor:
+    """Score given values under the guide: log q(z_m|x_b) for all M values and B data points.
+
+    Args:
+        guide: program of q(z|x).
+        args: a minibatch x of B rows, and covariates.
+        values: by latent site, (M, *inner plates, *event).
+        plate_nesting: how many batch dimensions the guide uses.
+
+    Returns:
+        Shape (M, B), in nats.
+
+    Raises:
+        ValueError: the guide has auxiliary sites, or a density that cannot be had at a value the
+            guide did not draw.
+    """
+    sites = {s["name"]: s for s in random_sites(poutine.trace(guide).get_trace(*args))}
+    if auxiliary := [n for n, s in sites.items() if n not in values and not s["is_observed"]]:
+        raise ValueError(
+            f"the guide has the auxiliary site {auxiliary[0]!r}: its density at given latents is "
+            "an integral over that site, which is not known"
+        )
+    num_values = len(next(iter(values.values())))
+    given = {}
+    for name, value in values.items():
+        dim, event_dim = data_frame(sites[name]).dim, sites[name]["fn"].event_dim
+        value = value.unsqueeze(value.dim() - event_dim + 1 + dim)
+        missing = 1 + plate_nesting + event_dim - value.dim()
+        given[name] = value.reshape(num_values, *(1,) * missing, *value.shape[1:])
+    particles = pyro.plate(PARTICLE_PLATE, num_values, dim=-1 - plate_nesting)
+    trace = poutine.trace(particles(poutine.condition(guide, data=given))).get_trace(*args)
+    log_prob = torch.zeros(())
+    for site in random_sites(trace):
+        try:
+            site_log_prob = site["fn"].log_prob(site["value"])
+        except (KeyError, NotImplementedError) as error:
+            raise ValueError(
+                f"guide site {site['name']!r} cannot be scored at a value that the guide did not "
+                f"draw: {site['fn']} has no inverse"
+            ) from error
+        site_log_prob = scale_and_mask(site_log_prob, own_scale(site), site["mask"])
+        frame = data_frame(site)
+        reduced = reduce_to_datum(
+            site_log_prob, frame, frame.size, -1 - plate_nesting, num_values
+        )
+        log_prob = reduced + log_prob.to(reduced.device)
+    return log_prob
+
+
+def data_frame(site: Site) -> CondIndepStackFrame | None:
+    """Return the frame of the plate ``"data"`` at a site, or None if the site stands outside."""
+    for frame in site["cond_indep_stack"]:
+        if frame.name == DATA_PLATE and frame.vectorized:
+            return frame
+    return None
+
+
+def own_scale(site: Site) -> float | Tensor:
+    """Return a site's scale less that of the plate ``"data"``, which no per-datum term may hold."""
+    frame = data_frame(site)
+    if frame is None or not frame.full_size or frame.full_size == frame.size:
+        return site["scale"]
+    scale = site["scale"] * frame.size / frame.full_size
+    rounding = not isinstance(scale, Tensor) and abs(scale - 1.0) < 1e-12
+    return 1.0 if rounding else scale
+
+
+def closed_form_kl(guide_site: Site, model_site: Site) -> Tensor | None:
+    """Return KL(q || p) at a site, or None where no closed form gives what sampling estimates."""
+    q, p = guide_site["fn"], model_site["fn"]
+    base = q.base_dist if isinstance(q, Independent) else q
+    if isinstance(base, pyro.distributions.Delta):
+        return None  # Pyro's KL leaves out log_density, where an AutoGuide puts its Jacobian
+    scale = own_scale(guide_site)
+    if guide_site["mask"] is not model_site["mask"] or not _same(scale, own_scale(model_site)):
+        return None  # scaled or masked on one side alone
+    with contextlib.suppress(NotImplementedError):
+        kl = kl_divergence(q, p)
+        if kl.shape == q.batch_shape:
+            return scale_and_mask(kl, scale, guide_site["mask"])
+    return None
+
+
+def _same(a: float | Tensor, b: float | Tensor) -> bool:
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+
+
+def _check_names(model: dict[str, Site], guide: dict[str, Site]) -> None:
+    latents = [name for name, site in model.items() if not site["is_observed"]]
+    for name in latents:
+        if name not in guide or guide[name]["is_observed"]:
+            raise ValueError(
+                f"latent site {name!r} of the model is missing in the guide, which samples "
+                f"{[n for n, s in guide.items() if not s['is_observed']]}. Add "
+                f"pyro.sample({name!r}, ...) to the guide, or observe it in the model."
+            )
+        inside = [data_frame(sites[name]) is not None for sites in (model, guide)]
+        if inside[0] != inside[1]:
+            where = [("outside", "inside")[flag] for flag in inside]
+            raise ValueError(
+                f'site {name!r} stands {where[0]} the plate "data" in the model and {where[1]} it '
+                "in the guide: both must agree."
+            )
+    for name, site in guide.items():
+        if name not in latents and not site["is_observed"] and not site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"the guide samples site {name!r}, which is no latent site of the model; those are "
+                f'{latents}. Rename it, or mark it with infer={{"is_auxiliary": True}}.'
+            )
+
+
+def _common_data_frame(sites: list[Site]) -> CondIndepStackFrame:
+    """Return the frame of the plate ``"data"``, which all sites inside it must share."""
+    frames = {site["name"]: data_frame(site) for site in sites if data_frame(site) is not None}
+    if not frames:
+        plates = {frame.name for site in sites for frame in site["cond_indep_stack"]}
+        raise ValueError(
+            'no site of the model stands in a vectorised plate named "data"; its sites are '
+            f"{[site['name'] for site in sites]} and its plates "
+            f"{sorted(plates - {PARTICLE_PLATE})}. Put everything that belongs to a datum inside "
+            '`with pyro.plate("data", x.shape[0]):`.'
+        )
+    (first, frame), *others = frames.items()
+    for name, other in others:
+        if (other.size, other.full_size) != (frame.size, frame.full_size):
+            raise ValueError(
+                f'the plate "data" has size {frame.size} (of {frame.full_size}) at site {first!r} '
+                f"and {other.size} (of {other.full_size}) at site {name!r}: they must agree."
+            )
+    return frame

@@ -1,0 +1,287 @@
+"""Fit a pair of programs: stochastic variational inference with one optimizer over both."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import pyro
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from pyro_vae import programs
+from pyro_vae.contract import check_pair
+from pyro_vae.minibatches import Data, Minibatches
+from pyro_vae.objectives import ELBO
+from pyro_vae.progress import task
+from pyro_vae.seeding import seeded
+from pyro_vae.traces import Program
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted pair.
+
+    Args:
+        model: program of p(x, z), its parameters fitted.
+        guide: program of q(z|x), its parameters fitted.
+        history: a row for each epoch: ``loss`` and ``validation_loss`` (nats per datum, minus the
+            bound; the latter NaN without validation data), ``learning_rate``, ``seconds``.
+        best_epoch: the epoch, from 1, whose parameters the pair holds.
+        seconds: the time it all took.
+    """
+
+    model: Program
+    guide: Program
+    history: pd.DataFrame
+    best_epoch: int
+    seconds: float
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    objective: pyro.infer.ELBO | None = None,
+    validation: Data | None = None,
+    epochs: int = 50,
+    batch_size: int = 100,
+    learning_rate: float = 1e-3,
+    optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    clip_norm: float | None = None,
+    patience: int | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    device: str | torch.device = "auto",
+    seed: int | None = None,
+    progress: bool | Progress = True,
+    description: str = "fit",
+) -> Fit:
+    r"""Maximise the objective's bound over the parameters of model and guide together.
+
+    Each step descends the loss per datum, :math:`-\frac1B \sum_b \mathcal{L}(x_b)` on a minibatch
+    (Kingma & Welling 2014, algorithm 1). The pair is trained in place, in a parameter store of its
+    own (see :func:`pyro_vae.parameter_store`): two fits never touch each other's parameters, and a
+    second fit of the same pair goes on from the first.
+
+    Args:
+        model: program of p(x, z), called with a minibatch.
+        guide: program of q(z|x), called likewise.
+        data: training data: a tensor or numpy array x (N, \*event), a tuple (x, \*covariates), a
+            torch Dataset or a DataLoader.
+        objective: what to maximise; ``objectives.ELBO()`` if not given.
+        validation: held-out data, on which the loss is taken after each epoch at the same noise.
+        epochs: passes over the data.
+        batch_size: rows of a minibatch; a DataLoader brings its own.
+        learning_rate: of the default optimizer, Adam (fused).
+        optimizer: makes another optimizer from the parameters.
+        scheduler: makes a learning rate scheduler from the optimizer; it steps once an epoch.
+        clip_norm: bound on the norm of the whole gradient.
+        patience: stop after this many epochs without a lower validation loss, and restore the
+            parameters and buffers of the best epoch.
+        transform: applied to each minibatch x on the device: ``torch.bernoulli`` binarises
+            dynamically. Validation data are taken as they are.
+        device: ``"auto"`` is CUDA where there is one, else the CPU. The pair stays there.
+        seed: fixes order, noise and the initial values of what the first call of the guide makes;
+            the process's own random numbers go on as if there had been no fit.
+        progress: show a bar; or a rich Progress to add one to.
+        description: text before the bar.
+
+    Returns:
+        The :class:`Fit`.
+
+    Raises:
+        ValueError: bad data, arguments out of range, or a pair that breaks the contract, all
+            before the first step; no parameters to train.
+        TypeError: the objective is no ``pyro.infer.ELBO``.
+        FloatingPointError: an epoch's loss is not finite.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> data = pv.datasets.load("digits")
+        >>> model = pv.LatentVariableModel(
+        ...     prior=pv.priors.StandardNormal(2),
+        ...     likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [32], 64)),
+        ... )
+        >>> guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(64, [32]))
+        >>> fit = pv.fit(model, guide, data.train, epochs=3, seed=0, progress=False)
+        >>> bool(fit.history.loss[2] < fit.history.loss[0])
+        True
+    """
+    objective = ELBO() if objective is None else objective
+    if not isinstance(objective, pyro.infer.ELBO):
+        raise TypeError(f"objective must be a pyro.infer.ELBO, got {objective!r}")
+    _check_arguments(epochs, learning_rate, clip_norm, patience, validation)
+    device = default_device() if device == "auto" else torch.device(device)
+    started = time.perf_counter()
+    with seeded(seed), programs.parameter_store(model, guide, fresh=True) as store:
+        order = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+        batches = Minibatches(
+            data, batch_size, device=device, shuffle=True, generator=order, transform=transform
+        )
+        if batches.num_data is not None and batch_size > batches.num_data:
+            raise ValueError(
+                f"batch_size {batch_size} is larger than the data, {batches.num_data} rows"
+            )
+        held_out = None
+        if validation is not None:
+            held_out = Minibatches(validation, batch_size, device=device, name="validation")
+        for module in programs.modules(model, guide):
+            module.to(device).train()
+        trace = check_pair(model, guide, batches.first(), batches.x)
+        if held_out is not None:
+            check_pair(model, guide, held_out.first(), held_out.x)
+        programs.bind(model, guide, store)
+        trainer = _Trainer(
+            model, guide, objective, trace.scale, optimizer, scheduler, learning_rate, clip_norm
+        )
+        with task(progress, description, epochs) as advance, pyro.validation_enabled(False):
+            rows = _train(trainer, batches, held_out, epochs, patience, advance)
+    history = pd.DataFrame(rows).set_index("epoch")
+    best = history["validation_loss"].idxmin() if patience is not None else history.index[-1]
+    return Fit(model, guide, history, int(best), time.perf_counter() - started)
+
+
+def default_device() -> torch.device:
+    """Return CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_arguments(epochs, learning_rate, clip_norm, patience, validation) -> None:
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience must be at least 1, got {patience}")
+    if patience is not None and validation is None:
+        raise ValueError("patience needs validation data: pass validation=")
+
+
+def _train(trainer, batches, held_out, epochs, patience, advance) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    best_loss, best_state, epochs_without_gain = math.inf, None, 0
+    validation_seed = torch.randint(2**62, ()).item()
+    for epoch in range(1, epochs + 1):
+        started = time.perf_counter()
+        learning_rate = trainer.learning_rate
+        loss = _finite(trainer.epoch(batches), "loss", epoch)
+        validation_loss = math.nan
+        if held_out is not None:
+            with seeded(validation_seed):  # the same noise at each epoch: they can be compared
+                validation_loss = _finite(trainer.evaluate(held_out), "validation loss", epoch)
+        trainer.end_epoch(loss if held_out is None else validation_loss)
+        rows.append(
+            {
+                "epoch": epoch,
+                "loss": loss,
+                "validation_loss": validation_loss,
+                "learning_rate": learning_rate,
+                "seconds": time.perf_counter() - started,
+            }
+        )
+        shown = f"loss {loss:.2f}"
+        advance(1, shown if held_out is None else f"{shown}, validation {validation_loss:.2f}")
+        if patience is None:
+            continue
+        if validation_loss < best_loss:
+            best_loss, best_state, epochs_without_gain = validation_loss, trainer.state(), 0
+        else:
+            epochs_without_gain += 1
+        if epochs_without_gain == patience:
+            break
+    if best_state is not None:
+        trainer.restore(best_state)
+    return rows
+
+
+def _finite(loss: float, what: str, epoch: int) -> float:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the {what} is {loss} in epoch {epoch}. Lower the learning rate, set clip_norm, or "
+            "look for a scale that falls to zero."
+        )
+    return loss
+
+
+class _Trainer:
+    """The state that training changes: parameters, optimizer, scheduler."""
+
+    def __init__(
+        self, model, guide, objective, scale, optimizer, scheduler, learning_rate, clip_norm
+    ):
+        self._pair = (model, guide)
+        self._objective = objective
+        self._scale = scale  # each row stands for this many data points
+        self._clip_norm = clip_norm
+        self._parameters = programs.parameters(model, guide)
+        if not self._parameters:
+            raise ValueError("model and guide have no parameters that require a gradient")
+        if optimizer is None:
+            self._optimizer = torch.optim.Adam(self._parameters, lr=learning_rate, fused=True)
+        else:
+            self._optimizer = optimizer(self._parameters)
+        self._scheduler = None if scheduler is None else scheduler(self._optimizer)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def epoch(self, batches: Minibatches) -> float:
+        """Take a step for each minibatch; return the loss per datum, averaged over the data."""
+        total, count = 0.0, 0
+        for batch in batches:
+            size = batch[0].shape[0]
+            self._optimizer.zero_grad(set_to_none=True)
+            loss = self._loss(batch) / size
+            loss.backward()
+            if self._clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+            self._optimizer.step()
+            total, count = total + loss.detach() * size, count + size
+        return float(total / count)
+
+    def evaluate(self, batches: Minibatches) -> float:
+        """Return the loss per datum, averaged over the data."""
+        total, count = 0.0, 0
+        with programs.evaluation_mode(*self._pair):
+            for batch in batches:
+                total, count = total + self._loss(batch), count + batch[0].shape[0]
+        return float(total / count)
+
+    def end_epoch(self, loss: float) -> None:
+        """Step the scheduler, and take up parameters that the programs made since they began."""
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            self._scheduler.step(loss)
+        elif self._scheduler is not None:
+            self._scheduler.step()
+        known = set(self._parameters)
+        if new := [p for p in programs.parameters(*self._pair) if p not in known]:
+            self._optimizer.add_param_group({"params": new})
+            self._parameters += new
+
+    def state(self) -> list[Tensor]:
+        """Copy parameters and buffers."""
+        return [tensor.detach().clone() for tensor in self._tensors()]
+
+    def restore(self, state: list[Tensor]) -> None:
+        """Put back what :meth:`state` copied."""
+        with torch.no_grad():
+            for tensor, saved in zip(self._tensors(), state, strict=False):
+                tensor.copy_(saved)
+
+    def _tensors(self) -> list[Tensor]:
+        buffers = [b for module in programs.modules(*self._pair) for b in module.buffers()]
+        return [*buffers, *self._parameters]
+
+    def _loss(self, batch) -> Tensor:
+        return self._objective.differentiable_loss(*self._pair, *batch) / self._scale
