@@ -1,6 +1,7 @@
 """Variational autoencoders as pairs of Pyro programs: guides, objectives, honest evaluation."""
 
 from pyro_vae import datasets, guides, likelihoods, nets, objectives, priors
+from pyro_vae.comparison import Comparison, compare, to_arviz
 from pyro_vae.evaluation import (
     Evidence,
     Surgery,
@@ -16,11 +17,13 @@ from pyro_vae.terms import Terms, terms
 from pyro_vae.training import Fit, fit
 
 __all__ = [
+    "Comparison",
     "Evidence",
     "Fit",
     "LatentVariableModel",
     "Surgery",
     "Terms",
+    "compare",
     "datasets",
     "elbo_surgery",
     "evidence",
@@ -35,4 +38,5 @@ __all__ = [
     "priors",
     "reconstruct",
     "terms",
+    "to_arviz",
 ]

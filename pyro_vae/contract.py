@@ -50,7 +50,7 @@ def check_pair(
         if "Shape mismatch inside plate" not in str(error):
             raise
         raise ValueError(
-            f"{error}, for data x of shape {tuple(x.shape)}. In the plate \"data\" a site's batch "
+            f'{error}, for data x of shape {tuple(x.shape)}. In the plate "data" a site\'s batch '
             f"shape must be ({x.shape[0]},): all other dimensions belong to the event, so declare "
             "them with .to_event(n)."
         ) from error

@@ -89,6 +89,12 @@ class Minibatches:
         """All rows of x after no transform; None where the data are streamed, or transformed."""
         return self.tensors[0] if self.tensors is not None and self.transform is None else None
 
+    def in_memory(self) -> Batch:
+        """Return all rows as tensors, read once from a stream."""
+        if self.tensors is not None:
+            return self._prepare(self.tensors)
+        return tuple(torch.cat(columns) for columns in zip(*self, strict=True))
+
     def first(self) -> Batch:
         """Return the first minibatch in the data's own order."""
         if self.tensors is None:

@@ -85,9 +85,7 @@ class Objective(pyro.infer.ELBO):
         """Return the loss as a number, in nats; see :meth:`differentiable_loss`."""
         return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
-    def loss_and_grads(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Accumulate the gradient of the loss and return the loss, detached and on its device."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
@@ -178,7 +176,7 @@ class MeanFieldELBO(Objective):
         return (terms.log_likelihood - terms.kl).mean(0)
 
     def shared(self, terms: Terms) -> Tensor:
-        """The same of the global sites."""  # noqa: D401 - "the same" as bound
+        """The same of the global sites."""
         return (terms.log_likelihood_global - terms.kl_global).mean()
 
 

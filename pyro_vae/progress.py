@@ -10,19 +10,17 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 
 def progress_bar(**options) -> Progress:
-    """Make the bar that the library shows: description, bar, count, times, a status."""
+    """Make the bar that the library shows: description, bar, count, time left, a status."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[status]}"),
         **options,
     )
@@ -30,7 +28,7 @@ def progress_bar(**options) -> Progress:
 
 @contextlib.contextmanager
 def task(
-    progress: bool | Progress, description: str, total: int | None
+    progress: bool | Progress, description: str, total: int | None, *, transient: bool = False
 ) -> Iterator[Callable[..., None]]:
     """Show one task; yield ``advance(count, status="")``.
 
@@ -38,6 +36,7 @@ def task(
         progress: True draws a bar of its own, False nothing; a Progress gets one more task.
         description: text before the bar.
         total: how many advances finish it, None if that is not known.
+        transient: take the row out of a shared Progress when the task is done.
     """
     if progress is False:
         yield lambda count=1, status="": None
@@ -50,3 +49,7 @@ def task(
             bar.update(row, advance=count, status=status)
 
         yield advance
+        if transient and progress is not True:
+            bar.remove_task(row)
+        else:  # done, though perhaps before its time
+            bar.update(row, total=bar.tasks[bar.task_ids.index(row)].completed)

@@ -168,8 +168,17 @@ class Terms:
     @property
     def samples(self) -> dict[str, Tensor]:
         """Values of the latents of the plate ``"data"``, each (K, B, *inner plates, *event)."""
-        local = [name for name in self._first.latents if self._first.model[name].local]
-        return {name: torch.cat([run.value(name) for run in self._runs]) for name in local}
+        return _concatenate([run.samples() for run in self._runs])
+
+    def predict(self) -> dict[str, Tensor]:
+        """Draw the observed sites of the plate ``"data"`` given the latents.
+
+        Runs the model once more, its observations taken away.
+
+        Returns:
+            By site, (K, B, *inner plates, *event).
+        """
+        return _concatenate([run.predict() for run in self._runs])
 
     @property
     def scale(self) -> float:
@@ -235,3 +244,7 @@ class Terms:
     def _names(self, condition: Callable) -> list[str]:
         factors = [*self._first.model.values(), *self._first.guide.values()]
         return list(dict.fromkeys(f.name for f in factors if condition(f)))
+
+
+def _concatenate(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -36,22 +36,27 @@ class Factor:
 
     @property
     def name(self) -> str:
+        """The site's name."""
         return self.site["name"]
 
     @property
     def local(self) -> bool:
+        """Whether the site belongs to a datum."""
         return data_frame(self.site) is not None
 
     @property
     def observed(self) -> bool:
+        """Whether the site's value is given."""
         return self.site["is_observed"]
 
     @property
     def reparameterized(self) -> bool:
+        """Whether gradients pass through the site's value."""
         return self.observed or getattr(self.site["fn"], "has_rsample", False)
 
     @property
     def scaled(self) -> bool:
+        """Whether anything but the plate ``"data"`` scales the site."""
         scale = own_scale(self.site)
         return isinstance(scale, Tensor) or scale != 1.0
 
@@ -88,8 +93,10 @@ class PairTrace:
             particles = pyro.plate(PARTICLE_PLATE, num_particles, dim=self.particle_dim)
             model, guide = particles(model), particles(guide)
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        replayed = poutine.replay(model, trace=guide_trace)
-        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        model_trace = _replay(model, guide_trace, args, kwargs)
+        self._replay_unobserved = lambda: _replay(
+            poutine.uncondition(model), guide_trace, args, kwargs
+        )
 
         model_sites = {site["name"]: site for site in random_sites(model_trace)}
         guide_sites = {site["name"]: site for site in random_sites(guide_trace)}
@@ -105,13 +112,24 @@ class PairTrace:
         """Names of the model's latent sites, in the model's order."""
         return [factor.name for factor in self.model.values() if not factor.observed]
 
-    def value(self, name: str) -> Tensor:
-        """Return what the guide drew at a local latent: (K, B, *inner plates, *event)."""
-        site = self.guide[name].site
-        value = site["value"]
-        if self.particle_dim is None:
-            value = value.unsqueeze(0)
-        return value.movedim(data_frame(site).dim - site["fn"].event_dim, 1)
+    def samples(self) -> dict[str, Tensor]:
+        """Return what the guide drew at the local latents: (K, B, *inner plates, *event)."""
+        sites = [self.guide[name].site for name in self.latents if self.model[name].local]
+        return {site["name"]: self._value(site) for site in sites}
+
+    def observations(self) -> dict[str, Tensor]:
+        """Return the values of the local observed sites: (B, *inner plates, *event)."""
+        sites = [f.site for f in self.model.values() if f.observed and f.local]
+        return {site["name"]: self._value(site)[0] for site in sites}
+
+    def predict(self) -> dict[str, Tensor]:
+        """Draw the local observed sites anew, given the latents: (K, B, *inner plates, *event)."""
+        sites = random_sites(self._replay_unobserved())
+        return {
+            site["name"]: self._value(site)
+            for site in sites
+            if site["infer"].get("was_observed") and data_frame(site) is not None
+        }
 
     def total(self, factors: Iterable[Factor], *, local: bool) -> Tensor:
         """Sum the log-densities of the local factors (K, B), or of the global ones (K,)."""
@@ -158,6 +176,13 @@ class PairTrace:
         log_prob = scale_and_mask(log_prob, own_scale(site), site["mask"])
         return Factor(site, self._reduce(torch.as_tensor(log_prob), site))
 
+    def _value(self, site: Site) -> Tensor:
+        """Return a site's value with the particle's dimension first and the datum's second."""
+        value, data_axis = site["value"], data_frame(site).dim - site["fn"].event_dim
+        if self.particle_dim is None or value.dim() < site["fn"].event_dim - self.particle_dim:
+            value = value.unsqueeze(0)  # one particle; or an observation, the same for all
+        return value.movedim(data_axis, 1)
+
     def _reduce(self, log_prob: Tensor, site: Site) -> Tensor:
         return reduce_to_datum(
             log_prob, data_frame(site), self.batch_size, self.particle_dim, self.num_particles
@@ -166,6 +191,10 @@ class PairTrace:
     def _zeros(self, local: bool) -> Tensor:
         some = next(iter(self.model.values())).log_prob
         return some.new_zeros([self.num_particles, self.batch_size][: 2 if local else 1])
+
+
+def _replay(model: Program, guide_trace: poutine.Trace, args: tuple, kwargs: dict) -> poutine.Trace:
+    return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
 
 
 def random_sites(trace: poutine.Trace) -> Iterator[Site]:
@@ -256,9 +285,7 @@ def guide_log_prob(
             ) from error
         site_log_prob = scale_and_mask(site_log_prob, own_scale(site), site["mask"])
         frame = data_frame(site)
-        reduced = reduce_to_datum(
-            site_log_prob, frame, frame.size, -1 - plate_nesting, num_values
-        )
+        reduced = reduce_to_datum(site_log_prob, frame, frame.size, -1 - plate_nesting, num_values)
         log_prob = reduced + log_prob.to(reduced.device)
     return log_prob
 
@@ -318,7 +345,11 @@ def _check_names(model: dict[str, Site], guide: dict[str, Site]) -> None:
                 "in the guide: both must agree."
             )
     for name, site in guide.items():
-        if name not in latents and not site["is_observed"] and not site["infer"].get("is_auxiliary"):
+        if (
+            name not in latents
+            and not site["is_observed"]
+            and not site["infer"].get("is_auxiliary")
+        ):
             raise ValueError(
                 f"the guide samples site {name!r}, which is no latent site of the model; those are "
                 f'{latents}. Rename it, or mark it with infer={{"is_auxiliary": True}}.'

@@ -134,7 +134,7 @@ def _idx(train: sources.SourceFile, test: sources.SourceFile, folder):
 
 def _permuted(images: np.ndarray, levels: int, held_out: tuple[int, int]):
     # RandomState is frozen for good, unlike default_rng: the split never changes.
-    order = np.random.RandomState(777).permutation(len(images))  # noqa: NPY002
+    order = np.random.RandomState(777).permutation(len(images))
     rows = _intensities(images[order], levels)
     return rows.split([len(rows) - sum(held_out), *held_out])
 

@@ -103,7 +103,9 @@ class SourceFile:
         try:
             array = self.read(path, self.shape)
         except (OSError, EOFError, ValueError, TypeError, KeyError, zlib.error) as error:
-            raise ValueError(f"{path} is truncated or no {self.dataset} file: {error}{where}") from error
+            raise ValueError(
+                f"{path} is truncated or no {self.dataset} file: {error}{where}"
+            ) from error
         digest = hashlib.sha256(self.header + array.tobytes()).hexdigest()
         if digest != self.sha256:
             raise ValueError(

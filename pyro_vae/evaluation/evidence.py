@@ -138,7 +138,7 @@ def evidence(
         seeded(seed),
         programs.parameter_store(model, guide),
         programs.evaluation_mode(model, guide),
-        task(progress, description, batches.num_data) as advance,
+        task(progress, description, batches.num_data, transient=True) as advance,
     ):
         first = batches.first()
         check_pair(model, guide, first, batches.x)
@@ -160,7 +160,9 @@ def evidence(
                     weights.add(t.log_weight)
                 results.append((weights.log_mean(), weights.error(), weights.khat()))
                 advance(batch[0].shape[0])
-    return Evidence(*(torch.cat(parts).cpu() for parts in zip(*results, strict=True)), num_particles)
+    return Evidence(
+        *(torch.cat(parts).cpu() for parts in zip(*results, strict=True)), num_particles
+    )
 
 
 def standard_error(values: Tensor) -> float:
@@ -196,7 +198,7 @@ class _WeightStream:
         return self._log_sums[0] - math.log(self.count)
 
     def error(self) -> Tensor:
-        """The standard error of log_mean: that of the mean weight, over the mean weight."""  # noqa: D401
+        """The standard error of log_mean: that of the mean weight, over the mean weight."""
         if self.count == 1:
             return torch.full_like(self._log_sums[0], math.nan)
         # sum(w^2) / sum(w)^2 is one over the effective sample size: 1/K for equal weights.

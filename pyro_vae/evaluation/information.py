@@ -76,7 +76,9 @@ class DiagonalGaussians:
         if self.real:
             return torch.cat([samples[name].flatten(2) for name in self.sites], dim=2).double()
         num_particles = len(next(iter(samples.values())))
-        noise = torch.randn(num_particles, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
+        noise = torch.randn(
+            num_particles, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device
+        )
         return self.loc + self.scale * noise
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from pyro import poutine
 from torch import Tensor
 

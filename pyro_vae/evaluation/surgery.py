@@ -12,12 +12,12 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.contract import check_pair
+from pyro_vae.evaluation.evidence import standard_error
 from pyro_vae.evaluation.information import (
     DiagonalGaussians,
     gaussian_information,
     scored_information,
 )
-from pyro_vae.evaluation.evidence import standard_error
 from pyro_vae.minibatches import Data, Minibatches
 from pyro_vae.progress import task
 from pyro_vae.seeding import seeded
@@ -125,7 +125,7 @@ def elbo_surgery(
         seeded(seed),
         programs.parameter_store(model, guide),
         programs.evaluation_mode(model, guide),
-        task(progress, description, batches.num_data) as advance,
+        task(progress, description, batches.num_data, transient=True) as advance,
     ):
         first = batches.first()
         check_pair(model, guide, first, batches.x)

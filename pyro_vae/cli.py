@@ -1,0 +1,125 @@
+"""The command line: ``pyro-vae compare`` trains several pairs and says which is best, and why."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import pyro_vae as pv
+from pyro_vae.progress import progress_bar
+from pyro_vae.seeding import seeded
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def pyro_vae() -> None:
+    """Variational autoencoders as pairs of Pyro programs."""
+
+
+@app.command()
+def compare(
+    data: Annotated[
+        str, typer.Option(help=f"Data set: {', '.join(pv.datasets.names())}.")
+    ] = "digits",
+    latents: Annotated[
+        list[int], typer.Option(help="Latent size; give the option again for more of them.")
+    ] = (2, 10),
+    hidden: Annotated[int, typer.Option(help="Width of the two hidden layers.")] = 200,
+    particles: Annotated[int, typer.Option(help="Particles of IWAE.")] = 10,
+    epochs: Annotated[int, typer.Option(help="At most this many passes over the data.")] = 200,
+    patience: Annotated[int, typer.Option(help="Epochs without gain before stopping.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Rows of a minibatch.")] = 100,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 2e-3,
+    evidence_particles: Annotated[
+        int, typer.Option(help="Importance samples for each held-out datum.")
+    ] = 1000,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="Binarise anew for each training minibatch.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of weights, order and noise.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    folder: Annotated[
+        Path | None, typer.Option(help="Data folder; by default the variable PYRO_VAE_DATA.")
+    ] = None,
+    report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path(
+        "pyro-vae-report.html"
+    ),
+) -> None:
+    """Train ELBO, MeanFieldELBO and IWAE at each latent size; compare them on the test data."""
+    started = time.perf_counter()
+    console = Console()
+    if not os.access(report.parent, os.W_OK):  # better known now than in the end
+        raise ValueError(f"cannot write --report {report}: {report.parent} is no writable folder")
+    images = pv.datasets.load(
+        data, binarize="dynamic" if dynamic else "fixed", seed=seed, folder=folder
+    )
+    objectives = {
+        "ELBO": pv.objectives.ELBO(),
+        "MeanFieldELBO": pv.objectives.MeanFieldELBO(),
+        f"IWAE-{particles}": pv.objectives.IWAE(num_particles=particles),
+    }
+    with progress_bar(console=console) as bar:
+        fits = {}
+        for size in latents:
+            for name, objective in objectives.items():
+                label = f"{name}, z={size}"
+                model, guide = _make_pair(images.train.shape[1], size, hidden, seed)
+                fits[label] = pv.fit(
+                    model,
+                    guide,
+                    images.train,
+                    objective=objective,
+                    validation=images.validation,
+                    epochs=epochs,
+                    batch_size=batch_size,
+                    learning_rate=learning_rate,
+                    patience=patience,
+                    transform=images.transform,
+                    device=device,
+                    seed=seed,
+                    progress=bar,
+                    description=label,
+                )
+        with seeded(seed):  # the aggregated posterior is over data as the guide saw them
+            train = images.train if images.transform is None else images.transform(images.train)
+        comparison = pv.compare(
+            fits,
+            images.test,
+            train=train,
+            num_particles=evidence_particles,
+            image_shape=images.image_shape,
+            seed=seed,
+            progress=bar,
+        )
+    console.print(comparison)
+    comparison.to_html(report)
+    seconds = time.perf_counter() - started
+    console.print(f"Report: {report.resolve()} ({seconds:.0f} s in all)", highlight=False)
+
+
+def _make_pair(data_size: int, latent_size: int, hidden: int, seed: int):
+    with seeded(seed):  # every pair of a size starts from the same weights
+        model = pv.LatentVariableModel(
+            prior=pv.priors.StandardNormal(latent_size),
+            likelihood=pv.likelihoods.Bernoulli(
+                pv.nets.MLP(latent_size, [hidden, hidden], data_size)
+            ),
+        )
+        guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(data_size, [hidden, hidden]))
+    return model, guide
+
+
+def main() -> None:
+    """Run the command line; say in one line what a user can put right."""
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError) as error:
+        Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False)
+        sys.exit(1)
