@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 import pyro_vae as pv
 from pyro_vae.progress import progress_bar
@@ -101,7 +102,7 @@ def compare(
     console.print(comparison)
     comparison.to_html(report)
     seconds = time.perf_counter() - started
-    console.print(f"Report: {report.resolve()} ({seconds:.0f} s in all)", highlight=False)
+    console.print(Text(f"Report: {report.resolve()} ({seconds:.0f} s in all)"))
 
 
 def _make_pair(data_size: int, latent_size: int, hidden: int, seed: int):
@@ -121,5 +122,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False)
+        Console(stderr=True).print("[red]Error:[/red]", Text(str(error)), highlight=False)
         sys.exit(1)

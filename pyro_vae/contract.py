@@ -6,7 +6,6 @@ data: which argument or site, what was expected, what came.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import pyro
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.programs import parameters
-from pyro_vae.traces import PairTrace, Program
+from pyro_vae.traces import PairTrace, Program, values_outside_support
 
 
 def check_pair(
@@ -91,21 +90,7 @@ def _check_trace(trace: PairTrace, x: Tensor) -> None:
 def _check_support(trace: PairTrace, x: Tensor, all_x: Tensor) -> None:
     for factor in trace.model.values():
         value = factor.site["value"]
-        if not factor.observed or value.shape != x.shape or not torch.equal(value, x):
-            continue
-        support = factor.site["fn"].support
-        # A support whose bounds differ from datum to datum does not broadcast: first batch only.
-        with contextlib.suppress(RuntimeError):
-            inside = support.check(all_x)
-            inside = inside.flatten(1).all(1) if inside.dim() > 1 else inside
-            if not inside.all():
-                row = (~inside).nonzero()[0].item()
-                raise ValueError(
-                    f"data x has values outside the support of site {factor.name!r}, {support}, "
-                    f"first in row {row}: {_extremes(all_x[row])}. Should it be binarised or "
-                    "rescaled?"
-                )
-
-
-def _extremes(row: Tensor) -> str:
-    return f"its values lie in [{row.min().item():g}, {row.max().item():g}]"
+        if factor.observed and value.shape == x.shape and torch.equal(value, x):
+            outside = values_outside_support(factor.site, all_x)
+            if outside is not None:
+                raise ValueError(outside)

@@ -70,6 +70,8 @@ class Minibatches:
                 as_tensor(column, name if i == 0 else f"{name} covariate {i}").to(self.device)
                 for i, column in enumerate(columns)
             )
+            if not columns:
+                raise ValueError(f"{name} is empty: a tuple without x")
             lengths = [len(column) for column in self.tensors]
             if len(set(lengths)) != 1:
                 raise ValueError(f"{name} and its covariates must be of one length, got {lengths}")
@@ -93,6 +95,7 @@ class Minibatches:
         """Return all rows as tensors, read once from a stream."""
         if self.tensors is not None:
             return self._prepare(self.tensors)
+        self.first()
         return tuple(torch.cat(columns) for columns in zip(*self, strict=True))
 
     def first(self) -> Batch:

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,13 +20,31 @@ import pyro
 import torch
 from torch import nn
 
-from pyro_vae.traces import Program
+from pyro_vae.traces import PairTrace, Program
 
 Store = dict[str, dict[str, Any]]  # as in pyro.get_param_store().get_state()
 
+
+@dataclass(frozen=True)
+class _Fitted:
+    """The store of a fitted pair, and which program met which parameters."""
+
+    store: Store
+    names: dict[str, frozenset[str]]  # of "model" and of "guide"
+
+    def bare_names(self, program: str) -> list[str]:
+        """Names of the program's pyro.param values, which no module holds."""
+        params = self.store["params"]
+        return [
+            name
+            for name in self.names[program]
+            if name in params and not isinstance(params[name], nn.Parameter)
+        ]
+
+
 # By the owners of the guide and of the model, then by their methods. Weak: a pair's store ends
 # with the pair.
-_stores: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple, Store]]] = WeakKeyDictionary()
+_stores: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple, _Fitted]]] = WeakKeyDictionary()
 
 
 _open_stores: list[Store] = []
@@ -35,8 +54,9 @@ _open_stores: list[Store] = []
 def parameter_store(model: Program, guide: Program, *, fresh: bool = False) -> Iterator[Store]:
     """Open the parameter store of a pair, in place of Pyro's global one.
 
-    A pair that was fitted has its own store. Another pair sees its modules' own parameters, and
-    ``pyro.param`` values from the global store; nothing that it registers outlasts the block.
+    A pair that was fitted has its own store. Another pair sees its modules' own parameters, the
+    ``pyro.param`` values that one of its programs reached in a fit with another partner, and
+    those of the global store; nothing that it registers outlasts the block.
 
     Args:
         model: program of p(x, z).
@@ -47,8 +67,8 @@ def parameter_store(model: Program, guide: Program, *, fresh: bool = False) -> I
         The store, brought up to date when the block ends.
 
     Raises:
-        ValueError: the pair was not fitted, but its model was, with another guide, and has
-            ``pyro.param`` values that live in the store of that pair.
+        ValueError: the pair was not fitted, but one of its programs was with several partners,
+            and reached other ``pyro.param`` values with each.
 
     Example:
         >>> import pyro, torch, pyro_vae as pv
@@ -70,7 +90,7 @@ def parameter_store(model: Program, guide: Program, *, fresh: bool = False) -> I
     """
     store = _find(model, guide)
     if store is None:
-        store = {"params": {}, "constraints": {}} if fresh else _borrowed_store(model)
+        store = {"params": {}, "constraints": {}} if fresh else _borrowed_store(model, guide)
     elif any(store is other for other in _open_stores):
         yield store
         return
@@ -85,10 +105,19 @@ def parameter_store(model: Program, guide: Program, *, fresh: bool = False) -> I
         _open_stores.pop()
 
 
-def bind(model: Program, guide: Program, store: Store) -> None:
-    """Make a store the pair's own, for as long as the programs live."""
+def bind(model: Program, guide: Program, store: Store, trace: PairTrace) -> None:
+    """Make a store the pair's own, for as long as the programs live.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        store: as :func:`parameter_store` yielded it.
+        trace: a run of the pair, which tells whose each parameter is.
+    """
+    names = {program: trace.parameter_names(program) for program in ("model", "guide")}
     by_model = _stores.setdefault(_owner(guide), WeakKeyDictionary())
-    by_model.setdefault(_owner(model), {})[_methods(model, guide)] = store
+    fitted = by_model.setdefault(_owner(model), {})
+    fitted[_methods(model, guide)] = _Fitted(store, names)
 
 
 def modules(*programs: Program) -> list[nn.Module]:
@@ -157,27 +186,42 @@ def _methods(model: Program, guide: Program) -> tuple:
 
 def _find(model: Program, guide: Program) -> Store | None:
     by_model = _stores.get(_owner(guide), {})
-    return by_model.get(_owner(model), {}).get(_methods(model, guide))
+    fitted = by_model.get(_owner(model), {}).get(_methods(model, guide))
+    return None if fitted is None else fitted.store
 
 
-def _borrowed_store(model: Program) -> Store:
-    """Make a store of the global one's ``pyro.param`` values, for a pair without its own.
+def _borrowed_store(model: Program, guide: Program) -> Store:
+    """Make a store for a pair without its own.
 
-    Modules bring their own parameters: entries that other modules left under the same names must
-    not replace them.
+    It holds ``pyro.param`` values alone. Modules bring their own parameters: entries that other
+    modules left under the same names must not replace them.
     """
-    for by_model in _stores.values():
-        for store in by_model.get(_owner(model), {}).values():
-            if names := _names_of_bare_parameters(store):
-                raise ValueError(
-                    "this model was fitted with another guide, and pyro.param values such as "
-                    f"{names[0]!r} live with that pair: here they would start afresh. Fit this "
-                    "pair too, or make the model a PyroModule that holds its parameters."
-                )
     state = pyro.get_param_store().get_state()
-    names = _names_of_bare_parameters(state)
-    return {kind: {name: values[name] for name in names} for kind, values in state.items()}
+    names = [name for name, p in state["params"].items() if not isinstance(p, nn.Parameter)]
+    borrowed = {kind: {name: values[name] for name in names} for kind, values in state.items()}
+    for program, partner in ((model, "guide"), (guide, "model")):
+        own = "model" if partner == "guide" else "guide"
+        fits = [f for f in _fits(program, own) if f.bare_names(own)]
+        if len(fits) > 1:
+            raise ValueError(
+                f"this {own} was fitted with {len(fits)} {partner}s, and pyro.param values such as "
+                f"{fits[0].bare_names(own)[0]!r} differ between those fits: which are meant? Fit "
+                f"this pair too, or make the {own} a PyroModule that holds its parameters."
+            )
+        for name in fits[0].bare_names(own) if fits else ():
+            for kind, values in fits[0].store.items():
+                borrowed[kind][name] = values[name]
+    return borrowed
 
 
-def _names_of_bare_parameters(store: Store) -> list[str]:
-    return [name for name, p in store["params"].items() if not isinstance(p, nn.Parameter)]
+def _fits(program: Program, role: str) -> list[_Fitted]:
+    """Return the fits that a program took part in, as the model or as the guide."""
+    index = 0 if role == "model" else 1
+    method = getattr(program, "__func__", None)
+    return [
+        fitted
+        for guide_owner, by_model in _stores.items()
+        for model_owner, by_methods in by_model.items()
+        for methods, fitted in by_methods.items()
+        if (model_owner, guide_owner)[index] is _owner(program) and methods[index] is method
+    ]

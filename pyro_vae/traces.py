@@ -97,6 +97,7 @@ class PairTrace:
         self._replay_unobserved = lambda: _replay(
             poutine.uncondition(model), guide_trace, args, kwargs
         )
+        self._traces = {"model": model_trace, "guide": guide_trace}
 
         model_sites = {site["name"]: site for site in random_sites(model_trace)}
         guide_sites = {site["name"]: site for site in random_sites(guide_trace)}
@@ -106,6 +107,11 @@ class PairTrace:
         self.scale = (frame.full_size or frame.size) / frame.size
         self.model = {name: self._factor(site) for name, site in model_sites.items()}
         self.guide = {name: self._factor(site) for name, site in guide_sites.items()}
+
+    def parameter_names(self, program: str) -> frozenset[str]:
+        """Return the names under which the ``"model"`` or the ``"guide"`` met parameters."""
+        nodes = self._traces[program].nodes.items()
+        return frozenset(name for name, node in nodes if node["type"] == "param")
 
     @property
     def latents(self) -> list[str]:
@@ -167,25 +173,29 @@ class PairTrace:
         try:
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         except ValueError as error:
-            role = "observes" if site["is_observed"] else "has"
             raise ValueError(
-                f"site {site['name']!r} {role} a value of shape {tuple(site['value'].shape)} that "
-                f"its distribution refuses (event shape {tuple(site['fn'].event_shape)}, support "
-                f"{site['fn'].support}): {error}"
+                values_outside_support(site, site["value"])
+                or f"site {site['name']!r}, of event shape {tuple(site['fn'].event_shape)}, cannot "
+                f"score its value of shape {tuple(site['value'].shape)}: {error}"
             ) from error
         log_prob = scale_and_mask(log_prob, own_scale(site), site["mask"])
         return Factor(site, self._reduce(torch.as_tensor(log_prob), site))
 
     def _value(self, site: Site) -> Tensor:
-        """Return a site's value with the particle's dimension first and the datum's second."""
-        value, data_axis = site["value"], data_frame(site).dim - site["fn"].event_dim
-        if self.particle_dim is None or value.dim() < site["fn"].event_dim - self.particle_dim:
-            value = value.unsqueeze(0)  # one particle; or an observation, the same for all
+        """Return a site's value with its dimensions in order: (K, B, *inner plates, *event)."""
+        value, event_dim = site["value"], site["fn"].event_dim
+        batch_dims = range(event_dim - value.dim(), 0)
+        plates = [frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
+        kept = [dim for dim in batch_dims if dim in plates]
+        value = value.squeeze([dim - event_dim for dim in batch_dims if dim not in plates])
+        data_axis = kept.index(data_frame(site).dim)
+        if self.particle_dim is None or self.particle_dim not in kept:
+            value, data_axis = value.unsqueeze(0), data_axis + 1
         return value.movedim(data_axis, 1)
 
     def _reduce(self, log_prob: Tensor, site: Site) -> Tensor:
         return reduce_to_datum(
-            log_prob, data_frame(site), self.batch_size, self.particle_dim, self.num_particles
+            log_prob, site, self.batch_size, self.particle_dim, self.num_particles
         )
 
     def _zeros(self, local: bool) -> Tensor:
@@ -210,7 +220,7 @@ def random_sites(trace: poutine.Trace) -> Iterator[Site]:
 
 def reduce_to_datum(
     log_prob: Tensor,
-    frame: CondIndepStackFrame | None,
+    site: Site,
     batch_size: int,
     particle_dim: int | None,
     num_particles: int,
@@ -219,14 +229,28 @@ def reduce_to_datum(
 
     Args:
         log_prob: of the site's batch shape.
-        frame: of the plate ``"data"`` at the site, None outside it.
-        batch_size: B, of that plate.
+        site: where it was taken.
+        batch_size: B, of the plate ``"data"``.
         particle_dim: the particles' dimension, None without one.
         num_particles: K.
 
     Returns:
-        Shape (K, B), or (K,) outside the plate.
+        Shape (K, B), or (K,) outside the plate ``"data"``.
+
+    Raises:
+        ValueError: a batch dimension of the site is no plate's: it could hold anything, such as
+            particles that a program moved by summing over a plate without ``keepdim=True``.
     """
+    frame = data_frame(site)
+    plates = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
+    for dim in range(-log_prob.dim(), 0):
+        if log_prob.shape[dim] > 1 and dim not in plates:
+            raise ValueError(
+                f"site {site['name']!r} has batch shape {tuple(log_prob.shape)}, but no plate at "
+                f"its dimension {dim}. Declare dimensions of the event with .to_event(n); put "
+                "other ones into a plate; and keep those of plates that you sum over "
+                "(keepdim=True)."
+            )
     kept, sizes = [], [num_particles]
     if particle_dim is not None:
         kept.append(particle_dim)
@@ -284,8 +308,8 @@ def guide_log_prob(
                 f"draw: {site['fn']} has no inverse"
             ) from error
         site_log_prob = scale_and_mask(site_log_prob, own_scale(site), site["mask"])
-        frame = data_frame(site)
-        reduced = reduce_to_datum(site_log_prob, frame, frame.size, -1 - plate_nesting, num_values)
+        batch_size = data_frame(site).size
+        reduced = reduce_to_datum(site_log_prob, site, batch_size, -1 - plate_nesting, num_values)
         log_prob = reduced + log_prob.to(reduced.device)
     return log_prob
 
@@ -322,6 +346,30 @@ def closed_form_kl(guide_site: Site, model_site: Site) -> Tensor | None:
         if kl.shape == q.batch_shape:
             return scale_and_mask(kl, scale, guide_site["mask"])
     return None
+
+
+def values_outside_support(site: Site, values: Tensor) -> str | None:
+    """Say which values a site's distribution does not support; None if it supports them all.
+
+    Args:
+        site: node of a trace.
+        values: (N, *event); nothing is said of values that do not fit the site's shape.
+    """
+    support = site["fn"].support
+    try:
+        inside = support.check(values)
+    except (RuntimeError, ValueError):
+        return None
+    inside = inside.flatten(1).all(1) if inside.dim() > 1 else inside
+    if inside.all():
+        return None
+    row = (~inside).nonzero()[0].item()
+    low, high = values[row].min().item(), values[row].max().item()
+    return (
+        f"values outside the support of site {site['name']!r}, {support}, first in row {row}, "
+        f"where they lie in [{low:g}, {high:g}]: binarise or rescale them, or choose another "
+        "distribution"
+    )
 
 
 def _same(a: float | Tensor, b: float | Tensor) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.comparison.compare import Comparison
+from pyro_vae.comparison.pairs import Comparison
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")
 
@@ -99,7 +99,7 @@ def image_rows(rows: list[tuple[str, Tensor]], image_shape: tuple[int, int]) -> 
         for axes in axes_row:
             axes.set_axis_off()
         for axes, image in zip(axes_row, images, strict=False):
-            axes.imshow(image.reshape(image_shape), cmap="gray_r", vmin=low, vmax=high)
+            axes.imshow(image.reshape(image_shape).numpy(), cmap="gray_r", vmin=low, vmax=high)
         axes_row[0].text(
             -0.1, 0.5, label, transform=axes_row[0].transAxes, ha="right", va="center", fontsize=8
         )

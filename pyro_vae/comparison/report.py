@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from pyro_vae.comparison import plots
-from pyro_vae.comparison.compare import Comparison
+from pyro_vae.comparison.pairs import Comparison
 
 # Heading, column of Comparison.to_dataframe, column of its standard error.
 COLUMNS = (

@@ -1,6 +1,6 @@
 """Evaluation: what a fitted pair is worth, each figure with its error."""
 
-from pyro_vae.evaluation.evidence import Evidence, evidence
+from pyro_vae.evaluation.importance import Evidence, evidence
 from pyro_vae.evaluation.predict import generate, reconstruct
 from pyro_vae.evaluation.psis import khat
 from pyro_vae.evaluation.surgery import Surgery, elbo_surgery

@@ -74,7 +74,8 @@ class DiagonalGaussians:
     def codes(self, samples: dict[str, Tensor]) -> Tensor:
         """Put the guide's draws in a row, (K, B, d); draw anew where a bijection hides them."""
         if self.real:
-            return torch.cat([samples[name].flatten(2) for name in self.sites], dim=2).double()
+            rows = [samples[name] for name in self.sites]
+            return torch.cat([r.reshape(*r.shape[:2], -1) for r in rows], dim=2).double()
         num_particles = len(next(iter(samples.values())))
         noise = torch.randn(
             num_particles, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device
@@ -159,7 +160,9 @@ def _read_site(site: Site) -> tuple[Tensor, Tensor, bool] | None:
     if not isinstance(base, Normal):
         return None
     data_axis = frame.dim - fn.event_dim
-    loc, scale = (p.double().movedim(data_axis, 0).flatten(1) for p in (base.loc, base.scale))
+    loc, scale = (
+        p.double().movedim(data_axis, 0).reshape(frame.size, -1) for p in (base.loc, base.scale)
+    )
     return loc, scale, base is _strip(fn)
 
 

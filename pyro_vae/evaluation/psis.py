@@ -53,7 +53,7 @@ def khat_of_tail(largest: Tensor, num_draws: int) -> Tensor:
     """Estimate k-hat from the M + 1 largest log-weights of S, (M + 1, ...), largest first."""
     if largest.shape[0] < 6 or num_draws < 21:
         return largest.new_full(largest.shape[1:], math.nan)
-    columns = (largest - largest[0]).exp().flatten(1)
+    columns = (largest - largest[0]).exp().reshape(len(largest), -1)
     excess = (columns[:-1] - columns[-1]).flip(0)  # (M, B), ascending, over the cutoff
     quartile = excess[_quartile(excess.shape[0])]
     k = excess.new_full(quartile.shape, -math.inf)

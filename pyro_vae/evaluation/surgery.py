@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.contract import check_pair
-from pyro_vae.evaluation.evidence import standard_error
+from pyro_vae.evaluation.importance import standard_error
 from pyro_vae.evaluation.information import (
     DiagonalGaussians,
     gaussian_information,

@@ -126,7 +126,7 @@ def fit(
         batches = Minibatches(
             data, batch_size, device=device, shuffle=True, generator=order, transform=transform
         )
-        if batches.num_data is not None and batch_size > batches.num_data:
+        if batches.tensors is not None and batch_size > batches.num_data:
             raise ValueError(
                 f"batch_size {batch_size} is larger than the data, {batches.num_data} rows"
             )
@@ -135,10 +135,11 @@ def fit(
             held_out = Minibatches(validation, batch_size, device=device, name="validation")
         for module in programs.modules(model, guide):
             module.to(device).train()
-        trace = check_pair(model, guide, batches.first(), batches.x)
-        if held_out is not None:
-            check_pair(model, guide, held_out.first(), held_out.x)
-        programs.bind(model, guide, store)
+        with programs.evaluation_mode(model, guide):  # a look must not move running averages
+            trace = check_pair(model, guide, batches.first(), batches.x)
+            if held_out is not None:
+                check_pair(model, guide, held_out.first(), held_out.x)
+        programs.bind(model, guide, store, trace)
         trainer = _Trainer(
             model, guide, objective, trace.scale, optimizer, scheduler, learning_rate, clip_norm
         )

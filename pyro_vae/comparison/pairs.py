@@ -11,12 +11,13 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.contract import check_pair
 from pyro_vae.evaluation import Evidence, Surgery, elbo_surgery, evidence, generate, reconstruct
-from pyro_vae.evaluation.evidence import standard_error
+from pyro_vae.evaluation.importance import standard_error
 from pyro_vae.minibatches import Data, Minibatches
 from pyro_vae.progress import task
 from pyro_vae.traces import Program
@@ -130,7 +131,7 @@ class Comparison:
         for row in self.to_dataframe().itertuples():
             best = row.Index == self.entries[0].name
             table.add_row(
-                row.Index,
+                Text(row.Index),
                 f"{row.log_evidence:.2f}±{row.standard_error:.2f}",
                 "best" if best else f"{row.difference:.2f}±{row.difference_error:.2f}",
                 f"{row.unreliable_share:.1%}",

@@ -1,0 +1,44 @@
+import os
+
+import pyro
+import pytest
+import torch
+
+import pyro_vae as pv
+
+DATA_FOLDER = os.environ.get("PYRO_VAE_DATA")  # before a test takes it away
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    """Every test from the same seed, with an empty global parameter store."""
+    pyro.clear_param_store()
+    torch.manual_seed(20261122)
+
+
+def make_pair(latent=2, data=16, hidden=8):
+    model = pv.LatentVariableModel(
+        prior=pv.priors.StandardNormal(latent),
+        likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(latent, [hidden], data)),
+    )
+    return model, pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(data, [hidden]))
+
+
+@pytest.fixture
+def pair():
+    return make_pair()
+
+
+@pytest.fixture
+def binary():
+    """Two kinds of rows, so that there is something to learn."""
+    left = torch.arange(16) < 8
+    rows = torch.where(torch.rand(50, 1) < 0.5, left, ~left)
+    return torch.bernoulli(torch.where(rows, 0.9, 0.1))
+
+
+@pytest.fixture
+def data_folder():
+    if DATA_FOLDER is None:
+        pytest.skip("needs real data files: set PYRO_VAE_DATA to a folder with mnist/, freyfaces/")
+    return DATA_FOLDER

@@ -1,0 +1,61 @@
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import make_pair
+from oracles import LinearGaussian
+
+import pyro_vae as pv
+
+
+def test_groups_hold_what_the_pair_drew():
+    oracle = LinearGaussian(exact=True)
+    x = oracle.sample(6)
+    container = pv.to_arviz(oracle.model, oracle.guide, x, num_draws=400, seed=0)
+    posterior = container["posterior"]["z"]
+    assert posterior.dims[:3] == ("chain", "draw", "datum")
+    assert posterior.shape == (1, 400, 6, 2)
+    log_weight = container["sample_stats"]["log_weight"].values
+    exact = oracle.log_evidence(x).numpy()
+    np.testing.assert_allclose(log_weight, np.broadcast_to(exact, (1, 400, 6)), rtol=1e-9)
+    np.testing.assert_array_equal(container["observed_data"]["x"].values, x.numpy())
+    # The draws of z are the posterior's, those of x the posterior predictive's.
+    mean = (x - oracle.mu) @ oracle.v.T
+    scale = oracle.s.diagonal().sqrt()
+    z = (posterior.values.mean((0, 1)) - mean.numpy()) / (scale.numpy() / 20)
+    assert np.abs(z).max() < 4.5
+    predicted = container["posterior_predictive"]["x"].values
+    spread = oracle.weight @ oracle.s @ oracle.weight.T + oracle.s2 * torch.eye(5)
+    expected = mean @ oracle.weight.T + oracle.mu
+    z = (predicted.mean((0, 1)) - expected.numpy()) / (spread.diagonal().sqrt().numpy() / 20)
+    assert np.abs(z).max() < 4.5
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_sites_in_nested_plates(vectorize):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("words", 3):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.sum(-1) / 4, 0.5))
+
+    x = torch.randn(5, 3)
+    container = pv.to_arviz(model, guide, x, num_draws=7, vectorize_particles=vectorize)
+    assert container["posterior"]["z"].shape == (1, 7, 5)
+    assert container["posterior_predictive"]["x"].shape == (1, 7, 5, 3)
+    np.testing.assert_array_equal(container["observed_data"]["x"].values, x.numpy())
+
+
+def test_arviz_can_summarise_it(binary):
+    arviz = pytest.importorskip("arviz", reason="needs ArviZ")
+    container = pv.to_arviz(*make_pair(), binary, num_draws=50)
+    if isinstance(container, getattr(arviz, "InferenceData", ())):
+        summary = arviz.summary(container, var_names=["z"], kind="stats")
+        assert len(summary) == 50 * 2
+    else:
+        assert container["posterior"]["z"].mean().item() == pytest.approx(0, abs=1)

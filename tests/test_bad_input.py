@@ -1,0 +1,192 @@
+"""Bad input is refused before the first step, by name: what was expected, what came."""
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import make_pair
+from torch import nn
+from torch.utils.data import DataLoader
+
+import pyro_vae as pv
+
+GOOD = torch.ones(30, 16)
+
+
+def with_nan():
+    x = GOOD.clone()
+    x[7, 3] = float("nan")
+    return x
+
+
+def outside():
+    x = GOOD.clone()
+    x[25, 0] = 0.5  # beyond the first minibatch
+    return x
+
+
+BAD_DATA = {
+    "empty": (torch.ones(0, 16), r"is empty: expected shape \(N, \*event\)"),
+    "no columns": (torch.ones(5, 0), "is empty"),
+    "scalar": (torch.tensor(1.0), "is empty"),
+    "empty loader": (DataLoader([], batch_size=3), "yields no minibatch"),
+    "nan": (with_nan(), "NaN or infinite values, first in row 7"),
+    "infinite": (torch.full((30, 16), torch.inf), "NaN or infinite values, first in row 0"),
+    "wrong width": (torch.ones(30, 17), r"data x of shape \(\d+, 17\)"),
+    "width that would broadcast": (torch.ones(30, 1), r"data x of shape \(\d+, 1\)"),
+    "unflattened": (torch.ones(30, 4, 4), r"\(\d+, 4, 4\)"),
+    "integers": (GOOD.to(torch.uint8), "dtype torch.uint8"),
+    "float64": (GOOD.double(), "has dtype torch.float64, but the parameters .* torch.float32"),
+    "float64 array": (np.ones((30, 16)), "has dtype torch.float64"),
+    "strings": (np.full((30, 16), "a"), "must hold numbers"),
+    "a list": ([[1.0]], "must be a tensor, a numpy array"),
+    "none": (None, "must be a tensor, a numpy array"),
+    "outside the support": (outside(), r"outside the support of site 'x', .* first in row 25"),
+    "lengths": ((GOOD, torch.ones(29)), r"must be of one length, got \[30, 29\]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+@pytest.mark.parametrize("function", ["fit", "evidence", "elbo_surgery", "compare", "to_arviz"])
+def test_bad_data(name, function):
+    data, message = BAD_DATA[name]
+    model, guide = make_pair()
+    calls = {
+        "fit": lambda: pv.fit(model, guide, data, batch_size=10, epochs=1, progress=False),
+        "evidence": lambda: pv.evidence(model, guide, data, batch_size=10, num_particles=2),
+        "elbo_surgery": lambda: pv.elbo_surgery(model, guide, data, batch_size=10),
+        "compare": lambda: pv.compare({"a": (model, guide)}, data, num_particles=2),
+        "to_arviz": lambda: pv.to_arviz(model, guide, data, num_draws=2),
+    }
+    with pytest.raises(ValueError, match=message):
+        calls[function]()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 31}, "batch_size 31 is larger than the data, 30 rows"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
+        ({"clip_norm": -1.0}, "clip_norm must be positive, got -1.0"),
+        ({"patience": 3}, "patience needs validation data"),
+        ({"patience": 0, "validation": GOOD}, "patience must be at least 1, got 0"),
+        ({"validation": GOOD[:, :3]}, r"\(\d+, 3\)"),
+        ({"validation": GOOD * 0.5}, "outside the support of site 'x'"),
+    ],
+)
+def test_bad_arguments_of_fit(arguments, message):
+    model, guide = make_pair()
+    options = {"batch_size": 10, "epochs": 1, "progress": False} | arguments
+    with pytest.raises(ValueError, match=message):
+        pv.fit(model, guide, GOOD, **options)
+
+
+def test_an_objective_that_is_none():
+    model, guide = make_pair()
+    with pytest.raises(TypeError, match=r"objective must be a pyro.infer.ELBO, got 'elbo'"):
+        pv.fit(model, guide, GOOD, objective="elbo", progress=False)
+
+
+def test_nothing_to_train():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    with pytest.raises(ValueError, match="have no parameters"):
+        pv.fit(model, guide, torch.randn(100), progress=False)
+
+
+def test_a_guide_that_lacks_a_latent():
+    model, _ = make_pair()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("w", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    with pytest.raises(ValueError, match="latent site 'z' of the model is missing in the guide"):
+        pv.fit(model, guide, GOOD, batch_size=10, progress=False)
+
+
+def test_a_model_that_subsamples_its_minibatch():
+    def model(x):
+        with pyro.plate("data", len(x), subsample_size=3) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    def guide(x):
+        with pyro.plate("data", len(x), subsample_size=3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match='plate "data" has size 3 for a minibatch of 10 rows'):
+        pv.evidence(model, guide, torch.randn(10))
+
+
+def test_an_image_whose_event_is_declared_too_short():
+    class Decoder(nn.Module):
+        def forward(self, z):
+            return z.sum(-1)[..., None, None, None].expand(*z.shape[:-1], 1, 4, 4)
+
+    model = pv.LatentVariableModel(
+        pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(Decoder(), event_dim=1)
+    )
+    guide = pv.guides.AmortizedNormal(model, nn.Flatten())
+    with pytest.raises(ValueError, match=r"declare them with .to_event\(n\)"):
+        pv.evidence(model, guide, torch.ones(10, 1, 4, 4))
+
+
+def test_a_scale_that_is_not_positive():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, -1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="scale"):
+        pv.evidence(model, guide, torch.randn(10))
+
+
+def test_a_failed_fit_leaves_no_store_behind():
+    """A pair that Pyro's SVI trained goes on to be evaluated with what it learned there."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    pyro.param("loc", torch.tensor(50.0))
+    with pytest.raises(ValueError, match="NaN"):
+        pv.fit(model, guide, torch.full((5,), torch.nan), batch_size=5)
+    assert pv.evidence(model, guide, torch.zeros(5), num_particles=10).mean < -100
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, g: pv.evidence(m, g, GOOD, num_particles=0), "num_particles"),
+        (lambda m, g: pv.evidence(m, g, GOOD, pairs_per_pass=0), "pairs_per_pass"),
+        (lambda m, g: pv.elbo_surgery(m, g, GOOD, num_particles=0), "num_particles"),
+        (lambda m, g: pv.to_arviz(m, g, GOOD, num_draws=0), "num_draws"),
+        (lambda m, g: pv.compare({}, GOOD), "at least one pair"),
+        (lambda m, g: pv.compare({"a": m}, GOOD), "pair 'a' must be"),
+        (lambda m, g: pv.generate(m, None), "x must be a tensor"),
+    ],
+)
+def test_bad_arguments_of_evaluation(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*make_pair())

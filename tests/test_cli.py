@@ -1,0 +1,50 @@
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from pyro_vae.cli import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["compare", *arguments])
+
+
+def test_compare_trains_prints_a_table_and_writes_a_page(tmp_path):
+    page = tmp_path / "page.html"
+    result = run(
+        *("--epochs", "2", "--hidden", "8", "--particles", "3", "--evidence-particles", "30"),
+        *("--latents", "2", "--latents", "3", "--report", str(page)),
+    )
+    assert result.exit_code == 0, result.output
+    for size in (2, 3):
+        for name in ("ELBO", "MeanFieldELBO", "IWAE-3"):
+            assert f"{name}, z={size}" in result.output
+    assert "300 held-out data" in result.output
+    assert page.read_text(encoding="utf-8").count("<img") == 5
+
+
+def test_dynamic_binarisation(tmp_path):
+    result = run(
+        *("--dynamic", "--epochs", "1", "--hidden", "8", "--latents", "2"),
+        *("--evidence-particles", "10", "--report", str(tmp_path / "page.html")),
+    )
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "mnits"], "expected one of digits, mnist"),
+        (["--report", "/nowhere/page.html"], "is no writable folder"),
+        (["--batch-size", "100000"], "is larger than the data, 1297 rows"),
+        (["--latents", "0"], "needs positive sizes"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(arguments, message):
+    command = [sys.executable, "-m", "pyro_vae", "compare", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert result.returncode == 1
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr

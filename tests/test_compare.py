@@ -1,0 +1,160 @@
+import base64
+import html.parser
+import math
+import re
+
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import make_pair
+
+import pyro_vae as pv
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    torch.manual_seed(0)
+    left = torch.arange(16) < 8
+    rows = torch.where(torch.rand(160, 1) < 0.5, left, ~left)
+    x = torch.bernoulli(torch.where(rows, 0.9, 0.1))
+    train, test = x[:100], x[100:]
+    fits = {}
+    for name, epochs in (("short", 1), ("long", 60)):
+        torch.manual_seed(1)
+        fits[name] = pv.fit(
+            *make_pair(), train, validation=test, epochs=epochs, batch_size=20,
+            learning_rate=0.02, seed=0, progress=False,
+        )  # fmt: skip
+    pairs = {**fits, "as programs": (fits["long"].model, fits["long"].guide)}
+    return pv.compare(pairs, test, train=train, num_particles=200, image_shape=(4, 4))
+
+
+def test_the_best_comes_first_and_differences_are_paired(comparison):
+    assert [e.name for e in comparison.entries] == ["long", "as programs", "short"]
+    assert comparison.difference("long") == (0.0, 0.0)
+    assert comparison.difference("as programs") == (0.0, 0.0)  # the same draws
+    difference, error = comparison.difference("short")
+    values = {e.name: e.evidence.values for e in comparison.entries}
+    paired = values["short"] - values["long"]
+    assert difference == pytest.approx(paired.mean().item())
+    assert error == pytest.approx((paired.std() / math.sqrt(60)).item())
+    assert difference < -4 * error
+    with pytest.raises(ValueError, match="no pair 'nobody'"):
+        comparison.difference("nobody")
+
+
+def test_dataframe_holds_what_the_results_say(comparison):
+    frame = comparison.to_dataframe()
+    assert isinstance(frame, pd.DataFrame)
+    entry = comparison.entries[0]
+    row = frame.loc[entry.name]
+    assert row.log_evidence == entry.evidence.mean
+    assert row.standard_error == entry.evidence.standard_error
+    assert row.unreliable_share == entry.evidence.unreliable_share
+    assert row.mutual_information == entry.surgery.mutual_information
+    assert row.log_n == pytest.approx(math.log(100))
+    assert row.epochs == 60
+    assert row.num_parameters == sum(
+        p.numel() for m in (entry.fit.model, entry.fit.guide) for p in m.parameters()
+    )
+    assert frame.loc["as programs"].epochs == 0
+    assert math.isnan(frame.loc["as programs"].seconds)
+
+
+def test_table_in_eighty_columns(comparison):
+    text = str(comparison)
+    for entry in comparison.entries:
+        assert f"{entry.evidence.mean:.2f}±{entry.evidence.standard_error:.2f}" in text
+        assert f"{entry.surgery.mutual_information:.2f}" in text
+    assert "…" not in text
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.images, self.cells, self.addresses, self.open = [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.open.append(tag)
+        if tag == "img":
+            self.images.append(attributes["src"])
+        self.addresses += [attributes[k] for k in ("href", "src") if k in attributes]
+
+    def handle_endtag(self, tag):
+        while self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "td":
+            self.cells.append(data)
+
+
+def test_page_is_self_contained(comparison, tmp_path):
+    path = comparison.to_html(tmp_path / "page.html")
+    page = Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    assert len(page.images) == 5  # differences, surgery, curves, reconstructions, samples
+    for source in page.images:
+        prefix, content = source.split(",")
+        assert prefix == "data:image/png;base64"
+        assert base64.b64decode(content).startswith(b"\x89PNG")
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert not re.search(r"url\(|@import|<script", path.read_text(encoding="utf-8"))
+    entry = comparison.entries[-1]
+    assert page.cells.count(entry.name) == 1
+    assert f"{entry.surgery.distortion:.2f}" in page.cells
+
+
+def test_names_are_escaped(binary, tmp_path):
+    comparison = pv.compare({"<b>&": make_pair()}, binary, num_particles=3)
+    text = comparison.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;&amp;" in text
+    assert "<b>" not in text
+
+
+def test_markup_in_names_is_printed_as_it_is(binary):
+    assert "[red]x" in str(pv.compare({"[red]x": make_pair()}, binary, num_particles=3))
+
+
+def test_a_pair_without_surgery_is_told_and_the_rest_compared(tmp_path):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            u = pyro.sample("u", dist.Normal(x / 2, 0.5), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(u, 0.5))
+
+    def plain(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    comparison = pv.compare(
+        {"auxiliary": (model, guide), "plain": (model, plain)}, torch.randn(30), num_particles=50
+    )
+    (auxiliary,) = (e for e in comparison.entries if e.name == "auxiliary")
+    assert auxiliary.surgery is None
+    assert "auxiliary site 'u'" in auxiliary.note
+    assert math.isnan(comparison.to_dataframe().loc["auxiliary"].rate)
+    text = comparison.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "auxiliary has no surgery" in text
+    assert "-" in str(comparison)
+
+
+def test_a_page_of_data_that_are_no_images(tmp_path):
+    x = torch.bernoulli(torch.full((20, 16), 0.5))
+    page = pv.compare({"a": make_pair()}, x, num_particles=3).to_html(tmp_path / "p.html")
+    assert page.read_text(encoding="utf-8").count("<img") == 2
+
+
+def test_every_pair_is_checked_before_any_is_judged(binary, monkeypatch):
+    judged = []
+    monkeypatch.setattr("pyro_vae.comparison.pairs.evidence", lambda *a, **k: judged.append(a))
+    with pytest.raises(ValueError, match="could not run on data x"):
+        pv.compare({"good": make_pair(), "bad": make_pair(data=9)}, binary)
+    assert judged == []

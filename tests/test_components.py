@@ -1,0 +1,61 @@
+"""Networks, priors, likelihoods and models: small parts, each by itself."""
+
+import pytest
+import torch
+from torch import nn
+
+import pyro_vae as pv
+
+
+def test_mlp_takes_any_leading_dimensions():
+    net = pv.nets.MLP(3, [5, 4], 2, activation=nn.ReLU)
+    x = torch.randn(6, 7, 3)
+    torch.testing.assert_close(net(x)[2, 3], net(x[2, 3]))
+    assert pv.nets.MLP(3, [5])(x).shape == (6, 7, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3, []), "needs a hidden layer or out_features"),
+        ((0, [3]), "must be positive"),
+        ((3, [3], 0), "must be positive"),
+    ],
+)
+def test_mlp_refuses_sizes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pv.nets.MLP(*arguments)
+
+
+def test_standard_normal_of_any_event_shape():
+    z = torch.randn(5, 1, 4, 4)
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum((1, 2, 3))
+    torch.testing.assert_close(pv.priors.StandardNormal(1, 4, 4)().log_prob(z), expected)
+    with pytest.raises(ValueError, match="positive sizes"):
+        pv.priors.StandardNormal()
+
+
+def test_bernoulli_sums_to_one_over_all_images():
+    likelihood = pv.likelihoods.Bernoulli(pv.nets.MLP(2, [5], 6))
+    images = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6)
+    log_p = likelihood(torch.randn(2)).log_prob(images)
+    torch.testing.assert_close(log_p.logsumexp(0), torch.tensor(0.0), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="event_dim"):
+        pv.likelihoods.Bernoulli(nn.Identity(), event_dim=0)
+
+
+def test_model_generates_and_reconstructs(pair, binary):
+    model, guide = pair
+    samples = pv.generate(model, binary, seed=0)
+    assert samples.shape == binary.shape
+    assert ((samples > 0) & (samples < 1)).all()
+    torch.testing.assert_close(samples, pv.generate(model, binary, seed=0))
+    reconstructions = pv.reconstruct(model, guide, binary, seed=0)
+    assert reconstructions.shape == binary.shape
+    assert not torch.equal(samples, reconstructions)
+
+
+def test_generate_names_a_model_that_observes_another_shape(pair):
+    model, _ = pair
+    with pytest.raises(ValueError, match="no observed site of the model has the shape of x"):
+        pv.generate(model, torch.zeros(3, 17))

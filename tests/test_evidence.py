@@ -1,0 +1,165 @@
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import LinearGaussian
+from torch import nn
+
+import pyro_vae as pv
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize(("num_particles", "pairs"), [(300, 20_000), (1000, 70), (301, 100)])
+def test_evidence_of_the_linear_gaussian_model(dtype, vectorize, num_particles, pairs):
+    """37 data in batches of 10, particles in chunks that do not divide their number."""
+    oracle = LinearGaussian(d=2, D=5, dtype=dtype)
+    x = oracle.sample(37)
+    estimate = pv.evidence(
+        oracle.model,
+        oracle.guide,
+        x,
+        num_particles=num_particles,
+        batch_size=10,
+        pairs_per_pass=pairs,
+        vectorize_particles=vectorize,
+        seed=1,
+    )
+    scores = (estimate.values - oracle.log_evidence(x)) / estimate.monte_carlo_errors
+    assert scores.abs().max() < 4.5  # of 37 data, once in 4000 runs
+    assert 0.6 < scores.std() < 1.5  # the errors are neither too small nor too large
+    bias = -0.5 * estimate.monte_carlo_errors.square().mean().item()
+    total = (estimate.values - oracle.log_evidence(x)).mean().item() - bias
+    assert abs(total) < 4 * estimate.monte_carlo_error
+    assert estimate.khat.shape == (37,)
+
+
+@pytest.mark.parametrize("num_particles", [1, 50])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
+def test_evidence_is_exact_with_an_exact_guide(num_particles, dtype, tolerance):
+    oracle = LinearGaussian(exact=True, dtype=dtype)
+    x = oracle.sample(37)
+    estimate = pv.evidence(
+        oracle.model, oracle.guide, x, num_particles=num_particles, batch_size=10
+    )
+    exact = oracle.log_evidence(x)
+    torch.testing.assert_close(estimate.values, exact, rtol=tolerance, atol=tolerance)
+    assert estimate.mean == pytest.approx(exact.mean().item(), rel=tolerance)
+    assert estimate.standard_error == pytest.approx((exact.std() / 37**0.5).item(), rel=1e-3)
+    assert estimate.monte_carlo_errors.isnan().all() == (num_particles == 1)
+
+
+def test_streamed_sums_are_those_of_all_weights_at_once():
+    oracle = LinearGaussian(d=3)
+    x = oracle.sample(9)
+    torch.manual_seed(3)
+    whole = pv.terms(oracle.model, oracle.guide, x, num_particles=500).log_weight
+    from pyro_vae.evaluation.importance import _WeightStream
+
+    stream = _WeightStream(500)
+    for chunk in whole.split([1, 100, 250, 149]):
+        stream.add(chunk)
+    weights = whole.exp()
+    torch.testing.assert_close(stream.log_mean(), weights.mean(0).log())
+    error = weights.std(0) / 500**0.5 / weights.mean(0)
+    torch.testing.assert_close(stream.error(), error)
+    torch.testing.assert_close(stream.khat(), pv.khat(whole))
+
+
+def test_coverage_of_the_monte_carlo_errors():
+    """Over 200 repeats the 95% intervals cover in between 90% and 98%."""
+    oracle = LinearGaussian(d=3, D=4)
+    assert oracle.gap > 0.05
+    x = oracle.sample(1)
+    repeated = x.expand(200, 4).contiguous()
+    estimate = pv.evidence(oracle.model, oracle.guide, repeated, num_particles=500, seed=0)
+    z = (estimate.values - oracle.log_evidence(x)) / estimate.monte_carlo_errors
+    assert 0.90 <= (z.abs() < 1.96).double().mean().item() <= 0.98
+
+
+def test_unreliable_weights_are_told():
+    oracle = LinearGaussian(d=2, D=4)
+    x = oracle.sample(50)
+
+    def narrow(x):
+        with pyro.plate("data", len(x)):
+            mean = (x - oracle.mu) @ oracle.v.T
+            pyro.sample("z", dist.Normal(mean, 0.1 * oracle.s.diagonal().sqrt()).to_event(1))
+
+    bad = pv.evidence(oracle.model, narrow, x, num_particles=1000, seed=0)
+    good = pv.evidence(oracle.model, oracle.guide, x, num_particles=1000, seed=0)
+    assert bad.unreliable_share > 0.8
+    assert good.unreliable_share < 0.3
+    assert "k-hat > 0.7" in str(bad)
+
+
+def test_seed_fixes_the_draws_and_leaves_the_processs_own(pair, binary):
+    model, guide = pair
+    guide(binary)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    values = [pv.evidence(model, guide, binary, num_particles=20, seed=1).values for _ in range(2)]
+    assert torch.equal(*values)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_evaluation_mode_is_set_and_put_back():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.drop = nn.Linear(2, 3), nn.Dropout(0.9)
+
+        def forward(self, z):
+            return self.layer(self.drop(z))
+
+    decoder = Dropping()
+    model = pv.LatentVariableModel(pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(decoder))
+    decoder.layer.eval()  # one part as the user wants it
+    guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(3, [4]))
+    seen = []
+    decoder.drop.register_forward_hook(lambda module, *_: seen.append(module.training))
+    pv.evidence(model, guide, torch.ones(5, 3), num_particles=2)
+    assert seen
+    assert not any(seen)
+    assert decoder.drop.training
+    assert not decoder.layer.training
+
+
+def test_memory_is_bounded_by_the_pairs_of_a_pass():
+    largest = []
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            largest.append(z.numel())
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    pv.evidence(model, guide, torch.randn(25), num_particles=999, batch_size=10, pairs_per_pass=100)
+    assert max(largest) == 100
+
+
+def test_one_datum_has_no_spread():
+    oracle = LinearGaussian()
+    estimate = pv.evidence(oracle.model, oracle.guide, oracle.sample(1), num_particles=100)
+    assert math.isnan(estimate.standard_error)
+    assert estimate.monte_carlo_error > 0
+
+
+def test_global_and_scaled_sites_are_refused():
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="evidence weighs each datum by itself, but site 'mean'"):
+        pv.evidence(model, guide, torch.randn(5))

@@ -1,0 +1,252 @@
+import functools
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import make_pair
+from oracles import LinearGaussian
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import pyro_vae as pv
+
+
+def fit(pair, data, **changes):
+    defaults = {"epochs": 2, "batch_size": 20, "seed": 0, "progress": False}
+    return pv.fit(*pair, data, **(defaults | changes))
+
+
+class Rows(Dataset):
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i]
+
+
+class Stream(IterableDataset):
+    def __init__(self, x):
+        self.x = x
+
+    def __iter__(self):
+        return iter(self.x)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: x,
+        lambda x: x.numpy(),
+        lambda x: (x,),
+        TensorDataset,
+        Rows,
+        Stream,
+        lambda x: DataLoader(TensorDataset(x), batch_size=20),
+        lambda x: DataLoader(Rows(x), batch_size=20, shuffle=True),
+    ],
+)
+def test_data_of_every_kind(wrap, binary):
+    result = fit(make_pair(), wrap(binary), epochs=30, learning_rate=0.02, validation=wrap(binary))
+    assert result.history.loss.iloc[-1] < result.history.loss.iloc[0] - 0.5
+    assert result.history.validation_loss.notna().all()
+    assert len(pv.evidence(result.model, result.guide, wrap(binary), num_particles=5).values) == 50
+
+
+def test_read_only_and_strided_arrays(binary):
+    array = np.asarray(binary.repeat(2, 1))[::2]
+    array.setflags(write=False)
+    fit(make_pair(), array)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pv.objectives.ELBO(2),
+        pv.objectives.MeanFieldELBO(),
+        pv.objectives.IWAE(5),
+        pyro.infer.Trace_ELBO(),
+    ],
+)
+def test_every_objective_reaches_the_maximum_likelihood_of_the_linear_gaussian_model(objective):
+    """The exact maximum of the likelihood, by principal components (Lucas et al. 2019)."""
+    oracle = LinearGaussian(d=1, D=4, dtype=torch.float32)
+    x = oracle.sample(500)
+
+    class Normal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(1, 4)
+            self.log_scale = nn.Parameter(torch.zeros(()))
+
+        def forward(self, z):
+            return dist.Normal(self.linear(z), self.log_scale.exp()).to_event(1)
+
+    model = pv.LatentVariableModel(pv.priors.StandardNormal(1), Normal())
+    guide = pv.guides.AmortizedNormal(model, nn.Identity())  # linear: the posterior is in reach
+    fit(
+        (model, guide),
+        x,
+        objective=objective,
+        epochs=150,
+        batch_size=100,
+        learning_rate=0.02,
+        scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 150),
+    )
+    covariance = torch.cov(x.T.double(), correction=0)
+    values = torch.linalg.eigvalsh(covariance).flip(0)
+    noise = values[1:].mean()
+    weight = torch.linalg.eigh(covariance).eigenvectors[:, -1] * (values[0] - noise).sqrt()
+    best = torch.distributions.MultivariateNormal(
+        x.double().mean(0), torch.outer(weight, weight) + noise * torch.eye(4)
+    )
+    reached = pv.evidence(model, guide, x, num_particles=500, seed=0).mean
+    assert reached == pytest.approx(best.log_prob(x.double()).mean().item(), abs=0.02)
+
+
+def test_one_optimizer_of_the_users_choice_and_a_scheduler(binary):
+    made = []
+
+    def optimizer(parameters):
+        made.append(list(parameters))
+        return torch.optim.SGD(made[0], lr=0.1)
+
+    pair = make_pair()
+    result = fit(
+        pair,
+        binary,
+        epochs=3,
+        optimizer=optimizer,
+        scheduler=functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5),
+    )
+    assert len(made) == 1
+    assert set(map(id, made[0])) == {id(p) for m in pair for p in m.parameters()}
+    assert result.history.learning_rate.tolist() == pytest.approx([0.1, 0.05, 0.025])
+
+
+def test_plateau_scheduler_sees_the_validation_loss(binary):
+    scheduler = functools.partial(
+        torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=1e9
+    )
+    result = fit(make_pair(), binary, epochs=4, validation=binary, scheduler=scheduler)
+    assert result.history.learning_rate.iloc[-1] < result.history.learning_rate.iloc[0]
+
+
+def test_gradient_clipping_bounds_the_whole_gradient(binary):
+    pair = make_pair()
+    pair[1](binary)
+    before = [p.detach().clone() for m in pair for p in m.parameters()]
+    sgd = functools.partial(torch.optim.SGD, lr=1.0)
+    fit(pair, binary, epochs=1, batch_size=50, optimizer=sgd, clip_norm=1e-2)
+    moved = [p - q for p, q in zip((p for m in pair for p in m.parameters()), before, strict=True)]
+    norm = torch.stack([m.norm() for m in moved]).norm().item()
+    assert norm == pytest.approx(1e-2, rel=1e-3)
+
+
+def test_early_stopping_restores_parameters_and_buffers_of_the_best_epoch(binary):
+    model = pv.LatentVariableModel(
+        pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [30], 16))
+    )
+    norm = nn.BatchNorm1d(30)
+    guide = pv.guides.AmortizedNormal(model, nn.Sequential(nn.Linear(16, 30), norm, nn.Tanh()))
+    train, validation = binary[:20], binary[20:]
+    result = fit(
+        (model, guide),
+        train,
+        objective=pv.objectives.MeanFieldELBO(20),
+        validation=validation,
+        epochs=400,
+        learning_rate=0.02,
+        patience=15,
+    )
+    losses = result.history.validation_loss
+    assert len(losses) == result.best_epoch + 15 < 400
+    assert losses[result.best_epoch] == losses.min()
+    batches = norm.num_batches_tracked.item()
+    assert batches == result.best_epoch + 1  # and one for the check before the first step
+    objective = pv.objectives.MeanFieldELBO(2000)
+    model.eval()
+    guide.eval()
+    again = objective.loss(model, guide, validation) / len(validation)
+    assert again == pytest.approx(losses.min(), abs=0.2)
+    assert losses.iloc[-1] > losses.min() + 0.2  # so the last epoch's would have been told apart
+
+
+def test_the_same_seed_gives_the_same_fit_and_leaves_the_processs_random_numbers(binary):
+    results = []
+    for _ in range(2):
+        torch.manual_seed(11)
+        pair = make_pair()
+        results.append(fit(pair, binary, objective=pv.objectives.IWAE(3)))
+        after = torch.rand(1)
+    torch.manual_seed(11)
+    make_pair()
+    assert torch.equal(after, torch.rand(1))
+    a, b = results
+    assert a.history.loss.tolist() == b.history.loss.tolist()
+    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_history_is_in_nats_per_datum_whatever_the_scale_of_the_plate(binary):
+    """plate("data", N, subsample=x) scales the loss by N/B; the history takes it out again."""
+    histories = []
+    for full_size in (None, 5000):
+        torch.manual_seed(4)
+        decoder = nn.Linear(2, 16)
+
+        def model(x, full_size=full_size, decoder=decoder):
+            pyro.module("decoder", decoder)
+            plate = pyro.plate("data", full_size or len(x), subsample=x if full_size else None)
+            with plate:
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+        guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(16, [8]))
+        histories.append(fit((model, guide), binary, batch_size=25).history.loss.tolist())
+    assert histories[0] == pytest.approx(histories[1], rel=1e-4)
+
+
+def test_dynamic_binarisation_is_redrawn_for_every_minibatch():
+    gray = torch.full((40, 16), 0.5)
+    seen = []
+
+    def transform(x):
+        seen.append(torch.bernoulli(x))
+        return seen[-1]
+
+    fit(make_pair(), gray, transform=transform, epochs=2, batch_size=40)
+    assert len(seen) == 3  # the check, and two epochs
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_parameters_that_a_program_makes_later_are_trained_too(binary):
+    calls = []
+
+    def model(x):
+        calls.append(1)
+        late = pyro.param("late", torch.tensor(0.0)) if len(calls) > 3 else torch.tensor(0.0)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            logits = (z + late).unsqueeze(-1).expand(*z.shape, 16)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(16, [4]))
+    fit((model, guide), binary, epochs=5, learning_rate=0.1)
+    with pv.parameter_store(model, guide):
+        assert pyro.param("late").item() != 0.0
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_epoch(binary):
+    sgd = functools.partial(torch.optim.SGD, lr=1e30)
+    with pytest.raises(FloatingPointError, match="in epoch"):
+        fit(make_pair(), binary, optimizer=sgd, epochs=10)
+
+
+def test_progress_bar_shows_the_loss(binary, capsys):
+    fit(make_pair(), binary, progress=True)
+    assert "loss" in capsys.readouterr().out

@@ -1,0 +1,249 @@
+import copy
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import make_pair
+from pyro import poutine
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.guides import AmortizedNormal, latent_sites
+from pyro_vae.traces import guide_log_prob
+
+# Latents by name: distribution of one datum. Together: every support, several event shapes.
+LATENTS = {
+    "real": lambda: dist.Normal(0.0, 1.0),
+    "vector": lambda: dist.Normal(torch.zeros(3), 1.0).to_event(1),
+    "image": lambda: dist.Normal(torch.zeros(1, 4, 4), 1.0).to_event(3),
+    "positive": lambda: dist.LogNormal(torch.zeros(2), 1.0).to_event(1),
+    "unit": lambda: dist.Beta(2.0, 3.0),
+    "interval": lambda: dist.Uniform(-1.0, 3.0),
+    "simplex": lambda: dist.Dirichlet(torch.ones(4)),
+    "ordered": lambda: dist.TransformedDistribution(
+        dist.Normal(torch.zeros(3), 1.0).to_event(1), [dist.transforms.OrderedTransform()]
+    ),
+    "cholesky": lambda: dist.LKJCholesky(3, 1.0),
+    "simplexes": lambda: dist.Dirichlet(torch.ones(2, 3)).to_event(1),
+}
+
+
+def model_with(*names):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            total = 0.0
+            for name in names:
+                p = LATENTS[name]()
+                z = pyro.sample(name, p)
+                total = total + (z.flatten(-p.event_dim) if p.event_dim else z[..., None]).sum(-1)
+            pyro.sample("x", dist.Normal(total.unsqueeze(-1), 1.0).expand_by([]).to_event(1), obs=x)
+
+    return model
+
+
+def guide_for(model, x, hidden=8):
+    guide = AmortizedNormal(model, pv.nets.MLP(x.shape[1], [hidden]).to(x.dtype))
+    guide(x)
+    return guide
+
+
+@pytest.mark.parametrize("name", LATENTS)
+@pytest.mark.parametrize("num_particles", [1, 4])
+def test_density_at_a_sample_is_the_one_reported(name, num_particles):
+    """Scoring inverts the bijection; the draw itself used what it had cached."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, x = model_with(name), torch.randn(5, 1)
+        guide = guide_for(model, x)
+        t = pv.terms(model, guide, x, num_particles=num_particles)
+        assert t.samples[name].shape == (num_particles, 5, *LATENTS[name]().event_shape)
+        values = {name: t.samples[name].flatten(0, 1)}
+        scores = guide_log_prob(guide, (x,), values, plate_nesting=1)
+        own = scores.reshape(num_particles, 5, 5).diagonal(dim1=1, dim2=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(own, t.log_guide, rtol=1e-7, atol=1e-7)
+    assert LATENTS[name]().support.check(t.samples[name].float()).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("real", -30, 30), ("unit", 0, 1), ("interval", -1, 3), ("positive_scalar", 0, 400)],
+)
+def test_density_integrates_to_one(name, low, high):
+    LATENTS["positive_scalar"] = lambda: dist.Exponential(1.0)
+    try:
+        model, x = model_with(name), torch.randn(3, 1)
+        guide = guide_for(model, x)
+        edges = torch.linspace(0, 1, 400_001, dtype=torch.float64) ** (3 if high == 400 else 1)
+        edges = low + (high - low) * edges
+        middles = (edges[1:] + edges[:-1]) / 2
+        density = guide_log_prob(guide, (x,), {name: middles.float()}, plate_nesting=1).exp()
+    finally:
+        del LATENTS["positive_scalar"]
+    total = (density.double() * edges.diff().unsqueeze(1)).sum(0)
+    torch.testing.assert_close(total, torch.ones(3, dtype=torch.float64), rtol=2e-3, atol=0)
+
+
+def test_gradient_reaches_every_parameter():
+    model, x = model_with(*LATENTS), torch.randn(5, 1)
+    guide = guide_for(model, x)
+    pv.objectives.ELBO(3).differentiable_loss(model, guide, x).backward()
+    rows = guide.head.weight.grad
+    assert (rows.abs().sum(1) > 0).all()
+    for name, p in guide.named_parameters():
+        assert p.grad.abs().max() > 0, name
+
+
+def test_latents_in_nested_plates_and_a_data_plate_that_is_not_the_last():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            with pyro.plate("words", 3, dim=-1):
+                w = pyro.sample("w", dist.Dirichlet(torch.ones(4)))
+                pyro.sample("x", dist.Normal(z.sum(-1) + w[..., 0], 1.0), obs=x)
+
+    x = torch.randn(5, 3)
+    guide = guide_for(model, x)
+    values = guide(x)
+    assert values["z"].shape == (5, 1, 2)
+    assert values["w"].shape == (5, 3, 4)
+    for num_particles in (1, 6):
+        t = pv.terms(model, guide, x, num_particles=num_particles)
+        assert t.samples["z"].shape == (num_particles, 5, 2)
+        assert t.samples["w"].shape == (num_particles, 5, 3, 4)
+    # Each datum's latents hang on its own row of x alone.
+    with torch.no_grad():
+        guide.head.weight.mul_(10)
+        means = {}
+        for rows in (x, x.flip(0)):
+            sites = poutine.trace(guide).get_trace(rows).nodes
+            means[rows is x] = sites["z"]["fn"].base_dist.loc.squeeze(1)
+    torch.testing.assert_close(means[True], means[False].flip(0))
+
+
+def test_subsampled_data_plate_scales_the_guide_as_the_model():
+    def model(x):
+        with pyro.plate("data", 1000, subsample=x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).to_event(1), obs=x)
+
+    guide = guide_for(model, torch.randn(10, 1))
+    assert pv.terms(model, guide, torch.randn(7, 1)).scale == pytest.approx(1000 / 7)
+
+
+def test_the_guide_leaves_global_latents_to_a_guide_beside_it():
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal((z + mean).unsqueeze(-1), 1.0).to_event(1), obs=x)
+
+    local = AmortizedNormal(model, pv.nets.MLP(1, [8]))
+    shared = pyro.infer.autoguide.AutoNormal(poutine.block(model, expose=["mean"]))
+
+    class Both(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.local = shared, local
+
+        def forward(self, x):
+            self.shared(x)
+            self.local(x)
+
+    x = torch.randn(200, 1) + 3
+    guide = Both()
+    fit = pv.fit(model, guide, x, epochs=200, batch_size=200, learning_rate=0.05, progress=False)
+    assert fit.history.loss.iloc[-1] < fit.history.loss.iloc[0]
+    assert shared.median()["mean"].item() == pytest.approx(3, abs=0.6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [1, 9])
+def test_dtype_and_batches_of_one(dtype, batch):
+    model, guide = make_pair()
+    model.to(dtype)
+    guide.encoder.to(dtype)
+    t = pv.terms(model, guide, torch.ones(batch, 16, dtype=dtype), num_particles=2)
+    assert t.log_weight.dtype == dtype
+    assert t.log_weight.shape == (2, batch)
+
+
+def test_copies_and_state_dicts():
+    model, guide = make_pair()
+    x = torch.ones(3, 16)
+    guide(x)
+    twin = copy.deepcopy(guide)
+    with torch.no_grad():
+        twin.head.bias.add_(1.0)
+    assert not torch.equal(twin.head.bias, guide.head.bias)
+    twin.load_state_dict(guide.state_dict())
+    for a, b in zip(twin.parameters(), guide.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_fresh_guide_starts_near_a_unit_scale():
+    model, guide = make_pair()
+    x = torch.zeros(3, 16)
+    guide(x)
+    with torch.no_grad():
+        guide.head.weight.zero_()
+        guide.head.bias.zero_()
+    q = poutine.trace(guide).get_trace(x).nodes["z"]["fn"].base_dist
+    torch.testing.assert_close(q.scale, torch.ones(3, 2))
+
+
+def test_covariates_reach_the_encoder():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = pv.nets.MLP(3, [8])
+
+        def forward(self, x, y):
+            return self.net(torch.cat([x, y], -1))
+
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z + y, 1.0).to_event(1), obs=x)
+
+    guide = AmortizedNormal(model, Encoder())
+    x, y = torch.randn(50, 2), torch.randn(50, 1)
+    pv.fit(model, guide, (x, y), epochs=2, batch_size=20, progress=False)
+    estimate = pv.evidence(model, guide, (x, y), num_particles=500, seed=0)
+    exact = dist.Normal(y.expand(50, 2), 2**0.5).log_prob(x).sum(-1)
+    assert (estimate.values - exact).abs().max() < 1
+
+
+def no_latent(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(torch.zeros(1), 1.0).to_event(1), obs=x)
+
+
+def discrete_latent(x):
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Categorical(torch.ones(3)))
+        pyro.sample("x", dist.Normal(c.float().unsqueeze(-1), 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (no_latent, "no latent site in the plate \"data\"; its sites are \\['x'\\]"),
+        (discrete_latent, "latent site 'c' has the support IntegerInterval"),
+    ],
+)
+def test_models_that_no_continuous_guide_fits(model, message):
+    with pytest.raises(ValueError, match=message):
+        latent_sites(model, torch.randn(5, 1))
+
+
+def test_encoder_whose_output_does_not_fit():
+    class Mixer(nn.Module):
+        def forward(self, x):
+            return x.mean(0)
+
+    model, _ = make_pair()
+    with pytest.raises(ValueError, match=r"features of shape \(5, F\)"):
+        AmortizedNormal(model, Mixer())(torch.ones(5, 16))

@@ -1,0 +1,112 @@
+"""The import rules of docs/architecture.md: the ways between files run in one direction."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import pyro_vae
+
+ROOT = Path(pyro_vae.__file__).parent
+
+# Each file or package, and what of this project it may import. Nothing else may it.
+ALLOWED = {
+    "nets": set(),
+    "traces": set(),
+    "seeding": set(),
+    "progress": set(),
+    "minibatches": set(),
+    "datasets": set(),
+    "priors": set(),
+    "likelihoods": set(),
+    "terms": {"traces"},
+    "models": {"traces"},
+    "guides": {"traces"},
+    "objectives": {"terms", "traces"},
+    "programs": {"traces"},
+    "contract": {"programs", "traces"},
+    "training": {"contract", "minibatches", "objectives", "programs", "progress", "seeding",
+                 "traces"},
+    "evaluation": {"contract", "minibatches", "programs", "progress", "seeding", "terms", "traces"},
+    "comparison": {"contract", "evaluation", "minibatches", "programs", "progress", "seeding",
+                   "terms", "traces", "training"},
+    "cli": {"", "progress", "seeding"},  # the front door
+    "__main__": {"cli"},
+}  # fmt: skip
+# Who may import what of the world outside, where that is a rule.
+TORCH_ONLY = {"nets"}
+PYRO_AND_TORCH_ONLY = {"traces", "terms", "objectives", "guides", "models", "priors", "likelihoods"}
+STANDARD = {"__future__", "abc", "collections", "contextlib", "dataclasses", "functools",
+            "itertools", "math", "typing"}  # fmt: skip
+
+
+def files():
+    return sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def part_of(path):
+    """The name of a file or package directly below pyro_vae."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_modules(path):
+    """Full names of all modules that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where they lead"
+            yield node.module
+            if node.module == "pyro_vae":
+                yield from (f"pyro_vae.{alias.name}" for alias in node.names)
+
+
+def parts_imported(path):
+    names = set()
+    for module in imported_modules(path):
+        root, *rest = module.split(".")
+        if root == "pyro_vae":
+            names.add(rest[0] if rest else "")
+    if path.name != "cli.py" and "" in names and len(names) > 1:
+        names.discard("")  # `from pyro_vae import programs` names the part itself
+    return names - {part_of(path)}
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_import_only_what_lies_before_them(path):
+    part = part_of(path)
+    assert part in ALLOWED, f"{part} is new: give it its place in ALLOWED and in architecture.md"
+    assert parts_imported(path) <= ALLOWED[part]
+
+
+def test_the_rules_have_no_way_back():
+    seen = []
+    for part, allowed in ALLOWED.items():
+        assert allowed - {""} <= set(seen), f"{part} may import what comes after it"
+        seen.append(part)
+
+
+@pytest.mark.parametrize("part", sorted(PYRO_AND_TORCH_ONLY | TORCH_ONLY))
+def test_programs_and_terms_know_only_pyro_and_torch(part):
+    allowed = {"torch", "pyro_vae"} | STANDARD | (set() if part in TORCH_ONLY else {"pyro"})
+    outside = {module.split(".")[0] for module in imported_modules(ROOT / f"{part}.py")}
+    assert outside <= allowed
+
+
+def test_a_way_back_would_be_seen(tmp_path, monkeypatch):
+    path = tmp_path / "terms.py"
+    path.write_text("def late():\n    from pyro_vae import guides\n")
+    monkeypatch.setattr("test_imports.ROOT", tmp_path)
+    assert parts_imported(path) == {"guides"}
+
+
+def test_public_names_are_written_out():
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert imported == set(pyro_vae.__all__)
+    assert sorted(pyro_vae.__all__) == pyro_vae.__all__

@@ -1,0 +1,373 @@
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import LinearGaussian, assert_within
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.objectives import ELBO, IWAE, MeanFieldELBO
+
+
+def two_latents():
+    """A hierarchy, the guide written by hand and structured."""
+    top, bottom = nn.Linear(2, 3), nn.Linear(3, 4)
+    encode, refine = nn.Linear(4, 6), nn.Linear(7, 4)
+
+    def model(x):
+        pyro.module("top", top)
+        pyro.module("bottom", bottom)
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            z1 = pyro.sample("z1", dist.Normal(top(z2), 0.7).to_event(1))
+            pyro.sample("x", dist.Normal(bottom(z1), 0.5).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encode", encode)
+        pyro.module("refine", refine)
+        with pyro.plate("data", len(x)):
+            loc, raw = encode(x).chunk(2, -1)
+            # the model's order, top first: the upper loc does not see z1
+            z2 = pyro.sample("z2", dist.Normal(loc[..., :2], raw[..., :2].exp()).to_event(1))
+            seen = torch.cat([x.expand(*z2.shape[:-1], 4), z2, z2[..., :1]], -1)
+            loc1, raw1 = refine(seen).split([3, 1], -1)
+            pyro.sample("z1", dist.Normal(loc1, raw1.exp()).to_event(1))
+
+    return model, guide, torch.randn(7, 4)
+
+
+def non_gaussian():
+    """A latent on the positive reals and one on the unit interval, the guide made for them."""
+
+    def model(x):
+        loc = pyro.param("loc", torch.tensor(0.3))
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.LogNormal(loc, 0.8))
+            b = pyro.sample("b", dist.Beta(2.0, 3.0))
+            pyro.sample("x", dist.Normal(a * b, 0.5), obs=x[..., 0])
+
+    encoder = pv.nets.MLP(1, [5])
+    guide = pv.guides.AmortizedNormal(model, encoder)
+    x = torch.rand(7, 1)
+    guide(x)
+    return model, guide, x
+
+
+def bare_parameters():
+    """Everything by pyro.param, a global observation beside the data."""
+
+    def model(x):
+        weight = pyro.param("weight", torch.tensor([0.5, -1.0]))
+        scale = pyro.param("scale", torch.tensor(0.7), constraint=dist.constraints.positive)
+        pyro.sample("pseudo", dist.Normal(weight.sum(), 1.0), obs=torch.tensor(0.1))
+        with pyro.plate("data", 100, subsample=x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1) * weight, scale).to_event(1), obs=x)
+
+    def guide(x):
+        slope = pyro.param("slope", torch.tensor([0.2, 0.1]))
+        width = pyro.param("width", torch.tensor(0.4), constraint=dist.constraints.positive)
+        with pyro.plate("data", 100, subsample=x):
+            pyro.sample("z", dist.Normal(x @ slope, width))
+
+    return model, guide, torch.randn(7, 2)
+
+
+def discrete():
+    logits = nn.Linear(2, 1)
+
+    def model(x):
+        shift = pyro.param("shift", torch.tensor([1.0, -1.0]))
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(c.unsqueeze(-1) * shift, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("logits", logits)
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Bernoulli(logits=logits(x).squeeze(-1)))
+
+    return model, guide, torch.randn(7, 2)
+
+
+def loss_and_gradients(objective, model, guide, x):
+    objective.loss_and_grads(model, guide, x)  # both sides find their plates now
+    for p in dict(pyro.get_param_store().named_parameters()).values():
+        p.grad = None
+    torch.manual_seed(5)
+    loss = float(objective.loss_and_grads(model, guide, x))
+    return loss, {n: p.grad.clone() for n, p in pyro.get_param_store().named_parameters()}
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+@pytest.mark.parametrize(
+    ("program", "ours", "theirs"),
+    [
+        (two_latents, ELBO, Trace_ELBO),
+        (two_latents, MeanFieldELBO, TraceMeanField_ELBO),
+        (non_gaussian, ELBO, Trace_ELBO),
+        (non_gaussian, MeanFieldELBO, TraceMeanField_ELBO),
+        (bare_parameters, ELBO, Trace_ELBO),
+        (bare_parameters, MeanFieldELBO, TraceMeanField_ELBO),
+        (discrete, ELBO, Trace_ELBO),
+    ],
+)
+def test_loss_and_gradient_are_those_of_pyro_at_the_same_noise(
+    program, ours, theirs, num_particles
+):
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, guide, x = program()
+        loss, gradients = loss_and_gradients(ours(num_particles), model, guide, x)
+        theirs = theirs(num_particles=num_particles, vectorize_particles=num_particles > 1)
+        expected_loss, expected = loss_and_gradients(theirs, model, guide, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss == pytest.approx(expected_loss, rel=1e-12)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_score_function_gradient_is_the_exact_one():
+    """The average of many single-particle gradients against the enumerated ELBO's."""
+    model, guide, x = discrete()
+    objective = ELBO(num_particles=20_000)
+    _, gradients = loss_and_gradients(objective, model, guide, x)
+
+    def exact_loss():
+        shift = pyro.param("shift").unconstrained().detach().requires_grad_()
+        logits = guide.__closure__[0].cell_contents
+        q = logits(x).squeeze(-1).sigmoid()
+        loss = 0.0
+        for c, prior in ((0.0, 0.7), (1.0, 0.3)):
+            p_c = q if c else 1 - q
+            log_p = dist.Normal(c * shift, 1.0).log_prob(x).sum(-1)
+            loss = loss - (p_c * (log_p + torch.tensor(prior).log() - p_c.log())).sum()
+        return loss, shift, logits
+
+    loss, shift, logits = exact_loss()
+    expected = torch.autograd.grad(loss, [shift, logits.weight, logits.bias])
+    # Standard errors of the three gradients, from twenty shorter runs.
+    runs = [loss_and_gradients(ELBO(num_particles=1000), model, guide, x)[1]]
+    for seed in range(19):
+        torch.manual_seed(seed)
+        for p in dict(pyro.get_param_store().named_parameters()).values():
+            p.grad = None
+        ELBO(num_particles=1000).loss_and_grads(model, guide, x)
+        runs.append({n: p.grad.clone() for n, p in pyro.get_param_store().named_parameters()})
+    for name, truth in zip(["shift", "logits$$$weight", "logits$$$bias"], expected, strict=True):
+        error = torch.stack([run[name] for run in runs]).std(0) / 20**0.5
+        assert ((gradients[name] - truth).abs() < 4.5 * error).all(), name
+
+
+@pytest.mark.parametrize("objective", [ELBO, MeanFieldELBO])
+@pytest.mark.parametrize("num_particles", [1, 10])
+def test_expected_elbo_is_evidence_less_the_closed_form_gap(objective, num_particles):
+    oracle = LinearGaussian()
+    x = oracle.sample(400)
+    truth = (oracle.log_evidence(x) - oracle.gap).sum().item()
+    objective = objective(num_particles)
+    losses = torch.tensor([objective.loss(oracle.model, oracle.guide, x) for _ in range(30)])
+    assert_within(-losses.mean().item(), truth, losses.std().item() / 30**0.5)
+
+
+def test_iwae_rises_with_particles_to_the_evidence():
+    oracle = LinearGaussian(d=3)
+    x = oracle.sample(300)
+    evidence = oracle.log_evidence(x).sum().item()
+    previous, previous_error = -float("inf"), 0.0
+    for num_particles in (1, 4, 16, 64):
+        objective = IWAE(num_particles)
+        bounds = -torch.tensor([objective.loss(oracle.model, oracle.guide, x) for _ in range(30)])
+        mean, error = bounds.mean().item(), bounds.std().item() / 30**0.5
+        assert mean < evidence + 4 * error
+        assert mean > previous + 4 * (error**2 + previous_error**2) ** 0.5
+        previous, previous_error = mean, error
+
+
+def test_bias_of_iwae_is_the_predicted_one():
+    """About -(E[w^2] - 1)/(2K) for each datum, w = p(z|x)/q: E[w^2] is a Gaussian integral."""
+    excess = 0.0
+    while not 0.3 < excess < 0.8:  # E[w^2] - 1; infinite where 2 P - diag(P) is not positive
+        oracle = LinearGaussian(d=2, D=5)
+        precision, width = oracle.precision, torch.diag(oracle.precision.diagonal())
+        log_square = precision.logdet() - 0.5 * width.logdet()
+        excess = (log_square - 0.5 * (2 * precision - width).logdet()).expm1().item()
+    x = oracle.sample(500)
+    bias = -excess / (2 * 16)
+    bounds = -torch.tensor([IWAE(16).loss(oracle.model, oracle.guide, x) for _ in range(100)])
+    bounds = (bounds.double() - oracle.log_evidence(x).sum()) / 500
+    # The next order is smaller by about the same factor again.
+    assert bounds.mean().item() == pytest.approx(
+        bias, abs=4 * bounds.std().item() / 10 + 3 * bias**2 + abs(bias) / 16
+    )
+    assert bias < -6 * bounds.std().item() / 10  # the test can see it
+
+
+@pytest.mark.parametrize("objective", [ELBO(4), MeanFieldELBO(4), IWAE(4)])
+def test_bound_of_an_exact_guide_is_the_evidence(objective):
+    oracle = LinearGaussian(exact=True)
+    x = oracle.sample(20)
+    loss = objective.loss(oracle.model, oracle.guide, x)
+    assert loss == pytest.approx(-oracle.log_evidence(x).sum().item(), rel=1e-10)
+
+
+def subsampled():
+    """plate(N = 1000, subsample of 50): local latents in four dimensions, a poor guide."""
+    x = torch.randn(1000) * 5**0.5
+
+    def model(x):
+        with pyro.plate("data", 1000, subsample_size=50) as rows:
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x[rows])
+
+    def guide(x):
+        with pyro.plate("data", 1000, subsample_size=50) as rows:
+            pyro.sample(
+                "z", dist.Normal(x[rows].unsqueeze(-1) / 5, 0.8).expand([50, 4]).to_event(1)
+            )
+
+    evidence = dist.Normal(0.0, 5**0.5).log_prob(x).sum().item()
+    return model, guide, x, evidence
+
+
+def test_iwae_of_a_subsampled_plate_is_a_bound_and_pyros_is_none():
+    model, guide, x, evidence = subsampled()
+
+    def bound(objective, repeats=300):
+        values = -torch.tensor([float(objective.loss(model, guide, x)) for _ in range(repeats)])
+        return values.mean().item(), values.std().item() / repeats**0.5
+
+    previous = -float("inf")
+    for num_particles in (1, 8, 500):
+        value, error = bound(IWAE(num_particles))
+        assert value < evidence + 4 * error
+        assert value > previous + 4 * error
+        previous = value
+    renyi = RenyiELBO(alpha=0, num_particles=500, vectorize_particles=True, max_plate_nesting=1)
+    value, error = bound(renyi)
+    assert value > evidence + 4 * error  # the scale within the logarithm: no bound at all
+
+
+def test_iwae_refuses_what_would_make_it_no_bound():
+    def scaled(x):
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=0.5):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    with pytest.raises(ValueError, match="site 'z' is scaled"):
+        IWAE(3).loss(scaled, guide, torch.randn(5))
+    model, discrete_guide, x = discrete()
+    for objective in (IWAE(3), MeanFieldELBO()):
+        with pytest.raises(ValueError, match="site 'c' has none"):
+            objective.loss(model, discrete_guide, x)
+
+
+def test_analytic_kl_refuses_latents_in_another_order():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            b = pyro.sample("b", dist.Normal(a, 1.0))
+            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            b = pyro.sample("b", dist.Normal(x, 1.0))
+            pyro.sample("a", dist.Normal(b, 1.0))
+
+    with pytest.raises(ValueError, match=r"the model's order is \['a', 'b'\]"):
+        MeanFieldELBO().loss(model, guide, torch.randn(5))
+    ELBO().loss(model, guide, torch.randn(5))
+
+
+def test_global_latents_are_accepted_by_elbos():
+    """A Bayesian mean: the exact evidence is a multivariate normal's."""
+    x = torch.randn(6) + 1
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(mean + z, 1.0), obs=x)
+
+    precision = torch.tensor(1 + len(x) / 2)
+
+    def guide(x):  # the exact posterior, site by site
+        mean = pyro.sample("mean", dist.Normal(x.sum() / 2 / precision, precision.rsqrt()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x - mean) / 2, 0.5**0.5))
+
+    covariance = 2 * torch.eye(6) + torch.ones(6, 6)
+    evidence = torch.distributions.MultivariateNormal(torch.zeros(6), covariance).log_prob(x)
+
+    assert ELBO().loss(model, guide, x) == pytest.approx(-evidence.item(), rel=1e-5)
+    assert ELBO(5).loss(model, guide, x) == pytest.approx(-evidence.item(), rel=1e-5)
+    losses = torch.tensor([MeanFieldELBO(5).loss(model, guide, x) for _ in range(300)])
+    assert_within(losses.mean().item(), -evidence.item(), losses.std().item() / 300**0.5)
+
+
+@pytest.mark.parametrize("objective", [ELBO(), ELBO(5), MeanFieldELBO(2), IWAE(5)])
+def test_objectives_drive_pyros_svi(objective, pair, binary):
+    model, guide = pair
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=objective)
+    losses = [svi.step(binary) for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+    assert isinstance(svi.evaluate_loss(binary), float)
+    module = objective(model, guide)
+    assert module(binary).requires_grad
+
+
+def test_one_objective_serves_pairs_of_different_nesting():
+    objective = IWAE(3)
+    oracle = LinearGaussian(exact=True)
+    x = oracle.sample(5)
+
+    def nested(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("inner", 2, dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def nested_guide(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("inner", 2, dim=-1):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    y = torch.randn(4, 2)
+    for _ in range(2):
+        loss = objective.loss(oracle.model, oracle.guide, x)
+        assert loss == pytest.approx(-oracle.log_evidence(x).sum().item())
+        loss = objective.loss(nested, nested_guide, y)
+        exact = dist.Normal(0.0, 2**0.5).log_prob(y).sum().item()
+        assert loss == pytest.approx(-exact, rel=1e-5)
+
+
+def test_a_program_that_takes_no_particle_dimension():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if z.dim() > 1:
+                raise RuntimeError("no more than the batch, please")
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    x = torch.randn(5)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x).sum().item()
+    with pytest.raises(RuntimeError, match="no more"):
+        IWAE(3).loss(model, guide, x)
+    loss = IWAE(3, vectorize_particles=False).loss(model, guide, x)
+    assert loss == pytest.approx(-exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", [ELBO, MeanFieldELBO, IWAE])
+def test_num_particles_must_be_positive(objective):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        objective(0)

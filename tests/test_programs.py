@@ -1,0 +1,246 @@
+"""Pairs never touch each other's parameters, whatever their names."""
+
+import functools
+import gc
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import make_pair
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import programs
+
+
+def plain_pair(start=0.0):
+    """Everything by pyro.param and pyro.module, under names that every such pair has."""
+    decoder = nn.Linear(1, 1)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        loc = pyro.param("loc", torch.tensor(start))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(decoder(z[..., None])[..., 0], 1.0), obs=x)
+
+    def guide(x):
+        slope = pyro.param("slope", torch.tensor(0.1))
+        width = pyro.param("width", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(slope * x, width))
+
+    return model, guide, decoder
+
+
+class MethodsPair(nn.Module):
+    """As in Pyro's VAE example: model and guide are methods of one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.encoder = nn.Linear(2, 3), nn.Linear(3, 4)
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        loc, raw = self.encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
+
+
+def options(**changes):
+    return {"epochs": 5, "batch_size": 25, "learning_rate": 0.05, "seed": 0, "progress": False} | (
+        changes
+    )
+
+
+def test_two_plain_pairs_of_the_same_names_train_apart():
+    x = torch.randn(100) + 2
+    alone_model, alone_guide, _ = plain_pair()
+    torch.manual_seed(1)
+    first_model, first_guide, first_decoder = plain_pair()
+    torch.manual_seed(1)
+    second_model, second_guide, second_decoder = plain_pair()
+    pv.fit(alone_model, alone_guide, x - 9, **options())
+    pv.fit(first_model, first_guide, x, **options())
+    pv.fit(second_model, second_guide, x, **options())
+    assert torch.equal(first_decoder.weight, second_decoder.weight)
+    evidences = [
+        pv.evidence(m, g, x, num_particles=50, seed=0).values
+        for m, g in ((first_model, first_guide), (second_model, second_guide))
+    ]
+    assert torch.equal(*evidences)
+    assert len(pyro.get_param_store()) == 0
+    with pv.parameter_store(first_model, first_guide):
+        loc = pyro.param("loc").item()
+        assert set(pyro.get_param_store().keys()) >= {"loc", "slope", "width", "decoder$$$weight"}
+    with pv.parameter_store(alone_model, alone_guide):
+        assert pyro.param("loc").item() != loc
+
+
+def test_two_pyro_modules_of_the_same_class_train_apart(binary):
+    torch.manual_seed(3)
+    first = make_pair()
+    torch.manual_seed(3)
+    second = make_pair()
+    untouched = [p.clone() for p in second[0].parameters()]
+    pv.fit(*first, binary, **options())
+    for before, after in zip(untouched, second[0].parameters(), strict=True):
+        assert torch.equal(before, after)
+    pv.fit(*second, binary, **options())
+    for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_untrained_pair_is_not_evaluated_with_anothers_parameters(binary):
+    """PyroParams follow Pyro's store by name: another module's entry must not replace them."""
+
+    class Model(pyro.nn.PyroModule):
+        def __init__(self, loc):
+            super().__init__()
+            self.loc = pyro.nn.PyroParam(torch.tensor(loc))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(self.loc + z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    x = torch.zeros(4)
+    first, second = Model(0.0), Model(30.0)
+    first(x)  # leaves its parameter in Pyro's global store, under the name "loc"
+    assert pv.evidence(second, guide, x, num_particles=100, seed=0).mean < -50
+    assert second.loc.item() == 30.0
+
+
+def test_pairs_trained_by_pyros_svi_are_evaluated_with_what_they_learned():
+    x = torch.randn(200) + 4
+    model, guide, _ = plain_pair()
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), pv.objectives.ELBO())
+    untrained = pv.evidence(model, guide, x, num_particles=200, seed=0).mean
+    assert len(pyro.get_param_store()) == 0  # looking leaves no trace
+    for _ in range(100):
+        svi.step(x)
+    assert pv.evidence(model, guide, x, num_particles=200, seed=0).mean > untrained + 1
+
+
+def test_a_second_fit_goes_on_from_the_first():
+    x = torch.randn(100) + 2
+    model, guide, _ = plain_pair()
+    first = pv.fit(model, guide, x, **options(epochs=20))
+    second = pv.fit(model, guide, x, **options(epochs=1))
+    assert second.history.loss.iloc[0] < first.history.loss.iloc[0]
+
+
+def prior_as_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def test_a_fitted_model_keeps_its_parameters_beside_another_guide():
+    """Naive Monte Carlo: the same model, the prior for a guide."""
+    x = torch.randn(100) + 3
+    model, guide, _ = plain_pair()
+    pv.fit(model, guide, x, **options(epochs=50))
+    best = pv.evidence(model, guide, x, num_particles=2000, seed=0)
+    naive = pv.evidence(model, prior_as_guide, x, num_particles=20_000, seed=0)
+    error = (naive.monte_carlo_errors**2 + best.monte_carlo_errors**2).sqrt()
+    assert ((naive.values - best.values).abs() < 4.5 * error + 0.02).all()
+
+
+def test_a_fitted_guide_keeps_its_parameters_beside_another_model():
+    x = torch.randn(100) + 3
+    model, guide, decoder = plain_pair()
+    pv.fit(model, guide, x, **options(epochs=50))
+    with pv.parameter_store(model, guide):
+        loc, slope = pyro.param("loc").item(), pyro.param("slope").item()
+
+    def other_model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(decoder(z[..., None])[..., 0], 1.0), obs=x)
+
+    with pv.parameter_store(other_model, guide):
+        assert pyro.param("slope").item() == slope
+    both = [pv.evidence(m, guide, x, num_particles=50, seed=0).mean for m in (model, other_model)]
+    assert both[0] == pytest.approx(both[1], rel=1e-5)
+
+
+def test_parameters_of_several_fits_are_ambiguous():
+    x = torch.randn(100)
+    model, guide, _ = plain_pair()
+
+    def other(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("other", torch.tensor(0.0)), 1.0))
+
+    pv.fit(model, guide, x, **options())
+    pv.fit(model, other, x, **options())
+    with pytest.raises(
+        ValueError, match=r"fitted with 2 guides, and pyro.param values such as 'loc'"
+    ):
+        pv.evidence(model, prior_as_guide, x, num_particles=5)
+
+
+def test_methods_of_one_module():
+    x = torch.randn(60, 3)
+    first, second = MethodsPair(), MethodsPair()
+    before = pv.evidence(first.model, first.guide, x, num_particles=20, seed=0).mean
+    pv.fit(first.model, first.guide, x, **options(epochs=20))
+    assert pv.evidence(first.model, first.guide, x, num_particles=20, seed=0).mean > before
+    pv.fit(second.model, second.guide, x, **options())
+    assert not torch.equal(first.decoder.weight, second.decoder.weight)
+
+
+def test_a_store_ends_with_its_pair():
+    gc.collect()
+    before = len(programs._stores)
+    model, guide, _ = plain_pair()
+    pv.fit(model, guide, torch.randn(50), **options(epochs=1))
+    assert len(programs._stores) == before + 1
+    del model, guide
+    gc.collect()
+    assert len(programs._stores) == before
+
+
+def test_an_open_store_is_not_opened_again():
+    x = torch.randn(50)
+    model, guide, _ = plain_pair()
+    pv.fit(model, guide, x, **options(epochs=1))
+    with pv.parameter_store(model, guide):
+        with torch.no_grad():
+            pyro.param("loc").unconstrained().fill_(100.0)
+        far = pv.evidence(model, guide, x, num_particles=10, seed=0).mean
+    assert pv.evidence(model, guide, x, num_particles=10, seed=0).mean == far
+
+
+def test_modules_that_programs_refer_to():
+    decoder, shared = nn.Linear(1, 1), nn.Linear(1, 2)
+
+    def closure(x):
+        return decoder(x)
+
+    def wants(module, x):
+        return module(x)
+
+    class Callable:
+        def __init__(self):
+            self.net = shared
+
+        def __call__(self, x):
+            return self.net(x)
+
+    assert programs.modules(closure) == [decoder]
+    assert programs.modules(functools.partial(wants, shared)) == [shared]
+    assert programs.modules(Callable()) == [shared]
+    pair = MethodsPair()
+    assert programs.modules(pair.model, pair.guide) == [pair]

@@ -1,0 +1,267 @@
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import LinearGaussian, assert_within
+from pyro import poutine
+
+import pyro_vae as pv
+from pyro_vae.traces import guide_log_prob
+
+
+def nested_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("words", 3):
+            w = pyro.sample("w", dist.Normal(z, 1.0).mask(x[:, 0] > 0))
+        mean = w.sum(-2, keepdim=True).unsqueeze(-1).expand(*w.shape[:-2], 1, len(x), 2)
+        pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+
+def nested_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x.sum(-1), 0.5))
+        with pyro.plate("words", 3):
+            pyro.sample("w", dist.Normal(x[:, 0], 0.7))
+
+
+@pytest.mark.parametrize("num_particles", [1, 7])
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_log_weights_are_the_evidence_when_the_guide_is_the_posterior(num_particles, vectorize):
+    oracle = LinearGaussian(exact=True)
+    x = oracle.sample(11)
+    t = pv.terms(
+        oracle.model, oracle.guide, x, num_particles=num_particles, vectorize_particles=vectorize
+    )
+    for part in (t.log_likelihood, t.log_prior, t.log_guide, t.kl):
+        assert part.shape == (num_particles, 11)
+    torch.testing.assert_close(t.log_weight, oracle.log_evidence(x).expand(num_particles, 11))
+
+
+@pytest.mark.parametrize("num_particles", [1, 5])
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_terms_of_nested_plates_sum_to_the_datum(num_particles, vectorize):
+    x = torch.randn(6, 2)
+    t = pv.terms(
+        nested_model, nested_guide, x, num_particles=num_particles, vectorize_particles=vectorize
+    )
+    z, w = t.samples["z"], t.samples["w"]
+    assert z.shape == (num_particles, 6)
+    assert w.shape == (num_particles, 6, 3)
+    kept = (x[:, 0] > 0).float()
+    normal = torch.distributions.Normal
+    log_prior = normal(0.0, 1.0).log_prob(z)
+    log_prior = log_prior + kept * normal(z.unsqueeze(-1), 1.0).log_prob(w).sum(-1)
+    log_guide = normal(x.sum(-1), 0.5).log_prob(z)
+    log_guide = log_guide + normal(x[:, :1], 0.7).log_prob(w).sum(-1)
+    log_likelihood = normal(w.sum(-1, keepdim=True), 1.0).log_prob(x).sum(-1)
+    torch.testing.assert_close(t.log_prior, log_prior)
+    torch.testing.assert_close(t.log_guide, log_guide)
+    torch.testing.assert_close(t.log_likelihood, log_likelihood)
+    assert t.predict()["x"].shape == (num_particles, 6, 2)
+
+
+def test_vectorised_and_sequential_particles_have_the_same_law():
+    oracle = LinearGaussian()
+    x = oracle.sample(1)
+    draws = [
+        pv.terms(
+            oracle.model, oracle.guide, x, num_particles=2000, vectorize_particles=flag
+        ).log_weight.squeeze(1)
+        for flag in (True, False)
+    ]
+    for moment in (1, 2):
+        a, b = (draw**moment for draw in draws)
+        error = ((a.var() + b.var()) / 2000).sqrt().item()
+        assert_within(a.mean().item(), b.mean().item(), error)
+
+
+@pytest.mark.parametrize("num_particles", [1, 4])
+def test_closed_form_kl_and_its_sampled_stand_in(num_particles):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("known", dist.Normal(0.0, 1.0))
+            pyro.sample("unknown", dist.StudentT(3.0))
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("known", dist.Normal(x, 0.5))
+            pyro.sample("unknown", dist.Normal(x, 2.0))
+
+    x = torch.randn(5)
+    t = pv.terms(model, guide, x, num_particles=num_particles)
+    normal = torch.distributions.Normal
+    known = torch.distributions.kl_divergence(normal(x, 0.5), normal(0.0, 1.0))
+    u = t.samples["unknown"]
+    sampled = normal(x, 2.0).log_prob(u) - torch.distributions.StudentT(3.0).log_prob(u)
+    torch.testing.assert_close(t.kl, known + sampled)
+
+
+def test_kl_is_sampled_where_one_side_alone_is_scaled():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=0.5):
+                pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.5))
+
+    t = pv.terms(model, guide, torch.randn(5))
+    torch.testing.assert_close(t.kl, t.log_guide - t.log_prior)
+    z = t.samples["z"]
+    torch.testing.assert_close(t.log_prior, 0.5 * dist.Normal(0.0, 1.0).log_prob(z))
+    assert t.scaled_sites == ["z"]
+
+
+def test_kl_of_an_autoguides_delta_keeps_its_jacobian():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Exponential(torch.ones(len(x))))
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    guide = pyro.infer.autoguide.AutoNormal(model)
+    t = pv.terms(model, guide, torch.randn(5))
+    torch.testing.assert_close(t.kl, t.log_guide - t.log_prior)
+
+
+def test_scale_of_a_subsampled_data_plate_stays_out_of_the_terms():
+    def model(x):
+        with pyro.plate("data", 1000, subsample=x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 1000, subsample=x):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    x = torch.randn(7)
+    t = pv.terms(model, guide, x, num_particles=3)
+    assert t.scale == pytest.approx(1000 / 7)
+    assert not t.scaled_sites
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+    torch.testing.assert_close(t.log_weight, exact.expand(3, 7))
+
+
+def test_deterministic_sites_and_factors():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.deterministic("twice", 2 * z)
+            pyro.factor("tilt", 0.3 * x)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        pyro.deterministic("sum", z.sum())
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    x = torch.randn(4)
+    t = pv.terms(model, guide, x)
+    assert t.global_sites == []
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x) + 0.3 * x
+    torch.testing.assert_close(t.log_weight, exact.unsqueeze(0))
+
+
+def test_guide_is_scored_at_given_values_for_all_pairs():
+    x = torch.randn(4, 2)
+    values = {"z": torch.randn(3), "w": torch.randn(3, 3)}
+    scores = guide_log_prob(nested_guide, (x,), values, plate_nesting=2)
+    normal = torch.distributions.Normal
+    expected = normal(x.sum(-1), 0.5).log_prob(values["z"][:, None])
+    expected = expected + normal(x[:, :1], 0.7).log_prob(values["w"][:, None]).sum(-1)
+    torch.testing.assert_close(scores, expected)
+
+
+def test_a_dimension_that_is_no_plates_is_refused():
+    """Summed over an inner plate without keepdim, particles would sit where words were."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with pyro.plate("words", 3):
+                w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(w.sum(-2), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)), pyro.plate("words", 3):
+            pyro.sample("w", dist.Normal(x, 0.7))
+
+    pv.terms(model, guide, torch.randn(6))
+    with pytest.raises(
+        ValueError, match=r"site 'x' has batch shape .* no plate at its dimension -2"
+    ):
+        pv.terms(model, guide, torch.randn(6), num_particles=5)
+
+
+def latent_outside(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def latent_inside(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def guide_outside(x):
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def guide_inside(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x, 1.0))
+
+
+def guide_other_name(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x, 1.0))
+        pyro.sample("zz", dist.Normal(x, 1.0))
+
+
+def guide_without(x):
+    pass
+
+
+def guide_other_size(x):
+    with pyro.plate("data", 2 * len(x), subsample=x):
+        pyro.sample("z", dist.Normal(x, 1.0))
+
+
+def model_other_plate(x):
+    with pyro.plate("batch", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "message"),
+    [
+        (latent_inside, guide_without, "latent site 'z' of the model is missing in the guide"),
+        (latent_inside, guide_other_name, "the guide samples site 'zz'"),
+        (latent_inside, guide_outside, 'inside the plate "data" in the model and outside'),
+        (latent_outside, guide_inside, 'outside the plate "data" in the model and inside'),
+        (latent_inside, guide_other_size, 'the plate "data" has size 5'),
+        (model_other_plate, model_other_plate, "its plates \\['batch'\\]"),
+    ],
+)
+def test_broken_contracts_are_named(model, guide, message):
+    guide = poutine.block(guide, hide=["x"]) if guide is model_other_plate else guide
+    with pytest.raises(ValueError, match=message):
+        pv.terms(model, guide, torch.randn(5))
+
+
+def test_global_latents_are_named_where_data_must_be_independent():
+    t = pv.terms(latent_outside, guide_outside, torch.randn(5), num_particles=3)
+    assert t.global_sites == ["z"]
+    assert t.log_weight_global.shape == (3,)
+    with pytest.raises(ValueError, match="site 'z' stands outside"):
+        t.require_independent_data("IWAE")
+
+
+def test_num_particles_must_be_positive():
+    with pytest.raises(ValueError, match="num_particles must be at least 1, got 0"):
+        pv.terms(latent_inside, guide_inside, torch.randn(5), num_particles=0)
