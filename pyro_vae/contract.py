@@ -24,7 +24,7 @@ def check_pair(
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        batch: x (B, *event) and any covariates.
+        batch: x ``(B, *event)`` and any covariates.
         all_x: the data set that x comes from, to check every value against the support of the
             observed site that x is; only the batch is checked if it is not given.
 

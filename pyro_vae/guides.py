@@ -76,7 +76,7 @@ class AmortizedNormal(PyroModule):
         encoder: network from the program's arguments to features (B, ...), flattened to (B, F).
 
     Shape:
-        x is (B, *event). A call returns the latents by name, each (..., B, *its event).
+        x is ``(B, *event)``. A call returns the latents by name, each ``(..., B, *its event)``.
 
     Raises:
         ValueError: at the first call: the model has no latent site in the plate ``"data"``; a
@@ -148,7 +148,7 @@ def push_forward(
     """Map a distribution of unconstrained scalars through a bijection onto a support.
 
     Args:
-        base: distribution of scalars, of batch shape (..., *event).
+        base: distribution of scalars, of batch shape ``(..., *event)``.
         bijection: from the reals onto the support, over the event.
         event_dim: how many of the base's rightmost batch dimensions make an event.
 
@@ -172,7 +172,7 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
 
     Args:
         model: program of p(x, z).
-        x: minibatch (B, *event).
+        x: minibatch ``(B, *event)``.
         *covariates: further arguments of the program.
 
     Raises:

@@ -33,5 +33,5 @@ class Bernoulli(nn.Module):
         self.event_dim = event_dim
 
     def forward(self, z: Tensor) -> TorchDistributionMixin:
-        """Return p(x|z) for z of shape (..., *latent event): batch shape (...)."""
+        """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
         return dist.Bernoulli(logits=self.decoder(z)).to_event(self.event_dim)

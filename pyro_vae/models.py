@@ -20,7 +20,7 @@ class LatentVariableModel(PyroModule):
         likelihood: called on z, gives p(x|z); see :mod:`pyro_vae.likelihoods`.
 
     Shape:
-        x is (B, *event), the event that of p(x|z).
+        x is ``(B, *event)``, the event that of p(x|z).
 
     Sites:
         ``"z"`` latent and ``"x"`` observed, both in the plate ``"data"``.

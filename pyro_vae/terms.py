@@ -167,7 +167,7 @@ class Terms:
 
     @property
     def samples(self) -> dict[str, Tensor]:
-        """Values of the latents of the plate ``"data"``, each (K, B, *inner plates, *event)."""
+        """Values of the latents of the plate ``"data"``, each ``(K, B, *inner plates, *event)``."""
         return _concatenate([run.samples() for run in self._runs])
 
     def predict(self) -> dict[str, Tensor]:
@@ -176,7 +176,7 @@ class Terms:
         Runs the model once more, its observations taken away.
 
         Returns:
-            By site, (K, B, *inner plates, *event).
+            By site, ``(K, B, *inner plates, *event)``.
         """
         return _concatenate([run.predict() for run in self._runs])
 

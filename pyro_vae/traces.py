@@ -119,17 +119,17 @@ class PairTrace:
         return [factor.name for factor in self.model.values() if not factor.observed]
 
     def samples(self) -> dict[str, Tensor]:
-        """Return what the guide drew at the local latents: (K, B, *inner plates, *event)."""
+        """Return what the guide drew at the local latents: ``(K, B, *inner plates, *event)``."""
         sites = [self.guide[name].site for name in self.latents if self.model[name].local]
         return {site["name"]: self._value(site) for site in sites}
 
     def observations(self) -> dict[str, Tensor]:
-        """Return the values of the local observed sites: (B, *inner plates, *event)."""
+        """Return the values of the local observed sites: ``(B, *inner plates, *event)``."""
         sites = [f.site for f in self.model.values() if f.observed and f.local]
         return {site["name"]: self._value(site)[0] for site in sites}
 
     def predict(self) -> dict[str, Tensor]:
-        """Draw the local observed sites anew, given the latents: (K, B, *inner plates, *event)."""
+        """Draw the local observed sites anew: ``(K, B, *inner plates, *event)``."""
         sites = random_sites(self._replay_unobserved())
         return {
             site["name"]: self._value(site)
@@ -182,7 +182,7 @@ class PairTrace:
         return Factor(site, self._reduce(torch.as_tensor(log_prob), site))
 
     def _value(self, site: Site) -> Tensor:
-        """Return a site's value with its dimensions in order: (K, B, *inner plates, *event)."""
+        """Return a site's value with its dimensions in order: ``(K, B, *inner plates, *event)``."""
         value, event_dim = site["value"], site["fn"].event_dim
         batch_dims = range(event_dim - value.dim(), 0)
         plates = [frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
@@ -273,7 +273,7 @@ def guide_log_prob(
     Args:
         guide: program of q(z|x).
         args: a minibatch x of B rows, and covariates.
-        values: by latent site, (M, *inner plates, *event).
+        values: by latent site, ``(M, *inner plates, *event)``.
         plate_nesting: how many batch dimensions the guide uses.
 
     Returns:
@@ -353,7 +353,7 @@ def values_outside_support(site: Site, values: Tensor) -> str | None:
 
     Args:
         site: node of a trace.
-        values: (N, *event); nothing is said of values that do not fit the site's shape.
+        values: ``(N, *event)``; nothing is said of values that do not fit the site's shape.
     """
     support = site["fn"].support
     try:

@@ -1,19 +1,11 @@
 import os
 
-import pyro
 import pytest
 import torch
 
 import pyro_vae as pv
 
 DATA_FOLDER = os.environ.get("PYRO_VAE_DATA")  # before a test takes it away
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    """Every test from the same seed, with an empty global parameter store."""
-    pyro.clear_param_store()
-    torch.manual_seed(20261122)
 
 
 def make_pair(latent=2, data=16, hidden=8):

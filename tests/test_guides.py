@@ -171,7 +171,7 @@ def test_dtype_and_batches_of_one(dtype, batch):
 
 
 def test_copies_and_state_dicts():
-    model, guide = make_pair()
+    _, guide = make_pair()
     x = torch.ones(3, 16)
     guide(x)
     twin = copy.deepcopy(guide)
@@ -184,7 +184,7 @@ def test_copies_and_state_dicts():
 
 
 def test_a_fresh_guide_starts_near_a_unit_scale():
-    model, guide = make_pair()
+    _, guide = make_pair()
     x = torch.zeros(3, 16)
     guide(x)
     with torch.no_grad():

@@ -122,7 +122,7 @@ def scored_information(
     Args:
         guide: program of q(z|x).
         batches: all N data points.
-        codes: for each minibatch, the codes by latent site, each (K, B, *inner plates, *event).
+        codes: for each minibatch, the codes by latent site, each ``(K, B, *inner plates, *event)``.
         log_guide: log q(z|x_n) of each code under its own datum, (K, N).
         plate_nesting: how many batch dimensions the guide uses.
 

@@ -19,12 +19,12 @@ def reconstruct(
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        x: data (B, *event).
+        x: data ``(B, *event)``.
         *covariates: further arguments of the programs.
         seed: fixes the draws of z.
 
     Returns:
-        Shape (B, *event), on the CPU.
+        Shape ``(B, *event)``, on the CPU.
 
     Raises:
         ValueError: no observed site of the model has the shape of x.
@@ -50,14 +50,14 @@ def generate(
 
     Args:
         model: program of p(x, z).
-        x: any data of the right shape (B, *event): it says how many rows to generate, no more.
+        x: any data of the right shape ``(B, *event)``: it says how many rows to generate, no more.
         *covariates: further arguments of the program.
         guide: program that the model was fitted with; needed for a model whose ``pyro.param``
             values live in the store of the pair.
         seed: fixes the draws of z.
 
     Returns:
-        Shape (B, *event), on the CPU.
+        Shape ``(B, *event)``, on the CPU.
 
     Raises:
         ValueError: no observed site of the model has the shape of x.

@@ -74,8 +74,8 @@ def fit(
     Args:
         model: program of p(x, z), called with a minibatch.
         guide: program of q(z|x), called likewise.
-        data: training data: a tensor or numpy array x (N, \*event), a tuple (x, \*covariates), a
-            torch Dataset or a DataLoader.
+        data: training data: a tensor or numpy array x ``(N, *event)``, a tuple
+            ``(x, *covariates)``, a torch Dataset or a DataLoader.
         objective: what to maximise; ``objectives.ELBO()`` if not given.
         validation: held-out data, on which the loss is taken after each epoch at the same noise.
         epochs: passes over the data.
@@ -112,7 +112,7 @@ def fit(
         ... )
         >>> guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(64, [32]))
         >>> fit = pv.fit(model, guide, data.train, epochs=3, seed=0, progress=False)
-        >>> bool(fit.history.loss[2] < fit.history.loss[0])
+        >>> bool(fit.history.loss[3] < fit.history.loss[1])  # by epoch
         True
     """
     objective = ELBO() if objective is None else objective

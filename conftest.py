@@ -1,0 +1,20 @@
+"""Runs the Python code of README.md and docs/, and seeds every test and docstring example."""
+
+import pyro
+import pytest
+import torch
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["README.md", "docs/*.md"],
+    fixtures=["_fresh"],
+).pytest()
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    """Start from the same seed, with an empty global parameter store."""
+    pyro.clear_param_store()
+    torch.manual_seed(20261122)
