@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.programs import parameters
-from pyro_vae.traces import PairTrace, Program, values_outside_support
+from pyro_vae.sites import values_outside_support
+from pyro_vae.traces import PairTrace, Program
 
 
 def check_pair(

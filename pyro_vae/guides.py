@@ -24,7 +24,7 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import IndependentTransform, Transform, identity_transform
 from torch.nn import functional as F
 
-from pyro_vae.traces import DATA_PLATE, Site, data_frame, random_sites
+from pyro_vae.sites import DATA_PLATE, Site, data_frame, random_sites
 
 
 @dataclass(frozen=True)

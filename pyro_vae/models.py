@@ -9,7 +9,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from pyro_vae.traces import DATA_PLATE
+from pyro_vae.sites import DATA_PLATE
 
 
 class LatentVariableModel(PyroModule):

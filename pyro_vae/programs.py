@@ -35,11 +35,11 @@ class _Fitted:
     def bare_names(self, program: str) -> list[str]:
         """Names of the program's pyro.param values, which no module holds."""
         params = self.store["params"]
-        return [
+        return sorted(
             name
             for name in self.names[program]
             if name in params and not isinstance(params[name], nn.Parameter)
-        ]
+        )
 
 
 # By the owners of the guide and of the model, then by their methods. Weak: a pair's store ends
@@ -91,7 +91,7 @@ def parameter_store(model: Program, guide: Program, *, fresh: bool = False) -> I
     store = _find(model, guide)
     if store is None:
         store = {"params": {}, "constraints": {}} if fresh else _borrowed_store(model, guide)
-    elif any(store is other for other in _open_stores):
+    elif _open_stores and _open_stores[-1] is store:
         yield store
         return
     _open_stores.append(store)
@@ -121,26 +121,28 @@ def bind(model: Program, guide: Program, store: Store, trace: PairTrace) -> None
 
 
 def modules(*programs: Program) -> list[nn.Module]:
-    """Return the torch modules that programs are, are methods of, or refer to by name."""
+    """Return the torch modules that programs are, are methods of, hold, or refer to by name.
+
+    A function's are found in its closure and its globals, and in those of the functions it calls.
+    """
     found: dict[nn.Module, None] = {}
-    for program in programs:
-        program = inspect.unwrap(program)
-        if isinstance(program, functools.partial):
-            arguments = (*program.args, *program.keywords.values())
-            found |= dict.fromkeys(a for a in arguments if isinstance(a, nn.Module))
-            found |= dict.fromkeys(modules(program.func))
+    waiting, seen = list(programs), []
+    while waiting:
+        program = _owner(inspect.unwrap(waiting.pop(0)))
+        if any(program is other for other in seen):
             continue
-        owner = _owner(program)
-        if isinstance(owner, nn.Module):
-            found[owner] = None
+        seen.append(program)
+        if isinstance(program, nn.Module):
+            found[program] = None
+        elif isinstance(program, functools.partial):
+            waiting += [program.func, *program.args, *program.keywords.values()]
         elif inspect.isfunction(program):
             names = inspect.getclosurevars(program)
-            for value in (*names.nonlocals.values(), *names.globals.values()):
-                if isinstance(value, nn.Module):
-                    found[value] = None
+            values = (*names.nonlocals.values(), *names.globals.values())
+            waiting += [v for v in values if isinstance(v, nn.Module) or inspect.isroutine(v)]
         else:
-            values = getattr(owner, "__dict__", {}).values()
-            found |= dict.fromkeys(v for v in values if isinstance(v, nn.Module))
+            values = getattr(program, "__dict__", {}).values()
+            waiting += [v for v in values if isinstance(v, nn.Module)]
     return list(found)
 
 
@@ -199,18 +201,18 @@ def _borrowed_store(model: Program, guide: Program) -> Store:
     state = pyro.get_param_store().get_state()
     names = [name for name, p in state["params"].items() if not isinstance(p, nn.Parameter)]
     borrowed = {kind: {name: values[name] for name in names} for kind, values in state.items()}
-    for program, partner in ((model, "guide"), (guide, "model")):
-        own = "model" if partner == "guide" else "guide"
-        fits = [f for f in _fits(program, own) if f.bare_names(own)]
+    for role, partner, program in (("model", "guide", model), ("guide", "model", guide)):
+        fits = [fitted for fitted in _fits(program, role) if fitted.bare_names(role)]
         if len(fits) > 1:
             raise ValueError(
-                f"this {own} was fitted with {len(fits)} {partner}s, and pyro.param values such as "
-                f"{fits[0].bare_names(own)[0]!r} differ between those fits: which are meant? Fit "
-                f"this pair too, or make the {own} a PyroModule that holds its parameters."
+                f"this {role} was fitted with {len(fits)} {partner}s, and pyro.param values such "
+                f"as {fits[0].bare_names(role)[0]!r} may differ between those fits: which are "
+                f"meant? Fit this pair too, or make the {role} a PyroModule that holds them."
             )
-        for name in fits[0].bare_names(own) if fits else ():
-            for kind, values in fits[0].store.items():
-                borrowed[kind][name] = values[name]
+        for fitted in fits:
+            for name in fitted.bare_names(role):
+                for kind, values in fitted.store.items():
+                    borrowed[kind][name] = values[name]
     return borrowed
 
 

@@ -82,14 +82,7 @@ def terms(
 def find_plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
     """Count the batch dimensions that the plates of both programs use, by running them once."""
     with torch.no_grad(), poutine.block():
-        trace = PairTrace(model, guide, args, kwargs)
-    dims = [
-        frame.dim
-        for factor in [*trace.model.values(), *trace.guide.values()]
-        for frame in factor.site["cond_indep_stack"]
-        if frame.vectorized
-    ]
-    return -min(dims)
+        return PairTrace(model, guide, args, kwargs).plate_nesting
 
 
 class Terms:
@@ -169,6 +162,11 @@ class Terms:
     def samples(self) -> dict[str, Tensor]:
         """Values of the latents of the plate ``"data"``, each ``(K, B, *inner plates, *event)``."""
         return _concatenate([run.samples() for run in self._runs])
+
+    @property
+    def observations(self) -> dict[str, Tensor]:
+        """Values of the observed sites of the plate ``"data"``, ``(B, *inner plates, *event)``."""
+        return self._first.observations()
 
     def predict(self) -> dict[str, Tensor]:
         """Draw the observed sites of the plate ``"data"`` given the latents.

@@ -5,11 +5,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import make_pair
 from torch import nn
 from torch.utils.data import DataLoader
 
 import pyro_vae as pv
+from conftest import make_pair
 
 GOOD = torch.ones(30, 16)
 
@@ -73,6 +73,8 @@ def test_bad_data(name, function):
         ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
         ({"clip_norm": -1.0}, "clip_norm must be positive, got -1.0"),
         ({"patience": 3}, "patience needs validation data"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used here"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
         ({"patience": 0, "validation": GOOD}, "patience must be at least 1, got 0"),
         ({"validation": GOOD[:, :3]}, r"\(\d+, 3\)"),
         ({"validation": GOOD * 0.5}, "outside the support of site 'x'"),

@@ -12,7 +12,8 @@ ROOT = Path(pyro_vae.__file__).parent
 # Each file or package, and what of this project it may import. Nothing else may it.
 ALLOWED = {
     "nets": set(),
-    "traces": set(),
+    "sites": set(),
+    "traces": {"sites"},
     "seeding": set(),
     "progress": set(),
     "minibatches": set(),
@@ -20,14 +21,15 @@ ALLOWED = {
     "priors": set(),
     "likelihoods": set(),
     "terms": {"traces"},
-    "models": {"traces"},
-    "guides": {"traces"},
+    "models": {"sites"},
+    "guides": {"sites"},
     "objectives": {"terms", "traces"},
     "programs": {"traces"},
-    "contract": {"programs", "traces"},
+    "contract": {"programs", "sites", "traces"},
     "training": {"contract", "minibatches", "objectives", "programs", "progress", "seeding",
                  "traces"},
-    "evaluation": {"contract", "minibatches", "programs", "progress", "seeding", "terms", "traces"},
+    "evaluation": {"contract", "minibatches", "programs", "progress", "seeding", "sites", "terms",
+                   "traces"},
     "comparison": {"contract", "evaluation", "minibatches", "programs", "progress", "seeding",
                    "terms", "traces", "training"},
     "cli": {"", "progress", "seeding"},  # the front door
@@ -35,7 +37,16 @@ ALLOWED = {
 }  # fmt: skip
 # Who may import what of the world outside, where that is a rule.
 TORCH_ONLY = {"nets"}
-PYRO_AND_TORCH_ONLY = {"traces", "terms", "objectives", "guides", "models", "priors", "likelihoods"}
+PYRO_AND_TORCH_ONLY = {
+    "sites",
+    "traces",
+    "terms",
+    "objectives",
+    "guides",
+    "models",
+    "priors",
+    "likelihoods",
+}
 STANDARD = {"__future__", "abc", "collections", "contextlib", "dataclasses", "functools",
             "itertools", "math", "typing"}  # fmt: skip
 

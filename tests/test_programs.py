@@ -7,10 +7,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import make_pair
 from torch import nn
 
 import pyro_vae as pv
+from conftest import make_pair
 from pyro_vae import programs
 
 
@@ -242,5 +242,10 @@ def test_modules_that_programs_refer_to():
     assert programs.modules(closure) == [decoder]
     assert programs.modules(functools.partial(wants, shared)) == [shared]
     assert programs.modules(Callable()) == [shared]
+
+    def indirect(x):
+        return closure(x) + indirect(x)
+
+    assert programs.modules(indirect) == [decoder]
     pair = MethodsPair()
     assert programs.modules(pair.model, pair.guide) == [pair]

@@ -88,13 +88,9 @@ def test_matrix_products_equal_the_scored_pairs():
 
     fast = pv.elbo_surgery(model, guide, x, num_particles=200, seed=0)
 
-    def aux(x):  # the same density, in a form that is not read as a Gaussian
-        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=torch.ones(len(x)).bool()):
-            pass
-        return guide(x)
-
+    # The same density, in a form that is not read as a Gaussian.
     masked = pyro.poutine.mask(guide, mask=torch.tensor(True))
-    assert not DiagonalGaussians.fit(masked, (x,))
+    assert not DiagonalGaussians.describe(masked, (x,))
     slow = pv.elbo_surgery(model, masked, x, num_particles=200, seed=0)
     # The same data: only the draws differ. 200 of them for each of 60 data.
     assert fast.mutual_information == pytest.approx(slow.mutual_information, abs=0.05)
@@ -114,7 +110,7 @@ def test_hierarchical_guides_are_scored_and_not_taken_for_mean_field():
             pyro.sample("z1", dist.Normal((x + z2) / 2, 0.5**0.5))
 
     x = (torch.randn(1500) * 3**0.5).double()
-    assert not DiagonalGaussians.fit(guide, (x,))
+    assert not DiagonalGaussians.describe(guide, (x,))
     surgery = pv.elbo_surgery(model, guide, x, num_particles=2, seed=0)
     # I[x, (z1, z2)] = h(x) - h(x|z1) = log(3) / 2, and with the exact posterior q_agg is p.
     errors = surgery.standard_errors

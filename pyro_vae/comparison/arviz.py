@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 
 from pyro_vae import programs
-from pyro_vae.contract import check_pair
+from pyro_vae.evaluation.estimating import estimating
 from pyro_vae.minibatches import Data, Minibatches
-from pyro_vae.seeding import seeded
 from pyro_vae.terms import terms
 from pyro_vae.traces import Program
 
@@ -66,28 +64,21 @@ def to_arviz(
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
     batches = Minibatches(data, 2**31, device=programs.device_of(model, guide))
-    batch = batches.in_memory()
-    with (
-        seeded(seed),
-        programs.parameter_store(model, guide),
-        programs.evaluation_mode(model, guide),
-    ):
-        trace = check_pair(model, guide, batch, batches.x)
-        with pyro.validation_enabled(False):
-            t = terms(
-                model,
-                guide,
-                *batch,
-                num_particles=num_draws,
-                vectorize_particles=vectorize_particles,
-            )
-            t.require_independent_data("to_arviz")
-            predictive = t.predict()
+    with estimating("to_arviz", model, guide, batches, seed) as plate_nesting:
+        t = terms(
+            model,
+            guide,
+            *batches.in_memory(),
+            num_particles=num_draws,
+            vectorize_particles=vectorize_particles,
+            plate_nesting=plate_nesting,
+        )
+        predictive = t.predict()
     return make_container(
         posterior={name: _chain(value) for name, value in t.samples.items()},
         sample_stats={"log_weight": _chain(t.log_weight)},
         posterior_predictive={name: _chain(value) for name, value in predictive.items()},
-        observed_data={name: value.cpu().numpy() for name, value in trace.observations().items()},
+        observed_data={name: value.cpu().numpy() for name, value in t.observations.items()},
     )
 
 

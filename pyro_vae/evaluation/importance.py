@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import pyro
 import torch
 from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae import programs
-from pyro_vae.contract import check_pair
+from pyro_vae.evaluation.estimating import estimating
 from pyro_vae.evaluation.psis import khat_of_tail, tail_length
 from pyro_vae.minibatches import Data, Minibatches
 from pyro_vae.progress import task
-from pyro_vae.seeding import seeded
-from pyro_vae.terms import find_plate_nesting, terms
+from pyro_vae.terms import terms
 from pyro_vae.traces import Program
 
 UNRELIABLE_KHAT = 0.7
@@ -135,31 +133,24 @@ def evidence(
     batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
     results = []
     with (
-        seeded(seed),
-        programs.parameter_store(model, guide),
-        programs.evaluation_mode(model, guide),
+        estimating("evidence", model, guide, batches, seed) as plate_nesting,
         task(progress, description, batches.num_data, transient=True) as advance,
     ):
-        first = batches.first()
-        check_pair(model, guide, first, batches.x)
-        terms(model, guide, *first).require_independent_data("evidence")
-        nesting = find_plate_nesting(model, guide, *first)
-        with pyro.validation_enabled(False):
-            for batch in batches:
-                weights = _WeightStream(num_particles)
-                chunk = max(1, pairs_per_pass // batch[0].shape[0])
-                while weights.count < num_particles:
-                    t = terms(
-                        model,
-                        guide,
-                        *batch,
-                        num_particles=min(chunk, num_particles - weights.count),
-                        vectorize_particles=vectorize_particles,
-                        plate_nesting=nesting,
-                    )
-                    weights.add(t.log_weight)
-                results.append((weights.log_mean(), weights.error(), weights.khat()))
-                advance(batch[0].shape[0])
+        for batch in batches:
+            weights = _WeightStream(num_particles)
+            chunk = max(1, pairs_per_pass // batch[0].shape[0])
+            while weights.count < num_particles:
+                t = terms(
+                    model,
+                    guide,
+                    *batch,
+                    num_particles=min(chunk, num_particles - weights.count),
+                    vectorize_particles=vectorize_particles,
+                    plate_nesting=plate_nesting,
+                )
+                weights.add(t.log_weight)
+            results.append((weights.log_mean(), weights.error(), weights.khat()))
+            advance(batch[0].shape[0])
     return Evidence(
         *(torch.cat(parts).cpu() for parts in zip(*results, strict=True)), num_particles
     )

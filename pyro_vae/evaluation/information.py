@@ -18,7 +18,8 @@ from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import Transform
 
 from pyro_vae.minibatches import Batch, Minibatches
-from pyro_vae.traces import Program, Site, data_frame, guide_log_prob, random_sites
+from pyro_vae.sites import Site, data_frame, random_sites
+from pyro_vae.traces import Program, guide_log_prob
 
 LOG_DENSITIES_AT_A_TIME = 4_000_000  # 32 MB of float64
 
@@ -55,7 +56,7 @@ class DiagonalGaussians:
         return cls(torch.cat(locs, dim=1), torch.cat(scales, dim=1), names, all(real))
 
     @classmethod
-    def fit(cls, guide: Program, batch: Batch) -> bool:
+    def describe(cls, guide: Program, batch: Batch) -> bool:
         """Tell whether a guide is a diagonal Gaussian, its parameters a function of x alone.
 
         Those of a hierarchical guide change with what it drew above.

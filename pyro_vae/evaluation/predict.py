@@ -8,7 +8,8 @@ from torch import Tensor
 from pyro_vae import programs
 from pyro_vae.minibatches import as_tensor
 from pyro_vae.seeding import seeded
-from pyro_vae.traces import Program, Site, data_frame, random_sites
+from pyro_vae.sites import Site, data_frame, random_sites
+from pyro_vae.traces import Program
 
 
 def reconstruct(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-import pyro
 import torch
 from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae import programs
-from pyro_vae.contract import check_pair
+from pyro_vae.evaluation.estimating import estimating
 from pyro_vae.evaluation.importance import standard_error
 from pyro_vae.evaluation.information import (
     DiagonalGaussians,
@@ -20,8 +19,7 @@ from pyro_vae.evaluation.information import (
 )
 from pyro_vae.minibatches import Data, Minibatches
 from pyro_vae.progress import task
-from pyro_vae.seeding import seeded
-from pyro_vae.terms import find_plate_nesting, terms
+from pyro_vae.terms import terms
 from pyro_vae.traces import Program
 
 
@@ -121,44 +119,38 @@ def elbo_surgery(
     if num_particles < 1:
         raise ValueError(f"num_particles must be at least 1, got {num_particles}")
     batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
+    log_likelihood, rate, sampled_rate, log_guide, codes, posteriors = [], [], [], [], [], []
     with (
-        seeded(seed),
-        programs.parameter_store(model, guide),
-        programs.evaluation_mode(model, guide),
+        estimating("elbo_surgery", model, guide, batches, seed) as plate_nesting,
         task(progress, description, batches.num_data, transient=True) as advance,
     ):
-        first = batches.first()
-        check_pair(model, guide, first, batches.x)
-        terms(model, guide, *first).require_independent_data("elbo_surgery")
-        nesting = find_plate_nesting(model, guide, *first)
-        gaussian = DiagonalGaussians.fit(guide, first)
-        log_likelihood, rate, sampled_rate, log_guide, codes, posteriors = [], [], [], [], [], []
-        with pyro.validation_enabled(False):
-            for batch in batches:
-                t = terms(
-                    model,
-                    guide,
-                    *batch,
-                    num_particles=num_particles,
-                    vectorize_particles=vectorize_particles,
-                    plate_nesting=nesting,
-                )
-                log_likelihood.append(t.log_likelihood.double().mean(0))
-                rate.append(t.kl.double().mean(0))
-                sampled_rate.append((t.log_guide - t.log_prior).double().mean(0))
+        gaussian = DiagonalGaussians.describe(guide, batches.first())
+        for batch in batches:
+            t = terms(
+                model,
+                guide,
+                *batch,
+                num_particles=num_particles,
+                vectorize_particles=vectorize_particles,
+                plate_nesting=plate_nesting,
+            )
+            log_likelihood.append(t.log_likelihood.double().mean(0))
+            rate.append(t.kl.double().mean(0))
+            sampled_rate.append((t.log_guide - t.log_prior).double().mean(0))
+            if gaussian:
+                posteriors.append(DiagonalGaussians.read(guide, batch))
+                codes.append(posteriors[-1].codes(t.samples))
+            else:
                 log_guide.append(t.log_guide)
                 codes.append(t.samples)
-                if gaussian:
-                    posteriors.append(DiagonalGaussians.read(guide, batch))
-                    codes[-1] = posteriors[-1].codes(t.samples)
-                advance(batch[0].shape[0])
-            if gaussian:
-                q = DiagonalGaussians.concatenate(posteriors)
-                information = gaussian_information(q, torch.cat(codes, dim=1))
-            else:
-                information = scored_information(
-                    guide, batches, codes, torch.cat(log_guide, dim=1), nesting
-                )
+            advance(batch[0].shape[0])
+        if gaussian:
+            q = DiagonalGaussians.concatenate(posteriors)
+            information = gaussian_information(q, torch.cat(codes, dim=1))
+        else:
+            information = scored_information(
+                guide, batches, codes, torch.cat(log_guide, dim=1), plate_nesting
+            )
     log_likelihood, rate, sampled_rate = map(torch.cat, (log_likelihood, rate, sampled_rate))
     information = _control(information, rate - sampled_rate)
     per_datum = {

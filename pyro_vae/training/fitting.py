@@ -14,6 +14,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 from pyro_vae import programs
 from pyro_vae.contract import check_pair
@@ -119,14 +120,15 @@ def fit(
     if not isinstance(objective, pyro.infer.ELBO):
         raise TypeError(f"objective must be a pyro.infer.ELBO, got {objective!r}")
     _check_arguments(epochs, learning_rate, clip_norm, patience, validation)
-    device = default_device() if device == "auto" else torch.device(device)
+    device = _device(device)
     started = time.perf_counter()
     with seeded(seed), programs.parameter_store(model, guide, fresh=True) as store:
         order = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
         batches = Minibatches(
             data, batch_size, device=device, shuffle=True, generator=order, transform=transform
         )
-        if batches.tensors is not None and batch_size > batches.num_data:
+        own_batches = isinstance(data, DataLoader)
+        if not own_batches and batches.num_data is not None and batch_size > batches.num_data:
             raise ValueError(
                 f"batch_size {batch_size} is larger than the data, {batches.num_data} rows"
             )
@@ -150,9 +152,14 @@ def fit(
     return Fit(model, guide, history, int(best), time.perf_counter() - started)
 
 
-def default_device() -> torch.device:
-    """Return CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a device it lacks
+        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
+    return torch.device(device)
 
 
 def _check_arguments(epochs, learning_rate, clip_norm, patience, validation) -> None:

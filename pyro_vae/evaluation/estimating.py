@@ -1,0 +1,45 @@
+"""What every estimator needs before its first draw: seed, parameters, mode, the contract kept."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pyro
+
+from pyro_vae import programs
+from pyro_vae.contract import check_pair
+from pyro_vae.minibatches import Minibatches
+from pyro_vae.seeding import seeded
+from pyro_vae.terms import Terms
+from pyro_vae.traces import Program
+
+
+@contextlib.contextmanager
+def estimating(
+    who: str, model: Program, guide: Program, batches: Minibatches, seed: int | None
+) -> Iterator[int]:
+    """Make a pair ready to be judged, datum by datum, without gradients.
+
+    Args:
+        who: the estimator; messages name it.
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        batches: the data, whose first minibatch the pair is checked on.
+        seed: of the draws inside the block.
+
+    Yields:
+        How many batch dimensions the programs use.
+
+    Raises:
+        ValueError: the pair breaks the contract; a site is global or scaled.
+    """
+    with (
+        seeded(seed),
+        programs.parameter_store(model, guide),
+        programs.evaluation_mode(model, guide),
+    ):
+        trace = check_pair(model, guide, batches.first(), batches.x)
+        Terms([trace]).require_independent_data(who)
+        with pyro.validation_enabled(False):
+            yield trace.plate_nesting

@@ -1,0 +1,140 @@
+"""What one site of a trace says: its plates, its scale, its density, its support."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from pyro import poutine
+from pyro.distributions import Delta
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Independent, kl_divergence
+
+Site = dict[str, Any]  # a node of pyro.poutine.Trace
+
+DATA_PLATE = "data"
+PARTICLE_PLATE = "_particles"
+
+
+def random_sites(trace: poutine.Trace) -> Iterator[Site]:
+    """Yield the sites that have a density: neither a plate's subsample nor pyro.deterministic."""
+    for site in trace.nodes.values():
+        if (
+            site["type"] == "sample"
+            and not site_is_subsample(site)
+            and not site["infer"].get("_deterministic")
+        ):
+            yield site
+
+
+def data_frame(site: Site) -> CondIndepStackFrame | None:
+    """Return the frame of the plate ``"data"`` at a site, or None if the site stands outside."""
+    for frame in site["cond_indep_stack"]:
+        if frame.name == DATA_PLATE and frame.vectorized:
+            return frame
+    return None
+
+
+def own_scale(site: Site) -> float | Tensor:
+    """Return a site's scale less that of the plate ``"data"``, which no per-datum term may hold."""
+    frame = data_frame(site)
+    if frame is None or not frame.full_size or frame.full_size == frame.size:
+        return site["scale"]
+    scale = site["scale"] * frame.size / frame.full_size
+    rounding = not isinstance(scale, Tensor) and abs(scale - 1.0) < 1e-12
+    return 1.0 if rounding else scale
+
+
+def reduce_to_datum(
+    log_prob: Tensor,
+    site: Site,
+    batch_size: int,
+    particle_dim: int | None,
+    num_particles: int,
+) -> Tensor:
+    """Sum a site's log-densities over every batch dimension but the particles' and the data's.
+
+    Args:
+        log_prob: of the site's batch shape.
+        site: where it was taken.
+        batch_size: B, of the plate ``"data"``.
+        particle_dim: the particles' dimension, None without one.
+        num_particles: K.
+
+    Returns:
+        Shape (K, B), or (K,) outside the plate ``"data"``.
+
+    Raises:
+        ValueError: a batch dimension of the site is no plate's: it could hold anything, such as
+            particles that a program moved by summing over a plate without ``keepdim=True``.
+    """
+    frame = data_frame(site)
+    plates = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
+    for dim in range(-log_prob.dim(), 0):
+        if log_prob.shape[dim] > 1 and dim not in plates:
+            raise ValueError(
+                f"site {site['name']!r} has batch shape {tuple(log_prob.shape)}, but no plate at "
+                f"its dimension {dim}. Declare dimensions of the event with .to_event(n); put "
+                "other ones into a plate; and keep those of plates that you sum over "
+                "(keepdim=True)."
+            )
+    kept, sizes = [], [num_particles]
+    if particle_dim is not None:
+        kept.append(particle_dim)
+    if frame is not None:
+        kept.append(frame.dim)
+        sizes.append(batch_size)
+    missing = max((-dim for dim in kept), default=0) - log_prob.dim()
+    log_prob = log_prob.reshape((1,) * missing + tuple(log_prob.shape))
+    summed = [dim for dim in range(-log_prob.dim(), 0) if dim not in kept]
+    if summed:
+        log_prob = log_prob.sum(summed)
+    return log_prob.expand(sizes)
+
+
+def closed_form_kl(guide_site: Site, model_site: Site) -> Tensor | None:
+    """Return KL(q || p) at a site, or None where no closed form gives what sampling estimates."""
+    q, p = guide_site["fn"], model_site["fn"]
+    base = q.base_dist if isinstance(q, Independent) else q
+    if isinstance(base, Delta):
+        return None  # Pyro's KL leaves out log_density, where an AutoGuide puts its Jacobian
+    scale = own_scale(guide_site)
+    if guide_site["mask"] is not model_site["mask"] or not _same(scale, own_scale(model_site)):
+        return None  # scaled or masked on one side alone
+    with contextlib.suppress(NotImplementedError):
+        kl = kl_divergence(q, p)
+        if kl.shape == q.batch_shape:
+            return scale_and_mask(kl, scale, guide_site["mask"])
+    return None
+
+
+def values_outside_support(site: Site, values: Tensor) -> str | None:
+    """Say which values a site's distribution does not support; None if it supports them all.
+
+    Args:
+        site: node of a trace.
+        values: ``(N, *event)``; nothing is said of values that do not fit the site's shape.
+    """
+    support = site["fn"].support
+    try:
+        inside = support.check(values)
+    except (RuntimeError, ValueError):
+        return None
+    inside = inside.flatten(1).all(1) if inside.dim() > 1 else inside
+    if inside.all():
+        return None
+    row = (~inside).nonzero()[0].item()
+    low, high = values[row].min().item(), values[row].max().item()
+    return (
+        f"values outside the support of site {site['name']!r}, {support}, first in row {row}, "
+        f"where they lie in [{low:g}, {high:g}]: binarise or rescale them, or choose another "
+        "distribution"
+    )
+
+
+def _same(a: float | Tensor, b: float | Tensor) -> bool:
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
