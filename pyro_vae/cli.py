@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 import pyro_vae as pv
+from pyro_vae.arguments import positive_integer
 from pyro_vae.progress import progress_bar
 from pyro_vae.seeding import seeded
 
@@ -56,8 +57,10 @@ def compare(
     """Train ELBO, MeanFieldELBO and IWAE at each latent size; compare them on the test data."""
     started = time.perf_counter()
     console = Console()
-    if not os.access(report.parent, os.W_OK):  # better known now than in the end
-        raise ValueError(f"cannot write --report {report}: {report.parent} is no writable folder")
+    # What would fail in the end is better known now.
+    positive_integer("--evidence-particles", evidence_particles)
+    if report.is_dir() or not os.access(report.parent, os.W_OK):
+        raise ValueError(f"cannot write --report {report}: name a file in a folder to write to")
     images = pv.datasets.load(
         data, binarize="dynamic" if dynamic else "fixed", seed=seed, folder=folder
     )
@@ -66,28 +69,31 @@ def compare(
         "MeanFieldELBO": pv.objectives.MeanFieldELBO(),
         f"IWAE-{particles}": pv.objectives.IWAE(num_particles=particles),
     }
+    pairs = {
+        (name, size): _make_pair(images.train.shape[1], size, hidden, seed)
+        for size in latents
+        for name in objectives
+    }
     with progress_bar(console=console) as bar:
         fits = {}
-        for size in latents:
-            for name, objective in objectives.items():
-                label = f"{name}, z={size}"
-                model, guide = _make_pair(images.train.shape[1], size, hidden, seed)
-                fits[label] = pv.fit(
-                    model,
-                    guide,
-                    images.train,
-                    objective=objective,
-                    validation=images.validation,
-                    epochs=epochs,
-                    batch_size=batch_size,
-                    learning_rate=learning_rate,
-                    patience=patience,
-                    transform=images.transform,
-                    device=device,
-                    seed=seed,
-                    progress=bar,
-                    description=label,
-                )
+        for (name, size), (model, guide) in pairs.items():
+            label = f"{name}, z={size}"
+            fits[label] = pv.fit(
+                model,
+                guide,
+                images.train,
+                objective=objectives[name],
+                validation=images.validation,
+                epochs=epochs,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                patience=patience,
+                transform=images.transform,
+                device=device,
+                seed=seed,
+                progress=bar,
+                description=label,
+            )
         with seeded(seed):  # the aggregated posterior is over data as the guide saw them
             train = images.train if images.transform is None else images.transform(images.train)
         comparison = pv.compare(
@@ -121,6 +127,6 @@ def main() -> None:
     """Run the command line; say in one line what a user can put right."""
     try:
         app()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         Console(stderr=True).print("[red]Error:[/red]", Text(str(error)), highlight=False)
         sys.exit(1)

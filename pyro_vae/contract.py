@@ -6,19 +6,33 @@ data: which argument or site, what was expected, what came.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.programs import parameters
-from pyro_vae.sites import values_outside_support
-from pyro_vae.traces import PairTrace, Program
+from pyro_vae.sites import data_frame, values_outside_support
+from pyro_vae.traces import Factor, PairTrace, Program
+
+# What a program that meets data of another kind than it expects may raise somewhere inside.
+_PROGRAM_ERRORS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ZeroDivisionError,
+)
 
 
 def check_pair(
-    model: Program, guide: Program, batch: tuple[Any, ...], all_x: Tensor | None = None
+    model: Program,
+    guide: Program,
+    batch: tuple[Any, ...],
+    all_data: tuple[Tensor, ...] | None = None,
 ) -> PairTrace:
     """Run a pair once, with validation on, and refuse what breaks the contract.
 
@@ -26,8 +40,8 @@ def check_pair(
         model: program of p(x, z).
         guide: program of q(z|x).
         batch: x ``(B, *event)`` and any covariates.
-        all_x: the data set that x comes from, to check every value against the support of the
-            observed site that x is; only the batch is checked if it is not given.
+        all_data: the columns that the batch comes from, to check every value against the support
+            of the site that observes it; only the batch is checked if they are not given.
 
     Returns:
         The run.
@@ -37,14 +51,16 @@ def check_pair(
             ``"data"``, or in one of another size; a value is outside a site's support.
     """
     x = batch[0]
-    _check_dtype(model, guide, x)
     try:
         with torch.no_grad(), pyro.validation_enabled(True):
             trace = PairTrace(model, guide, batch)
-    except RuntimeError as error:
+    except _PROGRAM_ERRORS as error:
+        rest = "" if len(batch) == 1 else f" and {len(batch) - 1} covariates"
+        reason = str(error).split("Trace Shapes:")[0].strip()  # Pyro appends its whole trace
         raise ValueError(
             f"model and guide could not run on data x of shape {tuple(x.shape)} and dtype "
-            f"{x.dtype}: {error}. Does x have the shape and dtype that their networks expect?"
+            f"{x.dtype}{rest}: {type(error).__name__}: {reason}. Are these the arguments, shapes "
+            "and dtypes that the programs and their networks expect?"
         ) from error
     except ValueError as error:
         if "Shape mismatch inside plate" not in str(error):
@@ -55,19 +71,25 @@ def check_pair(
             "them with .to_event(n)."
         ) from error
     _check_trace(trace, x)
-    if all_x is not None:
-        _check_support(trace, x, all_x)
+    if all_data is not None:
+        for factor, column in _observed_columns(trace, batch):
+            outside = values_outside_support(factor.site, all_data[column])
+            if outside is not None:
+                raise ValueError(outside)
     return trace
 
 
-def _check_dtype(model: Program, guide: Program, x: Tensor) -> None:
-    dtypes = {p.dtype for p in parameters(model, guide)}
-    if x.is_floating_point() and dtypes and x.dtype not in dtypes:
-        expected = " or ".join(sorted(str(dtype) for dtype in dtypes))
-        raise ValueError(
-            f"data x has dtype {x.dtype}, but the parameters of model and guide have {expected}: "
-            "convert one of them, for example with x.to(dtype) or module.to(dtype)."
-        )
+def observes_columns_alone(trace: PairTrace, batch: tuple[Any, ...]) -> bool:
+    """Tell whether every local site observes a column of the data as it is.
+
+    Then the check of all columns before the first step was a check of all that is observed.
+    """
+    found = {factor.name for factor, _ in _observed_columns(trace, batch)}
+    return all(
+        factor.name in found or factor.is_factor
+        for factor in trace.model.values()
+        if factor.observed and factor.local
+    )
 
 
 def _check_trace(trace: PairTrace, x: Tensor) -> None:
@@ -79,6 +101,7 @@ def _check_trace(trace: PairTrace, x: Tensor) -> None:
             "minibatch stands for N rows."
         )
     for factor in (*trace.guide.values(), *trace.model.values()):
+        _check_observation(factor, x)
         if not torch.isfinite(factor.log_prob).all():
             row = (~torch.isfinite(factor.log_prob)).nonzero()[0, -1].item()
             raise ValueError(
@@ -88,10 +111,27 @@ def _check_trace(trace: PairTrace, x: Tensor) -> None:
             )
 
 
-def _check_support(trace: PairTrace, x: Tensor, all_x: Tensor) -> None:
+def _check_observation(factor: Factor, x: Tensor) -> None:
+    """Refuse an observation that is shared by the whole batch, unless it is a mere constant."""
+    value, frame = factor.site["value"], data_frame(factor.site)
+    if not factor.observed or frame is None or factor.is_factor or value.numel() == 1:
+        return
+    axis = value.dim() - len(factor.site["fn"].event_shape) + frame.dim
+    if axis < 0 or value.shape[axis] != x.shape[0]:
+        raise ValueError(
+            f"site {factor.name!r} observes a value of shape {tuple(value.shape)} for x of shape "
+            f"{tuple(x.shape)}: it should hold {x.shape[0]} data, each of event shape "
+            f"{tuple(factor.site['fn'].event_shape)}."
+        )
+
+
+def _observed_columns(trace: PairTrace, batch: tuple[Any, ...]) -> Iterator[tuple[Factor, int]]:
+    """Yield the observed sites whose value is a column of the batch, with the column's number."""
     for factor in trace.model.values():
         value = factor.site["value"]
-        if factor.observed and value.shape == x.shape and torch.equal(value, x):
-            outside = values_outside_support(factor.site, all_x)
-            if outside is not None:
-                raise ValueError(outside)
+        if not factor.observed:
+            continue
+        for number, column in enumerate(batch):
+            if column.shape == value.shape and torch.equal(column, value):
+                yield factor, number
+                break

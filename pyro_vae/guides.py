@@ -8,6 +8,7 @@ latent site in the plate ``"data"``. Sites outside that plate are left to a guid
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
 from torch.distributions import biject_to
+from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import IndependentTransform, Transform, identity_transform
 from torch.nn import functional as F
 
@@ -105,7 +107,7 @@ class AmortizedNormal(PyroModule):
     def forward(self, x: Tensor, *covariates: Any) -> dict[str, Tensor]:
         """Sample the latents of the data plate given x."""
         features = self.encoder(x, *covariates)
-        if self.head is None:
+        if not self.sites:
             self._build(features, x, *covariates)
         parameters = self.head(features.flatten(1))
         plates = _make_plates(self.sites, x)
@@ -133,13 +135,24 @@ class AmortizedNormal(PyroModule):
                 f"the encoder must map x of shape {tuple(x.shape)} to features of shape "
                 f"({x.shape[0]}, F), one row for each datum; got {tuple(features.shape)}"
             )
-        self.sites = latent_sites(self._model[0], x, *covariates)
-        self.head = nn.Linear(
-            features[0].numel(),
-            2 * sum(site.shape.numel() for site in self.sites),
-            device=features.device,
-            dtype=features.dtype,
-        )
+        sites = latent_sites(self._model[0], x, *covariates)
+        inputs, outputs = features[0].numel(), 2 * sum(site.shape.numel() for site in sites)
+        if self.head is None:
+            self.head = nn.Linear(inputs, outputs, device=features.device, dtype=features.dtype)
+        elif (self.head.in_features, self.head.out_features) != (inputs, outputs):
+            raise ValueError(
+                f"the head that was loaded maps {self.head.in_features} features to "
+                f"{self.head.out_features} parameters; this encoder and model need {inputs} and "
+                f"{outputs}"
+            )
+        self.sites = sites
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Make the head that is about to be loaded, where no call has made it yet."""
+        weight = state_dict.get(f"{prefix}head.weight")
+        if weight is not None and self.head is None:
+            self.head = nn.Linear(*weight.shape[::-1], device=weight.device, dtype=weight.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def push_forward(
@@ -178,8 +191,14 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
     Raises:
         ValueError: there is no such site, or one has a discrete support.
     """
+    # One row less than there may be data in all: a plate that keeps its size subsamples.
+    rows = slice(0, max(1, x.shape[0] - 1))
+    arguments = [
+        a[rows] if isinstance(a, Tensor) and a.dim() and len(a) == len(x) else a
+        for a in (x, *covariates)
+    ]
     with torch.no_grad(), poutine.block():
-        sites = list(random_sites(poutine.trace(model).get_trace(x, *covariates)))
+        sites = list(random_sites(poutine.trace(model).get_trace(*arguments)))
     latents = [site for site in sites if not site["is_observed"] and data_frame(site) is not None]
     if not latents:
         raise ValueError(
@@ -192,15 +211,23 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
 
 def _describe(site: Site) -> LatentSite:
     fn = site["fn"]
+    data_dim = data_frame(site).dim
+    for frame in site["cond_indep_stack"]:
+        if frame.name != DATA_PLATE and frame.full_size not in (None, frame.size):
+            raise ValueError(
+                f"latent site {site['name']!r} stands in the plate {frame.name!r}, which "
+                f"subsamples {frame.size} of {frame.full_size}: an amortized guide needs all of a "
+                "datum's latents. Write its guide yourself."
+            )
     try:
-        bijection = biject_to(fn.support)
+        support = constant_over_data(fn.support, data_dim - fn.event_dim, site["name"])
+        bijection = biject_to(support)
     except NotImplementedError:
         raise ValueError(
             f"latent site {site['name']!r} has the support {fn.support}, onto which nothing maps "
             "the reals: a continuous guide cannot sample it. Write its guide yourself, or sum it "
             "out of the model."
         ) from None
-    data_dim = data_frame(site).dim
     batch_shape = list(fn.batch_shape)
     del batch_shape[data_dim]
     return LatentSite(
@@ -210,6 +237,34 @@ def _describe(site: Site) -> LatentSite:
         event_shape=torch.Size(bijection.inverse_shape(fn.event_shape)),
         bijection=bijection,
     )
+
+
+def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
+    """Return a support whose bounds have one row, for they must hold for batches of any size.
+
+    Args:
+        support: of a site.
+        axis: where the data's dimension stands in its bounds, from the right.
+        name: of the site, for the message.
+
+    Raises:
+        ValueError: the bounds differ from datum to datum.
+    """
+    support = copy.copy(support)
+    for attribute, value in vars(support).items():
+        if isinstance(value, Constraint):
+            setattr(support, attribute, constant_over_data(value, axis, name))
+        elif isinstance(value, Tensor) and (value == value.flatten()[0]).all():
+            setattr(support, attribute, value.flatten()[0].item())
+        elif isinstance(value, Tensor) and value.dim() >= -axis:
+            row = value.narrow(axis, 0, 1)
+            if not (value == row).all():
+                raise ValueError(
+                    f"the support of latent site {name!r} differs from datum to datum: an "
+                    "amortized guide needs one for all. Scale the latent inside the model instead."
+                )
+            setattr(support, attribute, row)
+    return support
 
 
 def _make_plates(sites: tuple[LatentSite, ...], x: Tensor) -> dict[str, pyro.plate]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from pyro_vae.arguments import positive_integer
 
 Batch: TypeAlias = tuple[Tensor, ...]
 Data: TypeAlias = Any  # Tensor | ndarray | tuple of these | Dataset | DataLoader
@@ -43,9 +45,7 @@ class Minibatches:
         transform: Callable[[Tensor], Tensor] | None = None,
         name: str = "data",
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.batch_size = batch_size
+        self.batch_size = positive_integer("batch_size", batch_size)
         self.device = torch.device(device)
         self.transform = transform
         self._shuffle = shuffle
@@ -53,6 +53,7 @@ class Minibatches:
         self._name = name
         self.tensors: Batch | None = None
         self._loader: DataLoader | None = None
+        self._begun: _Begun | None = None
         if isinstance(data, DataLoader):
             self._loader = data
         elif isinstance(data, Dataset) and not isinstance(data, TensorDataset):
@@ -87,9 +88,9 @@ class Minibatches:
             return None
 
     @property
-    def x(self) -> Tensor | None:
-        """All rows of x after no transform; None where the data are streamed, or transformed."""
-        return self.tensors[0] if self.tensors is not None and self.transform is None else None
+    def checked(self) -> Batch | None:
+        """All columns, as the programs will see them; None if streamed or transformed."""
+        return self.tensors if self.transform is None else None
 
     def in_memory(self) -> Batch:
         """Return all rows as tensors, read once from a stream."""
@@ -99,18 +100,17 @@ class Minibatches:
         return tuple(torch.cat(columns) for columns in zip(*self, strict=True))
 
     def first(self) -> Batch:
-        """Return the first minibatch in the data's own order."""
-        if self.tensors is None:
-            batch = next(iter(self), None)
-            if batch is None:
-                raise ValueError(f"{self._name} is empty: its loader yields no minibatch")
-            return batch
-        return self._prepare(column[: self.batch_size] for column in self.tensors)
+        """Return the first minibatch in the data's own order; the next pass begins with it."""
+        if self.tensors is not None:
+            return self._prepare(column[: self.batch_size] for column in self.tensors)
+        if self._begun is None:
+            self._begun = _Begun(self._stream())
+        return self._begun.first
 
     def __iter__(self) -> Iterator[Batch]:
         if self._loader is not None:
-            for batch in self._loader:
-                yield self._prepare(batch if isinstance(batch, tuple | list) else (batch,))
+            begun, self._begun = self._begun, None
+            yield from self._stream() if begun is None else begun
             return
         order = None
         if self._shuffle:
@@ -120,14 +120,33 @@ class Minibatches:
             rows = rows if order is None else order[rows]
             yield self._prepare(column[rows] for column in self.tensors)
 
-    def _prepare(self, columns) -> Batch:
-        x, *covariates = (
-            column.to(self.device, non_blocking=True)
-            if isinstance(column, Tensor)
-            else as_tensor(column, self._name).to(self.device)
-            for column in columns
-        )
+    def _stream(self) -> Iterator[Batch]:
+        empty = True
+        for batch in self._loader:
+            empty = False
+            columns = batch if isinstance(batch, tuple | list) else (batch,)
+            yield self._prepare(as_tensor(column, self._name) for column in columns)
+        if empty:
+            raise ValueError(
+                f"{self._name} is empty: its loader yields no minibatch. (A stream that can be "
+                "read only once does not serve for several passes.)"
+            )
+
+    def _prepare(self, columns: Iterable[Tensor]) -> Batch:
+        x, *covariates = (column.to(self.device, non_blocking=True) for column in columns)
         return (x if self.transform is None else self.transform(x), *covariates)
+
+
+class _Begun:
+    """A pass over a stream that was begun to see its first minibatch, which it keeps."""
+
+    def __init__(self, stream: Iterator[Batch]):
+        self.first = next(stream)
+        self._rest = stream
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield self.first
+        yield from self._rest
 
 
 def as_tensor(values: Any, name: str) -> Tensor:
@@ -150,6 +169,8 @@ def as_tensor(values: Any, name: str) -> Tensor:
             f"{name} must be a tensor, a numpy array, a tuple of these, a torch Dataset or a "
             f"DataLoader, got {type(values).__name__}"
         )
+    if values.layout != torch.strided:
+        raise ValueError(f"{name} must be dense, got layout {values.layout}: use to_dense()")
     if values.dim() == 0 or len(values) == 0 or values.numel() == 0:
         raise ValueError(
             f"{name} is empty: expected shape (N, *event) with N >= 1, got {tuple(values.shape)}"

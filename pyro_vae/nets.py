@@ -23,6 +23,7 @@ class MLP(nn.Sequential):
 
     Raises:
         ValueError: neither hidden layers nor ``out_features``; a size that is not positive.
+        TypeError: ``hidden`` is a number.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -38,6 +39,8 @@ class MLP(nn.Sequential):
         out_features: int | None = None,
         activation: Callable[[], nn.Module] = nn.Tanh,
     ):
+        if isinstance(hidden, int):
+            raise TypeError(f"hidden must be a sequence of sizes, such as [{hidden}], got {hidden}")
         sizes = [in_features, *hidden]
         if min(sizes) < 1 or (out_features is not None and out_features < 1):
             raise ValueError(f"layer sizes must be positive, got {sizes} and {out_features}")

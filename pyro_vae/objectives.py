@@ -14,6 +14,7 @@ import pyro.infer
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import positive_integer
 from pyro_vae.terms import Terms, find_plate_nesting, terms
 from pyro_vae.traces import Program
 
@@ -34,8 +35,7 @@ class Objective(pyro.infer.ELBO):
     """
 
     def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True):
-        if num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1, got {num_particles}")
+        positive_integer("num_particles", num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self._nesting_of: tuple[Program, Program, int] | None = None
 
@@ -121,8 +121,8 @@ class ELBO(Objective):
         vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: ``num_particles`` is less than one; in a loss, a global site of the guide has
-            no reparameterised sample.
+        ValueError: ``num_particles`` is less than one; in a loss, a guide site has no
+            reparameterised sample and some site is global.
 
     Example:
         >>> import pyro, torch, pyro_vae as pv
@@ -138,16 +138,17 @@ class ELBO(Objective):
 
     def bound(self, terms: Terms) -> Tensor:
         """Average the log-weights over the particles."""
-        return _score_function(terms.log_weight, terms.score).mean(0)
+        return _with_score_function(terms).mean(0)
 
     def shared(self, terms: Terms) -> Tensor:
         """Average the log-weight of the global sites over the particles."""
-        for name in terms.not_reparameterized:
-            if name in terms.global_sites:
-                raise ValueError(
-                    f"guide site {name!r} is global and has no reparameterised sample: its score "
-                    "function would be weighted by the whole data set. Use pyro.infer.Trace_ELBO."
-                )
+        if terms.not_reparameterized and terms.global_sites:
+            raise ValueError(
+                f"guide site {terms.not_reparameterized[0]!r} has no reparameterised sample, and "
+                f'site {terms.global_sites[0]!r} stands outside the plate "data": the score '
+                "function would have to be weighted by the whole data set. Use "
+                "pyro.infer.Trace_ELBO."
+            )
         return terms.log_weight_global.mean()
 
 
@@ -205,11 +206,13 @@ class IWAE(Objective):
         return terms.log_weight.logsumexp(0) - math.log(terms.log_weight.shape[0])
 
 
-def _score_function(value: Tensor, score: Tensor | None) -> Tensor:
-    """Leave the value as it is; add to its gradient that of the score, weighted by the value.
+def _with_score_function(terms: Terms) -> Tensor:
+    """Leave the log-weight as it is; add to its gradient that of the score, weighted by it.
 
-    The value holds ``-score`` itself, whose expected gradient is zero: the 1 takes it out.
+    The log-weight holds log q of the same sites, whose expected gradient is zero: it is taken out.
     """
+    value, score = terms.log_weight, terms.score
     if score is None:
         return value
-    return value + (value.detach() + 1) * (score - score.detach())
+    own = terms.log_guide_of_score
+    return value + value.detach() * (score - score.detach()) + (own - own.detach())

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import pyro
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
+from pyro_vae.modules import modules
 from pyro_vae.traces import PairTrace, Program
 
 Store = dict[str, dict[str, Any]]  # as in pyro.get_param_store().get_state()
@@ -42,11 +42,9 @@ class _Fitted:
         )
 
 
-# By the owners of the guide and of the model, then by their methods. Weak: a pair's store ends
-# with the pair.
-_stores: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple, _Fitted]]] = WeakKeyDictionary()
-
-
+# By the owners of the guide and of the model, then by their methods. By identity, and weak: a
+# pair's store ends with the pair.
+_stores = WeakIdKeyDictionary()
 _open_stores: list[Store] = []
 
 
@@ -61,7 +59,8 @@ def parameter_store(model: Program, guide: Program, *, fresh: bool = False) -> I
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        fresh: open an empty store if the pair has none, to :func:`bind` it.
+        fresh: if the pair has no store, open a new one, to :func:`bind` it: with copies of what
+            the global store holds, so that a pair trained by Pyro's ``SVI`` goes on from there.
 
     Yields:
         The store, brought up to date when the block ends.
@@ -88,9 +87,10 @@ def parameter_store(model: Program, guide: Program, *, fresh: bool = False) -> I
         >>> "loc" in pyro.get_param_store()
         False
     """
+    require_programs(model, guide)
     store = _find(model, guide)
     if store is None:
-        store = {"params": {}, "constraints": {}} if fresh else _borrowed_store(model, guide)
+        store = _copied_store() if fresh else _borrowed_store(model, guide)
     elif _open_stores and _open_stores[-1] is store:
         yield store
         return
@@ -115,40 +115,14 @@ def bind(model: Program, guide: Program, store: Store, trace: PairTrace) -> None
         trace: a run of the pair, which tells whose each parameter is.
     """
     names = {program: trace.parameter_names(program) for program in ("model", "guide")}
-    by_model = _stores.setdefault(_owner(guide), WeakKeyDictionary())
+    by_model = _stores.setdefault(_owner(guide), WeakIdKeyDictionary())
     fitted = by_model.setdefault(_owner(model), {})
     fitted[_methods(model, guide)] = _Fitted(store, names)
 
 
-def modules(*programs: Program) -> list[nn.Module]:
-    """Return the torch modules that programs are, are methods of, hold, or refer to by name.
-
-    A function's are found in its closure and its globals, and in those of the functions it calls.
-    """
-    found: dict[nn.Module, None] = {}
-    waiting, seen = list(programs), []
-    while waiting:
-        program = _owner(inspect.unwrap(waiting.pop(0)))
-        if any(program is other for other in seen):
-            continue
-        seen.append(program)
-        if isinstance(program, nn.Module):
-            found[program] = None
-        elif isinstance(program, functools.partial):
-            waiting += [program.func, *program.args, *program.keywords.values()]
-        elif inspect.isfunction(program):
-            names = inspect.getclosurevars(program)
-            values = (*names.nonlocals.values(), *names.globals.values())
-            waiting += [v for v in values if isinstance(v, nn.Module) or inspect.isroutine(v)]
-        else:
-            values = getattr(program, "__dict__", {}).values()
-            waiting += [v for v in values if isinstance(v, nn.Module)]
-    return list(found)
-
-
-def parameters(model: Program, guide: Program) -> list[torch.Tensor]:
-    """Return a pair's trainable tensors: of the open store, and of programs that are modules."""
-    found = dict.fromkeys(p for _, p in pyro.get_param_store().named_parameters())
+def parameters(model: Program, guide: Program, trace: PairTrace) -> list[torch.Tensor]:
+    """Return a pair's trainable tensors: those that a run met, and those of its own modules."""
+    found = dict.fromkeys(trace.parameters())
     for program in (model, guide):
         if isinstance(_owner(program), nn.Module):
             found |= dict.fromkeys(_owner(program).parameters())
@@ -169,8 +143,22 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
             module.training = training
 
 
+def require_programs(model: Program, guide: Program) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        TypeError: model or guide is no callable.
+    """
+    for name, program in (("model", model), ("guide", guide)):
+        if not callable(program):
+            raise TypeError(
+                f"{name} must be a Pyro program, called with a minibatch; got {program!r}"
+            )
+
+
 def device_of(model: Program, guide: Program) -> torch.device:
     """Return the device of a pair's parameters: the CPU if it has none."""
+    require_programs(model, guide)
     store = _find(model, guide) or pyro.get_param_store().get_state()
     of_modules = (p for module in modules(model, guide) for p in module.parameters())
     for parameter in (*of_modules, *store["params"].values()):
@@ -179,17 +167,46 @@ def device_of(model: Program, guide: Program) -> torch.device:
 
 
 def _owner(program: Program) -> Any:
+    """The object that a program lives as long as: a method's instance, a partial's function."""
+    if isinstance(program, functools.partial):
+        return _owner(program.func)
     return getattr(program, "__self__", program)
 
 
+def _method(program: Program) -> Any:
+    """What tells apart the programs of one owner: two partials with equal arguments are one."""
+    if isinstance(program, functools.partial):
+        arguments = (program.args, frozenset(program.keywords.items()))
+        try:
+            hash(arguments)
+        except TypeError:
+            arguments = id(program)
+        return _method(program.func), arguments
+    return getattr(program, "__func__", None)
+
+
 def _methods(model: Program, guide: Program) -> tuple:
-    return getattr(model, "__func__", None), getattr(guide, "__func__", None)
+    return _method(model), _method(guide)
 
 
 def _find(model: Program, guide: Program) -> Store | None:
-    by_model = _stores.get(_owner(guide), {})
-    fitted = by_model.get(_owner(model), {}).get(_methods(model, guide))
+    by_model = _stores.get(_owner(guide))
+    by_methods = None if by_model is None else by_model.get(_owner(model))
+    fitted = None if by_methods is None else by_methods.get(_methods(model, guide))
     return None if fitted is None else fitted.store
+
+
+def _bare_store() -> Store:
+    """Return the entries of the global store that no module holds."""
+    state = pyro.get_param_store().get_state()
+    names = [name for name, p in state["params"].items() if not isinstance(p, nn.Parameter)]
+    return {kind: {name: values[name] for name in names} for kind, values in state.items()}
+
+
+def _copied_store() -> Store:
+    store = _bare_store()
+    copies = {n: p.detach().clone().requires_grad_() for n, p in store["params"].items()}
+    return {**store, "params": copies}
 
 
 def _borrowed_store(model: Program, guide: Program) -> Store:
@@ -198,9 +215,7 @@ def _borrowed_store(model: Program, guide: Program) -> Store:
     It holds ``pyro.param`` values alone. Modules bring their own parameters: entries that other
     modules left under the same names must not replace them.
     """
-    state = pyro.get_param_store().get_state()
-    names = [name for name, p in state["params"].items() if not isinstance(p, nn.Parameter)]
-    borrowed = {kind: {name: values[name] for name in names} for kind, values in state.items()}
+    borrowed = _bare_store()
     for role, partner, program in (("model", "guide", model), ("guide", "model", guide)):
         fits = [fitted for fitted in _fits(program, role) if fitted.bare_names(role)]
         if len(fits) > 1:
@@ -219,11 +234,11 @@ def _borrowed_store(model: Program, guide: Program) -> Store:
 def _fits(program: Program, role: str) -> list[_Fitted]:
     """Return the fits that a program took part in, as the model or as the guide."""
     index = 0 if role == "model" else 1
-    method = getattr(program, "__func__", None)
+    method = _method(program)
     return [
         fitted
         for guide_owner, by_model in _stores.items()
         for model_owner, by_methods in by_model.items()
         for methods, fitted in by_methods.items()
-        if (model_owner, guide_owner)[index] is _owner(program) and methods[index] is method
+        if (model_owner, guide_owner)[index] is _owner(program) and methods[index] == method
     ]

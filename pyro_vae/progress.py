@@ -38,7 +38,7 @@ def task(
         total: how many advances finish it, None if that is not known.
         transient: take the row out of a shared Progress when the task is done.
     """
-    if progress is False:
+    if progress is False or progress is None:
         yield lambda count=1, status="": None
         return
     with contextlib.ExitStack() as stack:

@@ -99,8 +99,7 @@ def reduce_to_datum(
 def closed_form_kl(guide_site: Site, model_site: Site) -> Tensor | None:
     """Return KL(q || p) at a site, or None where no closed form gives what sampling estimates."""
     q, p = guide_site["fn"], model_site["fn"]
-    base = q.base_dist if isinstance(q, Independent) else q
-    if isinstance(base, Delta):
+    if isinstance(base_distribution(q), Delta):
         return None  # Pyro's KL leaves out log_density, where an AutoGuide puts its Jacobian
     scale = own_scale(guide_site)
     if guide_site["mask"] is not model_site["mask"] or not _same(scale, own_scale(model_site)):
@@ -134,6 +133,13 @@ def values_outside_support(site: Site, values: Tensor) -> str | None:
         f"where they lie in [{low:g}, {high:g}]: binarise or rescale them, or choose another "
         "distribution"
     )
+
+
+def base_distribution(distribution: Any) -> Any:
+    """Return what a distribution calls independent dimensions of, itself if nothing."""
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    return distribution
 
 
 def _same(a: float | Tensor, b: float | Tensor) -> bool:

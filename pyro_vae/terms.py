@@ -7,6 +7,7 @@ minibatch. All objectives and nearly all estimators are short reductions of thes
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae.arguments import positive_integer
 from pyro_vae.traces import PairTrace, Program
 
 
@@ -67,8 +69,7 @@ def terms(
         >>> torch.allclose(t.log_weight, log_evidence.expand(3, 2))
         True
     """
-    if num_particles < 1:
-        raise ValueError(f"num_particles must be at least 1, got {num_particles}")
+    positive_integer("num_particles", num_particles)
     if num_particles == 1 or not vectorize_particles:
         return Terms([PairTrace(model, guide, args, kwargs) for _ in range(num_particles)])
     if plate_nesting is None:
@@ -80,9 +81,23 @@ def terms(
 
 
 def find_plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
-    """Count the batch dimensions that the plates of both programs use, by running them once."""
+    """Count the batch dimensions that the plates of both programs use, by running them.
+
+    They are run once more with as many particles as no plate has data: particles that a program
+    moved into the place of a plate of another size are found out.
+    """
     with torch.no_grad(), poutine.block():
-        return PairTrace(model, guide, args, kwargs).plate_nesting
+        trace = PairTrace(model, guide, args, kwargs)
+        num_particles = next(k for k in itertools.count(2) if k not in trace.plate_sizes)
+        PairTrace(
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=num_particles,
+            plate_nesting=trace.plate_nesting,
+        )
+    return trace.plate_nesting
 
 
 class Terms:
@@ -152,10 +167,16 @@ class Terms:
     def score(self) -> Tensor | None:
         """Log-density of the guide's sites without a reparameterised sample, shape (K, B).
 
-        Its gradient is the score function. None if every site is reparameterised.
+        Its gradient is the score function: no scale belongs to it. None if every site is
+        reparameterised.
         """
         if not self.not_reparameterized:
             return None
+        return torch.cat([run.score() for run in self._runs])
+
+    @cached_property
+    def log_guide_of_score(self) -> Tensor:
+        """The part of :attr:`log_guide` that belongs to the sites of :attr:`score`, (K, B)."""
         return self._sum(lambda run: (f for f in run.guide.values() if not f.reparameterized))
 
     @property

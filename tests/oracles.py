@@ -60,6 +60,13 @@ class LinearGaussian:
         return 0.5 * (product.trace() - self.d - product.logdet()).item()
 
     @property
+    def weight_excess(self) -> float:
+        """E_q[w^2] - 1 for w = p(z|x)/q(z|x), a Gaussian integral; NaN where it is infinite."""
+        width = self.s.inverse()
+        log_square = self.precision.logdet() - 0.5 * width.logdet()
+        return (log_square - 0.5 * (2 * self.precision - width).logdet()).expm1().item()
+
+    @property
     def aggregated_covariance(self) -> Tensor:
         return self.v @ self.covariance @ self.v.T + self.s
 

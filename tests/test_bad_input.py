@@ -34,11 +34,14 @@ BAD_DATA = {
     "nan": (with_nan(), "NaN or infinite values, first in row 7"),
     "infinite": (torch.full((30, 16), torch.inf), "NaN or infinite values, first in row 0"),
     "wrong width": (torch.ones(30, 17), r"data x of shape \(\d+, 17\)"),
-    "width that would broadcast": (torch.ones(30, 1), r"data x of shape \(\d+, 1\)"),
+    "width of one": (torch.ones(30, 1), r"data x of shape \(\d+, 1\)"),
+    "one dimension": (torch.ones(30), r"data x of shape \(\d+,\)"),
+    "sparse": (GOOD.to_sparse(), "must be dense"),
+    "one column too many": ((GOOD, GOOD), "and 1 covariates: TypeError"),
     "unflattened": (torch.ones(30, 4, 4), r"\(\d+, 4, 4\)"),
     "integers": (GOOD.to(torch.uint8), "dtype torch.uint8"),
-    "float64": (GOOD.double(), "has dtype torch.float64, but the parameters .* torch.float32"),
-    "float64 array": (np.ones((30, 16)), "has dtype torch.float64"),
+    "float64": (GOOD.double(), r"dtype torch.float64: RuntimeError: .* same dtype"),
+    "float64 array": (np.ones((30, 16)), "dtype torch.float64"),
     "strings": (np.full((30, 16), "a"), "must hold numbers"),
     "a list": ([[1.0]], "must be a tensor, a numpy array"),
     "none": (None, "must be a tensor, a numpy array"),
@@ -89,7 +92,7 @@ def test_bad_arguments_of_fit(arguments, message):
 
 def test_an_objective_that_is_none():
     model, guide = make_pair()
-    with pytest.raises(TypeError, match=r"objective must be a pyro.infer.ELBO, got 'elbo'"):
+    with pytest.raises(TypeError, match=r"objective must be a pyro.infer.ELBO .*, got 'elbo'"):
         pv.fit(model, guide, GOOD, objective="elbo", progress=False)
 
 
@@ -157,6 +160,50 @@ def test_a_scale_that_is_not_positive():
 
     with pytest.raises(ValueError, match="scale"):
         pv.evidence(model, guide, torch.randn(10))
+
+
+def test_an_x_that_would_broadcast_to_the_event():
+    model = pv.LatentVariableModel(
+        pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 64))
+    )
+    guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(1, [8]))
+    with pytest.raises(
+        ValueError, match=r"events of shape \(64,\), but its value is of .* \(20, 1\)"
+    ):
+        pv.evidence(model, guide, torch.ones(20, 1), num_particles=5)
+
+
+def test_one_row_that_would_serve_as_every_datum():
+    model = pv.LatentVariableModel(
+        pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 64))
+    )
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r"it should hold 64 data, each of event shape \(64,\)"):
+        pv.evidence(model, guide, torch.ones(64), num_particles=5, batch_size=64)
+
+
+@pytest.mark.parametrize("value", [2.5, "3", True, None])
+def test_counts_that_are_no_whole_numbers(value):
+    model, guide = make_pair()
+    for name, call in (
+        ("num_particles", lambda: pv.evidence(model, guide, GOOD, num_particles=value)),
+        ("num_particles", lambda: pv.elbo_surgery(model, guide, GOOD, num_particles=value)),
+        ("num_particles", lambda: pv.objectives.IWAE(value)),
+        ("num_draws", lambda: pv.to_arviz(model, guide, GOOD, num_draws=value)),
+        ("epochs", lambda: pv.fit(model, guide, GOOD, epochs=value)),
+        ("batch_size", lambda: pv.fit(model, guide, GOOD, batch_size=value)),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be a whole number"):
+            call()
+
+
+def test_hidden_sizes_that_are_one_number():
+    with pytest.raises(TypeError, match=r"such as \[8\]"):
+        pv.nets.MLP(2, 8)
 
 
 def test_a_failed_fit_leaves_no_store_behind():

@@ -37,7 +37,7 @@ def test_dynamic_binarisation(tmp_path):
     ("arguments", "message"),
     [
         (["--data", "mnits"], "expected one of digits, mnist"),
-        (["--report", "/nowhere/page.html"], "is no writable folder"),
+        (["--report", "/nowhere/page.html"], "cannot write --report"),
         (["--batch-size", "100000"], "is larger than the data, 1297 rows"),
         (["--latents", "0"], "needs positive sizes"),
     ],

@@ -8,9 +8,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import make_pair
 
 import pyro_vae as pv
+from conftest import make_pair
 
 
 @pytest.fixture(scope="module")
@@ -122,27 +122,29 @@ def test_markup_in_names_is_printed_as_it_is(binary):
 def test_a_pair_without_surgery_is_told_and_the_rest_compared(tmp_path):
     def model(x):
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
-    def guide(x):
+    radial = dist.transforms.Radial(1)
+
+    def guide(x):  # a flow that Pyro can only score where it sampled
         with pyro.plate("data", len(x)):
-            u = pyro.sample("u", dist.Normal(x / 2, 0.5), infer={"is_auxiliary": True})
-            pyro.sample("z", dist.Normal(u, 0.5))
+            base = dist.Normal(x / 2, 0.7).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [radial]))
 
     def plain(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x / 2, 1.0))
+            pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(1))
 
     comparison = pv.compare(
-        {"auxiliary": (model, guide), "plain": (model, plain)}, torch.randn(30), num_particles=50
+        {"radial": (model, guide), "plain": (model, plain)}, torch.randn(30, 1), num_particles=50
     )
-    (auxiliary,) = (e for e in comparison.entries if e.name == "auxiliary")
-    assert auxiliary.surgery is None
-    assert "auxiliary site 'u'" in auxiliary.note
-    assert math.isnan(comparison.to_dataframe().loc["auxiliary"].rate)
+    (entry,) = (e for e in comparison.entries if e.name == "radial")
+    assert entry.surgery is None
+    assert "guide site 'z' cannot be scored" in entry.note
+    assert math.isnan(comparison.to_dataframe().loc["radial"].rate)
     text = comparison.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "auxiliary has no surgery" in text
+    assert "radial has no surgery" in text
     assert "-" in str(comparison)
 
 
@@ -158,3 +160,29 @@ def test_every_pair_is_checked_before_any_is_judged(binary, monkeypatch):
     with pytest.raises(ValueError, match="could not run on data x"):
         pv.compare({"good": make_pair(), "bad": make_pair(data=9)}, binary)
     assert judged == []
+
+
+def test_parameters_are_counted_of_the_pair_alone():
+    linear = torch.nn.Linear(1, 4)
+
+    def model(x):
+        pyro.module("linear", linear)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pyro.param("l", torch.zeros(1)), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(linear(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, :1], 1.0).to_event(1))
+
+    pyro.param("unrelated", torch.zeros(1000))
+    comparison = pv.compare({"a": (model, guide)}, torch.randn(5, 4), num_particles=3)
+    assert comparison.entries[0].num_parameters == 9
+
+
+def test_bad_arguments(binary):
+    with pytest.raises(TypeError, match="pairs must be a dictionary"):
+        pv.compare([make_pair()], binary)
+    with pytest.raises(ValueError, match=r"image_shape \(3, 3\) does not fit"):
+        pv.compare({"a": make_pair()}, binary, image_shape=(3, 3))
+    assert pv.compare({1: make_pair()}, binary, num_particles=2).entries[0].name == "1"

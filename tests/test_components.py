@@ -1,5 +1,7 @@
 """Networks, priors, likelihoods and models: small parts, each by itself."""
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
@@ -59,3 +61,27 @@ def test_generate_names_a_model_that_observes_another_shape(pair):
     model, _ = pair
     with pytest.raises(ValueError, match="no observed site of the model has the shape of x"):
         pv.generate(model, torch.zeros(3, 17))
+
+
+def test_reconstruct_shows_the_site_that_observed_x():
+    """Another observed site of the same shape comes first; a categorical one has no mean."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z + 100, 0.1), obs=x + 100)
+            pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.1))
+
+    x = torch.randn(5)
+    assert (pv.reconstruct(model, guide, x) - x).abs().max() < 1
+
+    def labels(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Categorical(logits=z), obs=x)
+
+    assert pv.generate(labels, torch.tensor([0, 1, 2, 1])).max() <= 2

@@ -71,7 +71,8 @@ def test_streamed_sums_are_those_of_all_weights_at_once():
 def test_coverage_of_the_monte_carlo_errors():
     """Over 200 repeats the 95% intervals cover in between 90% and 98%."""
     oracle = LinearGaussian(d=3, D=4)
-    assert oracle.gap > 0.05
+    while not 0.1 < oracle.weight_excess < 0.5:  # weights that have a variance
+        oracle = LinearGaussian(d=3, D=4)
     x = oracle.sample(1)
     repeated = x.expand(200, 4).contiguous()
     estimate = pv.evidence(oracle.model, oracle.guide, repeated, num_particles=500, seed=0)

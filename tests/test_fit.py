@@ -5,12 +5,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import make_pair
 from oracles import LinearGaussian
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pyro_vae as pv
+from conftest import make_pair
 
 
 def fit(pair, data, **changes):
@@ -167,7 +167,7 @@ def test_early_stopping_restores_parameters_and_buffers_of_the_best_epoch(binary
     assert len(losses) == result.best_epoch + 15 < 400
     assert losses[result.best_epoch] == losses.min()
     batches = norm.num_batches_tracked.item()
-    assert batches == result.best_epoch + 1  # and one for the check before the first step
+    assert batches == result.best_epoch  # one minibatch an epoch; looks before do not count
     objective = pv.objectives.MeanFieldELBO(2000)
     model.eval()
     guide.eval()
@@ -250,3 +250,152 @@ def test_a_loss_that_is_not_finite_is_told_with_its_epoch(binary):
 def test_progress_bar_shows_the_loss(binary, capsys):
     fit(make_pair(), binary, progress=True)
     assert "loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch_size", [100, 99, 30])
+def test_steps_of_a_subsampled_plate_do_not_grow_as_batches_shrink(batch_size):
+    """Each batch is scaled by its own N/b: the last of 99 + 1 counts as one datum, not as 100."""
+
+    def model(x):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("data", 100, subsample=x):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 100, subsample=x):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    result = pv.fit(
+        model, guide, torch.ones(100), validation=torch.ones(40), epochs=1, batch_size=batch_size,
+        optimizer=functools.partial(torch.optim.SGD, lr=1e-3), progress=False,
+    )  # fmt: skip
+    exact = -dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.0)).item()
+    steps = -(-100 // batch_size)
+    with pv.parameter_store(model, guide):
+        assert pyro.param("loc").item() == pytest.approx(1e-3 * steps, rel=0.01)
+    assert result.history.loss.iloc[0] == pytest.approx(exact, abs=0.01)
+    assert result.history.validation_loss.iloc[0] == pytest.approx(exact, abs=0.01)
+
+
+def test_minibatches_that_would_each_charge_a_global_kl_are_refused():
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    with pytest.raises(ValueError, match=r'plate\("data", 50, subsample=x\)'):
+        pv.fit(model, guide, torch.randn(50), batch_size=10, progress=False)
+    pv.fit(model, guide, torch.randn(50), batch_size=50, epochs=1, progress=False)
+
+
+def test_an_optimizer_that_calls_back():
+    oracle = LinearGaussian(d=1, D=3, dtype=torch.float32)
+    x = oracle.sample(50)
+    model = pv.LatentVariableModel(
+        pv.priors.StandardNormal(1), pv.likelihoods.Bernoulli(nn.Linear(1, 3))
+    )
+    guide = pv.guides.AmortizedNormal(model, nn.Identity())
+    lbfgs = functools.partial(torch.optim.LBFGS, lr=0.1, max_iter=5)
+    result = fit(
+        (model, guide), (x > 0).float(), objective=pv.objectives.MeanFieldELBO(20),
+        optimizer=lbfgs, epochs=10, batch_size=50,
+    )  # fmt: skip
+    assert result.history.loss.iloc[-1] < result.history.loss.iloc[0]
+
+
+@pytest.mark.parametrize("objective", [pyro.infer.RenyiELBO(), pyro.infer.TraceGraph_ELBO()])
+def test_objectives_without_a_differentiable_loss_are_refused(objective, binary):
+    with pytest.raises(TypeError, match="with a differentiable_loss"):
+        fit(make_pair(), binary, objective=objective)
+
+
+def test_an_optimizer_of_another_kind_is_refused(binary):
+    with pytest.raises(TypeError, match=r"must make a torch.optim.Optimizer"):
+        fit(make_pair(), binary, optimizer=pyro.optim.Adam({"lr": 0.1}))
+
+
+def test_a_run_that_diverges_leaves_the_best_state(binary):
+    scheduler = functools.partial(
+        torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda epoch: 1.0 if epoch < 3 else 1e35
+    )
+    pair = make_pair()
+    with pytest.raises(FloatingPointError):
+        fit(pair, binary, epochs=9, validation=binary, patience=5, scheduler=scheduler,
+            optimizer=functools.partial(torch.optim.SGD, lr=0.01))  # fmt: skip
+    assert all(p.isfinite().all() for module in pair for p in module.parameters())
+
+
+class Once(IterableDataset):
+    """A stream that goes on where it was left: what was taken from it does not come again."""
+
+    def __init__(self, x):
+        self.rows = iter(x)
+
+    def __iter__(self):
+        return self.rows
+
+
+def test_no_row_of_a_stream_is_lost(binary):
+    model, guide = make_pair()
+    estimate = pv.evidence(model, guide, Once(binary), num_particles=2, batch_size=20)
+    assert len(estimate.values) == 50
+    with pytest.raises(ValueError, match="is empty: its loader yields no minibatch"):
+        fit((model, guide), Once(binary), epochs=2)
+
+
+@pytest.mark.parametrize("bad", [7.0, float("nan")])
+@pytest.mark.parametrize("wrap", [Rows, lambda x: DataLoader(Rows(x), batch_size=20)])
+def test_bad_values_deep_in_a_stream_are_refused_as_they_come(bad, wrap, binary):
+    x = binary.clone()
+    x[45, 3] = bad
+    pair = make_pair()
+    for call in (
+        lambda: fit(pair, wrap(x), epochs=1),
+        lambda: pv.evidence(*pair, wrap(x), num_particles=2, batch_size=20),
+        lambda: pv.elbo_surgery(*pair, wrap(x), batch_size=20),
+    ):
+        with pytest.raises(ValueError, match=r"outside the support of site 'x'|NaN or infinite"):
+            call()
+
+
+def test_bad_values_of_a_covariate_that_is_observed():
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(16), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+            pyro.sample("y", dist.Bernoulli(logits=z[..., 0]), obs=y)
+
+    guide = pv.guides.AmortizedNormal(model, FirstArgument())
+    x, y = torch.randn(50, 16), torch.ones(50)
+    y[45] = 9.0
+    for call in (
+        lambda: fit((model, guide), (x, y)),
+        lambda: pv.evidence(model, guide, (x, y), num_particles=2, batch_size=20),
+    ):
+        with pytest.raises(ValueError, match="outside the support of site 'y'"):
+            call()
+
+
+class FirstArgument(nn.Module):
+    def forward(self, x, y):
+        return x
+
+
+def test_bad_values_that_the_model_derives_from_its_data(binary):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            logits = z.expand(*z.shape[:-1], 16)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=2 * x - x)
+
+    x = binary.clone()
+    x[45, 3] = 0.5
+    guide = pv.guides.AmortizedNormal(model, nn.Identity())
+    with pytest.raises(ValueError, match="outside the support of site 'x'"):
+        fit((model, guide), x)
+    with pytest.raises(ValueError, match="outside the support of site 'x'"):
+        pv.evidence(model, guide, x, num_particles=2, batch_size=20)

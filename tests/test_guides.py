@@ -4,13 +4,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import make_pair
 from pyro import poutine
 from torch import nn
 
 import pyro_vae as pv
+from conftest import make_pair
+from pyro_vae.evaluation.scoring import guide_log_prob
 from pyro_vae.guides import AmortizedNormal, latent_sites
-from pyro_vae.traces import guide_log_prob
 
 # Latents by name: distribution of one datum. Together: every support, several event shapes.
 LATENTS = {
@@ -247,3 +247,67 @@ def test_encoder_whose_output_does_not_fit():
     model, _ = make_pair()
     with pytest.raises(ValueError, match=r"features of shape \(5, F\)"):
         AmortizedNormal(model, Mixer())(torch.ones(5, 16))
+
+
+def test_bounds_of_a_support_serve_batches_of_any_size():
+    """The model's plate expands Uniform's bounds to the batch that the guide was built on."""
+    low, high = torch.tensor([0.0, 1.0]), torch.tensor([2.0, 5.0])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Uniform(-1.0, 3.0))
+            b = pyro.sample("b", dist.Uniform(low, high).to_event(1))
+            pyro.sample("x", dist.Normal((a + b.sum(-1))[..., None], 1.0).to_event(1), obs=x)
+
+    guide = guide_for(model, torch.randn(5, 1))
+    for batch in (9, 1, 5):
+        for num_particles in (1, 3):
+            t = pv.terms(model, guide, torch.randn(batch, 1), num_particles=num_particles)
+            assert t.samples["b"].shape == (num_particles, batch, 2)
+            assert ((t.samples["b"] > low) & (t.samples["b"] < high)).all()
+            assert ((t.samples["a"] > -1) & (t.samples["a"] < 3)).all()
+
+
+def test_a_support_that_differs_from_datum_to_datum_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Uniform(torch.zeros(len(x)), x[:, 0].abs() + 0.1))
+            pyro.sample("x", dist.Normal(a[..., None], 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="support of latent site 'a' differs from datum to datum"):
+        guide_for(model, torch.randn(5, 1))
+
+
+def test_a_guide_built_on_all_data_of_a_subsampled_plate():
+    def model(x):
+        with pyro.plate("data", 40, subsample=x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).to_event(1), obs=x)
+
+    guide = guide_for(model, torch.randn(40, 1))
+    assert pv.terms(model, guide, torch.randn(10, 1)).scale == 4.0
+
+
+def test_an_inner_plate_that_subsamples_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with pyro.plate("words", 6, subsample_size=2):
+                pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(torch.zeros(len(x), 1), 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="plate 'words', which subsamples 2 of 6"):
+        guide_for(model, torch.randn(5, 1))
+
+
+def test_weights_are_loaded_into_a_guide_that_was_not_called_yet():
+    model, guide = make_pair()
+    x = torch.ones(3, 16)
+    guide(x)
+    fresh = AmortizedNormal(model, pv.nets.MLP(16, [8]))
+    fresh.load_state_dict(guide.state_dict())
+    q = [poutine.trace(g).get_trace(x).nodes["z"]["fn"].base_dist.loc for g in (guide, fresh)]
+    assert torch.equal(*q)
+    narrow = AmortizedNormal(make_pair(latent=3)[0], pv.nets.MLP(16, [8]))
+    narrow.load_state_dict(guide.state_dict())
+    with pytest.raises(ValueError, match="this encoder and model need 8 and 6"):
+        narrow(x)

@@ -13,26 +13,29 @@ ROOT = Path(pyro_vae.__file__).parent
 ALLOWED = {
     "nets": set(),
     "sites": set(),
-    "traces": {"sites"},
+    "rules": {"sites"},
+    "traces": {"rules", "sites"},
+    "arguments": set(),
     "seeding": set(),
     "progress": set(),
-    "minibatches": set(),
+    "minibatches": {"arguments"},
     "datasets": set(),
     "priors": set(),
     "likelihoods": set(),
-    "terms": {"traces"},
+    "terms": {"arguments", "traces"},
     "models": {"sites"},
     "guides": {"sites"},
-    "objectives": {"terms", "traces"},
-    "programs": {"traces"},
+    "objectives": {"arguments", "terms", "traces"},
+    "modules": set(),
+    "programs": {"modules", "traces"},
     "contract": {"programs", "sites", "traces"},
-    "training": {"contract", "minibatches", "objectives", "programs", "progress", "seeding",
-                 "traces"},
-    "evaluation": {"contract", "minibatches", "programs", "progress", "seeding", "sites", "terms",
-                   "traces"},
-    "comparison": {"contract", "evaluation", "minibatches", "programs", "progress", "seeding",
-                   "terms", "traces", "training"},
-    "cli": {"", "progress", "seeding"},  # the front door
+    "training": {"arguments", "contract", "minibatches", "modules", "objectives", "programs",
+                 "progress", "seeding", "sites", "traces"},
+    "evaluation": {"arguments", "contract", "minibatches", "programs", "progress", "seeding",
+                   "sites", "terms", "traces"},
+    "comparison": {"arguments", "contract", "evaluation", "minibatches", "programs", "progress",
+                   "seeding", "terms", "traces", "training"},
+    "cli": {"", "arguments", "progress", "seeding"},  # the front door
     "__main__": {"cli"},
 }  # fmt: skip
 # Who may import what of the world outside, where that is a rule.
@@ -47,7 +50,7 @@ PYRO_AND_TORCH_ONLY = {
     "priors",
     "likelihoods",
 }
-STANDARD = {"__future__", "abc", "collections", "contextlib", "dataclasses", "functools",
+STANDARD = {"__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "functools",
             "itertools", "math", "typing"}  # fmt: skip
 
 

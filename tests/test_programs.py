@@ -1,7 +1,9 @@
 """Pairs never touch each other's parameters, whatever their names."""
 
+import dataclasses
 import functools
 import gc
+import types
 
 import pyro
 import pyro.distributions as dist
@@ -12,6 +14,7 @@ from torch import nn
 import pyro_vae as pv
 from conftest import make_pair
 from pyro_vae import programs
+from pyro_vae.modules import modules
 
 
 def plain_pair(start=0.0):
@@ -239,13 +242,122 @@ def test_modules_that_programs_refer_to():
         def __call__(self, x):
             return self.net(x)
 
-    assert programs.modules(closure) == [decoder]
-    assert programs.modules(functools.partial(wants, shared)) == [shared]
-    assert programs.modules(Callable()) == [shared]
+    assert modules(closure) == [decoder]
+    assert modules(functools.partial(wants, shared)) == [shared]
+    assert modules(Callable()) == [shared]
 
     def indirect(x):
         return closure(x) + indirect(x)
 
-    assert programs.modules(indirect) == [decoder]
+    assert modules(indirect) == [decoder]
     pair = MethodsPair()
-    assert programs.modules(pair.model, pair.guide) == [pair]
+    assert modules(pair.model, pair.guide) == [pair]
+
+
+def test_modules_in_containers_objects_and_inner_functions():
+    nets = {"decoder": nn.Linear(1, 1), "list": [nn.Linear(1, 2)]}
+    space = types.SimpleNamespace(net=nn.Linear(1, 3))
+
+    def by_key(x):
+        return nets["decoder"](x)
+
+    def outer(x):
+        def inner(y):
+            return space.net(y)
+
+        return inner(x)
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain_list = [nn.Linear(1, 4)]
+
+        def model(self, x):
+            return self.plain_list[0](x)
+
+    assert set(modules(by_key)) == {nets["decoder"], nets["list"][0]}
+    assert modules(outer) == [space.net]
+    holder = Holder()
+    assert set(modules(holder.model)) == {holder, holder.plain_list[0]}
+    assert modules(global_caller) == [GLOBAL_NET]
+
+
+GLOBAL_NET = nn.Linear(1, 5)
+
+
+def global_caller(x):
+    def inner(y):
+        return GLOBAL_NET(y)
+
+    return inner(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Two of these are equal, and yet two."""
+
+    k: int
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+
+@dataclasses.dataclass
+class Unhashable:
+    k: int
+    model = Frozen.model
+    guide = Frozen.guide
+
+
+@pytest.mark.parametrize("kind", [Frozen, Unhashable])
+def test_equal_owners_are_two(kind):
+    a, b = kind(1), kind(1)
+    pv.fit(a.model, a.guide, torch.full((50,), 5.0), **options())
+    with pv.parameter_store(a.model, a.guide):
+        before = pyro.param("loc").item()
+    pv.fit(b.model, b.guide, torch.full((50,), -5.0), **options())
+    with pv.parameter_store(a.model, a.guide):
+        assert pyro.param("loc").item() == before
+
+
+def test_partials_with_equal_arguments_are_one_program():
+    def model(x, k):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(k * pyro.param("loc", torch.tensor(0.0)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    x = torch.full((50,), 5.0)
+    pv.fit(functools.partial(model, k=1), guide, x, **options(epochs=30))
+    with pv.parameter_store(functools.partial(model, k=1), guide):
+        assert pyro.param("loc").item() > 0.5
+
+
+def test_a_fit_goes_on_from_pyros_svi_and_leaves_its_parameters_alone():
+    x = torch.randn(200) + 4
+    model, guide, _ = plain_pair()
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), pv.objectives.ELBO())
+    for _ in range(50):
+        svi.step(x)
+    reached = pyro.param("loc").item()
+    pv.fit(model, guide, x, **options(epochs=1, learning_rate=1e-6))
+    with pv.parameter_store(model, guide):
+        assert pyro.param("loc").item() == pytest.approx(reached, abs=1e-3)
+    pv.fit(model, guide, x - 9, **options())
+    assert pyro.param("loc").item() == reached
+
+
+@pytest.mark.parametrize("arguments", [(None, lambda x: x), (lambda x: x, 3)])
+def test_programs_that_cannot_be_called(arguments):
+    for call in (pv.fit, pv.evidence, pv.elbo_surgery, pv.to_arviz):
+        with pytest.raises(TypeError, match="must be a Pyro program"):
+            call(*arguments, torch.randn(5))

@@ -49,6 +49,23 @@ def test_ties_with_the_cutoff_are_no_tail():
     assert pv.khat(log_weights).isfinite()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_no_numbers(bad):
+    log_weights = torch.randn(100, 2)
+    log_weights[7, 1] = bad
+    assert pv.khat(log_weights).isnan().tolist() == [False, True]
+    assert pv.khat(torch.full((100,), bad)).isnan()
+
+
+def test_weights_that_are_all_zero():
+    assert pv.khat(torch.full((100,), -math.inf)).isnan()
+
+
+def test_khat_of_an_array():
+    log_weights = torch.randn(100, 2, dtype=torch.float64)
+    assert torch.equal(pv.khat(log_weights.numpy()), pv.khat(log_weights))
+
+
 def test_khat_of_no_draws():
     with pytest.raises(ValueError, match=r"got \(0, 3\)"):
         pv.khat(torch.zeros(0, 3))

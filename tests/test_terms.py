@@ -1,3 +1,5 @@
+import functools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -6,7 +8,7 @@ from oracles import LinearGaussian, assert_within
 from pyro import poutine
 
 import pyro_vae as pv
-from pyro_vae.traces import guide_log_prob
+from pyro_vae.evaluation.scoring import guide_log_prob
 
 
 def nested_model(x):
@@ -98,22 +100,49 @@ def test_closed_form_kl_and_its_sampled_stand_in(num_particles):
     torch.testing.assert_close(t.kl, known + sampled)
 
 
-def test_kl_is_sampled_where_one_side_alone_is_scaled():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            with poutine.scale(scale=0.5):
-                pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+def scaled_latent(x, scale=0.5, mask=True):
+    with pyro.plate("data", len(x)):
+        with poutine.scale(scale=scale), poutine.mask(mask=mask):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x, 0.5))
 
-    t = pv.terms(model, guide, torch.randn(5))
-    torch.testing.assert_close(t.kl, t.log_guide - t.log_prior)
+def scaled_guide(x, scale=0.5, mask=True):
+    with pyro.plate("data", len(x)), poutine.scale(scale=scale), poutine.mask(mask=mask):
+        pyro.sample("z", dist.Normal(x, 0.5))
+
+
+def test_a_scale_on_both_sides_stays_in_the_terms():
+    x = torch.randn(5)
+    t = pv.terms(scaled_latent, scaled_guide, x)
     z = t.samples["z"]
     torch.testing.assert_close(t.log_prior, 0.5 * dist.Normal(0.0, 1.0).log_prob(z))
+    kl = torch.distributions.kl_divergence(dist.Normal(x, 0.5), dist.Normal(0.0, 1.0))
+    torch.testing.assert_close(t.kl, 0.5 * kl.unsqueeze(0))
     assert t.scaled_sites == ["z"]
+
+
+@pytest.mark.parametrize(("model_scale", "guide_scale"), [(0.5, 1.0), (1.0, 0.5)])
+def test_a_scale_on_one_side_alone_is_refused(model_scale, guide_scale):
+    model = functools.partial(scaled_latent, scale=model_scale)
+    guide = functools.partial(scaled_guide, scale=guide_scale)
+    with pytest.raises(ValueError, match=f"scaled by {model_scale:g} in the model and by"):
+        pv.terms(model, guide, torch.randn(5))
+
+
+def test_a_mask_on_one_side_alone_is_refused():
+    mask = torch.tensor([True, False, True])
+    for model_mask, guide_mask, where in ((mask, True, "model"), (True, mask, "guide")):
+        model = functools.partial(scaled_latent, mask=model_mask)
+        guide = functools.partial(scaled_guide, mask=guide_mask)
+        with pytest.raises(ValueError, match=f"masked in the {where} and not in"):
+            pv.terms(model, guide, torch.randn(3))
+    t = pv.terms(
+        functools.partial(scaled_latent, mask=mask),
+        functools.partial(scaled_guide, mask=mask.clone()),
+        torch.randn(3),
+    )
+    assert t.log_prior[0, 1] == t.log_guide[0, 1] == t.kl[0, 1] == 0.0
 
 
 def test_kl_of_an_autoguides_delta_keeps_its_jacobian():
@@ -195,6 +224,42 @@ def test_a_dimension_that_is_no_plates_is_refused():
         pv.terms(model, guide, torch.randn(6), num_particles=5)
 
 
+def test_particles_in_the_place_of_a_plate_of_the_same_size_are_found_out():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with pyro.plate("words", 3):
+                w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            with pyro.plate("out", 3):
+                pyro.sample("x", dist.Normal(w.sum(-2), 1.0), obs=x.expand(3, len(x)))
+
+    def guide(x):
+        with pyro.plate("data", len(x)), pyro.plate("words", 3):
+            pyro.sample("w", dist.Normal(x, 0.7))
+
+    with pytest.raises(ValueError, match=r"Shape mismatch inside plate\('out'\)"):
+        pv.terms(model, guide, torch.randn(6), num_particles=3)
+
+
+def test_observations_and_factors_in_the_data_plate():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("tilt", z)
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand_by([]).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    x = torch.randn(4, 1)
+    t = pv.terms(model, guide, x, num_particles=3)
+    assert t.observations.keys() == t.predict().keys() == {"x", "y"}
+    assert torch.equal(t.observations["x"], x)
+    assert torch.equal(t.observations["y"], torch.zeros(4))
+    assert t.predict()["y"].shape == (3, 4)
+
+
 def latent_outside(x):
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
     with pyro.plate("data", len(x)):
@@ -231,6 +296,24 @@ def guide_other_size(x):
         pyro.sample("z", dist.Normal(x, 1.0))
 
 
+def guide_auxiliary(x):
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Normal(x, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Normal(a, 1.0))
+
+
+def model_without_data(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def model_that_broadcasts(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        mean = z.unsqueeze(-1).expand(*z.shape, 7)
+        pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x.unsqueeze(-1))
+
+
 def model_other_plate(x):
     with pyro.plate("batch", len(x)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -244,6 +327,10 @@ def model_other_plate(x):
         (latent_inside, guide_other_name, "the guide samples site 'zz'"),
         (latent_inside, guide_outside, 'inside the plate "data" in the model and outside'),
         (latent_outside, guide_inside, 'outside the plate "data" in the model and inside'),
+        (latent_inside, guide_auxiliary, "auxiliary site 'a', and no latent is a function of it"),
+        (model_without_data, guide_inside, "the model observes nothing"),
+        (guide_inside, latent_inside, "the guide observes site 'x'"),
+        (model_that_broadcasts, guide_inside, r"events of shape \(7,\), but its value .* \(5, 1\)"),
         (latent_inside, guide_other_size, 'the plate "data" has size 5'),
         (model_other_plate, model_other_plate, "its plates \\['batch'\\]"),
     ],

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pyro_vae import programs
+from pyro_vae.arguments import positive_integer
 from pyro_vae.evaluation.estimating import estimating
 from pyro_vae.minibatches import Data, Minibatches
 from pyro_vae.terms import terms
@@ -61,10 +62,11 @@ def to_arviz(
         >>> container["posterior"]["z"].shape  # chain, draw, datum, the event
         (1, 7, 3, 2)
     """
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    positive_integer("num_draws", num_draws)
     batches = Minibatches(data, 2**31, device=programs.device_of(model, guide))
-    with estimating("to_arviz", model, guide, batches, seed) as plate_nesting:
+    with estimating(
+        "to_arviz", model, guide, batches, vectorize_particles=vectorize_particles, seed=seed
+    ) as plate_nesting:
         t = terms(
             model,
             guide,

@@ -15,6 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from pyro_vae import programs
+from pyro_vae.arguments import positive_integer
 from pyro_vae.contract import check_pair
 from pyro_vae.evaluation import Evidence, Surgery, elbo_surgery, evidence, generate, reconstruct
 from pyro_vae.evaluation.importance import standard_error
@@ -155,6 +156,7 @@ def compare(
     *,
     train: Data | None = None,
     num_particles: int = 1000,
+    vectorize_particles: bool = True,
     image_shape: tuple[int, int] | None = None,
     seed: int | None = 0,
     progress: bool | Progress = False,
@@ -170,6 +172,7 @@ def compare(
         data: held-out data; what :func:`pyro_vae.fit` takes.
         train: data for the surgery, the training set as a rule; the held-out data by default.
         num_particles: draws for each datum.
+        vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
         image_shape: (height, width) of a row of data, to draw it in the report.
         seed: fixes all draws.
         progress: show bars; or a rich Progress to add them to.
@@ -179,6 +182,7 @@ def compare(
 
     Raises:
         ValueError: no pairs; bad data; a pair that breaks the contract, told before any work.
+        TypeError: the pairs are no dictionary.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -199,8 +203,14 @@ def compare(
         >>> comparison.entries[0].name
         'at 5'
     """
+    if not isinstance(pairs, Mapping):
+        raise TypeError(
+            f"pairs must be a dictionary of name to pair or Fit, got {type(pairs).__name__}"
+        )
     if not pairs:
         raise ValueError("compare needs at least one pair, got none")
+    positive_integer("num_particles", num_particles)
+    pairs = {str(name): pair for name, pair in pairs.items()}
     held_out = Minibatches(data, 100).in_memory()
     surgery_data = held_out if train is None else Minibatches(train, 100, name="train").in_memory()
     fits = {name: pair if isinstance(pair, Fit) else None for name, pair in pairs.items()}
@@ -208,9 +218,14 @@ def compare(
         name: (pair.model, pair.guide) if isinstance(pair, Fit) else _unpack(name, pair)
         for name, pair in pairs.items()
     }
-    for model, guide in programs_of.values():
-        for each in (held_out, surgery_data):
-            _check(model, guide, each)
+    if image_shape is not None and math.prod(image_shape) != held_out[0][0].numel():
+        raise ValueError(
+            f"image_shape {image_shape} does not fit data of shape {tuple(held_out[0].shape)}"
+        )
+    num_parameters = {}
+    for name, (model, guide) in programs_of.items():
+        for each in (surgery_data, held_out):
+            num_parameters[name] = _check(model, guide, each)
     entries = []
     with task(progress, "evaluate", len(pairs)) as advance:
         for name, (model, guide) in programs_of.items():
@@ -219,6 +234,7 @@ def compare(
                 guide,
                 held_out,
                 num_particles=num_particles,
+                vectorize_particles=vectorize_particles,
                 seed=seed,
                 progress=progress,
                 description=f"{name}: evidence",
@@ -227,13 +243,12 @@ def compare(
                 model,
                 guide,
                 surgery_data,
+                vectorize_particles=vectorize_particles,
                 seed=seed,
                 progress=progress,
                 description=f"{name}: surgery",
             )
             x, *covariates = (column[:PICTURES] for column in held_out)
-            with programs.parameter_store(model, guide):
-                num_parameters = sum(p.numel() for p in programs.parameters(model, guide))
             entries.append(
                 Entry(
                     name,
@@ -241,7 +256,7 @@ def compare(
                     surgery,
                     note,
                     fits[name],
-                    num_parameters,
+                    num_parameters[name],
                     originals=x,
                     reconstructions=reconstruct(model, guide, x, *covariates, seed=seed),
                     samples=generate(model, x, *covariates, guide=guide, seed=seed),
@@ -269,7 +284,9 @@ def _unpack(name: str, pair) -> tuple[Program, Program]:
     return model, guide
 
 
-def _check(model: Program, guide: Program, data: tuple[Tensor, ...]) -> None:
-    data = Minibatches(data, 100, device=programs.device_of(model, guide))
+def _check(model: Program, guide: Program, columns: tuple[Tensor, ...]) -> int:
+    """Refuse a pair that breaks the contract; return the number of its parameters."""
+    data = Minibatches(columns, 100, device=programs.device_of(model, guide))
     with programs.parameter_store(model, guide), programs.evaluation_mode(model, guide):
-        check_pair(model, guide, data.first(), data.x)
+        trace = check_pair(model, guide, data.first(), data.checked)
+        return sum(p.numel() for p in programs.parameters(model, guide, trace))

@@ -11,13 +11,19 @@ from pyro_vae import programs
 from pyro_vae.contract import check_pair
 from pyro_vae.minibatches import Minibatches
 from pyro_vae.seeding import seeded
-from pyro_vae.terms import Terms
+from pyro_vae.terms import Terms, find_plate_nesting
 from pyro_vae.traces import Program
 
 
 @contextlib.contextmanager
 def estimating(
-    who: str, model: Program, guide: Program, batches: Minibatches, seed: int | None
+    who: str,
+    model: Program,
+    guide: Program,
+    batches: Minibatches,
+    *,
+    vectorize_particles: bool,
+    seed: int | None,
 ) -> Iterator[int]:
     """Make a pair ready to be judged, datum by datum, without gradients.
 
@@ -25,7 +31,9 @@ def estimating(
         who: the estimator; messages name it.
         model: program of p(x, z).
         guide: program of q(z|x).
-        batches: the data, whose first minibatch the pair is checked on.
+        batches: the data, whose first minibatch the pair is checked on. Values that this look
+            does not reach are checked as they come: validation stays on in the block.
+        vectorize_particles: whether the programs must take the particles' dimension.
         seed: of the draws inside the block.
 
     Yields:
@@ -39,7 +47,11 @@ def estimating(
         programs.parameter_store(model, guide),
         programs.evaluation_mode(model, guide),
     ):
-        trace = check_pair(model, guide, batches.first(), batches.x)
+        first = batches.first()
+        trace = check_pair(model, guide, first, batches.checked)
         Terms([trace]).require_independent_data(who)
-        with pyro.validation_enabled(False):
-            yield trace.plate_nesting
+        with pyro.validation_enabled(True):
+            if vectorize_particles:
+                yield find_plate_nesting(model, guide, *first)
+            else:
+                yield trace.plate_nesting

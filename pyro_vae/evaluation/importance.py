@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import pyro
 import torch
 from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae import programs
+from pyro_vae.arguments import positive_integer
 from pyro_vae.evaluation.estimating import estimating
 from pyro_vae.evaluation.psis import khat_of_tail, tail_length
 from pyro_vae.minibatches import Data, Minibatches
@@ -126,28 +128,29 @@ def evidence(
         >>> bool(((estimate.values - exact).abs() < 4 * estimate.monte_carlo_errors).all())
         True
     """
-    if num_particles < 1:
-        raise ValueError(f"num_particles must be at least 1, got {num_particles}")
-    if pairs_per_pass < 1:
-        raise ValueError(f"pairs_per_pass must be at least 1, got {pairs_per_pass}")
+    positive_integer("num_particles", num_particles)
+    positive_integer("pairs_per_pass", pairs_per_pass)
     batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
     results = []
     with (
-        estimating("evidence", model, guide, batches, seed) as plate_nesting,
+        estimating(
+            "evidence", model, guide, batches, vectorize_particles=vectorize_particles, seed=seed
+        ) as plate_nesting,
         task(progress, description, batches.num_data, transient=True) as advance,
     ):
         for batch in batches:
             weights = _WeightStream(num_particles)
             chunk = max(1, pairs_per_pass // batch[0].shape[0])
             while weights.count < num_particles:
-                t = terms(
-                    model,
-                    guide,
-                    *batch,
-                    num_particles=min(chunk, num_particles - weights.count),
-                    vectorize_particles=vectorize_particles,
-                    plate_nesting=plate_nesting,
-                )
+                with pyro.validation_enabled(weights.count == 0):  # once is enough for a value
+                    t = terms(
+                        model,
+                        guide,
+                        *batch,
+                        num_particles=min(chunk, num_particles - weights.count),
+                        vectorize_particles=vectorize_particles,
+                        plate_nesting=plate_nesting,
+                    )
                 weights.add(t.log_weight)
             results.append((weights.log_mean(), weights.error(), weights.khat()))
             advance(batch[0].shape[0])

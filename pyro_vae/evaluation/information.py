@@ -13,13 +13,27 @@ from dataclasses import dataclass
 
 import torch
 from pyro import poutine
+from pyro.distributions.transforms import OrderedTransform
 from torch import Tensor
-from torch.distributions import Independent, Normal, TransformedDistribution
-from torch.distributions.transforms import Transform
+from torch.distributions import Normal, TransformedDistribution
+from torch.distributions.transforms import (
+    AffineTransform,
+    ComposeTransform,
+    CorrCholeskyTransform,
+    ExpTransform,
+    IndependentTransform,
+    LowerCholeskyTransform,
+    PositiveDefiniteTransform,
+    SigmoidTransform,
+    SoftplusTransform,
+    StickBreakingTransform,
+    Transform,
+)
 
+from pyro_vae.evaluation.scoring import guide_log_prob
 from pyro_vae.minibatches import Batch, Minibatches
-from pyro_vae.sites import Site, data_frame, random_sites
-from pyro_vae.traces import Program, guide_log_prob
+from pyro_vae.sites import Site, base_distribution, data_frame, random_sites
+from pyro_vae.traces import Program
 
 LOG_DENSITIES_AT_A_TIME = 4_000_000  # 32 MB of float64
 
@@ -117,6 +131,7 @@ def scored_information(
     codes: Sequence[dict[str, Tensor]],
     log_guide: Tensor,
     plate_nesting: int,
+    vectorize_particles: bool,
 ) -> Tensor:
     """Return log q(z|x_n) - log q_agg(z) for given codes, by running the guide on them.
 
@@ -126,6 +141,7 @@ def scored_information(
         codes: for each minibatch, the codes by latent site, each ``(K, B, *inner plates, *event)``.
         log_guide: log q(z|x_n) of each code under its own datum, (K, N).
         plate_nesting: how many batch dimensions the guide uses.
+        vectorize_particles: score many codes in one run of the guide.
 
     Returns:
         Shape (N,), averaged over the K codes of each datum, in nats.
@@ -142,7 +158,13 @@ def scored_information(
         for start in range(0, shape.numel(), rows_at_a_time):
             rows = {name: value[start : start + rows_at_a_time] for name, value in flat.items()}
             scores = [
-                guide_log_prob(guide, batch, rows, plate_nesting=plate_nesting).double()
+                guide_log_prob(
+                    guide,
+                    batch,
+                    rows,
+                    plate_nesting=plate_nesting,
+                    vectorize_particles=vectorize_particles,
+                ).double()
                 for batch in batches
             ]
             total.append(torch.cat(scores, dim=1).logsumexp(1))
@@ -155,30 +177,38 @@ def _read_site(site: Site) -> tuple[Tensor, Tensor, bool] | None:
     fn, frame = site["fn"], data_frame(site)
     if site["is_observed"] or site["infer"].get("is_auxiliary") or site["mask"] is not None:
         return None
-    base = _strip(fn)
-    if isinstance(base, TransformedDistribution) and all(map(_is_fixed, base.transforms)):
-        base = _strip(base.base_dist)
+    base = base_distribution(fn)
+    real = not isinstance(base, TransformedDistribution)
+    if not real and all(map(_is_fixed, base.transforms)):
+        base = base_distribution(base.base_dist)
     if not isinstance(base, Normal):
         return None
-    data_axis = frame.dim - fn.event_dim
+    event_dim = base.loc.dim() - len(fn.batch_shape)  # of what the bijection starts from
     loc, scale = (
-        p.double().movedim(data_axis, 0).reshape(frame.size, -1) for p in (base.loc, base.scale)
+        p.double().movedim(frame.dim - event_dim, 0).reshape(frame.size, -1)
+        for p in (base.loc, base.scale)
     )
-    return loc, scale, base is _strip(fn)
-
-
-def _strip(distribution):
-    while isinstance(distribution, Independent):
-        distribution = distribution.base_dist
-    return distribution
+    return loc, scale, real
 
 
 def _is_fixed(transform: Transform) -> bool:
-    """Whether a transform has no parameters that could differ from datum to datum."""
-    if isinstance(transform, torch.nn.Module):
-        return False
-    attributes = [value for name, value in vars(transform).items() if not name.startswith("_")]
-    parts = [*getattr(transform, "parts", []), *attributes]
-    tensors = [value for value in parts if isinstance(value, Tensor)]
-    transforms = [value for value in parts if isinstance(value, Transform)]
-    return all(t.numel() == 1 for t in tensors) and all(map(_is_fixed, transforms))
+    """Whether a transform is known to have no parameters that differ from datum to datum."""
+    if isinstance(transform, ComposeTransform):
+        return all(map(_is_fixed, transform.parts))
+    if isinstance(transform, IndependentTransform):
+        return _is_fixed(transform.base_transform)
+    if isinstance(transform, AffineTransform):
+        return isinstance(transform.loc, int | float) and isinstance(transform.scale, int | float)
+    return type(transform) in _WITHOUT_PARAMETERS
+
+
+_WITHOUT_PARAMETERS = {
+    CorrCholeskyTransform,
+    ExpTransform,
+    LowerCholeskyTransform,
+    OrderedTransform,
+    PositiveDefiniteTransform,
+    SigmoidTransform,
+    SoftplusTransform,
+    StickBreakingTransform,
+}

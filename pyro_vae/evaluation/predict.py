@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyro_vae import programs
+from pyro_vae.contract import check_pair
 from pyro_vae.minibatches import as_tensor
 from pyro_vae.seeding import seeded
 from pyro_vae.sites import Site, data_frame, random_sites
@@ -28,7 +30,7 @@ def reconstruct(
         Shape ``(B, *event)``, on the CPU.
 
     Raises:
-        ValueError: no observed site of the model has the shape of x.
+        ValueError: the pair breaks the contract; no observed site has the shape of x.
     """
     x = as_tensor(x, "x").to(programs.device_of(model, guide))
     with (
@@ -36,6 +38,7 @@ def reconstruct(
         programs.parameter_store(model, guide),
         programs.evaluation_mode(model, guide),
     ):
+        check_pair(model, guide, (x, *covariates))
         guide_trace = poutine.trace(guide).get_trace(x, *covariates)
         return _mean_of_x(poutine.replay(model, trace=guide_trace), x, *covariates)
 
@@ -75,28 +78,33 @@ def generate(
 
 def _mean_of_x(model: Program, x: Tensor, *covariates: Tensor) -> Tensor:
     trace = poutine.trace(poutine.uncondition(model)).get_trace(x, *covariates)
-    return mean(observed_site(trace, x)).expand(x.shape).cpu()
+    return _mean(_observed_site(trace, x)).expand(x.shape).cpu()
 
 
-def observed_site(trace: poutine.Trace, x: Tensor) -> Site:
-    """Return the first observed site of an unconditioned model's trace that has the shape of x."""
+def _observed_site(trace: poutine.Trace, x: Tensor) -> Site:
+    """Return the site of an unconditioned model's trace that observed x, or what has its shape."""
     observed = [
         site
         for site in random_sites(trace)
         if site["infer"].get("was_observed") and data_frame(site) is not None
     ]
-    for site in observed:
-        if site["value"].shape[-x.dim() :] == x.shape:
+    alike = [site for site in observed if site["value"].shape[-x.dim() :] == x.shape]
+    for site in alike:
+        value = site["infer"].get("obs")
+        if isinstance(value, Tensor) and value.shape == x.shape and torch.equal(value, x):
             return site
+    if alike:
+        return alike[0]
     shapes = {site["name"]: tuple(site["value"].shape) for site in observed}
     raise ValueError(
         f"no observed site of the model has the shape of x, {tuple(x.shape)}: they are {shapes}"
     )
 
 
-def mean(site: Site) -> Tensor:
-    """Return the mean of a site's distribution; its sample where no mean is known."""
+def _mean(site: Site) -> Tensor:
+    """Return the mean of a site's distribution; a sample where it has none."""
     try:
-        return site["fn"].mean
+        mean = site["fn"].mean
     except NotImplementedError:
         return site["value"]
+    return site["value"] if mean.isnan().any() else mean

@@ -25,7 +25,8 @@ def khat(log_weights: Tensor) -> Tensor:
 
     Returns:
         k-hat, shape (...), float64. Minus infinity where the largest weights are all equal: a
-        guide that is the posterior. NaN where the tail has fewer than five weights (S below 21).
+        guide that is the posterior. NaN where the tail has fewer than five weights (S below 21),
+        where a weight is NaN or infinite, and where all are zero.
 
     Raises:
         ValueError: there is no draw.
@@ -40,6 +41,7 @@ def khat(log_weights: Tensor) -> Tensor:
         >>> print(f"{pv.khat(log_weights):.1f}")
         0.6
     """
+    log_weights = torch.as_tensor(log_weights)
     num_draws = log_weights.shape[0] if log_weights.dim() else 0
     if num_draws == 0:
         raise ValueError(
@@ -57,6 +59,7 @@ def khat_of_tail(largest: Tensor, num_draws: int) -> Tensor:
     excess = (columns[:-1] - columns[-1]).flip(0)  # (M, B), ascending, over the cutoff
     quartile = excess[_quartile(excess.shape[0])]
     k = excess.new_full(quartile.shape, -math.inf)
+    k[~largest[0].flatten().isfinite()] = math.nan  # a weight is no number, or none is positive
     if (regular := quartile > 0).any():
         k[regular] = _fit_generalized_pareto(excess[:, regular])
     for column in ((quartile <= 0) & (excess[-1] > 0)).nonzero().flatten():

@@ -10,6 +10,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae import programs
+from pyro_vae.arguments import positive_integer
 from pyro_vae.evaluation.estimating import estimating
 from pyro_vae.evaluation.importance import standard_error
 from pyro_vae.evaluation.information import (
@@ -116,12 +117,18 @@ def elbo_surgery(
         >>> print(f"{abs(surgery.mutual_information):.3f} {abs(surgery.marginal_kl):.3f}")
         0.000 0.000
     """
-    if num_particles < 1:
-        raise ValueError(f"num_particles must be at least 1, got {num_particles}")
+    positive_integer("num_particles", num_particles)
     batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
     log_likelihood, rate, sampled_rate, log_guide, codes, posteriors = [], [], [], [], [], []
     with (
-        estimating("elbo_surgery", model, guide, batches, seed) as plate_nesting,
+        estimating(
+            "elbo_surgery",
+            model,
+            guide,
+            batches,
+            vectorize_particles=vectorize_particles,
+            seed=seed,
+        ) as plate_nesting,
         task(progress, description, batches.num_data, transient=True) as advance,
     ):
         gaussian = DiagonalGaussians.describe(guide, batches.first())
@@ -149,7 +156,12 @@ def elbo_surgery(
             information = gaussian_information(q, torch.cat(codes, dim=1))
         else:
             information = scored_information(
-                guide, batches, codes, torch.cat(log_guide, dim=1), plate_nesting
+                guide,
+                batches,
+                codes,
+                torch.cat(log_guide, dim=1),
+                plate_nesting,
+                vectorize_particles,
             )
     log_likelihood, rate, sampled_rate = map(torch.cat, (log_likelihood, rate, sampled_rate))
     information = _control(information, rate - sampled_rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -11,18 +12,22 @@ from typing import Any
 import pandas as pd
 import pyro
 import torch
+from pyro.poutine.messenger import Messenger
 from rich.progress import Progress
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from pyro_vae import programs
-from pyro_vae.contract import check_pair
+from pyro_vae.arguments import positive_integer, positive_number
+from pyro_vae.contract import check_pair, observes_columns_alone
 from pyro_vae.minibatches import Data, Minibatches
+from pyro_vae.modules import modules
 from pyro_vae.objectives import ELBO
 from pyro_vae.progress import task
 from pyro_vae.seeding import seeded
-from pyro_vae.traces import Program
+from pyro_vae.sites import data_frame
+from pyro_vae.traces import PairTrace, Program
 
 
 @dataclass(frozen=True)
@@ -117,8 +122,10 @@ def fit(
         True
     """
     objective = ELBO() if objective is None else objective
-    if not isinstance(objective, pyro.infer.ELBO):
-        raise TypeError(f"objective must be a pyro.infer.ELBO, got {objective!r}")
+    if not isinstance(objective, pyro.infer.ELBO) or not hasattr(objective, "differentiable_loss"):
+        raise TypeError(
+            f"objective must be a pyro.infer.ELBO with a differentiable_loss, got {objective!r}"
+        )
     _check_arguments(epochs, learning_rate, clip_norm, patience, validation)
     device = _device(device)
     started = time.perf_counter()
@@ -135,18 +142,30 @@ def fit(
         held_out = None
         if validation is not None:
             held_out = Minibatches(validation, batch_size, device=device, name="validation")
-        for module in programs.modules(model, guide):
+        for module in modules(model, guide):
             module.to(device).train()
+        first = batches.first()
         with programs.evaluation_mode(model, guide):  # a look must not move running averages
-            trace = check_pair(model, guide, batches.first(), batches.x)
+            trace = check_pair(model, guide, first, batches.checked)
             if held_out is not None:
-                check_pair(model, guide, held_out.first(), held_out.x)
+                check_pair(model, guide, held_out.first(), held_out.checked)
+            objective.loss(model, guide, *first)  # what it refuses, it refuses now
+        _check_scale_of_global_latents(trace, batches.num_data)
         programs.bind(model, guide, store, trace)
         trainer = _Trainer(
-            model, guide, objective, trace.scale, optimizer, scheduler, learning_rate, clip_norm
+            model,
+            guide,
+            objective,
+            programs.parameters(model, guide, trace),
+            optimizer,
+            scheduler,
+            learning_rate,
+            clip_norm,
         )
-        with task(progress, description, epochs) as advance, pyro.validation_enabled(False):
-            rows = _train(trainer, batches, held_out, epochs, patience, advance)
+        # Values that no look has seen yet are checked as they come, in the first pass over them.
+        unseen = batches.checked is None or not observes_columns_alone(trace, first)
+        with task(progress, description, epochs) as advance:
+            rows = _train(trainer, batches, held_out, epochs, patience, advance, unseen)
     history = pd.DataFrame(rows).set_index("epoch")
     best = history["validation_loss"].idxmin() if patience is not None else history.index[-1]
     return Fit(model, guide, history, int(best), time.perf_counter() - started)
@@ -163,52 +182,64 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _check_arguments(epochs, learning_rate, clip_norm, patience, validation) -> None:
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be positive, got {learning_rate}")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be positive, got {clip_norm}")
-    if patience is not None and patience < 1:
-        raise ValueError(f"patience must be at least 1, got {patience}")
-    if patience is not None and validation is None:
-        raise ValueError("patience needs validation data: pass validation=")
+    positive_integer("epochs", epochs)
+    positive_number("learning_rate", learning_rate)
+    if clip_norm is not None:
+        positive_number("clip_norm", clip_norm)
+    if patience is not None:
+        positive_integer("patience", patience)
+        if validation is None:
+            raise ValueError("patience needs validation data: pass validation=")
 
 
-def _train(trainer, batches, held_out, epochs, patience, advance) -> list[dict[str, Any]]:
+def _check_scale_of_global_latents(trace: PairTrace, num_data: int | None) -> None:
+    shared = [f.name for f in trace.guide.values() if not f.local and not f.observed]
+    if shared and trace.scale == 1.0 and num_data is not None and num_data > trace.batch_size:
+        raise ValueError(
+            f"latent site {shared[0]!r} is shared by all {num_data} data, but a minibatch of "
+            f"{trace.batch_size} would charge its whole KL. Let the minibatch stand for all data, "
+            f'by `pyro.plate("data", {num_data}, subsample=x)`, or set batch_size={num_data}.'
+        )
+
+
+def _train(trainer, batches, held_out, epochs, patience, advance, unseen) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     best_loss, best_state, epochs_without_gain = math.inf, None, 0
     validation_seed = torch.randint(2**62, ()).item()
-    for epoch in range(1, epochs + 1):
-        started = time.perf_counter()
-        learning_rate = trainer.learning_rate
-        loss = _finite(trainer.epoch(batches), "loss", epoch)
-        validation_loss = math.nan
-        if held_out is not None:
-            with seeded(validation_seed):  # the same noise at each epoch: they can be compared
-                validation_loss = _finite(trainer.evaluate(held_out), "validation loss", epoch)
-        trainer.end_epoch(loss if held_out is None else validation_loss)
-        rows.append(
-            {
-                "epoch": epoch,
-                "loss": loss,
-                "validation_loss": validation_loss,
-                "learning_rate": learning_rate,
-                "seconds": time.perf_counter() - started,
-            }
-        )
-        shown = f"loss {loss:.2f}"
-        advance(1, shown if held_out is None else f"{shown}, validation {validation_loss:.2f}")
-        if patience is None:
-            continue
-        if validation_loss < best_loss:
-            best_loss, best_state, epochs_without_gain = validation_loss, trainer.state(), 0
-        else:
-            epochs_without_gain += 1
-        if epochs_without_gain == patience:
-            break
-    if best_state is not None:
-        trainer.restore(best_state)
+    try:
+        for epoch in range(1, epochs + 1):
+            started = time.perf_counter()
+            learning_rate = trainer.learning_rate
+            validation_loss = math.nan
+            with pyro.validation_enabled(unseen and epoch == 1):
+                loss = _finite(trainer.epoch(batches), "loss", epoch)
+                if held_out is not None:
+                    with seeded(validation_seed):  # the same noise each time: comparable losses
+                        validation_loss = trainer.evaluate(held_out)
+                    _finite(validation_loss, "validation loss", epoch)
+            trainer.end_epoch(loss if held_out is None else validation_loss)
+            rows.append(
+                {
+                    "epoch": epoch,
+                    "loss": loss,
+                    "validation_loss": validation_loss,
+                    "learning_rate": learning_rate,
+                    "seconds": time.perf_counter() - started,
+                }
+            )
+            shown = f"loss {loss:.2f}"
+            advance(1, shown if held_out is None else f"{shown}, validation {validation_loss:.2f}")
+            if patience is None:
+                continue
+            if validation_loss < best_loss:
+                best_loss, best_state, epochs_without_gain = validation_loss, trainer.state(), 0
+            else:
+                epochs_without_gain += 1
+            if epochs_without_gain == patience:
+                break
+    finally:
+        if best_state is not None:
+            trainer.restore(best_state)
     return rows
 
 
@@ -225,19 +256,23 @@ class _Trainer:
     """The state that training changes: parameters, optimizer, scheduler."""
 
     def __init__(
-        self, model, guide, objective, scale, optimizer, scheduler, learning_rate, clip_norm
+        self, model, guide, objective, parameters, optimizer, scheduler, learning_rate, clip_norm
     ):
         self._pair = (model, guide)
         self._objective = objective
-        self._scale = scale  # each row stands for this many data points
         self._clip_norm = clip_norm
-        self._parameters = programs.parameters(model, guide)
+        self._parameters = parameters
         if not self._parameters:
             raise ValueError("model and guide have no parameters that require a gradient")
         if optimizer is None:
             self._optimizer = torch.optim.Adam(self._parameters, lr=learning_rate, fused=True)
         else:
             self._optimizer = optimizer(self._parameters)
+            if not isinstance(self._optimizer, torch.optim.Optimizer):
+                raise TypeError(
+                    "optimizer must make a torch.optim.Optimizer from the parameters, such as "
+                    f"functools.partial(torch.optim.SGD, lr=0.1); it made {self._optimizer!r}"
+                )
         self._scheduler = None if scheduler is None else scheduler(self._optimizer)
 
     @property
@@ -248,13 +283,8 @@ class _Trainer:
         """Take a step for each minibatch; return the loss per datum, averaged over the data."""
         total, count = 0.0, 0
         for batch in batches:
+            loss = self._optimizer.step(functools.partial(self._loss_and_gradient, batch))
             size = batch[0].shape[0]
-            self._optimizer.zero_grad(set_to_none=True)
-            loss = self._loss(batch) / size
-            loss.backward()
-            if self._clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-            self._optimizer.step()
             total, count = total + loss.detach() * size, count + size
         return float(total / count)
 
@@ -263,7 +293,8 @@ class _Trainer:
         total, count = 0.0, 0
         with programs.evaluation_mode(*self._pair):
             for batch in batches:
-                total, count = total + self._loss(batch), count + batch[0].shape[0]
+                size = batch[0].shape[0]
+                total, count = total + self._loss(batch) * size, count + size
         return float(total / count)
 
     def end_epoch(self, loss: float) -> None:
@@ -272,8 +303,9 @@ class _Trainer:
             self._scheduler.step(loss)
         elif self._scheduler is not None:
             self._scheduler.step()
-        known = set(self._parameters)
-        if new := [p for p in programs.parameters(*self._pair) if p not in known]:
+        known = set(map(id, self._parameters))
+        registered = [p for _, p in pyro.get_param_store().named_parameters()]
+        if new := [p for p in registered if p.requires_grad and id(p) not in known]:
             self._optimizer.add_param_group({"params": new})
             self._parameters += new
 
@@ -288,8 +320,29 @@ class _Trainer:
                 tensor.copy_(saved)
 
     def _tensors(self) -> list[Tensor]:
-        buffers = [b for module in programs.modules(*self._pair) for b in module.buffers()]
+        buffers = [b for module in modules(*self._pair) for b in module.buffers()]
         return [*buffers, *self._parameters]
 
+    def _loss_and_gradient(self, batch) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(batch)
+        loss.backward()
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        return loss
+
     def _loss(self, batch) -> Tensor:
-        return self._objective.differentiable_loss(*self._pair, *batch) / self._scale
+        with _DataScale() as data:
+            loss = self._objective.differentiable_loss(*self._pair, *batch)
+        return loss / (data.scale * batch[0].shape[0])
+
+
+class _DataScale(Messenger):
+    """Notes for how many data points a row stands, N/B, by which every objective scales."""
+
+    scale = 1.0
+
+    def _pyro_post_sample(self, msg) -> None:
+        frame = data_frame(msg)
+        if frame is not None and frame.full_size is not None:
+            self.scale = frame.full_size / frame.size

@@ -1,0 +1,84 @@
+"""The density of a guide at latents that it did not draw itself."""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pyro_vae.sites import PARTICLE_PLATE, data_frame, own_scale, random_sites, reduce_to_datum
+from pyro_vae.traces import Program
+
+
+def guide_log_prob(
+    guide: Program,
+    args: tuple,
+    values: dict[str, Tensor],
+    *,
+    plate_nesting: int,
+    vectorize_particles: bool = True,
+) -> Tensor:
+    """Score given values under the guide: log q(z_m|x_b) for all M values and B data points.
+
+    Args:
+        guide: program of q(z|x).
+        args: a minibatch x of B rows, and covariates.
+        values: by latent site, ``(M, *inner plates, *event)``.
+        plate_nesting: how many batch dimensions the guide uses.
+        vectorize_particles: score all values in one run; False runs the guide M times.
+
+    Returns:
+        Shape (M, B), in nats.
+
+    Raises:
+        ValueError: the guide has auxiliary sites, or a density that cannot be had at a value the
+            guide did not draw.
+    """
+    if not vectorize_particles:
+        count = len(next(iter(values.values())))
+        rows = [{name: value[m : m + 1] for name, value in values.items()} for m in range(count)]
+        return torch.cat(
+            [_score(guide, args, row, plate_nesting, vectorize_particles) for row in rows]
+        )
+    return _score(guide, args, values, plate_nesting, vectorize_particles)
+
+
+def _score(guide, args, values, plate_nesting, vectorize_particles) -> Tensor:
+    sites = {s["name"]: s for s in random_sites(poutine.trace(guide).get_trace(*args))}
+    if auxiliary := [n for n, s in sites.items() if n not in values and not s["is_observed"]]:
+        raise ValueError(
+            f"the guide has the auxiliary site {auxiliary[0]!r}: its density at given latents is "
+            "an integral over that site, which is not known"
+        )
+    num_values = len(next(iter(values.values())))
+    given = {}
+    for name, value in values.items():
+        frame, event_dim = data_frame(sites[name]), sites[name]["fn"].event_dim
+        data_axis = value.dim() - event_dim + 1 + frame.dim
+        value = value.unsqueeze(data_axis)
+        value = value.expand(*value.shape[:data_axis], frame.size, *value.shape[data_axis + 1 :])
+        missing = 1 + plate_nesting + event_dim - value.dim()
+        given[name] = value.reshape(num_values, *(1,) * missing, *value.shape[1:])
+        if not vectorize_particles:
+            given[name] = given[name].reshape(sites[name]["value"].shape)
+    conditioned = poutine.condition(guide, data=given)
+    particle_dim = None
+    if vectorize_particles:
+        particle_dim = -1 - plate_nesting
+        conditioned = pyro.plate(PARTICLE_PLATE, num_values, dim=particle_dim)(conditioned)
+    total = None
+    for site in random_sites(poutine.trace(conditioned).get_trace(*args)):
+        try:
+            log_prob = site["fn"].log_prob(site["value"])
+        except (KeyError, NotImplementedError) as error:
+            raise ValueError(
+                f"guide site {site['name']!r} cannot be scored at a value that the guide did not "
+                f"draw: {site['fn']} has no inverse"
+            ) from error
+        log_prob = scale_and_mask(log_prob, own_scale(site), site["mask"])
+        batch_size = data_frame(site).size
+        log_prob = reduce_to_datum(log_prob, site, batch_size, particle_dim, num_values)
+        total = log_prob if total is None else total + log_prob
+    return total
