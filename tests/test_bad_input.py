@@ -5,11 +5,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import make_pair
 from torch import nn
 from torch.utils.data import DataLoader
 
 import pyro_vae as pv
-from conftest import make_pair
 
 GOOD = torch.ones(30, 16)
 

@@ -8,9 +8,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import make_pair
 
 import pyro_vae as pv
-from conftest import make_pair
 
 
 @pytest.fixture(scope="module")

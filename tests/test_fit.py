@@ -5,12 +5,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import make_pair
 from oracles import LinearGaussian
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pyro_vae as pv
-from conftest import make_pair
 
 
 def fit(pair, data, **changes):

@@ -4,11 +4,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import make_pair
 from pyro import poutine
 from torch import nn
 
 import pyro_vae as pv
-from conftest import make_pair
 from pyro_vae.evaluation.scoring import guide_log_prob
 from pyro_vae.guides import AmortizedNormal, latent_sites
 

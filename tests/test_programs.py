@@ -9,10 +9,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import make_pair
 from torch import nn
 
 import pyro_vae as pv
-from conftest import make_pair
 from pyro_vae import programs
 from pyro_vae.modules import modules
 
