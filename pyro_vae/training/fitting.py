@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -12,10 +11,9 @@ from typing import Any
 import pandas as pd
 import pyro
 import torch
-from pyro.poutine.messenger import Messenger
 from rich.progress import Progress
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from pyro_vae import programs
@@ -26,8 +24,8 @@ from pyro_vae.modules import modules
 from pyro_vae.objectives import ELBO
 from pyro_vae.progress import task
 from pyro_vae.seeding import seeded
-from pyro_vae.sites import data_frame
 from pyro_vae.traces import PairTrace, Program
+from pyro_vae.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -152,15 +150,15 @@ def fit(
             objective.loss(model, guide, *first)  # what it refuses, it refuses now
         _check_scale_of_global_latents(trace, batches.num_data)
         programs.bind(model, guide, store, trace)
-        trainer = _Trainer(
+        trainer = Trainer(
             model,
             guide,
             objective,
             programs.parameters(model, guide, trace),
-            optimizer,
-            scheduler,
-            learning_rate,
-            clip_norm,
+            learning_rate=learning_rate,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            clip_norm=clip_norm,
         )
         # Values that no look has seen yet are checked as they come, in the first pass over them.
         unseen = batches.checked is None or not observes_columns_alone(trace, first)
@@ -250,99 +248,3 @@ def _finite(loss: float, what: str, epoch: int) -> float:
             "look for a scale that falls to zero."
         )
     return loss
-
-
-class _Trainer:
-    """The state that training changes: parameters, optimizer, scheduler."""
-
-    def __init__(
-        self, model, guide, objective, parameters, optimizer, scheduler, learning_rate, clip_norm
-    ):
-        self._pair = (model, guide)
-        self._objective = objective
-        self._clip_norm = clip_norm
-        self._parameters = parameters
-        if not self._parameters:
-            raise ValueError("model and guide have no parameters that require a gradient")
-        if optimizer is None:
-            self._optimizer = torch.optim.Adam(self._parameters, lr=learning_rate, fused=True)
-        else:
-            self._optimizer = optimizer(self._parameters)
-            if not isinstance(self._optimizer, torch.optim.Optimizer):
-                raise TypeError(
-                    "optimizer must make a torch.optim.Optimizer from the parameters, such as "
-                    f"functools.partial(torch.optim.SGD, lr=0.1); it made {self._optimizer!r}"
-                )
-        self._scheduler = None if scheduler is None else scheduler(self._optimizer)
-
-    @property
-    def learning_rate(self) -> float:
-        return float(self._optimizer.param_groups[0]["lr"])
-
-    def epoch(self, batches: Minibatches) -> float:
-        """Take a step for each minibatch; return the loss per datum, averaged over the data."""
-        total, count = 0.0, 0
-        for batch in batches:
-            loss = self._optimizer.step(functools.partial(self._loss_and_gradient, batch))
-            size = batch[0].shape[0]
-            total, count = total + loss.detach() * size, count + size
-        return float(total / count)
-
-    def evaluate(self, batches: Minibatches) -> float:
-        """Return the loss per datum, averaged over the data."""
-        total, count = 0.0, 0
-        with programs.evaluation_mode(*self._pair):
-            for batch in batches:
-                size = batch[0].shape[0]
-                total, count = total + self._loss(batch) * size, count + size
-        return float(total / count)
-
-    def end_epoch(self, loss: float) -> None:
-        """Step the scheduler, and take up parameters that the programs made since they began."""
-        if isinstance(self._scheduler, ReduceLROnPlateau):
-            self._scheduler.step(loss)
-        elif self._scheduler is not None:
-            self._scheduler.step()
-        known = set(map(id, self._parameters))
-        registered = [p for _, p in pyro.get_param_store().named_parameters()]
-        if new := [p for p in registered if p.requires_grad and id(p) not in known]:
-            self._optimizer.add_param_group({"params": new})
-            self._parameters += new
-
-    def state(self) -> list[Tensor]:
-        """Copy parameters and buffers."""
-        return [tensor.detach().clone() for tensor in self._tensors()]
-
-    def restore(self, state: list[Tensor]) -> None:
-        """Put back what :meth:`state` copied."""
-        with torch.no_grad():
-            for tensor, saved in zip(self._tensors(), state, strict=False):
-                tensor.copy_(saved)
-
-    def _tensors(self) -> list[Tensor]:
-        buffers = [b for module in modules(*self._pair) for b in module.buffers()]
-        return [*buffers, *self._parameters]
-
-    def _loss_and_gradient(self, batch) -> Tensor:
-        self._optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(batch)
-        loss.backward()
-        if self._clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-        return loss
-
-    def _loss(self, batch) -> Tensor:
-        with _DataScale() as data:
-            loss = self._objective.differentiable_loss(*self._pair, *batch)
-        return loss / (data.scale * batch[0].shape[0])
-
-
-class _DataScale(Messenger):
-    """Notes for how many data points a row stands, N/B, by which every objective scales."""
-
-    scale = 1.0
-
-    def _pyro_post_sample(self, msg) -> None:
-        frame = data_frame(msg)
-        if frame is not None and frame.full_size is not None:
-            self.scale = frame.full_size / frame.size
