@@ -39,6 +39,7 @@ class LatentSite:
         batch_shape: sizes of its plates, that of ``"data"`` left out.
         event_shape: of its value, unconstrained.
         bijection: maps the reals onto the site's support.
+        masked: whether the model masks it; the guide then asks the model for the mask.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LatentSite:
     batch_shape: torch.Size
     event_shape: torch.Size
     bijection: Transform
+    masked: bool
 
     @property
     def shape(self) -> torch.Size:
@@ -111,13 +113,21 @@ class AmortizedNormal(PyroModule):
             self._build(features, x, *covariates)
         parameters = self.head(features.flatten(1))
         plates = _make_plates(self.sites, x)
+        masks = self._masks(x, *covariates)
         values = {}
         for site, raw in zip(self.sites, self._split(parameters), strict=True):
             with contextlib.ExitStack() as stack:
                 for frame in site.plates:
                     stack.enter_context(plates[frame.name])
+                if site.masked:
+                    stack.enter_context(poutine.mask(mask=masks[site.name]))
                 values[site.name] = pyro.sample(site.name, self._posterior(site, raw))
         return values
+
+    def _masks(self, x: Tensor, *covariates: Any) -> dict[str, Tensor]:
+        if not any(site.masked for site in self.sites):
+            return {}
+        return {s["name"]: s["mask"] for s in _latents(self._model[0], x, *covariates)}
 
     def _split(self, parameters: Tensor) -> tuple[Tensor, ...]:
         return parameters.split([2 * site.shape.numel() for site in self.sites], dim=-1)
@@ -191,12 +201,19 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
     Raises:
         ValueError: there is no such site, or one has a discrete support.
     """
-    # One row less than there may be data in all: a plate that keeps its size subsamples.
+    # The plates are read with one row less than there may be data in all: one that keeps its size
+    # subsamples. The supports are read with all rows.
     rows = slice(0, max(1, x.shape[0] - 1))
-    arguments = [
+    fewer = [
         a[rows] if isinstance(a, Tensor) and a.dim() and len(a) == len(x) else a
         for a in (x, *covariates)
     ]
+    plates = {site["name"]: site["cond_indep_stack"] for site in _latents(model, *fewer)}
+    latents = _latents(model, x, *covariates)
+    return tuple(_describe(site, plates[site["name"]]) for site in latents)
+
+
+def _latents(model: Callable[..., Any], *arguments: Any) -> list[Site]:
     with torch.no_grad(), poutine.block():
         sites = list(random_sites(poutine.trace(model).get_trace(*arguments)))
     latents = [site for site in sites if not site["is_observed"] and data_frame(site) is not None]
@@ -206,13 +223,13 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
             f"{[site['name'] for site in sites]}. An amortized guide needs one: put "
             'pyro.sample("z", ...) inside `with pyro.plate("data", x.shape[0]):`.'
         )
-    return tuple(_describe(site) for site in latents)
+    return latents
 
 
-def _describe(site: Site) -> LatentSite:
+def _describe(site: Site, plates: tuple[CondIndepStackFrame, ...]) -> LatentSite:
     fn = site["fn"]
     data_dim = data_frame(site).dim
-    for frame in site["cond_indep_stack"]:
+    for frame in plates:
         if frame.name != DATA_PLATE and frame.full_size not in (None, frame.size):
             raise ValueError(
                 f"latent site {site['name']!r} stands in the plate {frame.name!r}, which "
@@ -232,10 +249,11 @@ def _describe(site: Site) -> LatentSite:
     del batch_shape[data_dim]
     return LatentSite(
         name=site["name"],
-        plates=tuple(frame for frame in site["cond_indep_stack"] if frame.vectorized),
+        plates=tuple(frame for frame in plates if frame.vectorized),
         batch_shape=torch.Size(batch_shape),
         event_shape=torch.Size(bijection.inverse_shape(fn.event_shape)),
         bijection=bijection,
+        masked=isinstance(site["mask"], Tensor),
     )
 
 

@@ -10,9 +10,12 @@ import contextlib
 import functools
 import inspect
 import types
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+from pyro import poutine
 from torch import nn
 
 
@@ -26,17 +29,16 @@ def modules(*programs: Any) -> list[nn.Module]:
         *programs: callables.
     """
     found: dict[nn.Module, None] = {}
-    waiting, seen = list(programs), set()
-    kept = []  # ids are those of living objects only
+    waiting: deque[Any] = deque(programs)
+    seen: dict[int, Any] = {}  # by id, and kept alive, lest an id be given anew
     while waiting:
-        thing = waiting.pop(0)
-        if id(thing) in seen:
+        thing = waiting.popleft()
+        if id(thing) in seen or isinstance(thing, _LEAVES):
             continue
-        seen.add(id(thing))
-        kept.append(thing)
+        seen[id(thing)] = thing
         if isinstance(thing, nn.Module):
             found[thing] = None
-        waiting += _reachable(thing)
+        waiting.extend(_reachable(thing))
     inner = {id(child) for module in found for child in module.modules() if child is not module}
     return [module for module in found if id(module) not in inner]
 
@@ -47,13 +49,16 @@ def _reachable(thing: Any) -> Iterator[Any]:
     elif inspect.ismethod(thing):
         yield from (thing.__self__, thing.__func__)
     elif inspect.isfunction(thing):
-        yield from _names_of(inspect.unwrap(thing))
+        if _package(thing) not in _MACHINERY:
+            yield from _names_of(inspect.unwrap(thing))
     elif isinstance(thing, Mapping):
         yield from thing.values()
     elif isinstance(thing, list | tuple | set):
         yield from thing
     elif _is_plain_object(thing):
         yield from vars(thing).values()
+        # What its code refers to, as a function's does.
+        yield getattr(type(thing), "forward" if isinstance(thing, nn.Module) else "__call__", None)
 
 
 def _names_of(function: types.FunctionType) -> Iterator[Any]:
@@ -74,10 +79,13 @@ def _is_plain_object(thing: Any) -> bool:
     """Whether to look into an object's attributes: not into those of a library's own machinery."""
     if isinstance(thing, types.ModuleType | type) or not hasattr(thing, "__dict__"):
         return False
-    package = type(thing).__module__.split(".")[0]
-    return isinstance(thing, nn.Module | types.SimpleNamespace) or package not in {
-        "builtins",
-        "numpy",
-        "pandas",
-        "torch",
-    }
+    known = isinstance(thing, nn.Module | types.SimpleNamespace | poutine.messenger.Messenger)
+    return known or _package(type(thing)) not in _MACHINERY
+
+
+def _package(thing: Any) -> str:
+    return (getattr(thing, "__module__", None) or "").split(".")[0]
+
+
+_MACHINERY = {"builtins", "numpy", "pandas", "pyro", "torch"}
+_LEAVES = (str, bytes, bool, int, float, complex, type(None), torch.Tensor)

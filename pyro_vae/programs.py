@@ -16,6 +16,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -115,8 +116,14 @@ def bind(model: Program, guide: Program, store: Store, trace: PairTrace) -> None
         trace: a run of the pair, which tells whose each parameter is.
     """
     names = {program: trace.parameter_names(program) for program in ("model", "guide")}
-    by_model = _stores.setdefault(_owner(guide), WeakIdKeyDictionary())
-    fitted = by_model.setdefault(_owner(model), {})
+    try:
+        by_model = _stores.setdefault(_owner(guide), WeakIdKeyDictionary())
+        fitted = by_model.setdefault(_owner(model), {})
+    except TypeError as error:
+        raise TypeError(
+            f"a program's object must allow weak references, but {error}: give its class a slot "
+            "for them (dataclass(slots=True, weakref_slot=True)), or no slots"
+        ) from error
     fitted[_methods(model, guide)] = _Fitted(store, names)
 
 
@@ -166,23 +173,32 @@ def device_of(model: Program, guide: Program) -> torch.device:
     return torch.device("cpu")
 
 
+def _core(program: Program) -> Program:
+    """The function or method inside partials and Pyro's handlers."""
+    while isinstance(program, functools.partial):
+        # A handler applied to a function is a partial of the two (poutine's _context_wrap).
+        handler = next((a for a in program.args if isinstance(a, Messenger)), None)
+        program = program.func if handler is None else program.args[-1]
+    return program
+
+
 def _owner(program: Program) -> Any:
-    """The object that a program lives as long as: a method's instance, a partial's function."""
-    if isinstance(program, functools.partial):
-        return _owner(program.func)
-    return getattr(program, "__self__", program)
+    """The object that a program lives as long as: itself, or a method's instance."""
+    core = _core(program)
+    return getattr(core, "__self__", core)
 
 
 def _method(program: Program) -> Any:
     """What tells apart the programs of one owner: two partials with equal arguments are one."""
-    if isinstance(program, functools.partial):
-        arguments = (program.args, frozenset(program.keywords.items()))
-        try:
-            hash(arguments)
-        except TypeError:
-            arguments = id(program)
-        return _method(program.func), arguments
-    return getattr(program, "__func__", None)
+    method = getattr(_core(program), "__func__", None)
+    if not isinstance(program, functools.partial):
+        return method
+    arguments = (program.args, frozenset(program.keywords.items()))
+    try:
+        hash(arguments)
+    except TypeError:
+        arguments = id(program)
+    return method, arguments
 
 
 def _methods(model: Program, guide: Program) -> tuple:
@@ -196,10 +212,15 @@ def _find(model: Program, guide: Program) -> Store | None:
     return None if fitted is None else fitted.store
 
 
+def bare_parameter_names() -> set[str]:
+    """Return the names of the open store's ``pyro.param`` values, which no module holds."""
+    named = pyro.get_param_store().named_parameters()
+    return {name for name, p in named if not isinstance(p, nn.Parameter)}
+
+
 def _bare_store() -> Store:
-    """Return the entries of the global store that no module holds."""
+    names = bare_parameter_names()
     state = pyro.get_param_store().get_state()
-    names = [name for name, p in state["params"].items() if not isinstance(p, nn.Parameter)]
     return {kind: {name: values[name] for name in names} for kind, values in state.items()}
 
 
@@ -232,13 +253,23 @@ def _borrowed_store(model: Program, guide: Program) -> Store:
 
 
 def _fits(program: Program, role: str) -> list[_Fitted]:
-    """Return the fits that a program took part in, as the model or as the guide."""
+    """Return the fits of a program, as the model or as the guide.
+
+    If there are none of itself, those of its core: of the function inside its partials and
+    handlers, or of any wrapped around it.
+    """
     index = 0 if role == "model" else 1
-    method = _method(program)
-    return [
-        fitted
+    of_core = [
+        (methods[index], fitted)
         for guide_owner, by_model in _stores.items()
         for model_owner, by_methods in by_model.items()
         for methods, fitted in by_methods.items()
-        if (model_owner, guide_owner)[index] is _owner(program) and methods[index] == method
+        if (model_owner, guide_owner)[index] is _owner(program)
+        and _function(methods[index]) is _function(_method(program))
     ]
+    own = [fitted for method, fitted in of_core if method == _method(program)]
+    return own or [fitted for _, fitted in of_core]
+
+
+def _function(method: Any) -> Any:
+    return method[0] if isinstance(method, tuple) else method

@@ -45,12 +45,19 @@ def check_agreement(model: Sites, guide: Sites) -> None:
             f"the guide samples site {unknown[0]!r}, which is no latent site of the model; those "
             f"are {latents}. Rename it."
         )
-    if auxiliary and not any(_is_delta(guide[name]) for name in latents):
-        raise ValueError(
-            f"the guide has the auxiliary site {auxiliary[0]!r}, and no latent is a function of it "
-            "(a Delta, as in Pyro's AutoGuides): then log q(z|x) is an integral over that site, "
-            "which is not known, and what the pair reports would be no bound."
-        )
+    for name in auxiliary:
+        beside = [n for n in latents if _is_local(guide[n]) is _is_local(guide[name])]
+        if not beside or not all(is_delta(guide[n]) for n in beside):
+            raise ValueError(
+                f"the guide has the auxiliary site {name!r}, and not all latents beside it are "
+                "functions of it (Deltas, as in Pyro's AutoGuides): then log q(z|x) is an integral "
+                "over that site, which is not known, and what the pair reports is no bound."
+            )
+
+
+def is_delta(site: Site) -> bool:
+    """Tell whether a site gives its value no room."""
+    return isinstance(base_distribution(site["fn"]), Delta)
 
 
 def common_data_frame(sites: list[Site]) -> CondIndepStackFrame:
@@ -107,7 +114,7 @@ def _check_latent(name: str, site: Site, guide: Sites) -> None:
             f'site {name!r} stands {where[0]} the plate "data" in the model and {where[1]} it in '
             "the guide: both must agree."
         )
-    masked = [each["mask"] is not None and each["mask"] is not True for each in (site, match)]
+    masked = [_is_masked(each) for each in (site, match)]
     if masked[0] != masked[1]:
         where = ("model", "guide") if masked[0] else ("guide", "model")
         raise ValueError(
@@ -123,5 +130,11 @@ def _check_latent(name: str, site: Site, guide: Sites) -> None:
         )
 
 
-def _is_delta(site: Site) -> bool:
-    return isinstance(base_distribution(site["fn"]), Delta)
+def _is_local(site: Site) -> bool:
+    return data_frame(site) is not None
+
+
+def _is_masked(site: Site) -> bool:
+    base = base_distribution(site["fn"])
+    masks = (site["mask"], getattr(base, "_mask", None))  # by poutine, or by Distribution.mask
+    return any(mask is not None and mask is not True for mask in masks)

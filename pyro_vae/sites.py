@@ -10,6 +10,7 @@ from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
@@ -29,6 +30,14 @@ def random_sites(trace: poutine.Trace) -> Iterator[Site]:
             and not site["infer"].get("_deterministic")
         ):
             yield site
+
+
+class Unobserve(UnconditionMessenger):
+    """Takes a model's observations away; pyro.deterministic sites, which are none, stay."""
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if not (msg["infer"] or {}).get("_deterministic"):
+            super()._pyro_sample(msg)
 
 
 def data_frame(site: Site) -> CondIndepStackFrame | None:

@@ -17,6 +17,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.arguments import positive_integer
+from pyro_vae.rules import is_delta
 from pyro_vae.traces import PairTrace, Program
 
 
@@ -85,18 +86,28 @@ def find_plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any
 
     They are run once more with as many particles as no plate has data: particles that a program
     moved into the place of a plate of another size are found out.
+
+    Raises:
+        ValueError: the programs cannot take the particles' dimension.
     """
     with torch.no_grad(), poutine.block():
         trace = PairTrace(model, guide, args, kwargs)
         num_particles = next(k for k in itertools.count(2) if k not in trace.plate_sizes)
-        PairTrace(
-            model,
-            guide,
-            args,
-            kwargs,
-            num_particles=num_particles,
-            plate_nesting=trace.plate_nesting,
-        )
+        try:
+            PairTrace(
+                model,
+                guide,
+                args,
+                kwargs,
+                num_particles=num_particles,
+                plate_nesting=trace.plate_nesting,
+            )
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                "model and guide run as they are, but not with a leading dimension of particles: "
+                f"{str(error).split('Trace Shapes:')[0].strip()}. Let their networks take any "
+                "leading dimensions, or pass vectorize_particles=False."
+            ) from error
     return trace.plate_nesting
 
 
@@ -215,6 +226,14 @@ class Terms:
         return self._names(lambda factor: not factor.local)
 
     @property
+    def points(self) -> list[str]:
+        """Names of the latents that the guide gives one point, no auxiliary site behind them."""
+        guide, latents = self._first.guide, self._first.latents
+        if any(not f.observed and f.name not in latents for f in guide.values()):
+            return []
+        return [name for name in latents if is_delta(guide[name].site)]
+
+    @property
     def scaled_sites(self) -> list[str]:
         """Names of the sites scaled by anything but the subsampling of the plate ``"data"``."""
         return self._names(lambda factor: factor.scaled)
@@ -226,13 +245,19 @@ class Terms:
             who: the objective or estimator that needs them; it opens the message.
 
         Raises:
-            ValueError: a site is global, or scaled.
+            ValueError: a site is global, or scaled, or a point.
         """
         if self.global_sites:
             raise ValueError(
                 f"{who} weighs each datum by itself, but site {self.global_sites[0]!r} stands "
                 'outside the plate "data" and is shared by all data. Move it into the plate, or '
                 "use objectives.ELBO, which accepts global sites."
+            )
+        if self.points:
+            raise ValueError(
+                f"{who} needs a density, but the guide gives latent site {self.points[0]!r} one "
+                "point (a Delta): p(x, z) at a point is no bound on p(x). Use objectives.ELBO, "
+                "which then finds the most probable latents, or a guide with a density."
             )
         if self.scaled_sites:
             raise ValueError(

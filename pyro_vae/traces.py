@@ -18,6 +18,7 @@ from pyro_vae.rules import check_agreement, check_event_shape, common_data_frame
 from pyro_vae.sites import (
     PARTICLE_PLATE,
     Site,
+    Unobserve,
     closed_form_kl,
     data_frame,
     own_scale,
@@ -107,9 +108,7 @@ class PairTrace:
             model, guide = particles(model), particles(guide)
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = _replay(model, guide_trace, args, kwargs)
-        self._replay_unobserved = lambda: _replay(
-            poutine.uncondition(model), guide_trace, args, kwargs
-        )
+        self._replay_unobserved = lambda: _replay(Unobserve()(model), guide_trace, args, kwargs)
         self._traces = {"model": model_trace, "guide": guide_trace}
 
         model_sites = {site["name"]: site for site in random_sites(model_trace)}

@@ -186,3 +186,19 @@ def test_bad_arguments(binary):
     with pytest.raises(ValueError, match=r"image_shape \(3, 3\) does not fit"):
         pv.compare({"a": make_pair()}, binary, image_shape=(3, 3))
     assert pv.compare({1: make_pair()}, binary, num_particles=2).entries[0].name == "1"
+
+
+def test_a_model_that_observes_nothing_like_x_is_compared_without_pictures(tmp_path):
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(z + x[:, :2], 1.0).to_event(1), obs=y)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((y - x[:, :2]) / 2, 1.0).to_event(1))
+
+    data = (torch.randn(20, 4), torch.randn(20, 2))
+    comparison = pv.compare({"a": (model, guide)}, data, num_particles=50, image_shape=(2, 2))
+    assert comparison.entries[0].pictures is None
+    assert comparison.to_html(tmp_path / "p.html").read_text(encoding="utf-8").count("<img") == 2

@@ -311,3 +311,63 @@ def test_weights_are_loaded_into_a_guide_that_was_not_called_yet():
     narrow.load_state_dict(guide.state_dict())
     with pytest.raises(ValueError, match="this encoder and model need 8 and 6"):
         narrow(x)
+
+
+def widen(guide):
+    """Make a guide a standard normal: wider than the posteriors, so weights have a variance."""
+    with torch.no_grad():
+        for p in guide.head.parameters():
+            p.zero_()
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_the_models_masks_are_asked_for(num_particles):
+    """Padded latents, and obs_mask: what the model masks, the guide masks."""
+
+    def model(x, lengths):
+        kept = torch.arange(3).unsqueeze(-1) < lengths
+        with pyro.plate("data", len(x)), pyro.plate("time", 3), poutine.mask(mask=kept):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+    class Rows(nn.Module):
+        def forward(self, x, lengths):
+            return x
+
+    x, lengths = torch.randn(4, 3), torch.tensor([1, 2, 3, 1])
+    guide = AmortizedNormal(model, Rows())
+    for rows in (slice(0, 4), slice(1, 3)):
+        t = pv.terms(model, guide, x[rows], lengths[rows], num_particles=num_particles)
+        z = t.samples["z"]  # (K, B, 3)
+        kept = torch.arange(3) < lengths[rows].unsqueeze(-1)
+        expected = (kept * dist.Normal(0.0, 1.0).log_prob(z)).sum(-1)
+        torch.testing.assert_close(t.log_prior, expected)
+        assert (t.kl[:, lengths[rows] == 3] != 0).all()
+    widen(guide)
+    estimate = pv.evidence(model, guide, (x, lengths), num_particles=20_000, seed=0)
+    kept = torch.arange(3) < lengths.unsqueeze(-1)
+    exact = (kept * dist.Normal(0.0, 2**0.5).log_prob(x)).sum(-1)
+    assert ((estimate.values - exact).abs() < 4.5 * estimate.monte_carlo_errors).all()
+    with pytest.raises(ValueError, match="masked, differently from datum to datum"):
+        pv.elbo_surgery(model, guide, (x, lengths))
+
+
+def test_an_observation_that_is_partly_missing():
+    seen = torch.tensor([True, False, True, True])
+
+    def model(x, seen):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0], obs_mask=seen)
+
+    class Rows(nn.Module):
+        def forward(self, x, seen):
+            return x
+
+    guide = AmortizedNormal(model, Rows())
+    x = torch.randn(4, 1)
+    guide(x, seen)
+    widen(guide)
+    estimate = pv.evidence(model, guide, (x, seen), num_particles=20_000, seed=0)
+    exact = seen * dist.Normal(0.0, 2**0.5).log_prob(x[:, 0])
+    assert ((estimate.values - exact).abs() < 4.5 * estimate.monte_carlo_errors).all()

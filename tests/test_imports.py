@@ -22,7 +22,7 @@ ALLOWED = {
     "datasets": set(),
     "priors": set(),
     "likelihoods": set(),
-    "terms": {"arguments", "traces"},
+    "terms": {"arguments", "rules", "traces"},
     "models": {"sites"},
     "guides": {"sites"},
     "objectives": {"arguments", "terms", "traces"},

@@ -361,3 +361,55 @@ def test_programs_that_cannot_be_called(arguments):
     for call in (pv.fit, pv.evidence, pv.elbo_surgery, pv.to_arviz):
         with pytest.raises(TypeError, match="must be a Pyro program"):
             call(*arguments, torch.randn(5))
+
+
+def test_wrappers_of_a_program_find_what_it_reached_and_the_other_way_round():
+    x = torch.randn(200) + 4
+
+    def model(x, beta=1.0):
+        with pyro.plate("data", len(x)):
+            with pyro.poutine.scale(scale=beta):
+                z = pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, beta=1.0):
+        slope = pyro.param("slope", torch.tensor(0.1))
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=beta):
+            pyro.sample("z", dist.Normal(slope * x, 1.0))
+
+    half = functools.partial(model, beta=0.5), functools.partial(guide, beta=0.5)
+    pv.fit(*half, x, **options(epochs=100))
+    with pv.parameter_store(*half):
+        loc = pyro.param("loc").item()
+    assert loc > 1
+    handled = (pyro.poutine.scale(model, scale=0.1), pyro.poutine.scale(guide, scale=0.1))
+    for pair in ((model, guide), handled, (functools.partial(model, beta=0.2), guide)):
+        with pv.parameter_store(*pair):
+            assert pyro.param("loc").item() == loc
+            assert pyro.param("slope").item() != pytest.approx(0.1, abs=1e-3)
+
+
+def test_initial_values_taken_for_want_of_fitted_ones_are_told():
+    model, guide, _ = plain_pair()
+    with pytest.warns(UserWarning, match="found no value of pyro.param 'loc'"):
+        pv.evidence(model, guide, torch.randn(5), num_particles=2)
+
+
+def test_modes_stay_as_the_user_set_them():
+    frozen = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval().requires_grad_(False)
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.net(frozen(x))
+
+    pair = MethodsPair()
+    guide = pv.guides.AmortizedNormal(pair.model, Encoder())
+    before = frozen[1].running_mean.clone()
+    pv.fit(pair.model, guide, torch.randn(50, 3) + 9, **options())
+    assert not frozen.training
+    assert torch.equal(frozen[1].running_mean, before)
+    assert frozen in modules(guide)

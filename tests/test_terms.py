@@ -24,7 +24,7 @@ def nested_guide(x):
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Normal(x.sum(-1), 0.5))
         with pyro.plate("words", 3):
-            pyro.sample("w", dist.Normal(x[:, 0], 0.7))
+            pyro.sample("w", dist.Normal(x[:, 0], 0.7).mask(x[:, 0] > 0))
 
 
 @pytest.mark.parametrize("num_particles", [1, 7])
@@ -55,7 +55,7 @@ def test_terms_of_nested_plates_sum_to_the_datum(num_particles, vectorize):
     log_prior = normal(0.0, 1.0).log_prob(z)
     log_prior = log_prior + kept * normal(z.unsqueeze(-1), 1.0).log_prob(w).sum(-1)
     log_guide = normal(x.sum(-1), 0.5).log_prob(z)
-    log_guide = log_guide + normal(x[:, :1], 0.7).log_prob(w).sum(-1)
+    log_guide = log_guide + kept * normal(x[:, :1], 0.7).log_prob(w).sum(-1)
     log_likelihood = normal(w.sum(-1, keepdim=True), 1.0).log_prob(x).sum(-1)
     torch.testing.assert_close(t.log_prior, log_prior)
     torch.testing.assert_close(t.log_guide, log_guide)
@@ -200,7 +200,8 @@ def test_guide_is_scored_at_given_values_for_all_pairs():
     scores = guide_log_prob(nested_guide, (x,), values, plate_nesting=2)
     normal = torch.distributions.Normal
     expected = normal(x.sum(-1), 0.5).log_prob(values["z"][:, None])
-    expected = expected + normal(x[:, :1], 0.7).log_prob(values["w"][:, None]).sum(-1)
+    scores_of_words = normal(x[:, :1], 0.7).log_prob(values["w"][:, None]).sum(-1)
+    expected = expected + (x[:, 0] > 0) * scores_of_words
     torch.testing.assert_close(scores, expected)
 
 
@@ -258,6 +259,63 @@ def test_observations_and_factors_in_the_data_plate():
     assert torch.equal(t.observations["x"], x)
     assert torch.equal(t.observations["y"], torch.zeros(4))
     assert t.predict()["y"].shape == (3, 4)
+
+
+def test_a_mask_of_the_distribution_on_one_side_alone_is_refused():
+    mask = torch.tensor([True, False, True])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(mask))
+            pyro.sample("x", dist.Normal(z, 1.0).mask(mask), obs=x)
+
+    with pytest.raises(ValueError, match="masked in the model and not in the guide"):
+        pv.terms(model, guide_inside, torch.randn(3))
+
+
+def test_an_auxiliary_site_beside_a_latent_that_is_no_function_of_it():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Normal(w, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            v = pyro.sample("v", dist.Normal(x, 1.0), infer={"is_auxiliary": True})
+            pyro.sample("w", dist.Delta(v))
+            pyro.sample("z", dist.Normal(v, 1.0))
+
+    with pytest.raises(ValueError, match="auxiliary site 'v', and not all latents beside it"):
+        pv.terms(model, guide, torch.randn(3))
+
+
+def test_a_guide_of_points_has_an_elbo_and_no_evidence():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x / 2))
+
+    x = torch.randn(5)
+    joint = dist.Normal(0.0, 1.0).log_prob(x / 2) + dist.Normal(x / 2, 1.0).log_prob(x)
+    loss = pv.objectives.ELBO().loss(latent_inside, guide, x)
+    assert loss == pytest.approx(-joint.sum().item(), rel=1e-5)
+    for call in (pv.evidence, pv.elbo_surgery, pv.to_arviz, pv.objectives.IWAE(3).loss):
+        with pytest.raises(ValueError, match="gives latent site 'z' one point"):
+            call(latent_inside, guide, x)
+
+
+def test_deterministic_sites_stay_when_observations_are_drawn_anew():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            mean = pyro.deterministic("mean", 2 * z)
+            pyro.sample("x", dist.Normal(mean, 0.01), obs=x)
+
+    x = torch.randn(6)
+    t = pv.terms(model, guide_inside, x, num_particles=4)
+    assert t.predict()["x"].shape == (4, 6)
+    assert (t.predict()["x"] - 2 * t.samples["z"]).abs().max() < 0.1
+    assert pv.reconstruct(model, guide_inside, x).shape == (6,)
 
 
 def latent_outside(x):
@@ -327,7 +385,7 @@ def model_other_plate(x):
         (latent_inside, guide_other_name, "the guide samples site 'zz'"),
         (latent_inside, guide_outside, 'inside the plate "data" in the model and outside'),
         (latent_outside, guide_inside, 'outside the plate "data" in the model and inside'),
-        (latent_inside, guide_auxiliary, "auxiliary site 'a', and no latent is a function of it"),
+        (latent_inside, guide_auxiliary, "auxiliary site 'a', and not all latents beside it"),
         (model_without_data, guide_inside, "the model observes nothing"),
         (guide_inside, latent_inside, "the guide observes site 'x'"),
         (model_that_broadcasts, guide_inside, r"events of shape \(7,\), but its value .* \(5, 1\)"),

@@ -38,9 +38,8 @@ class Entry:
         note: why not.
         fit: how the pair was fitted; None if that is not known.
         num_parameters: trainable numbers in model and guide.
-        originals: a few held-out x.
-        reconstructions: E[x|z] for z from the guide, of the same.
-        samples: E[x|z] for z from the prior.
+        pictures: a few held-out x, their reconstructions (E[x|z] for z from the guide) and as
+            many samples (for z from the prior); None where the model observes nothing like x.
     """
 
     name: str
@@ -49,9 +48,7 @@ class Entry:
     note: str
     fit: Fit | None
     num_parameters: int
-    originals: Tensor
-    reconstructions: Tensor
-    samples: Tensor
+    pictures: tuple[Tensor, Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -248,7 +245,6 @@ def compare(
                 progress=progress,
                 description=f"{name}: surgery",
             )
-            x, *covariates = (column[:PICTURES] for column in held_out)
             entries.append(
                 Entry(
                     name,
@@ -257,9 +253,7 @@ def compare(
                     note,
                     fits[name],
                     num_parameters[name],
-                    originals=x,
-                    reconstructions=reconstruct(model, guide, x, *covariates, seed=seed),
-                    samples=generate(model, x, *covariates, guide=guide, seed=seed),
+                    _pictures(model, guide, held_out, seed),
                 )
             )
             advance(1)
@@ -272,6 +266,17 @@ def _surgery_or_why_not(*args, **options) -> tuple[Surgery | None, str]:
         return elbo_surgery(*args, **options), ""
     except ValueError as error:
         return None, str(error)
+
+
+def _pictures(
+    model: Program, guide: Program, columns: tuple[Tensor, ...], seed: int | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    x, *covariates = (column[:PICTURES] for column in columns)
+    try:
+        reconstructions = reconstruct(model, guide, x, *covariates, seed=seed)
+        return x, reconstructions, generate(model, x, *covariates, guide=guide, seed=seed)
+    except ValueError:  # it observes no x, or its programs want another number of rows
+        return None
 
 
 def _unpack(name: str, pair) -> tuple[Program, Program]:

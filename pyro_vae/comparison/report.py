@@ -83,12 +83,13 @@ def _cell(row, column: str, error: str | None) -> str:
 
 
 def _pictures(comparison: Comparison) -> list[tuple[str, str]]:
-    first = comparison.entries[0].originals
-    if comparison.image_shape is None or first.dim() != 2:
+    shown = [(e.name, e.pictures) for e in comparison.entries if e.pictures is not None]
+    if comparison.image_shape is None or not shown:
         return []
-    reconstructions = [("data", first)]
-    reconstructions += [(entry.name, entry.reconstructions) for entry in comparison.entries]
-    samples = [(entry.name, entry.samples) for entry in comparison.entries]
+    _, (originals, _, _) = shown[0]
+    reconstructions = [("data", originals)]
+    reconstructions += [(name, pictures[1]) for name, pictures in shown]
+    samples = [(name, pictures[2]) for name, pictures in shown]
     return [
         (title, _embed(plots.image_rows(rows, comparison.image_shape), dpi=110))
         for title, rows in (

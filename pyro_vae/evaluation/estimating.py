@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import pyro
@@ -44,11 +45,18 @@ def estimating(
     """
     with (
         seeded(seed),
-        programs.parameter_store(model, guide),
+        programs.parameter_store(model, guide) as store,
         programs.evaluation_mode(model, guide),
     ):
         first = batches.first()
+        known = set(store["params"])
         trace = check_pair(model, guide, first, batches.checked)
+        if fresh := sorted(programs.bare_parameter_names() - known):
+            warnings.warn(
+                f"{who} found no value of pyro.param {fresh[0]!r} and takes its initial one: this "
+                "pair was not fitted, nor do its programs wrap ones that were",
+                stacklevel=3,
+            )
         Terms([trace]).require_independent_data(who)
         with pyro.validation_enabled(True):
             if vectorize_particles:

@@ -10,7 +10,7 @@ from pyro_vae import programs
 from pyro_vae.contract import check_pair
 from pyro_vae.minibatches import as_tensor
 from pyro_vae.seeding import seeded
-from pyro_vae.sites import Site, data_frame, random_sites
+from pyro_vae.sites import Site, Unobserve, data_frame, random_sites
 from pyro_vae.traces import Program
 
 
@@ -77,7 +77,7 @@ def generate(
 
 
 def _mean_of_x(model: Program, x: Tensor, *covariates: Tensor) -> Tensor:
-    trace = poutine.trace(poutine.uncondition(model)).get_trace(x, *covariates)
+    trace = poutine.trace(Unobserve()(model)).get_trace(x, *covariates)
     return _mean(_observed_site(trace, x)).expand(x.shape).cpu()
 
 

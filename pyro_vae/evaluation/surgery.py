@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
+from pyro import poutine
 from rich.progress import Progress
 from torch import Tensor
 
@@ -18,8 +19,9 @@ from pyro_vae.evaluation.information import (
     gaussian_information,
     scored_information,
 )
-from pyro_vae.minibatches import Data, Minibatches
+from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
+from pyro_vae.sites import random_sites
 from pyro_vae.terms import terms
 from pyro_vae.traces import Program
 
@@ -101,7 +103,8 @@ def elbo_surgery(
 
     Raises:
         ValueError: bad data or arguments, or a pair that breaks the contract; a site is global or
-            scaled; the guide has auxiliary sites, so that its density is an integral.
+            scaled; the guide has auxiliary sites, so that its density is an integral, or masks
+            that differ from datum to datum.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -132,6 +135,7 @@ def elbo_surgery(
         task(progress, description, batches.num_data, transient=True) as advance,
     ):
         gaussian = DiagonalGaussians.describe(guide, batches.first())
+        _refuse_masks(guide, batches.first())
         for batch in batches:
             t = terms(
                 model,
@@ -177,6 +181,16 @@ def elbo_surgery(
         log_n=math.log(len(information)),
         standard_errors={name: standard_error(values) for name, values in per_datum.items()},
     )
+
+
+def _refuse_masks(guide: Program, batch: Batch) -> None:
+    for site in random_sites(poutine.trace(guide).get_trace(*batch)):
+        if isinstance(site["mask"], Tensor) and site["mask"].numel() > 1:
+            raise ValueError(
+                f"guide site {site['name']!r} is masked, differently from datum to datum: a code "
+                "of one datum has no density under the posterior of another, so there is no "
+                "aggregated posterior"
+            )
 
 
 def _control(values: Tensor, noise: Tensor) -> Tensor:

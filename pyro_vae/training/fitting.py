@@ -141,7 +141,7 @@ def fit(
         if validation is not None:
             held_out = Minibatches(validation, batch_size, device=device, name="validation")
         for module in modules(model, guide):
-            module.to(device).train()
+            module.to(device)
         first = batches.first()
         with programs.evaluation_mode(model, guide):  # a look must not move running averages
             trace = check_pair(model, guide, first, batches.checked)
