@@ -55,7 +55,7 @@ def estimating(
             warnings.warn(
                 f"{who} found no value of pyro.param {fresh[0]!r} and takes its initial one: this "
                 "pair was not fitted, nor do its programs wrap ones that were",
-                stacklevel=3,
+                stacklevel=4,  # the caller of the estimator
             )
         Terms([trace]).require_independent_data(who)
         with pyro.validation_enabled(True):
