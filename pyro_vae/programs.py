@@ -176,10 +176,13 @@ def device_of(model: Program, guide: Program) -> torch.device:
 def _core(program: Program) -> Program:
     """The function or method inside partials and Pyro's handlers."""
     while isinstance(program, functools.partial):
-        # A handler applied to a function is a partial of the two (poutine's _context_wrap).
-        handler = next((a for a in program.args if isinstance(a, Messenger)), None)
-        program = program.func if handler is None else program.args[-1]
+        program = program.func if _handler(program) is None else program.args[-1]
     return program
+
+
+def _handler(program: functools.partial) -> Messenger | None:
+    """The handler, if this is one applied to a function: a partial of poutine's of the two."""
+    return next((a for a in program.args if isinstance(a, Messenger)), None)
 
 
 def _owner(program: Program) -> Any:
@@ -193,6 +196,8 @@ def _method(program: Program) -> Any:
     method = getattr(_core(program), "__func__", None)
     if not isinstance(program, functools.partial):
         return method
+    if (handler := _handler(program)) is not None:
+        return method, handler  # not the function: the key must not keep its owner alive
     arguments = (program.args, frozenset(program.keywords.items()))
     try:
         hash(arguments)

@@ -215,6 +215,18 @@ def test_a_store_ends_with_its_pair():
     assert len(programs._stores) == before
 
 
+def test_a_store_ends_with_its_pair_under_a_handler_too():
+    gc.collect()
+    before = len(programs._stores)
+    model, guide, _ = plain_pair()
+    wrapped = pyro.poutine.scale(model, scale=0.5), pyro.poutine.scale(guide, scale=0.5)
+    pv.fit(*wrapped, torch.randn(50), **options(epochs=1))
+    assert len(programs._stores) == before + 1
+    del model, guide, wrapped
+    gc.collect()
+    assert len(programs._stores) == before
+
+
 def test_an_open_store_is_not_opened_again():
     x = torch.randn(50)
     model, guide, _ = plain_pair()
