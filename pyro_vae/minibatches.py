@@ -92,48 +92,66 @@ class Minibatches:
         """All columns, as the programs will see them; None if streamed or transformed."""
         return self.tensors if self.transform is None else None
 
+    @property
+    def num_batches(self) -> int | None:
+        """Minibatches in a pass, None where that is not known beforehand."""
+        return None if self.tensors is None else -(-self.num_data // self.batch_size)
+
     def in_memory(self) -> Batch:
         """Return all rows as tensors, read once from a stream."""
         if self.tensors is not None:
-            return self._prepare(self.tensors)
+            return self._transformed(self.tensors)
         self.first()
         return tuple(torch.cat(columns) for columns in zip(*self, strict=True))
 
     def first(self) -> Batch:
         """Return the first minibatch in the data's own order; the next pass begins with it."""
         if self.tensors is not None:
-            return self._prepare(column[: self.batch_size] for column in self.tensors)
+            return self._transformed(column[: self.batch_size] for column in self.tensors)
         if self._begun is None:
             self._begun = _Begun(self._stream())
-        return self._begun.first
+        return self._transformed(self._begun.first)
 
     def __iter__(self) -> Iterator[Batch]:
+        return (self.prepare(*selection) for selection in self.selections())
+
+    def selections(self) -> Iterator[tuple[Tensor, ...]]:
+        """Yield what :meth:`prepare` makes minibatches of, on the device.
+
+        The numbers of their rows, if the data are tensors; of a stream, its columns as they come.
+        """
         if self._loader is not None:
             begun, self._begun = self._begun, None
             yield from self._stream() if begun is None else begun
             return
-        order = None
         if self._shuffle:
             order = torch.randperm(self.num_data, generator=self._generator).to(self.device)
-        for start in range(0, self.num_data, self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            rows = rows if order is None else order[rows]
-            yield self._prepare(column[rows] for column in self.tensors)
+        else:
+            order = torch.arange(self.num_data, device=self.device)
+        yield from ((rows,) for rows in order.split(self.batch_size))
+
+    def prepare(self, *selection: Tensor) -> Batch:
+        """Gather a minibatch and transform its x: operations of tensors alone."""
+        if self.tensors is None:
+            return self._transformed(selection)
+        (rows,) = selection
+        return self._transformed(column[rows] for column in self.tensors)
 
     def _stream(self) -> Iterator[Batch]:
         empty = True
         for batch in self._loader:
             empty = False
             columns = batch if isinstance(batch, tuple | list) else (batch,)
-            yield self._prepare(as_tensor(column, self._name) for column in columns)
+            columns = [as_tensor(column, self._name) for column in columns]
+            yield tuple(column.to(self.device, non_blocking=True) for column in columns)
         if empty:
             raise ValueError(
                 f"{self._name} is empty: its loader yields no minibatch. (A stream that can be "
                 "read only once does not serve for several passes.)"
             )
 
-    def _prepare(self, columns: Iterable[Tensor]) -> Batch:
-        x, *covariates = (column.to(self.device, non_blocking=True) for column in columns)
+    def _transformed(self, columns: Iterable[Tensor]) -> Batch:
+        x, *covariates = columns
         return (x if self.transform is None else self.transform(x), *covariates)
 
 

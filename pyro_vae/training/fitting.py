@@ -25,6 +25,7 @@ from pyro_vae.objectives import ELBO
 from pyro_vae.progress import task
 from pyro_vae.seeding import seeded
 from pyro_vae.traces import PairTrace, Program
+from pyro_vae.training.policy import Capture
 from pyro_vae.training.trainer import Trainer
 
 
@@ -39,6 +40,7 @@ class Fit:
             bound; the latter NaN without validation data), ``learning_rate``, ``seconds``.
         best_epoch: the epoch, from 1, whose parameters the pair holds.
         seconds: the time it all took.
+        execution: ``"captured"``, or ``"eager: "`` and why the step was not captured.
     """
 
     model: Program
@@ -46,6 +48,7 @@ class Fit:
     history: pd.DataFrame
     best_epoch: int
     seconds: float
+    execution: str
 
 
 def fit(
@@ -63,6 +66,7 @@ def fit(
     clip_norm: float | None = None,
     patience: int | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
+    capture: Capture = "auto",
     device: str | torch.device = "auto",
     seed: int | None = None,
     progress: bool | Progress = True,
@@ -92,6 +96,10 @@ def fit(
             parameters and buffers of the best epoch.
         transform: applied to each minibatch x on the device: ``torch.bernoulli`` binarises
             dynamically. Validation data are taken as they are.
+        capture: run the programs through Python a few times, then replay each step as compiled
+            code; see docs/performance.md. ``"auto"`` does so where the run is long enough to repay
+            it. Where it cannot be done, the steps run eagerly and a warning says why; the results
+            are the same but for rounding.
         device: ``"auto"`` is CUDA where there is one, else the CPU. The pair stays there.
         seed: fixes order, noise and the initial values of what the first call of the guide makes;
             the process's own random numbers go on as if there had been no fit.
@@ -124,7 +132,7 @@ def fit(
         raise TypeError(
             f"objective must be a pyro.infer.ELBO with a differentiable_loss, got {objective!r}"
         )
-    _check_arguments(epochs, learning_rate, clip_norm, patience, validation)
+    _check_arguments(epochs, learning_rate, clip_norm, patience, validation, capture)
     device = _device(device)
     started = time.perf_counter()
     with seeded(seed), programs.parameter_store(model, guide, fresh=True) as store:
@@ -154,19 +162,22 @@ def fit(
             model,
             guide,
             objective,
+            batches,
             programs.parameters(model, guide, trace),
             learning_rate=learning_rate,
             optimizer=optimizer,
             scheduler=scheduler,
             clip_norm=clip_norm,
+            capture=capture,
         )
         # Values that no look has seen yet are checked as they come, in the first pass over them.
         unseen = batches.checked is None or not observes_columns_alone(trace, first)
         with task(progress, description, epochs) as advance:
-            rows = _train(trainer, batches, held_out, epochs, patience, advance, unseen)
+            rows = _train(trainer, held_out, epochs, patience, advance, unseen)
     history = pd.DataFrame(rows).set_index("epoch")
     best = history["validation_loss"].idxmin() if patience is not None else history.index[-1]
-    return Fit(model, guide, history, int(best), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Fit(model, guide, history, int(best), seconds, trainer.execution)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -179,7 +190,7 @@ def _device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def _check_arguments(epochs, learning_rate, clip_norm, patience, validation) -> None:
+def _check_arguments(epochs, learning_rate, clip_norm, patience, validation, capture) -> None:
     positive_integer("epochs", epochs)
     positive_number("learning_rate", learning_rate)
     if clip_norm is not None:
@@ -188,6 +199,8 @@ def _check_arguments(epochs, learning_rate, clip_norm, patience, validation) -> 
         positive_integer("patience", patience)
         if validation is None:
             raise ValueError("patience needs validation data: pass validation=")
+    if not (capture is True or capture is False or capture == "auto"):
+        raise ValueError(f'capture must be True, False or "auto", got {capture!r}')
 
 
 def _check_scale_of_global_latents(trace: PairTrace, num_data: int | None) -> None:
@@ -200,7 +213,7 @@ def _check_scale_of_global_latents(trace: PairTrace, num_data: int | None) -> No
         )
 
 
-def _train(trainer, batches, held_out, epochs, patience, advance, unseen) -> list[dict[str, Any]]:
+def _train(trainer, held_out, epochs, patience, advance, unseen) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     best_loss, best_state, epochs_without_gain = math.inf, None, 0
     validation_seed = torch.randint(2**62, ()).item()
@@ -209,8 +222,10 @@ def _train(trainer, batches, held_out, epochs, patience, advance, unseen) -> lis
             started = time.perf_counter()
             learning_rate = trainer.learning_rate
             validation_loss = math.nan
-            with pyro.validation_enabled(unseen and epoch == 1):
-                loss = _finite(trainer.epoch(batches), "loss", epoch)
+            validated = unseen and epoch == 1
+            with pyro.validation_enabled(validated):
+                loss = trainer.epoch(epochs - epoch + 1, capturable=not validated)
+                _finite(loss, "loss", epoch)
                 if held_out is not None:
                     with seeded(validation_seed):  # the same noise each time: comparable losses
                         validation_loss = trainer.evaluate(held_out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import pyro
 import torch
@@ -12,24 +12,29 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae import programs
+from pyro_vae.capture import Captured
 from pyro_vae.minibatches import Batch, Minibatches
 from pyro_vae.modules import modules
 from pyro_vae.sites import data_frame
 from pyro_vae.traces import Program
+from pyro_vae.training.adam import Adam
+from pyro_vae.training.policy import Capture, CapturePolicy
 
 
 class Trainer:
-    """Parameters, optimizer and scheduler of one fit.
+    """Parameters, optimizer and scheduler of one fit, and its step, captured or not.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
         objective: what to maximise.
+        batches: the training data.
         parameters: of both programs, trained by one optimizer.
         learning_rate: of the default optimizer, Adam.
         optimizer: makes another from the parameters.
         scheduler: makes a learning rate scheduler from the optimizer.
         clip_norm: bound on the norm of the whole gradient.
+        capture: whether to capture the step.
 
     Raises:
         ValueError: there are no parameters.
@@ -41,21 +46,24 @@ class Trainer:
         model: Program,
         guide: Program,
         objective: pyro.infer.ELBO,
+        batches: Minibatches,
         parameters: list[Tensor],
         *,
-        learning_rate: float,
-        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None,
-        scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None,
-        clip_norm: float | None,
+        learning_rate: float = 1e-3,
+        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
+        scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+        clip_norm: float | None = None,
+        capture: Capture = "auto",
     ):
         self._pair = (model, guide)
         self._objective = objective
+        self._batches = batches
         self._clip_norm = clip_norm
         self._parameters = parameters
         if not self._parameters:
             raise ValueError("model and guide have no parameters that require a gradient")
         if optimizer is None:
-            self._optimizer = torch.optim.Adam(self._parameters, lr=learning_rate, fused=True)
+            self._optimizer = Adam(self._parameters, lr=learning_rate)
         else:
             self._optimizer = optimizer(self._parameters)
             if not isinstance(self._optimizer, torch.optim.Optimizer):
@@ -64,19 +72,40 @@ class Trainer:
                     f"functools.partial(torch.optim.SGD, lr=0.1); it made {self._optimizer!r}"
                 )
         self._scheduler = None if scheduler is None else scheduler(self._optimizer)
+        self._steps_per_epoch = batches.num_batches
+        self._policy = CapturePolicy(capture)
+        self._captured: Captured | None = None
 
     @property
     def learning_rate(self) -> float:
         """Of the first group of parameters."""
         return float(self._optimizer.param_groups[0]["lr"])
 
-    def epoch(self, batches: Minibatches) -> float:
-        """Take a step for each minibatch; return the loss per datum, averaged over the data."""
-        total, count = 0.0, 0
-        for batch in batches:
-            loss = self._optimizer.step(functools.partial(self._loss_and_gradient, batch))
-            size = batch[0].shape[0]
-            total, count = total + loss.detach() * size, count + size
+    @property
+    def execution(self) -> str:
+        """How the steps are run: ``"captured"``, or ``"eager: "`` and why."""
+        if self._captured is None:
+            return f"eager: {self._policy.reason}"
+        return "captured" if self._captured.replaying else f"eager: {self._captured.reason}"
+
+    def epoch(self, epochs_left: int, *, capturable: bool = True) -> float:
+        """Take a step for each minibatch; return the loss per datum, averaged over the data.
+
+        Args:
+            epochs_left: this one and those to come.
+            capturable: whether the step may be captured now: not while values are validated.
+        """
+        if self._captured is not None:
+            self._captured.recheck()
+        total, count, steps = 0.0, 0, 0
+        for selection in self._batches.selections():
+            if capturable and self._captured is None:
+                left = self._steps_per_epoch and self._steps_per_epoch * epochs_left - steps
+                self._captured = self._capture() if self._policy(left) else None
+            loss = self._optimizer.step(functools.partial(self._closure, selection))
+            size = selection[0].shape[0]
+            total, count, steps = total + loss.detach() * size, count + size, steps + 1
+        self._steps_per_epoch = steps
         return float(total / count)
 
     def evaluate(self, batches: Minibatches) -> float:
@@ -99,6 +128,7 @@ class Trainer:
         if new := [p for p in registered if p.requires_grad and id(p) not in known]:
             self._optimizer.add_param_group({"params": new})
             self._parameters += new
+            self._captured = None
 
     def state(self) -> list[Tensor]:
         """Copy parameters and buffers."""
@@ -114,18 +144,39 @@ class Trainer:
         buffers = [b for module in modules(*self._pair) for b in module.buffers()]
         return [*buffers, *self._parameters]
 
-    def _loss_and_gradient(self, batch: Batch) -> Tensor:
-        self._optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(batch)
-        loss.backward()
-        if self._clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+    def _closure(self, selection: tuple[Tensor, ...]) -> Tensor:
+        """Leave the gradients where the optimizer looks for them; return the loss."""
+        function = self._loss_and_gradients if self._captured is None else self._captured
+        loss, *gradients = function(*selection)
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
         return loss
+
+    def _loss_and_gradients(self, *selection: Tensor) -> list[Tensor | None]:
+        """The whole step but the optimizer's part: of tensors alone, so that it can be captured."""
+        loss = self._loss(self._batches.prepare(*selection))
+        gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        if self._clip_norm is not None:
+            gradients = _clipped(gradients, self._clip_norm)
+        return [loss.detach(), *gradients]
 
     def _loss(self, batch: Batch) -> Tensor:
         with _DataScale() as data:
             loss = self._objective.differentiable_loss(*self._pair, *batch)
         return loss / (data.scale * batch[0].shape[0])
+
+    def _capture(self) -> Captured:
+        model, guide = self._pair
+        objective, transform = self._objective, self._batches.transform
+        watch = {"model": model, "guide": guide, "objective": objective, "transform": transform}
+        return Captured(self._loss_and_gradients, watch=watch, name="the step of this fit")
+
+
+def _clipped(gradients: Sequence[Tensor | None], bound: float) -> list[Tensor | None]:
+    """Scale the whole gradient to a norm of at most ``bound`` (Pascanu et al. 2013, alg. 1)."""
+    norms = [torch.linalg.vector_norm(g) for g in gradients if g is not None]
+    scale = (bound / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
+    return [None if g is None else g * scale for g in gradients]
 
 
 class _DataScale(Messenger):

@@ -1,0 +1,179 @@
+"""One run of a function through Python, written down as a graph of tensor operations.
+
+The graph is taken below autograd and below Pyro's handlers: what they do in Python has been done,
+and what is left is arithmetic, the backward pass included. Tensors that the function takes from
+elsewhere (parameters, buffers, data) become inputs of the graph, so that a replay reads and
+writes these very tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import pyro
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+Outputs: TypeAlias = Sequence[Tensor | None]
+aten = torch.ops.aten
+
+
+class Uncapturable(Exception):
+    """A function, or the place it runs in, does not allow a capture; the message says why."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A function as a graph.
+
+    Args:
+        graph: called with the function's inputs, then the constants; gives its outputs.
+        constants: tensors from outside that the function uses, each once.
+        outputs: of the very run that was written down.
+    """
+
+    graph: GraphModule
+    constants: list[Tensor]
+    outputs: Outputs
+
+    def difference(self, other: Trace) -> str | None:
+        """Say where another run of the function did something else; None if it did not."""
+        lines = [trace.graph.code.strip().splitlines() for trace in (self, other)]
+        for mine, its in zip(*lines, strict=False):
+            if mine != its:
+                return f"{_statement(mine)!r} became {_statement(its)!r}"
+        if len(lines[0]) != len(lines[1]):
+            return f"{len(lines[0])} operations became {len(lines[1])}"
+        for mine, its in zip(self.constants, other.constants, strict=True):
+            if mine is not its and not _equal(mine, its):
+                return f"a tensor that it makes in Python changed, shape {tuple(mine.shape)}"
+        return None
+
+
+def trace(function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> Trace:
+    """Run a function and write down its tensor operations.
+
+    Args:
+        function: of tensors; what it reads besides must be tensors, or never change.
+        inputs: its arguments.
+
+    Raises:
+        Uncapturable: its control flow, or a shape, depends on the values of tensors.
+    """
+    outputs: list[Tensor | None] = []
+
+    def run(*tensors: Tensor) -> list[Tensor | None]:
+        with _ValuesStayOnTheDevice(), _ValuesStayInTensors():
+            results = list(function(*tensors))
+        outputs[:] = results
+        return results
+
+    try:
+        graph = make_fx(run)(*inputs)
+    except RuntimeError as error:
+        if "tracing tensor" not in str(error):
+            raise
+        raise Uncapturable(f"its control flow depends on values of tensors{_where(error)}") from error
+    constants = _lift(graph)
+    return Trace(graph, constants, [None if o is None else o.detach() for o in outputs])
+
+
+class _ValuesStayOnTheDevice(TorchDispatchMode):
+    """Refuses operations that hand a tensor's values to Python, or make a shape of them."""
+
+    def __init__(self):
+        super().__init__()
+        self._literals = WeakIdKeyDictionary()  # made of a number, as by torch.tensor(1.0)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        tags = operation.tags
+        if torch.Tag.data_dependent_output in tags and args[0] not in self._literals:
+            raise Uncapturable(f"its control flow depends on values of tensors{_where()}")
+        if torch.Tag.dynamic_output_shape in tags and not _selects_by_number(operation, args):
+            raise Uncapturable(f"a shape depends on values of tensors{_where()}")
+        result = operation(*args, **(kwargs or {}))
+        if operation is aten.lift_fresh.default:
+            self._literals[result] = True
+        return result
+
+
+class _ValuesStayInTensors(TorchFunctionMode):
+    """Refuses the ways out of torch that no operation tells of."""
+
+    _WAYS_OUT = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self._WAYS_OUT:
+            raise Uncapturable(f"it takes values of tensors out of torch{_where()}")
+        return function(*args, **(kwargs or {}))
+
+
+def _selects_by_number(operation, args) -> bool:
+    if operation not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+        return False
+    masks = (torch.bool, torch.uint8)
+    return all(index is None or index.dtype not in masks for index in args[1])
+
+
+def _lift(graph: GraphModule) -> list[Tensor]:
+    """Turn the tensors that a graph holds into further inputs, and return them."""
+    constants: list[Tensor] = []
+    inputs: dict[int, torch.fx.Node] = {}
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    for node in list(graph.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        tensor = getattr(graph, node.target)
+        if id(tensor) not in inputs:
+            with graph.graph.inserting_after(last):
+                last = graph.graph.placeholder(f"constant_{len(constants)}")
+            inputs[id(tensor)] = last
+            constants.append(tensor)
+        node.replace_all_uses_with(inputs[id(tensor)])
+        graph.graph.erase_node(node)
+    for name in {n for n, _ in graph.named_parameters()} | {n for n, _ in graph.named_buffers()}:
+        delattr(graph, name)
+    graph.recompile()
+    return constants
+
+
+def _statement(line: str) -> str:
+    """A line of a graph's code without the names that it lets go of."""
+    return line.split(";")[0].strip().replace("torch.ops.aten.", "")
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
+_LIBRARIES = tuple(
+    os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, pyro.__file__)
+) + (os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,)
+
+
+def _where(error: BaseException | None = None) -> str:
+    """Name the line of the user's code that is running, or from which an error came."""
+    places = []
+    if error is None:
+        frame = sys._getframe(1)
+        while frame is not None:
+            places.append((frame.f_code.co_filename, frame.f_lineno))
+            frame = frame.f_back
+    else:
+        step = error.__traceback__
+        while step is not None:
+            places.insert(0, (step.tb_frame.f_code.co_filename, step.tb_lineno))
+            step = step.tb_next
+    for file, line in places:
+        if not file.startswith((*_LIBRARIES, "<")) and "importlib" not in file:
+            return f" ({os.path.basename(file)}, line {line})"
+    return ""
