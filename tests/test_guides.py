@@ -210,7 +210,7 @@ def test_covariates_reach_the_encoder():
 
     guide = AmortizedNormal(model, Encoder())
     x, y = torch.randn(50, 2), torch.randn(50, 1)
-    pv.fit(model, guide, (x, y), epochs=2, batch_size=20, progress=False)
+    pv.fit(model, guide, (x, y), epochs=60, batch_size=10, learning_rate=0.01, progress=False)
     estimate = pv.evidence(model, guide, (x, y), num_particles=500, seed=0)
     exact = dist.Normal(y.expand(50, 2), 2**0.5).log_prob(x).sum(-1)
     assert (estimate.values - exact).abs().max() < 1

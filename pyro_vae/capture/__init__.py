@@ -1,6 +1,6 @@
-"""Capture: a function of tensors run once through Python, then replayed as compiled code."""
+"""Capture: a function of tensors run through Python a few times, then replayed as a graph."""
 
 from pyro_vae.capture.captured import Captured
-from pyro_vae.capture.tracing import Uncapturable
+from pyro_vae.capture.policy import Capture
 
-__all__ = ["Captured", "Uncapturable"]
+__all__ = ["Capture", "Captured"]

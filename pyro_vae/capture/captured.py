@@ -1,4 +1,4 @@
-"""A function that is replayed as compiled code, once that has been shown to be the same."""
+"""A function that is replayed as a graph of operations, once that has been shown to be the same."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
-from pyro_vae.capture.tracing import Outputs, Trace, Uncapturable, trace
+from pyro_vae.capture.policy import (
+    SECONDS_THAT_REPAY_COMPILING,
+    SECONDS_THAT_REPAY_TRACING,
+    Capture,
+    Pace,
+)
+from pyro_vae.capture.rewriting import rewrite
+from pyro_vae.capture.tracing import CaptureError, Outputs, Trace, trace
 from pyro_vae.reach import VALUES, reach
 
 
@@ -21,8 +29,8 @@ class Captured:
     """A function of tensors that runs through Python three times, and then no more.
 
     The first two calls are written down as graphs of tensor operations, which must be equal. The
-    third runs both the function and the compiled graph on the same noise, which must agree. From
-    the fourth on, the compiled graph stands for the function. Each call gives what the function
+    third runs the function and the graph, compiled if so wished, on the same noise: they must
+    agree. From the fourth on, the graph stands for the function. Each call gives what the function
     would have given: the random numbers are those of torch's generators, in the same order.
 
     What the function depends on besides tensors must not change. It is watched: numbers, strings
@@ -32,35 +40,46 @@ class Captured:
     warning says why. Calls with inputs of another shape than the first's always call the function.
 
     Args:
-        function: of tensors, to be called with :attr:`torch.Tensor.requires_grad` off; gives
-            tensors or None.
+        function: of tensors; gives tensors or None, without gradients.
         watch: what its code reaches, by name; see :func:`pyro_vae.reach.reach`.
-        name: what the warning calls it.
+        name: what warnings call it.
+        capture: True captures and compiles at once, False never. ``"auto"`` times the first calls
+            and does it if :attr:`calls_left` repay it; or captures without compiling.
+
+    Attributes:
+        calls_left: how many calls are to come, None while that is not known.
+        execution: how calls run now: ``"captured"`` (compiled), ``"captured, not compiled"``, or
+            ``"eager: "`` and why.
     """
 
     def __init__(
-        self, function: Callable[..., Outputs], *, watch: Mapping[str, Any], name: str = "this step"
+        self,
+        function: Callable[..., Outputs],
+        *,
+        watch: Mapping[str, Any],
+        name: str,
+        capture: Capture,
     ):
         self._function = function
         self._watch = watch
         self._name = name
+        self._compiles = True
         self._signature: tuple | None = None
-        self._stage: Callable[..., Outputs] = self._trace_first
+        self._pace = Pace()
+        self._stage = {True: self._trace_first, False: function, "auto": self._wait}[capture]
         self._traced: Trace | None = None
         self._constants: list[Tensor] = []
         self._state: dict[str, Any] = {}
-        self.reason: str | None = None
-
-    @property
-    def replaying(self) -> bool:
-        """Whether calls no longer run through Python."""
-        return self._stage == self._replay
+        self.calls_left: int | None = None
+        self.execution = f"eager: {'no call was left to capture' if capture else 'capture=False'}"
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         """Give what the function gives."""
         signature = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
         if self._signature is None:
             self._signature = signature
+        if self.calls_left:
+            self.calls_left -= 1
         return (self._stage if signature == self._signature else self._function)(*inputs)
 
     def recheck(self) -> None:
@@ -68,11 +87,24 @@ class Captured:
         if self._state and (change := _change(self._state, self._now())):
             self._give_up(f"{change} since the capture; a tensor changed in place would be seen")
 
+    def _wait(self, *inputs: Tensor) -> Outputs:
+        seconds_a_call = self._pace.tick()
+        if seconds_a_call is None or self.calls_left is None:
+            return self._function(*inputs)
+        seconds = seconds_a_call * self.calls_left
+        self._compiles = seconds >= SECONDS_THAT_REPAY_COMPILING
+        if seconds >= SECONDS_THAT_REPAY_TRACING:
+            self._stage = self._trace_first
+        else:
+            self._stage = self._function
+            self.execution = f"eager: the {seconds:.1f} s of calls left would not repay a capture"
+        return self._stage(*inputs)
+
     def _trace_first(self, *inputs: Tensor) -> Outputs:
         try:
             _require_device(inputs)
             self._traced = self._trace(inputs)
-        except Uncapturable as error:
+        except CaptureError as error:
             self._give_up(str(error))
             return self._function(*inputs)
         self._stage = self._trace_again
@@ -84,7 +116,7 @@ class Captured:
         versions = [tensor._version for tensor in first.constants]
         try:
             again = self._trace(inputs)
-        except Uncapturable as error:
+        except CaptureError as error:
             self._give_up(str(error))
             return self._function(*inputs)
         self._written = [
@@ -100,22 +132,31 @@ class Captured:
             self._give_up(f"it does not do the same twice: {difference}")
         else:
             self._state = state
-            self._compile(again, inputs)
+            self._prepare(again, inputs)
         return again.outputs
 
-    def _compile(self, traced: Trace, inputs: Sequence[Tensor]) -> None:
+    def _prepare(self, traced: Trace, inputs: Sequence[Tensor]) -> None:
         self._constants = [tensor.detach() for tensor in traced.constants]
-        try:
-            with _same_noise(inputs) as rewind, torch.no_grad():
-                # The random numbers of torch's own generators, in the order of the program.
-                self._compiled = torch._inductor.compile(
-                    traced.graph, [*inputs, *self._constants], {"fallback_random": True}
+        self._graph = traced.graph
+        if self._compiles:
+            try:
+                self._graph = self._compile(traced.graph, inputs)
+            except Exception as error:  # whatever a compiler may raise: there is another way
+                warnings.warn(
+                    f"{self._name} is captured, but not compiled: {_first_line(error)}",
+                    stacklevel=2,
                 )
-                rewind()
-        except Exception as error:  # whatever a compiler may raise: there is another way
-            self._give_up(f"it cannot be compiled: {_first_line(error)}")
-        else:
-            self._stage = self._check
+                self._compiles = False
+        self._stage = self._check
+
+    def _compile(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Outputs]:
+        # The random numbers of torch's own generators, in the order of the program.
+        options = {"fallback_random": True}
+        with _same_noise(inputs) as rewind, torch.no_grad():
+            arguments = [*inputs, *self._constants]
+            compiled = torch._inductor.compile(rewrite(graph), arguments, options)
+            rewind()
+        return compiled
 
     def _check(self, *inputs: Tensor) -> Outputs:
         saved = [tensor.clone() for tensor in self._written]
@@ -123,7 +164,7 @@ class Captured:
             try:
                 replayed = self._replay(*inputs)
             except Exception as error:  # as above
-                replayed, failure = None, f"its compiled code fails: {_first_line(error)}"
+                replayed, failure = None, f"its graph fails: {_first_line(error)}"
             rewind()
             for tensor, value in zip(self._written, saved, strict=True):
                 tensor.copy_(value)
@@ -132,23 +173,25 @@ class Captured:
             failure = _disagreement(outputs, replayed)
         if failure is None:
             self._stage = self._replay
+            self.execution = "captured" if self._compiles else "captured, not compiled"
         else:
             self._give_up(failure)
         return outputs
 
     def _replay(self, *inputs: Tensor) -> Outputs:
-        return self._compiled(*inputs, *self._constants)
+        with torch.no_grad():
+            return self._graph(*inputs, *self._constants)
 
     def _trace(self, inputs: Sequence[Tensor]) -> Trace:
         with _same_noise(inputs) as rewind:
             try:
                 return trace(self._function, inputs)
-            except Uncapturable:
+            except CaptureError:
                 rewind()  # for the function, which will be called instead
                 raise
             except Exception as error:  # that of the function itself comes again when it is called
                 rewind()
-                raise Uncapturable(f"it cannot be traced: {_first_line(error)}") from error
+                raise CaptureError(f"it cannot be traced: {_first_line(error)}") from error
 
     def _now(self) -> dict[str, list[Any]]:
         state: dict[str, list[Any]] = {}
@@ -157,7 +200,7 @@ class Captured:
         return state
 
     def _give_up(self, reason: str) -> None:
-        self.reason = reason
+        self.execution = f"eager: {reason}"
         self._stage = self._function
         self._traced, self._constants, self._state = None, [], {}
         warnings.warn(f"{self._name} is not captured, and runs eagerly: {reason}", stacklevel=2)
@@ -185,13 +228,13 @@ def _disagreement(outputs: Outputs, replayed: Outputs) -> str | None:
         if mine is None and its is None:
             continue
         if mine is None or its is None:
-            return f"its compiled code differs from it in what output {number} is"
+            return f"its graph differs from it in what output {number} is"
         precision = torch.finfo(mine.dtype).eps
         allowed = math.sqrt(precision) * size + 100 * precision * max(sizes)
         error = (mine - its).abs().max().item()
         if not error <= allowed:
             return (
-                f"its compiled code differs from it by {error:.1e} at the same noise, in output "
+                f"its graph differs from it by {error:.1e} at the same noise, in output "
                 f"{number} of largest entry {size:.1e}"
             )
     return None
@@ -246,7 +289,7 @@ def _shown(marks: list[Any]) -> str:
 def _require_device(inputs: Sequence[Tensor]) -> None:
     device = inputs[0].device
     if device.type not in ("cpu", "cuda"):
-        raise Uncapturable(f"there is no capture for the device {str(device)!r}")
+        raise CaptureError(f"there is no capture for the device {str(device)!r}")
 
 
 def _first_line(error: Exception) -> str:

@@ -27,7 +27,7 @@ Outputs: TypeAlias = Sequence[Tensor | None]
 aten = torch.ops.aten
 
 
-class Uncapturable(Exception):
+class CaptureError(Exception):
     """A function, or the place it runs in, does not allow a capture; the message says why."""
 
 
@@ -67,7 +67,7 @@ def trace(function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> Trace:
         inputs: its arguments.
 
     Raises:
-        Uncapturable: its control flow, or a shape, depends on the values of tensors.
+        CaptureError: its control flow, or a shape, depends on the values of tensors.
     """
     outputs: list[Tensor | None] = []
 
@@ -82,8 +82,12 @@ def trace(function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> Trace:
     except RuntimeError as error:
         if "tracing tensor" not in str(error):
             raise
-        raise Uncapturable(f"its control flow depends on values of tensors{_where(error)}") from error
+        raise CaptureError(
+            f"its control flow depends on values of tensors{_where(error)}"
+        ) from error
     constants = _lift(graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
     return Trace(graph, constants, [None if o is None else o.detach() for o in outputs])
 
 
@@ -97,9 +101,9 @@ class _ValuesStayOnTheDevice(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         tags = operation.tags
         if torch.Tag.data_dependent_output in tags and args[0] not in self._literals:
-            raise Uncapturable(f"its control flow depends on values of tensors{_where()}")
+            raise CaptureError(f"its control flow depends on values of tensors{_where()}")
         if torch.Tag.dynamic_output_shape in tags and not _selects_by_number(operation, args):
-            raise Uncapturable(f"a shape depends on values of tensors{_where()}")
+            raise CaptureError(f"a shape depends on values of tensors{_where()}")
         result = operation(*args, **(kwargs or {}))
         if operation is aten.lift_fresh.default:
             self._literals[result] = True
@@ -113,7 +117,7 @@ class _ValuesStayInTensors(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in self._WAYS_OUT:
-            raise Uncapturable(f"it takes values of tensors out of torch{_where()}")
+            raise CaptureError(f"it takes values of tensors out of torch{_where()}")
         return function(*args, **(kwargs or {}))
 
 
@@ -142,7 +146,6 @@ def _lift(graph: GraphModule) -> list[Tensor]:
         graph.graph.erase_node(node)
     for name in {n for n, _ in graph.named_parameters()} | {n for n, _ in graph.named_buffers()}:
         delattr(graph, name)
-    graph.recompile()
     return constants
 
 
@@ -156,8 +159,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 _LIBRARIES = tuple(
-    os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, pyro.__file__)
-) + (os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,)
+    os.path.dirname(os.path.abspath(path)) + os.sep
+    for path in (torch.__file__, pyro.__file__, os.path.dirname(__file__))  # and this one
+)
 
 
 def _where(error: BaseException | None = None) -> str:

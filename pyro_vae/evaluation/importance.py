@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer
+from pyro_vae.capture import Capture, Captured
 from pyro_vae.evaluation.estimating import estimating
 from pyro_vae.evaluation.psis import khat_of_tail, tail_length
 from pyro_vae.minibatches import Data, Minibatches
@@ -77,8 +78,9 @@ def evidence(
     *,
     num_particles: int = 5000,
     batch_size: int = 100,
-    pairs_per_pass: int = 20_000,
+    pairs_per_pass: int = 5_000,
     vectorize_particles: bool = True,
+    capture: Capture = "auto",
     seed: int | None = None,
     progress: bool | Progress = False,
     description: str = "evidence",
@@ -101,6 +103,7 @@ def evidence(
         batch_size: data points at a time.
         pairs_per_pass: (particle, datum) pairs in one run of the programs.
         vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
+        capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
         seed: fixes the draws and leaves the process's random numbers as they were.
         progress: show a bar; or a rich Progress to add one to.
         description: text before the bar.
@@ -131,6 +134,9 @@ def evidence(
     positive_integer("num_particles", num_particles)
     positive_integer("pairs_per_pass", pairs_per_pass)
     batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
+    # Passes of one size, so that one capture serves all; what the last draws too much is dropped.
+    passes = -(-num_particles // max(1, pairs_per_pass // batch_size))
+    particles_per_pass = -(-num_particles // passes)
     results = []
     with (
         estimating(
@@ -138,20 +144,32 @@ def evidence(
         ) as plate_nesting,
         task(progress, description, batches.num_data, transient=True) as advance,
     ):
+
+        def log_weights(*batch: Tensor) -> list[Tensor]:
+            t = terms(
+                model,
+                guide,
+                *batch,
+                num_particles=particles_per_pass,
+                vectorize_particles=vectorize_particles,
+                plate_nesting=plate_nesting,
+            )
+            return [t.log_weight]
+
+        draw = Captured(
+            log_weights,
+            watch={"model": model, "guide": guide},
+            name="a pass of this evidence",
+            capture=capture,
+        )
+        draw.calls_left = batches.num_batches and batches.num_batches * passes
         for batch in batches:
+            terms(model, guide, *batch)  # values are validated with one particle
             weights = _WeightStream(num_particles)
-            chunk = max(1, pairs_per_pass // batch[0].shape[0])
-            while weights.count < num_particles:
-                with pyro.validation_enabled(weights.count == 0):  # once is enough for a value
-                    t = terms(
-                        model,
-                        guide,
-                        *batch,
-                        num_particles=min(chunk, num_particles - weights.count),
-                        vectorize_particles=vectorize_particles,
-                        plate_nesting=plate_nesting,
-                    )
-                weights.add(t.log_weight)
+            with pyro.validation_enabled(False):
+                for _ in range(passes):
+                    (drawn,) = draw(*batch)
+                    weights.add(drawn[: num_particles - weights.count])
             results.append((weights.log_mean(), weights.error(), weights.khat()))
             advance(batch[0].shape[0])
     return Evidence(
@@ -169,20 +187,29 @@ def standard_error(values: Tensor) -> float:
 class _WeightStream:
     """Sums of weights and of their squares, and the largest weights, of chunks (K, B)."""
 
+    _ROWS_AT_A_TIME = 1000
+
     def __init__(self, num_draws: int):
         self.count = 0
         self._num_draws = num_draws
+        self._waiting: list[Tensor] = []
+        self._log_sums: Tensor | None = None
+        self._largest: Tensor | None = None
 
     def add(self, log_weights: Tensor) -> None:
-        chunk = log_weights.double()
-        sums = torch.stack([chunk.logsumexp(0), (2 * chunk).logsumexp(0)])
-        largest = chunk
-        if self.count:
+        self._waiting.append(log_weights)
+        self.count += len(log_weights)
+        if sum(map(len, self._waiting)) >= self._ROWS_AT_A_TIME or self.count == self._num_draws:
+            self._take_in(torch.cat(self._waiting).double())
+            self._waiting = []
+
+    def _take_in(self, largest: Tensor) -> None:
+        sums = torch.stack([largest.logsumexp(0), (2 * largest).logsumexp(0)])
+        if self._log_sums is not None:
             sums = torch.logaddexp(self._log_sums, sums)
-            largest = torch.cat([self._largest, chunk])
+            largest = torch.cat([self._largest, largest])
         self._log_sums = sums
         self._largest = largest.topk(min(self._tail + 1, len(largest)), dim=0).values
-        self.count += len(chunk)
 
     @property
     def _tail(self) -> int:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer, positive_number
+from pyro_vae.capture import Capture
 from pyro_vae.contract import check_pair, observes_columns_alone
 from pyro_vae.minibatches import Data, Minibatches
 from pyro_vae.modules import modules
@@ -25,7 +26,6 @@ from pyro_vae.objectives import ELBO
 from pyro_vae.progress import task
 from pyro_vae.seeding import seeded
 from pyro_vae.traces import PairTrace, Program
-from pyro_vae.training.policy import Capture
 from pyro_vae.training.trainer import Trainer
 
 
@@ -40,7 +40,8 @@ class Fit:
             bound; the latter NaN without validation data), ``learning_rate``, ``seconds``.
         best_epoch: the epoch, from 1, whose parameters the pair holds.
         seconds: the time it all took.
-        execution: ``"captured"``, or ``"eager: "`` and why the step was not captured.
+        execution: how the steps ran in the end: ``"captured"`` (as compiled code), ``"captured,
+            not compiled"``, or ``"eager: "`` and why.
     """
 
     model: Program
@@ -96,10 +97,10 @@ def fit(
             parameters and buffers of the best epoch.
         transform: applied to each minibatch x on the device: ``torch.bernoulli`` binarises
             dynamically. Validation data are taken as they are.
-        capture: run the programs through Python a few times, then replay each step as compiled
-            code; see docs/performance.md. ``"auto"`` does so where the run is long enough to repay
-            it. Where it cannot be done, the steps run eagerly and a warning says why; the results
-            are the same but for rounding.
+        capture: run the programs through Python a few times, then replay the step's operations as
+            compiled code; see docs/performance.md. ``"auto"`` captures, and compiles, where the
+            run is long enough to repay it. Where the pair does not allow it, the steps run eagerly
+            and a warning says why. The results are the same but for rounding.
         device: ``"auto"`` is CUDA where there is one, else the CPU. The pair stays there.
         seed: fixes order, noise and the initial values of what the first call of the guide makes;
             the process's own random numbers go on as if there had been no fit.
@@ -224,7 +225,7 @@ def _train(trainer, held_out, epochs, patience, advance, unseen) -> list[dict[st
             validation_loss = math.nan
             validated = unseen and epoch == 1
             with pyro.validation_enabled(validated):
-                loss = trainer.epoch(epochs - epoch + 1, capturable=not validated)
+                loss = trainer.epoch(epochs - epoch + 1, validated=validated)
                 _finite(loss, "loss", epoch)
                 if held_out is not None:
                     with seeded(validation_seed):  # the same noise each time: comparable losses

@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae import programs
-from pyro_vae.capture import Captured
+from pyro_vae.capture import Capture, Captured
 from pyro_vae.minibatches import Batch, Minibatches
 from pyro_vae.modules import modules
 from pyro_vae.sites import data_frame
 from pyro_vae.traces import Program
 from pyro_vae.training.adam import Adam
-from pyro_vae.training.policy import Capture, CapturePolicy
 
 
 class Trainer:
@@ -73,8 +72,8 @@ class Trainer:
                 )
         self._scheduler = None if scheduler is None else scheduler(self._optimizer)
         self._steps_per_epoch = batches.num_batches
-        self._policy = CapturePolicy(capture)
-        self._captured: Captured | None = None
+        self._capture = capture
+        self._gradient = self._capturable_gradient()
 
     @property
     def learning_rate(self) -> float:
@@ -83,26 +82,22 @@ class Trainer:
 
     @property
     def execution(self) -> str:
-        """How the steps are run: ``"captured"``, or ``"eager: "`` and why."""
-        if self._captured is None:
-            return f"eager: {self._policy.reason}"
-        return "captured" if self._captured.replaying else f"eager: {self._captured.reason}"
+        """How the steps run now; see :class:`pyro_vae.capture.Captured`."""
+        return self._gradient.execution
 
-    def epoch(self, epochs_left: int, *, capturable: bool = True) -> float:
+    def epoch(self, epochs_left: int = 1, *, validated: bool = False) -> float:
         """Take a step for each minibatch; return the loss per datum, averaged over the data.
 
         Args:
             epochs_left: this one and those to come.
-            capturable: whether the step may be captured now: not while values are validated.
+            validated: whether Pyro validates values, which only Python can.
         """
-        if self._captured is not None:
-            self._captured.recheck()
+        self._gradient.recheck()
+        self._gradient.calls_left = self._steps_per_epoch and self._steps_per_epoch * epochs_left
+        gradient = self._loss_and_gradients if validated else self._gradient
         total, count, steps = 0.0, 0, 0
         for selection in self._batches.selections():
-            if capturable and self._captured is None:
-                left = self._steps_per_epoch and self._steps_per_epoch * epochs_left - steps
-                self._captured = self._capture() if self._policy(left) else None
-            loss = self._optimizer.step(functools.partial(self._closure, selection))
+            loss = self._optimizer.step(functools.partial(self._closure, gradient, selection))
             size = selection[0].shape[0]
             total, count, steps = total + loss.detach() * size, count + size, steps + 1
         self._steps_per_epoch = steps
@@ -128,7 +123,7 @@ class Trainer:
         if new := [p for p in registered if p.requires_grad and id(p) not in known]:
             self._optimizer.add_param_group({"params": new})
             self._parameters += new
-            self._captured = None
+            self._gradient = self._capturable_gradient()
 
     def state(self) -> list[Tensor]:
         """Copy parameters and buffers."""
@@ -144,12 +139,11 @@ class Trainer:
         buffers = [b for module in modules(*self._pair) for b in module.buffers()]
         return [*buffers, *self._parameters]
 
-    def _closure(self, selection: tuple[Tensor, ...]) -> Tensor:
+    def _closure(self, gradient: Callable, selection: tuple[Tensor, ...]) -> Tensor:
         """Leave the gradients where the optimizer looks for them; return the loss."""
-        function = self._loss_and_gradients if self._captured is None else self._captured
-        loss, *gradients = function(*selection)
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
+        loss, *gradients = gradient(*selection)
+        for parameter, value in zip(self._parameters, gradients, strict=True):
+            parameter.grad = value
         return loss
 
     def _loss_and_gradients(self, *selection: Tensor) -> list[Tensor | None]:
@@ -165,11 +159,16 @@ class Trainer:
             loss = self._objective.differentiable_loss(*self._pair, *batch)
         return loss / (data.scale * batch[0].shape[0])
 
-    def _capture(self) -> Captured:
+    def _capturable_gradient(self) -> Captured:
         model, guide = self._pair
         objective, transform = self._objective, self._batches.transform
         watch = {"model": model, "guide": guide, "objective": objective, "transform": transform}
-        return Captured(self._loss_and_gradients, watch=watch, name="the step of this fit")
+        return Captured(
+            self._loss_and_gradients,
+            watch=watch,
+            name="the step of this fit",
+            capture=self._capture,
+        )
 
 
 def _clipped(gradients: Sequence[Tensor | None], bound: float) -> list[Tensor | None]:
