@@ -19,6 +19,7 @@ from pyro_vae.capture.policy import (
     SECONDS_THAT_REPAY_TRACING,
     Capture,
     Pace,
+    check_capture,
 )
 from pyro_vae.capture.rewriting import rewrite
 from pyro_vae.capture.tracing import CaptureError, Outputs, Trace, trace
@@ -50,7 +51,13 @@ class Captured:
         calls_left: how many calls are to come, None while that is not known.
         execution: how calls run now: ``"captured"`` (compiled), ``"captured, not compiled"``, or
             ``"eager: "`` and why.
+        compiles: whether the graph is, or will be, compiled.
+
+    Raises:
+        ValueError: ``capture`` is something else.
     """
+
+    compiles = True
 
     def __init__(
         self,
@@ -60,10 +67,10 @@ class Captured:
         name: str,
         capture: Capture,
     ):
+        check_capture(capture)
         self._function = function
         self._watch = watch
         self._name = name
-        self._compiles = True
         self._signature: tuple | None = None
         self._pace = Pace()
         self._stage = {True: self._trace_first, False: function, "auto": self._wait}[capture]
@@ -92,7 +99,7 @@ class Captured:
         if seconds_a_call is None or self.calls_left is None:
             return self._function(*inputs)
         seconds = seconds_a_call * self.calls_left
-        self._compiles = seconds >= SECONDS_THAT_REPAY_COMPILING
+        self.compiles = seconds >= SECONDS_THAT_REPAY_COMPILING
         if seconds >= SECONDS_THAT_REPAY_TRACING:
             self._stage = self._trace_first
         else:
@@ -113,17 +120,11 @@ class Captured:
     def _trace_again(self, *inputs: Tensor) -> Outputs:
         first = self._traced
         state = self._now()
-        versions = [tensor._version for tensor in first.constants]
         try:
             again = self._trace(inputs)
         except CaptureError as error:
             self._give_up(str(error))
             return self._function(*inputs)
-        self._written = [
-            tensor.detach()
-            for tensor, version in zip(first.constants, versions, strict=True)
-            if tensor._version != version
-        ]
         change = _change(state, self._now())
         difference = first.difference(again)
         if change:
@@ -137,8 +138,9 @@ class Captured:
 
     def _prepare(self, traced: Trace, inputs: Sequence[Tensor]) -> None:
         self._constants = [tensor.detach() for tensor in traced.constants]
+        self._writable = [self._constants[number] for number in traced.more_than_gathered()]
         self._graph = traced.graph
-        if self._compiles:
+        if self.compiles:
             try:
                 self._graph = self._compile(traced.graph, inputs)
             except Exception as error:  # whatever a compiler may raise: there is another way
@@ -146,7 +148,7 @@ class Captured:
                     f"{self._name} is captured, but not compiled: {_first_line(error)}",
                     stacklevel=2,
                 )
-                self._compiles = False
+                self.compiles = False
         self._stage = self._check
 
     def _compile(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Outputs]:
@@ -159,21 +161,22 @@ class Captured:
         return compiled
 
     def _check(self, *inputs: Tensor) -> Outputs:
-        saved = [tensor.clone() for tensor in self._written]
+        saved = [tensor.clone() for tensor in self._writable]
         with _same_noise(inputs) as rewind:
             try:
                 replayed = self._replay(*inputs)
             except Exception as error:  # as above
                 replayed, failure = None, f"its graph fails: {_first_line(error)}"
             rewind()
-            for tensor, value in zip(self._written, saved, strict=True):
-                tensor.copy_(value)
+            for tensor, value in zip(self._writable, saved, strict=True):
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
             outputs = self._function(*inputs)
         if replayed is not None:
             failure = _disagreement(outputs, replayed)
         if failure is None:
             self._stage = self._replay
-            self.execution = "captured" if self._compiles else "captured, not compiled"
+            self.execution = "captured" if self.compiles else "captured, not compiled"
         else:
             self._give_up(failure)
         return outputs

@@ -10,6 +10,17 @@ from typing import Literal
 
 Capture = bool | Literal["auto"]
 
+
+def check_capture(capture: Capture) -> None:
+    """Refuse what is no mode of capture.
+
+    Raises:
+        ValueError: it is something else than True, False and ``"auto"``.
+    """
+    if not (capture is True or capture is False or capture == "auto"):
+        raise ValueError(f'capture must be True, False or "auto", got {capture!r}')
+
+
 # To trace a training step takes about half a second, and saves up to a third of it on small
 # networks; to compile it takes from 4 to 20 seconds, and saves up to three quarters.
 SECONDS_THAT_REPAY_TRACING = 3.0

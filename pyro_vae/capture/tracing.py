@@ -45,6 +45,19 @@ class Trace:
     constants: list[Tensor]
     outputs: Outputs
 
+    def more_than_gathered(self) -> list[int]:
+        """Number the constants that the graph may write to: all but those it takes rows of.
+
+        What an operation writes to cannot be told from its schema: batch norm's does not say.
+        """
+        inputs = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
+        constants = inputs[len(inputs) - len(self.constants) :]
+        return [
+            number
+            for number, node in enumerate(constants)
+            if not all(user.target is aten.index.Tensor for user in node.users)
+        ]
+
     def difference(self, other: Trace) -> str | None:
         """Say where another run of the function did something else; None if it did not."""
         lines = [trace.graph.code.strip().splitlines() for trace in (self, other)]

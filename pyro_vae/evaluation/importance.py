@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer
-from pyro_vae.capture import Capture, Captured
+from pyro_vae.capture import Capture, Captured, check_capture
 from pyro_vae.evaluation.estimating import estimating
 from pyro_vae.evaluation.psis import khat_of_tail, tail_length
 from pyro_vae.minibatches import Data, Minibatches
@@ -133,6 +133,7 @@ def evidence(
     """
     positive_integer("num_particles", num_particles)
     positive_integer("pairs_per_pass", pairs_per_pass)
+    check_capture(capture)
     batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
     # Passes of one size, so that one capture serves all; what the last draws too much is dropped.
     passes = -(-num_particles // max(1, pairs_per_pass // batch_size))

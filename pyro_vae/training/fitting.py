@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer, positive_number
-from pyro_vae.capture import Capture
+from pyro_vae.capture import Capture, check_capture
 from pyro_vae.contract import check_pair, observes_columns_alone
 from pyro_vae.minibatches import Data, Minibatches
 from pyro_vae.modules import modules
@@ -133,7 +133,8 @@ def fit(
         raise TypeError(
             f"objective must be a pyro.infer.ELBO with a differentiable_loss, got {objective!r}"
         )
-    _check_arguments(epochs, learning_rate, clip_norm, patience, validation, capture)
+    _check_arguments(epochs, learning_rate, clip_norm, patience, validation)
+    check_capture(capture)
     device = _device(device)
     started = time.perf_counter()
     with seeded(seed), programs.parameter_store(model, guide, fresh=True) as store:
@@ -191,7 +192,7 @@ def _device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def _check_arguments(epochs, learning_rate, clip_norm, patience, validation, capture) -> None:
+def _check_arguments(epochs, learning_rate, clip_norm, patience, validation) -> None:
     positive_integer("epochs", epochs)
     positive_number("learning_rate", learning_rate)
     if clip_norm is not None:
@@ -200,8 +201,6 @@ def _check_arguments(epochs, learning_rate, clip_norm, patience, validation, cap
         positive_integer("patience", patience)
         if validation is None:
             raise ValueError("patience needs validation data: pass validation=")
-    if not (capture is True or capture is False or capture == "auto"):
-        raise ValueError(f'capture must be True, False or "auto", got {capture!r}')
 
 
 def _check_scale_of_global_latents(trace: PairTrace, num_data: int | None) -> None:
