@@ -203,7 +203,17 @@ class IWAE(Objective):
     def bound(self, terms: Terms) -> Tensor:
         """Take the logarithm of the average weight."""
         terms.require_reparameterized("IWAE")
-        return terms.log_weight.logsumexp(0) - math.log(terms.log_weight.shape[0])
+        log_weight = _without_negligible(terms.log_weight)
+        return log_weight.logsumexp(0) - math.log(log_weight.shape[0])
+
+
+def _without_negligible(log_weight: Tensor) -> Tensor:
+    """Raise each weight to at least e^-50 of the largest, below any rounding of their sum.
+
+    Their gradients become zero. As the denormal numbers that they would be, they would slow the
+    backward pass down by more than all other particles together.
+    """
+    return log_weight.maximum(log_weight.detach().amax(0) - 50.0)
 
 
 def _with_score_function(terms: Terms) -> Tensor:

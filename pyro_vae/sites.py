@@ -82,6 +82,11 @@ def reduce_to_datum(
             particles that a program moved by summing over a plate without ``keepdim=True``.
     """
     frame = data_frame(site)
+    if frame is not None and frame.dim == -1:  # nothing but particles and data, most often
+        if particle_dim is None and log_prob.shape == (batch_size,):
+            return log_prob.unsqueeze(0)
+        if particle_dim == -2 and log_prob.shape == (num_particles, batch_size):
+            return log_prob
     plates = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
     for dim in range(-log_prob.dim(), 0):
         if log_prob.shape[dim] > 1 and dim not in plates:

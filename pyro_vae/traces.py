@@ -223,7 +223,10 @@ class PairTrace:
             ) from error
         log_prob = torch.as_tensor(scale_and_mask(log_prob, mask=site["mask"]))
         scaled = scale_and_mask(log_prob, own_scale(site))
-        return Factor(site, self._reduce(scaled, site), self._reduce(log_prob, site))
+        unscaled = self._reduce(log_prob, site)
+        return Factor(
+            site, unscaled if scaled is log_prob else self._reduce(scaled, site), unscaled
+        )
 
     def _value(self, site: Site) -> Tensor:
         """Return a site's value with its dimensions in order: ``(K, B, *inner plates, *event)``."""

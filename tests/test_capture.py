@@ -369,6 +369,21 @@ UNCAPTURABLE = {
 }
 
 
+def test_what_a_failed_capture_has_changed_is_put_back(binary, without_compiler):
+    """The guide's running averages were updated before the model turned out uncapturable."""
+
+    def make():
+        model, _ = make_pair()
+        model = Program(model.likelihood, read_a_number)
+        encoder = nn.Sequential(nn.Linear(16, 6, bias=False), nn.BatchNorm1d(6))
+        return model, pv.guides.AmortizedNormal(model, encoder=encoder)
+
+    _, expected = fitted(make, binary, capture=False)
+    with pytest.warns(UserWarning, match="runs eagerly"):
+        _, tensors = fitted(make, binary, capture=True)
+    assert torch.equal(tensors, expected)
+
+
 @pytest.mark.parametrize("what", UNCAPTURABLE, ids=lambda f: f.__name__)
 def test_what_cannot_be_captured_runs_eagerly_and_says_why(what, binary, without_compiler):
     def make():

@@ -8,13 +8,23 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 # Every example, with the arguments that shorten it. One that is not here fails.
 ARGUMENTS = {
+    "benchmarks/evidence.py": ["--data", "100", "--particles", "100", "--rounds", "1"],
+    "benchmarks/step.py": [
+        *("--peers", "captured", "eager", "pyro", "hand", "--networks", "784-200-200-50/20"),
+        *("--objectives", "iaf", "--rounds", "2", "--steps", "5"),
+    ],
     "mnist.py": ["--data", "digits", "--epochs", "2", "--particles", "50"],
     "own_pair.py": ["--epochs", "2"],
 }
 
 
+PARTS_OF_BENCHMARKS = {"benchmarks/case.py", "benchmarks/torch_peers.py"}
+NEED_EXTRAS = {"benchmarks/numpyro_peer.py"}  # of setup.cfg, which the tests do not install
+
+
 def test_every_example_is_run():
-    assert {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*.py")} == set(ARGUMENTS)
+    found = {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*.py")}
+    assert found - PARTS_OF_BENCHMARKS - NEED_EXTRAS == set(ARGUMENTS)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -24,4 +34,4 @@ def test_example(name, tmp_path):
         command, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "log p(x)" in result.stdout
+    assert ("ratio" if name.startswith("benchmarks/") else "log p(x)") in result.stdout

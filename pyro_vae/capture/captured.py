@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pyro_vae.capture.cuda import CudaGraph
 from pyro_vae.capture.policy import (
     SECONDS_THAT_REPAY_COMPILING,
     SECONDS_THAT_REPAY_TRACING,
@@ -161,39 +162,43 @@ class Captured:
         return compiled
 
     def _check(self, *inputs: Tensor) -> Outputs:
-        saved = [tensor.clone() for tensor in self._writable]
-        with _same_noise(inputs) as rewind:
+        replay, failure = self._run_graph, None
+        with _same_noise(inputs) as rewind, _kept(self._writable) as restore:
             try:
-                replayed = self._replay(*inputs)
+                if inputs[0].device.type == "cuda":
+                    replay = CudaGraph(self._run_graph, inputs)
+                    rewind()
+                    restore()
+                replayed = replay(*inputs)
             except Exception as error:  # as above
-                replayed, failure = None, f"its graph fails: {_first_line(error)}"
+                failure = f"its graph fails: {_first_line(error)}"
             rewind()
-            for tensor, value in zip(self._writable, saved, strict=True):
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
+            restore()
             outputs = self._function(*inputs)
-        if replayed is not None:
-            failure = _disagreement(outputs, replayed)
+        failure = failure or _disagreement(outputs, replayed)
         if failure is None:
-            self._stage = self._replay
+            self._stage = replay
             self.execution = "captured" if self.compiles else "captured, not compiled"
         else:
             self._give_up(failure)
         return outputs
 
-    def _replay(self, *inputs: Tensor) -> Outputs:
+    def _run_graph(self, *inputs: Tensor) -> Outputs:
         with torch.no_grad():
             return self._graph(*inputs, *self._constants)
 
     def _trace(self, inputs: Sequence[Tensor]) -> Trace:
-        with _same_noise(inputs) as rewind:
+        reached = [thing for _, thing in reach(**self._watch) if isinstance(thing, Tensor)]
+        state = [tensor for tensor in reached if not tensor.requires_grad]
+        with _same_noise(inputs) as rewind, _kept(state) as restore:
             try:
                 return trace(self._function, inputs)
-            except CaptureError:
+            except Exception as error:
                 rewind()  # for the function, which will be called instead
-                raise
-            except Exception as error:  # that of the function itself comes again when it is called
-                rewind()
+                restore()
+                if isinstance(error, CaptureError):
+                    raise
+                # An error of the function's own comes again when it is called.
                 raise CaptureError(f"it cannot be traced: {_first_line(error)}") from error
 
     def _now(self) -> dict[str, list[Any]]:
@@ -222,6 +227,19 @@ def _same_noise(inputs: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
             torch.cuda.set_rng_state(on_device, device)
 
     yield rewind
+
+
+@contextlib.contextmanager
+def _kept(tensors: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
+    """Yield what gives tensors the values back that they have now."""
+    saved = [tensor.clone() for tensor in tensors]
+
+    def restore() -> None:
+        for tensor, value in zip(tensors, saved, strict=True):
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
+
+    yield restore
 
 
 def _disagreement(outputs: Outputs, replayed: Outputs) -> str | None:

@@ -170,7 +170,9 @@ def evidence(
             with pyro.validation_enabled(False):
                 for _ in range(passes):
                     (drawn,) = draw(*batch)
-                    weights.add(drawn[: num_particles - weights.count])
+                    weights.add(
+                        drawn[: num_particles - weights.count].clone()
+                    )  # the next overwrites
             results.append((weights.log_mean(), weights.error(), weights.khat()))
             advance(batch[0].shape[0])
     return Evidence(

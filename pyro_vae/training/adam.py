@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+_ONE = torch.tensor(1.0)  # a number would be made into a tensor for each count
+
 
 class Adam(torch.optim.Adam):
     """torch's fused Adam (Kingma & Ba 2015, algorithm 1), without its preparations.
@@ -21,6 +23,12 @@ class Adam(torch.optim.Adam):
 
     def __init__(self, parameters: Iterable[Tensor], lr: float):
         super().__init__(parameters, lr=lr, fused=True)
+        self._lists: dict[tuple[int, ...], list[list[Tensor]]] = {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load a state, of this optimizer or of torch's Adam."""
+        super().load_state_dict(state_dict)
+        self._lists.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
@@ -36,16 +44,21 @@ class Adam(torch.optim.Adam):
                 self._update(parameters, group)
         return loss
 
+    step.hooked = True  # torch wraps others' steps into its profiler's records
+
     def _update(self, parameters: list[Tensor], group: dict) -> None:
-        states = [self.state[p] or self._begin(p) for p in parameters]
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1.0)
+        key = tuple(map(id, parameters))
+        if key not in self._lists:
+            states = [self.state[p] or self._begin(p) for p in parameters]
+            self._lists[key] = [[s[k] for s in states] for k in ("step", "exp_avg", "exp_avg_sq")]
+        steps, first, second = self._lists[key]
+        torch._foreach_add_(steps, _ONE if parameters[0].is_cpu else 1.0)
         beta1, beta2 = group["betas"]
         torch._fused_adam_(
             parameters,
             [p.grad for p in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            first,
+            second,
             [],
             steps,
             lr=group["lr"],

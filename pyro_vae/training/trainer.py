@@ -95,13 +95,13 @@ class Trainer:
         self._gradient.recheck()
         self._gradient.calls_left = self._steps_per_epoch and self._steps_per_epoch * epochs_left
         gradient = self._loss_and_gradients if validated else self._gradient
-        total, count, steps = 0.0, 0, 0
+        losses, sizes = [], []
         for selection in self._batches.selections():
             loss = self._optimizer.step(functools.partial(self._closure, gradient, selection))
-            size = selection[0].shape[0]
-            total, count, steps = total + loss.detach() * size, count + size, steps + 1
-        self._steps_per_epoch = steps
-        return float(total / count)
+            sizes.append(selection[0].shape[0])
+            losses.append(loss.detach() * sizes[-1])  # nothing is read before the epoch's end
+        self._steps_per_epoch = len(sizes)
+        return (torch.stack(losses).sum() / sum(sizes)).item()
 
     def evaluate(self, batches: Minibatches) -> float:
         """Return the loss per datum, averaged over the data."""

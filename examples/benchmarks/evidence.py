@@ -1,0 +1,79 @@
+"""Time pv.evidence against the decoder's forward passes that it needs.
+
+python examples/benchmarks/evidence.py                  # three networks, some five minutes
+python examples/benchmarks/evidence.py --data 100 --particles 500 --rounds 1
+
+The evidence of 2n data less that of n data is what n data cost, capture and compilation apart; the
+decoder alone is run on as many latents, under no_grad, in passes of the same size. Medians over
+rounds, in which the two take turns. Peak memory is that of the whole process.
+"""
+
+import argparse
+import resource
+import time
+from statistics import median
+
+import torch
+
+import pyro_vae as pv
+
+NETWORKS = {"784-200-200-50": ([200, 200], 50), "784-400-20": ([400], 20)}
+BATCH_SIZE = 100
+PAIRS_PER_PASS = 5000  # as evidence has it
+
+
+def seconds(function, *arguments):
+    started = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - started
+
+
+def measure(hidden, latents, num_data, num_particles, rounds):
+    """Return median seconds of evidence, captured and eager, and of the decoder."""
+    model = pv.LatentVariableModel(
+        prior=pv.priors.StandardNormal(latents),
+        likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(latents, hidden, 784)),
+    )
+    guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(784, hidden))
+    x = torch.bernoulli(torch.rand(2 * num_data, 784))
+    guide(x[:1])
+    z = torch.randn(PAIRS_PER_PASS // BATCH_SIZE, BATCH_SIZE, latents)
+
+    @torch.no_grad()
+    def decode():
+        for _ in range(num_data * num_particles // PAIRS_PER_PASS):
+            model.likelihood.decoder(z)
+
+    def evidence(n, capture):
+        pv.evidence(model, guide, x[:n], num_particles=num_particles, capture=capture)
+
+    evidence(num_data, True)  # compiles, so that all rounds find it in the cache
+    taken = {"captured": [], "eager": [], "decoder": []}
+    for _ in range(rounds):
+        taken["decoder"].append(seconds(decode))
+        for name in ("captured", "eager"):
+            capture = name == "captured"
+            once = seconds(evidence, num_data, capture)
+            taken[name].append(seconds(evidence, 2 * num_data, capture) - once)
+    return {name: median(values) for name, values in taken.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=int, default=400)
+    parser.add_argument("--particles", type=int, default=5000)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    print("| network | decoder, s | captured, ratio | eager, ratio | peak memory, GB |")
+    print("|---|---|---|---|---|")
+    for name, (hidden, latents) in NETWORKS.items():
+        taken = measure(hidden, latents, arguments.data, arguments.particles, arguments.rounds)
+        decoder = taken["decoder"]
+        ratios = " | ".join(f"{taken[k] / decoder:.2f}" for k in ("captured", "eager"))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(f"| {name} | {decoder:.2f} | {ratios} | {peak:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Time one training step of the same VAE in Pyro, plain torch, NumPyro and pyro_vae.
+
+python examples/benchmarks/step.py                 # every case, some twenty minutes
+python examples/benchmarks/step.py --networks 784-200-200-50/20 --objectives elbo
+
+Each peer lives in a process of its own and waits for its turn: in every round each takes one
+epoch, in an order drawn anew, so that all meet the same weather. A step gathers a minibatch,
+binarises it, and takes a gradient and an Adam update. What is printed is the median over the
+rounds, as a ratio to pyro_vae's captured step. All peers begin from the same weights; at the end
+their losses must agree.
+
+Needs the extra dependencies `pip install -c constraints.txt -e ".[benchmark]"`.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean, median
+
+HERE = Path(__file__).parent
+
+NETWORKS = {  # hidden widths, latents, whether gated, batch size
+    "784-200-200-50/20": ([200, 200], 50, False, 20),
+    "784-200-200-50/100": ([200, 200], 50, False, 100),
+    "784-400-20/128": ([400], 20, False, 128),
+    "784-400-20/256": ([400], 20, False, 256),
+    "gated 2x300-40/100": ([300, 300], 40, True, 100),
+}
+OBJECTIVES = ["elbo", "iaf", "iwae50"]
+PEERS = {
+    "captured": "pyro_vae, captured",
+    "eager": "pyro_vae, eager",
+    "pyro": "Pyro, SVI",
+    "hand": "torch by hand, eager",
+    "compile": "torch by hand, torch.compile",
+    "hand-captured": "torch by hand, captured the same way",
+    "numpyro": "NumPyro, jitted loop",
+}
+LOSS_TOLERANCE = 0.03  # relative; the order of the data alone moves the early losses by 2%
+
+
+class Worker:
+    """A peer's process."""
+
+    def __init__(self, peer: str, network: str, objective: str, steps: int):
+        started = time.perf_counter()
+        script = "numpyro_peer.py" if peer == "numpyro" else "torch_peers.py"
+        settings = json.dumps([peer, *NETWORKS[network], objective, steps])
+        self._process = subprocess.Popen(  # noqa: S603
+            [sys.executable, str(HERE / script), settings],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.epoch()
+        self.setup_seconds = time.perf_counter() - started
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+
+    def epoch(self) -> tuple[float, float]:
+        """Have one epoch run; return the seconds of a step and the mean loss, nats per datum."""
+        self._process.stdin.write("epoch\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._process.args} ended: see its message above")
+        return tuple(json.loads(line))
+
+    def run(self) -> None:
+        """Time an epoch."""
+        seconds, loss = self.epoch()
+        self.seconds.append(seconds)
+        self.losses.append(loss)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def measure(network: str, objective: str, peers: list[str], rounds: int, steps: int) -> list[str]:
+    """Run one case; return its lines of the table."""
+    workers = {peer: Worker(peer, network, objective, steps) for peer in peers}
+    for _ in range(rounds):
+        for worker in random.sample(list(workers.values()), len(workers)):
+            worker.run()
+    for worker in workers.values():
+        worker.close()
+    ours = median(workers["captured"].seconds)
+    reached = {p: mean(w.losses[-max(1, rounds // 3) :]) for p, w in workers.items()}
+    lines = []
+    for peer, worker in workers.items():
+        step, loss = median(worker.seconds), reached[peer]
+        agrees = abs(loss / reached["captured"] - 1) < LOSS_TOLERANCE
+        lines.append(
+            f"| {network} | {objective} | {PEERS[peer]} | {1e3 * step:.2f} | {step / ours:.2f} | "
+            f"{loss:.2f}{'' if agrees else ' (differs)'} | {worker.setup_seconds:.0f} |"
+        )
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--objectives", nargs="+", default=OBJECTIVES, choices=OBJECTIVES)
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=50, help="of an epoch; an eighth for IWAE")
+    arguments = parser.parse_args()
+    peers = ["captured", *(peer for peer in arguments.peers if peer != "captured")]
+    print("| network/batch | objective | peer | ms a step | ratio | loss | start, s |")
+    print("|---|---|---|---|---|---|---|")
+    for objective in arguments.objectives:
+        steps = max(1, arguments.steps // (8 if objective == "iwae50" else 1))
+        for network in arguments.networks:
+            for line in measure(network, objective, peers, arguments.rounds, steps):
+                print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
