@@ -46,9 +46,11 @@ class _IndependentBernoulli(dist.Independent):
         """Return log p(x) summed over the event."""
         if self.base_dist._validate_args:
             self.base_dist._validate_sample(value)
-        event = -self.reinterpreted_batch_ndims
-        logits, value = self.base_dist.logits.flatten(event), value.flatten(event)
-        return _BernoulliLogProb.apply(logits, value.to(logits.dtype))
+        logits, event = self.base_dist.logits, -self.reinterpreted_batch_ndims
+        if logits.dtype not in (torch.float32, torch.float64):
+            return super().log_prob(value)  # the product would overflow
+        logits, value = torch.broadcast_tensors(logits, value.to(logits.dtype))
+        return _BernoulliLogProb.apply(logits.flatten(event), value.flatten(event))
 
 
 class _BernoulliLogProb(torch.autograd.Function):
@@ -61,16 +63,22 @@ class _BernoulliLogProb(torch.autograd.Function):
 
     _FACTORS = 16
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, logits: Tensor, value: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, value)
+    def forward(logits: Tensor, value: Tensor) -> Tensor:
         n = _BernoulliLogProb._FACTORS
         factors = 1.0 + F.pad((-logits.abs()).exp(), (0, -logits.shape[-1] % n))
         logs = factors.unflatten(-1, (n, -1)).prod(-2).log().sum(-1)
         return (value * logits - logits.clamp(min=0.0)).sum(-1) - logs
 
     @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         logits, value = ctx.saved_tensors
         grad = grad.unsqueeze(-1)
-        return grad * (value - logits.sigmoid()), grad * logits
+        of_value = grad * logits if ctx.needs_input_grad[1] else None
+        return grad * (value - logits.sigmoid()), of_value

@@ -100,17 +100,17 @@ class Minibatches:
     def in_memory(self) -> Batch:
         """Return all rows as tensors, read once from a stream."""
         if self.tensors is not None:
-            return self._transformed(self.tensors)
+            return self._transformed(column.clone() for column in self.tensors)
         self.first()
         return tuple(torch.cat(columns) for columns in zip(*self, strict=True))
 
     def first(self) -> Batch:
         """Return the first minibatch in the data's own order; the next pass begins with it."""
         if self.tensors is not None:
-            return self._transformed(column[: self.batch_size] for column in self.tensors)
+            return self._transformed(c[: self.batch_size].clone() for c in self.tensors)
         if self._begun is None:
             self._begun = _Begun(self._stream())
-        return self._transformed(self._begun.first)
+        return self._transformed(column.clone() for column in self._begun.first)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self.prepare(*selection) for selection in self.selections())
@@ -151,6 +151,7 @@ class Minibatches:
             )
 
     def _transformed(self, columns: Iterable[Tensor]) -> Batch:
+        """Transform x, which may be written to."""
         x, *covariates = columns
         return (x if self.transform is None else self.transform(x), *covariates)
 

@@ -1,10 +1,13 @@
 """A captured step is the eager step: the same parameters, or an eager run and the reason why."""
 
+import copy
 import functools
 import itertools
+import random
 import shutil
 import warnings
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,6 +19,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae.capture import Captured
 from pyro_vae.modules import modules
+from pyro_vae.training.adam import Adam
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
@@ -445,6 +449,143 @@ def test_numbers_changed_between_epochs_end_the_capture(binary, without_compiler
     assert distance(tensors, expected) < 1e-5
 
 
+TEMPERATURE = 1.0
+
+
+def test_a_change_that_no_name_leads_to_is_found_at_the_next_epoch(binary, without_compiler):
+    """A global that only a method reads: each epoch's first captured step is checked again."""
+
+    class Tempered(pv.objectives.Objective):
+        def bound(self, terms):
+            return TEMPERATURE * terms.log_weight.mean(0)
+
+    class Schedule(torch.optim.lr_scheduler.LambdaLR):
+        def step(self, *args):
+            global TEMPERATURE
+            TEMPERATURE *= 0.9
+            super().step(*args)
+
+    def run(capture):
+        global TEMPERATURE
+        TEMPERATURE = 1.0
+        scheduler = functools.partial(Schedule, lr_lambda=lambda epoch: 1.0)
+        return fitted(make_pair, binary, capture=capture, objective=Tempered(), epochs=5,
+                      scheduler=scheduler)  # fmt: skip
+
+    _, expected = run(False)
+    with pytest.warns(UserWarning, match="its graph differs from it by"):
+        _, tensors = run(True)
+    assert distance(tensors, expected) < 1e-5
+
+
+def test_parameters_with_new_storage_are_found(binary, without_compiler):
+    def run(capture):
+        class Shrink(torch.optim.lr_scheduler.LambdaLR):
+            def step(self, *args):
+                for group in self.optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.data = 0.9 * parameter.data
+                super().step(*args)
+
+        scheduler = functools.partial(Shrink, lr_lambda=lambda epoch: 1.0)
+        return fitted(make_pair, binary, capture=capture, epochs=5, scheduler=scheduler)
+
+    _, expected = run(False)
+    with pytest.warns(UserWarning, match="weight changed|bias changed"):
+        _, tensors = run(True)
+    assert distance(tensors, expected) < 1e-5
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
+def test_random_numbers_from_elsewhere_are_refused(draw, binary, without_compiler):
+    def transform(x):
+        return x * (0.5 if draw() < 0.01 else 1.0)
+
+    def run(capture):
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002 - what a user's program may draw from
+        return fitted(make_pair, binary, capture=capture, transform=transform, epochs=30)
+
+    _, expected = run(False)
+    with pytest.warns(UserWarning, match="draws random numbers from Python or numpy|same twice"):
+        _, tensors = run(True)
+    assert torch.equal(tensors, expected)
+
+
+def test_a_transform_may_write_to_its_input(binary, without_compiler):
+    def transform(x):
+        return x.div_(255.0).round_()
+
+    data = 255 * binary
+    for source in (data, torch.utils.data.DataLoader(data, batch_size=10)):
+        check_same(make_pair, source, transform=transform, execution="captured, not compiled")
+    assert torch.equal(data, 255 * binary)
+
+
+def test_generators_of_the_program_are_refused(binary, without_compiler):
+    def run(capture):
+        generator = torch.Generator().manual_seed(0)
+        transform = functools.partial(torch.bernoulli, generator=generator)
+        return fitted(make_pair, binary, capture=capture, transform=lambda x: transform(0.9 * x))
+
+    _, expected = run(False)
+    with pytest.warns(UserWarning, match="it uses a Generator of its own"):
+        _, tensors = run(True)
+    assert torch.equal(tensors, expected)
+
+
+def test_sparse_gradients_are_refused(binary, without_compiler):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(2, 3, sparse=True)
+
+        def forward(self, x):
+            return self.table(x.long()).flatten(1)
+
+    def make():
+        model, _ = make_pair()
+        return model, pv.guides.AmortizedNormal(model, encoder=Encoder())
+
+    options = {"optimizer": functools.partial(torch.optim.SGD, lr=0.01)}
+    _, expected = fitted(make, binary, capture=False, **options)
+    with pytest.warns(UserWarning, match="sparse gradients"):
+        _, tensors = fitted(make, binary, capture=True, **options)
+    assert torch.equal(tensors, expected)
+
+
+def test_a_compiler_that_loses_writes_is_found(binary, monkeypatch):
+    def careless(graph, inputs, options):
+        return lambda *args: graph(*(tensor.clone() for tensor in args))
+
+    monkeypatch.setattr(torch._inductor, "compile", careless)
+    make = with_decoder(NormalisedDecoder)
+    _, expected = fitted(make, binary, capture=False)
+    with pytest.warns(UserWarning, match="its graph differs from it"):
+        _, tensors = fitted(make, binary, capture=True)
+    assert torch.equal(tensors, expected)
+
+
+def test_evidence_with_weights_of_zero_is_captured(without_compiler):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(-1.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.3 * x, 0.45))  # at times outside the prior's support
+
+    torch.manual_seed(1)
+    x = 0.1 * torch.randn(40)
+    options = {"num_particles": 50, "batch_size": 5, "pairs_per_pass": 50, "seed": 2}
+    eager = pv.evidence(model, guide, x, capture=False, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured = pv.evidence(model, guide, x, capture=True, **options)
+    torch.testing.assert_close(captured.values, eager.values)
+
+
 def test_a_second_fit_never_replays_the_graph_of_the_first(binary, without_compiler):
     wide = functools.partial(make_pair, hidden=13)
     for make, batch_size in ((make_pair, 10), (make_pair, 25), (wide, 10), (make_pair, 10)):
@@ -568,3 +709,53 @@ def test_bernoulli_scores_by_products_as_by_sums(shape):
         torch.testing.assert_close(ours, theirs)
     extreme = pv.likelihoods.Bernoulli(nn.Identity())(torch.tensor([[200.0, -200.0, 90.0, 0.0]]))
     assert extreme.log_prob(torch.tensor([[1.0, 0.0, 1.0, 1.0]])).item() == pytest.approx(-0.693147)
+
+
+def test_bernoulli_broadcasts_and_scores_half_precision_as_pyro_does():
+    x = torch.rand(4, 16).round()
+    for logits in (torch.randn(4, 1), torch.randn(16), torch.zeros(4, 16, dtype=torch.half)):
+        ours = pv.likelihoods.Bernoulli(nn.Identity())(logits).log_prob(x.to(logits.dtype))
+        plain = dist.Bernoulli(logits=logits).to_event(1)
+        torch.testing.assert_close(
+            ours, plain.base_dist.log_prob(x.to(logits.dtype)).sum(-1), check_dtype=False
+        )
+    logits = torch.randn(4, 16)
+    by_datum = torch.func.vmap(
+        torch.func.grad(lambda row: pv.likelihoods.Bernoulli(nn.Identity())(row).log_prob(x[0]))
+    )(logits)
+    torch.testing.assert_close(by_datum, x[0] - logits.sigmoid())
+
+
+def closure_of(parameters, gradients):
+    def closure():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        return torch.tensor(0.0)
+
+    return closure
+
+
+def test_adam_is_torchs_adam():
+    ours = [torch.randn(5, 3), torch.randn(4), torch.randn(2, dtype=torch.double)]
+    theirs = [p.clone().requires_grad_() for p in ours]
+    ours = [p.requires_grad_() for p in ours]
+    mine, reference = Adam(ours, lr=0.01), torch.optim.Adam(theirs, lr=0.01)
+    calls = []
+    mine.register_step_post_hook(lambda *args: calls.append(1))
+    for step in range(60):
+        gradients = [torch.randn_like(p) for p in ours]
+        if step % 5 == 3:
+            gradients[1] = None
+        if step == 20:
+            mine.load_state_dict(copy.deepcopy(reference.state_dict()))
+        if step == 30:
+            for optimizer in (mine, reference):
+                optimizer.state.clear()
+        if step == 40:
+            for optimizer in (mine, reference):
+                optimizer.param_groups[0].update(lr=0.003, maximize=True, weight_decay=0.1)
+        mine.step(closure_of(ours, gradients))
+        reference.step(closure_of(theirs, gradients))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    assert len(calls) == 60

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -78,12 +79,13 @@ class Captured:
         self._traced: Trace | None = None
         self._constants: list[Tensor] = []
         self._state: dict[str, Any] = {}
+        self._replay: Callable[..., Outputs] | None = None
         self.calls_left: int | None = None
         self.execution = f"eager: {'no call was left to capture' if capture else 'capture=False'}"
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         """Give what the function gives."""
-        signature = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
+        signature = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
         if self._signature is None:
             self._signature = signature
         if self.calls_left:
@@ -91,9 +93,15 @@ class Captured:
         return (self._stage if signature == self._signature else self._function)(*inputs)
 
     def recheck(self) -> None:
-        """Call the function as it is from now on, if what it depends on has changed."""
+        """Look again whether the graph still stands for the function.
+
+        If what the function depends on has changed, it is called as it is from now on. Else the
+        next call runs both, and compares them: not all that a function depends on has a name.
+        """
         if self._state and (change := _change(self._state, self._now())):
             self._give_up(f"{change} since the capture; a tensor changed in place would be seen")
+        elif self._replay is not None and self._stage == self._replay:
+            self._stage = self._check
 
     def _wait(self, *inputs: Tensor) -> Outputs:
         seconds_a_call = self._pace.tick()
@@ -114,24 +122,26 @@ class Captured:
             self._traced = self._trace(inputs)
         except CaptureError as error:
             self._give_up(str(error))
-            return self._function(*inputs)
+            return error.outputs or self._function(*inputs)
         self._stage = self._trace_again
         return self._traced.outputs
 
     def _trace_again(self, *inputs: Tensor) -> Outputs:
         first = self._traced
-        state = self._now()
+        state, elsewhere = self._now(), _noise_from_elsewhere()
         try:
             again = self._trace(inputs)
         except CaptureError as error:
             self._give_up(str(error))
-            return self._function(*inputs)
+            return error.outputs or self._function(*inputs)
         change = _change(state, self._now())
         difference = first.difference(again)
         if change:
             self._give_up(f"it changes what it depends on: {change}")
         elif difference:
             self._give_up(f"it does not do the same twice: {difference}")
+        elif elsewhere != _noise_from_elsewhere():
+            self._give_up("it draws random numbers from Python or numpy: draw them from torch")
         else:
             self._state = state
             self._prepare(again, inputs)
@@ -162,22 +172,26 @@ class Captured:
         return compiled
 
     def _check(self, *inputs: Tensor) -> Outputs:
-        replay, failure = self._run_graph, None
+        replay, failure = self._replay or self._run_graph, None
         with _same_noise(inputs) as rewind, _kept(self._writable) as restore:
             try:
-                if inputs[0].device.type == "cuda":
+                if self._replay is None and inputs[0].device.type == "cuda":
                     replay = CudaGraph(self._run_graph, inputs)
                     rewind()
                     restore()
-                replayed = replay(*inputs)
+                # Of copies, for a function may write to its inputs.
+                replayed = [*replay(*(tensor.clone() for tensor in inputs))]
+                replayed += [tensor.clone() for tensor in (*self._writable, _generator(inputs))]
             except Exception as error:  # as above
                 failure = f"its graph fails: {_first_line(error)}"
             rewind()
             restore()
             outputs = self._function(*inputs)
-        failure = failure or _disagreement(outputs, replayed)
         if failure is None:
-            self._stage = replay
+            done = [*outputs, *self._writable, _generator(inputs)]
+            failure = _disagreement(done, replayed)
+        if failure is None:
+            self._stage = self._replay = replay
             self.execution = "captured" if self.compiles else "captured, not compiled"
         else:
             self._give_up(failure)
@@ -193,11 +207,11 @@ class Captured:
         with _same_noise(inputs) as rewind, _kept(state) as restore:
             try:
                 return trace(self._function, inputs)
+            except CaptureError:
+                raise
             except Exception as error:
                 rewind()  # for the function, which will be called instead
                 restore()
-                if isinstance(error, CaptureError):
-                    raise
                 # An error of the function's own comes again when it is called.
                 raise CaptureError(f"it cannot be traced: {_first_line(error)}") from error
 
@@ -229,6 +243,18 @@ def _same_noise(inputs: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
     yield rewind
 
 
+def _generator(inputs: Sequence[Tensor]) -> Tensor:
+    """Return where torch's generator of the inputs' device stands."""
+    device = inputs[0].device
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _noise_from_elsewhere() -> tuple:
+    """Return where the generators of Python and numpy stand."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), (kind, keys.tobytes(), *rest)
+
+
 @contextlib.contextmanager
 def _kept(tensors: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
     """Yield what gives tensors the values back that they have now."""
@@ -242,17 +268,23 @@ def _kept(tensors: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
     yield restore
 
 
-def _disagreement(outputs: Outputs, replayed: Outputs) -> str | None:
-    """Say how far the compiled code is from the function; None if by no more than rounding."""
-    sizes = [0.0 if o is None else o.detach().abs().max().item() for o in outputs]
-    for number, (mine, its, size) in enumerate(zip(outputs, replayed, sizes, strict=True)):
+def _disagreement(results: Outputs, replayed: Outputs) -> str | None:
+    """Say how far a graph is from its function; None if by no more than rounding."""
+    gradients = [r.abs().max().item() for r in results[1:] if r is not None and _is_real(r)]
+    noise = max(filter(math.isfinite, gradients), default=0.0)
+    for number, (mine, its) in enumerate(zip(results, replayed, strict=True)):
         if mine is None and its is None:
             continue
         if mine is None or its is None:
             return f"its graph differs from it in what output {number} is"
+        if not _is_real(mine):
+            if not torch.equal(mine, its):
+                return f"its graph differs from it in output {number}"
+            continue
         precision = torch.finfo(mine.dtype).eps
-        allowed = math.sqrt(precision) * size + 100 * precision * max(sizes)
-        error = (mine - its).abs().max().item()
+        size = mine.abs().masked_fill(~mine.isfinite(), 0.0).max().item()
+        allowed = math.sqrt(precision) * size + 10 * precision * noise
+        error = (mine - its).abs().masked_fill(mine == its, 0.0).max().item()  # of infinities too
         if not error <= allowed:
             return (
                 f"its graph differs from it by {error:.1e} at the same noise, in output "
@@ -261,10 +293,15 @@ def _disagreement(outputs: Outputs, replayed: Outputs) -> str | None:
     return None
 
 
+def _is_real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > 0
+
+
 def _mark(thing: Any) -> Any:
     """What must stay equal of a thing, parts apart; things that count as themselves, kept alive."""
     if isinstance(thing, Tensor):
-        return _Same(thing), thing.requires_grad
+        storage = thing.data_ptr() if thing.layout == torch.strided else None
+        return _Same(thing), storage, thing.requires_grad
     if isinstance(thing, float | complex | np.generic):
         return repr(thing)  # NaN is equal to itself
     if isinstance(thing, VALUES):
@@ -293,7 +330,7 @@ class _Same:
 
 def _change(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> str | None:
     """Say what differs between two states, None if nothing does."""
-    for name in before.keys() | after.keys():
+    for name in sorted(before.keys() | after.keys()):
         if name not in after:
             return f"{name} is gone"
         if name not in before:

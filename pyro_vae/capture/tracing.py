@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 Outputs: TypeAlias = Sequence[Tensor | None]
@@ -28,7 +28,16 @@ aten = torch.ops.aten
 
 
 class CaptureError(Exception):
-    """A function, or the place it runs in, does not allow a capture; the message says why."""
+    """A function, or the place it runs in, does not allow a capture; the message says why.
+
+    Args:
+        reason: the message.
+        outputs: what the function gave nevertheless, if it ran to its end.
+    """
+
+    def __init__(self, reason: str, outputs: Outputs | None = None):
+        super().__init__(reason)
+        self.outputs = outputs
 
 
 @dataclass(frozen=True)
@@ -83,54 +92,66 @@ def trace(function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> Trace:
         CaptureError: its control flow, or a shape, depends on the values of tensors.
     """
     outputs: list[Tensor | None] = []
+    reasons: list[str] = []
 
     def run(*tensors: Tensor) -> list[Tensor | None]:
-        with _ValuesStayOnTheDevice(), _ValuesStayInTensors():
+        with _ValuesThatLeave(reasons), _ValuesThatLeaveTorch(reasons):
             results = list(function(*tensors))
-        outputs[:] = results
+        outputs[:] = [None if result is None else result.detach() for result in results]
         return results
 
     try:
         graph = make_fx(run)(*inputs)
-    except RuntimeError as error:
-        if "tracing tensor" not in str(error):
+    except Exception:
+        if not (reasons and outputs):  # else the function ran; only its graph makes no sense
             raise
-        raise CaptureError(
-            f"its control flow depends on values of tensors{_where(error)}"
-        ) from error
-    constants = _lift(graph)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return Trace(graph, constants, [None if o is None else o.detach() for o in outputs])
+    if reasons:
+        raise CaptureError(reasons[0], outputs)
+    if any(output is not None and output.layout != torch.strided for output in outputs):
+        raise CaptureError("it has sparse gradients", outputs)
+    return Trace(graph, _lift(graph, outputs), outputs)
 
 
-class _ValuesStayOnTheDevice(TorchDispatchMode):
-    """Refuses operations that hand a tensor's values to Python, or make a shape of them."""
+class _ValuesThatLeave(TorchDispatchMode):
+    """Notes operations that hand a tensor's values to Python, or make a shape of them.
 
-    def __init__(self):
+    The function gets what it asks for, and runs to its end: nothing that it does is done twice.
+    """
+
+    def __init__(self, reasons: list[str]):
         super().__init__()
+        self._reasons = reasons
         self._literals = WeakIdKeyDictionary()  # made of a number, as by torch.tensor(1.0)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        tags = operation.tags
+        tags, kwargs = operation.tags, kwargs or {}
+        reason = None
         if torch.Tag.data_dependent_output in tags and args[0] not in self._literals:
-            raise CaptureError(f"its control flow depends on values of tensors{_where()}")
-        if torch.Tag.dynamic_output_shape in tags and not _selects_by_number(operation, args):
-            raise CaptureError(f"a shape depends on values of tensors{_where()}")
-        result = operation(*args, **(kwargs or {}))
+            reason = "its control flow depends on values of tensors"
+        elif torch.Tag.dynamic_output_shape in tags and not _selects_by_number(operation, args):
+            reason = "a shape depends on values of tensors"
+        if reason is not None:
+            self._reasons.append(reason + _where())
+            with _disable_current_modes():
+                return operation(*args, **kwargs)
+        result = operation(*args, **kwargs)
         if operation is aten.lift_fresh.default:
             self._literals[result] = True
         return result
 
 
-class _ValuesStayInTensors(TorchFunctionMode):
-    """Refuses the ways out of torch that no operation tells of."""
+class _ValuesThatLeaveTorch(TorchFunctionMode):
+    """Notes the ways out of torch that no operation tells of."""
 
-    _WAYS_OUT = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+    _WAYS_OUT = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__)
+
+    def __init__(self, reasons: list[str]):
+        super().__init__()
+        self._reasons = reasons
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in self._WAYS_OUT:
-            raise CaptureError(f"it takes values of tensors out of torch{_where()}")
+            self._reasons.append(f"it takes values of tensors out of torch{_where()}")
         return function(*args, **(kwargs or {}))
 
 
@@ -141,8 +162,8 @@ def _selects_by_number(operation, args) -> bool:
     return all(index is None or index.dtype not in masks for index in args[1])
 
 
-def _lift(graph: GraphModule) -> list[Tensor]:
-    """Turn the tensors that a graph holds into further inputs, and return them."""
+def _lift(graph: GraphModule, outputs: Outputs) -> list[Tensor]:
+    """Turn the tensors that a graph holds into further inputs, and return them; tidy it up."""
     constants: list[Tensor] = []
     inputs: dict[int, torch.fx.Node] = {}
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
@@ -150,6 +171,8 @@ def _lift(graph: GraphModule) -> list[Tensor]:
         if node.op != "get_attr":
             continue
         tensor = getattr(graph, node.target)
+        if not isinstance(tensor, Tensor):
+            raise CaptureError(f"it uses a {type(tensor).__name__} of its own", outputs)
         if id(tensor) not in inputs:
             with graph.graph.inserting_after(last):
                 last = graph.graph.placeholder(f"constant_{len(constants)}")
@@ -159,6 +182,8 @@ def _lift(graph: GraphModule) -> list[Tensor]:
         graph.graph.erase_node(node)
     for name in {n for n, _ in graph.named_parameters()} | {n for n, _ in graph.named_buffers()}:
         delattr(graph, name)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
     return constants
 
 
@@ -177,19 +202,12 @@ _LIBRARIES = tuple(
 )
 
 
-def _where(error: BaseException | None = None) -> str:
-    """Name the line of the user's code that is running, or from which an error came."""
-    places = []
-    if error is None:
-        frame = sys._getframe(1)
-        while frame is not None:
-            places.append((frame.f_code.co_filename, frame.f_lineno))
-            frame = frame.f_back
-    else:
-        step = error.__traceback__
-        while step is not None:
-            places.insert(0, (step.tb_frame.f_code.co_filename, step.tb_lineno))
-            step = step.tb_next
+def _where() -> str:
+    """Name the line of the user's code that is running."""
+    frame, places = sys._getframe(1), []
+    while frame is not None:
+        places.append((frame.f_code.co_filename, frame.f_lineno))
+        frame = frame.f_back
     for file, line in places:
         if not file.startswith((*_LIBRARIES, "<")) and "importlib" not in file:
             return f" ({os.path.basename(file)}, line {line})"

@@ -136,7 +136,7 @@ def evidence(
     check_capture(capture)
     batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
     # Passes of one size, so that one capture serves all; what the last draws too much is dropped.
-    passes = -(-num_particles // max(1, pairs_per_pass // batch_size))
+    passes = -(-num_particles // max(1, pairs_per_pass // batches.first()[0].shape[0]))
     particles_per_pass = -(-num_particles // passes)
     results = []
     with (

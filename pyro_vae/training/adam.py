@@ -33,6 +33,8 @@ class Adam(torch.optim.Adam):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         """Take a step along the gradients that the closure leaves behind; return what it gives."""
+        if any(group[name] for group in self.param_groups for name in ("amsgrad", "maximize")):
+            return super().step(closure)
         with torch.enable_grad():
             loss = closure()
         for group in self.param_groups:
@@ -44,11 +46,10 @@ class Adam(torch.optim.Adam):
                 self._update(parameters, group)
         return loss
 
-    step.hooked = True  # torch wraps others' steps into its profiler's records
-
     def _update(self, parameters: list[Tensor], group: dict) -> None:
         key = tuple(map(id, parameters))
-        if key not in self._lists:
+        begun = self._lists.get(key)
+        if begun is None or self.state[parameters[0]].get("step") is not begun[0][0]:
             states = [self.state[p] or self._begin(p) for p in parameters]
             self._lists[key] = [[s[k] for s in states] for k in ("step", "exp_avg", "exp_avg_sq")]
         steps, first, second = self._lists[key]
