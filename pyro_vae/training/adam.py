@@ -23,7 +23,7 @@ class Adam(torch.optim.Adam):
 
     def __init__(self, parameters: Iterable[Tensor], lr: float):
         super().__init__(parameters, lr=lr, fused=True)
-        self._lists: dict[tuple[int, ...], list[list[Tensor]]] = {}
+        self._lists: dict[tuple, list[list[Tensor]]] = {}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state, of this optimizer or of torch's Adam."""
@@ -33,8 +33,6 @@ class Adam(torch.optim.Adam):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         """Take a step along the gradients that the closure leaves behind; return what it gives."""
-        if any(group[name] for group in self.param_groups for name in ("amsgrad", "maximize")):
-            return super().step(closure)
         with torch.enable_grad():
             loss = closure()
         for group in self.param_groups:
@@ -47,12 +45,14 @@ class Adam(torch.optim.Adam):
         return loss
 
     def _update(self, parameters: list[Tensor], group: dict) -> None:
-        key = tuple(map(id, parameters))
-        begun = self._lists.get(key)
-        if begun is None or self.state[parameters[0]].get("step") is not begun[0][0]:
-            states = [self.state[p] or self._begin(p) for p in parameters]
-            self._lists[key] = [[s[k] for s in states] for k in ("step", "exp_avg", "exp_avg_sq")]
-        steps, first, second = self._lists[key]
+        amsgrad = group["amsgrad"]
+        key = (amsgrad, *map(id, parameters))
+        lists = self._lists.get(key)
+        if lists is None or self.state[parameters[0]].get("step") is not lists[0][0]:
+            states = [self.state[p] or self._begin(p, amsgrad) for p in parameters]
+            names = ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
+            lists = self._lists[key] = [[state[name] for state in states] for name in names]
+        steps, first, second, *largest = lists
         torch._foreach_add_(steps, _ONE if parameters[0].is_cpu else 1.0)
         beta1, beta2 = group["betas"]
         torch._fused_adam_(
@@ -60,20 +60,20 @@ class Adam(torch.optim.Adam):
             [p.grad for p in parameters],
             first,
             second,
-            [],
+            largest[0] if largest else [],
             steps,
             lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
             weight_decay=group["weight_decay"],
             eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
+            amsgrad=amsgrad,
+            maximize=group["maximize"],
         )
 
-    def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
+    def _begin(self, parameter: Tensor, amsgrad: bool) -> dict[str, Tensor]:
         state = self.state[parameter]
         state["step"] = torch.zeros((), device=parameter.device)
-        state["exp_avg"] = torch.zeros_like(parameter)
-        state["exp_avg_sq"] = torch.zeros_like(parameter)
+        for name in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad:
+            state[name] = torch.zeros_like(parameter)
         return state
