@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
+from pyro_vae.capture import Captured
 
 DATA_FOLDER = os.environ.get("PYRO_VAE_DATA")  # before a test takes it away
 
@@ -34,3 +35,9 @@ def data_folder():
     if DATA_FOLDER is None:
         pytest.skip("needs real data files: set PYRO_VAE_DATA to a folder with mnist/, freyfaces/")
     return DATA_FOLDER
+
+
+@pytest.fixture
+def without_compiler(monkeypatch):
+    """Captures run operation by operation: what is tested so does not need the compiler."""
+    monkeypatch.setattr(Captured, "compiles", False)

@@ -85,3 +85,35 @@ def test_reconstruct_shows_the_site_that_observed_x():
             pyro.sample("x", dist.Categorical(logits=z), obs=x)
 
     assert pv.generate(labels, torch.tensor([0, 1, 2, 1])).max() <= 2
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (5, 3, 19), (4, 1)])
+def test_bernoulli_scores_by_products_as_by_sums(shape):
+    logits = (6 * torch.randn(3, *shape, dtype=torch.double)).requires_grad_()
+    x = torch.rand(shape, dtype=torch.double).round()
+    for event_dim in (1, len(shape) - 1) if len(shape) > 2 else (1,):
+        likelihood = pv.likelihoods.Bernoulli(nn.Identity(), event_dim)(logits)
+        plain = dist.Bernoulli(logits=logits).to_event(event_dim)
+        assert likelihood.event_shape == plain.event_shape
+        torch.testing.assert_close(likelihood.log_prob(x), plain.log_prob(x))
+        ours, theirs = (
+            torch.autograd.grad(d.log_prob(x).square().sum(), logits) for d in (likelihood, plain)
+        )
+        torch.testing.assert_close(ours, theirs)
+    extreme = pv.likelihoods.Bernoulli(nn.Identity())(torch.tensor([[200.0, -200.0, 90.0, 0.0]]))
+    assert extreme.log_prob(torch.tensor([[1.0, 0.0, 1.0, 1.0]])).item() == pytest.approx(-0.693147)
+
+
+def test_bernoulli_broadcasts_and_scores_half_precision_as_pyro_does():
+    x = torch.rand(4, 16).round()
+    for logits in (torch.randn(4, 1), torch.randn(16), torch.zeros(4, 16, dtype=torch.half)):
+        ours = pv.likelihoods.Bernoulli(nn.Identity())(logits).log_prob(x.to(logits.dtype))
+        plain = dist.Bernoulli(logits=logits).to_event(1)
+        torch.testing.assert_close(
+            ours, plain.base_dist.log_prob(x.to(logits.dtype)).sum(-1), check_dtype=False
+        )
+    logits = torch.randn(4, 16)
+    by_datum = torch.func.vmap(
+        torch.func.grad(lambda row: pv.likelihoods.Bernoulli(nn.Identity())(row).log_prob(x[0]))
+    )(logits)
+    torch.testing.assert_close(by_datum, x[0] - logits.sigmoid())

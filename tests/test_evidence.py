@@ -1,9 +1,12 @@
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from capturing import needs_compiler
+from conftest import make_pair
 from oracles import LinearGaussian
 from torch import nn
 
@@ -164,3 +167,64 @@ def test_global_and_scaled_sites_are_refused():
 
     with pytest.raises(ValueError, match="evidence weighs each datum by itself, but site 'mean'"):
         pv.evidence(model, guide, torch.randn(5))
+
+
+def test_evidence_with_weights_of_zero_is_captured(without_compiler):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(-1.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.3 * x, 0.45))  # at times outside the prior's support
+
+    torch.manual_seed(1)
+    x = 0.1 * torch.randn(40)
+    options = {"num_particles": 50, "batch_size": 5, "pairs_per_pass": 50, "seed": 2}
+    eager = pv.evidence(model, guide, x, capture=False, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured = pv.evidence(model, guide, x, capture=True, **options)
+    torch.testing.assert_close(captured.values, eager.values)
+
+
+@pytest.mark.parametrize("num_particles", [1, 7, 300])
+def test_captured_evidence_is_eager_evidence(num_particles, binary, without_compiler):
+    pair = make_pair()
+    pair[1](binary)
+    options = {"num_particles": num_particles, "batch_size": 15, "pairs_per_pass": 600, "seed": 5}
+    eager, captured = (pv.evidence(*pair, binary, capture=c, **options) for c in (False, True))
+    torch.testing.assert_close(captured.values, eager.values, rtol=1e-6, atol=0)
+    torch.testing.assert_close(captured.khat, eager.khat, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+@needs_compiler
+def test_compiled_evidence_is_eager_evidence(binary):
+    pair = make_pair()
+    pair[1](binary)
+    options = {"num_particles": 300, "batch_size": 10, "pairs_per_pass": 500, "seed": 5}
+    eager, captured = (pv.evidence(*pair, binary, capture=c, **options) for c in (False, True))
+    torch.testing.assert_close(captured.values, eager.values, rtol=1e-6, atol=0)
+
+
+def test_evidence_validates_every_value_though_captured(binary, without_compiler):
+    pair = make_pair()
+    pair[1](binary)
+    stream = [binary[:10], binary[10:20], binary[20:30] + 0.5]
+    loader = torch.utils.data.DataLoader(torch.cat(stream), batch_size=10)
+    with pytest.raises(ValueError, match="support"):
+        pv.evidence(*pair, loader, num_particles=50, capture=True)
+
+
+def test_evidence_of_a_shuffled_loader_is_fixed_by_the_seed():
+    """No random number is drawn outside the seed: not even for the order of the data."""
+    oracle = LinearGaussian(d=2, D=5)
+    loader = torch.utils.data.DataLoader(oracle.sample(40), batch_size=10, shuffle=True)
+    before = torch.get_rng_state()
+    first, second = (
+        pv.evidence(oracle.model, oracle.guide, loader, num_particles=20, seed=4).values
+        for _ in range(2)
+    )
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), before)

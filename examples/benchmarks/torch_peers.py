@@ -206,10 +206,12 @@ def captured_by_hand():
 
     graph = make_fx(gradient)(rows()[0], [p.clone() for p in parameters], constants)
     inputs = [*parameters, *constants]
-    options = {"fallback_random": True}
+    options = {"fallback_random": True, "cpp_wrapper": True}
     flat = make_fx(lambda r, *t: graph(r, t[: len(parameters)], t[len(parameters) :]))(
         rows()[0], *inputs
     )
+    for node in flat.graph.nodes:
+        node.meta.clear()
     compiled = torch._inductor.compile(flat, [rows()[0], *inputs], options)
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     count = torch.zeros(())

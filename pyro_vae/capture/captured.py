@@ -29,18 +29,19 @@ from pyro_vae.reach import VALUES, reach
 
 
 class Captured:
-    """A function of tensors that runs through Python three times, and then no more.
+    """A function of tensors that runs through Python a few times, and then is replayed.
 
     The first two calls are written down as graphs of tensor operations, which must be equal. The
     third runs the function and the graph, compiled if so wished, on the same noise: they must
-    agree. From the fourth on, the graph stands for the function. Each call gives what the function
-    would have given: the random numbers are those of torch's generators, in the same order.
+    agree. From the fourth on, the graph stands for the function, until a :meth:`recheck` has it
+    compared once more. Each call gives what the function would have given: the random numbers are
+    those of torch's generators, in the same order.
 
     What the function depends on besides tensors must not change. It is watched: numbers, strings
     and containers that its code reaches by name must be the same before and after a run, and at
-    each :meth:`recheck`; tensors must stay the objects they are, and change in place. Where this
-    does not hold, or anything else forbids it, the function is called as it is, from then on, and a
-    warning says why. Calls with inputs of another shape than the first's always call the function.
+    each recheck; tensors must stay the objects they are, and change in place. Where this does not
+    hold, or anything else forbids it, the function is called as it is, from then on, and a warning
+    says why. Calls with inputs of another shape than the first's always call the function.
 
     Args:
         function: of tensors; gives tensors or None, without gradients.
@@ -76,7 +77,7 @@ class Captured:
         self._signature: tuple | None = None
         self._pace = Pace()
         self._stage = {True: self._trace_first, False: function, "auto": self._wait}[capture]
-        self._traced: Trace | None = None
+        self._first: Trace | None = None
         self._constants: list[Tensor] = []
         self._state: dict[str, Any] = {}
         self._replay: Callable[..., Outputs] | None = None
@@ -119,15 +120,15 @@ class Captured:
     def _trace_first(self, *inputs: Tensor) -> Outputs:
         try:
             _require_device(inputs)
-            self._traced = self._trace(inputs)
+            self._first = self._trace(inputs)
         except CaptureError as error:
             self._give_up(str(error))
             return error.outputs or self._function(*inputs)
         self._stage = self._trace_again
-        return self._traced.outputs
+        return self._first.outputs
 
     def _trace_again(self, *inputs: Tensor) -> Outputs:
-        first = self._traced
+        first, self._first = self._first, None
         state, elsewhere = self._now(), _noise_from_elsewhere()
         try:
             again = self._trace(inputs)
@@ -164,10 +165,15 @@ class Captured:
 
     def _compile(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Outputs]:
         # The random numbers of torch's own generators, in the order of the program.
-        options = {"fallback_random": True}
+        options: dict[str, Any] = {"fallback_random": True}
+        arguments = [*inputs, *self._constants]
         with _same_noise(inputs) as rewind, torch.no_grad():
-            arguments = [*inputs, *self._constants]
-            compiled = torch._inductor.compile(rewrite(graph), arguments, options)
+            if inputs[0].is_cpu:
+                graph = rewrite(graph, arguments)
+                options["cpp_wrapper"] = True  # the calls of the kernels in C++ as well
+            for node in graph.graph.nodes:
+                node.meta.clear()  # which speaks of tensors that the compiler cannot tell from its
+            compiled = torch._inductor.compile(graph, arguments, options)
             rewind()
         return compiled
 
@@ -224,7 +230,7 @@ class Captured:
     def _give_up(self, reason: str) -> None:
         self.execution = f"eager: {reason}"
         self._stage = self._function
-        self._traced, self._constants, self._state = None, [], {}
+        self._constants, self._state = [], {}
         warnings.warn(f"{self._name} is not captured, and runs eagerly: {reason}", stacklevel=2)
 
 
@@ -270,19 +276,18 @@ def _kept(tensors: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
 
 def _disagreement(results: Outputs, replayed: Outputs) -> str | None:
     """Say how far a graph is from its function; None if by no more than rounding."""
-    gradients = [r.abs().max().item() for r in results[1:] if r is not None and _is_real(r)]
-    noise = max(filter(math.isfinite, gradients), default=0.0)
+    noise = max((_largest(r) for r in results[1:] if r is not None and _is_real(r)), default=0.0)
     for number, (mine, its) in enumerate(zip(results, replayed, strict=True)):
         if mine is None and its is None:
             continue
         if mine is None or its is None:
             return f"its graph differs from it in what output {number} is"
-        if not _is_real(mine):
-            if not torch.equal(mine, its):
-                return f"its graph differs from it in output {number}"
+        if torch.equal(mine, its):
             continue
+        if not _is_real(mine):
+            return f"its graph differs from it in output {number}"
         precision = torch.finfo(mine.dtype).eps
-        size = mine.abs().masked_fill(~mine.isfinite(), 0.0).max().item()
+        size = _largest(mine)
         allowed = math.sqrt(precision) * size + 10 * precision * noise
         error = (mine - its).abs().masked_fill(mine == its, 0.0).max().item()  # of infinities too
         if not error <= allowed:
@@ -291,6 +296,14 @@ def _disagreement(results: Outputs, replayed: Outputs) -> str | None:
                 f"{number} of largest entry {size:.1e}"
             )
     return None
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest size of a finite entry."""
+    size = torch.linalg.vector_norm(tensor, math.inf).item()
+    if math.isfinite(size):
+        return size
+    return tensor.abs().masked_fill(~tensor.isfinite(), 0.0).max().item()
 
 
 def _is_real(tensor: Tensor) -> bool:

@@ -135,9 +135,6 @@ def evidence(
     positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)
     batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
-    # Passes of one size, so that one capture serves all; what the last draws too much is dropped.
-    passes = -(-num_particles // max(1, pairs_per_pass // batches.first()[0].shape[0]))
-    particles_per_pass = -(-num_particles // passes)
     results = []
     with (
         estimating(
@@ -145,6 +142,10 @@ def evidence(
         ) as plate_nesting,
         task(progress, description, batches.num_data, transient=True) as advance,
     ):
+        # Passes of one size, so that one capture serves all; what the last draws too much is
+        # dropped.
+        passes = -(-num_particles // max(1, pairs_per_pass // len(batches.first()[0])))
+        particles_per_pass = -(-num_particles // passes)
 
         def log_weights(*batch: Tensor) -> list[Tensor]:
             t = terms(
@@ -170,9 +171,8 @@ def evidence(
             with pyro.validation_enabled(False):
                 for _ in range(passes):
                     (drawn,) = draw(*batch)
-                    weights.add(
-                        drawn[: num_particles - weights.count].clone()
-                    )  # the next overwrites
+                    drawn = drawn[: num_particles - weights.count]
+                    weights.add(drawn.clone())  # the next pass may overwrite it
             results.append((weights.log_mean(), weights.error(), weights.khat()))
             advance(batch[0].shape[0])
     return Evidence(

@@ -141,6 +141,8 @@ class Trainer:
 
     def _closure(self, gradient: Callable, selection: tuple[Tensor, ...]) -> Tensor:
         """Leave the gradients where the optimizer looks for them; return the loss."""
+        for parameter in self._parameters:
+            parameter.grad = None  # its memory, still in the cache, serves the next gradient
         loss, *gradients = gradient(*selection)
         for parameter, value in zip(self._parameters, gradients, strict=True):
             parameter.grad = value

@@ -1,0 +1,53 @@
+"""Fits of one pair from one state, eager and captured, to compare."""
+
+import contextlib
+import shutil
+
+import pytest
+import torch
+
+import pyro_vae as pv
+from pyro_vae.modules import modules
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="needs a C++ compiler to compile a captured step",
+)
+# Relative distance of all parameters after the steps, per dtype: rounding, grown by training.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def fitted(make, x, *, double=False, **options):
+    """Fit a pair of fixed initial values and give it back with all its tensors, flat."""
+    torch.manual_seed(7)
+    settings = {"epochs": 4, "batch_size": 10, "seed": 3, "progress": False}
+    with default_dtype(torch.float64 if double else torch.float32):
+        model, guide = make()
+        fit = pv.fit(model, guide, x.double() if double else x, **{**settings, **options})
+    with pv.parameter_store(model, guide) as store:
+        bare = [p.detach().flatten() for _, p in sorted(store["params"].items())]
+    held = [t for m in modules(model, guide) for t in (*m.parameters(), *m.buffers())]
+    return fit, torch.cat([*bare, *(t.detach().flatten() for t in held)]).double()
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    """Numbers that a program makes of its own are of this type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def check_same(make, x, *, double=False, execution="captured", **options):
+    eager, expected = fitted(make, x, double=double, capture=False, **options)
+    captured, tensors = fitted(make, x, double=double, capture=True, **options)
+    assert captured.execution == execution
+    assert eager.execution == "eager: capture=False"
+    assert distance(tensors, expected) < TOLERANCE[torch.float64 if double else torch.float32]
+    assert captured.history.loss.values == pytest.approx(eager.history.loss.values, rel=1e-5)
+    return captured

@@ -1,0 +1,335 @@
+"""What cannot be captured, or is captured wrongly, runs eagerly, and says why."""
+
+import functools
+import itertools
+import random
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from capturing import check_same, distance, fitted
+from conftest import make_pair
+from test_capture import NormalisedDecoder, with_decoder
+from torch import nn
+
+import pyro_vae as pv
+
+
+class Program(nn.Module):
+    """A pair's model that does something in Python at each run."""
+
+    def __init__(self, likelihood, what):
+        super().__init__()
+        self.likelihood, self.what = likelihood, what
+        self.runs, self.temperatures, self.last = 0, {"z": 1.0}, None
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            scale = self.what(self, x, z)
+            with pyro.poutine.scale(scale=scale):
+                pyro.sample("x", self.likelihood(z), obs=x)
+
+
+def branch_on_data(program, x, z):
+    return 1.0 if x.mean() > 0.5 else 0.5
+
+
+def branch_on_a_parameter(program, x, z):
+    return 1.0 if program.likelihood.decoder[0].weight.sum() > 0 else 0.5
+
+
+def read_a_number(program, x, z):
+    return 1.0 + z.detach().abs().max().item()
+
+
+def through_numpy(program, x, z):
+    return 1.0 + float(z.detach().numpy().max())
+
+
+def through_a_list(program, x, z):
+    return 1.0 + z.detach().flatten().tolist()[0] ** 2
+
+
+def a_shape_of_values(program, x, z):
+    return 1.0 + x[x > 0.5].mean()
+
+
+def count_runs(program, x, z):
+    program.runs += 1
+    return min(1.0, program.runs / 30)
+
+
+def change_a_dictionary(program, x, z):
+    program.temperatures["z"] *= 0.9
+    return 1.0 + program.temperatures["z"]
+
+
+def grow_a_dictionary(program, x, z):
+    program.temperatures[f"run {len(program.temperatures)}"] = 1.0
+    return 1.0
+
+
+def keep_a_tensor(program, x, z):
+    scale = 1.0 if program.last is None else 1.0 + program.last.mean() ** 2
+    program.last = x.detach()
+    return scale
+
+
+counter = itertools.count()
+
+
+def hidden_counter(program, x, z):
+    return 1.0 / (1 + next(counter) % 7)
+
+
+UNCAPTURABLE = {
+    branch_on_data: "control flow depends on values of tensors",
+    branch_on_a_parameter: "control flow depends on values of tensors",
+    read_a_number: "control flow depends on values of tensors",
+    through_numpy: "takes values of tensors out of torch",
+    through_a_list: "takes values of tensors out of torch",
+    a_shape_of_values: "a shape depends on values of tensors",
+    count_runs: "model.runs changed from",
+    change_a_dictionary: "model.temperatures['z'] changed from 0.",
+    grow_a_dictionary: "model.temperatures",
+    keep_a_tensor: "model.last changed",
+    hidden_counter: "does not do the same twice",
+}
+
+
+def test_what_a_failed_capture_has_changed_is_put_back(binary, without_compiler):
+    """The guide's running averages were updated before the model turned out uncapturable."""
+
+    def make():
+        model, _ = make_pair()
+        model = Program(model.likelihood, read_a_number)
+        encoder = nn.Sequential(nn.Linear(16, 6, bias=False), nn.BatchNorm1d(6))
+        return model, pv.guides.AmortizedNormal(model, encoder=encoder)
+
+    _, expected = fitted(make, binary, capture=False)
+    with pytest.warns(UserWarning, match="runs eagerly"):
+        _, tensors = fitted(make, binary, capture=True)
+    assert torch.equal(tensors, expected)
+
+
+@pytest.mark.parametrize("what", UNCAPTURABLE, ids=lambda f: f.__name__)
+def test_what_cannot_be_captured_runs_eagerly_and_says_why(what, binary, without_compiler):
+    def make():
+        global counter
+        counter = itertools.count()
+        model, guide = make_pair()
+        model = Program(model.likelihood, what)
+        return model, pv.guides.AmortizedNormal(model, encoder=guide.encoder)
+
+    options = {"objective": pv.objectives.ELBO(), "epochs": 3}
+    _, expected = fitted(make, binary, capture=False, **options)
+    with pytest.warns(UserWarning, match="runs eagerly") as caught:
+        fit, tensors = fitted(make, binary, capture=True, **options)
+    messages = [str(w.message) for w in caught if "runs eagerly" in str(w.message)]
+    assert len(messages) == 1
+    assert UNCAPTURABLE[what] in messages[0]
+    assert fit.execution.startswith("eager: ")
+    assert UNCAPTURABLE[what] in fit.execution
+    assert torch.equal(tensors, expected)
+
+
+def test_the_line_that_depends_on_values_is_named(binary, without_compiler):
+    model, _ = make_pair()
+    model = Program(model.likelihood, branch_on_data)
+    guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
+    with pytest.warns(UserWarning, match=r"test_capture_refused.py, line \d+\)"):
+        pv.fit(model, guide, binary, epochs=1, batch_size=10, capture=True, progress=False)
+
+
+def test_numbers_changed_between_epochs_end_the_capture(binary, without_compiler):
+    class Tempered(pv.objectives.ELBO):
+        temperature = 1.0
+
+        def __init__(self):
+            super().__init__()
+            self.temperature = 0.1
+
+        def bound(self, terms):
+            return self.temperature * super().bound(terms)
+
+    def run(capture):
+        objective = Tempered()
+
+        class Schedule(torch.optim.lr_scheduler.LambdaLR):
+            """A scheduler that does more than it should: it changes a number elsewhere."""
+
+            def step(self, *args):
+                objective.temperature = min(1.0, objective.temperature + 0.1)
+                super().step(*args)
+
+        scheduler = functools.partial(Schedule, lr_lambda=lambda epoch: 1.0)
+        return fitted(make_pair, binary, capture=capture, objective=objective, epochs=5,
+                      scheduler=scheduler)  # fmt: skip
+
+    _, expected = run(False)
+    with pytest.warns(UserWarning, match=r"objective.temperature changed from 0\.\d+ to 0\.\d+"):
+        fit, tensors = run(True)
+    assert fit.execution.startswith("eager: objective.temperature")
+    assert distance(tensors, expected) < 1e-5
+
+
+TEMPERATURE = 1.0
+
+
+def test_a_change_that_no_name_leads_to_is_found_at_the_next_epoch(binary, without_compiler):
+    """A global that only a method reads: each epoch's first captured step is checked again."""
+
+    class Tempered(pv.objectives.Objective):
+        def bound(self, terms):
+            return TEMPERATURE * terms.log_weight.mean(0)
+
+    class Schedule(torch.optim.lr_scheduler.LambdaLR):
+        def step(self, *args):
+            global TEMPERATURE
+            TEMPERATURE *= 0.9
+            super().step(*args)
+
+    def run(capture):
+        global TEMPERATURE
+        TEMPERATURE = 1.0
+        scheduler = functools.partial(Schedule, lr_lambda=lambda epoch: 1.0)
+        return fitted(make_pair, binary, capture=capture, objective=Tempered(), epochs=5,
+                      scheduler=scheduler)  # fmt: skip
+
+    _, expected = run(False)
+    with pytest.warns(UserWarning, match="its graph differs from it by"):
+        _, tensors = run(True)
+    assert distance(tensors, expected) < 1e-5
+
+
+def test_parameters_with_new_storage_are_found(binary, without_compiler):
+    def run(capture):
+        class Shrink(torch.optim.lr_scheduler.LambdaLR):
+            def step(self, *args):
+                for group in self.optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.data = 0.9 * parameter.data
+                super().step(*args)
+
+        scheduler = functools.partial(Shrink, lr_lambda=lambda epoch: 1.0)
+        return fitted(make_pair, binary, capture=capture, epochs=5, scheduler=scheduler)
+
+    _, expected = run(False)
+    with pytest.warns(UserWarning, match="weight changed|bias changed"):
+        _, tensors = run(True)
+    assert distance(tensors, expected) < 1e-5
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
+def test_random_numbers_from_elsewhere_are_refused(draw, binary, without_compiler):
+    def transform(x):
+        return x * (0.5 if draw() < 0.01 else 1.0)
+
+    def run(capture):
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002 - what a user's program may draw from
+        return fitted(make_pair, binary, capture=capture, transform=transform, epochs=30)
+
+    _, expected = run(False)
+    with pytest.warns(UserWarning, match="draws random numbers from Python or numpy|same twice"):
+        _, tensors = run(True)
+    assert torch.equal(tensors, expected)
+
+
+def test_a_transform_may_write_to_its_input(binary, without_compiler):
+    def transform(x):
+        return x.div_(255.0).round_()
+
+    data = 255 * binary
+    for source in (data, torch.utils.data.DataLoader(data, batch_size=10)):
+        check_same(make_pair, source, transform=transform, execution="captured, not compiled")
+    assert torch.equal(data, 255 * binary)
+
+
+def test_generators_of_the_program_are_refused(binary, without_compiler):
+    def run(capture):
+        generator = torch.Generator().manual_seed(0)
+        transform = functools.partial(torch.bernoulli, generator=generator)
+        return fitted(make_pair, binary, capture=capture, transform=lambda x: transform(0.9 * x))
+
+    _, expected = run(False)
+    with pytest.warns(UserWarning, match="it uses a Generator of its own"):
+        _, tensors = run(True)
+    assert torch.equal(tensors, expected)
+
+
+def test_sparse_gradients_are_refused(binary, without_compiler):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(2, 3, sparse=True)
+
+        def forward(self, x):
+            return self.table(x.long()).flatten(1)
+
+    def make():
+        model, _ = make_pair()
+        return model, pv.guides.AmortizedNormal(model, encoder=Encoder())
+
+    options = {"optimizer": functools.partial(torch.optim.SGD, lr=0.01)}
+    _, expected = fitted(make, binary, capture=False, **options)
+    with pytest.warns(UserWarning, match="sparse gradients"):
+        _, tensors = fitted(make, binary, capture=True, **options)
+    assert torch.equal(tensors, expected)
+
+
+def test_a_compiler_that_loses_writes_is_found(binary, monkeypatch):
+    def careless(graph, inputs, options):
+        return lambda *args: graph(*(tensor.clone() for tensor in args))
+
+    monkeypatch.setattr(torch._inductor, "compile", careless)
+    make = with_decoder(NormalisedDecoder)
+    _, expected = fitted(make, binary, capture=False)
+    with pytest.warns(UserWarning, match="its graph differs from it"):
+        _, tensors = fitted(make, binary, capture=True)
+    assert torch.equal(tensors, expected)
+
+
+def test_a_graph_that_computes_something_else_is_refused(binary, monkeypatch):
+    """The check against the eager step is what a wrong compiler would meet."""
+    compiled = torch._inductor.compile
+
+    def wrong(graph, inputs, options):
+        right = compiled(graph, inputs, options)
+        return lambda *args: [o if o is None else o * 1.01 for o in right(*args)]
+
+    monkeypatch.setattr(torch._inductor, "compile", wrong)
+    _, expected = fitted(make_pair, binary, capture=False)
+    with pytest.warns(UserWarning, match="differs from it by"):
+        fit, tensors = fitted(make_pair, binary, capture=True)
+    assert fit.execution.startswith("eager: its graph differs from it by")
+    assert torch.equal(tensors, expected)
+
+
+def test_without_a_compiler_the_graph_runs_as_it_is(binary, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(torch._inductor, "compile", fail)
+    with pytest.warns(UserWarning, match="not compiled: RuntimeError: no compiler"):
+        check_same(make_pair, binary, execution="captured, not compiled")
+
+
+def test_errors_of_the_program_are_the_programs_own(binary, without_compiler):
+    model, guide = make_pair()
+    calls = itertools.count()
+
+    def failing(x):
+        if next(calls) > 5:  # in the second epoch, where the capture begins
+            raise KeyError("the program's own error")
+        return x
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(KeyError, match="the program's own error"):
+            pv.fit(model, guide, binary, transform=failing, epochs=9, batch_size=10, capture=True,
+                   progress=False)  # fmt: skip
