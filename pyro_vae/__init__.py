@@ -1,6 +1,6 @@
 """Variational autoencoders as pairs of Pyro programs: guides, objectives, honest evaluation."""
 
-from pyro_vae import datasets, guides, likelihoods, nets, objectives, priors
+from pyro_vae import datasets, flows, guides, likelihoods, nets, objectives, priors
 from pyro_vae.comparison import Comparison, compare, to_arviz
 from pyro_vae.evaluation import (
     Evidence,
@@ -11,6 +11,7 @@ from pyro_vae.evaluation import (
     khat,
     reconstruct,
 )
+from pyro_vae.mixtures import MixtureOfNormals
 from pyro_vae.models import LatentVariableModel
 from pyro_vae.programs import parameter_store
 from pyro_vae.terms import Terms, terms
@@ -21,6 +22,7 @@ __all__ = [
     "Evidence",
     "Fit",
     "LatentVariableModel",
+    "MixtureOfNormals",
     "Surgery",
     "Terms",
     "compare",
@@ -28,6 +30,7 @@ __all__ = [
     "elbo_surgery",
     "evidence",
     "fit",
+    "flows",
     "generate",
     "guides",
     "khat",

@@ -16,9 +16,9 @@ class LinearGaussian:
     The guide q(z|x) = N(V (x - mu), S): the posterior itself (``exact``) or the best diagonal one.
     """
 
-    def __init__(self, d: int = 2, D: int = 5, *, exact=False, noise=0.2, dtype=torch.float64):  # noqa: N803
-        self.d = d
-        self.weight = torch.randn(D, d, dtype=torch.float64)
+    def __init__(self, d=2, D=5, *, exact=False, noise=0.2, dtype=torch.float64, weight=None):  # noqa: N803
+        self.weight = torch.randn(D, d, dtype=torch.float64) if weight is None else weight.double()
+        D, self.d = self.weight.shape  # noqa: N806
         self.mu = torch.randn(D, dtype=torch.float64)
         self.s2 = noise + torch.rand((), dtype=torch.float64)
         self.eye = torch.eye(d, dtype=torch.float64)

@@ -13,8 +13,13 @@ ARGUMENTS = {
         *("--peers", "captured", "eager", "pyro", "hand", "--networks", "784-200-200-50/20"),
         *("--objectives", "iaf", "--rounds", "2", "--steps", "5"),
     ],
+    "energies.py": ["--energies", "U1", "--families", "Gaussian", "planar-2", "--steps", "200"],
     "mnist.py": ["--data", "digits", "--epochs", "2", "--particles", "50"],
     "own_pair.py": ["--epochs", "2"],
+    "posteriors.py": [
+        *("--data", "digits", "--epochs", "2", "--particles", "20", "--test", "50"),
+        *("--families", "mean-field", "IAF-4"),
+    ],
 }
 
 
@@ -34,4 +39,5 @@ def test_example(name, tmp_path):
         command, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert ("ratio" if name.startswith("benchmarks/") else "log p(x)") in result.stdout
+    shown = {"benchmarks": "ratio", "energies.py": "KL, nats"}
+    assert shown.get(name.split("/")[0], "log p(x)") in result.stdout

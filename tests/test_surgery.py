@@ -74,7 +74,7 @@ def test_matrix_products_equal_the_scored_pairs():
     guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(1, [8]))
     guide(x)
     with torch.no_grad():
-        guide.head.weight.mul_(5)
+        guide.built["head"].weight.mul_(5)
     parts = [DiagonalGaussians.read(guide, (rows,)) for rows in x.split(25)]
     q = DiagonalGaussians.concatenate(parts)
     assert q.sites == ("a", "b")

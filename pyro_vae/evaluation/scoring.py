@@ -55,12 +55,14 @@ def _score(guide, args, values, plate_nesting, vectorize_particles) -> Tensor:
     num_values = len(next(iter(values.values())))
     given = {}
     for name, value in values.items():
-        frame, event_dim = data_frame(sites[name]), sites[name]["fn"].event_dim
-        data_axis = value.dim() - event_dim + 1 + frame.dim
-        value = value.unsqueeze(data_axis)
-        value = value.expand(*value.shape[:data_axis], frame.size, *value.shape[data_axis + 1 :])
-        missing = 1 + plate_nesting + event_dim - value.dim()
-        given[name] = value.reshape(num_values, *(1,) * missing, *value.shape[1:])
+        site = sites[name]
+        event = value.shape[value.dim() - site["fn"].event_dim :]
+        sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+        axis, batch_size = data_frame(site).dim, sizes.pop(data_frame(site).dim)
+        batch = [sizes.get(dim, 1) for dim in range(-plate_nesting, 0)]
+        value = value.reshape(num_values, *batch, *event)
+        batch[axis] = batch_size
+        given[name] = value.expand(num_values, *batch, *event)
         if not vectorize_particles:
             given[name] = given[name].reshape(sites[name]["value"].shape)
     conditioned = poutine.condition(guide, data=given)

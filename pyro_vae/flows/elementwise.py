@@ -1,0 +1,120 @@
+"""Increasing functions of one number, their parameters given by a network for each dimension."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Elementwise(ABC):
+    """A family of increasing functions of the reals.
+
+    Attributes:
+        num_parameters: of one function.
+    """
+
+    num_parameters: int
+
+    @abstractmethod
+    def map(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f(x) and log f'(x), for x ``(..., D)`` and parameters ``(..., D, n)``."""
+
+    @abstractmethod
+    def unmap(self, y: Tensor, parameters: Tensor) -> Tensor:
+        """Return the x with f(x) = y."""
+
+
+class Affine(Elementwise):
+    r""":math:`f(x) = \mu + \sigma x`, with :math:`|\log\sigma| < 3`."""
+
+    num_parameters = 2
+
+    def map(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f(x) and log f'(x)."""
+        shift, log_scale = self._split(parameters)
+        return shift + log_scale.exp() * x, log_scale.expand(x.shape)
+
+    def unmap(self, y: Tensor, parameters: Tensor) -> Tensor:
+        """Return the x with f(x) = y."""
+        shift, log_scale = self._split(parameters)
+        return (y - shift) * (-log_scale).exp()
+
+    def _split(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = parameters.unbind(-1)
+        return shift, 3 * torch.tanh(raw / 3)
+
+
+class RationalQuadratic(Elementwise):
+    r"""A monotone rational-quadratic spline on [-bound, bound] (Durkan et al. 2019, eq. 4-8).
+
+    K bins, each with a width, a height, and slopes at the K-1 knots within; the identity outside.
+
+    Args:
+        bins: K.
+        bound: where the identity begins.
+    """
+
+    _LEAST = 1e-3  # of widths and heights, as shares of the whole, and of slopes
+
+    def __init__(self, bins: int, bound: float):
+        if bins < 2 or bins * self._LEAST >= 1:
+            raise ValueError(f"bins must be between 2 and 999, got {bins}")
+        if not bound > 0:
+            raise ValueError(f"bound must be positive, got {bound}")
+        self.bins, self.bound = bins, bound
+        self.num_parameters = 3 * bins - 1
+
+    def map(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f(x) and log f'(x)."""
+        inside = x.abs() < self.bound
+        x_inside = x.clamp(-self.bound, self.bound)
+        x0, width, y0, height, slope0, slope1 = self._bin(x_inside, parameters, knots=0)
+        mean, t = height / width, (x_inside - x0) / width
+        rest = 1 - t
+        bend = mean + (slope0 + slope1 - 2 * mean) * t * rest
+        y = y0 + height * (mean * t * t + slope0 * t * rest) / bend
+        slope = slope1 * t * t + 2 * mean * t * rest + slope0 * rest * rest
+        log_slope = 2 * mean.log() + slope.log() - 2 * bend.log()
+        return torch.where(inside, y, x), torch.where(inside, log_slope, 0.0)
+
+    def unmap(self, y: Tensor, parameters: Tensor) -> Tensor:
+        """Return the x with f(x) = y."""
+        inside = y.abs() < self.bound
+        y_inside = y.clamp(-self.bound, self.bound)
+        x0, width, y0, height, slope0, slope1 = self._bin(y_inside, parameters, knots=1)
+        mean, rise = height / width, y_inside - y0
+        curve = rise * (slope0 + slope1 - 2 * mean)
+        a, b, c = height * (mean - slope0) + curve, height * slope0 - curve, -mean * rise
+        t = 2 * c / (-b - (b * b - 4 * a * c).clamp(min=0).sqrt())
+        return torch.where(inside, x0 + t * width, y)
+
+    def _bin(self, value: Tensor, parameters: Tensor, knots: int) -> tuple[Tensor, ...]:
+        """Return corner, width, height and slopes of the bin that a value lies in.
+
+        Args:
+            value: ``(..., D)``, within the bounds.
+            parameters: ``(..., D, 3K-1)``.
+            knots: whether the value is an x (0) or a y (1).
+        """
+        parameters = parameters.expand(*value.shape, self.num_parameters)
+        widths, heights, slopes = parameters.split([self.bins, self.bins, self.bins - 1], -1)
+        edges = [self._edges(raw) for raw in (widths, heights)]
+        # softplus(log(e^(1-m) - 1)) = 1 - m: zeros stand for the identity.
+        least = torch.tensor(1 - self._LEAST, dtype=torch.float64)
+        slopes = self._LEAST + F.softplus(slopes + torch.expm1(least).log().item())
+        slopes = F.pad(slopes, (1, 1), value=1.0)
+        number = (value.unsqueeze(-1) >= edges[knots][..., 1:-1]).sum(-1, keepdim=True)
+
+        def take(values: Tensor, offset: int = 0) -> Tensor:
+            return values.gather(-1, number + offset).squeeze(-1)
+
+        (x0, x1), (y0, y1) = ((take(edge), take(edge, 1)) for edge in edges)
+        return x0, x1 - x0, y0, y1 - y0, take(slopes), take(slopes, 1)
+
+    def _edges(self, raw: Tensor) -> Tensor:
+        shares = self._LEAST + (1 - self._LEAST * self.bins) * F.softmax(raw, -1)
+        inner = shares[..., :-1].cumsum(-1)
+        return self.bound * (2 * F.pad(F.pad(inner, (1, 0)), (0, 1), value=1.0) - 1)

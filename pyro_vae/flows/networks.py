@@ -1,0 +1,72 @@
+"""The networks inside of flows, which take a context beside their input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pyro.nn import ConditionalAutoRegressiveNN
+from torch import Tensor, nn
+
+from pyro_vae.nets import MLP
+
+
+class AutoregressiveNetwork(nn.Module):
+    """Parameters ``(..., D, n)`` from x ``(..., D)``, each dimension's from those before it.
+
+    MADE (Germain et al. 2015) with a context that all dimensions see.
+
+    Args:
+        dim: D, at least two.
+        context: size of the context.
+        hidden: widths, each at least D.
+        num_parameters: n.
+    """
+
+    def __init__(self, dim: int, context: int, hidden: Sequence[int], num_parameters: int):
+        super().__init__()
+        self._shape = (num_parameters, dim)
+        self.network = ConditionalAutoRegressiveNN(
+            dim, context, list(hidden), [num_parameters], torch.arange(dim), nonlinearity=nn.Tanh()
+        )
+        _shrink(self.network.layers[-1])
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Return the parameters."""
+        return self.network(*_broadcast(x, context)).mT
+
+
+class CouplingNetwork(nn.Module):
+    """Parameters ``(..., D, n)`` from x ``(..., d)`` and a context.
+
+    Args:
+        inputs: d.
+        outputs: D.
+        context: size of the context.
+        hidden: widths.
+        num_parameters: n.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, context: int, hidden: Sequence[int], num_parameters: int
+    ):
+        super().__init__()
+        self._shape = (outputs, num_parameters)
+        self.network = MLP(inputs + context, hidden, outputs * num_parameters)
+        _shrink([m for m in self.network.modules() if isinstance(m, nn.Linear)][-1])
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Return the parameters."""
+        return self.network(torch.cat(_broadcast(x, context), -1)).unflatten(-1, self._shape)
+
+
+def _broadcast(x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+    return x.expand(*batch, -1), context.expand(*batch, -1)
+
+
+def _shrink(layer: nn.Linear) -> None:
+    """Begin near what zeros stand for: the identity."""
+    with torch.no_grad():
+        layer.weight.mul_(0.1)
+        layer.bias.zero_()

@@ -1,0 +1,31 @@
+"""Guides: programs of q(z|x), built for any model by tracing it once."""
+
+from pyro_vae.guides import families
+from pyro_vae.guides.amortized import (
+    AmortizedDelta,
+    AmortizedFlow,
+    AmortizedGuide,
+    AmortizedLowRankNormal,
+    AmortizedMixture,
+    AmortizedMultivariateNormal,
+    AmortizedNormal,
+)
+from pyro_vae.guides.families import Family
+from pyro_vae.guides.hierarchical import HierarchicalGuide
+from pyro_vae.guides.local import LocalGuide
+from pyro_vae.guides.semi_amortized import SemiAmortized
+
+__all__ = [
+    "AmortizedDelta",
+    "AmortizedFlow",
+    "AmortizedGuide",
+    "AmortizedLowRankNormal",
+    "AmortizedMixture",
+    "AmortizedMultivariateNormal",
+    "AmortizedNormal",
+    "Family",
+    "HierarchicalGuide",
+    "LocalGuide",
+    "SemiAmortized",
+    "families",
+]

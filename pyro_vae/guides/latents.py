@@ -1,0 +1,231 @@
+"""The latents of a model that belong to a datum: found by tracing it, laid out as rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import Transform
+
+from pyro_vae.sites import DATA_PLATE, Site, data_frame, random_sites
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    """What a guide must know of a latent site of the model that belongs to a datum.
+
+    Its values are laid out in two ways: as the site has them, ``(*outer, *batch dimensions,
+    *event)``, or as rows, ``(*outer, B, count)``, a row for each datum. The outer dimensions are
+    those left of all plates of the model: particles.
+
+    Args:
+        name: of the site.
+        plates: the frames of its vectorised plates, the plate ``"data"`` among them.
+        batch_shape: sizes of its plates, that of ``"data"`` left out.
+        event_shape: of its value, unconstrained.
+        bijection: maps the reals onto the site's support.
+        masked: whether the model masks it; the guide then asks the model for the mask.
+        nesting: how many batch dimensions the deepest latent of the model has.
+    """
+
+    name: str
+    plates: tuple[CondIndepStackFrame, ...]
+    batch_shape: torch.Size
+    event_shape: torch.Size
+    bijection: Transform
+    masked: bool
+    nesting: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of one datum's unconstrained value."""
+        return self.batch_shape + self.event_shape
+
+    @property
+    def data_dim(self) -> int:
+        """Which batch dimension is the data's, from the right."""
+        return next(frame.dim for frame in self.plates if frame.name == DATA_PLATE)
+
+    def batch_dims(self, batch_size: int) -> torch.Size:
+        """Sizes of the batch dimensions for a batch of B data."""
+        dims = list(self.batch_shape)
+        dims.insert(len(dims) + 1 + self.data_dim, batch_size)
+        return torch.Size(dims)
+
+    def from_rows(self, rows: Tensor, event_shape: Sequence[int]) -> Tensor:
+        """Lay out rows as values.
+
+        Args:
+            rows: ``(*outer, B, count)``, where count is that of ``batch_shape + event_shape``.
+            event_shape: of the values.
+        """
+        value = rows.reshape(*rows.shape[:-1], *self.batch_shape, *event_shape)
+        dims = len(self.batch_shape) + 1
+        outer = value.dim() - dims - len(event_shape)
+        value = value.movedim(outer, value.dim() - len(event_shape) + self.data_dim)
+        if outer:
+            value = value[(slice(None),) * outer + (None,) * (self.nesting - dims)]
+        return value
+
+    def to_rows(self, value: Tensor, batch_size: int, event_dim: int) -> Tensor:
+        """Lay out values as rows, the inverse of :meth:`from_rows`.
+
+        Args:
+            value: ``(*outer, *batch dimensions, *event)``; what broadcasts to that will do.
+            batch_size: B.
+            event_dim: dimensions of the event.
+        """
+        event = value.shape[value.dim() - event_dim :]
+        inner = self.batch_dims(batch_size)
+        batch = torch.broadcast_shapes(value.shape[: value.dim() - event_dim], inner)
+        outer = batch[: max(0, len(batch) - self.nesting)]
+        value = value.expand(*batch, *event).reshape(*outer, *inner, *event)
+        value = value.movedim(value.dim() - event_dim + self.data_dim, len(outer))
+        return value.reshape(*outer, batch_size, -1)
+
+
+def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tuple[LatentSite, ...]:
+    """Trace the model once on x and describe its latent sites in the plate ``"data"``.
+
+    Args:
+        model: program of p(x, z).
+        x: minibatch ``(B, *event)``.
+        *covariates: further arguments of the program.
+
+    Raises:
+        ValueError: there is no such site, or one has a discrete support.
+    """
+    # The plates are read with one row less than there may be data in all: one that keeps its size
+    # subsamples. The supports are read with all rows.
+    rows = slice(0, max(1, x.shape[0] - 1))
+    fewer = [
+        a[rows] if isinstance(a, Tensor) and a.dim() and len(a) == len(x) else a
+        for a in (x, *covariates)
+    ]
+    plates = {site["name"]: site["cond_indep_stack"] for site in latents_of(model, *fewer)}
+    latents = latents_of(model, x, *covariates)
+    nesting = max(-f.dim for site in latents for f in site["cond_indep_stack"] if f.vectorized)
+    return tuple(_describe(site, plates[site["name"]], nesting) for site in latents)
+
+
+def latents_of(model: Callable[..., Any], *arguments: Any) -> list[Site]:
+    """Trace a model and return its latent sites in the plate ``"data"``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with torch.no_grad(), poutine.block():
+        sites = list(random_sites(poutine.trace(model).get_trace(*arguments)))
+    latents = [site for site in sites if not site["is_observed"] and data_frame(site) is not None]
+    if not latents:
+        raise ValueError(
+            'the model has no latent site in the plate "data"; its sites are '
+            f"{[site['name'] for site in sites]}. An amortized guide needs one: put "
+            'pyro.sample("z", ...) inside `with pyro.plate("data", x.shape[0]):`.'
+        )
+    return latents
+
+
+def _describe(site: Site, plates: tuple[CondIndepStackFrame, ...], nesting: int) -> LatentSite:
+    fn = site["fn"]
+    data_dim = data_frame(site).dim
+    for frame in plates:
+        if frame.name != DATA_PLATE and frame.full_size not in (None, frame.size):
+            raise ValueError(
+                f"latent site {site['name']!r} stands in the plate {frame.name!r}, which "
+                f"subsamples {frame.size} of {frame.full_size}: an amortized guide needs all of a "
+                "datum's latents. Write its guide yourself."
+            )
+    try:
+        support = constant_over_data(fn.support, data_dim - fn.event_dim, site["name"])
+        bijection = biject_to(support)
+    except NotImplementedError:
+        raise ValueError(
+            f"latent site {site['name']!r} has the support {fn.support}, onto which nothing maps "
+            "the reals: a continuous guide cannot sample it. Write its guide yourself, or sum it "
+            "out of the model."
+        ) from None
+    batch_shape = list(fn.batch_shape)
+    del batch_shape[data_dim]
+    return LatentSite(
+        name=site["name"],
+        plates=tuple(frame for frame in plates if frame.vectorized),
+        batch_shape=torch.Size(batch_shape),
+        event_shape=torch.Size(bijection.inverse_shape(fn.event_shape)),
+        bijection=bijection,
+        masked=isinstance(site["mask"], Tensor),
+        nesting=nesting,
+    )
+
+
+def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
+    """Return a support whose bounds have one row, for they must hold for batches of any size.
+
+    Args:
+        support: of a site.
+        axis: where the data's dimension stands in its bounds, from the right.
+        name: of the site, for the message.
+
+    Raises:
+        ValueError: the bounds differ from datum to datum.
+    """
+    support = copy.copy(support)
+    for attribute, value in vars(support).items():
+        if isinstance(value, Constraint):
+            setattr(support, attribute, constant_over_data(value, axis, name))
+        elif isinstance(value, Tensor) and (value == value.flatten()[0]).all():
+            setattr(support, attribute, value.flatten()[0].item())
+        elif isinstance(value, Tensor) and value.dim() >= -axis:
+            row = value.narrow(axis, 0, 1)
+            if not (value == row).all():
+                raise ValueError(
+                    f"the support of latent site {name!r} differs from datum to datum: an "
+                    "amortized guide needs one for all. Scale the latent inside the model instead."
+                )
+            setattr(support, attribute, row)
+    return support
+
+
+def surroundings(
+    sites: Sequence[LatentSite], model: Callable[..., Any], x: Tensor, *covariates: Any
+) -> tuple[dict[str, pyro.plate], dict[str, Tensor]]:
+    """Return what latent sites of a model stand in: its plates, made anew, and its masks.
+
+    Args:
+        sites: of the model.
+        model: program of p(x, z).
+        x: minibatch ``(B, *event)``.
+        *covariates: further arguments of the model.
+
+    Returns:
+        The plates by their names, that of the data for the batch at hand; the masks by site.
+    """
+    masks = {}
+    if masked := {site.name for site in sites if site.masked}:
+        latents = latents_of(model, x, *covariates)
+        masks = {site["name"]: site["mask"] for site in latents if site["name"] in masked}
+    return _make_plates(sites, x), masks
+
+
+def _make_plates(sites: Sequence[LatentSite], x: Tensor) -> dict[str, pyro.plate]:
+    plates = {}
+    for frame in {frame.name: frame for site in sites for frame in site.plates}.values():
+        if frame.name != DATA_PLATE:
+            plates[frame.name] = pyro.plate(frame.name, frame.size, dim=frame.dim)
+        elif frame.full_size in (None, frame.size):
+            plates[frame.name] = pyro.plate(frame.name, x.shape[0], dim=frame.dim)
+        else:  # the batch stands for more data than it holds
+            batch = torch.arange(x.shape[0], device=x.device)
+            plates[frame.name] = pyro.plate(
+                frame.name, frame.full_size, subsample=batch, dim=frame.dim
+            )
+    return plates

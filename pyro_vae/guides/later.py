@@ -1,0 +1,51 @@
+"""Modules that are made later than they may be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+class Later(nn.ModuleDict):
+    """Modules that a guide makes at its first call, when it has seen the model and an x.
+
+    Values that are loaded before wait until then.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._waiting: dict[str, Tensor] = {}
+
+    def fill(self, modules: Mapping[str, nn.Module], like: Tensor) -> None:
+        """Take modules in, on the device and of the type of a tensor, and load what waits.
+
+        Raises:
+            ValueError: what waits is of other modules.
+        """
+        self.update(modules)
+        self.to(like)
+        if self._waiting:
+            waiting, self._waiting = self._waiting, {}
+            try:
+                self.load_state_dict(waiting)
+            except RuntimeError as error:
+                self.clear()
+                self._waiting = waiting
+                raise ValueError(
+                    f"what was loaded belongs to a guide for another model or encoder: {error}"
+                ) from error
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if len(self):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        else:
+            self._waiting = {
+                key.removeprefix(prefix): value.clone()
+                for key, value in state_dict.items()
+                if key.startswith(prefix)
+            }
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: value for name, value in self._waiting.items()})

@@ -1,0 +1,106 @@
+"""Guides without an encoder: free parameters for each datum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vae.guides import families
+from pyro_vae.guides.families import Family
+from pyro_vae.guides.latents import latent_sites, surroundings
+from pyro_vae.guides.posterior import Posterior
+
+
+class LocalGuide(PyroModule):
+    r"""Classical variational inference: parameters of its own for each datum (Blei et al. 2017).
+
+    .. math:: q(z_n|x_n) = T_\# \, q_{\lambda_n}
+
+    The best that a family can do, against which an encoder's :math:`\lambda(x)` is measured. A
+    minibatch finds its parameters by its rows, wherever they stand; equal rows share theirs.
+
+    Args:
+        model: program of p(x, z). It is traced, not kept as a submodule.
+        x: all data, ``(N, *event)``.
+        *covariates: further arguments of the model, for all data.
+        family: makes the family of D dimensions; see :mod:`pyro_vae.guides.families`.
+        joint: whether several latents are joint; see :class:`pyro_vae.guides.AmortizedGuide`.
+
+    Raises:
+        ValueError: the model has no latent site in the plate ``"data"``; the family cannot have
+            its dimensions; in a call, while values are validated: a row is none of the data.
+            (Parameters of such a row are NaN.)
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.tensor([-1.0, 0.5, 2.0])
+        >>> guide = pv.guides.LocalGuide(model, x)
+        >>> fit = pv.fit(
+        ...     model, guide, x, epochs=500, batch_size=3, learning_rate=0.03, seed=0, progress=False
+        ... )
+        >>> mean, _ = guide.parameters_of(x[[2]])[0]
+        >>> bool((mean - 1.0).abs() < 0.2)  # of the posterior N(x / 2, 1 / 2)
+        True
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        x: Tensor,
+        *covariates: Any,
+        family: Callable[[int], Family] = families.Normal,
+        joint: bool = True,
+    ):
+        super().__init__()
+        self._model = (model,)  # in a tuple, so that its parameters are not the guide's
+        sites = latent_sites(model, x, *covariates)
+        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        self.posterior = Posterior(sites, family, joint).to(x.device, dtype)
+        rows = torch.unique(_flat(x), dim=0)
+        direction = torch.randn(rows.shape[-1], dtype=torch.float64, device=x.device)
+        keys, order = (rows.double() @ direction).sort()
+        self.register_buffer("_rows", rows[order])
+        self.register_buffer("_direction", direction)
+        self.register_buffer("_keys", keys)
+        # Not zeros, where all layers of a flow would stay alike.
+        shape = (len(rows), self.posterior.num_parameters)
+        self.table = nn.Parameter(0.1 * torch.randn(shape, dtype=dtype, device=x.device))
+
+    def forward(self, x: Tensor, *covariates: Any) -> dict[str, Tensor]:
+        """Sample the latents of the data plate given x."""
+        parameters = self.parameters_of(x)
+        plates, masks = surroundings(self.posterior.sites, self._model[0], x, *covariates)
+        return self.posterior(parameters, plates, masks)
+
+    def parameters_of(self, x: Tensor) -> Tensor:
+        """Return the parameters of the family for each datum, ``(B, P)``."""
+        x = _flat(x)
+        # One number tells rows apart; the nearest is looked at, since it is subject to rounding.
+        key = x.double() @ self._direction
+        above = torch.searchsorted(self._keys, key).clamp(1, max(1, len(self._keys) - 1))
+        above = above.clamp(max=len(self._keys) - 1)
+        below = (above - 1).clamp(min=0)
+        nearer = (key - self._keys[below]).abs() < (key - self._keys[above]).abs()
+        found = torch.where(nearer, below, above)
+        known = (self._rows[found] == x).all(-1)
+        if torch.distributions.Distribution._validate_args and not known.all():
+            row = (~known).nonzero()[0].item()
+            raise ValueError(
+                f"row {row} of x is none of the data that this LocalGuide was made for: it has "
+                "parameters for those alone. Make it for these data, without a transform that "
+                "draws them anew, or use an amortized guide."
+            )
+        return torch.where(known.unsqueeze(-1), self.table[found], torch.nan)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1)
