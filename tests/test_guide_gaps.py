@@ -33,7 +33,7 @@ SLOW = {"affine coupling", "masked autoregressive", "sylvester", "planar", "spli
 def gap_after_training(make, steps):
     """KL(q || posterior), averaged over data, and its standard error; and that of mean-field."""
     torch.manual_seed(3)
-    weight = torch.randn(4, 2)
+    weight = 2 * torch.randn(4, 2)
     weight[:, 1] = weight[:, 0] + 0.3 * weight[:, 1]  # correlates the posterior
     oracle = LinearGaussian(weight=weight, noise=0.3, dtype=torch.float32)
     x = oracle.sample(20_000)
