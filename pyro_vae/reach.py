@@ -23,7 +23,8 @@ def reach(**roots: Any) -> Iterator[tuple[str, Any]]:
     """Yield what the roots are, hold, or refer to by name, each once, with a name for it.
 
     A function's names are looked up in its closure and its globals, and so are those of the
-    functions it calls or defines; lists, dictionaries, modules and plain objects are looked into.
+    functions it calls or defines, and of the methods of objects; lists, dictionaries, modules and
+    plain objects are looked into.
 
     Args:
         **roots: callables, by the name that their own names begin with.
@@ -57,13 +58,13 @@ def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
     elif inspect.isfunction(thing):
         if _package(thing) not in _MACHINERY:
             yield from _names_of(inspect.unwrap(thing))
-    elif isinstance(thing, Mapping | list | tuple | set):
+    elif isinstance(thing, Mapping | list | tuple | set | deque):
         yield from _items(thing)
     elif isinstance(thing, nn.Module):
         yield from _parts_of_module(thing)
     elif _is_plain_object(thing):
         yield from _attributes(vars(thing))
-        yield "", inspect.getattr_static(type(thing), "__call__", None)  # what its code refers to
+        yield from _parts_of_class(type(thing), vars(thing))
 
 
 def _items(things: Any) -> Iterator[tuple[str, Any]]:
@@ -84,6 +85,28 @@ def _parts_of_module(module: nn.Module) -> Iterator[tuple[str, Any]]:
     # Transforms of Pyro keep their last input and output there.
     yield from _attributes({n: v for n, v in attributes.items() if not n.startswith("_cached")})
     yield "", getattr(type(module), "forward", None)
+    yield from _parts_of_class(type(module), vars(module))
+
+
+def _parts_of_class(cls: type, hidden: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What its methods refer to, and its own values; not those of libraries' classes.
+
+    Args:
+        cls: of an object.
+        hidden: the object's own attributes, behind which those of the class are not seen.
+    """
+    for base in cls.__mro__:
+        if _package(base) in _MACHINERY or _package(base) == __package__:
+            continue
+        for name, value in vars(base).items():
+            if isinstance(value, staticmethod | classmethod):
+                value = value.__func__
+            elif isinstance(value, property):
+                value = value.fget
+            if inspect.isfunction(value):
+                yield "", value
+            elif isinstance(value, VALUES) and not name.startswith("__") and name not in hidden:
+                yield f".{name}", value
 
 
 def _names_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
@@ -96,7 +119,7 @@ def _names_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         code = codes.pop()
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         for name in code.co_names:
-            value = function.__globals__.get(name)
+            value = function.__globals__.get(name, types)  # a module, if there is none
             if not isinstance(value, types.ModuleType | type):
                 yield f".{name}", value
 

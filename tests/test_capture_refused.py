@@ -1,5 +1,6 @@
 """What cannot be captured, or is captured wrongly, runs eagerly, and says why."""
 
+import collections
 import functools
 import itertools
 import random
@@ -177,25 +178,29 @@ def test_numbers_changed_between_epochs_end_the_capture(binary, without_compiler
     assert distance(tensors, expected) < 1e-5
 
 
-TEMPERATURE = 1.0
+class Slot:
+    """Something that is not looked into."""
+
+    __slots__ = ("temperature",)
+
+
+SLOT = Slot()
 
 
 def test_a_change_that_no_name_leads_to_is_found_at_the_next_epoch(binary, without_compiler):
-    """A global that only a method reads: each epoch's first captured step is checked again."""
+    """Each epoch's first captured step is checked again."""
 
     class Tempered(pv.objectives.Objective):
         def bound(self, terms):
-            return TEMPERATURE * terms.log_weight.mean(0)
+            return SLOT.temperature * terms.log_weight.mean(0)
 
     class Schedule(torch.optim.lr_scheduler.LambdaLR):
         def step(self, *args):
-            global TEMPERATURE
-            TEMPERATURE *= 0.9
+            SLOT.temperature *= 0.9
             super().step(*args)
 
     def run(capture):
-        global TEMPERATURE
-        TEMPERATURE = 1.0
+        SLOT.temperature = 1.0
         scheduler = functools.partial(Schedule, lr_lambda=lambda epoch: 1.0)
         return fitted(make_pair, binary, capture=capture, objective=Tempered(), epochs=5,
                       scheduler=scheduler)  # fmt: skip
@@ -222,6 +227,77 @@ def test_parameters_with_new_storage_are_found(binary, without_compiler):
     with pytest.warns(UserWarning, match="weight changed|bias changed"):
         _, tensors = run(True)
     assert distance(tensors, expected) < 1e-5
+
+
+class Counting(pv.objectives.ELBO):
+    """Counts in places that only one of its methods refers to."""
+
+    of_class = 0
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.queue, self.array = where, collections.deque(), np.zeros(1)
+
+    def count(self):
+        COUNTS["n"] += self.where == "global"
+        type(self).of_class += self.where == "class"
+        self.queue.extend([1] * (self.where == "deque"))
+        self.array += self.where == "array"
+        return COUNTS["n"] + self.of_class + len(self.queue) + self.array.item()
+
+    def bound(self, terms):
+        return (1.0 if self.count() < 30 else 0.5) * super().bound(terms)
+
+
+COUNTS = {"n": 0}
+
+
+@pytest.mark.parametrize("where", ["global", "class", "deque", "array"])
+def test_counters_are_found_wherever_they_are(where, binary, without_compiler):
+    def run(capture):
+        COUNTS["n"], Counting.of_class = 0, 0
+        return fitted(make_pair, binary, capture=capture, objective=Counting(where), epochs=9)
+
+    _, expected = run(False)
+    with pytest.warns(UserWarning, match="changes what it depends on"):
+        _, tensors = run(True)
+    assert torch.equal(tensors, expected)
+
+
+def test_parameters_that_a_hook_gives_other_memory_are_found_at_once(binary, without_compiler):
+    def run(capture):
+        def optimizer(parameters):
+            made = torch.optim.SGD(parameters, lr=0.01)
+            calls = itertools.count()
+
+            def shrink(*args):
+                if next(calls) % 10 == 9:
+                    for parameter in made.param_groups[0]["params"]:
+                        parameter.data = 0.9 * parameter.data
+
+            made.register_step_post_hook(shrink)
+            return made
+
+        return fitted(make_pair, binary, capture=capture, optimizer=optimizer, epochs=2,
+                      batch_size=2)  # fmt: skip
+
+    _, expected = run(False)
+    with pytest.warns(UserWarning, match="other memory"):
+        _, tensors = run(True)
+    assert distance(tensors, expected) < 1e-5
+
+
+def test_evidence_is_checked_again_for_each_minibatch(binary, without_compiler):
+    model, guide = make_pair()
+    guide(binary)
+    calls = itertools.count()
+
+    def drifting(x):
+        return model(x if next(calls) < 25 else 1 - x)
+
+    with pytest.warns(UserWarning, match="its graph differs from it"):
+        pv.evidence(drifting, guide, binary, num_particles=100, batch_size=5, pairs_per_pass=50,
+                    capture=True, seed=0)  # fmt: skip
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])

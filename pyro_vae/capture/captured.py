@@ -7,6 +7,7 @@ import inspect
 import math
 import random
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,8 +25,11 @@ from pyro_vae.capture.policy import (
     check_capture,
 )
 from pyro_vae.capture.rewriting import rewrite
-from pyro_vae.capture.tracing import CaptureError, Outputs, Trace, trace
+from pyro_vae.capture.tracing import CaptureError, Outputs, Trace, equal, trace
 from pyro_vae.reach import VALUES, reach
+
+# Rounding alone can move a value over a kink, a knot of a spline say, where the gradient jumps.
+_DISAGREEMENTS_THAT_ARE_NO_ACCIDENT = 3
 
 
 class Captured:
@@ -33,15 +37,16 @@ class Captured:
 
     The first two calls are written down as graphs of tensor operations, which must be equal. The
     third runs the function and the graph, compiled if so wished, on the same noise: they must
-    agree. From the fourth on, the graph stands for the function, until a :meth:`recheck` has it
-    compared once more. Each call gives what the function would have given: the random numbers are
-    those of torch's generators, in the same order.
+    agree, at the third attempt at the latest. From then on the graph stands for the function, until
+    a :meth:`recheck` has it compared once more. Each call gives what the function would have given:
+    the random numbers are those of torch's generators, in the same order.
 
     What the function depends on besides tensors must not change. It is watched: numbers, strings
     and containers that its code reaches by name must be the same before and after a run, and at
     each recheck; tensors must stay the objects they are, and change in place. Where this does not
     hold, or anything else forbids it, the function is called as it is, from then on, and a warning
-    says why. Calls with inputs of another shape than the first's always call the function.
+    says why. What is captured is the first shape of inputs that comes again; calls with others
+    always call the function.
 
     Args:
         function: of tensors; gives tensors or None, without gradients.
@@ -74,24 +79,34 @@ class Captured:
         self._function = function
         self._watch = watch
         self._name = name
-        self._signature: tuple | None = None
+        self._seen: set[tuple] = set()
+        self._signature: tuple | None = None  # of the calls that are captured
         self._pace = Pace()
         self._stage = {True: self._trace_first, False: function, "auto": self._wait}[capture]
         self._first: Trace | None = None
-        self._constants: list[Tensor] = []
+        self._sources: list[Tensor] = []  # what the graph reads and writes,
+        self._constants: list[Tensor] = []  # and aliases of it, which keep the memory
         self._state: dict[str, Any] = {}
         self._replay: Callable[..., Outputs] | None = None
+        self._disagreements = 0  # in a row
         self.calls_left: int | None = None
-        self.execution = f"eager: {'no call was left to capture' if capture else 'capture=False'}"
+        too_few = "there were too few calls with inputs of one shape"
+        self.execution = f"eager: {too_few if capture else 'capture=False'}"
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         """Give what the function gives."""
         signature = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
         if self._signature is None:
-            self._signature = signature
+            if signature in self._seen:
+                self._signature = signature
+            self._seen.add(signature)
         if self.calls_left:
             self.calls_left -= 1
-        return (self._stage if signature == self._signature else self._function)(*inputs)
+        if signature != self._signature:
+            return self._function(*inputs)
+        if self._stage is self._replay and self._moved():
+            self._give_up("a parameter was given other memory; change it in place")
+        return self._stage(*inputs)
 
     def recheck(self) -> None:
         """Look again whether the graph still stands for the function.
@@ -149,6 +164,7 @@ class Captured:
         return again.outputs
 
     def _prepare(self, traced: Trace, inputs: Sequence[Tensor]) -> None:
+        self._sources = traced.constants
         self._constants = [tensor.detach() for tensor in traced.constants]
         self._writable = [self._constants[number] for number in traced.more_than_gathered()]
         self._graph = traced.graph
@@ -193,15 +209,24 @@ class Captured:
             rewind()
             restore()
             outputs = self._function(*inputs)
-        if failure is None:
-            done = [*outputs, *self._writable, _generator(inputs)]
-            failure = _disagreement(done, replayed)
+        if failure is not None:
+            self._give_up(failure)
+            return outputs
+        done = [*outputs, *self._writable, _generator(inputs)]
+        failure = _disagreement(done, replayed)
+        self._disagreements = 0 if failure is None else self._disagreements + 1
         if failure is None:
             self._stage = self._replay = replay
             self.execution = "captured" if self.compiles else "captured, not compiled"
-        else:
+        elif self._disagreements == _DISAGREEMENTS_THAT_ARE_NO_ACCIDENT:
             self._give_up(failure)
-        return outputs
+        return outputs  # of the function; while the two disagree, the next call compares again
+
+    def _moved(self) -> bool:
+        return any(
+            source.data_ptr() != constant.data_ptr()
+            for source, constant in zip(self._sources, self._constants, strict=True)
+        )
 
     def _run_graph(self, *inputs: Tensor) -> Outputs:
         with torch.no_grad():
@@ -230,7 +255,7 @@ class Captured:
     def _give_up(self, reason: str) -> None:
         self.execution = f"eager: {reason}"
         self._stage = self._function
-        self._constants, self._state = [], {}
+        self._sources, self._constants, self._state = [], [], {}
         warnings.warn(f"{self._name} is not captured, and runs eagerly: {reason}", stacklevel=2)
 
 
@@ -282,14 +307,15 @@ def _disagreement(results: Outputs, replayed: Outputs) -> str | None:
             continue
         if mine is None or its is None:
             return f"its graph differs from it in what output {number} is"
-        if torch.equal(mine, its):
+        if equal(mine, its):
             continue
         if not _is_real(mine):
             return f"its graph differs from it in output {number}"
         precision = torch.finfo(mine.dtype).eps
         size = _largest(mine)
         allowed = math.sqrt(precision) * size + 10 * precision * noise
-        error = (mine - its).abs().masked_fill(mine == its, 0.0).max().item()  # of infinities too
+        same = (mine == its) | (mine.isnan() & its.isnan())
+        error = (mine - its).abs().masked_fill(same, 0.0).max().item()
         if not error <= allowed:
             return (
                 f"its graph differs from it by {error:.1e} at the same noise, in output "
@@ -310,6 +336,9 @@ def _is_real(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.numel() > 0
 
 
+_BYTES_LOOKED_AT = 1 << 20  # of an array; larger ones count as themselves
+
+
 def _mark(thing: Any) -> Any:
     """What must stay equal of a thing, parts apart; things that count as themselves, kept alive."""
     if isinstance(thing, Tensor):
@@ -319,7 +348,9 @@ def _mark(thing: Any) -> Any:
         return repr(thing)  # NaN is equal to itself
     if isinstance(thing, VALUES):
         return thing
-    if isinstance(thing, Mapping | list | tuple | set):
+    if isinstance(thing, np.ndarray) and thing.nbytes <= _BYTES_LOOKED_AT:
+        return thing.dtype, thing.shape, thing.tobytes()
+    if isinstance(thing, Mapping | list | tuple | set | deque):
         return type(thing), len(thing)
     if inspect.ismethod(thing):
         return None  # made anew at each access; its function and its owner are parts of it

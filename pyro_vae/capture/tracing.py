@@ -76,7 +76,7 @@ class Trace:
         if len(lines[0]) != len(lines[1]):
             return f"{len(lines[0])} operations became {len(lines[1])}"
         for mine, its in zip(self.constants, other.constants, strict=True):
-            if mine is not its and not _equal(mine, its):
+            if mine is not its and not equal(mine, its):
                 return f"a tensor that it makes in Python changed, shape {tuple(mine.shape)}"
         return None
 
@@ -192,8 +192,11 @@ def _statement(line: str) -> str:
     return line.split(";")[0].strip().replace("torch.ops.aten.", "")
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors are of one type and shape, and of equal entries, NaN among them."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 _LIBRARIES = tuple(

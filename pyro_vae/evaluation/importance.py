@@ -168,6 +168,7 @@ def evidence(
         for batch in batches:
             terms(model, guide, *batch)  # values are validated with one particle
             weights = _WeightStream(num_particles)
+            draw.recheck()
             with pyro.validation_enabled(False):
                 for _ in range(passes):
                     (drawn,) = draw(*batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -102,9 +103,8 @@ class RationalQuadratic(Elementwise):
         parameters = parameters.expand(*value.shape, self.num_parameters)
         widths, heights, slopes = parameters.split([self.bins, self.bins, self.bins - 1], -1)
         edges = [self._edges(raw) for raw in (widths, heights)]
-        # softplus(log(e^(1-m) - 1)) = 1 - m: zeros stand for the identity.
-        least = torch.tensor(1 - self._LEAST, dtype=torch.float64)
-        slopes = self._LEAST + F.softplus(slopes + torch.expm1(least).log().item())
+        # softplus(log(e^s - 1)) = s: zeros stand for slopes of one, the identity.
+        slopes = self._LEAST + F.softplus(slopes + math.log(math.expm1(1 - self._LEAST)))
         slopes = F.pad(slopes, (1, 1), value=1.0)
         number = (value.unsqueeze(-1) >= edges[knots][..., 1:-1]).sum(-1, keepdim=True)
 

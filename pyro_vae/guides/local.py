@@ -45,7 +45,7 @@ class LocalGuide(PyroModule):
         >>> x = torch.tensor([-1.0, 0.5, 2.0])
         >>> guide = pv.guides.LocalGuide(model, x)
         >>> fit = pv.fit(
-        ...     model, guide, x, epochs=500, batch_size=3, learning_rate=0.03, seed=0, progress=False
+        ...     model, guide, x, epochs=500, batch_size=3, learning_rate=0.03, progress=False
         ... )
         >>> mean, _ = guide.parameters_of(x[[2]])[0]
         >>> bool((mean - 1.0).abs() < 0.2)  # of the posterior N(x / 2, 1 / 2)

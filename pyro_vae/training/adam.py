@@ -35,8 +35,8 @@ class Adam(torch.optim.Adam):
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         """Take a step along the gradients that the closure leaves behind; return what it gives."""
         for hook in (*global_pre_hooks.values(), *self._optimizer_step_pre_hooks.values()):
-            if (replaced := hook(self, (closure,), {})) is not None:
-                (closure,), _ = replaced
+            if (replaced := hook(self, (self, closure), {})) is not None:
+                (_, closure), _ = replaced
         loss = closure()
         with torch.no_grad():
             for group in self.param_groups:
@@ -47,7 +47,7 @@ class Adam(torch.optim.Adam):
                 for parameters in alike.values():
                     self._update(parameters, group)
         for hook in (*self._optimizer_step_post_hooks.values(), *global_post_hooks.values()):
-            hook(self, (closure,), {})
+            hook(self, (self, closure), {})
         return loss
 
     step.hooked = True  # torch need not wrap it: what it adds is a tenth of a small step

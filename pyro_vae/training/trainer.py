@@ -150,8 +150,9 @@ class Trainer:
 
     def _loss_and_gradients(self, *selection: Tensor) -> list[Tensor | None]:
         """The whole step but the optimizer's part: of tensors alone, so that it can be captured."""
-        loss = self._loss(self._batches.prepare(*selection))
-        gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        with torch.enable_grad():
+            loss = self._loss(self._batches.prepare(*selection))
+            gradients = _gradients(loss, self._parameters)
         if self._clip_norm is not None:
             gradients = _clipped(gradients, self._clip_norm)
         return [loss.detach(), *gradients]
@@ -171,6 +172,24 @@ class Trainer:
             name="the step of this fit",
             capture=self._capture,
         )
+
+
+def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Differentiate, as ``backward`` does: frozen parameters have None, the others their layout."""
+    trained = [p for p in parameters if p.requires_grad]
+    found = iter(torch.autograd.grad(loss, trained, allow_unused=True))
+    gradients = [next(found) if p.requires_grad else None for p in parameters]
+    return [
+        None if g is None else _laid_out_like(p, g)
+        for g, p in zip(gradients, parameters, strict=True)
+    ]
+
+
+def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Fused optimizers take it for granted that the two lie alike in memory."""
+    if gradient.layout != torch.strided or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _clipped(gradients: Sequence[Tensor | None], bound: float) -> list[Tensor | None]:
