@@ -8,6 +8,7 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributions import Categorical
 
 
@@ -23,6 +24,10 @@ class MixtureOfNormals(TorchDistribution):
     .. math:: \partial z = -\Bigl(\frac{\partial F}{\partial z}\Bigr)^{-1} \partial_\theta F
 
     whose Jacobian is a lower triangle. Gradients of first order only.
+
+    The gradient to the weights comes from draws between the components. The farther apart these
+    are, the rarer such draws, and the larger their share: no bias, but from some six standard
+    deviations on the gradient to the weights is practically zero until one comes.
 
     Args:
         logits: of the weights, ``(*batch, K)``.
@@ -124,5 +129,20 @@ class MixtureOfNormals(TorchDistribution):
             jacobian = jacobian - uniform.unsqueeze(-1) * (weights.mT @ slope)
             density = (weights * log_scalars.exp()).sum(-2)
             jacobian = jacobian.tril(-1) + torch.diag_embed(density)
-        change = (uniform - uniform.detach()).unsqueeze(-1)
-        return value - torch.linalg.solve_triangular(jacobian, change, upper=False).squeeze(-1)
+        return _Implicit.apply(value, uniform, jacobian)
+
+
+class _Implicit(torch.autograd.Function):
+    """z as it is, with the gradient that keeps F(z) where it is."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, uniform: Tensor, jacobian: Tensor) -> Tensor:
+        ctx.save_for_backward(jacobian)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None]:
+        (jacobian,) = ctx.saved_tensors
+        solved = torch.linalg.solve_triangular(jacobian.mT, grad.unsqueeze(-1), upper=True)
+        return None, -solved.squeeze(-1), None

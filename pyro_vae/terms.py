@@ -150,11 +150,8 @@ class Terms:
         r""":math:`\log q(z|x) - \log p(z)`, its expectation where it is known, shape (K, B).
 
         Site by site: :math:`\mathrm{KL}(q \| p)` in closed form where torch or Pyro knows it, the
-        sampled difference elsewhere.
-
-        Raises:
-            ValueError: model and guide sample their latents in different orders; then a closed
-                form at one site could hold fixed what depends on that site.
+        sampled difference elsewhere; and everywhere if the guide samples the latents in another
+        order than the model, for then what depends on a site would be held fixed.
         """
         return torch.cat([run.kl(local=True) for run in self._runs])
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from guide_table import DENSITIES, FLOWS, ONE_DIMENSION, Model, local_guides, make
 from pyro import poutine
+from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import flows, guides
 from pyro_vae.evaluation.scoring import guide_log_prob
+from pyro_vae.flows.roots import increasing_root
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 DTYPES = [torch.float32, torch.float64]
@@ -168,7 +170,90 @@ def test_local_guides_find_their_rows():
             assert guide.parameters_of(torch.randn(2, 5)).isnan().all()
 
 
+def test_local_guides_tell_covariates_apart():
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(y, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x, y = torch.zeros(4), torch.tensor([0.0, 1.0, 5.0, 1.0])
+    guide = guides.LocalGuide(model, x, y).float().double()
+    assert guide.table.shape == (3, 2)
+    parameters = guide.parameters_of(x[1:], y[1:])
+    assert torch.equal(parameters[0], parameters[2])
+    assert not torch.equal(parameters[0], parameters[1])
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (7, 1, 3)], ids=str)
+@pytest.mark.parametrize("name", DENSITIES)
+def test_values_that_broadcast_are_scored(name, shape):
+    model, x = Model((3,)), torch.randn(4, 5)
+    guide = make(name, model, x)
+    z = torch.randn(shape)
+    with pyro.validation_enabled(False):
+        scores = []
+        for value in (z, z.expand(*shape[:-2], 4, 3).clone()):
+            trace = poutine.trace(poutine.condition(guide, data={"z": value})).get_trace(x)
+            trace.compute_log_prob()
+            scores.append(trace.nodes["z"]["log_prob"])
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
+
+
+def test_a_low_rank_density_is_right_for_small_scales():
+    guide = guides.AmortizedLowRankNormal(Model((20,)), nn.Identity(), rank=4)
+    family = guide._family(20)
+    parameters = torch.randn(64, family.num_parameters)
+    parameters[:, 20:40] = -7.0  # scales of 0.0016 beside factors of one
+    z = family(parameters).sample()
+    exact = dist.MultivariateNormal(
+        parameters[:, :20].double(), family(parameters.double()).covariance_matrix
+    ).log_prob(z.double())
+    error = family(parameters).log_prob(z).double() - exact
+    # What float32 cannot say of z itself, z (1 + 1e-7), moves the density by some 1e-2.
+    assert error.abs().max() < 0.1
+
+
+def test_copies_hold_the_same_model():
+    model, x = Model((2,)), torch.randn(4, 5)
+    for guide in (
+        make("planar", model, x),
+        guides.SemiAmortized(make("normal", model, x)).guide,
+        guides.LocalGuide(model, x),
+        make("hierarchical", model, x),
+    ):
+        assert copy.deepcopy(guide)._model.program is model
+        twin, copied = copy.deepcopy((model, guide))
+        assert copied._model.program is twin
+
+
+def test_second_derivatives_that_there_are_not_are_refused():
+    model, x = Model((2,)), torch.randn(4, 5)
+    guide = guides.SemiAmortized(make("mixture", model, x), through=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        pv.objectives.ELBO().loss_and_grads(model, guide, x)
+
+
 # The layers of flows by themselves.
+
+
+@pytest.mark.parametrize("product", [-0.999, 0.0, 1.0, 5.0, 20.0, 1000.0])
+def test_roots_of_steep_functions_are_found(product):
+    a, b = 40 * torch.randn(20_000, dtype=torch.float64), torch.randn((), dtype=torch.float64)
+    target = a + product * torch.tanh(a + b)
+    found = increasing_root(
+        lambda v: v + product * torch.tanh(v + b) - target,
+        lambda v: 1 + product * (1 - torch.tanh(v + b).square()),
+        target - abs(product),
+        target + abs(product),
+    )
+    residual = found + product * torch.tanh(found + b) - target
+    assert residual.abs().max() < 1e-12 * (1 + target.abs().max())
+
+
+def test_large_planar_layers_are_scored_as_they_sampled():
+    f = flows.Planar(2)(torch.tensor([3.0, 3.0, 2.0, 2.0, 0.0], dtype=torch.float64))
+    z = torch.randn(20_000, 2, dtype=torch.float64)
+    torch.testing.assert_close(f.inv(f(z).clone()), z, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -216,6 +301,16 @@ def test_one_flow_for_all_data_is_inverted_once_for_all(monkeypatch):
     unmap = layer.unmap
     monkeypatch.setattr(layer, "unmap", lambda f, y: shapes.append(y.shape) or unmap(f, y))
     assert scored(guide, x, {"z": torch.randn(11, 2)}).shape == (11, 7)
+
+    def two_latents(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.LogNormal(0.0, 1.0))
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal((a + b).unsqueeze(-1), 1.0).to_event(1), obs=x[:, :1])
+
+    guide = make("planar, shared", two_latents, x)
+    values = {"a": torch.rand(11), "b": torch.randn(11)}
+    assert scored(guide, x, values).shape == (11, 7)
     assert {shape.numel() for shape in shapes} == {11 * 2}
 
 

@@ -211,7 +211,52 @@ def test_refining_raises_the_elbo_of_an_untrained_guide(through):
         assert not refined(x)["rate"].requires_grad
 
 
+def test_a_family_may_be_any_function():
+    x = torch.randn(4, 3).abs()
+    guide = guides.AmortizedGuide(two_supports, pv.nets.MLP(3, [8]), lambda d: families.Normal(d))
+    assert pv.terms(two_supports, guide, x).log_weight.isfinite().all()
+
+
+def test_bounds_of_each_dimension():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            prior = dist.Pareto(torch.tensor([1.0, 2.0]), 3.0).expand([len(x), 2]).to_event(1)
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), 1.0).to_event(1), obs=x)
+
+    guide = guides.AmortizedMultivariateNormal(model, pv.nets.MLP(1, [8]))
+    z = pv.terms(model, guide, torch.randn(5, 1), num_particles=3).samples["z"]
+    assert z.shape == (3, 5, 2)
+    assert (z[..., 1] >= 2).all()
+
+
+def test_a_bottom_up_guide_is_judged_by_every_estimator():
+    torch.manual_seed(0)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            b = pyro.sample("b", dist.Normal(a, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(b, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(30, 2)
+    guide = guides.HierarchicalGuide(model, pv.nets.MLP(2, [8]))
+    pv.fit(model, guide, x, epochs=3, batch_size=30, progress=False)
+    surgery = pv.elbo_surgery(model, guide, x, seed=0)
+    elbo = pv.terms(model, guide, x, num_particles=2000).log_weight.mean().item()
+    assert surgery.elbo == pytest.approx(elbo, abs=1.0)
+
+
 def test_what_cannot_be_refined_is_refused():
+    def with_a_global_weight(x):
+        weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(weight * z, 1.0), obs=x[:, 0])
+
+    local = guides.AmortizedNormal(with_a_global_weight, pv.nets.MLP(3, [8]))
+    with pytest.raises(ValueError, match="latent site 'weight' outside the plate"):
+        guides.SemiAmortized(local)(torch.randn(4, 3))
     local = guides.LocalGuide(two_supports, torch.randn(3, 3).abs())
     with pytest.raises(TypeError, match="must be an AmortizedGuide"):
         guides.SemiAmortized(local)

@@ -63,6 +63,7 @@ def test_the_gradient_of_samples_is_that_of_the_expectation(d):
 def test_one_component_is_a_normal_and_its_gradient_pathwise():
     loc, scale = torch.randn(1, 3).requires_grad_(), (torch.rand(1, 3) + 0.5).requires_grad_()
     z = pv.MixtureOfNormals(torch.zeros(1), loc, scale).rsample()
+    assert z.shape == (3,)
     gradients = torch.autograd.grad(z.sum(), [loc, scale])
     torch.testing.assert_close(gradients[0], torch.ones(1, 3))
     torch.testing.assert_close(gradients[1], ((z - loc) / scale).detach(), rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 from pyro_vae.flows.autoregressive import InverseAutoregressive, MaskedAutoregressive
 from pyro_vae.flows.coupling import AffineCoupling
 from pyro_vae.flows.householder import Householder
-from pyro_vae.flows.layer import Flow, FlowTransform
+from pyro_vae.flows.layer import Flow, FlowTransform, without_repetitions
 from pyro_vae.flows.planar import Planar
 from pyro_vae.flows.radial import Radial
 from pyro_vae.flows.spline import NeuralSpline
@@ -20,4 +20,5 @@ __all__ = [
     "Planar",
     "Radial",
     "Sylvester",
+    "without_repetitions",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
@@ -72,22 +73,28 @@ class FlowTransform(Transform):
 
     def _inverse(self, y: Tensor) -> Tensor:
         self._log_det = None
-        return self.unmap(_once(y)).expand(y.shape)
+        x = self.unmap(without_repetitions(y))
+        return x.expand(torch.broadcast_shapes(x.shape, y.shape))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return log|det df/dx| at x."""
         known = self._cached_x_y[0] is x and self._cached_x_y[1] is y
         if not known or self._log_det is None:
-            return self.map(_once(x))[1].expand(x.shape[:-1])
+            log_det = self.map(without_repetitions(x))[1]
+            return log_det.expand(torch.broadcast_shapes(log_det.shape, x.shape[:-1]))
         return self._log_det
 
 
-def _once(values: Tensor) -> Tensor:
+def without_repetitions(values: Tensor, event_dim: int = 1) -> Tensor:
     """Leave values out that are mere repetitions, made by expanding a batch dimension.
 
     So one z that is scored under many x is inverted once, where the flow does not depend on x.
+
+    Args:
+        values: ``(*batch, *event)``.
+        event_dim: dimensions of the event.
     """
-    for dim in range(values.dim() - 1):
+    for dim in range(values.dim() - event_dim):
         if values.stride(dim) == 0 and values.shape[dim] > 1:
             values = values.narrow(dim, 0, 1)
     return values

@@ -91,7 +91,7 @@ class _Sylvester(FlowTransform):
         with torch.no_grad():
             s = _solve_upwards(mixing, given)
         h = torch.tanh(s)
-        excess = s + _times(mixing, h) - given
+        excess = s + _times(mixing, h) - given  # next to nothing, but for its gradient
         slope = mixing * (1 - h * h).unsqueeze(-2)
         slope = slope + torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
         step = torch.linalg.solve_triangular(

@@ -21,6 +21,7 @@ from pyro_vae.guides.families import Family
 from pyro_vae.guides.latents import latent_sites, surroundings
 from pyro_vae.guides.later import Later
 from pyro_vae.guides.posterior import Posterior
+from pyro_vae.guides.unowned import Unowned
 
 
 class AmortizedGuide(PyroModule):
@@ -62,7 +63,7 @@ class AmortizedGuide(PyroModule):
         joint: bool = True,
     ):
         super().__init__()
-        self._model = (model,)  # in a tuple, so that its parameters are not the guide's
+        self._model = Unowned(model)
         self._family, self._joint = family, joint
         self.encoder = encoder
         self.built = Later()  # the head and the posterior, made at the first call
@@ -75,7 +76,7 @@ class AmortizedGuide(PyroModule):
         """Return the parameters of the family for each datum, ``(B, P)``."""
         features = features_of(self.encoder, x, *covariates)
         if not self.built:
-            sites = latent_sites(self._model[0], x, *covariates)
+            sites = latent_sites(self._model.program, x, *covariates)
             posterior = Posterior(sites, self._family, self._joint)
             head = nn.Linear(features.shape[-1], posterior.num_parameters)
             self.built.fill({"head": head, "posterior": posterior}, like=features)
@@ -84,7 +85,7 @@ class AmortizedGuide(PyroModule):
     def sample(self, parameters: Tensor, x: Tensor, *covariates: Any) -> dict[str, Tensor]:
         """Sample the latents, given parameters ``(B, P)`` in place of the encoder's."""
         posterior = self.built["posterior"]
-        plates, masks = surroundings(posterior.sites, self._model[0], x, *covariates)
+        plates, masks = surroundings(posterior.sites, self._model.program, x, *covariates)
         return posterior(parameters, plates, masks)
 
 
@@ -92,7 +93,7 @@ class AmortizedNormal(AmortizedGuide):
     r"""Diagonal Gaussians (Kingma & Welling 2014, eq. 9).
 
     .. math::
-        q(z|x) = \prod_s (T_s)_\# \, \mathcal{N}igl(\mu_s(x), \mathrm{diag}\,\sigma_s^2(x)igr)
+        q(z|x) = \prod_s (T_s)_\# \, \mathcal{N}\bigl(\mu_s(x), \mathrm{diag}\,\sigma_s^2(x)\bigr)
 
     over the latent sites s; :math:`\sigma_s` by a softplus. See :class:`AmortizedGuide` for the
     arguments, the shapes and the errors.
@@ -129,7 +130,8 @@ class AmortizedDelta(AmortizedGuide):
     Args:
         model: program of p(x, z).
         encoder: network from the program's arguments to features.
-        log_density: of each dimension, a constant; None makes it an output of the head.
+        log_density: of each dimension, a constant; None makes it an output of the head, for an
+            objective of your own: the ELBO would lower it without end.
     """
 
     def __init__(
@@ -140,7 +142,7 @@ class AmortizedDelta(AmortizedGuide):
 
 
 class AmortizedMultivariateNormal(AmortizedGuide):
-    r"""Gaussians of full covariance :math:`L(x) L(x)^	op`, over all latents.
+    r"""Gaussians of full covariance :math:`L(x) L(x)^\top`, over all latents.
 
     Args:
         model: program of p(x, z).
@@ -153,7 +155,7 @@ class AmortizedMultivariateNormal(AmortizedGuide):
 
 
 class AmortizedLowRankNormal(AmortizedGuide):
-    r"""Gaussians of covariance :math:`W(x) W(x)^	op + \mathrm{diag}\,\sigma^2(x)`.
+    r"""Gaussians of covariance :math:`W(x) W(x)^\top + \mathrm{diag}\,\sigma^2(x)`.
 
     Args:
         model: program of p(x, z).

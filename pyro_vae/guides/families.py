@@ -111,7 +111,7 @@ class LowRankNormal(Family):
 
     Args:
         dim: D.
-        rank: columns of W.
+        rank: columns of W; D, if that is less.
 
     Raises:
         ValueError: the rank is not positive.
@@ -121,7 +121,7 @@ class LowRankNormal(Family):
         super().__init__(dim)
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
-        self._rank = rank
+        self._rank = rank = min(rank, dim)
         self._sizes = [dim, dim, dim * rank]
         self.num_parameters = sum(self._sizes)
 
@@ -129,7 +129,25 @@ class LowRankNormal(Family):
         """Return a Gaussian."""
         loc, diagonal, factor = parameters.split(self._sizes, -1)
         factor = factor.unflatten(-1, (self.dim, self._rank)) / math.sqrt(self._rank)
-        return dist.LowRankMultivariateNormal(loc, factor, positive(diagonal).square())
+        return _LowRankNormal(loc, factor, positive(diagonal).square())
+
+
+class _LowRankNormal(dist.LowRankMultivariateNormal):
+    """torch's, but for a density without the difference of two large numbers."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        scale = self._unbroadcasted_cov_diag.sqrt()
+        factor = self._unbroadcasted_cov_factor / scale.unsqueeze(-1)
+        residual = ((value - self.loc) / scale).unsqueeze(-1)
+        # r'(I + AA')^-1 r is the least of |r - Ac|^2 + |c|^2: errors of c enter it squared.
+        c = torch.cholesky_solve(factor.mT @ residual, self._capacitance_tril)
+        square = (residual - factor @ c).square().sum((-1, -2)) + c.square().sum((-1, -2))
+        half_log_det = self._capacitance_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        half_log_det = half_log_det + scale.log().sum(-1)
+        dim = self.event_shape[0]
+        return -0.5 * (square + dim * math.log(2 * math.pi)) - half_log_det
 
 
 class Mixture(Family):
@@ -207,5 +225,5 @@ class Transformed(Family):
 
 
 def positive(raw: Tensor) -> Tensor:
-    """Map numbers to scales: zero to one, the scale of a standard normal prior."""
-    return F.softplus(raw + 0.5413248546129181)  # softplus(log(e - 1)) = 1
+    """Map numbers to scales: zero to one, the scale of a standard normal prior; none to zero."""
+    return F.softplus(raw + 0.5413248546129181) + 1e-6  # softplus(log(e - 1)) = 1

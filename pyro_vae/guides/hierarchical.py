@@ -15,6 +15,7 @@ from pyro_vae.guides.families import Family
 from pyro_vae.guides.latents import LatentSite, latent_sites, surroundings
 from pyro_vae.guides.later import Later
 from pyro_vae.guides.posterior import Posterior
+from pyro_vae.guides.unowned import Unowned
 from pyro_vae.nets import MLP
 
 
@@ -54,7 +55,7 @@ class HierarchicalGuide(PyroModule):
         super().__init__()
         if history is not None and history < 0:
             raise ValueError(f"history must be 0 or more, or None, got {history}")
-        self._model = (model,)  # in a tuple, so that its parameters are not the guide's
+        self._model = Unowned(model)
         self._family, self._order, self._hidden = family, order, tuple(hidden)
         self._history = history
         self.encoder = encoder
@@ -66,7 +67,7 @@ class HierarchicalGuide(PyroModule):
         features = features_of(self.encoder, x, *covariates)
         if not self._sites:
             self._build(features, x, *covariates)
-        plates, masks = surroundings(self._sites, self._model[0], x, *covariates)
+        plates, masks = surroundings(self._sites, self._model.program, x, *covariates)
         values: dict[str, Tensor] = {}
         rows: list[Tensor] = []
         for number, site in enumerate(self._sites):
@@ -84,15 +85,16 @@ class HierarchicalGuide(PyroModule):
         return 0 if self._history is None else max(0, number - self._history)
 
     def _build(self, features: Tensor, x: Tensor, *covariates: Any) -> None:
-        self._sites = self._ordered(latent_sites(self._model[0], x, *covariates))
-        counts = [site.shape.numel() for site in self._sites]
+        sites = self._ordered(latent_sites(self._model.program, x, *covariates))
+        counts = [site.shape.numel() for site in sites]
         modules: dict[str, nn.Module] = {}
-        for number, site in enumerate(self._sites):
+        for number, site in enumerate(sites):
             posterior = Posterior([site], self._family)
             inputs = features.shape[-1] + sum(counts[self._first_before(number) : number])
             network = MLP(inputs, self._hidden, posterior.num_parameters)
             modules |= {f"network_{number}": network, f"posterior_{number}": posterior}
         self.built.fill(modules, like=features)
+        self._sites = sites
 
     def _ordered(self, sites: tuple[LatentSite, ...]) -> tuple[LatentSite, ...]:
         if self._order == "top-down":

@@ -191,7 +191,8 @@ def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
                     f"the support of latent site {name!r} differs from datum to datum: an "
                     "amortized guide needs one for all. Scale the latent inside the model instead."
                 )
-            setattr(support, attribute, row)
+            # Without a dimension that would count as one of the event, where it is the first.
+            setattr(support, attribute, row.squeeze(axis) if axis == -row.dim() else row)
     return support
 
 

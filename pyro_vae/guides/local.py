@@ -13,6 +13,7 @@ from pyro_vae.guides import families
 from pyro_vae.guides.families import Family
 from pyro_vae.guides.latents import latent_sites, surroundings
 from pyro_vae.guides.posterior import Posterior
+from pyro_vae.guides.unowned import Unowned
 
 
 class LocalGuide(PyroModule):
@@ -21,7 +22,8 @@ class LocalGuide(PyroModule):
     .. math:: q(z_n|x_n) = T_\# \, q_{\lambda_n}
 
     The best that a family can do, against which an encoder's :math:`\lambda(x)` is measured. A
-    minibatch finds its parameters by its rows, wherever they stand; equal rows share theirs.
+    minibatch finds its parameters by its rows (x and covariates), wherever they stand; equal rows
+    share theirs.
 
     Args:
         model: program of p(x, z). It is traced, not kept as a submodule.
@@ -61,37 +63,39 @@ class LocalGuide(PyroModule):
         joint: bool = True,
     ):
         super().__init__()
-        self._model = (model,)  # in a tuple, so that its parameters are not the guide's
+        self._model = Unowned(model)
         sites = latent_sites(model, x, *covariates)
         dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
         self.posterior = Posterior(sites, family, joint).to(x.device, dtype)
-        rows = torch.unique(_flat(x), dim=0)
+        rows = torch.unique(_flat(x, *covariates), dim=0)
         direction = torch.randn(rows.shape[-1], dtype=torch.float64, device=x.device)
-        keys, order = (rows.double() @ direction).sort()
-        self.register_buffer("_rows", rows[order])
-        self.register_buffer("_direction", direction)
-        self.register_buffer("_keys", keys)
+        keys, order = (rows @ direction).sort()
+        # As integers, which a change of the module's dtype leaves alone.
+        for name, values in (("_rows", rows[order]), ("_direction", direction), ("_keys", keys)):
+            self.register_buffer(name, values.view(torch.int64))
         # Not zeros, where all layers of a flow would stay alike.
         shape = (len(rows), self.posterior.num_parameters)
         self.table = nn.Parameter(0.1 * torch.randn(shape, dtype=dtype, device=x.device))
 
     def forward(self, x: Tensor, *covariates: Any) -> dict[str, Tensor]:
         """Sample the latents of the data plate given x."""
-        parameters = self.parameters_of(x)
-        plates, masks = surroundings(self.posterior.sites, self._model[0], x, *covariates)
+        parameters = self.parameters_of(x, *covariates)
+        plates, masks = surroundings(self.posterior.sites, self._model.program, x, *covariates)
         return self.posterior(parameters, plates, masks)
 
-    def parameters_of(self, x: Tensor) -> Tensor:
+    def parameters_of(self, x: Tensor, *covariates: Any) -> Tensor:
         """Return the parameters of the family for each datum, ``(B, P)``."""
-        x = _flat(x)
+        rows, direction, keys = (
+            values.view(torch.float64) for values in (self._rows, self._direction, self._keys)
+        )
+        x = _flat(x, *covariates)
         # One number tells rows apart; the nearest is looked at, since it is subject to rounding.
-        key = x.double() @ self._direction
-        above = torch.searchsorted(self._keys, key).clamp(1, max(1, len(self._keys) - 1))
-        above = above.clamp(max=len(self._keys) - 1)
+        key = x @ direction
+        above = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
         below = (above - 1).clamp(min=0)
-        nearer = (key - self._keys[below]).abs() < (key - self._keys[above]).abs()
+        nearer = (key - keys[below]).abs() < (key - keys[above]).abs()
         found = torch.where(nearer, below, above)
-        known = (self._rows[found] == x).all(-1)
+        known = (rows[found] == x).all(-1)
         if torch.distributions.Distribution._validate_args and not known.all():
             row = (~known).nonzero()[0].item()
             raise ValueError(
@@ -102,5 +106,8 @@ class LocalGuide(PyroModule):
         return torch.where(known.unsqueeze(-1), self.table[found], torch.nan)
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(len(x), -1)
+def _flat(*columns: Any) -> Tensor:
+    """Lay columns side by side, one row of float64 for each datum."""
+    x, *others = columns
+    kept = [x, *(c for c in others if isinstance(c, Tensor) and c.dim() and len(c) == len(x))]
+    return torch.cat([column.reshape(len(x), -1).double() for column in kept], -1)

@@ -19,6 +19,7 @@ from torch.distributions.transforms import (
     identity_transform,
 )
 
+from pyro_vae import flows
 from pyro_vae.guides.families import Family
 from pyro_vae.guides.latents import LatentSite
 from pyro_vae.sites import DATA_PLATE
@@ -48,17 +49,17 @@ class Posterior(nn.Module):
         super().__init__()
         self.sites = tuple(sites)
         several = len(sites) > 1 or bool(sites[0].batch_shape)
-        independent = getattr(getattr(family, "func", family), "independent", False)
-        self._joint = joint and several and not independent
+        names = ", ".join(repr(site.name) for site in sites)
+        whole = _make(family, sum(site.shape.numel() for site in sites), names)
+        self._joint = joint and several and not whole.independent
         if self._joint:
             if masked := [site.name for site in sites if site.masked]:
                 raise ValueError(
                     f"latent site {masked[0]!r} is masked, and cannot be drawn jointly with "
                     "others: pass joint=False"
                 )
-            names = ", ".join(repr(site.name) for site in sites)
-            made = [_make(family, sum(site.shape.numel() for site in sites), names)]
-            self._sizes = [made[0].num_parameters]
+            made = [whole]
+            self._sizes = [whole.num_parameters]
         else:
             made = [_make(family, site.event_shape.numel(), repr(site.name)) for site in sites]
             self._sizes = [
@@ -116,8 +117,10 @@ def _at_site(site: LatentSite, family: Family, rows: Tensor) -> TorchDistributio
     transforms: list[Transform] = []
     if len(site.event_shape) != 1:
         transforms.append(ReshapeTransform((family.dim,), site.event_shape))
-    if site.bijection != identity_transform:
-        bijection = site.bijection
+    bijection = site.bijection
+    while isinstance(bijection, IndependentTransform):
+        bijection = bijection.base_transform
+    if bijection != identity_transform:
         if missing := len(site.event_shape) - bijection.domain.event_dim:
             bijection = IndependentTransform(bijection, missing)
         transforms.append(bijection.with_cache(1))
@@ -217,6 +220,9 @@ class _Joint:
         rows, log_det = [], 0.0
         for site, bijection, value in zip(self._sites, self._bijections, values, strict=True):
             event_dim = len(site.event_shape)
+            if not all(drawn):
+                on_support = event_dim - bijection.domain.event_dim + bijection.codomain.event_dim
+                value = flows.without_repetitions(value, on_support)
             unconstrained = bijection.inv(value)
             rows.append(site.to_rows(unconstrained, self.batch_size, event_dim))
             change = bijection.log_abs_det_jacobian(unconstrained, value)
@@ -232,8 +238,10 @@ class _Joint:
 
 
 def _concatenate(rows: list[Tensor]) -> Tensor:
+    whole = torch.broadcast_shapes(*(each.shape[:-1] for each in rows))
+    rows = [flows.without_repetitions(each) for each in rows]  # they may be one for all data
     batch = torch.broadcast_shapes(*(each.shape[:-1] for each in rows))
-    return torch.cat([each.expand(*batch, -1) for each in rows], -1)
+    return torch.cat([each.expand(*batch, -1) for each in rows], -1).expand(*whole, -1)
 
 
 class _Part(TorchDistribution):

@@ -10,6 +10,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vae.guides.amortized import AmortizedGuide
+from pyro_vae.sites import data_frame, random_sites
 from pyro_vae.terms import terms
 
 
@@ -33,7 +34,9 @@ class SemiAmortized(PyroModule):
             not every family has); if not, the encoder gets the gradient at :math:`\lambda_T`.
 
     Raises:
-        ValueError: ``steps`` or ``step_size`` is not positive.
+        ValueError: ``steps`` or ``step_size`` is not positive; at the first call: the model has a
+            latent that all data share.
+        RuntimeError: ``through``, and the family has no second derivatives.
         TypeError: ``guide`` has no parameters to refine.
     """
 
@@ -51,6 +54,7 @@ class SemiAmortized(PyroModule):
             raise ValueError(f"steps and step_size must be positive, got {steps}, {step_size}")
         self.guide = guide
         self._steps, self._step_size, self._through = steps, step_size, through
+        self._checked = False
 
     def forward(self, x: Tensor, *covariates: Any) -> dict[str, Tensor]:
         """Sample the latents of the data plate given x."""
@@ -59,12 +63,26 @@ class SemiAmortized(PyroModule):
     def parameters_of(self, x: Tensor, *covariates: Any) -> Tensor:
         """Return the refined parameters of the family for each datum, ``(B, P)``."""
         start = self.guide.parameters_of(x, *covariates)
+        if not self._checked:
+            self._check(x, *covariates)
         with torch.enable_grad():
             refined = start if self._through else start.detach()
             if not refined.requires_grad:
                 refined = refined.requires_grad_()
             refined = self._refine(refined, x, *covariates)
         return refined if self._through else start + (refined - start).detach()
+
+    def _check(self, x: Tensor, *covariates: Any) -> None:
+        with torch.no_grad(), poutine.block():
+            trace = poutine.trace(self.guide._model.program).get_trace(x, *covariates)
+        for site in random_sites(trace):
+            if not site["is_observed"] and data_frame(site) is None:
+                raise ValueError(
+                    f'the model has the latent site {site["name"]!r} outside the plate "data": '
+                    "what SemiAmortized refines for a datum would depend on a value that it does "
+                    "not know. Use the guide without refinement."
+                )
+        self._checked = True
 
     def _refine(self, parameters: Tensor, x: Tensor, *covariates: Any) -> Tensor:
         first, second = torch.zeros_like(parameters), torch.zeros_like(parameters)
@@ -81,7 +99,7 @@ class SemiAmortized(PyroModule):
             return self.guide.sample(parameters, x, *covariates)
 
         with poutine.block():  # what is drawn here is nobody else's
-            t = terms(self.guide._model[0], guide, x, *covariates)
+            t = terms(self.guide._model.program, guide, x, *covariates)
             elbo = (t.log_likelihood - t.kl).sum()
         (gradient,) = torch.autograd.grad(elbo, parameters, create_graph=self._through)
         return gradient
