@@ -1,6 +1,6 @@
 """Fit flows to the four densities of Rezende & Mohamed (2015, table 1), known but for a constant.
 
-python examples/energies.py                                  # all, some forty minutes on two cores
+python examples/energies.py                                  # all, some half an hour on two cores
 python examples/energies.py --energies U1 --families planar-8 --steps 2000
 
 A density exp(-U(z)) / Z is a model without data: its latent z is all there is, and KL(q || p) =
@@ -62,13 +62,14 @@ def u4(z1, z2):
 
 
 ENERGIES = {"U1": (u1, 1.8775), "U2": (u2, 2.0821), "U3": (u3, 2.6417), "U4": (u4, 2.7107)}  # log Z
+SPLINE = functools.partial(flows.NeuralSpline, hidden=[128, 128])
 FAMILIES = {
     "Gaussian": families.MultivariateNormal,
     "planar-2": functools.partial(families.Transformed, flow=flows.Planar, length=2),
     "planar-8": functools.partial(families.Transformed, flow=flows.Planar, length=8),
     "planar-32": functools.partial(families.Transformed, flow=flows.Planar, length=32),
     "IAF-8": functools.partial(families.Transformed, flow=flows.InverseAutoregressive, length=8),
-    "spline-4": functools.partial(families.Transformed, flow=flows.NeuralSpline, length=4),
+    "spline-4": functools.partial(families.Transformed, flow=SPLINE, length=4),
 }
 
 
@@ -139,7 +140,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--energies", nargs="+", default=list(ENERGIES), choices=ENERGIES)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--figure", type=Path, default=Path("energies.png"))
     arguments = parser.parse_args()
     rows, columns = len(arguments.energies), 1 + len(arguments.families)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,3 +231,16 @@ def _make_plates(sites: Sequence[LatentSite], x: Tensor) -> dict[str, pyro.plate
                 frame.name, frame.full_size, subsample=batch, dim=frame.dim
             )
     return plates
+
+
+@contextlib.contextmanager
+def inside(
+    site: LatentSite, plates: Mapping[str, pyro.plate], masks: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Enter the plates of a site, and its mask if it has one."""
+    with contextlib.ExitStack() as stack:
+        for frame in site.plates:
+            stack.enter_context(plates[frame.name])
+        if site.name in masks:
+            stack.enter_context(poutine.mask(mask=masks[site.name]))
+        yield

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pyro
 import pyro.distributions as dist
-import torch
-from pyro import poutine
-from pyro.distributions.torch_distribution import TorchDistribution, TorchDistributionMixin
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
-from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import (
     IndependentTransform,
     ReshapeTransform,
@@ -19,20 +15,16 @@ from torch.distributions.transforms import (
     identity_transform,
 )
 
-from pyro_vae import flows
 from pyro_vae.guides.families import Family
-from pyro_vae.guides.latents import LatentSite
-from pyro_vae.sites import DATA_PLATE
-
-JOINT_DENSITY = "_joint_density"  # and the first site's name
+from pyro_vae.guides.joint import JointDraw
+from pyro_vae.guides.latents import LatentSite, inside
 
 
 class Posterior(nn.Module):
     r"""Samples latent sites from a family's distributions, given parameters for each datum.
 
-    One latent site takes a distribution of its own. Several that are joint take their parts of one
-    draw, and the density of all stands at a ``pyro.factor`` behind them, so that it is had at any
-    values, drawn or given.
+    One latent site takes a distribution of its own; several that are joint share one, see
+    :class:`pyro_vae.guides.joint.JointDraw`.
 
     Args:
         sites: to sample.
@@ -91,11 +83,11 @@ class Posterior(nn.Module):
         """
         if self._joint:
             (family,) = self.families
-            return _Joint(family(parameters), self.sites).sample(plates)
+            return JointDraw(family(parameters), self.sites).sample(plates)
         values = {}
         parts = parameters.split(self._sizes, -1)
         for site, family, rows in zip(self.sites, self.families, parts, strict=True):
-            with _surroundings(site, plates, masks):
+            with inside(site, plates, masks):
                 values[site.name] = pyro.sample(site.name, _at_site(site, family, rows))
         return values
 
@@ -157,124 +149,3 @@ def push_forward(
     bijection = bijection.with_cache(1)
     pushed = dist.TransformedDistribution(base.to_event(inner), [bijection])
     return pushed.to_event(event_dim - inner)
-
-
-@contextlib.contextmanager
-def _surroundings(
-    site: LatentSite, plates: Mapping[str, pyro.plate], masks: Mapping[str, Tensor]
-) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for frame in site.plates:
-            stack.enter_context(plates[frame.name])
-        if site.name in masks:
-            stack.enter_context(poutine.mask(mask=masks[site.name]))
-        yield
-
-
-class _Joint:
-    """One draw of all sites, made when the first of them is drawn."""
-
-    def __init__(self, distribution: TorchDistributionMixin, sites: Sequence[LatentSite]):
-        self._distribution = distribution
-        self._sites = sites
-        # Caches let a drawn value be scored without inverting.
-        self._bijections = [site.bijection.with_cache(1) for site in sites]
-        self._rows: Tensor | None = None
-
-    @property
-    def batch_size(self) -> int:
-        """B."""
-        return self._distribution.batch_shape[-1]
-
-    def sample(self, plates: Mapping[str, pyro.plate]) -> dict[str, Tensor]:
-        """Sample every site, then tell the density of all."""
-        values = {}
-        for number, site in enumerate(self._sites):
-            with _surroundings(site, plates, {}):
-                values[site.name] = pyro.sample(site.name, _Part(self, site, number))
-        with plates[DATA_PLATE]:
-            log_prob = self._log_prob([*values.values()])
-            pyro.factor(f"{JOINT_DENSITY}_{self._sites[0].name}", log_prob, has_rsample=True)
-        return values
-
-    def draw(self, number: int, outer: torch.Size) -> Tensor:
-        """Return the value of a site, ``(*outer, *batch dimensions, *event)``, from the draw."""
-        if self._rows is None:
-            batch = (*outer, *self._distribution.batch_shape[-1:])
-            self._rows = self._distribution.expand(batch).rsample()
-        rows = self._rows.split([site.shape.numel() for site in self._sites], -1)[number]
-        site = self._sites[number]
-        value = self._bijections[number](site.from_rows(rows, site.event_shape))
-        value._drawn_by = self
-        return value
-
-    def _log_prob(self, values: list[Tensor]) -> Tensor:
-        """The density of all values, at the data's dimension."""
-        drawn = [getattr(value, "_drawn_by", None) is self for value in values]
-        if any(drawn) and not all(drawn):
-            given, taken = (self._sites[drawn.index(flag)].name for flag in (False, True))
-            raise ValueError(
-                f"latent site {given!r} is given and {taken!r} is drawn, but the guide draws them "
-                "jointly: give all of them, or build the guide with joint=False"
-            )
-        rows, log_det = [], 0.0
-        for site, bijection, value in zip(self._sites, self._bijections, values, strict=True):
-            event_dim = len(site.event_shape)
-            if not all(drawn):
-                on_support = event_dim - bijection.domain.event_dim + bijection.codomain.event_dim
-                value = flows.without_repetitions(value, on_support)
-            unconstrained = bijection.inv(value)
-            rows.append(site.to_rows(unconstrained, self.batch_size, event_dim))
-            change = bijection.log_abs_det_jacobian(unconstrained, value)
-            change = site.to_rows(change, self.batch_size, event_dim - bijection.domain.event_dim)
-            log_det = log_det + change.sum(-1)
-        # The draw itself, since a flow keeps what it needs to score it.
-        whole = self._rows if all(drawn) else _concatenate(rows)
-        log_prob = self._distribution.log_prob(whole) - log_det
-        site = self._sites[0]
-        left, right = site.nesting + site.data_dim, -1 - site.data_dim
-        *outer, batch_size = log_prob.shape
-        return log_prob.reshape(*outer, *(1,) * left, batch_size, *(1,) * right)
-
-
-def _concatenate(rows: list[Tensor]) -> Tensor:
-    whole = torch.broadcast_shapes(*(each.shape[:-1] for each in rows))
-    rows = [flows.without_repetitions(each) for each in rows]  # they may be one for all data
-    batch = torch.broadcast_shapes(*(each.shape[:-1] for each in rows))
-    return torch.cat([each.expand(*batch, -1) for each in rows], -1).expand(*whole, -1)
-
-
-class _Part(TorchDistribution):
-    """A site's part of a joint draw; its density is told with that of all."""
-
-    arg_constraints = {}  # noqa: RUF012 - as torch declares them
-    has_rsample = True
-
-    def __init__(
-        self, joint: _Joint, site: LatentSite, number: int, batch_shape: torch.Size | None = None
-    ):
-        self._joint, self._site, self._number = joint, site, number
-        if batch_shape is None:
-            batch_shape = site.batch_dims(joint.batch_size)
-        event_shape = site.bijection.forward_shape(site.event_shape)
-        super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
-
-    @property
-    def support(self) -> Constraint:
-        """The site's."""
-        return self._site.bijection.codomain
-
-    def expand(self, batch_shape, _instance=None) -> _Part:
-        """Return the part with a larger batch shape."""
-        return _Part(self._joint, self._site, self._number, batch_shape)
-
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
-        """Take the part."""
-        if sample_shape:
-            raise ValueError("a joint draw takes no sample_shape: use a plate")
-        batch = self.batch_shape
-        return self._joint.draw(self._number, batch[: max(0, len(batch) - self._site.nesting)])
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return zeros: the factor behind the sites has the density."""
-        return value.new_zeros(self.batch_shape)
