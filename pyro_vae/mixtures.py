@@ -8,8 +8,9 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributions import Categorical
+
+from pyro_vae.implicit import implicit
 
 
 class MixtureOfNormals(TorchDistribution):
@@ -129,20 +130,9 @@ class MixtureOfNormals(TorchDistribution):
             jacobian = jacobian - uniform.unsqueeze(-1) * (weights.mT @ slope)
             density = (weights * log_scalars.exp()).sum(-2)
             jacobian = jacobian.tril(-1) + torch.diag_embed(density)
-        return _Implicit.apply(value, uniform, jacobian)
 
+        def solve(grad: Tensor) -> Tensor:
+            solved = torch.linalg.solve_triangular(jacobian.mT, grad.unsqueeze(-1), upper=True)
+            return solved.squeeze(-1)
 
-class _Implicit(torch.autograd.Function):
-    """z as it is, with the gradient that keeps F(z) where it is."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, uniform: Tensor, jacobian: Tensor) -> Tensor:
-        ctx.save_for_backward(jacobian)
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None]:
-        (jacobian,) = ctx.saved_tensors
-        solved = torch.linalg.solve_triangular(jacobian.mT, grad.unsqueeze(-1), upper=True)
-        return None, -solved.squeeze(-1), None
+        return implicit(value, uniform, solve)

@@ -250,6 +250,15 @@ def test_roots_of_steep_functions_are_found(product):
     assert residual.abs().max() < 1e-12 * (1 + target.abs().max())
 
 
+@pytest.mark.parametrize("name", FLOWS)
+def test_inverses_have_the_gradient_of_finite_differences(name):
+    """To y and to the parameters; the solvers' gradients are not those of their steps."""
+    layer = FLOWS[name](3).double()
+    parameters = torch.randn(layer.num_parameters, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda p, v: layer(p).inv(v.clone()), (parameters, y))
+
+
 def test_large_planar_layers_are_scored_as_they_sampled():
     f = flows.Planar(2)(torch.tensor([3.0, 3.0, 2.0, 2.0, 0.0], dtype=torch.float64))
     z = torch.randn(20_000, 2, dtype=torch.float64)

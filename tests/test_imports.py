@@ -24,8 +24,9 @@ ALLOWED = {
     "likelihoods": set(),
     "terms": {"arguments", "rules", "traces"},
     "models": {"sites"},
-    "mixtures": set(),
-    "flows": {"nets"},
+    "implicit": set(),
+    "mixtures": {"implicit"},
+    "flows": {"implicit", "nets"},
     "guides": {"flows", "mixtures", "nets", "sites", "terms"},
     "objectives": {"arguments", "terms", "traces"},
     "reach": set(),
@@ -43,7 +44,7 @@ ALLOWED = {
     "__main__": {"cli"},
 }  # fmt: skip
 # Who may import what of the world outside, where that is a rule.
-TORCH_ONLY = {"nets"}
+TORCH_ONLY = {"implicit", "nets"}
 PYRO_AND_TORCH_ONLY = {
     "sites",
     "traces",

@@ -25,7 +25,6 @@ class AutoregressiveNetwork(nn.Module):
 
     def __init__(self, dim: int, context: int, hidden: Sequence[int], num_parameters: int):
         super().__init__()
-        self._shape = (num_parameters, dim)
         self.network = ConditionalAutoRegressiveNN(
             dim, context, list(hidden), [num_parameters], torch.arange(dim), nonlinearity=nn.Tanh()
         )

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from pyro_vae.implicit import implicit
 
 # Each two steps halve the bracket or the step; Newton's last ones double the digits.
 _ITERATIONS = 100
@@ -43,19 +44,4 @@ def increasing_root(
             after = torch.where(good, newton, middle)
             x, last, before_last = after, (after - x).abs(), last
         found = slope(x)
-    return _Implicit.apply(x, function(x), found)
-
-
-class _Implicit(torch.autograd.Function):
-    """x as it is, with the gradient of the root of f."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
-        return x.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None]:
-        (slope,) = ctx.saved_tensors
-        return None, -grad / slope, None
+    return implicit(x, function(x), lambda grad: grad / found)

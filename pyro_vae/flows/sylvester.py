@@ -8,6 +8,7 @@ from torch import Tensor
 from pyro_vae.flows.householder import reflect
 from pyro_vae.flows.layer import Flow, FlowTransform
 from pyro_vae.flows.roots import increasing_root
+from pyro_vae.implicit import implicit
 
 _KINDS = ("orthogonal", "householder", "triangular")
 
@@ -90,14 +91,16 @@ class _Sylvester(FlowTransform):
         given, mixing = self._before_tanh(y), self._r_tilde @ self._r
         with torch.no_grad():
             s = _solve_upwards(mixing, given)
-        h = torch.tanh(s)
-        excess = s + _times(mixing, h) - given  # next to nothing, but for its gradient
-        slope = mixing * (1 - h * h).unsqueeze(-2)
-        slope = slope + torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
-        step = torch.linalg.solve_triangular(
-            slope.detach(), excess.unsqueeze(-1), upper=True
-        ).squeeze(-1)
-        return y - self._out(torch.tanh(s - step))
+            h = torch.tanh(s)
+            slope = mixing * (1 - h * h).unsqueeze(-2)
+            slope = slope + torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
+
+        def solve(grad: Tensor) -> Tensor:
+            solved = torch.linalg.solve_triangular(slope.mT, grad.unsqueeze(-1), upper=False)
+            return solved.squeeze(-1)
+
+        s = implicit(s, s + _times(mixing, h) - given, solve)
+        return y - self._out(torch.tanh(s))
 
     def _before_tanh(self, x: Tensor) -> Tensor:
         return _times(self._r_tilde, _times(self._basis.mT, x)) + self._b
