@@ -62,7 +62,7 @@ def u4(z1, z2):
 
 
 ENERGIES = {"U1": (u1, 1.8775), "U2": (u2, 2.0821), "U3": (u3, 2.6417), "U4": (u4, 2.7107)}  # log Z
-SPLINE = functools.partial(flows.NeuralSpline, hidden=[128, 128])
+SPLINE = functools.partial(flows.NeuralSpline, hidden=[128])
 FAMILIES = {
     "Gaussian": families.MultivariateNormal,
     "planar-2": functools.partial(families.Transformed, flow=flows.Planar, length=2),

@@ -102,19 +102,20 @@ class RationalQuadratic(Elementwise):
         """
         parameters = parameters.expand(*value.shape, self.num_parameters)
         widths, heights, slopes = parameters.split([self.bins, self.bins, self.bins - 1], -1)
-        edges = [self._edges(raw) for raw in (widths, heights)]
+        shares = [self._shares(raw) for raw in (widths, heights)]
+        edges = [F.pad(each[..., :-1].cumsum(-1), (1, 0)) for each in shares]  # the lower ones
         # softplus(log(e^s - 1)) = s: zeros stand for slopes of one, the identity.
         slopes = self._LEAST + F.softplus(slopes + math.log(math.expm1(1 - self._LEAST)))
         slopes = F.pad(slopes, (1, 1), value=1.0)
-        number = (value.unsqueeze(-1) >= edges[knots][..., 1:-1]).sum(-1, keepdim=True)
+        share = (value.unsqueeze(-1) / self.bound + 1) / 2
+        number = (share >= edges[knots][..., 1:]).sum(-1, keepdim=True)
 
         def take(values: Tensor, offset: int = 0) -> Tensor:
             return values.gather(-1, number + offset).squeeze(-1)
 
-        (x0, x1), (y0, y1) = ((take(edge), take(edge, 1)) for edge in edges)
-        return x0, x1 - x0, y0, y1 - y0, take(slopes), take(slopes, 1)
+        x0, y0 = (self.bound * (2 * take(edge) - 1) for edge in edges)
+        width, height = (2 * self.bound * take(share) for share in shares)
+        return x0, width, y0, height, take(slopes), take(slopes, 1)
 
-    def _edges(self, raw: Tensor) -> Tensor:
-        shares = self._LEAST + (1 - self._LEAST * self.bins) * F.softmax(raw, -1)
-        inner = shares[..., :-1].cumsum(-1)
-        return self.bound * (2 * F.pad(F.pad(inner, (1, 0)), (0, 1), value=1.0) - 1)
+    def _shares(self, raw: Tensor) -> Tensor:
+        return self._LEAST + (1 - self._LEAST * self.bins) * F.softmax(raw, -1)
