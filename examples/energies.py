@@ -141,6 +141,7 @@ def main():
     parser.add_argument("--energies", nargs="+", default=list(ENERGIES), choices=ENERGIES)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figure", type=Path, default=Path("energies.png"))
     arguments = parser.parse_args()
     rows, columns = len(arguments.energies), 1 + len(arguments.families)
@@ -154,7 +155,7 @@ def main():
         row[0].imshow((-energy(z1, z2)).exp())
         row[0].set_ylabel(name)
         for plot, family in zip(row[1:], arguments.families, strict=True):
-            _, guide, kl, error = fit(name, FAMILIES[family], arguments.steps)
+            _, guide, kl, error = fit(name, FAMILIES[family], arguments.steps, arguments.seed)
             plot.imshow(density(guide, z1.flatten(), z2.flatten()).view_as(z1))
             plot.set_title(f"{family}: {kl:.3f}")
             print(f"| {name} | {family} | {kl:.4f} | {error:.4f} |", flush=True)

@@ -110,6 +110,29 @@ def reduce_to_datum(
     return log_prob.expand(sizes)
 
 
+def arranged(values: Tensor, site: Site, particle_dim: int | None) -> Tensor:
+    """Return what a site has for each number of its value, with the dimensions in order.
+
+    Args:
+        values: of the shape of the site's value, or one that expands to it.
+        site: in the plate ``"data"``.
+        particle_dim: the particles' dimension, None without one.
+
+    Returns:
+        Shape ``(K, B, *inner plates, *event)``.
+    """
+    fn = site["fn"]
+    values = values.expand(fn.batch_shape + fn.event_shape)
+    batch_dims = range(-len(fn.batch_shape), 0)
+    plates = [frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
+    kept = [dim for dim in batch_dims if dim in plates]
+    values = values.squeeze([dim - fn.event_dim for dim in batch_dims if dim not in plates])
+    data_axis = kept.index(data_frame(site).dim)
+    if particle_dim is None:
+        values, data_axis = values.unsqueeze(0), data_axis + 1
+    return values.movedim(data_axis, 1)
+
+
 def closed_form_kl(guide_site: Site, model_site: Site) -> Tensor | None:
     """Return KL(q || p) at a site, or None where no closed form gives what sampling estimates."""
     q, p = guide_site["fn"], model_site["fn"]

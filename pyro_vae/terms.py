@@ -17,7 +17,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.arguments import positive_integer
+from pyro_vae.dreams import Dream
 from pyro_vae.rules import is_delta
+from pyro_vae.samples import path_adjoints
 from pyro_vae.traces import PairTrace, Program
 
 
@@ -28,6 +30,7 @@ def terms(
     num_particles: int = 1,
     vectorize_particles: bool = True,
     plate_nesting: int | None = None,
+    hold_samples: bool = False,
     **kwargs: Any,
 ) -> Terms:
     r"""Run ``guide(*args)``, then ``model(*args)`` on the same latents; take the log-densities.
@@ -43,6 +46,8 @@ def terms(
             dimension; the terms have the same law.
         plate_nesting: how many batch dimensions the programs use, the particles' apart; found by
             :func:`find_plate_nesting` when not given.
+        hold_samples: let the terms depend on the parameters directly, and not through the
+            reparameterised samples: what these carry, :meth:`Terms.path` gives.
         **kwargs: keyword arguments of both programs.
 
     Returns:
@@ -72,11 +77,22 @@ def terms(
     """
     positive_integer("num_particles", num_particles)
     if num_particles == 1 or not vectorize_particles:
-        return Terms([PairTrace(model, guide, args, kwargs) for _ in range(num_particles)])
+        return Terms(
+            [
+                PairTrace(model, guide, args, kwargs, hold_samples=hold_samples)
+                for _ in range(num_particles)
+            ]
+        )
     if plate_nesting is None:
         plate_nesting = find_plate_nesting(model, guide, *args, **kwargs)
     trace = PairTrace(
-        model, guide, args, kwargs, num_particles=num_particles, plate_nesting=plate_nesting
+        model,
+        guide,
+        args,
+        kwargs,
+        num_particles=num_particles,
+        plate_nesting=plate_nesting,
+        hold_samples=hold_samples,
     )
     return Terms([trace])
 
@@ -140,6 +156,11 @@ class Terms:
         r""":math:`\log q(z_{kb}|x_b)`, shape (K, B)."""
         return self._sum(lambda run: run.guide.values())
 
+    @property
+    def log_joint(self) -> Tensor:
+        r""":math:`\log p(x_b, z_{kb})`, shape (K, B)."""
+        return self.log_likelihood + self.log_prior
+
     @cached_property
     def log_weight(self) -> Tensor:
         r""":math:`\log w_{kb} = \log p(x_b, z_{kb}) - \log q(z_{kb}|x_b)`, shape (K, B)."""
@@ -154,6 +175,60 @@ class Terms:
         order than the model, for then what depends on a site would be held fixed.
         """
         return torch.cat([run.kl(local=True) for run in self._runs])
+
+    def kl_of_sites(self) -> dict[str, Tensor]:
+        """Return :attr:`kl` by latent of the plate ``"data"``, each (K, B).
+
+        Raises:
+            ValueError: the guide has one density for several of them.
+        """
+        return _concatenate([run.kl_of_sites() for run in self._runs])
+
+    def kl_of_dimensions(self) -> dict[str, Tensor]:
+        """Return :attr:`kl` by latent and by its numbers, ``(K, B, *inner plates, *event)``.
+
+        Raises:
+            ValueError: the dimensions are not independent under both programs, or masked, or
+                scaled.
+        """
+        return _concatenate([run.kl_of_dimensions() for run in self._runs])
+
+    def log_guide_of_pairs(self) -> Tensor:
+        r"""Return :math:`\log q(z_{kbd}|x_c)`, dimension by dimension, shape (K, B, B, D).
+
+        Raises:
+            ValueError: there is more than one local latent, or its dimensions are not independent.
+            TypeError: it is no Gaussian under the guide.
+        """
+        return torch.cat([run.log_guide_of_pairs() for run in self._runs])
+
+    def path(self, weights: Tensor) -> Tensor:
+        r"""Return zeros with the gradient that weighted log-weights send along the samples.
+
+        .. math::
+            \sum_k c_k \, \frac{\partial \log w_k}{\partial z_k} \,
+            \frac{\partial z_k}{\partial\phi}
+
+        The parameters inside :math:`\log w` are held fixed, those of the guide's density among
+        them, whatever its distributions are. Needs terms taken with ``hold_samples``.
+
+        Args:
+            weights: c, without a gradient, shape (K, B).
+
+        Returns:
+            Shape (B,). The gradient belongs to the sum over the data, not to each of them.
+        """
+        zeros = self.log_weight.new_zeros(self.log_weight.shape[1])
+        samples = [pair for run in self._runs for pair in run.held_samples()]
+        if not samples or not torch.is_grad_enabled():
+            return zeros
+        drawn, held = zip(*samples, strict=True)
+        adjoints = path_adjoints((weights.detach() * self.log_weight).sum(), drawn, held)
+        along = sum(
+            ((a * z).sum() for a, z in zip(adjoints, drawn, strict=True) if a is not None),
+            zeros.sum(),
+        )
+        return zeros + (along - along.detach()) / len(zeros)
 
     @cached_property
     def log_likelihood_global(self) -> Tensor:
@@ -207,6 +282,10 @@ class Terms:
         """
         return _concatenate([run.predict() for run in self._runs])
 
+    def dream(self) -> Dream:
+        """Let the model draw latents and data together, one for each of the minibatch."""
+        return self._first.dream()
+
     @property
     def scale(self) -> float:
         """N/B where the plate ``"data"`` stands for N data points by a subsample of B; else 1."""
@@ -235,11 +314,12 @@ class Terms:
         """Names of the sites scaled by anything but the subsampling of the plate ``"data"``."""
         return self._names(lambda factor: factor.scaled)
 
-    def require_independent_data(self, who: str) -> None:
+    def require_independent_data(self, who: str, *, points: bool = False) -> None:
         """Refuse a pair whose log-weights are not those of independent data points.
 
         Args:
             who: the objective or estimator that needs them; it opens the message.
+            points: whether the guide may give a latent one point.
 
         Raises:
             ValueError: a site is global, or scaled, or a point.
@@ -250,7 +330,7 @@ class Terms:
                 'outside the plate "data" and is shared by all data. Move it into the plate, or '
                 "use objectives.ELBO, which accepts global sites."
             )
-        if self.points:
+        if self.points and not points:
             raise ValueError(
                 f"{who} needs a density, but the guide gives latent site {self.points[0]!r} one "
                 "point (a Delta): p(x, z) at a point is no bound on p(x). Use objectives.ELBO, "

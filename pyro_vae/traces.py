@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
+from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
+from pyro_vae.dreams import Dream
 from pyro_vae.rules import check_agreement, check_event_shape, common_data_frame
+from pyro_vae.samples import HeldSamples, log_prob_of_draw
 from pyro_vae.sites import (
     PARTICLE_PLATE,
     Site,
     Unobserve,
+    arranged,
+    base_distribution,
     closed_form_kl,
     data_frame,
     own_scale,
@@ -85,6 +91,7 @@ class PairTrace:
         kwargs: keyword arguments of both.
         num_particles: K, drawn under an outer plate; that plate is left out when K is 1.
         plate_nesting: how many batch dimensions the programs use themselves; needed if K > 1.
+        hold_samples: run both programs on copies of the guide's samples, see ``Terms.path``.
 
     Raises:
         ValueError: the pair breaks the contract for programs (docs/contract.md).
@@ -99,14 +106,18 @@ class PairTrace:
         *,
         num_particles: int = 1,
         plate_nesting: int | None = None,
+        hold_samples: bool = False,
     ):
         kwargs = kwargs or {}
+        self._pair, self._arguments = (model, guide), (args, kwargs)
         self.num_particles = num_particles
         self.particle_dim = None if num_particles == 1 else -1 - plate_nesting
         if self.particle_dim is not None:
             particles = pyro.plate(PARTICLE_PLATE, num_particles, dim=self.particle_dim)
             model, guide = particles(model), particles(guide)
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        self._samples = HeldSamples()
+        with self._samples if hold_samples else nullcontext():
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = _replay(model, guide_trace, args, kwargs)
         self._replay_unobserved = lambda: _replay(Unobserve()(model), guide_trace, args, kwargs)
         self._traces = {"model": model_trace, "guide": guide_trace}
@@ -147,6 +158,10 @@ class PairTrace:
         """Names of the model's latent sites, in the model's order."""
         return [factor.name for factor in self.model.values() if not factor.observed]
 
+    def held_samples(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the guide's samples, each as it was drawn and as it was held."""
+        return [*zip(self._samples.drawn.values(), self._samples.held.values(), strict=True)]
+
     def samples(self) -> dict[str, Tensor]:
         """Return what the guide drew at the local latents: ``(K, B, *inner plates, *event)``."""
         sites = [self.guide[name].site for name in self.latents if self.model[name].local]
@@ -168,6 +183,10 @@ class PairTrace:
             and not isinstance(site["fn"], Unit)
         }
 
+    def dream(self) -> Dream:
+        """Let the model draw latents and data together, as many as the minibatch has."""
+        return Dream(*self._pair, *self._arguments)
+
     def total(self, factors: Iterable[Factor], *, local: bool) -> Tensor:
         """Sum the log-densities of the local factors (K, B), or of the global ones (K,)."""
         total = None
@@ -184,18 +203,92 @@ class PairTrace:
     def kl(self, *, local: bool) -> Tensor:
         """Sum log q - log p over the local (K, B) or global (K,) latents, see ``Terms.kl``."""
         total = self._zeros(local)
-        # In another order, a closed form would hold fixed what depends on its site.
-        in_order = [name for name in self.guide if name in self.latents] == self.latents
         for name, q in self.guide.items():
-            if q.local is not local:
-                continue
-            p = self.model[name] if name in self.latents else None
-            closed_form = closed_form_kl(q.site, p.site) if p is not None and in_order else None
-            if closed_form is not None:
-                total = total + self._reduce(closed_form, q.site)
-            else:
-                total = total + q.log_prob if p is None else total + q.log_prob - p.log_prob
+            if q.local is local:
+                total = total + self._kl(name)
         return total
+
+    def kl_of_sites(self) -> dict[str, Tensor]:
+        """Return log q - log p of each local latent (K, B), see ``Terms.kl_of_sites``."""
+        behind = [f.name for f in self.guide.values() if f.local and f.name not in self.latents]
+        names = [name for name in self.latents if self.model[name].local]
+        if behind and len(names) > 1:
+            raise ValueError(
+                f"the KL of each site is asked for, but the guide gives sites {names} one joint "
+                f"density, at {behind[0]!r}: build it with joint=False, or ask for no more than "
+                "the sum"
+            )
+        if behind:
+            return {names[0]: self.kl(local=True)}
+        return {name: self._kl(name) for name in names}
+
+    def kl_of_dimensions(self) -> dict[str, Tensor]:
+        """Return log q - log p of each number of each local latent, ``Terms.kl_of_dimensions``."""
+        found = {}
+        for name in self.latents:
+            q, p = self.guide[name], self.model[name]
+            if q.local:
+                q_each, p_each = self._each_dimension(q), self._each_dimension(p)
+                try:
+                    kl = kl_divergence(q_each, p_each)
+                except NotImplementedError:
+                    value = q.site["value"]
+                    kl = q_each.log_prob(value) - p_each.log_prob(value)
+                found[name] = self._arranged(kl, q.site)
+        return found
+
+    def log_guide_of_pairs(self) -> Tensor:
+        """Return log q of each number of each latent given each datum, ``Terms`` says more."""
+        names = [name for name in self.latents if self.guide[name].local]
+        if len(names) != 1:
+            raise ValueError(
+                "the aggregated posterior of a minibatch takes one latent site in the plate "
+                f'"data", got {names}: draw them as one'
+            )
+        q = self.guide[names[0]]
+        each = self._each_dimension(q)
+        if not isinstance(each, Normal):
+            raise TypeError(
+                f"the aggregated posterior of a minibatch takes Gaussians with independent "
+                f"dimensions, but latent site {names[0]!r} has {type(each).__name__} under the "
+                "guide: take AmortizedNormal"
+            )
+        value, loc, scale = (
+            self._arranged(v, q.site).reshape(self.num_particles, self.batch_size, -1)
+            for v in (q.site["value"], each.loc, each.scale)
+        )
+        return Normal(loc.unsqueeze(1), scale.unsqueeze(1)).log_prob(value.unsqueeze(2))
+
+    def _each_dimension(self, factor: Factor) -> Any:
+        """The distribution of each number of a latent, if they are independent."""
+        site = factor.site
+        each = base_distribution(site["fn"])
+        behind = [f.name for f in self.guide.values() if f.local and f.name not in self.latents]
+        if each.event_shape or behind or isinstance(each, Delta):
+            raise ValueError(
+                f"the KL of each dimension is asked for, but those of latent site {factor.name!r} "
+                "are not independent, or have no density, under both model and guide: take a "
+                "guide such as AmortizedNormal, or ask for the KL of the site"
+            )
+        if site["mask"] is not None or factor.scaled:
+            raise ValueError(
+                f"the KL of each dimension is asked for, but latent site {factor.name!r} is masked "
+                "or scaled: ask for the KL of the site"
+            )
+        return each
+
+    def _kl(self, name: str) -> Tensor:
+        """The difference at a site of the guide, its expectation where that is known."""
+        # In another order, a closed form would hold fixed what depends on its site.
+        in_order = [each for each in self.guide if each in self.latents] == self.latents
+        q = self.guide[name]
+        if name not in self.latents:
+            return q.log_prob
+        p = self.model[name]
+        closed_form = closed_form_kl(q.site, p.site) if in_order else None
+        if closed_form is not None:
+            return self._reduce(closed_form, q.site)
+        return q.log_prob - p.log_prob
 
     def _plates(self) -> Iterator[CondIndepStackFrame]:
         for factor in (*self.model.values(), *self.guide.values()):
@@ -206,7 +299,7 @@ class PairTrace:
     def _factor(self, site: Site) -> Factor:
         check_event_shape(site)
         try:
-            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            log_prob = self._log_prob(site)
         except ValueError as error:
             raise ValueError(
                 values_outside_support(site, site["value"])
@@ -220,18 +313,21 @@ class PairTrace:
             site, unscaled if scaled is log_prob else self._reduce(scaled, site), unscaled
         )
 
+    def _log_prob(self, site: Site) -> Tensor:
+        fn, value = site["fn"], site["value"]
+        try:
+            return fn.log_prob(value, *site["args"], **site["kwargs"])
+        except (KeyError, NotImplementedError):  # Pyro's flows without an inverse raise either
+            if value is not self._samples.held.get(site["name"]):
+                raise
+            return log_prob_of_draw(fn, self._samples.drawn[site["name"]], value)
+
     def _value(self, site: Site) -> Tensor:
         """Return a site's value with its dimensions in order: ``(K, B, *inner plates, *event)``."""
-        fn = site["fn"]
-        value = site["value"].expand(fn.batch_shape + fn.event_shape)
-        batch_dims = range(-len(fn.batch_shape), 0)
-        plates = [frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
-        kept = [dim for dim in batch_dims if dim in plates]
-        value = value.squeeze([dim - fn.event_dim for dim in batch_dims if dim not in plates])
-        data_axis = kept.index(data_frame(site).dim)
-        if self.particle_dim is None:
-            value, data_axis = value.unsqueeze(0), data_axis + 1
-        return value.movedim(data_axis, 1)
+        return self._arranged(site["value"], site)
+
+    def _arranged(self, value: Tensor, site: Site) -> Tensor:
+        return arranged(value, site, self.particle_dim)
 
     def _reduce(self, log_prob: Tensor, site: Site) -> Tensor:
         return reduce_to_datum(

@@ -33,16 +33,19 @@ class LinearGaussian:
     def sample(self, count: int) -> Tensor:
         return self._p_x().sample((count,)).to(self.dtype)
 
+    def plate(self, x: Tensor) -> pyro.plate:
+        return pyro.plate("data", len(x))
+
     def model(self, x: Tensor) -> None:
         prior = dist.Normal(torch.zeros(self.d, dtype=x.dtype), 1.0).to_event(1)
-        with pyro.plate("data", len(x)):
+        with self.plate(x):
             z = pyro.sample("z", prior)
             mean = z @ self.weight.T.to(x.dtype) + self.mu.to(x.dtype)
             pyro.sample("x", dist.Normal(mean, self.s2.sqrt().to(x.dtype)).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> None:
         mean = (x - self.mu.to(x.dtype)) @ self.v.T.to(x.dtype)
-        with pyro.plate("data", len(x)):
+        with self.plate(x):
             if self.exact:
                 pyro.sample("z", dist.MultivariateNormal(mean, self.s.to(x.dtype)))
             else:

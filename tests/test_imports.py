@@ -14,7 +14,10 @@ ALLOWED = {
     "nets": set(),
     "sites": set(),
     "rules": {"sites"},
-    "traces": {"rules", "sites"},
+    "implicit": set(),
+    "samples": {"implicit", "sites"},
+    "dreams": {"sites"},
+    "traces": {"dreams", "rules", "samples", "sites"},
     "arguments": set(),
     "seeding": set(),
     "progress": set(),
@@ -22,9 +25,8 @@ ALLOWED = {
     "datasets": set(),
     "priors": set(),
     "likelihoods": set(),
-    "terms": {"arguments", "rules", "traces"},
+    "terms": {"arguments", "dreams", "rules", "samples", "traces"},
     "models": {"sites"},
-    "implicit": set(),
     "mixtures": {"implicit"},
     "flows": {"implicit", "nets"},
     "guides": {"flows", "mixtures", "nets", "sites", "terms"},
@@ -46,6 +48,8 @@ ALLOWED = {
 # Who may import what of the world outside, where that is a rule.
 TORCH_ONLY = {"implicit", "nets"}
 PYRO_AND_TORCH_ONLY = {
+    "dreams",
+    "samples",
     "sites",
     "traces",
     "terms",

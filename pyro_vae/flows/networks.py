@@ -52,7 +52,11 @@ class CouplingNetwork(nn.Module):
         super().__init__()
         self._shape = (outputs, num_parameters)
         self.network = MLP(inputs + context, hidden, outputs * num_parameters)
-        _shrink([m for m in self.network.modules() if isinstance(m, nn.Linear)][-1])
+        first, *_, last = (m for m in self.network.modules() if isinstance(m, nn.Linear))
+        with torch.no_grad():  # as wide for x as if the context, which begins near zero, were none
+            first.weight[:, :inputs] *= ((inputs + context) / inputs) ** 0.5
+            first.bias *= ((inputs + context) / inputs) ** 0.5
+        _shrink(last)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Return the parameters."""

@@ -72,6 +72,7 @@ class Trainer:
                 )
         self._scheduler = None if scheduler is None else scheduler(self._optimizer)
         self._steps_per_epoch = batches.num_batches
+        self._advance = getattr(objective, "advance", lambda: None)  # Pyro's own count nothing
         self._capture = capture
         self._gradient = self._capturable_gradient()
 
@@ -98,6 +99,7 @@ class Trainer:
         losses, sizes = [], []
         for selection in self._batches.selections():
             loss = self._optimizer.step(functools.partial(self._closure, gradient, selection))
+            self._advance()
             sizes.append(selection[0].shape[0])
             losses.append(loss.detach() * sizes[-1])  # nothing is read before the epoch's end
         self._steps_per_epoch = len(sizes)

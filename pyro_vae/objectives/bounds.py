@@ -1,108 +1,14 @@
-"""Objectives: each a reduction of :class:`~pyro_vae.terms.Terms` to one scalar loss.
-
-Every objective is a :class:`pyro.infer.ELBO`, so it serves in ``pyro.infer.SVI(..., loss=...)`` as
-well as in :func:`pyro_vae.fit`. A bound is maximised and a loss minimised; both are in nats.
-"""
+"""Bounds on the evidence that are differentiated as they stand."""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from typing import Any
 
-import pyro.infer
-import torch
 from torch import Tensor
 
-from pyro_vae.arguments import positive_integer
-from pyro_vae.terms import Terms, find_plate_nesting, terms
-from pyro_vae.traces import Program
-
-
-class Objective(pyro.infer.ELBO):
-    """A lower bound on the evidence, to be maximised.
-
-    A subclass states its equation in :meth:`bound`, one value for each datum; the base class sums
-    over the data, scales by N/B where the plate ``"data"`` subsamples, and adds :meth:`shared`,
-    the part that belongs to no datum. That is all a new objective needs.
-
-    Args:
-        num_particles: K, samples of z for each datum and gradient step.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
-
-    Raises:
-        ValueError: ``num_particles`` is less than one.
-    """
-
-    def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True):
-        positive_integer("num_particles", num_particles)
-        super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
-        self._nesting_of: tuple[Program, Program, int] | None = None
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(num_particles={self.num_particles})"
-
-    @abstractmethod
-    def bound(self, terms: Terms) -> Tensor:
-        """Reduce the terms to the bound of each datum, shape (B,), in nats."""
-
-    def shared(self, terms: Terms) -> Tensor | float:
-        """Return what the bound gains from global sites, a scalar; refuses them by default."""
-        terms.require_independent_data(type(self).__name__)
-        return 0.0
-
-    def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        r"""Return the loss, minus the bound summed over the batch, to be differentiated.
-
-        Args:
-            model: program of :math:`p(x, z)`.
-            guide: program of :math:`q(z|x)`.
-            *args: the minibatch and any covariates.
-            **kwargs: keyword arguments of both programs.
-
-        Returns:
-            A scalar tensor, in nats.
-
-        Raises:
-            ValueError: the pair breaks the contract, or has a site the objective cannot take.
-        """
-        t = terms(
-            model,
-            guide,
-            *args,
-            num_particles=self.num_particles,
-            vectorize_particles=self.vectorize_particles,
-            plate_nesting=self._plate_nesting(model, guide, args, kwargs),
-            **kwargs,
-        )
-        shared = self.shared(t)
-        return -(t.scale * self.bound(t).sum() + shared)
-
-    @torch.no_grad()
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """Return the loss as a number, in nats; see :meth:`differentiable_loss`."""
-        return self.differentiable_loss(model, guide, *args, **kwargs).item()
-
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Accumulate the gradient of the loss and return the loss, detached and on its device."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-        return loss.detach()
-
-    def _get_trace(self, model, guide, args, kwargs):
-        raise TypeError(f"{type(self).__name__} reduces pyro_vae.terms; it takes no single trace")
-
-    def _plate_nesting(self, model, guide, args, kwargs) -> int | None:
-        """Find the nesting once for a pair: unlike Pyro's, an objective may meet many pairs."""
-        if self.num_particles == 1 or not self.vectorize_particles:
-            return None
-        if self._nesting_of is None or self._nesting_of[:2] != (model, guide):
-            nesting = find_plate_nesting(model, guide, *args, **kwargs)
-            self._nesting_of = (model, guide, nesting)
-        return self._nesting_of[2]
+from pyro_vae.arguments import positive_integer, real_number
+from pyro_vae.objectives.objective import Objective
+from pyro_vae.terms import Terms
 
 
 class ELBO(Objective):
@@ -203,17 +109,117 @@ class IWAE(Objective):
     def bound(self, terms: Terms) -> Tensor:
         """Take the logarithm of the average weight."""
         terms.require_reparameterized("IWAE")
-        log_weight = _without_negligible(terms.log_weight)
-        return log_weight.logsumexp(0) - math.log(log_weight.shape[0])
+        return log_mean_weight(terms.log_weight, 0)
 
 
-def _without_negligible(log_weight: Tensor) -> Tensor:
+class MIWAE(Objective):
+    r"""The average of M importance-weighted bounds (Rainforth et al. 2018, eq. 10).
+
+    .. math::
+        \mathcal{L}_{M,K}(x) = \frac1M \sum_{m=1}^M
+        \log \frac1K \sum_{k=1}^K \frac{p(x, z_{mk})}{q(z_{mk}|x)}, \qquad z_{mk} \sim q(z|x)
+
+    Its value is that of the bound with K; the guide's gradient has a variance M times smaller.
+
+    Args:
+        num_bounds: M.
+        num_particles: K, of each bound.
+        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+
+    Raises:
+        ValueError: a number is less than one; in a loss, what :class:`IWAE` refuses.
+    """
+
+    def __init__(self, num_bounds: int, num_particles: int, *, vectorize_particles: bool = True):
+        positive_integer("num_bounds", num_bounds)
+        positive_integer("num_particles", num_particles)
+        super().__init__(num_bounds * num_particles, vectorize_particles=vectorize_particles)
+        self.num_bounds = num_bounds
+
+    def __repr__(self) -> str:
+        name, each = type(self).__name__, self.num_particles // self.num_bounds
+        return f"{name}(num_bounds={self.num_bounds}, num_particles={each})"
+
+    def bound(self, terms: Terms) -> Tensor:
+        """Average the logarithms of the average weights."""
+        terms.require_reparameterized(type(self).__name__)
+        return log_mean_weight(terms.log_weight.unflatten(0, (self.num_bounds, -1)), 1).mean(0)
+
+
+class CIWAE(Objective):
+    r"""Between ELBO and IWAE, on the same particles (Rainforth et al. 2018, eq. 12).
+
+    .. math::
+        \beta \, \mathcal{L}_{\mathrm{ELBO}}(x) + (1 - \beta) \, \mathcal{L}_K(x)
+
+    Args:
+        beta: between 0 and 1, the weight of the ELBO.
+        num_particles: K.
+        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+
+    Raises:
+        ValueError: ``beta`` is not between 0 and 1; in a loss, what :class:`IWAE` refuses.
+    """
+
+    def __init__(self, beta: float, num_particles: int, *, vectorize_particles: bool = True):
+        super().__init__(num_particles, vectorize_particles=vectorize_particles)
+        self.beta = real_number("beta", beta)
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta must be between 0 and 1, got {beta}")
+
+    def bound(self, terms: Terms) -> Tensor:
+        """Mix the average log-weight with the logarithm of the average weight."""
+        terms.require_reparameterized("CIWAE")
+        log_weight = terms.log_weight
+        iwae = log_mean_weight(log_weight, 0)
+        return self.beta * log_weight.mean(0) + (1 - self.beta) * iwae
+
+
+class Renyi(Objective):
+    r"""The variational Renyi bound (Li & Turner 2016, eq. 8).
+
+    .. math::
+        \mathcal{L}_\alpha(x) = \frac{1}{1-\alpha} \log \frac1K \sum_{k=1}^K
+        \left( \frac{p(x, z_k)}{q(z_k|x)} \right)^{1-\alpha}, \qquad z_k \sim q(z|x)
+
+    At alpha = 0 it is the :class:`IWAE`; as alpha tends to 1, the :class:`ELBO`. For a negative
+    alpha it tends to an upper bound as K grows, but for any finite K lies below that limit.
+
+    Args:
+        alpha: any number but 1.
+        num_particles: K.
+        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+
+    Raises:
+        ValueError: ``alpha`` is 1 or not finite; in a loss, what :class:`IWAE` refuses.
+    """
+
+    def __init__(self, alpha: float, num_particles: int, *, vectorize_particles: bool = True):
+        super().__init__(num_particles, vectorize_particles=vectorize_particles)
+        self.alpha = real_number("alpha", alpha)
+        if alpha == 1:
+            raise ValueError("alpha must not be 1: take objectives.ELBO, the limit")
+
+    def bound(self, terms: Terms) -> Tensor:
+        """Take the logarithm of the average power of the weights."""
+        terms.require_reparameterized("Renyi")
+        power = 1 - self.alpha
+        return log_mean_weight(power * terms.log_weight, 0) / power
+
+
+def log_mean_weight(log_weight: Tensor, dim: int) -> Tensor:
+    """Return the logarithm of the average weight along a dimension."""
+    log_weight = _without_negligible(log_weight, dim)
+    return log_weight.logsumexp(dim) - math.log(log_weight.shape[dim])
+
+
+def _without_negligible(log_weight: Tensor, dim: int) -> Tensor:
     """Raise each weight to at least e^-50 of the largest, below any rounding of their sum.
 
     Their gradients become zero. As the denormal numbers that they would be, they would slow the
     backward pass down by more than all other particles together.
     """
-    return log_weight.maximum(log_weight.detach().amax(0) - 50.0)
+    return log_weight.maximum(log_weight.detach().amax(dim, keepdim=True) - 50.0)
 
 
 def _with_score_function(terms: Terms) -> Tensor:

@@ -1,0 +1,101 @@
+"""What a model draws by itself: latents from the prior, and data from these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pyro_vae.sites import (
+    Site,
+    Unobserve,
+    arranged,
+    data_frame,
+    own_scale,
+    random_sites,
+    reduce_to_datum,
+)
+
+
+class Dream:
+    """Latents and data that the model drew together, one for each datum of a minibatch.
+
+    No gradient reaches the model from them.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        args: what the programs are called with.
+        kwargs: likewise.
+    """
+
+    def __init__(self, model: Callable, guide: Callable, args: tuple, kwargs: dict):
+        self._guide, self._args, self._kwargs = guide, args, kwargs
+        with torch.no_grad():
+            trace = poutine.trace(Unobserve()(model)).get_trace(*args, **kwargs)
+        self._sites = {site["name"]: site for site in random_sites(trace)}
+
+    @cached_property
+    def latents(self) -> dict[str, Tensor]:
+        """The latents of the plate ``"data"``, each ``(B, *inner plates, *event)``."""
+        return {
+            name: arranged(site["value"], site, None)[0]
+            for name, site in self._sites.items()
+            if not _was_observed(site) and data_frame(site) is not None
+        }
+
+    def log_guide(self) -> Tensor:
+        r"""Return :math:`\log q(z|x)` of the latents, the guide seeing the data, shape (B,).
+
+        Raises:
+            ValueError: the model observes anything but its arguments as they are.
+        """
+        latents = {n: site["value"] for n, site in self._sites.items() if not _was_observed(site)}
+        guide = poutine.condition(self._guide, data=latents)
+        trace = poutine.trace(guide).get_trace(*self._dreamt_args(), **self._kwargs)
+        total = 0.0
+        for site in random_sites(trace):
+            if (frame := data_frame(site)) is not None:
+                log_prob = scale_and_mask(
+                    site["fn"].log_prob(site["value"]), own_scale(site), site["mask"]
+                )
+                total = total + reduce_to_datum(log_prob, site, frame.size, None, 1)[0]
+        return total
+
+    def _dreamt_args(self) -> list[Any]:
+        """The arguments, those that the model observes replaced by what it drew."""
+        args, taken = list(self._args), set()
+        observed = {
+            name: site
+            for name, site in self._sites.items()
+            if _was_observed(site) and not isinstance(site["fn"], Unit)
+        }
+        for name, site in observed.items():
+            for number, arg in enumerate(self._args):
+                if _is_same(site["infer"]["obs"], arg):
+                    args[number] = site["value"].reshape(arg.shape)
+                    taken.add(name)
+        if missing := [name for name in observed if name not in taken]:
+            raise ValueError(
+                f"the guide is to see what the model draws at site {missing[0]!r}, but that site "
+                "observes no argument of the programs as it is: it cannot be shown a dream"
+            )
+        return args
+
+
+def _was_observed(site: Site) -> bool:
+    return site["infer"].get("was_observed", False)
+
+
+def _is_same(observation: Any, arg: Any) -> bool:
+    """Whether an observation is an argument, or a view of the whole of it."""
+    if not isinstance(observation, Tensor) or not isinstance(arg, Tensor):
+        return False
+    whole = observation.numel() == arg.numel() and observation.dtype == arg.dtype
+    return observation is arg or (whole and observation.data_ptr() == arg.data_ptr())

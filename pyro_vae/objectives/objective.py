@@ -1,0 +1,159 @@
+"""What an objective is: a reduction of :class:`~pyro_vae.terms.Terms` to one scalar loss.
+
+Every objective is a :class:`pyro.infer.ELBO`, so it serves in ``pyro.infer.SVI(..., loss=...)`` as
+well as in :func:`pyro_vae.fit`. A bound is maximised and a loss minimised; both are in nats.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import pyro.infer
+import torch
+from torch import Tensor
+
+from pyro_vae.arguments import positive_integer
+from pyro_vae.terms import Terms, find_plate_nesting, terms
+from pyro_vae.traces import Program
+
+
+class Objective(pyro.infer.ELBO):
+    """A lower bound on the evidence, to be maximised.
+
+    A subclass states its equation in :meth:`bound`, one value for each datum; the base class sums
+    over the data, scales by N/B where the plate ``"data"`` subsamples, and adds :meth:`shared`,
+    the part that belongs to no datum. That is all a new objective needs.
+
+    One whose gradient is not that of its value sets ``hold_samples``. Its terms then depend on the
+    parameters directly, and not through the samples; it states the gradient by :func:`gradient`.
+
+    Args:
+        num_particles: K, samples of z for each datum and gradient step.
+        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+
+    Attributes:
+        hold_samples: whether the terms are taken at samples held fixed.
+        step: how many steps of training the objective has led; schedules are functions of it.
+
+    Raises:
+        ValueError: ``num_particles`` is less than one.
+    """
+
+    hold_samples = False
+
+    def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True):
+        positive_integer("num_particles", num_particles)
+        super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
+        self.step = torch.zeros(())
+        self._nesting_of: tuple[Program, Program, int] | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(num_particles={self.num_particles})"
+
+    @abstractmethod
+    def bound(self, terms: Terms) -> Tensor:
+        """Reduce the terms to the bound of each datum, shape (B,), in nats."""
+
+    def shared(self, terms: Terms) -> Tensor | float:
+        """Return what the bound gains from global sites, a scalar; refuses them by default."""
+        terms.require_independent_data(type(self).__name__)
+        return 0.0
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        r"""Return the loss, minus the bound summed over the batch, to be differentiated.
+
+        Args:
+            model: program of :math:`p(x, z)`.
+            guide: program of :math:`q(z|x)`.
+            *args: the minibatch and any covariates.
+            **kwargs: keyword arguments of both programs.
+
+        Returns:
+            A scalar tensor, in nats.
+
+        Raises:
+            ValueError: the pair breaks the contract, or has a site the objective cannot take.
+        """
+        t = terms(
+            model,
+            guide,
+            *args,
+            num_particles=self.num_particles,
+            vectorize_particles=self.vectorize_particles,
+            plate_nesting=self._plate_nesting(model, guide, args, kwargs),
+            hold_samples=self.hold_samples,
+            **kwargs,
+        )
+        shared = self.shared(t)
+        return -(t.scale * self.bound(t).sum() + shared)
+
+    @torch.no_grad()
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """Return the loss as a number, in nats; see :meth:`differentiable_loss`."""
+        return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Accumulate the gradient of the loss and return the loss, detached and on its device."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        self.advance()
+        return loss.detach()
+
+    def advance(self) -> None:
+        """Count a step of training; ``fit`` and ``loss_and_grads`` do."""
+        self.step.add_(1)
+
+    def _get_trace(self, model, guide, args, kwargs):
+        raise TypeError(f"{type(self).__name__} reduces pyro_vae.terms; it takes no single trace")
+
+    def _plate_nesting(self, model, guide, args, kwargs) -> int | None:
+        """Find the nesting once for a pair: unlike Pyro's, an objective may meet many pairs."""
+        if self.num_particles == 1 or not self.vectorize_particles:
+            return None
+        if self._nesting_of is None or self._nesting_of[:2] != (model, guide):
+            nesting = find_plate_nesting(model, guide, *args, **kwargs)
+            self._nesting_of = (model, guide, nesting)
+        return self._nesting_of[2]
+
+
+def gradient(
+    terms: Terms,
+    *,
+    joint: Tensor | None = None,
+    guide: Tensor | None = None,
+    path: Tensor | None = None,
+) -> Tensor:
+    r"""Return zeros whose gradient is one of all that the estimators differ by: three weights.
+
+    .. math::
+        \sum_k a_k \nabla_\theta \log p(x, z_k) - b_k \nabla_\phi \log q(z_k|x)
+        + c_k \frac{\partial \log w_k}{\partial z_k} \nabla_\phi z_k
+
+    With a = b = c = 1/K this is the reparameterised gradient of the ELBO; with the normalised
+    weights, that of the IWAE.
+
+    Args:
+        terms: taken with ``hold_samples``.
+        joint: a, shape (K, B).
+        guide: b.
+        path: c.
+
+    Returns:
+        Shape (B,).
+    """
+    total = torch.zeros_like(terms.log_weight[0])
+    if joint is not None:
+        total = total + _zero(joint.detach() * terms.log_joint)
+    if guide is not None:
+        total = total - _zero(guide.detach() * terms.log_guide)
+    if path is not None:
+        total = total + terms.path(path)
+    return total
+
+
+def _zero(values: Tensor) -> Tensor:
+    return (values - values.detach()).sum(0)

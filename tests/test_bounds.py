@@ -1,0 +1,221 @@
+"""Where each bound lies, and what each objective makes of a pair that it cannot bound."""
+
+import itertools
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import LinearGaussian, assert_within
+
+from pyro_vae import objectives as o
+
+BOUNDS = {
+    "ELBO": o.ELBO,
+    "MeanFieldELBO": o.MeanFieldELBO,
+    "BetaELBO": lambda k: o.BetaELBO(1.0, k),
+    "StickingTheLanding": o.StickingTheLanding,
+    "ScoreFunction": o.ScoreFunction,
+    "IWAE": o.IWAE,
+    "DReG": o.DReG,
+    "MIWAE": lambda k: o.MIWAE(2, k),
+    "PIWAE": lambda k: o.PIWAE(2, k),
+    "CIWAE": lambda k: o.CIWAE(0.5, k),
+    "Renyi": lambda k: o.Renyi(0.5, k),
+    "TVO": lambda k: o.TVO(max(k, 2)),
+    "VIMCO": lambda k: o.VIMCO(max(k, 2)),
+    "ReweightedWakeSleep": o.ReweightedWakeSleep,
+    "CUBO": lambda k: o.CUBO(1.5, k),
+}
+# Bounds of something else: weighted, floored, or with a distance that is no divergence.
+OTHERS = {
+    "BetaELBO": lambda k: o.BetaELBO(4.0, k),
+    "FreeBits": lambda k: o.FreeBits(0.5, num_particles=k),
+    "FreeBits, dimension": lambda k: o.FreeBits(0.5, per="dimension", num_particles=k),
+    "CapacityELBO": lambda k: o.CapacityELBO(5.0, num_particles=k),
+    "BetaTCVAE": lambda k: o.BetaTCVAE(num_data=100, num_particles=k),
+    "InfoVAE": lambda k: o.InfoVAE(num_particles=k),
+}
+
+
+def estimates(objective, oracle, x, rows=500):
+    """The bound of each of many data, drawn anew."""
+    losses = [-objective.loss(oracle.model, oracle.guide, part) for part in x.split(rows)]
+    return torch.tensor(losses, dtype=torch.float64) / rows
+
+
+def test_bounds_are_ordered_and_close_on_the_evidence():
+    torch.manual_seed(0)
+    weight = torch.tensor([[1.0, 0.6], [0.3, 1.0], [0.8, 0.5]])
+    oracle = LinearGaussian(weight=weight, noise=0.3)
+    x = oracle.sample(30_000)
+    chain = [
+        o.ELBO(1),
+        o.CIWAE(0.5, 8),
+        o.IWAE(8),
+        o.IWAE(16),
+        oracle.log_evidence,
+        o.CUBO(1.5, 256),
+    ]
+    values = []
+    for each in chain:
+        if isinstance(each, o.CUBO):
+            values.append(-estimates(each, oracle, x))
+        elif isinstance(each, o.Objective):
+            values.append(estimates(each, oracle, x))
+        else:
+            values.append(each(x).view(-1, 500).mean(1))
+    for lower, upper in itertools.pairwise(values):
+        gaps = upper - lower
+        assert gaps.mean() > 3 * gaps.std() / len(gaps) ** 0.5
+
+
+def test_the_chi_upper_bound_has_its_closed_form():
+    """E_q[w^2] is a Gaussian integral; many particles leave little of Jensen's gap."""
+    torch.manual_seed(1)
+    oracle = LinearGaussian(weight=torch.tensor([[1.0, 0.1], [0.1, 1.0], [0.5, 0.0]]), noise=0.8)
+    x = oracle.sample(4)
+    truth = oracle.log_evidence(x).mean().item() + 0.5 * torch.log1p(
+        torch.tensor(oracle.weight_excess)
+    )
+    found = torch.tensor(
+        [o.CUBO(2, 4000).loss(oracle.model, oracle.guide, x) / 4 for _ in range(50)]
+    )
+    assert abs(found.mean() - truth) < 4.5 * found.std() / 50**0.5 + 1e-3
+
+
+@pytest.mark.parametrize("k", [1, 64])
+@pytest.mark.parametrize("name", BOUNDS)
+def test_bound_of_the_posterior_is_the_evidence(name, k):
+    torch.manual_seed(2)
+    oracle = LinearGaussian(exact=True)
+    x = oracle.sample(6)
+    loss = BOUNDS[name](k).loss(oracle.model, oracle.guide, x)
+    sign = 1 if name == "CUBO" else -1
+    rel = 0.5 if name in ("MeanFieldELBO", "BetaELBO") else 1e-9  # those sample the likelihood
+    assert sign * loss == pytest.approx(oracle.log_evidence(x).sum().item(), rel=rel)
+
+
+class Subsampled(LinearGaussian):
+    """Each minibatch stands for ten times as many data."""
+
+    def plate(self, x):
+        return pyro.plate("data", 10 * len(x), subsample=x)
+
+
+@pytest.mark.parametrize("k", [1, 64])
+@pytest.mark.parametrize("name", BOUNDS)
+def test_bound_under_a_subsampled_plate_lies_on_its_side_of_the_evidence(name, k):
+    """A minibatch stands for all data: ten times its bound, never a power of its weights."""
+    torch.manual_seed(3)
+    oracle = Subsampled()
+    x = oracle.sample(2000)
+    objective = BOUNDS[name](k)
+    gaps = []
+    for part in x.split(200):
+        loss = objective.loss(oracle.model, oracle.guide, part) / 2000
+        evidence = oracle.log_evidence(part).mean().item()
+        gaps.append(evidence + loss if name != "CUBO" else loss - evidence)
+    gaps = torch.tensor(gaps)
+    if name == "CUBO" and k == 1:  # with one particle the estimate is the ELBO's, as documented
+        gaps = -gaps
+    assert gaps.mean() > 0
+    assert gaps.mean() < oracle.gap + 4.5 * gaps.std() / 10**0.5
+
+
+def shared_weight():
+    """A latent that all data share."""
+
+    def model(x):
+        weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(weight * z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("weight", dist.Normal(0.5, 0.1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.3 * x, 0.8))
+
+    return model, guide, torch.randn(6)
+
+
+@pytest.mark.parametrize("k", [1, 64])
+@pytest.mark.parametrize("name", [*BOUNDS, *(f"other {n}" for n in OTHERS)])
+def test_global_latents_are_accepted_or_refused_by_name(name, k):
+    torch.manual_seed(4)
+    make = OTHERS[name.removeprefix("other ")] if name.startswith("other") else BOUNDS[name]
+    model, guide, x = shared_weight()
+    objective = make(k)
+    if isinstance(objective, (o.ELBO, o.MeanFieldELBO, o.BetaELBO)):
+        theirs = torch.tensor([pyro.infer.Trace_ELBO(64).loss(model, guide, x) for _ in range(30)])
+        ours = torch.tensor([objective.loss(model, guide, x) for _ in range(100)])
+        if name == "other BetaELBO":
+            assert ours.mean() > theirs.mean()  # the KL counts four times
+        else:
+            error = (theirs.var() / 30 + ours.var() / 100) ** 0.5
+            assert_within(ours.mean(), theirs.mean(), error)
+    else:
+        with pytest.raises(ValueError, match="site 'weight' stands outside the plate"):
+            objective.loss(model, guide, x)
+
+
+@pytest.mark.parametrize("name", [*BOUNDS, *(f"other {n}" for n in OTHERS)])
+def test_objectives_drive_pyros_svi(name, pair, binary):
+    make = OTHERS[name.removeprefix("other ")] if name.startswith("other") else BOUNDS[name]
+    model, guide = pair
+    objective = make(2)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=objective)
+    losses = [svi.step(binary) for _ in range(30)]
+    assert objective.step == 30
+    if name != "CUBO":  # whose guide alone moves
+        assert sum(losses[-5:]) < sum(losses[:5])
+    before = objective.step.item()
+    svi.evaluate_loss(binary)
+    assert objective.step == before
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: o.MIWAE(0, 2), "num_bounds must be at least 1"),
+        (lambda: o.MIWAE(2, 0), "num_particles must be at least 1"),
+        (lambda: o.CIWAE(1.5, 2), "beta must be between 0 and 1"),
+        (lambda: o.Renyi(1, 2), "take objectives.ELBO"),
+        (lambda: o.Renyi(float("inf"), 2), "alpha must be finite"),
+        (lambda: o.CUBO(0.5), "n must be a number of at least 1"),
+        (lambda: o.TVO(1), "num_particles must be at least 2"),
+        (lambda: o.TVO(2, first=1.0), "first must be between 0 and 1"),
+        (lambda: o.VIMCO(1), "num_particles must be at least 2"),
+        (lambda: o.ScoreFunction(1, "others"), "needs num_particles of at least 2"),
+        (lambda: o.ScoreFunction(1, "mean"), "baseline must be"),
+        (lambda: o.ReweightedWakeSleep(2, wake=0, sleep=0), "not both zero"),
+        (lambda: o.FreeBits(0.0), "least must be positive"),
+        (lambda: o.FreeBits(per="pixel"), "per must be"),
+        (lambda: o.FreeBits(over="epoch"), "over must be"),
+        (lambda: o.InfoVAE(alpha=2.0), "alpha must be at most 1"),
+        (lambda: o.Linear(0), "steps must be at least 1"),
+        (lambda: o.Cyclical(10, rise=0.0), "rise must be a share"),
+        (lambda: o.BetaELBO(float("nan")), "value must be finite"),
+        (lambda: o.BetaTCVAE(num_data=0), "num_data must be at least 1"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", sorted({*BOUNDS} - {"ELBO", "VIMCO", "ScoreFunction", "TVO",
+                                                     "ReweightedWakeSleep"}))  # fmt: skip
+def test_sites_without_a_reparameterised_sample_are_refused_by_name(name):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(c, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Bernoulli(0.5))
+
+    with pytest.raises(ValueError, match="site 'c' has none"):
+        BOUNDS[name](3).loss(model, guide, torch.randn(5))
