@@ -4,10 +4,12 @@ from pyro_vae import datasets, flows, guides, likelihoods, nets, objectives, pri
 from pyro_vae.comparison import Comparison, compare, to_arviz
 from pyro_vae.evaluation import (
     Evidence,
+    GradientNoise,
     Surgery,
     elbo_surgery,
     evidence,
     generate,
+    gradient_noise,
     khat,
     reconstruct,
 )
@@ -21,6 +23,7 @@ __all__ = [
     "Comparison",
     "Evidence",
     "Fit",
+    "GradientNoise",
     "LatentVariableModel",
     "MixtureOfNormals",
     "Surgery",
@@ -32,6 +35,7 @@ __all__ = [
     "fit",
     "flows",
     "generate",
+    "gradient_noise",
     "guides",
     "khat",
     "likelihoods",

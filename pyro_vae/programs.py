@@ -127,13 +127,19 @@ def bind(model: Program, guide: Program, store: Store, trace: PairTrace) -> None
     fitted[_methods(model, guide)] = _Fitted(store, names)
 
 
-def parameters(model: Program, guide: Program, trace: PairTrace) -> list[torch.Tensor]:
-    """Return a pair's trainable tensors: those that a run met, and those of its own modules."""
-    found = dict.fromkeys(trace.parameters())
-    for program in (model, guide):
+def parameters(model: Program, guide: Program, trace: PairTrace) -> dict[str, list[torch.Tensor]]:
+    """Return trainable tensors by program: those that a run met, and those of its own modules.
+
+    Returns:
+        Of ``"model"`` and of ``"guide"``; one that both use stands in both.
+    """
+    by_program = {}
+    for name, program in (("model", model), ("guide", guide)):
+        found = dict.fromkeys(trace.parameters(name))
         if isinstance(_owner(program), nn.Module):
             found |= dict.fromkeys(_owner(program).parameters())
-    return [p for p in found if p.requires_grad]
+        by_program[name] = [p for p in found if p.requires_grad]
+    return by_program
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pyro.distributions import Delta
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
+from pyro_vae.enumeration import is_enumerated
 from pyro_vae.sites import PARTICLE_PLATE, Site, base_distribution, data_frame, own_scale
 
 Sites = dict[str, Site]
@@ -30,7 +31,11 @@ def check_agreement(model: Sites, guide: Sites) -> None:
                 f"the guide observes site {name!r}: are model and guide swapped? A guide samples "
                 "latents, given the data."
             )
-    latents = [name for name, site in model.items() if not site["is_observed"]]
+    latents = [
+        name
+        for name, site in model.items()
+        if not site["is_observed"] and not (name not in guide and is_enumerated(site))
+    ]
     for name in latents:
         _check_latent(name, model[name], guide)
     if not any(site["is_observed"] for site in model.values()):

@@ -31,6 +31,7 @@ def terms(
     vectorize_particles: bool = True,
     plate_nesting: int | None = None,
     hold_samples: bool = False,
+    enumerates: bool = False,
     **kwargs: Any,
 ) -> Terms:
     r"""Run ``guide(*args)``, then ``model(*args)`` on the same latents; take the log-densities.
@@ -48,6 +49,8 @@ def terms(
             :func:`find_plate_nesting` when not given.
         hold_samples: let the terms depend on the parameters directly, and not through the
             reparameterised samples: what these carry, :meth:`Terms.path` gives.
+        enumerates: whether some latent is known to ask for enumeration. If not, and one does, the
+            programs are run once more.
         **kwargs: keyword arguments of both programs.
 
     Returns:
@@ -79,7 +82,15 @@ def terms(
     if num_particles == 1 or not vectorize_particles:
         return Terms(
             [
-                PairTrace(model, guide, args, kwargs, hold_samples=hold_samples)
+                PairTrace(
+                    model,
+                    guide,
+                    args,
+                    kwargs,
+                    plate_nesting=plate_nesting,
+                    hold_samples=hold_samples,
+                    enumerates=enumerates,
+                )
                 for _ in range(num_particles)
             ]
         )
@@ -93,6 +104,7 @@ def terms(
         num_particles=num_particles,
         plate_nesting=plate_nesting,
         hold_samples=hold_samples,
+        enumerates=enumerates,
     )
     return Terms([trace])
 
@@ -310,6 +322,16 @@ class Terms:
         return [name for name in latents if is_delta(guide[name].site)]
 
     @property
+    def enumerates(self) -> bool:
+        """Whether a latent is enumerated: summed out, or averaged over under the guide."""
+        return self._first.enumerates
+
+    @property
+    def plate_nesting(self) -> int:
+        """How many batch dimensions the programs' plates use, the particles' apart."""
+        return self._first.plate_nesting
+
+    @property
     def scaled_sites(self) -> list[str]:
         """Names of the sites scaled by anything but the subsampling of the plate ``"data"``."""
         return self._names(lambda factor: factor.scaled)
@@ -322,7 +344,7 @@ class Terms:
             points: whether the guide may give a latent one point.
 
         Raises:
-            ValueError: a site is global, or scaled, or a point.
+            ValueError: a site is global, or scaled, or a point, or averaged over.
         """
         if self.global_sites:
             raise ValueError(
@@ -335,6 +357,12 @@ class Terms:
                 f"{who} needs a density, but the guide gives latent site {self.points[0]!r} one "
                 "point (a Delta): p(x, z) at a point is no bound on p(x). Use objectives.ELBO, "
                 "which then finds the most probable latents, or a guide with a density."
+            )
+        if averaged := self._first.averaged:
+            raise ValueError(
+                f"{who} weighs each sample by itself, but the guide averages over all values of "
+                f"site {averaged[0]!r}. Leave that site out of the guide: enumerated in the model "
+                "alone, it is summed out. Or use objectives.ELBO."
             )
         if self.scaled_sites:
             raise ValueError(

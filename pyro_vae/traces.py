@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,11 +14,13 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from pyro_vae.dreams import Dream
+from pyro_vae.enumeration import Enumeration, is_enumerated
 from pyro_vae.rules import check_agreement, check_event_shape, common_data_frame
 from pyro_vae.samples import HeldSamples, log_prob_of_draw
 from pyro_vae.sites import (
@@ -48,6 +52,7 @@ class Factor:
     site: Site
     log_prob: Tensor
     unscaled: Tensor
+    enumerated: bool = False
 
     @property
     def name(self) -> str:
@@ -71,8 +76,9 @@ class Factor:
 
     @property
     def reparameterized(self) -> bool:
-        """Whether gradients pass through the site's value."""
-        return self.observed or getattr(self.site["fn"], "has_rsample", False)
+        """Whether gradients pass through the site's value, or need not, all being counted."""
+        given = self.observed or self.enumerated
+        return given or getattr(self.site["fn"], "has_rsample", False)
 
     @property
     def scaled(self) -> bool:
@@ -92,6 +98,8 @@ class PairTrace:
         num_particles: K, drawn under an outer plate; that plate is left out when K is 1.
         plate_nesting: how many batch dimensions the programs use themselves; needed if K > 1.
         hold_samples: run both programs on copies of the guide's samples, see ``Terms.path``.
+        enumerates: whether some latent is known to ask for enumeration. If not, and one does, the
+            programs are run once more.
 
     Raises:
         ValueError: the pair breaks the contract for programs (docs/contract.md).
@@ -107,6 +115,7 @@ class PairTrace:
         num_particles: int = 1,
         plate_nesting: int | None = None,
         hold_samples: bool = False,
+        enumerates: bool = False,
     ):
         kwargs = kwargs or {}
         self._pair, self._arguments = (model, guide), (args, kwargs)
@@ -115,10 +124,12 @@ class PairTrace:
         if self.particle_dim is not None:
             particles = pyro.plate(PARTICLE_PLATE, num_particles, dim=self.particle_dim)
             model, guide = particles(model), particles(guide)
-        self._samples = HeldSamples()
-        with self._samples if hold_samples else nullcontext():
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = _replay(model, guide_trace, args, kwargs)
+        run = functools.partial(self._run, model, guide, args, kwargs, hold_samples)
+        guide_trace, model_trace = run(-1 - plate_nesting) if enumerates else run(None)
+        if not enumerates and any(map(is_enumerated, _sites(guide_trace, model_trace))):
+            enumerates, plate_nesting = True, _nesting(guide_trace, model_trace)
+            guide_trace, model_trace = run(-1 - plate_nesting)
+        self.enumerates = enumerates
         self._replay_unobserved = lambda: _replay(Unobserve()(model), guide_trace, args, kwargs)
         self._traces = {"model": model_trace, "guide": guide_trace}
 
@@ -128,25 +139,50 @@ class PairTrace:
         frame = common_data_frame([*model_sites.values(), *guide_sites.values()])
         self.batch_size = frame.size
         self.scale = (frame.full_size or frame.size) / frame.size
-        self.model = {name: self._factor(site) for name, site in model_sites.items()}
-        self.guide = {name: self._factor(site) for name, site in guide_sites.items()}
+        self.averaged: list[str] = []
+        if enumerates:
+            self.model, self.guide = self._enumerated(model_sites, guide_sites, plate_nesting)
+        else:
+            self.model = {name: self._factor(site) for name, site in model_sites.items()}
+            self.guide = {name: self._factor(site) for name, site in guide_sites.items()}
+
+    def _run(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple,
+        kwargs: dict,
+        hold_samples: bool,
+        first_enumerated: int | None,
+    ) -> tuple[poutine.Trace, poutine.Trace]:
+        """Return the traces of guide and model."""
+        if first_enumerated is not None:
+            first_enumerated -= self.particle_dim is not None
+            guide = EnumMessenger(first_available_dim=first_enumerated)(guide)
+            model = EnumMessenger()(model)  # goes on where the guide's ended
+        self._samples = HeldSamples()
+        with self._samples if hold_samples else nullcontext():
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        return guide_trace, _replay(model, guide_trace, args, kwargs)
 
     @property
     def plate_nesting(self) -> int:
         """How many batch dimensions the programs' plates use, the particles' plate apart."""
-        return -min(frame.dim for frame in self._plates())
+        return _nesting(*self._traces.values())
 
     @property
     def plate_sizes(self) -> set[int]:
         """The sizes of those plates."""
-        return {frame.size for frame in self._plates()}
+        return {frame.size for frame in _plates(*self._traces.values())}
 
-    def parameters(self) -> list[Tensor]:
-        """Return the tensors behind all parameters that the run met, unconstrained."""
-        nodes = [n for trace in self._traces.values() for n in trace.nodes.values()]
-        return list(
-            dict.fromkeys(n["value"].unconstrained() for n in nodes if n["type"] == "param")
-        )
+    def parameters(self, program: str) -> list[Tensor]:
+        """Return the tensors behind the parameters that a program met, unconstrained.
+
+        Args:
+            program: ``"model"`` or ``"guide"``.
+        """
+        nodes = self._traces[program].nodes.values()
+        return [n["value"].unconstrained() for n in nodes if n["type"] == "param"]
 
     def parameter_names(self, program: str) -> frozenset[str]:
         """Return the names under which the ``"model"`` or the ``"guide"`` met parameters."""
@@ -164,6 +200,7 @@ class PairTrace:
 
     def samples(self) -> dict[str, Tensor]:
         """Return what the guide drew at the local latents: ``(K, B, *inner plates, *event)``."""
+        self._require_drawn()
         sites = [self.guide[name].site for name in self.latents if self.model[name].local]
         return {site["name"]: self._value(site) for site in sites}
 
@@ -174,6 +211,7 @@ class PairTrace:
 
     def predict(self) -> dict[str, Tensor]:
         """Draw the local observed sites anew: ``(K, B, *inner plates, *event)``."""
+        self._require_drawn()
         sites = random_sites(self._replay_unobserved())
         return {
             site["name"]: self._value(site)
@@ -277,6 +315,13 @@ class PairTrace:
             )
         return each
 
+    def _require_drawn(self) -> None:
+        if self.averaged:
+            raise ValueError(
+                f"the guide enumerates site {self.averaged[0]!r}: what it draws has all its values "
+                "at once. Run the guide without infer={'enumerate': 'parallel'} there."
+            )
+
     def _kl(self, name: str) -> Tensor:
         """The difference at a site of the guide, its expectation where that is known."""
         # In another order, a closed form would hold fixed what depends on its site.
@@ -285,18 +330,69 @@ class PairTrace:
         if name not in self.latents:
             return q.log_prob
         p = self.model[name]
-        closed_form = closed_form_kl(q.site, p.site) if in_order else None
+        known = in_order and not self.enumerates  # else under an average
+        closed_form = closed_form_kl(q.site, p.site) if known else None
         if closed_form is not None:
             return self._reduce(closed_form, q.site)
         return q.log_prob - p.log_prob
 
-    def _plates(self) -> Iterator[CondIndepStackFrame]:
-        for factor in (*self.model.values(), *self.guide.values()):
-            for frame in factor.site["cond_indep_stack"]:
-                if frame.vectorized and frame.name != PARTICLE_PLATE:
-                    yield frame
+    def _enumerated(
+        self, model: dict[str, Site], guide: dict[str, Site], plate_nesting: int
+    ) -> tuple[dict[str, Factor], dict[str, Factor]]:
+        """Return the factors of both programs, summed and averaged over what is enumerated."""
+        width = plate_nesting + (self.particle_dim is not None)
+        enumeration = Enumeration(model, guide, width)
+        self.averaged = enumeration.in_guide
+        tables, rest = [], []
+        for sites in (model, guide):
+            local = {n: site for n, site in sites.items() if data_frame(site) is not None}
+            rest.append({n: self._factor(site) for n, site in sites.items() if n not in local})
+            found = {}
+            for name, site in local.items():
+                log_prob = self._checked_log_prob(site)
+                whole = scale_and_mask(log_prob, own_scale(site))
+                shape = torch.broadcast_shapes(whole.shape, (1,) * (width + enumeration.count))
+                rows = whole.expand(shape).flatten(end_dim=enumeration.count - 1)
+                reduced = torch.vmap(functools.partial(self._reduce, site=site))(rows)
+                found[name] = reduced.unflatten(0, shape[: enumeration.count])
+                if enumeration.varies(found[name]):
+                    self._check_enumerated(site, name in enumeration.in_guide)
+            tables.append(found)
+        factors = []
+        for sites, found, others in zip((model, guide), enumeration.without(*tables), rest,
+                                        strict=True):  # fmt: skip
+            factors.append(others)
+            for name, log_prob in found.items():
+                enumerated = name in enumeration.in_guide
+                factors[-1][name] = Factor(sites[name], log_prob, log_prob, enumerated)
+        return factors[0], factors[1]
+
+    @staticmethod
+    def _check_enumerated(site: Site, in_guide: bool) -> None:
+        """Refuse what a sum over values cannot hold."""
+        scale = own_scale(site)
+        if isinstance(scale, Tensor) or scale != 1.0:
+            raise ValueError(
+                f"site {site['name']!r} is scaled and depends on an enumerated site: a sum over "
+                "values cannot hold a scale. Remove it."
+            )
+        sampled = not site["is_observed"] and not in_guide and not is_enumerated(site)
+        if sampled and not getattr(site["fn"], "has_rsample", False):
+            raise ValueError(
+                f"site {site['name']!r} has no reparameterised sample and depends on an enumerated "
+                "site: enumerate it too"
+            )
 
     def _factor(self, site: Site) -> Factor:
+        log_prob = self._checked_log_prob(site)
+        scaled = scale_and_mask(log_prob, own_scale(site))
+        unscaled = self._reduce(log_prob, site)
+        return Factor(
+            site, unscaled if scaled is log_prob else self._reduce(scaled, site), unscaled
+        )
+
+    def _checked_log_prob(self, site: Site) -> Tensor:
+        """Return a site's density, masked."""
         check_event_shape(site)
         try:
             log_prob = self._log_prob(site)
@@ -306,12 +402,7 @@ class PairTrace:
                 or f"site {site['name']!r}, of event shape {tuple(site['fn'].event_shape)}, cannot "
                 f"score its value of shape {tuple(site['value'].shape)}: {error}"
             ) from error
-        log_prob = torch.as_tensor(scale_and_mask(log_prob, mask=site["mask"]))
-        scaled = scale_and_mask(log_prob, own_scale(site))
-        unscaled = self._reduce(log_prob, site)
-        return Factor(
-            site, unscaled if scaled is log_prob else self._reduce(scaled, site), unscaled
-        )
+        return torch.as_tensor(scale_and_mask(log_prob, mask=site["mask"]))
 
     def _log_prob(self, site: Site) -> Tensor:
         fn, value = site["fn"], site["value"]
@@ -337,6 +428,21 @@ class PairTrace:
     def _zeros(self, local: bool) -> Tensor:
         some = next(iter(self.model.values())).log_prob
         return some.new_zeros([self.num_particles, self.batch_size][: 2 if local else 1])
+
+
+def _sites(*traces: poutine.Trace) -> Iterator[Site]:
+    return itertools.chain(*map(random_sites, traces))
+
+
+def _plates(*traces: poutine.Trace) -> Iterator[CondIndepStackFrame]:
+    for site in _sites(*traces):
+        for frame in site["cond_indep_stack"]:
+            if frame.vectorized and frame.name != PARTICLE_PLATE:
+                yield frame
+
+
+def _nesting(*traces: poutine.Trace) -> int:
+    return -min(frame.dim for frame in _plates(*traces))
 
 
 def _replay(model: Program, guide_trace: poutine.Trace, args: tuple, kwargs: dict) -> poutine.Trace:

@@ -13,11 +13,12 @@ ROOT = Path(pyro_vae.__file__).parent
 ALLOWED = {
     "nets": set(),
     "sites": set(),
-    "rules": {"sites"},
+    "enumeration": {"sites"},
+    "rules": {"enumeration", "sites"},
     "implicit": set(),
     "samples": {"implicit", "sites"},
     "dreams": {"sites"},
-    "traces": {"dreams", "rules", "samples", "sites"},
+    "traces": {"dreams", "enumeration", "rules", "samples", "sites"},
     "arguments": set(),
     "seeding": set(),
     "progress": set(),
@@ -49,6 +50,7 @@ ALLOWED = {
 TORCH_ONLY = {"implicit", "nets"}
 PYRO_AND_TORCH_ONLY = {
     "dreams",
+    "enumeration",
     "samples",
     "sites",
     "traces",

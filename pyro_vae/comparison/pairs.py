@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -294,4 +295,5 @@ def _check(model: Program, guide: Program, columns: tuple[Tensor, ...]) -> int:
     data = Minibatches(columns, 100, device=programs.device_of(model, guide))
     with programs.parameter_store(model, guide), programs.evaluation_mode(model, guide):
         trace = check_pair(model, guide, data.first(), data.checked)
-        return sum(p.numel() for p in programs.parameters(model, guide, trace))
+        both = programs.parameters(model, guide, trace).values()
+        return sum(p.numel() for p in dict.fromkeys(itertools.chain(*both)))

@@ -46,7 +46,7 @@ class Objective(pyro.infer.ELBO):
         positive_integer("num_particles", num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.step = torch.zeros(())
-        self._nesting_of: tuple[Program, Program, int] | None = None
+        self._layout_of: tuple[Program, Program, dict[str, Any]] | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_particles={self.num_particles})"
@@ -83,10 +83,13 @@ class Objective(pyro.infer.ELBO):
             *args,
             num_particles=self.num_particles,
             vectorize_particles=self.vectorize_particles,
-            plate_nesting=self._plate_nesting(model, guide, args, kwargs),
             hold_samples=self.hold_samples,
+            **self._layout(model, guide, args, kwargs),
             **kwargs,
         )
+        if t.enumerates:
+            layout = {"plate_nesting": t.plate_nesting, "enumerates": True}
+            self._layout_of = (model, guide, layout)
         shared = self.shared(t)
         return -(t.scale * self.bound(t).sum() + shared)
 
@@ -110,14 +113,15 @@ class Objective(pyro.infer.ELBO):
     def _get_trace(self, model, guide, args, kwargs):
         raise TypeError(f"{type(self).__name__} reduces pyro_vae.terms; it takes no single trace")
 
-    def _plate_nesting(self, model, guide, args, kwargs) -> int | None:
-        """Find the nesting once for a pair: unlike Pyro's, an objective may meet many pairs."""
+    def _layout(self, model, guide, args, kwargs) -> dict[str, Any]:
+        """Find out once for a pair: unlike Pyro's, an objective may meet many pairs."""
+        if self._layout_of is not None and self._layout_of[:2] == (model, guide):
+            return self._layout_of[2]
         if self.num_particles == 1 or not self.vectorize_particles:
-            return None
-        if self._nesting_of is None or self._nesting_of[:2] != (model, guide):
-            nesting = find_plate_nesting(model, guide, *args, **kwargs)
-            self._nesting_of = (model, guide, nesting)
-        return self._nesting_of[2]
+            return {}
+        layout = {"plate_nesting": find_plate_nesting(model, guide, *args, **kwargs)}
+        self._layout_of = (model, guide, layout)
+        return layout
 
 
 def gradient(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,11 @@ class Adam(torch.optim.Adam):
     the arithmetic. State and results are those of ``torch.optim.Adam(..., fused=True)``.
 
     Args:
-        parameters: what to train.
+        parameters: what to train, or groups of it with learning rates of their own.
         lr: the learning rate.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float):
+    def __init__(self, parameters: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float = 1e-3):
         super().__init__(parameters, lr=lr, fused=True)
         self._lists: dict[tuple, list[list[Tensor]]] = {}
 

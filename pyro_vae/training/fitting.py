@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from pyro_vae.objectives import ELBO
 from pyro_vae.progress import task
 from pyro_vae.seeding import seeded
 from pyro_vae.traces import PairTrace, Program
-from pyro_vae.training.trainer import Trainer
+from pyro_vae.training.trainer import BOTH, Trainer
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ def fit(
     validation: Data | None = None,
     epochs: int = 50,
     batch_size: int = 100,
-    learning_rate: float = 1e-3,
+    learning_rate: float | Mapping[str, float] = 1e-3,
+    guide_steps: int | None = None,
+    model_steps: int | None = None,
     optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
     scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     clip_norm: float | None = None,
@@ -89,7 +91,12 @@ def fit(
         validation: held-out data, on which the loss is taken after each epoch at the same noise.
         epochs: passes over the data.
         batch_size: rows of a minibatch; a DataLoader brings its own.
-        learning_rate: of the default optimizer, Adam (fused).
+        learning_rate: of the default optimizer, Adam (fused); or ``{"model": ..., "guide": ...}``.
+        guide_steps: alternate instead of moving all parameters in each step: so many steps of the
+            guide alone (E-steps of variational EM; Neal & Hinton 1998), then ``model_steps`` of
+            the model alone (M-steps). What both use moves in all of them. 1 if only the other is
+            given.
+        model_steps: see ``guide_steps``.
         optimizer: makes another optimizer from the parameters.
         scheduler: makes a learning rate scheduler from the optimizer; it steps once an epoch.
         clip_norm: bound on the norm of the whole gradient.
@@ -133,7 +140,9 @@ def fit(
         raise TypeError(
             f"objective must be a pyro.infer.ELBO with a differentiable_loss, got {objective!r}"
         )
-    _check_arguments(epochs, learning_rate, clip_norm, patience, validation)
+    _check_arguments(epochs, clip_norm, patience, validation)
+    _check_learning_rate(learning_rate, optimizer)
+    alternation = _alternation(guide_steps, model_steps)
     check_capture(capture)
     device = _device(device)
     started = time.perf_counter()
@@ -170,6 +179,7 @@ def fit(
             optimizer=optimizer,
             scheduler=scheduler,
             clip_norm=clip_norm,
+            alternation=alternation,
             capture=capture,
         )
         # Values that no look has seen yet are checked as they come, in the first pass over them.
@@ -192,9 +202,35 @@ def _device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def _check_arguments(epochs, learning_rate, clip_norm, patience, validation) -> None:
+def _check_learning_rate(learning_rate, optimizer) -> None:
+    if not isinstance(learning_rate, Mapping):
+        positive_number("learning_rate", learning_rate)
+        return
+    if set(learning_rate) != {"model", "guide"}:
+        raise ValueError(
+            "learning_rate must be a number, or have one for 'model' and one for 'guide', got "
+            f"{dict(learning_rate)}"
+        )
+    if optimizer is not None:
+        raise ValueError(
+            "two learning rates are for the default optimizer: one of your own makes its groups "
+            "from the parameters it is given"
+        )
+    for name, value in learning_rate.items():
+        positive_number(f"learning_rate[{name!r}]", value)
+
+
+def _alternation(guide_steps: int | None, model_steps: int | None) -> list[str]:
+    """Return whose step each is, of one cycle."""
+    if guide_steps is None and model_steps is None:
+        return [BOTH]
+    guide_steps = positive_integer("guide_steps", 1 if guide_steps is None else guide_steps)
+    model_steps = positive_integer("model_steps", 1 if model_steps is None else model_steps)
+    return ["guide"] * guide_steps + ["model"] * model_steps
+
+
+def _check_arguments(epochs, clip_norm, patience, validation) -> None:
     positive_integer("epochs", epochs)
-    positive_number("learning_rate", learning_rate)
     if clip_norm is not None:
         positive_number("clip_norm", clip_norm)
     if patience is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pyro
 import torch
@@ -19,6 +21,8 @@ from pyro_vae.sites import data_frame
 from pyro_vae.traces import Program
 from pyro_vae.training.adam import Adam
 
+BOTH = "model and guide"
+
 
 class Trainer:
     """Parameters, optimizer and scheduler of one fit, and its step, captured or not.
@@ -28,11 +32,12 @@ class Trainer:
         guide: program of q(z|x).
         objective: what to maximise.
         batches: the training data.
-        parameters: of both programs, trained by one optimizer.
-        learning_rate: of the default optimizer, Adam.
+        parameters: of ``"model"`` and of ``"guide"``, trained by one optimizer.
+        learning_rate: of the default optimizer, Adam; or one for each of the two.
         optimizer: makes another from the parameters.
         scheduler: makes a learning rate scheduler from the optimizer.
         clip_norm: bound on the norm of the whole gradient.
+        alternation: whose parameters each step moves, over and over.
         capture: whether to capture the step.
 
     Raises:
@@ -46,23 +51,25 @@ class Trainer:
         guide: Program,
         objective: pyro.infer.ELBO,
         batches: Minibatches,
-        parameters: list[Tensor],
+        parameters: dict[str, list[Tensor]],
         *,
-        learning_rate: float = 1e-3,
+        learning_rate: float | Mapping[str, float] = 1e-3,
         optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
         scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
         clip_norm: float | None = None,
+        alternation: Sequence[str] = (BOTH,),
         capture: Capture = "auto",
     ):
         self._pair = (model, guide)
         self._objective = objective
         self._batches = batches
         self._clip_norm = clip_norm
-        self._parameters = parameters
+        self._parameters = list(dict.fromkeys(itertools.chain(*parameters.values())))
         if not self._parameters:
             raise ValueError("model and guide have no parameters that require a gradient")
+        self._turns = _turns(parameters, alternation)
         if optimizer is None:
-            self._optimizer = Adam(self._parameters, lr=learning_rate)
+            self._optimizer = Adam(_groups(parameters, learning_rate))
         else:
             self._optimizer = optimizer(self._parameters)
             if not isinstance(self._optimizer, torch.optim.Optimizer):
@@ -98,7 +105,9 @@ class Trainer:
         gradient = self._loss_and_gradients if validated else self._gradient
         losses, sizes = [], []
         for selection in self._batches.selections():
-            loss = self._optimizer.step(functools.partial(self._closure, gradient, selection))
+            held = next(self._turns)
+            closure = functools.partial(self._closure, gradient, selection, held)
+            loss = self._optimizer.step(closure)
             self._advance()
             sizes.append(selection[0].shape[0])
             losses.append(loss.detach() * sizes[-1])  # nothing is read before the epoch's end
@@ -141,13 +150,19 @@ class Trainer:
         buffers = [b for module in modules(*self._pair) for b in module.buffers()]
         return [*buffers, *self._parameters]
 
-    def _closure(self, gradient: Callable, selection: tuple[Tensor, ...]) -> Tensor:
-        """Leave the gradients where the optimizer looks for them; return the loss."""
+    def _closure(self, gradient: Callable, selection: tuple[Tensor, ...], held: set[int]) -> Tensor:
+        """Leave the gradients where the optimizer looks for them; return the loss.
+
+        Args:
+            gradient: of a selection.
+            selection: of the data.
+            held: ids of the parameters that shall stay where they are.
+        """
         for parameter in self._parameters:
             parameter.grad = None  # its memory, still in the cache, serves the next gradient
         loss, *gradients = gradient(*selection)
         for parameter, value in zip(self._parameters, gradients, strict=True):
-            parameter.grad = value
+            parameter.grad = None if id(parameter) in held else value
         return loss
 
     def _loss_and_gradients(self, *selection: Tensor) -> list[Tensor | None]:
@@ -174,6 +189,29 @@ class Trainer:
             name="the step of this fit",
             capture=self._capture,
         )
+
+
+def _groups(
+    parameters: dict[str, list[Tensor]], learning_rate: float | Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Make the optimizer's groups: one, or one for each program; what both use is the model's."""
+    if not isinstance(learning_rate, Mapping):
+        both = dict.fromkeys(itertools.chain(*parameters.values()))
+        return [{"params": list(both), "lr": learning_rate}]
+    shared = set(map(id, parameters["model"]))
+    groups = {**parameters, "guide": [p for p in parameters["guide"] if id(p) not in shared]}
+    return [{"params": found, "lr": learning_rate[name]} for name, found in groups.items() if found]
+
+
+def _turns(parameters: dict[str, list[Tensor]], alternation: Sequence[str]) -> Iterator[set[int]]:
+    """Yield, step by step and for ever, which parameters do not move."""
+    ids = {name: set(map(id, found)) for name, found in parameters.items()}
+    held = {
+        BOTH: set(),
+        "model": ids["guide"] - ids["model"],
+        "guide": ids["model"] - ids["guide"],
+    }
+    return itertools.cycle([held[name] for name in alternation])
 
 
 def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:

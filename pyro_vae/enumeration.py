@@ -1,0 +1,131 @@
+"""Discrete latents that are summed over, all their values at once, instead of being sampled.
+
+A site asks for it by ``infer={"enumerate": "parallel"}``. Pyro's handler then gives it a dimension
+of its own, left of all plates, and every density that depends on its value has that dimension.
+Where the guide has the site, the terms are expectations under q; where only the model has it, it is
+summed out of p. In both cases what comes out has the shape that it has without enumeration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_vae.sites import DATA_PLATE, PARTICLE_PLATE, Site
+
+Tables = dict[str, Tensor]  # log-densities by site, each (*enumerated dimensions, K, B)
+
+
+def is_enumerated(site: Site) -> bool:
+    """Whether a site asks to be enumerated.
+
+    Raises:
+        ValueError: in another way than in parallel, or the site stands elsewhere than in the plate
+            ``"data"``.
+    """
+    how = (site["infer"] or {}).get("enumerate")
+    if site["is_observed"] or how is None:
+        return False
+    if how != "parallel":
+        raise ValueError(
+            f'site {site["name"]!r} asks for enumerate={how!r}: only "parallel" is known here'
+        )
+    plates = [frame.name for frame in site["cond_indep_stack"] if frame.name != PARTICLE_PLATE]
+    if plates != [DATA_PLATE]:
+        raise ValueError(
+            f'an enumerated site must stand in the plate "data" and in no other, but '
+            f"{site['name']!r} stands in {plates}"
+        )
+    return True
+
+
+class Enumeration:
+    """The enumerated sites of one run, and densities without them.
+
+    Args:
+        model: the model's sites by name, after a run under Pyro's handler.
+        guide: the guide's.
+        width: how many batch dimensions the plates use, the particles' included.
+    """
+
+    def __init__(self, model: Mapping[str, Site], guide: Mapping[str, Site], width: int):
+        self._model_sites = model
+        self.in_guide = [name for name, site in guide.items() if is_enumerated(site)]
+        self.in_model = [n for n, site in model.items() if n not in guide and is_enumerated(site)]
+        dims = {
+            name: site["infer"]["_enumerate_dim"] + width - 2
+            for name, site in {**model, **guide}.items()
+            if is_enumerated(site)
+        }
+        self._guide_dims = [dims[name] for name in self.in_guide]
+        self._model_dims = [dims[name] for name in self.in_model]
+        self.count = max((-2 - dim for dim in dims.values()), default=0)
+
+    def varies(self, table: Tensor) -> bool:
+        """Whether a density depends on an enumerated value."""
+        return any(table.shape[dim] > 1 for dim in (*self._guide_dims, *self._model_dims))
+
+    def without(self, model: Tables, guide: Tables) -> tuple[Tables, Tables]:
+        r"""Return the densities of both programs, each (K, B), nothing enumerated left in them.
+
+        Args:
+            model: by site, each (\*enumerated dimensions, K, B).
+            guide: likewise.
+        """
+        model = self._summed_out(model)
+        if not self.in_guide:
+            return _flat(model), _flat(guide)
+        weights = sum(guide[name] for name in self.in_guide).exp()
+
+        def expected(table: Tensor) -> Tensor:
+            # A log-density of minus infinity where q is zero counts for nothing.
+            table = torch.where(weights > 0, table, 0.0) * weights
+            return table.sum(self._guide_dims, keepdim=True)
+
+        averaged = [{n: expected(t) for n, t in tables.items()} for tables in (model, guide)]
+        return _flat(averaged[0]), _flat(averaged[1])
+
+    def _summed_out(self, tables: Tables) -> Tables:
+        r"""Sum the model's own enumerated sites out of its densities.
+
+        Sites that depend on the same of them are taken together. Their latents' density,
+        :math:`\log p(z)`, is told at the first of these; that of their observations,
+        :math:`\log p(x, z) - \log p(z)`, at the first of those; the others have none left.
+        """
+        result = {name: table for name, table in tables.items() if name not in self.in_model}
+        for group in self._groups(tables):
+            unobserved = [n for n in group if not self._model_sites[n]["is_observed"]]
+            latents = [n for n in unobserved if n not in self.in_model]
+            observed = [n for n in group if n not in unobserved]
+            prior = self._log_sum(tables[n] for n in unobserved)
+            if latents:
+                result.update(dict.fromkeys(latents, torch.zeros_like(prior)))
+                result[latents[0]] = prior
+            if observed:
+                whole = self._log_sum(tables[n] for n in group)
+                result.update(dict.fromkeys(observed, torch.zeros_like(whole)))
+                result[observed[0]] = whole - prior if latents else whole
+        return result
+
+    def _log_sum(self, tables: Iterable[Tensor]) -> Tensor:
+        return sum(tables).logsumexp(self._model_dims, keepdim=True)
+
+    def _groups(self, tables: Tables) -> list[list[str]]:
+        """Names of the sites that share the model's own enumerated sites, in their order."""
+        groups: list[tuple[set[int], list[str]]] = []
+        for name, table in tables.items():
+            dims = {dim for dim in self._model_dims if table.shape[dim] > 1}
+            if not dims:
+                continue
+            names = [name]
+            for other in [group for group in groups if group[0] & dims]:
+                groups.remove(other)
+                dims, names = dims | other[0], other[1] + names
+            groups.append((dims, names))
+        return [sorted(names, key=[*tables].index) for _, names in groups]
+
+
+def _flat(tables: Tables) -> Tables:
+    return {name: table.reshape(table.shape[-2:]) for name, table in tables.items()}

@@ -1,0 +1,260 @@
+"""Discrete latents summed over, against the sums written out and against Pyro's TraceEnum_ELBO."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import assert_within
+from pyro.infer import TraceEnum_ELBO
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import objectives as o
+
+ALL = {"enumerate": "parallel"}
+
+
+class Mixture(nn.Module):
+    """c, one of three; z ~ N(mean of c, 1) if it has one; x ~ N(loading of c times z, 1)."""
+
+    def __init__(self, *, in_guide, continuous=True, full=None):
+        super().__init__()
+        self.in_guide, self.continuous, self.full = in_guide, continuous, full
+        self.logits = nn.Parameter(torch.randn(3))
+        self.mean, self.loading = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+        self.head, self.shift = nn.Linear(1, 3), nn.Parameter(torch.randn(3))
+        self.slope = nn.Parameter(torch.randn(()))
+
+    def plate(self, x):
+        return pyro.plate("data", self.full or len(x), subsample=x if self.full else None)
+
+    def p_x(self, c, z):
+        return dist.Normal(self.loading[c] * z + self.mean[c], 0.8)
+
+    def model(self, x):
+        with self.plate(x):
+            c = pyro.sample("c", dist.Categorical(logits=self.logits), infer=dict(ALL))
+            z = 1.0
+            if self.continuous:
+                z = pyro.sample("z", dist.Normal(self.mean[c], 1.0))
+            pyro.sample("x", self.p_x(c, z), obs=x)
+
+    def guide(self, x):
+        with self.plate(x):
+            loc = self.slope * x
+            if self.in_guide:
+                logits = self.head(x.unsqueeze(-1))
+                c = pyro.sample("c", dist.Categorical(logits=logits), infer=dict(ALL))
+                loc = loc + self.shift[c]
+            if self.continuous:
+                pyro.sample("z", dist.Normal(loc, 1.5))
+
+    def values(self):
+        return [p for p in self.parameters() if p.requires_grad]
+
+
+def gradients(loss, pair):
+    found = torch.autograd.grad(loss, pair.values(), allow_unused=True)
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten()
+         for p, g in zip(pair.values(), found, strict=True)]
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def log_joint(pair, x, z, c):
+    log_p = dist.Categorical(logits=pair.logits).log_prob(torch.tensor(c))
+    if pair.continuous:
+        log_p = log_p + dist.Normal(pair.mean[c], 1.0).log_prob(z)
+    return log_p + pair.p_x(c, z).log_prob(x)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_what_the_model_alone_enumerates_is_summed_out(k):
+    pair, x = Mixture(in_guide=False), torch.randn(6)
+    t = pv.terms(pair.model, pair.guide, x, num_particles=k)
+    z = t.samples["z"]
+    assert z.shape == (k, 6)
+    by_hand = torch.stack([log_joint(pair, x, z, c) for c in range(3)]).logsumexp(0)
+    torch.testing.assert_close(t.log_joint, by_hand)
+    prior = torch.stack(
+        [pair.logits.log_softmax(0)[c] + dist.Normal(pair.mean[c], 1.0).log_prob(z)
+         for c in range(3)]
+    ).logsumexp(0)  # fmt: skip
+    torch.testing.assert_close(t.log_prior, prior)
+    torch.testing.assert_close(t.log_likelihood, by_hand - prior)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_what_the_guide_enumerates_is_averaged(k):
+    """The z of each value of c is drawn for it: what matters is the average under q(c|x)."""
+    pair, x = Mixture(in_guide=True), torch.randn(6)
+    t = pv.terms(pair.model, pair.guide, x, num_particles=k)
+    assert t.log_weight.shape == (k, 6)
+    drawn = t._first.guide["z"].site["value"]
+    assert drawn.shape == ((3, 6) if k == 1 else (3, k, 6))
+    log_q = pair.head(x.unsqueeze(-1)).log_softmax(-1)
+    total = 0.0
+    for c, z in enumerate(drawn):
+        log_w = log_joint(pair, x, z, c) - log_q[:, c]
+        log_w = log_w - dist.Normal(pair.slope * x + pair.shift[c], 1.5).log_prob(z)
+        total = total + log_q[:, c].exp() * log_w
+    torch.testing.assert_close(t.log_weight, total.reshape(k, 6))
+
+
+@pytest.mark.parametrize("in_guide", [True, False])
+@pytest.mark.parametrize("continuous", [True, False])
+@pytest.mark.parametrize("full", [None, 30])
+def test_expected_gradient_is_that_of_pyros_enumeration(in_guide, continuous, full):
+    pair, x = Mixture(in_guide=in_guide, continuous=continuous, full=full), torch.randn(6)
+    if not in_guide and not continuous:
+        ours = o.ELBO().differentiable_loss(pair.model, pair.guide, x)
+        by_hand = torch.stack([log_joint(pair, x, 1.0, c) for c in range(3)]).logsumexp(0)
+        torch.testing.assert_close(ours, -by_hand.sum() * (full or 6) / 6)
+        return
+    theirs = TraceEnum_ELBO(max_plate_nesting=1)
+    count = 300 if continuous else 2
+
+    def sampled(objective):
+        return torch.stack(
+            [gradients(objective.differentiable_loss(pair.model, pair.guide, x), pair)
+             for _ in range(count)]
+        )  # fmt: skip
+
+    a, b = sampled(o.ELBO(4 if continuous else 1)), sampled(theirs)
+    if not continuous:
+        torch.testing.assert_close(a[0], b[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a[0], a[1])
+        return
+    error = (a.var(0) / count + b.var(0) / count).sqrt()
+    assert ((a.mean(0) - b.mean(0)).abs() < 4.5 * error + 1e-5).all()
+
+
+def exact_evidence(pair, x):
+    """The sum over c and the Gaussian integral over z."""
+    total = []
+    for c in range(3):
+        loc = pair.loading[c] * pair.mean[c] + pair.mean[c]
+        scale = (pair.loading[c] ** 2 + 0.8**2).sqrt()
+        total.append(pair.logits.log_softmax(0)[c] + dist.Normal(loc, scale).log_prob(x))
+    return torch.stack(total).logsumexp(0)
+
+
+@pytest.mark.parametrize("objective", [o.IWAE(500), o.DReG(500), o.VIMCO(500)], ids=str)
+def test_importance_weights_of_the_summed_density(objective):
+    pair, x = Mixture(in_guide=False), torch.randn(6)
+    losses = torch.tensor([objective.loss(pair.model, pair.guide, x) for _ in range(40)])
+    truth = exact_evidence(pair, x).sum().item()
+    assert_within(-losses.mean().item(), truth, losses.std().item() / 40**0.5 + 0.01)
+    evidence = pv.evidence(pair.model, pair.guide, x, num_particles=2000, seed=0, progress=False)
+    assert evidence.values.sum().item() == pytest.approx(truth, abs=0.3)
+
+
+def sampling(pair):
+    """The pair, its discrete latent drawn instead of enumerated."""
+    return [
+        pyro.poutine.infer_config(program, lambda site: {"enumerate": None})
+        for program in (pair.model, pair.guide)
+    ]
+
+
+def test_a_discrete_latent_by_vimco_tends_to_the_exact_evidence():
+    """Sampled instead: the same model, its sum left to importance sampling."""
+    pair, x = Mixture(in_guide=True, continuous=False), torch.randn(6)
+
+    truth = torch.stack([log_joint(pair, x, 1.0, c) for c in range(3)]).logsumexp(0).sum()
+    pair_of = sampling(pair)
+    found = []
+    for k in (2, 200):
+        losses = torch.tensor([o.VIMCO(k).loss(*pair_of, x) for _ in range(60)])
+        found.append(-losses.mean())
+        error = losses.std() / 60**0.5
+    assert found[0] < found[1]
+    assert abs(found[1] - truth) < 4.5 * error + 0.01
+
+
+def test_vimco_gradient_against_exact_enumeration_of_both_particles():
+    pair, x = Mixture(in_guide=True, continuous=False), torch.randn(2)
+    pair_of = sampling(pair)
+    log_q = pair.head(x.unsqueeze(-1)).log_softmax(-1)
+    log_p = torch.stack([log_joint(pair, x, 1.0, c) for c in range(3)], -1)
+    log_w = log_p - log_q
+    bound = 0.0
+    for a in range(3):
+        for b in range(3):
+            weight = (log_q[:, a] + log_q[:, b]).exp()
+            bound = bound + weight * (torch.logaddexp(log_w[:, a], log_w[:, b]) - math.log(2))
+    truth = gradients(bound.sum(), pair)
+    rows = x.repeat_interleave(400)
+    found = torch.stack(
+        [-gradients(o.VIMCO(2).differentiable_loss(*pair_of, rows), pair) / 400 for _ in range(60)]
+    )
+    error = found.std(0) / 60**0.5
+    assert ((found.mean(0) - truth).abs() < 4.5 * error + 1e-6).all()
+
+
+def test_two_enumerated_latents_that_meet_at_one_observation():
+    weights = torch.randn(2, 3)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Bernoulli(0.3), infer=dict(ALL))
+            b = pyro.sample("b", dist.Categorical(torch.ones(3) / 3), infer=dict(ALL))
+            pyro.sample("x", dist.Normal(weights[a.long(), b], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Bernoulli(torch.sigmoid(x)), infer=dict(ALL))
+
+    x = torch.randn(5)
+    t = pv.terms(model, guide, x)
+    total = 0.0
+    for a in range(2):
+        q = dist.Bernoulli(torch.sigmoid(x)).log_prob(torch.tensor(float(a)))
+        log_p = dist.Bernoulli(0.3).log_prob(torch.tensor(float(a)))
+        log_x = torch.stack([dist.Normal(weights[a, b], 1.0).log_prob(x) for b in range(3)])
+        total = total + q.exp() * (log_p + log_x.logsumexp(0) - math.log(3) - q)
+    torch.testing.assert_close(t.log_weight[0], total)
+
+
+@pytest.mark.parametrize("in_guide", [True, False])
+def test_enumeration_under_capture(in_guide, without_compiler):
+    x = torch.randn(60)
+    fits = []
+    for capture in (True, False):
+        torch.manual_seed(1)
+        pair = Mixture(in_guide=in_guide)
+        fit = pv.fit(pair.model, pair.guide, x, epochs=4, batch_size=20, seed=2, capture=capture,
+                     progress=False)  # fmt: skip
+        fits.append((fit, torch.cat([p.detach().flatten() for p in pair.parameters()])))
+    assert fits[0][0].execution == "captured, not compiled"
+    torch.testing.assert_close(fits[0][1], fits[1][1])
+
+
+def test_what_enumeration_cannot_do_is_refused_by_name():
+    pair, x = Mixture(in_guide=True), torch.randn(6)
+    with pytest.raises(ValueError, match="averages over all values of site 'c'"):
+        o.IWAE(4).loss(pair.model, pair.guide, x)
+    with pytest.raises(ValueError, match="the guide enumerates site 'c'"):
+        _ = pv.terms(pair.model, pair.guide, x).samples
+    sequential = pyro.poutine.infer_config(pair.guide, lambda site: {"enumerate": "sequential"})
+    with pytest.raises(ValueError, match='only "parallel" is known'):
+        o.ELBO().loss(pair.model, sequential, x)
+
+    def inside(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("pixels", 3, dim=-1):
+            c = pyro.sample("c", dist.Bernoulli(0.5), infer=dict(ALL))
+            pyro.sample("x", dist.Normal(c, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match='must stand in the plate "data" and in no other'):
+        o.ELBO().loss(inside, lambda x: None, torch.randn(5, 3))
+
+    scaled = [pyro.poutine.scale(program, scale=0.5) for program in (pair.model, pair.guide)]
+    with pytest.raises(ValueError, match="is scaled and depends on an enumerated site"):
+        o.ELBO().loss(*scaled, x)
