@@ -15,6 +15,10 @@ ARGUMENTS = {
     ],
     "energies.py": ["--energies", "U1", "--families", "Gaussian", "planar-2", "--steps", "200"],
     "mnist.py": ["--data", "digits", "--epochs", "2", "--particles", "50"],
+    "objectives.py": [
+        *("--data", "digits", "--epochs", "2", "--particles", "20", "--test", "50"),
+        *("--objectives", "ELBO", "PIWAE(8, 8)", "beta-TCVAE(6)"),
+    ],
     "own_pair.py": ["--epochs", "2"],
     "posteriors.py": [
         *("--data", "digits", "--epochs", "2", "--particles", "20", "--test", "50"),
