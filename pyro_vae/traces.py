@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -183,6 +183,21 @@ class PairTrace:
         """
         nodes = self._traces[program].nodes.values()
         return [n["value"].unconstrained() for n in nodes if n["type"] == "param"]
+
+    def depends_on(self, tensors: list[Tensor]) -> dict[str, list[bool]]:
+        """Tell for each tensor whether the model depends on it, and whether the guide does."""
+        args, kwargs = self._arguments
+        with torch.random.fork_rng(), torch.enable_grad():
+            held = PairTrace(*self._pair, args, kwargs, hold_samples=True)
+            of_guide = [f.log_prob for f in held.guide.values()]
+            ends = {
+                "model": [f.log_prob for f in held.model.values()],
+                "guide": of_guide + [drawn for drawn, _ in held.held_samples()],
+            }
+            return {
+                program: [g is not None for g in _gradients(values, tensors)]
+                for program, values in ends.items()
+            }
 
     def parameter_names(self, program: str) -> frozenset[str]:
         """Return the names under which the ``"model"`` or the ``"guide"`` met parameters."""
@@ -428,6 +443,13 @@ class PairTrace:
     def _zeros(self, local: bool) -> Tensor:
         some = next(iter(self.model.values())).log_prob
         return some.new_zeros([self.num_particles, self.batch_size][: 2 if local else 1])
+
+
+def _gradients(values: list[Tensor], tensors: list[Tensor]) -> Sequence[Tensor | None]:
+    total = sum(value.sum() for value in values)
+    if not total.requires_grad:
+        return [None] * len(tensors)
+    return torch.autograd.grad(total, tensors, retain_graph=True, allow_unused=True)
 
 
 def _sites(*traces: poutine.Trace) -> Iterator[Site]:

@@ -20,6 +20,7 @@ ARGUMENTS = {
         *("--objectives", "ELBO", "PIWAE(8, 8)", "beta-TCVAE(6)"),
     ],
     "own_pair.py": ["--epochs", "2"],
+    "signal_to_noise.py": ["--particles", "1", "10", "--repeats", "20"],
     "posteriors.py": [
         *("--data", "digits", "--epochs", "2", "--particles", "20", "--test", "50"),
         *("--families", "mean-field", "IAF-4"),
@@ -43,5 +44,9 @@ def test_example(name, tmp_path):
         command, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    shown = {"benchmarks": "ratio", "energies.py": "KL, nats"}
+    shown = {
+        "benchmarks": "ratio",
+        "energies.py": "KL, nats",
+        "signal_to_noise.py": "signal-to-noise ratio",
+    }
     assert shown.get(name.split("/")[0], "log p(x)") in result.stdout
