@@ -39,12 +39,14 @@ class Linear(nn.Module):
         self.scale = (2 / precision.diagonal()).sqrt()
 
     def model(self, x):
+        """p(x, z)."""
         with pyro.plate("data", len(x)):
             prior = dist.Normal(torch.zeros_like(self.scale), 1.0)
             z = pyro.sample("z", prior.to_event(1))
             pyro.sample("x", dist.Normal(z @ self.weight.T, 1.0).to_event(1), obs=x)
 
     def guide(self, x):
+        """q(z|x)."""
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x @ self.encoder.T, self.scale).to_event(1))
 
