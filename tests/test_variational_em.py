@@ -131,6 +131,36 @@ def test_whose_step_it_is(capture, options, model_moves, guide_moves, binary, wi
     assert bool((snapshot(guide) != before[1]).any()) is guide_moves
 
 
+class Recorded(torch.optim.SGD):
+    """Notes at each step which parameters have a gradient."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.01)
+        self.moved = []
+
+    def step(self, closure):
+        loss = closure()
+        parameters = self.param_groups[0]["params"]
+        self.moved.append({id(p) for p in parameters if p.grad is not None})
+        super().step()
+        return loss
+
+
+def test_each_step_moves_one_program_alone(binary):
+    model, guide = make_pair()
+    guide(binary)
+    made = []
+
+    def optimizer(parameters):
+        made.append(Recorded(parameters))
+        return made[0]
+
+    pv.fit(model, guide, binary, epochs=2, batch_size=10, guide_steps=2, model_steps=1,
+           optimizer=optimizer, progress=False)  # fmt: skip
+    of_model, of_guide = (set(map(id, p.parameters())) for p in (model, guide))
+    assert made[0].moved == [of_guide, of_guide, of_model] * 3 + [of_guide]
+
+
 def test_two_learning_rates(binary):
     model, guide = make_pair()
     guide(binary)
