@@ -16,6 +16,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae import divergences
 from pyro_vae.arguments import positive_integer
 from pyro_vae.dreams import Dream
 from pyro_vae.rules import is_delta
@@ -186,7 +187,7 @@ class Terms:
         sampled difference elsewhere; and everywhere if the guide samples the latents in another
         order than the model, for then what depends on a site would be held fixed.
         """
-        return torch.cat([run.kl(local=True) for run in self._runs])
+        return torch.cat([divergences.kl(run, local=True) for run in self._runs])
 
     def kl_of_sites(self) -> dict[str, Tensor]:
         """Return :attr:`kl` by latent of the plate ``"data"``, each (K, B).
@@ -194,7 +195,7 @@ class Terms:
         Raises:
             ValueError: the guide has one density for several of them.
         """
-        return _concatenate([run.kl_of_sites() for run in self._runs])
+        return _concatenate([divergences.kl_of_sites(run) for run in self._runs])
 
     def kl_of_dimensions(self) -> dict[str, Tensor]:
         """Return :attr:`kl` by latent and by its numbers, ``(K, B, *inner plates, *event)``.
@@ -203,7 +204,7 @@ class Terms:
             ValueError: the dimensions are not independent under both programs, or masked, or
                 scaled.
         """
-        return _concatenate([run.kl_of_dimensions() for run in self._runs])
+        return _concatenate([divergences.kl_of_dimensions(run) for run in self._runs])
 
     def log_guide_of_pairs(self) -> Tensor:
         r"""Return :math:`\log q(z_{kbd}|x_c)`, dimension by dimension, shape (K, B, B, D).
@@ -212,7 +213,7 @@ class Terms:
             ValueError: there is more than one local latent, or its dimensions are not independent.
             TypeError: it is no Gaussian under the guide.
         """
-        return torch.cat([run.log_guide_of_pairs() for run in self._runs])
+        return torch.cat([divergences.log_guide_of_pairs(run) for run in self._runs])
 
     def path(self, weights: Tensor) -> Tensor:
         r"""Return zeros with the gradient that weighted log-weights send along the samples.
@@ -256,7 +257,7 @@ class Terms:
     @cached_property
     def kl_global(self) -> Tensor:
         """What :attr:`kl` is, for the latents that all data share, shape (K,); zero if none."""
-        return torch.cat([run.kl(local=False) for run in self._runs])
+        return torch.cat([divergences.kl(run, local=False) for run in self._runs])
 
     @cached_property
     def score(self) -> Tensor | None:

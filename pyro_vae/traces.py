@@ -12,12 +12,11 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, Unit
+from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
 
 from pyro_vae.dreams import Dream
 from pyro_vae.enumeration import Enumeration, is_enumerated
@@ -28,8 +27,6 @@ from pyro_vae.sites import (
     Site,
     Unobserve,
     arranged,
-    base_distribution,
-    closed_form_kl,
     data_frame,
     own_scale,
     random_sites,
@@ -246,89 +243,12 @@ class PairTrace:
         for factor in factors:
             if factor.local is local:
                 total = factor.log_prob if total is None else total + factor.log_prob
-        return self._zeros(local) if total is None else total
+        return self.zeros(local) if total is None else total
 
     def score(self) -> Tensor:
         """Sum the unscaled log-densities of the local sites without a reparameterised sample."""
         factors = [f for f in self.guide.values() if f.local and not f.reparameterized]
-        return sum((f.unscaled for f in factors), self._zeros(local=True))
-
-    def kl(self, *, local: bool) -> Tensor:
-        """Sum log q - log p over the local (K, B) or global (K,) latents, see ``Terms.kl``."""
-        total = self._zeros(local)
-        for name, q in self.guide.items():
-            if q.local is local:
-                total = total + self._kl(name)
-        return total
-
-    def kl_of_sites(self) -> dict[str, Tensor]:
-        """Return log q - log p of each local latent (K, B), see ``Terms.kl_of_sites``."""
-        behind = [f.name for f in self.guide.values() if f.local and f.name not in self.latents]
-        names = [name for name in self.latents if self.model[name].local]
-        if behind and len(names) > 1:
-            raise ValueError(
-                f"the KL of each site is asked for, but the guide gives sites {names} one joint "
-                f"density, at {behind[0]!r}: build it with joint=False, or ask for no more than "
-                "the sum"
-            )
-        if behind:
-            return {names[0]: self.kl(local=True)}
-        return {name: self._kl(name) for name in names}
-
-    def kl_of_dimensions(self) -> dict[str, Tensor]:
-        """Return log q - log p of each number of each local latent, ``Terms.kl_of_dimensions``."""
-        found = {}
-        for name in self.latents:
-            q, p = self.guide[name], self.model[name]
-            if q.local:
-                q_each, p_each = self._each_dimension(q), self._each_dimension(p)
-                try:
-                    kl = kl_divergence(q_each, p_each)
-                except NotImplementedError:
-                    value = q.site["value"]
-                    kl = q_each.log_prob(value) - p_each.log_prob(value)
-                found[name] = self._arranged(kl, q.site)
-        return found
-
-    def log_guide_of_pairs(self) -> Tensor:
-        """Return log q of each number of each latent given each datum, ``Terms`` says more."""
-        names = [name for name in self.latents if self.guide[name].local]
-        if len(names) != 1:
-            raise ValueError(
-                "the aggregated posterior of a minibatch takes one latent site in the plate "
-                f'"data", got {names}: draw them as one'
-            )
-        q = self.guide[names[0]]
-        each = self._each_dimension(q)
-        if not isinstance(each, Normal):
-            raise TypeError(
-                f"the aggregated posterior of a minibatch takes Gaussians with independent "
-                f"dimensions, but latent site {names[0]!r} has {type(each).__name__} under the "
-                "guide: take AmortizedNormal"
-            )
-        value, loc, scale = (
-            self._arranged(v, q.site).reshape(self.num_particles, self.batch_size, -1)
-            for v in (q.site["value"], each.loc, each.scale)
-        )
-        return Normal(loc.unsqueeze(1), scale.unsqueeze(1)).log_prob(value.unsqueeze(2))
-
-    def _each_dimension(self, factor: Factor) -> Any:
-        """The distribution of each number of a latent, if they are independent."""
-        site = factor.site
-        each = base_distribution(site["fn"])
-        behind = [f.name for f in self.guide.values() if f.local and f.name not in self.latents]
-        if each.event_shape or behind or isinstance(each, Delta):
-            raise ValueError(
-                f"the KL of each dimension is asked for, but those of latent site {factor.name!r} "
-                "are not independent, or have no density, under both model and guide: take a "
-                "guide such as AmortizedNormal, or ask for the KL of the site"
-            )
-        if site["mask"] is not None or factor.scaled:
-            raise ValueError(
-                f"the KL of each dimension is asked for, but latent site {factor.name!r} is masked "
-                "or scaled: ask for the KL of the site"
-            )
-        return each
+        return sum((f.unscaled for f in factors), self.zeros(local=True))
 
     def _require_drawn(self) -> None:
         if self.averaged:
@@ -336,20 +256,6 @@ class PairTrace:
                 f"the guide enumerates site {self.averaged[0]!r}: what it draws has all its values "
                 "at once. Run the guide without infer={'enumerate': 'parallel'} there."
             )
-
-    def _kl(self, name: str) -> Tensor:
-        """The difference at a site of the guide, its expectation where that is known."""
-        # In another order, a closed form would hold fixed what depends on its site.
-        in_order = [each for each in self.guide if each in self.latents] == self.latents
-        q = self.guide[name]
-        if name not in self.latents:
-            return q.log_prob
-        p = self.model[name]
-        known = in_order and not self.enumerates  # else under an average
-        closed_form = closed_form_kl(q.site, p.site) if known else None
-        if closed_form is not None:
-            return self._reduce(closed_form, q.site)
-        return q.log_prob - p.log_prob
 
     def _enumerated(
         self, model: dict[str, Site], guide: dict[str, Site], plate_nesting: int
@@ -368,7 +274,7 @@ class PairTrace:
                 whole = scale_and_mask(log_prob, own_scale(site))
                 shape = torch.broadcast_shapes(whole.shape, (1,) * (width + enumeration.count))
                 rows = whole.expand(shape).flatten(end_dim=enumeration.count - 1)
-                reduced = torch.vmap(functools.partial(self._reduce, site=site))(rows)
+                reduced = torch.vmap(functools.partial(self.reduced, site=site))(rows)
                 found[name] = reduced.unflatten(0, shape[: enumeration.count])
                 if enumeration.varies(found[name]):
                     self._check_enumerated(site, name in enumeration.in_guide)
@@ -401,9 +307,9 @@ class PairTrace:
     def _factor(self, site: Site) -> Factor:
         log_prob = self._checked_log_prob(site)
         scaled = scale_and_mask(log_prob, own_scale(site))
-        unscaled = self._reduce(log_prob, site)
+        unscaled = self.reduced(log_prob, site)
         return Factor(
-            site, unscaled if scaled is log_prob else self._reduce(scaled, site), unscaled
+            site, unscaled if scaled is log_prob else self.reduced(scaled, site), unscaled
         )
 
     def _checked_log_prob(self, site: Site) -> Tensor:
@@ -430,17 +336,20 @@ class PairTrace:
 
     def _value(self, site: Site) -> Tensor:
         """Return a site's value with its dimensions in order: ``(K, B, *inner plates, *event)``."""
-        return self._arranged(site["value"], site)
+        return self.arranged(site["value"], site)
 
-    def _arranged(self, value: Tensor, site: Site) -> Tensor:
+    def arranged(self, value: Tensor, site: Site) -> Tensor:
+        """Return what a site has for each number of its value, see ``sites.arranged``."""
         return arranged(value, site, self.particle_dim)
 
-    def _reduce(self, log_prob: Tensor, site: Site) -> Tensor:
+    def reduced(self, log_prob: Tensor, site: Site) -> Tensor:
+        """Sum a site's log-densities to those of particle and datum."""
         return reduce_to_datum(
             log_prob, site, self.batch_size, self.particle_dim, self.num_particles
         )
 
-    def _zeros(self, local: bool) -> Tensor:
+    def zeros(self, local: bool) -> Tensor:
+        """Return zeros (K, B), or (K,) of what is global."""
         some = next(iter(self.model.values())).log_prob
         return some.new_zeros([self.num_particles, self.batch_size][: 2 if local else 1])
 

@@ -26,7 +26,8 @@ ALLOWED = {
     "datasets": set(),
     "priors": set(),
     "likelihoods": set(),
-    "terms": {"arguments", "dreams", "rules", "samples", "traces"},
+    "divergences": {"sites", "traces"},
+    "terms": {"arguments", "divergences", "dreams", "rules", "samples", "traces"},
     "models": {"sites"},
     "mixtures": {"implicit"},
     "flows": {"implicit", "nets"},
@@ -49,6 +50,7 @@ ALLOWED = {
 # Who may import what of the world outside, where that is a rule.
 TORCH_ONLY = {"implicit", "nets"}
 PYRO_AND_TORCH_ONLY = {
+    "divergences",
     "dreams",
     "enumeration",
     "samples",
