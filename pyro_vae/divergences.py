@@ -1,4 +1,4 @@
-"""log q - log p at the latents of a run: all of them, by site, by dimension; and log q of others."""
+"""log q - log p at the latents of a run, whole and in parts; and log q given other data."""
 
 from __future__ import annotations
 

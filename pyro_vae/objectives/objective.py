@@ -151,12 +151,19 @@ def gradient(
     """
     total = torch.zeros_like(terms.log_weight[0])
     if joint is not None:
-        total = total + _zero(joint.detach() * terms.log_joint)
+        total = total + _zero(_normal(joint) * terms.log_joint)
     if guide is not None:
-        total = total - _zero(guide.detach() * terms.log_guide)
+        total = total - _zero(_normal(guide) * terms.log_guide)
     if path is not None:
-        total = total + terms.path(path)
+        total = total + terms.path(_normal(path))
     return total
+
+
+def _normal(weights: Tensor) -> Tensor:
+    """Detach weights, and make those zero that would send denormal numbers back, which are slow."""
+    weights = weights.detach()
+    size = weights.abs()
+    return torch.where(size < 1e-21 * size.amax(0), 0.0, weights)
 
 
 def _zero(values: Tensor) -> Tensor:
