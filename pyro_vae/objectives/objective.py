@@ -106,6 +106,12 @@ class Objective(pyro.infer.ELBO):
         self.advance()
         return loss.detach()
 
+    def to(self, device: torch.device) -> None:
+        """Move what the objective remembers to a device; ``fit`` does, for captured steps."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+
     def advance(self) -> None:
         """Count a step of training; ``fit`` and ``loss_and_grads`` do."""
         self.step.add_(1)

@@ -22,7 +22,7 @@ from pyro_vae.capture import Capture, check_capture
 from pyro_vae.contract import check_pair, observes_columns_alone
 from pyro_vae.minibatches import Data, Minibatches
 from pyro_vae.modules import modules
-from pyro_vae.objectives import ELBO
+from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.progress import task
 from pyro_vae.seeding import seeded
 from pyro_vae.traces import PairTrace, Program
@@ -161,6 +161,8 @@ def fit(
             held_out = Minibatches(validation, batch_size, device=device, name="validation")
         for module in modules(model, guide):
             module.to(device)
+        if isinstance(objective, Objective):
+            objective.to(device)
         first = batches.first()
         with programs.evaluation_mode(model, guide):  # a look must not move running averages
             trace = check_pair(model, guide, first, batches.checked)
