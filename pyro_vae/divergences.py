@@ -26,9 +26,14 @@ def kl_of_sites(run: PairTrace) -> dict[str, Tensor]:
     """Return log q - log p of each local latent (K, B), see ``Terms.kl_of_sites``.
 
     Raises:
-        ValueError: the guide has one density for several of them.
+        ValueError: guide or model have one density for several of them.
     """
     names = [name for name in run.latents if run.model[name].local]
+    if together := [group for group in run.entangled if len(group) > 1]:
+        raise ValueError(
+            f"the KL of each site is asked for, but latents {together[0]} depend on one site that "
+            "was summed out of the model: their prior is a joint one"
+        )
     if (behind := _joint_density(run)) is None:
         return {name: _kl_of_site(run, name) for name in names}
     if len(names) > 1:
@@ -45,6 +50,11 @@ def kl_of_dimensions(run: PairTrace) -> dict[str, Tensor]:
     Raises:
         ValueError: the dimensions are not independent under both programs, or masked, or scaled.
     """
+    if run.entangled or run.averaged:
+        raise ValueError(
+            "the KL of each dimension is asked for, but latents depend on an enumerated site: ask "
+            "for the KL of the site"
+        )
     found = {}
     for name in run.latents:
         q, p = run.guide[name], run.model[name]

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import torch
 from pyro import poutine
-from pyro.distributions import Unit
+from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from pyro_vae.sites import (
     Site,
     Unobserve,
     arranged,
+    base_distribution,
     data_frame,
     own_scale,
     random_sites,
@@ -26,8 +26,6 @@ from pyro_vae.sites import (
 class Dream:
     """Latents and data that the model drew together, one for each datum of a minibatch.
 
-    No gradient reaches the model from them.
-
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
@@ -37,8 +35,7 @@ class Dream:
 
     def __init__(self, model: Callable, guide: Callable, args: tuple, kwargs: dict):
         self._guide, self._args, self._kwargs = guide, args, kwargs
-        with torch.no_grad():
-            trace = poutine.trace(Unobserve()(model)).get_trace(*args, **kwargs)
+        trace = poutine.trace(Unobserve()(model)).get_trace(*args, **kwargs)
         self._sites = {site["name"]: site for site in random_sites(trace)}
 
     @cached_property
@@ -53,14 +50,27 @@ class Dream:
     def log_guide(self) -> Tensor:
         r"""Return :math:`\log q(z|x)` of the latents, the guide seeing the data, shape (B,).
 
+        No gradient reaches the model.
+
         Raises:
-            ValueError: the model observes anything but its arguments as they are.
+            ValueError: the model observes anything but its arguments as they are, or the guide
+                cannot score latents that it did not draw.
         """
-        latents = {n: site["value"] for n, site in self._sites.items() if not _was_observed(site)}
+        latents = {
+            name: site["value"].detach()
+            for name, site in self._sites.items()
+            if not _was_observed(site)
+        }
         guide = poutine.condition(self._guide, data=latents)
         trace = poutine.trace(guide).get_trace(*self._dreamt_args(), **self._kwargs)
         total = 0.0
         for site in random_sites(trace):
+            drawn = not site["is_observed"] and not isinstance(site["fn"], Unit)
+            if drawn or isinstance(base_distribution(site["fn"]), Delta):
+                raise ValueError(
+                    f"the guide is to score latents that the model drew, but its site "
+                    f"{site['name']!r} is a point, or drawn in their place, as in Pyro's AutoGuides"
+                )
             if (frame := data_frame(site)) is not None:
                 log_prob = scale_and_mask(
                     site["fn"].log_prob(site["value"]), own_scale(site), site["mask"]
@@ -79,7 +89,7 @@ class Dream:
         for name, site in observed.items():
             for number, arg in enumerate(self._args):
                 if _is_same(site["infer"]["obs"], arg):
-                    args[number] = site["value"].reshape(arg.shape)
+                    args[number] = site["value"].detach().reshape(arg.shape)
                     taken.add(name)
         if missing := [name for name in observed if name not in taken]:
             raise ValueError(

@@ -8,6 +8,7 @@ summed out of p. In both cases what comes out has the shape that it has without 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -22,8 +23,8 @@ def is_enumerated(site: Site) -> bool:
     """Whether a site asks to be enumerated.
 
     Raises:
-        ValueError: in another way than in parallel, or the site stands elsewhere than in the plate
-            ``"data"``.
+        ValueError: in another way than in parallel and whole, or the site stands elsewhere than in
+            the plate ``"data"``.
     """
     how = (site["infer"] or {}).get("enumerate")
     if site["is_observed"] or how is None:
@@ -31,6 +32,11 @@ def is_enumerated(site: Site) -> bool:
     if how != "parallel":
         raise ValueError(
             f'site {site["name"]!r} asks for enumerate={how!r}: only "parallel" is known here'
+        )
+    if (site["infer"] or {}).get("num_samples") is not None:
+        raise ValueError(
+            f"site {site['name']!r} asks to be enumerated by num_samples draws; here all its "
+            "values are counted. Leave num_samples out, or enumerate out."
         )
     plates = [frame.name for frame in site["cond_indep_stack"] if frame.name != PARTICLE_PLATE]
     if plates != [DATA_PLATE]:
@@ -41,6 +47,23 @@ def is_enumerated(site: Site) -> bool:
     return True
 
 
+def masked(log_prob: Tensor, site: Site) -> Tensor:
+    """Return the density of a site, as that of an even choice where an enumerated one is masked.
+
+    It is summed over, and must sum to one there too.
+
+    Args:
+        log_prob: zero where it is masked.
+        site: any.
+    """
+    mask = site["mask"]
+    if mask is None or mask is True or not is_enumerated(site):
+        return log_prob
+    count = site["value"].shape[site["infer"]["_enumerate_dim"] - site["fn"].event_dim]
+    mask = torch.as_tensor(mask, device=log_prob.device)
+    return torch.where(mask, log_prob, -math.log(count))
+
+
 class Enumeration:
     """The enumerated sites of one run, and densities without them.
 
@@ -48,6 +71,14 @@ class Enumeration:
         model: the model's sites by name, after a run under Pyro's handler.
         guide: the guide's.
         width: how many batch dimensions the plates use, the particles' included.
+
+    Attributes:
+        in_guide: names of the enumerated sites that the guide has.
+        in_model: of those that it does not have.
+        entangled: groups of latents whose density depends on what was summed out of it.
+
+    Raises:
+        ValueError: two sites share a dimension.
     """
 
     def __init__(self, model: Mapping[str, Site], guide: Mapping[str, Site], width: int):
@@ -59,8 +90,14 @@ class Enumeration:
             for name, site in {**model, **guide}.items()
             if is_enumerated(site)
         }
+        if len(set(dims.values())) < len(dims):
+            raise ValueError(
+                f"enumerated sites {list(dims)} share a dimension, as under pyro.markov: they "
+                "cannot be told apart here. Use pyro.infer.TraceEnum_ELBO."
+            )
         self._guide_dims = [dims[name] for name in self.in_guide]
         self._model_dims = [dims[name] for name in self.in_model]
+        self.entangled: list[list[str]] = []
         self.count = max((-2 - dim for dim in dims.values()), default=0)
 
     def varies(self, table: Tensor) -> bool:
@@ -101,6 +138,7 @@ class Enumeration:
             observed = [n for n in group if n not in unobserved]
             prior = self._log_sum(tables[n] for n in unobserved)
             if latents:
+                self.entangled.append(latents)
                 result.update(dict.fromkeys(latents, torch.zeros_like(prior)))
                 result[latents[0]] = prior
             if observed:

@@ -130,7 +130,8 @@ def bind(model: Program, guide: Program, store: Store, trace: PairTrace) -> None
 def parameters(model: Program, guide: Program, trace: PairTrace) -> dict[str, list[torch.Tensor]]:
     """Return trainable tensors by program: those that a run met, and those of its own modules.
 
-    Where model and guide are methods of one module, what each depends on tells them apart.
+    Where both hold a parameter (methods of one module, a guide that keeps its model), what each
+    depends on tells whose it is.
 
     Returns:
         Of ``"model"`` and of ``"guide"``; one that both use stands in both.
@@ -141,13 +142,19 @@ def parameters(model: Program, guide: Program, trace: PairTrace) -> dict[str, li
         if isinstance(_owner(program), nn.Module):
             found |= dict.fromkeys(_owner(program).parameters())
         by_program[name] = [p for p in found if p.requires_grad]
-    if _owner(model) is _owner(guide) and isinstance(_owner(model), nn.Module):
-        both = list(dict.fromkeys([*by_program["model"], *by_program["guide"]]))
+    ids = set(map(id, by_program["guide"]))
+    if both := [p for p in by_program["model"] if id(p) in ids]:
         used = trace.depends_on(both)
-        unused = [p for p, *by in zip(both, *used.values(), strict=True) if not any(by)]
-        for name, flags in used.items():
-            found = [p for p, by in zip(both, flags, strict=True) if by]
-            by_program[name] = found + unused  # in this run: it may be a branch's
+        # One that neither depends on in this run may be a branch's: it stays with both.
+        whose = zip(both, used["model"], used["guide"], strict=True)
+        elsewhere = {"model": set(), "guide": set()}
+        for parameter, of_model, of_guide in whose:
+            if of_model != of_guide:
+                elsewhere["guide" if of_model else "model"].add(id(parameter))
+        by_program = {
+            name: [p for p in found if id(p) not in elsewhere[name]]
+            for name, found in by_program.items()
+        }
     return by_program
 
 

@@ -230,7 +230,11 @@ class Terms:
 
         Returns:
             Shape (B,). The gradient belongs to the sum over the data, not to each of them.
+
+        Raises:
+            ValueError: the terms were taken otherwise.
         """
+        self.require_held_samples("Terms.path")
         zeros = self.log_weight.new_zeros(self.log_weight.shape[1])
         samples = [pair for run in self._runs for pair in run.held_samples()]
         if not samples or not torch.is_grad_enabled():
@@ -370,6 +374,21 @@ class Terms:
                 f"{who} needs log-densities as they are, but site {self.scaled_sites[0]!r} is "
                 "scaled, by poutine.scale or by an inner plate that subsamples. A scale inside an "
                 "importance weight gives no bound on log p(x): remove it."
+            )
+
+    def require_held_samples(self, who: str) -> None:
+        """Refuse terms whose samples are not held fixed.
+
+        Args:
+            who: what needs them; it opens the message.
+
+        Raises:
+            ValueError: they were taken without ``hold_samples``.
+        """
+        if not self._first.holds_samples:
+            raise ValueError(
+                f"{who} needs terms at samples held fixed: pass hold_samples=True to "
+                "pyro_vae.terms, or set hold_samples = True in the class of the objective"
             )
 
     def require_reparameterized(self, who: str) -> None:

@@ -19,7 +19,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_vae.dreams import Dream
-from pyro_vae.enumeration import Enumeration, is_enumerated
+from pyro_vae.enumeration import Enumeration, is_enumerated, masked
 from pyro_vae.rules import check_agreement, check_event_shape, common_data_frame
 from pyro_vae.samples import HeldSamples, log_prob_of_draw
 from pyro_vae.sites import (
@@ -117,6 +117,7 @@ class PairTrace:
         kwargs = kwargs or {}
         self._pair, self._arguments = (model, guide), (args, kwargs)
         self.num_particles = num_particles
+        self.holds_samples = hold_samples
         self.particle_dim = None if num_particles == 1 else -1 - plate_nesting
         if self.particle_dim is not None:
             particles = pyro.plate(PARTICLE_PLATE, num_particles, dim=self.particle_dim)
@@ -137,6 +138,7 @@ class PairTrace:
         self.batch_size = frame.size
         self.scale = (frame.full_size or frame.size) / frame.size
         self.averaged: list[str] = []
+        self.entangled: list[list[str]] = []
         if enumerates:
             self.model, self.guide = self._enumerated(model_sites, guide_sites, plate_nesting)
         else:
@@ -224,6 +226,11 @@ class PairTrace:
     def predict(self) -> dict[str, Tensor]:
         """Draw the local observed sites anew: ``(K, B, *inner plates, *event)``."""
         self._require_drawn()
+        if self.entangled:
+            raise ValueError(
+                f"latent site {self.entangled[0][0]!r} depends on a site that was summed out, "
+                "which would have to be drawn given it: predict from a guide that samples both"
+            )
         sites = random_sites(self._replay_unobserved())
         return {
             site["name"]: self._value(site)
@@ -271,17 +278,18 @@ class PairTrace:
             found = {}
             for name, site in local.items():
                 log_prob = self._checked_log_prob(site)
-                whole = scale_and_mask(log_prob, own_scale(site))
+                whole = scale_and_mask(masked(log_prob, site), own_scale(site))
                 shape = torch.broadcast_shapes(whole.shape, (1,) * (width + enumeration.count))
                 rows = whole.expand(shape).flatten(end_dim=enumeration.count - 1)
                 reduced = torch.vmap(functools.partial(self.reduced, site=site))(rows)
                 found[name] = reduced.unflatten(0, shape[: enumeration.count])
                 if enumeration.varies(found[name]):
-                    self._check_enumerated(site, name in enumeration.in_guide)
+                    self._check_enumerated(site, of_guide=sites is guide)
             tables.append(found)
+        without = enumeration.without(*tables)
+        self.entangled = enumeration.entangled
         factors = []
-        for sites, found, others in zip((model, guide), enumeration.without(*tables), rest,
-                                        strict=True):  # fmt: skip
+        for sites, found, others in zip((model, guide), without, rest, strict=True):
             factors.append(others)
             for name, log_prob in found.items():
                 enumerated = name in enumeration.in_guide
@@ -289,7 +297,7 @@ class PairTrace:
         return factors[0], factors[1]
 
     @staticmethod
-    def _check_enumerated(site: Site, in_guide: bool) -> None:
+    def _check_enumerated(site: Site, *, of_guide: bool) -> None:
         """Refuse what a sum over values cannot hold."""
         scale = own_scale(site)
         if isinstance(scale, Tensor) or scale != 1.0:
@@ -297,7 +305,7 @@ class PairTrace:
                 f"site {site['name']!r} is scaled and depends on an enumerated site: a sum over "
                 "values cannot hold a scale. Remove it."
             )
-        sampled = not site["is_observed"] and not in_guide and not is_enumerated(site)
+        sampled = of_guide and not site["is_observed"] and not is_enumerated(site)
         if sampled and not getattr(site["fn"], "has_rsample", False):
             raise ValueError(
                 f"site {site['name']!r} has no reparameterised sample and depends on an enumerated "

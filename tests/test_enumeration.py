@@ -258,3 +258,115 @@ def test_what_enumeration_cannot_do_is_refused_by_name():
     scaled = [pyro.poutine.scale(program, scale=0.5) for program in (pair.model, pair.guide)]
     with pytest.raises(ValueError, match="is scaled and depends on an enumerated site"):
         o.ELBO().loss(*scaled, x)
+
+
+@pytest.mark.parametrize("in_guide", [True, False])
+def test_what_is_masked_counts_for_nothing(in_guide):
+    """A masked choice must sum to one too."""
+    x, mask = torch.randn(3), torch.tensor([True, False, True])
+    scale = nn.Parameter(torch.tensor(0.7))
+
+    def model(x):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.poutine.mask(mask=mask):
+                c = pyro.sample("c", dist.Categorical(torch.ones(4) / 4), infer=dict(ALL))
+                pyro.sample("y", dist.Normal(scale * c, 1.0), obs=x)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+            if in_guide:
+                with pyro.poutine.mask(mask=mask):
+                    logits = torch.arange(4.0).expand(3, 4)
+                    pyro.sample("c", dist.Categorical(logits=logits), infer=dict(ALL))
+
+    found = pv.terms(model, guide, x).log_weight[0]
+    of_x = dist.Normal(0.0, 2**0.5).log_prob(x)
+    log_p = torch.stack([dist.Normal(scale * c, 1.0).log_prob(x) for c in range(4)]) - math.log(4)
+    of_y = log_p.logsumexp(0)
+    if in_guide:
+        log_q = torch.arange(4.0).log_softmax(0).unsqueeze(-1)
+        of_y = (log_q.exp() * (log_p - log_q)).sum(0)
+    torch.testing.assert_close(found, of_x + torch.where(mask, of_y, 0.0))
+
+
+def test_values_that_q_excludes_count_for_nothing():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.ones(2) / 2), infer=dict(ALL))
+            low = torch.tensor([0.0, 5.0])[c]  # a value of one is outside of the second's support
+            pyro.sample("x", dist.Uniform(low, low + 2.0, validate_args=False), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            logits = torch.tensor([0.0, -math.inf]).expand(len(x), 2)
+            pyro.sample("c", dist.Categorical(logits=logits), infer=dict(ALL))
+
+    found = pv.terms(model, guide, torch.ones(3)).log_joint
+    torch.testing.assert_close(found, torch.full((1, 3), -2 * math.log(2)))
+
+
+def entangled():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.5), infer=dict(ALL))
+            a = pyro.sample("a", dist.Normal(10 * c - 5, 1.0))
+            b = pyro.sample("b", dist.Normal(c, 1.0))
+            pyro.sample("x", dist.Normal(a + b + c, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(x, 1.0))
+            pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    return model, guide, torch.randn(5)
+
+
+def test_latents_that_share_a_summed_out_parent():
+    model, guide, x = entangled()
+    with pytest.raises(ValueError, match="depends on a site that was summed out"):
+        pv.terms(model, guide, x).predict()
+    for per in ("site", "dimension"):
+        with pytest.raises(ValueError, match="the KL of each"):
+            o.FreeBits(0.5, per=per).loss(model, guide, x)
+    torch.manual_seed(1)
+    distance = o.InfoVAE(1.0, 1.0).loss(model, guide, x)
+    torch.manual_seed(1)
+    assert distance != -pv.terms(model, guide, x).log_likelihood.sum().item()
+
+
+def test_more_that_is_refused_by_name():
+    pair, x = Mixture(in_guide=True), torch.randn(6)
+    sampled = pyro.poutine.infer_config(pair.guide, lambda site: {"num_samples": 5})
+    with pytest.raises(ValueError, match="num_samples draws"):
+        o.ELBO().loss(pair.model, sampled, x)
+
+    def chain(x):
+        with pyro.plate("data", len(x)):
+            c = 0
+            for t in pyro.markov(range(4)):
+                probs = torch.tensor([0.3, 0.7])[torch.as_tensor(c).long()]
+                c = pyro.sample(f"c{t}", dist.Bernoulli(probs), infer=dict(ALL))
+            pyro.sample("x", dist.Normal(c, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=r"share a dimension, as under pyro\.markov"):
+        o.ELBO().loss(chain, lambda x: None, x)
+
+
+def test_a_sampled_latent_whose_prior_alone_is_summed():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.4), infer=dict(ALL))
+            d = pyro.sample("d", dist.Bernoulli(0.2 + 0.5 * c))
+            pyro.sample("x", dist.Normal(d, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("d", dist.Bernoulli(0.5))
+
+    t = pv.terms(model, guide, torch.randn(4))
+    d = t.samples["d"]
+    p = 0.6 * 0.2 + 0.4 * 0.7
+    torch.testing.assert_close(t.log_prior, dist.Bernoulli(p).log_prob(d))

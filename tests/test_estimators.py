@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import pyro_vae as pv
 from pyro_vae import objectives
 
 X = torch.tensor([0.8, -1.3], dtype=torch.float64)
@@ -293,3 +294,48 @@ def test_sleep_gradient_is_that_of_the_joint():
     for name, m, e in zip(truth, gradients.mean(0), error, strict=True):
         if truth[name] is not None:
             assert abs(m - truth[name]) < 4.5 * e, f"{name}: {m} ± {e}, expected {truth[name]}"
+
+
+def test_two_weights_of_the_guides_updates():
+    """Twice the sleep is twice its gradient."""
+    pair, found = Pair(), []
+    for sleep in (1.0, 2.0):
+        torch.manual_seed(7)
+        objective = objectives.ReweightedWakeSleep(2, wake=0.0, sleep=sleep)
+        loss = objective.differentiable_loss(pair.model, pair.guide, X)
+        found.append(pair.value_and_gradient(loss)["slope"])
+    assert found[1] == pytest.approx(2 * found[0], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("without", "with_baseline", "share"),
+    [
+        (objectives.ScoreFunction(4), objectives.ScoreFunction(4, "others"), 0.7),
+        (objectives.ScoreFunction(4), objectives.ScoreFunction(4, "average"), 0.9),
+    ],
+)
+def test_baselines_lower_the_variance(without, with_baseline, share):
+    torch.manual_seed(8)
+    pair = Pair()
+    variances = [sampled(pair, each, 100, 20).var(0)[3:].sum() for each in (without, with_baseline)]
+    assert variances[1] < share * variances[0]
+
+
+def test_vimco_written_out():
+    """The signal of each particle, at one draw of three of each datum."""
+    torch.manual_seed(9)
+    pair = Pair(reparameterized=False)
+    t = pv.terms(pair.model, pair.guide, X, num_particles=3)
+    bound = objectives.VIMCO(3).bound(t).sum()
+    log_w, log_q = t.log_weight, t.log_guide
+    total = log_mean(log_w).sum()
+    for k in range(3):
+        others = [j for j in range(3) if j != k]
+        mean = log_w[others].detach().mean(0)
+        replaced = torch.cat([log_w[others].detach(), mean.unsqueeze(0)])
+        signal = log_mean(log_w).detach() - log_mean(replaced)
+        total = total + (signal * (log_q[k] - log_q[k].detach())).sum()
+    found = torch.autograd.grad(bound, [*pair.parameters()], retain_graph=True)
+    expected = torch.autograd.grad(total, [*pair.parameters()])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(bound, total)

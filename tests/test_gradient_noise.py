@@ -154,3 +154,38 @@ def test_bad_arguments_are_refused(binary):
 
     with pytest.raises(ValueError, match="no parameters"):
         pv.gradient_noise(model, guide, binary, [o.ELBO()])
+
+
+def test_the_pair_and_the_objectives_stay_as_they_are(binary):
+    model, _ = make_pair()
+    encoder = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 8), nn.Tanh())
+    guide = pv.guides.AmortizedNormal(model, encoder)
+    guide(binary)
+    objective = o.ScoreFunction(1, "average")
+    before = encoder[0].running_mean.clone(), objective.average.clone()
+    pv.gradient_noise(model, guide, binary.numpy(), [objective], repeats=3)
+    assert torch.equal(encoder[0].running_mean, before[0])
+    assert torch.equal(objective.average, before[1])
+    with pytest.raises(TypeError, match="with a differentiable_loss"):
+        pv.gradient_noise(model, guide, binary, [pyro.infer.RenyiELBO()])
+
+
+def test_gradients_are_per_datum_whatever_the_scale_of_the_plate():
+    norms = []
+    for full in (None, 1000):
+        w = nn.Parameter(torch.tensor(1.0))
+
+        def model(x, full=full, w=w):
+            pyro.module("w", nn.ParameterList([w]))
+            with pyro.plate("data", full or len(x), subsample=x if full else None):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(w * z, 1.0), obs=x)
+
+        def guide(x, full=full):
+            with pyro.plate("data", full or len(x), subsample=x if full else None):
+                pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+        x = torch.linspace(-1, 1, 10)
+        noise = pv.gradient_noise(model, guide, x, {"": o.ELBO()}, repeats=20, seed=0)
+        norms.append(noise.table.norm["", "model"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)

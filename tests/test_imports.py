@@ -40,8 +40,8 @@ ALLOWED = {
     "contract": {"programs", "sites", "traces"},
     "training": {"arguments", "capture", "contract", "minibatches", "modules", "objectives",
                  "programs", "progress", "seeding", "sites", "traces"},
-    "evaluation": {"arguments", "capture", "contract", "minibatches", "programs", "progress",
-                   "seeding", "sites", "terms", "traces"},
+    "evaluation": {"arguments", "capture", "contract", "minibatches", "modules", "programs",
+                   "progress", "seeding", "sites", "terms", "traces"},
     "comparison": {"arguments", "contract", "evaluation", "minibatches", "programs", "progress",
                    "seeding", "terms", "traces", "training"},
     "cli": {"", "arguments", "progress", "seeding"},  # the front door

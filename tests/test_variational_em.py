@@ -210,3 +210,96 @@ def test_what_both_programs_use_moves_in_all_steps():
 def test_steps_and_rates_out_of_range_are_refused(options, message, binary):
     with pytest.raises(ValueError, match=message):
         pv.fit(*make_pair(), binary, progress=False, **options)
+
+
+class HoldsItsModel(nn.Module):
+    """A guide that keeps the model as a part of it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.encoder = model, nn.Linear(16, 2)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), 0.5).to_event(1))
+
+
+def under_one_name():
+    """Plain functions that both register one module."""
+    vae = nn.ModuleDict({"decoder": nn.Linear(2, 16), "encoder": nn.Linear(16, 2)})
+
+    def model(x):
+        pyro.module("vae", vae)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=vae["decoder"](z)).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("vae", vae)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(vae["encoder"](x), 0.5).to_event(1))
+
+    return model, guide, vae["decoder"], vae["encoder"]
+
+
+def guide_with_model():
+    model, _ = make_pair()
+    guide = HoldsItsModel(model)
+    return model, guide, model, guide.encoder
+
+
+@pytest.mark.parametrize("make", [under_one_name, guide_with_model])
+def test_parameters_that_both_hold_belong_to_the_one_that_depends_on_them(make, binary):
+    model, guide, decoder, encoder = make()
+    before = snapshot(decoder), snapshot(encoder)
+    pv.fit(model, guide, binary, epochs=1, batch_size=10, guide_steps=100, progress=False)
+    assert torch.equal(snapshot(decoder), before[0])
+    assert not torch.equal(snapshot(encoder), before[1])
+    before = snapshot(decoder), snapshot(encoder)
+    pv.fit(model, guide, binary, epochs=1, batch_size=50, progress=False,
+           learning_rate={"model": 1e-2, "guide": 1e-4})  # fmt: skip
+    assert (snapshot(decoder) - before[0]).abs().max().item() == pytest.approx(1e-2, rel=0.01)
+    assert (snapshot(encoder) - before[1]).abs().max().item() == pytest.approx(1e-4, rel=0.01)
+
+
+def test_parameters_made_later_have_the_fits_rate():
+    class Late(nn.Module):
+        def model(self, x):
+            loc = pyro.param("late", torch.tensor(0.0)) if self.training else torch.tensor(0.0)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z + loc, 1.0), obs=x)
+
+    late, scale = Late(), torch.tensor(0.5)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale))
+
+    for epochs in (1, 2):  # found at the end of the first, first moved in the second
+        pv.fit(late.model, guide, torch.full((20,), 5.0), epochs=epochs, batch_size=20,
+               learning_rate=0.1, seed=0, capture=False, progress=False)  # fmt: skip
+    with pv.parameter_store(late.model, guide):
+        assert pyro.param("late").item() > 0.09
+
+
+def test_only_what_moves_is_clipped():
+    """A large gradient of the model must not hold the guide back in its own step."""
+
+    def model(x):
+        w = pyro.param("w", torch.tensor(100.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(w, 0.01), obs=x + 0 * z)
+
+    def guide(x):
+        m = pyro.param("m", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(m, 1.0))
+
+    pv.fit(model, guide, torch.zeros(10), objective=pv.objectives.MeanFieldELBO(), epochs=1,
+           batch_size=10, guide_steps=5, clip_norm=10.0, progress=False,
+           optimizer=lambda p: torch.optim.SGD(p, lr=0.1))  # fmt: skip
+    with pv.parameter_store(model, guide):
+        assert pyro.param("m").item() == pytest.approx(0.9, abs=1e-5)

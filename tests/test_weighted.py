@@ -261,3 +261,53 @@ def test_kl_of_sites_and_dimensions(gaussian):
         exact = kl_divergence(q, torch.distributions.Normal(0.0, 1.0))
         torch.testing.assert_close(t.kl_of_dimensions()[name][0], exact)
         torch.testing.assert_close(t.kl_of_sites()[name][0], exact.reshape(5, -1).sum(-1))
+
+
+def test_parts_add_up_when_the_guide_draws_in_another_order():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            b = pyro.sample("b", dist.Normal(a, 1.0))
+            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            b = pyro.sample("b", dist.Normal(x / 2, 1.0))
+            pyro.sample("a", dist.Normal(b / 2, 1.0))
+
+    t = pv.terms(model, guide, torch.randn(5))
+    torch.testing.assert_close(sum(t.kl_of_dimensions().values()), t.kl)
+    torch.testing.assert_close(sum(t.kl_of_sites().values()), t.kl)
+
+
+def test_the_discrepancy_reaches_a_prior_that_is_learned():
+    loc = torch.tensor(3.0, requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.1))
+
+    loss = o.InfoVAE().differentiable_loss(model, guide, torch.randn(200))
+    (gradient,) = torch.autograd.grad(loss, loc)
+    assert gradient > 0  # the prior lies too far on the right
+
+
+def test_what_cannot_dream_is_refused(pair, binary):
+    model, _ = pair
+    guide = pyro.infer.autoguide.AutoNormal(model)
+    guide(binary)
+    with pytest.raises(ValueError, match="as in Pyro's AutoGuides"):
+        o.ReweightedWakeSleep(2, sleep=1.0).loss(model, guide, binary)
+
+
+def test_gradients_of_their_own_need_held_samples(pair, binary):
+    t = pv.terms(*pair, binary)
+    with pytest.raises(ValueError, match="set hold_samples = True"):
+        o.gradient(t, joint=torch.ones(1, 50))
+    with pytest.raises(ValueError, match="pass hold_samples=True"):
+        t.path(torch.ones(1, 50))

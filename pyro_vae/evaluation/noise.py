@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer
+from pyro_vae.modules import modules
 from pyro_vae.progress import task
 from pyro_vae.seeding import seeded
 from pyro_vae.traces import PairTrace, Program
@@ -169,29 +171,58 @@ def gradient_noise(
     if repeats < 2:
         raise ValueError("repeats must be at least 2 to show a variance, got 1")
     named = _named(objectives)
-    taken = named if reference is None else {**named, None: reference}
-    batch = tuple(x) if isinstance(x, (tuple, list)) else (x,)
-    with seeded(seed), programs.parameter_store(model, guide):
-        parameters = programs.parameters(model, guide, PairTrace(model, guide, batch))
+    taken = named if reference is None else {**named, **_named({None: reference})}
+    columns = x if isinstance(x, (tuple, list)) else (x,)
+    batch = tuple(torch.as_tensor(column) for column in columns)
+    with seeded(seed), programs.parameter_store(model, guide), _as_before(model, guide, taken):
+        trace = PairTrace(model, guide, batch)
+        count = trace.scale * len(batch[0])
+        parameters = programs.parameters(model, guide, trace)
         parameters = {program: found for program, found in parameters.items() if found}
         if not parameters:
             raise ValueError("model and guide have no parameters that require a gradient")
         with task(progress, description, len(taken) * repeats) as advance:
             moments = {
-                name: _moments(objective, (model, guide), batch, parameters, repeats, advance)
+                name: _moments(
+                    lambda objective=objective: (
+                        -objective.differentiable_loss(model, guide, *batch) / count
+                    ),
+                    parameters,
+                    repeats,
+                    advance,
+                )
                 for name, objective in taken.items()
             }
     return GradientNoise({name: moments[name] for name in named}, moments.get(None))
 
 
-def _moments(objective, pair, batch, parameters, repeats, advance) -> dict[str, Moments]:
-    """Run one objective; by Welford's update, so that no gradient is kept."""
+@contextlib.contextmanager
+def _as_before(model: Program, guide: Program, objectives: Mapping) -> Iterator[None]:
+    """Put back what runs change: buffers of modules, and what objectives remember."""
+    tensors = [b for module in modules(model, guide) for b in module.buffers()]
+    for objective in objectives.values():
+        tensors += [value for value in vars(objective).values() if isinstance(value, Tensor)]
+    saved = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, before in zip(tensors, saved, strict=True):
+            tensor.copy_(before)
+
+
+def _moments(
+    bound: Callable[[], Tensor],
+    parameters: dict[str, list[Tensor]],
+    repeats: int,
+    advance: Callable[[int], None],
+) -> dict[str, Moments]:
+    """Differentiate again and again; by Welford's update, so that no gradient is kept."""
     all_of_them = list(dict.fromkeys(p for found in parameters.values() for p in found))
     mean = [torch.zeros_like(p, dtype=torch.float64) for p in all_of_them]
     square = [torch.zeros_like(each) for each in mean]
     for number in range(1, repeats + 1):
-        loss = objective.differentiable_loss(*pair, *batch) / -len(batch[0])
-        for i, g in enumerate(torch.autograd.grad(loss, all_of_them, allow_unused=True)):
+        gradients = torch.autograd.grad(bound(), all_of_them, allow_unused=True)
+        for i, g in enumerate(gradients):
             away = (0.0 if g is None else g.double()) - mean[i]
             mean[i] += away / number
             square[i] += away * away * ((number - 1) / number)
@@ -220,8 +251,13 @@ def _named(objectives: Any) -> dict[str, pyro.infer.ELBO]:
     if not named:
         raise ValueError("objectives must hold at least one, got none")
     for _, objective in named:
-        if not isinstance(objective, pyro.infer.ELBO):
-            raise TypeError(f"an objective must be a pyro.infer.ELBO, got {objective!r}")
+        if not isinstance(objective, pyro.infer.ELBO) or not hasattr(
+            objective, "differentiable_loss"
+        ):
+            raise TypeError(
+                "an objective must be a pyro.infer.ELBO with a differentiable_loss, got "
+                f"{objective!r}"
+            )
     if len(dict(named)) < len(named):
         raise ValueError(
             f"two objectives have one name: {[name for name, _ in named]}. Pass a dict."

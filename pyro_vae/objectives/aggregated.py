@@ -135,8 +135,9 @@ class InfoVAE(Objective):
         bound = terms.log_likelihood.mean(0)
         if self.alpha != 1:
             bound = bound - (1 - self.alpha) * terms.kl.mean(0)
-        prior = _flat(terms.dream().latents.values())
-        samples = [_flat(each) for each in zip(*terms.samples.values(), strict=True)]
+        posterior, prior = terms.samples, terms.dream().latents
+        prior = _flat(prior[name] for name in posterior)
+        samples = [_flat(each) for each in zip(*posterior.values(), strict=True)]
         distances = [squared_mmd(each, prior) for each in samples]
         return bound - (self.alpha + self.scale - 1) * torch.stack(distances).mean()
 

@@ -34,7 +34,8 @@ class Objective(pyro.infer.ELBO):
 
     Attributes:
         hold_samples: whether the terms are taken at samples held fixed.
-        step: how many steps of training the objective has led; schedules are functions of it.
+        step: how many steps of training the objective has led; schedules are functions of it. A
+            second fit goes on counting: give it an objective of its own to begin anew.
 
     Raises:
         ValueError: ``num_particles`` is less than one.
@@ -154,7 +155,11 @@ def gradient(
 
     Returns:
         Shape (B,).
+
+    Raises:
+        ValueError: the terms were taken otherwise.
     """
+    terms.require_held_samples("objectives.gradient")
     total = torch.zeros_like(terms.log_weight[0])
     if joint is not None:
         total = total + _zero(_normal(joint) * terms.log_joint)

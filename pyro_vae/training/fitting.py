@@ -91,11 +91,12 @@ def fit(
         validation: held-out data, on which the loss is taken after each epoch at the same noise.
         epochs: passes over the data.
         batch_size: rows of a minibatch; a DataLoader brings its own.
-        learning_rate: of the default optimizer, Adam (fused); or ``{"model": ..., "guide": ...}``.
+        learning_rate: of the default optimizer, Adam (fused); or ``{"model": ..., "guide": ...}``,
+            the model's being that of what both use, or make later.
         guide_steps: alternate instead of moving all parameters in each step: so many steps of the
             guide alone (E-steps of variational EM; Neal & Hinton 1998), then ``model_steps`` of
-            the model alone (M-steps). What both use moves in all of them. 1 if only the other is
-            given.
+            the model alone (M-steps). What both use moves in all of them, and so do parameters
+            that the programs make later. 1 if only the other is given.
         model_steps: see ``guide_steps``.
         optimizer: makes another optimizer from the parameters.
         scheduler: makes a learning rate scheduler from the optimizer; it steps once an epoch.

@@ -68,8 +68,10 @@ class Trainer:
         if not self._parameters:
             raise ValueError("model and guide have no parameters that require a gradient")
         self._turns = _turns(parameters, alternation)
+        self._in_turns = len(set(alternation)) > 1
         if optimizer is None:
-            self._optimizer = Adam(_groups(parameters, learning_rate))
+            rate = learning_rate["model"] if isinstance(learning_rate, Mapping) else learning_rate
+            self._optimizer = Adam(_groups(parameters, learning_rate), lr=rate)
         else:
             self._optimizer = optimizer(self._parameters)
             if not isinstance(self._optimizer, torch.optim.Optimizer):
@@ -161,8 +163,13 @@ class Trainer:
         for parameter in self._parameters:
             parameter.grad = None  # its memory, still in the cache, serves the next gradient
         loss, *gradients = gradient(*selection)
+        if self._in_turns:
+            moving = [id(parameter) not in held for parameter in self._parameters]
+            gradients = [g if m else None for g, m in zip(gradients, moving, strict=True)]
+            if self._clip_norm is not None:
+                gradients = _clipped(gradients, self._clip_norm)
         for parameter, value in zip(self._parameters, gradients, strict=True):
-            parameter.grad = None if id(parameter) in held else value
+            parameter.grad = value
         return loss
 
     def _loss_and_gradients(self, *selection: Tensor) -> list[Tensor | None]:
@@ -170,7 +177,7 @@ class Trainer:
         with torch.enable_grad():
             loss = self._loss(self._batches.prepare(*selection))
             gradients = _gradients(loss, self._parameters)
-        if self._clip_norm is not None:
+        if self._clip_norm is not None and not self._in_turns:
             gradients = _clipped(gradients, self._clip_norm)
         return [loss.detach(), *gradients]
 
