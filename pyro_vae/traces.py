@@ -271,30 +271,38 @@ class PairTrace:
         width = plate_nesting + (self.particle_dim is not None)
         enumeration = Enumeration(model, guide, width)
         self.averaged = enumeration.in_guide
-        tables, rest = [], []
+        tables, plain = [], []
         for sites in (model, guide):
-            local = {n: site for n, site in sites.items() if data_frame(site) is not None}
-            rest.append({n: self._factor(site) for n, site in sites.items() if n not in local})
-            found = {}
-            for name, site in local.items():
-                log_prob = self._checked_log_prob(site)
-                whole = scale_and_mask(masked(log_prob, site), own_scale(site))
-                shape = torch.broadcast_shapes(whole.shape, (1,) * (width + enumeration.count))
-                rows = whole.expand(shape).flatten(end_dim=enumeration.count - 1)
-                reduced = torch.vmap(functools.partial(self.reduced, site=site))(rows)
-                found[name] = reduced.unflatten(0, shape[: enumeration.count])
-                if enumeration.varies(found[name]):
-                    self._check_enumerated(site, of_guide=sites is guide)
+            found, others = {}, {}
+            for name, site in sites.items():
+                table = self._table(site, width, enumeration.count)
+                if table is None or not (is_enumerated(site) or enumeration.varies(table)):
+                    others[name] = self._factor(site)
+                    continue
+                self._check_enumerated(site, of_guide=sites is guide)
+                found[name] = table
             tables.append(found)
-        without = enumeration.without(*tables)
-        self.entangled = enumeration.entangled
+            plain.append(others)
         factors = []
-        for sites, found, others in zip((model, guide), without, rest, strict=True):
-            factors.append(others)
+        for sites, found, others in zip(
+            (model, guide), enumeration.without(*tables), plain, strict=True
+        ):
             for name, log_prob in found.items():
                 enumerated = name in enumeration.in_guide
-                factors[-1][name] = Factor(sites[name], log_prob, log_prob, enumerated)
+                others[name] = Factor(sites[name], log_prob, log_prob, enumerated)
+            factors.append({name: others[name] for name in sites if name in others})
+        self.entangled = enumeration.entangled
         return factors[0], factors[1]
+
+    def _table(self, site: Site, width: int, count: int) -> Tensor | None:
+        """Return a local site's densities by enumerated values, particle and datum."""
+        if data_frame(site) is None:
+            return None
+        log_prob = masked(self._checked_log_prob(site), site)
+        shape = torch.broadcast_shapes(log_prob.shape, (1,) * (width + count))
+        rows = log_prob.expand(shape).flatten(end_dim=count - 1)
+        reduced = torch.vmap(functools.partial(self.reduced, site=site))(rows)
+        return reduced.unflatten(0, shape[:count])
 
     @staticmethod
     def _check_enumerated(site: Site, *, of_guide: bool) -> None:

@@ -370,3 +370,23 @@ def test_a_sampled_latent_whose_prior_alone_is_summed():
     d = t.samples["d"]
     p = 0.6 * 0.2 + 0.4 * 0.7
     torch.testing.assert_close(t.log_prior, dist.Bernoulli(p).log_prob(d))
+
+
+def test_what_does_not_depend_on_enumerated_values_is_as_ever():
+    """A scaled discrete site beside them: its score has no scale."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.4), infer=dict(ALL))
+            with pyro.poutine.scale(scale=0.5):
+                pyro.sample("d", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(c, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=0.5):
+            pyro.sample("d", dist.Bernoulli(0.8))
+
+    t = pv.terms(model, guide, torch.randn(4), num_particles=3)
+    log_q = dist.Bernoulli(0.8).log_prob(t.samples["d"])
+    torch.testing.assert_close(t.score, log_q)
+    torch.testing.assert_close(t.log_guide, 0.5 * log_q)
