@@ -1,10 +1,12 @@
-"""Runs the Python code of README.md and docs/, and seeds every test and docstring example."""
+"""Runs the Python code of README.md and docs/; seeds every test and docstring example."""
 
 import pyro
 import pytest
 import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+torch.set_num_threads(1)  # tests are of small tensors: threads would wait for one another
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],

@@ -48,7 +48,7 @@ def test_bounds_are_ordered_and_close_on_the_evidence():
     torch.manual_seed(0)
     weight = torch.tensor([[1.0, 0.6], [0.3, 1.0], [0.8, 0.5]])
     oracle = LinearGaussian(weight=weight, noise=0.3)
-    x = oracle.sample(30_000)
+    x = oracle.sample(15_000)
     chain = [
         o.ELBO(1),
         o.CIWAE(0.5, 8),
