@@ -4,7 +4,7 @@ python examples/signal_to_noise.py                # a minute or two on two cores
 python examples/signal_to_noise.py --particles 1 10 --repeats 20
 
 The model is linear and Gaussian, with weights a little away from the optimum, as in the paper's
-section 5.1. The guide is wider than the posterior, so that all moments of the weights exist.
+experiment. The guide is wider than the posterior, so that all moments of the weights exist.
 """
 
 import argparse

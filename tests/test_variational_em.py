@@ -37,7 +37,7 @@ class Linear(nn.Module):
 
     @torch.no_grad()
     def e_step(self):
-        """Set q to the posterior (Tipping & Bishop 1999, eq. 25-26)."""
+        """Set q to the posterior (Tipping & Bishop 1999, eq. 25)."""
         s2, eye = self.log_s2.exp(), torch.eye(self.weight.shape[1], dtype=self.weight.dtype)
         m = self.weight.T @ self.weight + s2 * eye
         self.v.copy_(torch.linalg.solve(m, self.weight.T))
@@ -57,7 +57,7 @@ class Linear(nn.Module):
 
 
 def maximum_likelihood(x, d=2):
-    """W W' and s2 from the eigenvalues of the covariance (Tipping & Bishop 1999, eq. 7-8)."""
+    """W W' and s2 from the eigenvalues of the covariance (Tipping & Bishop 1999)."""
     values, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))
     s2 = values[:-d].mean()
     top = vectors[:, -d:]

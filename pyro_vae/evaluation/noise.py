@@ -43,7 +43,7 @@ class Moments:
     def signal_to_noise(self) -> float:
         r""":math:`|\mathbb{E}\,g_p| / \mathrm{sd}(g_p)`, averaged over the parameters that vary.
 
-        Rainforth et al. (2018, eq. 5). The noise of the estimated mean adds some
+        Rainforth et al. (2018, eq. 4). The noise of the estimated mean adds some
         :math:`\sqrt{2 / \pi R}` where there is no signal.
         """
         varies = self.variance > 0

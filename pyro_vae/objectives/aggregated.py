@@ -22,7 +22,7 @@ class BetaTCVAE(Objective):
         + \underbrace{\sum_j \mathrm{KL}(q(z_j) \| p(z_j))}_\gamma
 
     averaged over the data; the second is the total correlation. q(z) and q(z_j) at a sample of
-    datum b are estimated from the B data of the minibatch, stratified (appendix C): datum b itself
+    datum b are estimated from the B data of the minibatch, stratified (its appendix): datum b itself
     stands for one of the N data, the others for the rest. That is unbiased for q(z), and biased for
     its logarithm; the three parts add up to the KL all the same.
 
@@ -99,7 +99,7 @@ class InfoVAE(Objective):
         \frac1K \sum_k \log p(x|z_k) - (1 - \alpha) \, \mathrm{KL}(q(z|x) \| p(z))
         - (\alpha + \lambda - 1) \, \mathrm{MMD}^2(q(z), p(z))
 
-    (Zhao et al. 2019, eq. 6). At :math:`\alpha = 1` no KL is left: the Wasserstein autoencoder with
+    (Zhao et al. 2019). At :math:`\alpha = 1` no KL is left: the Wasserstein autoencoder with
     the MMD penalty (Tolstikhin et al. 2018, algorithm 2), for which a point as posterior will do.
     The MMD is the unbiased estimate from the minibatch's samples and as many of the model's prior,
     with the sum of the inverse multiquadratic kernels :math:`C / (C + \|z - z'\|^2)` for

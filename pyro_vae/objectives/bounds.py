@@ -113,7 +113,7 @@ class IWAE(Objective):
 
 
 class MIWAE(Objective):
-    r"""The average of M importance-weighted bounds (Rainforth et al. 2018, eq. 10).
+    r"""The average of M importance-weighted bounds (Rainforth et al. 2018).
 
     .. math::
         \mathcal{L}_{M,K}(x) = \frac1M \sum_{m=1}^M
@@ -147,7 +147,7 @@ class MIWAE(Objective):
 
 
 class CIWAE(Objective):
-    r"""Between ELBO and IWAE, on the same particles (Rainforth et al. 2018, eq. 12).
+    r"""Between ELBO and IWAE, on the same particles (Rainforth et al. 2018).
 
     .. math::
         \beta \, \mathcal{L}_{\mathrm{ELBO}}(x) + (1 - \beta) \, \mathcal{L}_K(x)
@@ -176,7 +176,7 @@ class CIWAE(Objective):
 
 
 class Renyi(Objective):
-    r"""The variational Renyi bound (Li & Turner 2016, eq. 8).
+    r"""The variational Renyi bound (Li & Turner 2016, eq. 5).
 
     .. math::
         \mathcal{L}_\alpha(x) = \frac{1}{1-\alpha} \log \frac1K \sum_{k=1}^K

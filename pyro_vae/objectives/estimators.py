@@ -18,7 +18,7 @@ from pyro_vae.terms import Terms
 
 
 class StickingTheLanding(Objective):
-    r"""The ELBO with the path derivative (Roeder et al. 2017, eq. 8): a = c = 1/K, b = 0.
+    r"""The ELBO with the path derivative (Roeder et al. 2017): a = c = 1/K, b = 0.
 
     What is left out of the reparameterised gradient, the score of log q at fixed samples, is zero
     on average; without it the gradient has no variance once q is the posterior.
@@ -43,7 +43,7 @@ class StickingTheLanding(Objective):
 
 
 class DReG(Objective):
-    r"""The IWAE bound with the doubly reparameterised gradient (Tucker et al. 2019, eq. 8).
+    r"""The IWAE bound with the doubly reparameterised gradient (Tucker et al. 2019).
 
     The weights are a = :math:`\tilde w`, b = 0, c = :math:`\tilde w^2`, where
     :math:`\tilde w_k = w_k / \sum_j w_j`. The guide's gradient is unbiased, and its signal does not
@@ -69,7 +69,7 @@ class DReG(Objective):
 
 
 class PIWAE(MIWAE):
-    r"""One bound for the model, another for the guide (Rainforth et al. 2018, sec. 4).
+    r"""One bound for the model, another for the guide (Rainforth et al. 2018).
 
     The model ascends the IWAE bound of all M times K particles, which is the tighter one; the guide
     ascends :class:`MIWAE`, whose gradient has the better signal. The value is the former's.
@@ -97,7 +97,7 @@ class PIWAE(MIWAE):
 
 
 class CUBO(Objective):
-    r"""The chi upper bound on the evidence (Dieng et al. 2017, eq. 4), which the guide lowers.
+    r"""The chi upper bound on the evidence (Dieng et al. 2017), which the guide lowers.
 
     .. math::
         \mathcal{U}_n(x) = \frac1n \log \mathbb{E}_q\left[ \left(
@@ -137,7 +137,7 @@ class CUBO(Objective):
 
 
 class TVO(Objective):
-    r"""The thermodynamic variational objective (Masrani et al. 2019, eq. 9).
+    r"""The thermodynamic variational objective (Masrani et al. 2019).
 
     .. math::
         \mathcal{L}(x) = \sum_{s=1}^S (\beta_s - \beta_{s-1}) \,
@@ -146,7 +146,7 @@ class TVO(Objective):
 
     It is the left Riemann sum of :math:`\log p(x) = \int_0^1 \mathbb{E}_{\pi_\beta}[\log w]
     d\beta`; its first term alone is the ELBO. The expectations weigh the same K particles by
-    :math:`w^\beta`. The gradient is the covariance of the paper's eq. 12, so the guide's samples
+    :math:`w^\beta`. The gradient is the paper's, a covariance under these weights, so the guide's samples
     need not be reparameterised.
 
     Args:
@@ -253,7 +253,7 @@ class ScoreFunction(Objective):
 
 
 class VIMCO(Objective):
-    r"""The IWAE bound for latents without a reparameterised sample (Mnih & Rezende 2016, eq. 9-10).
+    r"""The IWAE bound for latents without a reparameterised sample (Mnih & Rezende 2016, eq. 9).
 
     .. math::
         \sum_k \left( \hat L - \hat L_{-k} \right) \nabla_\phi \log q(z_k|x)
@@ -289,7 +289,7 @@ class VIMCO(Objective):
 
 
 class ReweightedWakeSleep(Objective):
-    r"""Wake and sleep, with importance weights (Bornschein & Bengio 2015, eq. 5-9).
+    r"""Wake and sleep, with importance weights (Bornschein & Bengio 2015).
 
     The model ascends the IWAE bound (wake :math:`\theta`: a = :math:`\tilde w`). The guide lowers
     the divergence from the posterior to itself, by ascending log q at samples of the posterior:

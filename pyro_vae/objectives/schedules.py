@@ -67,7 +67,7 @@ class Linear(Schedule):
 
 
 class Cyclical(Schedule):
-    """Rises linearly, stays, and begins again (Fu et al. 2019, eq. 6-7).
+    """Rises linearly, stays, and begins again (Fu et al. 2019).
 
     Args:
         period: steps of a cycle.
