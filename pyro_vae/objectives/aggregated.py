@@ -22,7 +22,7 @@ class BetaTCVAE(Objective):
         + \underbrace{\sum_j \mathrm{KL}(q(z_j) \| p(z_j))}_\gamma
 
     averaged over the data; the second is the total correlation. q(z) and q(z_j) at a sample of
-    datum b are estimated from the B data of the minibatch, stratified (its appendix): datum b itself
+    datum b are estimated from the B data of the minibatch, stratified (appendix): datum b itself
     stands for one of the N data, the others for the rest. That is unbiased for q(z), and biased for
     its logarithm; the three parts add up to the KL all the same.
 

@@ -146,8 +146,8 @@ class TVO(Objective):
 
     It is the left Riemann sum of :math:`\log p(x) = \int_0^1 \mathbb{E}_{\pi_\beta}[\log w]
     d\beta`; its first term alone is the ELBO. The expectations weigh the same K particles by
-    :math:`w^\beta`. The gradient is the paper's, a covariance under these weights, so the guide's samples
-    need not be reparameterised.
+    :math:`w^\beta`. The gradient is the paper's, a covariance under these weights, so the guide's
+    samples need not be reparameterised.
 
     Args:
         num_particles: K, at least 2.
