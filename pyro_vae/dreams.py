@@ -24,7 +24,7 @@ from pyro_vae.sites import (
 
 
 class Dream:
-    """Latents and data that the model drew together, one for each datum of a minibatch.
+    """Latents, or latents and data together, drawn by the model for each datum of a minibatch.
 
     Args:
         model: program of p(x, z).
@@ -34,18 +34,26 @@ class Dream:
     """
 
     def __init__(self, model: Callable, guide: Callable, args: tuple, kwargs: dict):
-        self._guide, self._args, self._kwargs = guide, args, kwargs
-        trace = poutine.trace(Unobserve()(model)).get_trace(*args, **kwargs)
-        self._sites = {site["name"]: site for site in random_sites(trace)}
+        self._model, self._guide = model, guide
+        self._args, self._kwargs = args, kwargs
 
     @cached_property
     def latents(self) -> dict[str, Tensor]:
         """The latents of the plate ``"data"``, each ``(B, *inner plates, *event)``."""
         return {
             name: arranged(site["value"], site, None)[0]
-            for name, site in self._sites.items()
-            if not _was_observed(site) and data_frame(site) is not None
+            for name, site in self._run(self._model).items()
+            if not site["is_observed"] and data_frame(site) is not None
         }
+
+    @cached_property
+    def _sites(self) -> dict[str, Site]:
+        """Latents, and data from these."""
+        return self._run(Unobserve()(self._model))
+
+    def _run(self, model: Callable) -> dict[str, Site]:
+        trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
+        return {site["name"]: site for site in random_sites(trace)}
 
     def log_guide(self) -> Tensor:
         r"""Return :math:`\log q(z|x)` of the latents, the guide seeing the data, shape (B,).

@@ -231,7 +231,7 @@ class ScoreFunction(Objective):
         if baseline == "others" and num_particles < 2:
             raise ValueError("baseline 'others' needs num_particles of at least 2, got 1")
         self.baseline = baseline
-        self.average = torch.zeros(())
+        self.average = torch.zeros((), dtype=torch.float64)
 
     def bound(self, terms: Terms) -> Tensor:
         """Average the log-weights over the particles."""
