@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import TransformedDistribution
 from torch.distributions.transforms import Transform
-from torch.distributions.utils import _sum_rightmost
 
 from pyro_vae.implicit import implicit
 from pyro_vae.sites import Site, base_distribution
@@ -102,10 +102,10 @@ def log_prob_of_draw(distribution, drawn: Tensor, held: Tensor) -> Tensor:
         event_dim += transform.domain.event_dim - transform.codomain.event_dim
         # A new call: some of these transforms know the determinant of their last one alone.
         change = transform.log_abs_det_jacobian(held, transform(held))
-        log_prob = log_prob - _sum_rightmost(change, event_dim - transform.domain.event_dim)
+        log_prob = log_prob - sum_rightmost(change, event_dim - transform.domain.event_dim)
     base = flow.base_dist
-    log_prob = log_prob + _sum_rightmost(base.log_prob(held), event_dim - len(base.event_shape))
-    return _sum_rightmost(log_prob, log_prob.dim() - len(distribution.batch_shape))
+    log_prob = log_prob + sum_rightmost(base.log_prob(held), event_dim - len(base.event_shape))
+    return sum_rightmost(log_prob, log_prob.dim() - len(distribution.batch_shape))
 
 
 def _preimage(transform: Transform, known: Tensor, image: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ class Terms:
         """Return :attr:`kl` by latent of the plate ``"data"``, each (K, B).
 
         Raises:
-            ValueError: the guide has one density for several of them.
+            ValueError: the guide or the model has one density for several of them.
         """
         return _concatenate([divergences.kl_of_sites(run) for run in self._runs])
 

@@ -19,7 +19,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_vae.dreams import Dream
-from pyro_vae.enumeration import Enumeration, is_enumerated, masked
+from pyro_vae.enumeration import Enumeration, even_where_masked, is_enumerated
 from pyro_vae.rules import check_agreement, check_event_shape, common_data_frame
 from pyro_vae.samples import HeldSamples, log_prob_of_draw
 from pyro_vae.sites import (
@@ -298,7 +298,7 @@ class PairTrace:
         """Return a local site's densities by enumerated values, particle and datum."""
         if data_frame(site) is None:
             return None
-        log_prob = masked(self._checked_log_prob(site), site)
+        log_prob = even_where_masked(self._checked_log_prob(site), site)
         shape = torch.broadcast_shapes(log_prob.shape, (1,) * (width + count))
         rows = log_prob.expand(shape).flatten(end_dim=count - 1)
         reduced = torch.vmap(functools.partial(self.reduced, site=site))(rows)

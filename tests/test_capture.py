@@ -191,10 +191,6 @@ def test_captured_steps_of_every_objective(objective, binary, without_compiler):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", MORE_OBJECTIVES, ids=str)
 def test_compiled_steps_of_every_objective(objective, binary):
-    if getattr(
-        objective, "sleep", 0.0
-    ):  # compiled in float64 it is found to differ, and runs eagerly
-        objective = pv.objectives.ReweightedWakeSleep(2)
     check_same(starting_anew(make_pair, objective), binary, double=True, objective=objective)
 
 

@@ -46,6 +46,20 @@ def test_a_product_with_a_bias_is_the_same_taken_apart(factors):
     torch.testing.assert_close(y, torch.addmm(bias, a, b, **factors))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_binary_draws_are_torchs(dtype):
+    """Values, and the numbers that come after them; transposed probabilities too."""
+    for p in (torch.rand(40, 7, dtype=dtype), torch.rand(7, 40, dtype=dtype).T):
+        graph = rewrite(make_fx(torch.bernoulli)(p), [p])
+        assert "bernoulli" not in graph.code
+        draws = []
+        for draw in (torch.bernoulli, graph):
+            torch.manual_seed(0)
+            draws.append((draw(p), torch.rand(3)))
+        assert torch.equal(draws[0][0], draws[1][0])
+        assert torch.equal(draws[0][1], draws[1][1])
+
+
 def test_what_is_written_is_still_written():
     count, x = torch.zeros(()), torch.randn(4)
 

@@ -263,23 +263,6 @@ def test_kl_of_sites_and_dimensions(gaussian):
         torch.testing.assert_close(t.kl_of_sites()[name][0], exact.reshape(5, -1).sum(-1))
 
 
-def test_parts_add_up_when_the_guide_draws_in_another_order():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            a = pyro.sample("a", dist.Normal(0.0, 1.0))
-            b = pyro.sample("b", dist.Normal(a, 1.0))
-            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            b = pyro.sample("b", dist.Normal(x / 2, 1.0))
-            pyro.sample("a", dist.Normal(b / 2, 1.0))
-
-    t = pv.terms(model, guide, torch.randn(5))
-    torch.testing.assert_close(sum(t.kl_of_dimensions().values()), t.kl)
-    torch.testing.assert_close(sum(t.kl_of_sites().values()), t.kl)
-
-
 def test_the_discrepancy_reaches_a_prior_that_is_learned():
     loc = torch.tensor(3.0, requires_grad=True)
 

@@ -1,4 +1,4 @@
-"""Operations in the form that torch's compiler makes fast code of, on a CPU."""
+"""Operations in the form that torch's compiler makes fast code of, or the same, on a CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rewrite(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
         graph: of ATen operations.
         inputs: of the graph; only their shapes and types are looked at.
     """
-    return make_fx(graph, decomposition_table=_FASTER, tracing_mode="fake")(*inputs)
+    return make_fx(graph, decomposition_table=_REWRITTEN, tracing_mode="fake")(*inputs)
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta=1, alpha=1) -> Tensor:
@@ -46,4 +46,15 @@ def _tanh(x: Tensor) -> Tensor:
     return torch.where(size < 0.3, x * series, ((1 - e) / (1 + e)).copysign(x))
 
 
-_FASTER = {aten.addmm.default: _addmm, aten.tanh.default: _tanh}
+def _bernoulli(p: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """Draw as torch does: by uniform numbers of p's own type. The compiler's are float32."""
+    if generator is not None or p.dtype not in (torch.float32, torch.float64):
+        return NotImplemented
+    return (torch.rand(p.shape, dtype=p.dtype, device=p.device) < p).to(p.dtype)
+
+
+_REWRITTEN = {
+    aten.addmm.default: _addmm,
+    aten.bernoulli.default: _bernoulli,
+    aten.tanh.default: _tanh,
+}

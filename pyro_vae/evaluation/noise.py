@@ -43,7 +43,7 @@ class Moments:
     def signal_to_noise(self) -> float:
         r""":math:`|\mathbb{E}\,g_p| / \mathrm{sd}(g_p)`, averaged over the parameters that vary.
 
-        Rainforth et al. (2018, eq. 4). The noise of the estimated mean adds some
+        Rainforth et al. (2018). The noise of the estimated mean adds some
         :math:`\sqrt{2 / \pi R}` where there is no signal.
         """
         varies = self.variance > 0
@@ -241,19 +241,13 @@ def _moments(
 def _named(objectives: Any) -> dict[str, pyro.infer.ELBO]:
     if isinstance(objectives, pyro.infer.ELBO):
         objectives = [objectives]
-    named = [
-        *(
-            objectives.items()
-            if isinstance(objectives, Mapping)
-            else ((str(o), o) for o in objectives)
-        )
-    ]
+    by_name = isinstance(objectives, Mapping)
+    named = list(objectives.items()) if by_name else [(str(each), each) for each in objectives]
     if not named:
         raise ValueError("objectives must hold at least one, got none")
     for _, objective in named:
-        if not isinstance(objective, pyro.infer.ELBO) or not hasattr(
-            objective, "differentiable_loss"
-        ):
+        known = isinstance(objective, pyro.infer.ELBO)
+        if not known or not hasattr(objective, "differentiable_loss"):
             raise TypeError(
                 "an objective must be a pyro.infer.ELBO with a differentiable_loss, got "
                 f"{objective!r}"

@@ -162,15 +162,15 @@ def gradient(
     terms.require_held_samples("objectives.gradient")
     total = torch.zeros_like(terms.log_weight[0])
     if joint is not None:
-        total = total + _zero(_normal(joint) * terms.log_joint)
+        total = total + _zero(_without_denormals(joint) * terms.log_joint)
     if guide is not None:
-        total = total - _zero(_normal(guide) * terms.log_guide)
+        total = total - _zero(_without_denormals(guide) * terms.log_guide)
     if path is not None:
-        total = total + terms.path(_normal(path))
+        total = total + terms.path(_without_denormals(path))
     return total
 
 
-def _normal(weights: Tensor) -> Tensor:
+def _without_denormals(weights: Tensor) -> Tensor:
     """Detach weights, and make those zero that would send denormal numbers back, which are slow."""
     weights = weights.detach()
     size = weights.abs()
