@@ -1,4 +1,4 @@
-"""Networks: tensors in, tensors out. They know no site, no plate and no distribution."""
+"""Networks of dense layers."""
 
 from __future__ import annotations
 

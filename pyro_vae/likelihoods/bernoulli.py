@@ -1,4 +1,4 @@
-"""Likelihoods: called on z, each gives the distribution p(x|z), its decoder inside."""
+"""Binary data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models: Pyro programs of p(x, z), each a generative story to be read from top to bottom."""
+"""The model of a VAE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Priors: called without arguments, each gives the distribution p(z) of one datum."""
+"""The standard normal prior."""
 
 from __future__ import annotations
 
