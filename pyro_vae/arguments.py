@@ -7,31 +7,31 @@ import numbers
 from typing import Any
 
 
-def positive_integer(name: str, value: Any) -> int:
-    """Return a whole number of at least one.
+def positive_integer(name: str, value: Any, least: int = 1) -> int:
+    """Return a whole number of at least one, or of at least some other.
 
     Raises:
         TypeError: it is no whole number.
-        ValueError: it is less than one.
+        ValueError: it is less.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
 
 
 def positive_number(name: str, value: Any) -> float:
-    """Return a number above zero.
+    """Return a finite number above zero.
 
     Raises:
         TypeError: it is no number.
-        ValueError: it is not above zero, or is NaN.
+        ValueError: it is not above zero, or infinite, or NaN.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
     return float(value)
 
 

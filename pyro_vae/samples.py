@@ -25,7 +25,8 @@ from pyro_vae.sites import Site, base_distribution
 class HeldSamples(Messenger):
     """Hands a copy of every reparameterised sample on to the program, and keeps both.
 
-    Enter it before ``poutine.trace``, which then records the copies.
+    Enter it before ``poutine.trace``, which then records the copies. A distribution that draws
+    nothing (``deterministic``, as the image of a flow's layer is) hands on what it is.
 
     Attributes:
         drawn: by site, the sample with its way back to the parameters.
@@ -41,6 +42,8 @@ class HeldSamples(Messenger):
         reparameterized = getattr(msg["fn"], "has_rsample", False)
         if msg["is_observed"] or not reparameterized or site_is_subsample(msg):
             return
+        if getattr(msg["fn"], "deterministic", False):
+            return  # nothing was drawn: a function of parameters, and of samples before it
         self.drawn[msg["name"]] = msg["value"]
         msg["value"] = self.held[msg["name"]] = msg["value"].detach().clone().requires_grad_()
 

@@ -239,3 +239,25 @@ def test_one_bit_of_mnist(data_folder, tmp_path):
     (tmp_path / "mnist" / name).write_bytes(gzip.compress(flip(content), 1))
     with pytest.raises(ValueError, match=f"{name} is not the file it should be"):
         pv.datasets.load("mnist", folder=tmp_path)
+
+
+def test_labels_are_of_their_rows():
+    """A digit is nearest to the mean of its class, most often."""
+    data, labels = pv.datasets.load("digits", binarize="none"), pv.datasets.load_labels("digits")
+    means = torch.stack([data.train[labels.train == c].mean(0) for c in range(10)])
+    for rows, classes in ((data.test, labels.test), (data.validation, labels.validation)):
+        nearest = torch.cdist(rows, means).argmin(1)
+        assert (nearest == classes).double().mean() > 0.8
+    with pytest.raises(ValueError, match="no labels of 'freyfaces': expected one of digits"):
+        pv.datasets.load_labels("freyfaces")
+
+
+def test_labels_of_mnist(data_folder):
+    labels = pv.datasets.load_labels("mnist", folder=data_folder)
+    images = pv.datasets.load("mnist", binarize="none", folder=data_folder).test
+    assert [len(part) for part in (labels.train, labels.validation, labels.test)] == [
+        *(50_000, 10_000, 10_000)
+    ]
+    assert labels.train[:5].tolist() == [5, 0, 4, 1, 9]
+    ink = [images[labels.test == c].mean() for c in (0, 1)]
+    assert ink[0] > 2 * ink[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,42 @@ def load(
     return Dataset(name, train, validation, test, image_shape)
 
 
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a data set's rows, whole numbers 0 to 9, in the order of its rows.
+
+    Args:
+        train: (N,).
+        validation: (N,).
+        test: (N,).
+    """
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+def load_labels(name: str, *, folder: str | Path | None = None) -> Labels:
+    """Load the classes of a data set: of digits, mnist or fashion-mnist.
+
+    Args:
+        name: of the data set.
+        folder: a data folder to look in first; see :func:`load`.
+
+    Raises:
+        ValueError: no such data set, or one without labels; a file that is not the right one.
+        FileNotFoundError: a file is not in the data folder and cannot be fetched.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> pv.datasets.load_labels("digits").test.shape
+        torch.Size([300])
+    """
+    if name not in _LABELS:
+        raise ValueError(f"no labels of {name!r}: expected one of {', '.join(_LABELS)}")
+    return Labels(*(torch.tensor(part).long() for part in _LABELS[name](folder)))
+
+
 def names() -> list[str]:
     """Return the names that :func:`load` knows."""
     return list(_LOADERS)
@@ -120,29 +157,47 @@ def _freyfaces(folder) -> Splits:
 
 
 def _mnist(folder) -> Splits:
-    return _idx(sources.MNIST_TRAIN, sources.MNIST_TEST, folder), (28, 28)
+    return _idx(sources.MNIST, folder), (28, 28)
 
 
 def _fashion(folder) -> Splits:
-    return _idx(sources.FASHION_TRAIN, sources.FASHION_TEST, folder), (28, 28)
+    return _idx(sources.FASHION, folder), (28, 28)
 
 
-def _idx(train: sources.SourceFile, test: sources.SourceFile, folder):
-    images = _intensities(train.load(folder), 255)
-    return images[:50_000], images[50_000:], _intensities(test.load(folder), 255)
+def _idx(files: tuple[sources.SourceFile, sources.SourceFile], folder):
+    images, test = (_intensities(file.load(folder), 255) for file in files)
+    return images[:50_000], images[50_000:], test
 
 
 def _permuted(images: np.ndarray, levels: int, held_out: tuple[int, int]):
-    # RandomState is frozen for good, unlike default_rng: the split never changes.
-    order = np.random.RandomState(777).permutation(len(images))
-    rows = _intensities(images[order], levels)
+    rows = _intensities(images[_order(len(images))], levels)
     return rows.split([len(rows) - sum(held_out), *held_out])
+
+
+def _order(count: int) -> np.ndarray:
+    # RandomState is frozen for good, unlike default_rng: the split never changes.
+    return np.random.RandomState(777).permutation(count)
 
 
 def _intensities(images: np.ndarray, levels: int) -> Tensor:
     return torch.tensor(images.reshape(len(images), -1)).float() / levels
 
 
+def _digit_labels(folder) -> list[np.ndarray]:
+    labels = sources.load_digits("labels")
+    return np.split(labels[_order(len(labels))], [1297, 1497])
+
+
+def _idx_labels(files: tuple[sources.SourceFile, sources.SourceFile], folder) -> list[np.ndarray]:
+    train, test = (file.load(folder) for file in files)
+    return [train[:50_000], train[50_000:], test]
+
+
+_LABELS: dict[str, Callable[[str | Path | None], list[np.ndarray]]] = {
+    "digits": _digit_labels,
+    "mnist": functools.partial(_idx_labels, sources.MNIST_LABELS),
+    "fashion-mnist": functools.partial(_idx_labels, sources.FASHION_LABELS),
+}
 _LOADERS: dict[str, Callable[[str | Path | None], Splits]] = {
     "digits": _digits,
     "mnist": _mnist,

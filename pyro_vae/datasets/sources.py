@@ -147,23 +147,33 @@ def read_freyfaces(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def load_digits() -> np.ndarray:
-    """Return the embedded digits, uint8 (1797, 8, 8), values 0 to 16."""
+def load_digits(what: str = "images") -> np.ndarray:
+    """Return the embedded digits, uint8 (1797, 8, 8), values 0 to 16; or their ``"labels"``."""
     with resources.files("pyro_vae.datasets").joinpath("digits.npz").open("rb") as file:
-        return np.load(file, allow_pickle=False)["images"]
+        return np.load(file, allow_pickle=False)[what]
 
 
-def _idx(dataset: str, name: str, mirrors: tuple[str, ...], count: int, sha256: str) -> SourceFile:
-    shape = (count, 28, 28)
-    return SourceFile(
-        dataset,
-        variants=(f"{name}.gz", name),
-        urls=tuple(f"{mirror}{name}.gz" for mirror in mirrors),
-        read=read_idx,
-        shape=shape,
-        sha256=sha256,
-        header=idx_header(shape),
+def _train_and_test(
+    dataset: str,
+    mirrors: tuple[str, ...],
+    kind: str,
+    event_shape: tuple[int, ...],
+    sha256: tuple[str, str],
+) -> tuple[SourceFile, SourceFile]:
+    """Return two files of the IDX format, named as those of MNIST are."""
+    train, test = (
+        SourceFile(
+            dataset,
+            variants=(f"{part}-{kind}.gz", f"{part}-{kind}"),
+            urls=tuple(f"{mirror}{part}-{kind}.gz" for mirror in mirrors),
+            read=read_idx,
+            shape=(count, *event_shape),
+            sha256=digest,
+            header=idx_header((count, *event_shape)),
+        )
+        for part, count, digest in zip(("train", "t10k"), (60_000, 10_000), sha256, strict=True)
     )
+    return train, test
 
 
 _MNIST = (
@@ -174,33 +184,33 @@ _FASHION = (
     "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
 )
-MNIST_TRAIN = _idx(
-    "mnist",
-    "train-images-idx3-ubyte",
-    _MNIST,
-    60_000,
-    "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+MNIST = _train_and_test(
+    *("mnist", _MNIST, "images-idx3-ubyte", (28, 28)),
+    sha256=(
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    ),
 )
-MNIST_TEST = _idx(
-    "mnist",
-    "t10k-images-idx3-ubyte",
-    _MNIST,
-    10_000,
-    "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+MNIST_LABELS = _train_and_test(
+    *("mnist", _MNIST, "labels-idx1-ubyte", ()),
+    sha256=(
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
 )
-FASHION_TRAIN = _idx(
-    "fashion-mnist",
-    "train-images-idx3-ubyte",
-    _FASHION,
-    60_000,
-    "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+FASHION = _train_and_test(
+    *("fashion-mnist", _FASHION, "images-idx3-ubyte", (28, 28)),
+    sha256=(
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    ),
 )
-FASHION_TEST = _idx(
-    "fashion-mnist",
-    "t10k-images-idx3-ubyte",
-    _FASHION,
-    10_000,
-    "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+FASHION_LABELS = _train_and_test(
+    *("fashion-mnist", _FASHION, "labels-idx1-ubyte", ()),
+    sha256=(
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    ),
 )
 FREYFACES = SourceFile(
     "freyfaces",

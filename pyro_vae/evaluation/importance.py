@@ -33,12 +33,14 @@ class Evidence:
             one particle.
         khat: Pareto diagnostic of each value, shape (N,); see :func:`pyro_vae.khat`.
         num_particles: draws for each datum.
+        dimensions: how many numbers a datum x has.
     """
 
     values: Tensor
     monte_carlo_errors: Tensor
     khat: Tensor
     num_particles: int
+    dimensions: int
 
     @property
     def mean(self) -> float:
@@ -52,6 +54,15 @@ class Evidence:
         It holds the spread of the data and of the draws; NaN for one datum.
         """
         return standard_error(self.values)
+
+    @property
+    def bits_per_dimension(self) -> float:
+        r""":math:`-\frac{1}{D \log 2} \frac1N \sum_n \log p(x_n)`, for x of D numbers.
+
+        A code length where p(x) is a probability; a density has it for data in the unit that it
+        was given.
+        """
+        return -self.mean / (self.dimensions * math.log(2))
 
     @property
     def monte_carlo_error(self) -> float:
@@ -177,7 +188,9 @@ def evidence(
             results.append((weights.log_mean(), weights.error(), weights.khat()))
             advance(batch[0].shape[0])
     return Evidence(
-        *(torch.cat(parts).cpu() for parts in zip(*results, strict=True)), num_particles
+        *(torch.cat(parts).cpu() for parts in zip(*results, strict=True)),
+        num_particles=num_particles,
+        dimensions=batches.first()[0][0].numel(),
     )
 
 

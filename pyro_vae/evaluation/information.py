@@ -32,6 +32,7 @@ from torch.distributions.transforms import (
 
 from pyro_vae.evaluation.scoring import guide_log_prob
 from pyro_vae.minibatches import Batch, Minibatches
+from pyro_vae.mixtures import MixtureOfNormals
 from pyro_vae.sites import Site, base_distribution, data_frame, random_sites
 from pyro_vae.traces import Program
 
@@ -99,11 +100,7 @@ class DiagonalGaussians:
 
 
 def gaussian_information(q: DiagonalGaussians, codes: Tensor) -> Tensor:
-    r"""Return log q(z|x_n) - log q_agg(z), averaged over the codes z of each datum.
-
-    The square in :math:`\log q(z|x_j) = -\tfrac12 \sum_d (z_d - \mu_{jd})^2 / \sigma_{jd}^2 -
-    \sum_d \log \sigma_{jd}` is multiplied out, so that all pairs are one matrix product of
-    (z^2, z) with (-1/(2 sigma^2), mu/sigma^2). It cancels: hence float64.
+    """Return log q(z|x_n) - log q_agg(z), averaged over the codes z of each datum.
 
     Args:
         q: the posteriors of all N data points.
@@ -112,17 +109,9 @@ def gaussian_information(q: DiagonalGaussians, codes: Tensor) -> Tensor:
     Returns:
         Shape (N,), in nats.
     """
-    precision = q.scale.reciprocal().square()
-    weight = torch.cat([-0.5 * precision, q.loc * precision], dim=1).T
-    bias = -(0.5 * q.loc.square() * precision + q.scale.log()).sum(1)
-    rows_at_a_time = max(1, LOG_DENSITIES_AT_A_TIME // len(bias))
-    log_q_agg = [
-        torch.addmm(bias, torch.cat([z.square(), z], dim=1), weight).logsumexp(1)
-        for z in codes.flatten(0, 1).split(rows_at_a_time)
-    ]
-    log_q_agg = torch.cat(log_q_agg).reshape(codes.shape[:2]) - math.log(len(bias))
-    log_q = -(0.5 * (codes - q.loc).square() * precision + q.scale.log()).sum(2)
-    return (log_q - log_q_agg).mean(0)
+    q_agg = MixtureOfNormals(q.loc.new_zeros(len(q.loc)), q.loc, q.scale)
+    log_q = Normal(q.loc, q.scale).log_prob(codes).sum(2)
+    return (log_q - q_agg.log_prob(codes)).mean(0)
 
 
 def scored_information(

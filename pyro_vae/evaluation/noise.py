@@ -167,9 +167,7 @@ def gradient_noise(
         >>> bool(ratios[first, "guide"] > 5 * ratios[second, "guide"])  # the noise of scores
         True
     """
-    positive_integer("repeats", repeats)
-    if repeats < 2:
-        raise ValueError("repeats must be at least 2 to show a variance, got 1")
+    positive_integer("repeats", repeats, least=2)  # one has no variance
     named = _named(objectives)
     taken = named if reference is None else {**named, **_named({None: reference})}
     columns = x if isinstance(x, (tuple, list)) else (x,)

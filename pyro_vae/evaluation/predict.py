@@ -78,16 +78,21 @@ def generate(
 
 def _mean_of_x(model: Program, x: Tensor, *covariates: Tensor) -> Tensor:
     trace = poutine.trace(Unobserve()(model)).get_trace(x, *covariates)
-    return _mean(_observed_site(trace, x)).expand(x.shape).cpu()
-
-
-def _observed_site(trace: poutine.Trace, x: Tensor) -> Site:
-    """Return the site of an unconditioned model's trace that observed x, or what has its shape."""
     observed = [
         site
         for site in random_sites(trace)
         if site["infer"].get("was_observed") and data_frame(site) is not None
     ]
+    if x.dim() > 1:  # a site for each step of a sequence
+        step = x.shape[:1] + x.shape[2:]
+        steps = [site for site in observed if site["value"].shape[-len(step) :] == step]
+        if len(steps) == len(observed) == x.shape[1]:
+            return torch.stack([_mean(site).expand(step) for site in steps], 1).cpu()
+    return _mean(_observed_site(observed, x)).expand(x.shape).cpu()
+
+
+def _observed_site(observed: list[Site], x: Tensor) -> Site:
+    """Return the site, of those of an unconditioned model, that observed x or has its shape."""
     alike = [site for site in observed if site["value"].shape[-x.dim() :] == x.shape]
     for site in alike:
         value = site["infer"].get("obs")

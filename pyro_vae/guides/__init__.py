@@ -12,8 +12,11 @@ from pyro_vae.guides.amortized import (
 )
 from pyro_vae.guides.families import Family
 from pyro_vae.guides.hierarchical import HierarchicalGuide
+from pyro_vae.guides.layered import FlowGuide
 from pyro_vae.guides.local import LocalGuide
 from pyro_vae.guides.semi_amortized import SemiAmortized
+from pyro_vae.guides.semi_supervised import SemiSupervisedGuide
+from pyro_vae.guides.sequence import SequenceGuide
 
 __all__ = [
     "AmortizedDelta",
@@ -24,8 +27,11 @@ __all__ = [
     "AmortizedMultivariateNormal",
     "AmortizedNormal",
     "Family",
+    "FlowGuide",
     "HierarchicalGuide",
     "LocalGuide",
     "SemiAmortized",
+    "SemiSupervisedGuide",
+    "SequenceGuide",
     "families",
 ]

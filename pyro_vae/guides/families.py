@@ -13,10 +13,10 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pyro_vae.flows import Flow
 from pyro_vae.mixtures import MixtureOfNormals
+from pyro_vae.positive import positive
 
 
 class Family(nn.Module):
@@ -222,8 +222,3 @@ class Transformed(Family):
         ]
         base = dist.Normal(loc, positive(raw_scale)).to_event(1)
         return dist.TransformedDistribution(base, transforms)
-
-
-def positive(raw: Tensor) -> Tensor:
-    """Map numbers to scales: zero to one, the scale of a standard normal prior; none to zero."""
-    return F.softplus(raw + 0.5413248546129181) + 1e-6  # softplus(log(e - 1)) = 1

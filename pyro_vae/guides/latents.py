@@ -17,6 +17,7 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
+from pyro_vae.enumeration import is_enumerated
 from pyro_vae.sites import DATA_PLATE, Site, data_frame, random_sites
 
 
@@ -119,14 +120,18 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
 
 
 def latents_of(model: Callable[..., Any], *arguments: Any) -> list[Site]:
-    """Trace a model and return its latent sites in the plate ``"data"``.
+    """Trace a model and return its latent sites in the plate ``"data"``, but enumerated ones.
 
     Raises:
         ValueError: there is none.
     """
     with torch.no_grad(), poutine.block():
         sites = list(random_sites(poutine.trace(model).get_trace(*arguments)))
-    latents = [site for site in sites if not site["is_observed"] and data_frame(site) is not None]
+    latents = [
+        site
+        for site in sites
+        if not site["is_observed"] and data_frame(site) is not None and not is_enumerated(site)
+    ]
     if not latents:
         raise ValueError(
             'the model has no latent site in the plate "data"; its sites are '
@@ -214,7 +219,11 @@ def surroundings(
     masks = {}
     if masked := {site.name for site in sites if site.masked}:
         latents = latents_of(model, x, *covariates)
-        masks = {site["name"]: site["mask"] for site in latents if site["name"] in masked}
+        masks = {
+            site["name"]: site["mask"]
+            for site in latents
+            if site["name"] in masked and isinstance(site["mask"], Tensor)
+        }
     return _make_plates(sites, x), masks
 
 

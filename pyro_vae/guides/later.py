@@ -20,9 +20,14 @@ class Later(nn.ModuleDict):
     def fill(self, modules: Mapping[str, nn.Module], like: Tensor) -> None:
         """Take modules in, on the device and of the type of a tensor, and load what waits.
 
+        Once there are some, others change nothing: a model whose prior runs the guide has had it
+        make them while it was traced.
+
         Raises:
             ValueError: what waits is of other modules.
         """
+        if len(self):
+            return
         self.update(modules)
         self.to(like)
         if self._waiting:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from pyro_vae.likelihoods.likelihood import Likelihood
 
-class Bernoulli(nn.Module):
+
+class Bernoulli(Likelihood):
     r""":math:`p(x|z) = \prod_d \mathrm{Bernoulli}(x_d; \sigma(f_d(z)))` for x in {0, 1}.
 
     Args:
-        decoder: network f from z to the logits of x.
+        decoder: network f from z, and any covariates, to the logits of x.
         event_dim: how many of the rightmost dimensions of x make one datum.
 
     Raises:
@@ -27,16 +29,10 @@ class Bernoulli(nn.Module):
         (torch.Size([100]), torch.Size([784]))
     """
 
-    def __init__(self, decoder: nn.Module, event_dim: int = 1):
-        super().__init__()
-        if event_dim < 1:
-            raise ValueError(f"event_dim must be at least 1, got {event_dim}")
-        self.decoder = decoder
-        self.event_dim = event_dim
-
-    def forward(self, z: Tensor) -> TorchDistributionMixin:
+    def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
         """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
-        return _IndependentBernoulli(dist.Bernoulli(logits=self.decoder(z)), self.event_dim)
+        (logits,) = self.outputs(1, *inputs)
+        return _IndependentBernoulli(dist.Bernoulli(logits=logits), self.event_dim)
 
 
 class _IndependentBernoulli(dist.Independent):

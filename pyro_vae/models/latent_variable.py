@@ -46,6 +46,7 @@ class LatentVariableModel(PyroModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the program on a minibatch x and return it."""
+        p_z = self.prior()  # one for all data, outside of their plate
         with pyro.plate(DATA_PLATE, x.shape[0], dim=-1):
-            z = pyro.sample("z", self.prior())
+            z = pyro.sample("z", p_z)
             return pyro.sample("x", self.likelihood(z), obs=x)

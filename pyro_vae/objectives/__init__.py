@@ -14,6 +14,7 @@ from pyro_vae.objectives.estimators import (
 )
 from pyro_vae.objectives.objective import Objective, gradient
 from pyro_vae.objectives.schedules import Constant, Cyclical, Linear, Schedule
+from pyro_vae.objectives.semi_supervised import SemiSupervisedELBO
 from pyro_vae.objectives.weighted import BetaELBO, CapacityELBO, FreeBits
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "ReweightedWakeSleep",
     "Schedule",
     "ScoreFunction",
+    "SemiSupervisedELBO",
     "StickingTheLanding",
     "gradient",
 ]

@@ -1,0 +1,86 @@
+"""Data in [0, 1]."""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor
+
+from pyro_vae.likelihoods.likelihood import Likelihood
+
+
+class ContinuousBernoulli(Likelihood):
+    r"""Continuous Bernoulli distributions for x in [0, 1] (Loaiza-Ganem & Cunningham 2019).
+
+    .. math::
+        p(x|z) = \prod_d C(l_d) \, \sigma(l_d)^{x_d} \, \sigma(-l_d)^{1 - x_d}, \qquad
+        C(l) = \frac{l}{\tanh(l / 2)}, \qquad l = f(z)
+
+    C makes it a density, which the Bernoulli likelihood of grey values is not.
+
+    Args:
+        decoder: network f from z, and any covariates, to the logits of x.
+        event_dim: how many of the rightmost dimensions of x make one datum.
+
+    Raises:
+        ValueError: ``event_dim`` is less than one.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> likelihood = pv.likelihoods.ContinuousBernoulli(torch.nn.Identity())
+        >>> likelihood(torch.tensor([0.0])).log_prob(torch.tensor([0.3]))  # uniform
+        tensor(0.)
+    """
+
+    def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
+        """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
+        (logits,) = self.outputs(1, *inputs)
+        return _ContinuousBernoulli(logits=logits).to_event(self.event_dim)
+
+
+_NEAR_ZERO = 0.1  # |logit| below which series take over; what they leave out is below 1e-13 there
+
+
+class _ContinuousBernoulli(dist.ContinuousBernoulli):
+    """torch's, with functions of the logits in place of clamped probabilities.
+
+    In float32 those end at logits of 16: beyond, there would be no density any more, and no mean
+    above 15/16. Where two branches meet, both are finite everywhere, in value and in gradient.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        r"""Return :math:`l x - \log((e^l - 1) / l)`."""
+        if self._validate_args:
+            self._validate_sample(value)
+        logits, value = torch.broadcast_tensors(self.logits, value.to(self.logits.dtype))
+        size = logits.abs()
+        square = size.clamp(max=1.0).square()
+        near = 0.5 * logits + square * (1 / 24 - square * (1 / 2880 - square / 181440))
+        safe = size.clamp(min=_NEAR_ZERO)
+        far = logits.clamp(min=0.0) + torch.log(-torch.expm1(-safe) / safe)
+        return logits * value - torch.where(size < _NEAR_ZERO, near, far)
+
+    @property
+    def mean(self) -> Tensor:
+        r"""The mean, :math:`1 / (1 - e^{-l}) - 1 / l`."""
+        size = self.logits.abs()
+        square = size.clamp(max=1.0).square()
+        near = 0.5 + size * (1 / 12 - square * (1 / 720 - square / 30240))
+        safe = size.clamp(min=_NEAR_ZERO)
+        far = -1 / torch.expm1(-safe) - 1 / safe
+        above = torch.where(size < _NEAR_ZERO, near, far)
+        return torch.where(self.logits < 0, 1 - above, above)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        r"""Return the x below which lies a share u, :math:`\log(1 + u (e^l - 1)) / l`.
+
+        For l > 0 that is :math:`1 + \log(1 + (1 - u) (e^{-l} - 1)) / l`, where nothing overflows.
+        """
+        size = self.logits.abs()
+        least = torch.finfo(size.dtype).eps
+        share = torch.where(self.logits < 0, 1 - value, value).clamp(min=least)
+        safe = size.clamp(min=least)
+        x = 1 + torch.log1p((1 - share) * torch.expm1(-safe)) / safe
+        x = x.clamp(0.0, 1.0)
+        return torch.where(self.logits < 0, 1 - x, x)
