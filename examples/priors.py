@@ -1,4 +1,4 @@
-"""One decoder, one budget: four priors, one and two layers of latents, on MNIST; and the best prior.
+"""One decoder, one budget: four priors, one or two layers of latents, on MNIST; the best prior.
 
 python examples/priors.py                          # a quarter of an hour on two cores
 python examples/priors.py --figure priors.png      # samples beside it, under each prior

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from capturing import check_same
+from capturing import check_same, needs_compiler
 from oracles import assert_within
 from torch import nn
 
@@ -328,3 +328,14 @@ def test_captured_steps_with_covariates_are_eager_steps(make, binary, without_co
         losses.append(fit.history.loss.tolist())
         assert fit.execution.startswith("captured") is capture
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_compiled_average_over_classes(binary):
+    """Its tensors are laid out otherwise by the compiler than by torch."""
+    model, guide = semi_supervised()
+    y = torch.randint(-1, 3, (50,))
+    fit = pv.fit(model, guide, (binary, y), objective=pv.objectives.SemiSupervisedELBO(2.0),
+                 epochs=3, batch_size=10, capture=True, progress=False)  # fmt: skip
+    assert fit.execution == "captured"

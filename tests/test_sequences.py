@@ -468,10 +468,10 @@ def test_a_late_length_is_found_in_the_first_epoch():
 
 
 def test_sequences_are_generated_and_reconstructed():
-    chain = Chain()
-    x = chain.sample(200)
-    drawn = pv.generate(chain.model, x, guide=chain.guide)
-    shown = pv.reconstruct(chain.model, chain.guide, x)
+    system = StateSpace()
+    x, lengths = system.sample(300, 4), torch.full((300,), 4)
+    drawn = pv.generate(system.model(), x, lengths)
+    shown = pv.reconstruct(system.model(), system.exact, x, lengths)
     assert drawn.shape == shown.shape == x.shape
     assert (shown - x).square().mean() < 0.8 * (drawn - x).square().mean()
 

@@ -189,6 +189,9 @@ class Captured:
                 options["cpp_wrapper"] = True  # the calls of the kernels in C++ as well
             for node in graph.graph.nodes:
                 node.meta.clear()  # which speaks of tensors that the compiler cannot tell from its
+                if node.target is torch.ops.aten.view.default:
+                    # What was contiguous here need not be, as the compiler lays it out.
+                    node.target = torch.ops.aten.reshape.default
             compiled = torch._inductor.compile(graph, arguments, options)
             rewind()
         return compiled
