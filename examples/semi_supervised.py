@@ -51,16 +51,14 @@ def train(x, y, few, arguments):
     times = 1 if few else max(1, (~labelled).sum().item() // (9 * labelled.sum().item()))
     x = torch.cat([x[~labelled], x[labelled].repeat(times, 1)])
     y = torch.cat([y[~labelled], y[labelled].repeat(times)])
-    batch_size = min(arguments.batch_size, len(x))
-    steps = arguments.epochs * (arguments.train // arguments.batch_size)
     fit = pv.fit(
         model,
         guide,
         (x, y),
         objective=pv.objectives.SemiSupervisedELBO(arguments.classification),
         transform=torch.bernoulli,
-        epochs=max(1, steps // max(1, len(x) // batch_size) if few else arguments.epochs),
-        batch_size=batch_size,
+        epochs=20 * arguments.epochs if few else arguments.epochs,
+        batch_size=min(arguments.batch_size, len(x)),
         learning_rate=arguments.learning_rate,
         seed=0,
         progress=False,
@@ -75,8 +73,8 @@ def main():
     parser.add_argument("--test", type=int, default=10_000)
     parser.add_argument("--labels", type=int, default=100)
     parser.add_argument("--latents", type=int, default=50)
-    parser.add_argument("--width", type=int, default=500)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--width", type=int, default=300)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=200)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--classification", type=float, default=50.0, help="weight of log q(y|x)")

@@ -126,10 +126,13 @@ def _check_observation(factor: Factor, x: Tensor) -> None:
 
 
 def _observed_columns(trace: PairTrace, batch: tuple[Any, ...]) -> Iterator[tuple[Factor, int]]:
-    """Yield the observed sites whose value is a column of the batch, with the column's number."""
+    """Yield the observed sites whose value is a column of the batch, with the column's number.
+
+    Not masked ones: other rows of the column may be masked, and hold anything.
+    """
     for factor in trace.model.values():
         value = factor.site["value"]
-        if not factor.observed:
+        if not factor.observed or isinstance(factor.site["mask"], Tensor):
             continue
         for number, column in enumerate(batch):
             if column.shape == value.shape and torch.equal(column, value):

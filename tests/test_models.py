@@ -11,6 +11,7 @@ from oracles import assert_within
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.contract import check_pair
 
 MLP, Joined = pv.nets.MLP, pv.nets.Joined
 
@@ -254,6 +255,12 @@ class TestSemiSupervisedModel:
         logits = guide.classify(x).logits
         log_q = sum(logits[n, y[n]].item() for n in (1, 3, 4))
         assert losses[0] == pytest.approx(losses[1] - 3 * log_q, rel=1e-6)
+
+    def test_labels_may_be_missing_after_a_first_minibatch_that_has_all(self):
+        model, guide = semi_supervised()
+        y = torch.tensor([0, 1, 2, 1, 0, -1, -1, -1, 2, -1])
+        x = torch.rand(10, 16).round()
+        check_pair(model, guide, (x[:5], y[:5]), (x, y))
 
     def test_bad_labels(self):
         model, guide = semi_supervised()
