@@ -14,12 +14,24 @@ ARGUMENTS = {
         *("--objectives", "iaf", "--rounds", "2", "--steps", "5"),
     ],
     "energies.py": ["--energies", "U1", "--families", "Gaussian", "planar-2", "--steps", "200"],
+    "frey_faces.py": [
+        *("--data", "digits", "--levels", "17", "--epochs", "2", "--particles", "20"),
+        *("--pairs", "DiscretizedLogistic", "dequantised Normal"),
+    ],
     "mnist.py": ["--data", "digits", "--epochs", "2", "--particles", "50"],
     "objectives.py": [
         *("--data", "digits", "--epochs", "2", "--particles", "20", "--test", "50"),
         *("--objectives", "ELBO", "PIWAE(8, 8)"),
     ],
     "own_pair.py": ["--epochs", "2"],
+    "priors.py": [
+        *("--data", "digits", "--epochs", "2", "--particles", "20", "--test", "50"),
+        *("--surgery", "200", "--pairs", "VAE, N(0, I)", "two layers, Vamp of 500"),
+    ],
+    "semi_supervised.py": [
+        *("--data", "digits", "--epochs", "2", "--train", "600", "--labels", "50"),
+        *("--batch-size", "50", "--width", "50"),
+    ],
     "signal_to_noise.py": ["--particles", "1", "10", "--repeats", "20"],
     "posteriors.py": [
         *("--data", "digits", "--epochs", "2", "--particles", "20", "--test", "50"),
@@ -47,6 +59,7 @@ def test_example(name, tmp_path):
     shown = {
         "benchmarks": "ratio",
         "energies.py": "KL, nats",
+        "semi_supervised.py": "test accuracy",
         "signal_to_noise.py": "signal-to-noise ratio",
     }
     assert shown.get(name.split("/")[0], "log p(x)") in result.stdout
