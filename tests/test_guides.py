@@ -11,7 +11,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae.evaluation.scoring import guide_log_prob
 from pyro_vae.guides import AmortizedNormal
-from pyro_vae.guides.latents import latent_sites
+from pyro_vae.latents import latent_sites
 
 # Latents by name: distribution of one datum. Together: every support, several event shapes.
 LATENTS = {

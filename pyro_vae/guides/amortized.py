@@ -18,10 +18,10 @@ from pyro_vae import flows
 from pyro_vae.guides import families
 from pyro_vae.guides.encoding import features_of
 from pyro_vae.guides.families import Family
-from pyro_vae.guides.latents import latent_sites, surroundings
 from pyro_vae.guides.later import Later
 from pyro_vae.guides.posterior import Posterior
 from pyro_vae.guides.unowned import Unowned
+from pyro_vae.latents import latent_sites, surroundings
 
 
 class AmortizedGuide(PyroModule):

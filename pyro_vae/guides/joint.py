@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_vae import flows
-from pyro_vae.guides.latents import LatentSite, inside
+from pyro_vae.latents import LatentSite, inside
 from pyro_vae.sites import DATA_PLATE
 
 JOINT_DENSITY = "_joint_density"  # and the first site's name

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from pyro_vae.guides import families
 from pyro_vae.guides.families import Family
-from pyro_vae.guides.latents import latent_sites, surroundings
 from pyro_vae.guides.posterior import Posterior
 from pyro_vae.guides.unowned import Unowned
+from pyro_vae.latents import latent_sites, surroundings
 
 
 class LocalGuide(PyroModule):

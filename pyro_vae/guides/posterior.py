@@ -17,7 +17,7 @@ from torch.distributions.transforms import (
 
 from pyro_vae.guides.families import Family
 from pyro_vae.guides.joint import JointDraw
-from pyro_vae.guides.latents import LatentSite, inside
+from pyro_vae.latents import LatentSite, inside
 
 
 class Posterior(nn.Module):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from pyro_vae.guides import families
 from pyro_vae.guides.families import Family
-from pyro_vae.guides.latents import latent_sites, surroundings
 from pyro_vae.guides.later import Later
 from pyro_vae.guides.posterior import Posterior
 from pyro_vae.guides.unowned import Unowned
+from pyro_vae.latents import latent_sites, surroundings
 from pyro_vae.models import SemiSupervisedModel
 from pyro_vae.models.semi_supervised import UNKNOWN, check_labels, one_hot
 from pyro_vae.sites import DATA_PLATE

@@ -14,10 +14,10 @@ from torch.distributions.transforms import IndependentTransform
 from pyro_vae.guides import families
 from pyro_vae.guides.encoding import features_of
 from pyro_vae.guides.families import Family
-from pyro_vae.guides.latents import LatentSite, latent_sites, latents_of, surroundings
 from pyro_vae.guides.later import Later
 from pyro_vae.guides.posterior import Posterior
 from pyro_vae.guides.unowned import Unowned
+from pyro_vae.latents import LatentSite, latent_sites, latents_of, surroundings
 from pyro_vae.nets import MLP
 from pyro_vae.sites import Site
 
