@@ -42,13 +42,13 @@ def dequantized(size, arguments):
 
 
 PAIRS = {
-    "Categorical": with_likelihood(likelihoods.Categorical, lambda levels: levels),
     "DiscretizedLogistic": with_likelihood(likelihoods.DiscretizedLogistic, lambda levels: 2),
     "DiscretizedLogisticMixture": with_likelihood(
         lambda decoder, levels: likelihoods.DiscretizedLogisticMixture(decoder, levels, 3),
         lambda levels: 9,
     ),
     "dequantised Normal": dequantized,
+    "Categorical": with_likelihood(likelihoods.Categorical, lambda levels: levels),
 }
 
 
@@ -59,8 +59,8 @@ def main():
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=PAIRS)
     parser.add_argument("--latents", type=int, default=10)
     parser.add_argument("--width", type=int, default=100)
-    parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--patience", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--patience", type=int, default=10)
     parser.add_argument("--particles", type=int, default=500, help="of the evidence")
     arguments = parser.parse_args()
     data = pv.datasets.load(arguments.data, binarize="none")

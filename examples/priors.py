@@ -27,7 +27,7 @@ def mixture(size):
 
 
 def vamp(size):
-    return pv.priors.VampPrior(LATENTS, pseudo_inputs=0.05 + 0.01 * torch.randn(500, size))
+    return pv.priors.VampPrior(LATENTS, pseudo_inputs=(0.05 + 0.01 * torch.randn(500, size)).relu())
 
 
 def flow(size):

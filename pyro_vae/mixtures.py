@@ -100,7 +100,8 @@ class MixtureOfNormals(TorchDistribution):
             self._validate_sample(value)
         if self.loc.dim() == 2 and self.logits.dim() == 1:
             return self._log_prob_of_rows(value)
-        return self.log_joint(value).logsumexp(-1)
+        log_prob = self.log_joint(value).logsumexp(-1)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def log_joint(self, value: Tensor) -> Tensor:
         r"""Return :math:`\log \pi_k q_k(z)`, ``(..., K)``, for z ``(..., D)``."""

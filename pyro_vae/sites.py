@@ -13,7 +13,8 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Independent, kl_divergence
+from torch.distributions import Independent, constraints, kl_divergence
+from torch.distributions.constraints import Constraint
 
 Site = dict[str, Any]  # a node of pyro.poutine.Trace
 
@@ -170,6 +171,13 @@ def values_outside_support(site: Site, values: Tensor) -> str | None:
         f"where they lie in [{low:g}, {high:g}]: binarise or rescale them, or choose another "
         "distribution"
     )
+
+
+def is_real(constraint: Constraint) -> bool:
+    """Tell whether a support is of all real numbers, or vectors of them."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint in (constraints.real, constraints.real_vector)
 
 
 def base_distribution(distribution: Any) -> Any:

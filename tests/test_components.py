@@ -33,7 +33,7 @@ def test_standard_normal_of_any_event_shape():
     z = torch.randn(5, 1, 4, 4)
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum((1, 2, 3))
     torch.testing.assert_close(pv.priors.StandardNormal(1, 4, 4)().log_prob(z), expected)
-    with pytest.raises(ValueError, match="positive sizes"):
+    with pytest.raises(ValueError, match="the sizes of z"):
         pv.priors.StandardNormal()
 
 

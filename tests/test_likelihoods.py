@@ -10,6 +10,7 @@ import torch
 from capturing import check_same
 from oracles import assert_within
 from torch import nn
+from torch.distributions import kl_divergence
 
 import pyro_vae as pv
 
@@ -582,3 +583,58 @@ def test_fits(name):
 def test_captured_steps_are_eager_steps(name, without_compiler):
     options = {"objective": pv.objectives.IWAE(3), "execution": "captured, not compiled"}
     check_same(functools.partial(pair, name), data_for(name), double=True, epochs=2, **options)
+
+
+@pytest.mark.parametrize("logit", [-60.0, -3.0, -0.4, -1e-9, 0.0, 1e-4, 0.05, 0.7, 20.0, 50.0])
+def test_moments_of_the_continuous_bernoulli_against_a_grid(logit):
+    """In float32, where torch's own end at logits of 16."""
+    p = pv.likelihoods.ContinuousBernoulli(nn.Identity())(torch.tensor([logit])).base_dist
+    x = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
+    density = torch.exp(logit * x - (logit * x).logsumexp(0)).double() * 400_000
+    mean = (x * density).mean()
+    assert p.mean.item() == pytest.approx(mean.item(), rel=1e-4)
+    assert p.variance.item() == pytest.approx(((x - mean) ** 2 * density).mean().item(), rel=2e-4)
+    entropy = -(density * density.log()).nan_to_num().mean().item()
+    assert p.entropy().item() == pytest.approx(entropy, abs=2e-3)
+    for at in (0.1, 0.5, 0.97):
+        share = density[x < at].mean().item() * at if at < 1 else 1.0
+        assert p.cdf(torch.tensor([at])).item() == pytest.approx(share, abs=2e-3)
+        assert p.icdf(p.cdf(torch.tensor([at]))).item() == pytest.approx(at, abs=0.02) or (
+            not 1e-6 < share < 1 - 1e-6
+        )
+
+
+def test_the_divergence_of_continuous_bernoullis_is_that_of_the_grid():
+    p, q = (
+        pv.likelihoods.ContinuousBernoulli(nn.Identity())(torch.tensor([each])).base_dist
+        for each in (1.0, 40.0)
+    )
+    x = (torch.arange(100_000) + 0.5) / 100_000
+    log_p, log_q = p.log_prob(x), q.log_prob(x)
+    expected = (log_p.exp() * (log_p - log_q)).mean()
+    torch.testing.assert_close(kl_divergence(p, q)[0], expected, rtol=1e-4, atol=0)
+
+
+def test_draws_near_the_uniform_have_a_gradient():
+    """E[x] = 1/2 + l/12 for small logits."""
+    for value in (0.0, 1e-8, -1e-5, 1e-3):
+        logit = torch.tensor([value], requires_grad=True)
+        draws = pv.likelihoods.ContinuousBernoulli(nn.Identity())(logit).rsample((20_000,))
+        (gradient,) = torch.autograd.grad(draws.mean(), logit)
+        assert gradient.item() == pytest.approx(1 / 12, abs=0.003)
+
+
+def test_small_integers_are_levels_too():
+    x = torch.tensor([0, 100, 127])
+    assert pv.likelihoods.Levels(300).check(x.to(torch.uint8)).all()
+    assert pv.likelihoods.Levels(256).check(x.to(torch.int8)).all()
+    assert not pv.likelihoods.Levels(100).check(x.to(torch.int8)).all()
+
+
+def test_degrees_of_freedom_begin_at_five_and_stay_above_one():
+    likelihood = pv.likelihoods.StudentT(nn.Identity())
+    df = likelihood(torch.zeros(1, 3)).base_dist.df
+    torch.testing.assert_close(df, torch.full((1, 3), 5.0))
+    with torch.no_grad():
+        likelihood.df_above_one.raw.fill_(-100.0)
+    assert (likelihood(torch.zeros(1, 3)).base_dist.df > 1).all()

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -218,6 +219,8 @@ class TestSemiSupervisedModel:
             for program in (guide, functools.partial(guide, enumerates=False))
         ]
         assert bounds[0] == pytest.approx(bounds[1], abs=0.1)
+        drawn = functools.partial(guide, enumerates=False)
+        assert pv.objectives.SemiSupervisedELBO(2.0).loss(model, drawn, x, y) > 0
 
     def test_evidence_draws_the_class(self):
         model, guide = semi_supervised(latent=1)
@@ -262,6 +265,14 @@ class TestSemiSupervisedModel:
         x = torch.rand(10, 16).round()
         check_pair(model, guide, (x[:5], y[:5]), (x, y))
 
+    def test_generated_labels_are_checked_too(self):
+        model, _ = semi_supervised()
+        x = torch.rand(3, 16).round()
+        assert pv.generate(model, x, torch.tensor([0, 2, -1])).shape == (3, 16)
+        assert pv.generate(model, x.numpy(), np.array([0, 2, 1])).shape == (3, 16)
+        with pytest.raises(ValueError, match=r"labels must lie in 0 to 2.*got 3 in row 1"):
+            pv.generate(model, x, torch.tensor([0, 3, 1]))
+
     def test_bad_labels(self):
         model, guide = semi_supervised()
         x = torch.rand(5, 16).round()
@@ -269,9 +280,9 @@ class TestSemiSupervisedModel:
         def fit(y):
             pv.fit(model, guide, (x, y), epochs=1, batch_size=5, progress=False)
 
-        with pytest.raises(ValueError, match="outside the support of site 'y'"):
+        with pytest.raises(ValueError, match="labels must lie in 0 to 2"):
             fit(torch.tensor([0, 1, 3, -1, 2]))
-        with pytest.raises(ValueError, match="outside the support of site 'y'"):
+        with pytest.raises(ValueError, match="labels must lie in 0 to 2"):
             fit(torch.tensor([0, 1, -2, -1, 2]))
         with pytest.raises(ValueError, match="labels must be whole numbers"):
             fit(torch.rand(5))
@@ -346,3 +357,38 @@ def test_a_compiled_average_over_classes(binary):
     fit = pv.fit(model, guide, (binary, y), objective=pv.objectives.SemiSupervisedELBO(2.0),
                  epochs=3, batch_size=10, capture=True, progress=False)  # fmt: skip
     assert fit.execution == "captured"
+
+
+def test_a_conditional_prior_depends_on_its_covariates():
+    model, _ = conditional(conditional_prior=True)
+    y = torch.eye(3)
+    locs = model.prior(y).mean
+    assert (locs[0] - locs[1]).abs().sum() > 1e-3
+    trace = pyro.poutine.trace(model).get_trace(torch.zeros(3, 16), y)
+    assert torch.equal(trace.nodes["z"]["fn"].mean, locs)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 4), (1, 1), (2, 2)])
+def test_few_data_of_few_dimensions_are_no_sequence(shape):
+    size = torch.Size(shape[1:]).numel()
+    net = nn.Sequential(MLP(2, [4], size), nn.Unflatten(-1, shape[1:]))
+    likelihood = pv.likelihoods.Bernoulli(net, event_dim=len(shape) - 1)
+    model = pv.LatentVariableModel(pv.priors.StandardNormal(2), likelihood)
+    guide = pv.guides.AmortizedNormal(model, nn.Sequential(nn.Flatten(1), MLP(size, [4])))
+    x = torch.rand(shape).round()
+    assert pv.generate(model, x).shape == pv.reconstruct(model, guide, x).shape == shape
+
+
+def test_a_mixture_model_needs_a_mixture():
+    with pytest.raises(TypeError, match=r"needs a priors.MixtureOfNormals"):
+        pv.MixtureModel(pv.priors.StandardNormal(2), bernoulli(2))
+
+
+def test_bits_of_coins():
+    """Fair coins have one bit each, whatever z."""
+    likelihood = pv.likelihoods.Bernoulli(lambda z: torch.zeros(*z.shape[:-1], 16))
+    model = pv.LatentVariableModel(pv.priors.StandardNormal(2), likelihood)
+    guide = pv.guides.AmortizedNormal(model, MLP(16, [4]))
+    found = pv.evidence(model, guide, torch.rand(7, 16).round(), num_particles=5)
+    assert found.dimensions == 16
+    assert found.bits_per_dimension == pytest.approx(1.0, rel=1e-2)

@@ -10,7 +10,13 @@ import torch
 from capturing import check_same
 from conftest import make_pair
 from oracles import LinearGaussian, assert_within
-from torch.distributions import AffineTransform, SigmoidTransform
+from pyro.distributions.transforms import affine_coupling
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    IndependentTransform,
+    SigmoidTransform,
+)
 
 import pyro_vae as pv
 from pyro_vae.mixtures import EvenMixture
@@ -42,7 +48,7 @@ def through(prior, make=amortized):
 
 
 def vamp(make=amortized):
-    model, guide = through(pv.priors.VampPrior(2, pseudo_inputs=3 * torch.rand(7, 16) - 1), make)
+    model, guide = through(pv.priors.VampPrior(2, pseudo_inputs=torch.rand(7, 16)), make)
     return model.prior, guide
 
 
@@ -327,15 +333,15 @@ def test_what_makes_no_prior_is_refused():
         pv.priors.VampPrior(2, pseudo_inputs=rows)()
     with pytest.raises(TypeError, match="must be a Pyro program"):
         pv.priors.VampPrior(2, pseudo_inputs=rows).through(3)
-    with pytest.raises(ValueError, match="of 2 dimensions, but its transform of 3"):
+    with pytest.raises(ValueError, match="bijection of R\\^2"):
         pv.priors.FlowPrior(2, pv.flows.Composition(3))
     with pytest.raises(ValueError, match="bijection of R\\^2"):
         pv.priors.FlowPrior(2, SigmoidTransform())
-    with pytest.raises(ValueError, match="positive dim"):
+    with pytest.raises(ValueError, match="dim must be at least 1"):
         pv.priors.FlowPrior(0, AffineTransform(0.0, 1.0))
     with pytest.raises(ValueError, match="between 1 and the 15 data"):
         aggregated(subset=31)
-    with pytest.raises(ValueError, match="no data"):
+    with pytest.raises(ValueError, match="at least one; got"):
         pv.priors.AggregatedPosterior(make_pair()[1], torch.rand(0, 16))
     with pytest.raises(ValueError, match="length must be"):
         pv.flows.Composition(2, length=0)
@@ -376,3 +382,116 @@ def test_guides_whose_posterior_is_not_known_are_refused():
     with pytest.raises(ValueError, match="build it with joint=False"):
         pv.priors.AggregatedPosterior(joint(), rows)
     assert pv.priors.AggregatedPosterior(joint(joint=False), rows, site="w")().event_shape == (2,)
+
+
+def test_flow_priors_take_transforms_of_torch_and_pyro():
+    loc, scale = torch.randn(2), torch.rand(2) + 0.5
+    z = torch.randn(5, 2)
+    for transform in (
+        AffineTransform(loc, scale, event_dim=1),
+        IndependentTransform(AffineTransform(loc, scale), 1),
+        ComposeTransform([AffineTransform(loc, scale, event_dim=1)]),
+    ):
+        prior = pv.priors.FlowPrior(2, transform)
+        torch.testing.assert_close(
+            prior().log_prob(z), dist.Normal(loc, scale).to_event(1).log_prob(z)
+        )
+    coupling = affine_coupling(2)
+    prior = pv.priors.FlowPrior(2, coupling)
+    assert {*prior.parameters()} == {*coupling.parameters()}
+    with pytest.raises(ValueError, match="parameters that nothing would train"):
+        pv.priors.FlowPrior(2, lambda: coupling)
+    with pytest.raises(TypeError, match="must be a torch Transform"):
+        pv.priors.FlowPrior(2, 3)
+
+
+def test_the_guide_learns_from_the_prior_that_it_is_a_part_of():
+    """The gradient of log p(z) to the encoder, through means and scales, by hand."""
+    prior, guide = vamp()
+    z = torch.randn(6, 2)
+    parameters = [*guide.parameters(), prior.pseudo_inputs]
+    found = torch.autograd.grad(prior().log_prob(z).sum(), parameters)
+    loc, raw = guide.parameters_of(prior.pseudo_inputs.clamp(0, 1)).split(2, -1)
+    q = dist.Normal(loc, positive(raw)).to_event(1)
+    by_hand = q.log_prob(z.unsqueeze(1)).logsumexp(1).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(by_hand, parameters))
+    prior, guide = exemplar()
+    found = torch.autograd.grad(prior().log_prob(z).sum(), guide.encoder[0].weight)[0]
+    assert found.abs().sum() > 0
+
+
+def test_an_even_mixture_of_several_blocks():
+    loc = torch.tensor([[-30.0], [-10.0], [0.0], [10.0], [30.0]])
+    parts = [dist.Normal(part, 1.0).to_event(1) for part in loc.split([3, 2])]
+    q = EvenMixture(parts)
+    z = torch.randn(4, 1)
+    expected = dist.Normal(loc, 1.0).to_event(1).log_prob(z.unsqueeze(1)).exp().mean(1).log()
+    torch.testing.assert_close(q.log_prob(z), expected)
+    nearest = (q.sample((4000,)) - loc.T).abs().argmin(1)
+    shares = torch.bincount(nearest, minlength=5) / 4000
+    assert ((shares - 0.2).abs() < 5 * (0.16 / 4000) ** 0.5).all()
+
+
+def test_a_batch_of_mixtures_expands():
+    q = pv.MixtureOfNormals(torch.zeros(5, 2), torch.randn(5, 2, 3), torch.ones(5, 2, 3))
+    z = torch.randn(5, 3)
+    assert q.expand((4, 5)).log_prob(z).shape == (4, 5)
+    assert pv.MixtureOfNormals(torch.zeros(2), torch.randn(2, 3), torch.ones(2, 3)).expand(
+        (4, 5)
+    ).log_prob(z).shape == (4, 5)
+
+
+def test_pseudo_inputs_lie_within_their_bounds():
+    rows = torch.randn(5, 16)
+    with pytest.raises(ValueError, match="those outside would never move"):
+        pv.priors.VampPrior(2, pseudo_inputs=rows)
+    assert pv.priors.VampPrior(2, pseudo_inputs=rows, bounds=None).rows().min() == rows.min()
+
+
+def test_a_frozen_guide_is_as_it_was_evaluated():
+    """A method is frozen with its module, dropout and all; a mere function cannot be."""
+
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Linear(16, 2), torch.nn.Dropout(0.5))
+
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.MultivariateNormal(self.net(x), torch.eye(2)))
+
+    pair, x, z = Pair(), torch.rand(12, 16), torch.randn(4, 2)
+    prior = pv.priors.AggregatedPosterior(pair.guide, x)
+    before = prior().log_prob(z)
+    randomised(pair)
+    assert torch.equal(prior.train()().log_prob(z), before)
+    with pytest.raises(ValueError, match="must be a module or a method of one"):
+        pv.priors.AggregatedPosterior(lambda x: Pair().guide(x), x)
+
+
+def test_subsets_are_drawn():
+    guide = amortized(model_with(pv.priors.StandardNormal(2)))
+    x = torch.rand(15, 16)
+    guide(x)
+    drawn = [pv.priors.AggregatedPosterior(guide, x, subset=5)().loc for _ in range(2)]
+    assert not torch.equal(*drawn)
+
+
+def test_data_that_are_none_are_refused():
+    guide = make_pair()[1]
+    x = torch.rand(6, 16)
+    for data in (None, 3.0, (x, torch.zeros(5))):
+        with pytest.raises(ValueError, match="needs data in memory"):
+            pv.priors.AggregatedPosterior(guide, data)
+    with pytest.raises(TypeError, match="whole number"):
+        pv.priors.AggregatedPosterior(guide, x, subset=2.5)
+
+
+def test_a_latent_outside_of_the_plate_is_refused():
+    def guide(x):
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="no site 'z' in the plate"):
+        pv.priors.AggregatedPosterior(guide, torch.rand(3, 16))

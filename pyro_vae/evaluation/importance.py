@@ -60,7 +60,7 @@ class Evidence:
         r""":math:`-\frac{1}{D \log 2} \frac1N \sum_n \log p(x_n)`, for x of D numbers.
 
         A code length where p(x) is a probability; a density has it for data in the unit that it
-        was given.
+        was given. D is that of x as it was passed, the padding of sequences included.
         """
         return -self.mean / (self.dimensions * math.log(2))
 
@@ -177,6 +177,7 @@ def evidence(
         )
         draw.calls_left = batches.num_batches and batches.num_batches * passes
         for batch in batches:
+            dimensions = batch[0][0].numel()
             terms(model, guide, *batch)  # values are validated with one particle
             weights = _WeightStream(num_particles)
             draw.recheck()
@@ -190,7 +191,7 @@ def evidence(
     return Evidence(
         *(torch.cat(parts).cpu() for parts in zip(*results, strict=True)),
         num_particles=num_particles,
-        dimensions=batches.first()[0][0].numel(),
+        dimensions=dimensions,
     )
 
 

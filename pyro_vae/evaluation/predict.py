@@ -32,7 +32,7 @@ def reconstruct(
     Raises:
         ValueError: the pair breaks the contract; no observed site has the shape of x.
     """
-    x = as_tensor(x, "x").to(programs.device_of(model, guide))
+    x, *covariates = _columns(model, guide, x, *covariates)
     with (
         seeded(seed),
         programs.parameter_store(model, guide),
@@ -67,13 +67,19 @@ def generate(
         ValueError: no observed site of the model has the shape of x.
     """
     guide = model if guide is None else guide
-    x = as_tensor(x, "x").to(programs.device_of(model, guide))
+    x, *covariates = _columns(model, guide, x, *covariates)
     with (
         seeded(seed),
         programs.parameter_store(model, guide),
         programs.evaluation_mode(model),
     ):
         return _mean_of_x(model, x, *covariates)
+
+
+def _columns(model: Program, guide: Program, x: Tensor, *covariates: Tensor) -> list[Tensor]:
+    device = programs.device_of(model, guide)
+    columns = [as_tensor(x, "x"), *(as_tensor(each, "a covariate") for each in covariates)]
+    return [column.to(device) for column in columns]
 
 
 def _mean_of_x(model: Program, x: Tensor, *covariates: Tensor) -> Tensor:
@@ -85,9 +91,8 @@ def _mean_of_x(model: Program, x: Tensor, *covariates: Tensor) -> Tensor:
     ]
     if x.dim() > 1:  # a site for each step of a sequence
         step = x.shape[:1] + x.shape[2:]
-        steps = [site for site in observed if site["value"].shape[-len(step) :] == step]
-        if len(steps) == len(observed) == x.shape[1]:
-            return torch.stack([_mean(site).expand(step) for site in steps], 1).cpu()
+        if len(observed) == x.shape[1] and all(site["value"].shape == step for site in observed):
+            return torch.stack([_mean(site).expand(step) for site in observed], 1).cpu()
     return _mean(_observed_site(observed, x)).expand(x.shape).cpu()
 
 

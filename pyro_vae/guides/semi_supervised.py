@@ -91,7 +91,7 @@ class SemiSupervisedGuide(PyroModule):
             y: ``(B,)``, -1 where it is not known.
             enumerates: whether all classes are counted where it is not; else one is drawn.
         """
-        check_labels(x, y)
+        check_labels(x, y, self._model.program.classes)
         q_y, known = self.classify(x), y != UNKNOWN
         if not self.built:
             self._build(x, y, q_y)

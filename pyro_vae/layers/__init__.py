@@ -10,6 +10,7 @@ from pyro_vae.layers.layer import (
     Layer,
     Surjection,
     check_batch,
+    check_support,
 )
 from pyro_vae.layers.maximum import Maximum
 from pyro_vae.layers.slicing import Augment, Slice
@@ -33,4 +34,5 @@ __all__ = [
     "UniformDequantization",
     "VariationalDequantization",
     "check_batch",
+    "check_support",
 ]

@@ -35,7 +35,16 @@ class _Magnitude(Surjection):
         return constraints.independent(constraints.nonnegative, self.part_event_dim)
 
     def split(self, whole: Tensor) -> Split:
-        """Return absolute values, and one where a number is positive."""
+        """Return absolute values, and one where a number is positive.
+
+        Raises:
+            ValueError: the numbers are of an integer type.
+        """
+        if not whole.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__} takes continuous numbers, got {whole.dtype}: put a "
+                "dequantisation below it"
+            )
         return Split(whole.abs(), (whole > 0).to(whole.dtype))
 
     def join(self, part: Tensor, rest: Tensor) -> Tensor:
@@ -66,7 +75,12 @@ class Absolute(_Magnitude, InferenceSurjection):
 
     .. math:: V(x, z) = \sum_d \log p(s_d|z), \qquad s = \operatorname{sign}(x)
 
-    It is exact. With signs of probability 1/2 it makes a symmetric density.
+    It is exact, for continuous x. The prior, or the layer above, must be of numbers of at least
+    zero. With signs of probability 1/2 it makes a symmetric density.
+
+    Where a network gives the signs, p(x|z) jumps at x = 0, unless its logits vanish at z = 0. Below
+    such a layer a :class:`Stochastic` one is not to be trained with reparameterised gradients,
+    which do not see jumps: take :class:`pyro_vae.objectives.ScoreFunction`.
 
     Args:
         signs: network from z to the logits of :math:`p(s_d = 1|z)`; 1/2 each, if not given.

@@ -18,6 +18,7 @@ from pyro_vae.layers.layer import (
     positive_event_dim,
     sum_of_event,
 )
+from pyro_vae.sites import is_real
 
 
 class Bijection(InferenceSurjection):
@@ -40,8 +41,9 @@ class Bijection(InferenceSurjection):
 
     Raises:
         TypeError: ``transform`` is neither a transform nor gives one.
-        ValueError: ``event_dim`` is less than that of the transform's domain; at a call: the
-            transform cannot map x, or not back.
+        ValueError: ``event_dim`` is less than that of the transform's domain; the transform is not
+            bijective, or holds parameters and is no module; at a call: it cannot map x, or not
+            back.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -65,12 +67,19 @@ class Bijection(InferenceSurjection):
             self.learned = nn.ModuleList(p for p, _ in self._pieces if isinstance(p, nn.Module))
         self.whole_event_dim = positive_event_dim(event_dim)
         f = self.transform
+        if loose := [type(p).__name__ for p, _ in self._pieces or () if _holds_parameters(p)]:
+            raise ValueError(
+                f"the transform {loose[0]} holds tensors that require gradients, which nothing "
+                "would train: pass a module that makes the transform of its parameters when called"
+            )
         takes, gives = f.domain.event_dim, f.codomain.event_dim
         if event_dim < takes:
             raise ValueError(
                 f"the transform {type(f).__name__} acts on events of {takes} dimensions, but "
                 f"event_dim is {event_dim}: pass event_dim={takes}, or more"
             )
+        if not f.bijective:
+            raise ValueError(f"a Bijection needs a bijective transform, got {type(f).__name__}")
         self.part_event_dim = event_dim - takes + gives
 
     @property
@@ -95,6 +104,12 @@ class Bijection(InferenceSurjection):
         domain = self.transform.domain
         return constraints.independent(domain, self.whole_event_dim - domain.event_dim)
 
+    @property
+    def part_support(self) -> Constraint:
+        """The transform's codomain."""
+        codomain = self.transform.codomain
+        return constraints.independent(codomain, self.part_event_dim - codomain.event_dim)
+
     def split(self, whole: Tensor) -> Split:
         """Return f(x), no rest, and log|det J|; minus infinity outside the domain of f."""
         f, dims = self.transform, self.whole_event_dim
@@ -113,7 +128,7 @@ class Bijection(InferenceSurjection):
                 "which it does not map back to such events"
             )
         log_volume = sum_of_event(log_volume, dims - f.domain.event_dim)
-        if not _is_real(f.domain):
+        if not is_real(f.domain):
             inside = all_of_event(f.domain.check(x), dims - f.domain.event_dim)
             log_volume = torch.where(inside, log_volume, -torch.inf)
         return Split(z, None, log_volume)
@@ -143,11 +158,9 @@ class Bijection(InferenceSurjection):
         return f"the transform {type(f).__name__} cannot map events of shape {tuple(event)}"
 
 
-def _is_real(constraint: Constraint) -> bool:
-    """Whether a constraint allows all numbers."""
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return constraint is constraints.real
+def _holds_parameters(piece: Transform) -> bool:
+    values = () if isinstance(piece, nn.Module) else vars(piece).values()
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 def _pieces(transform: Transform, inverse: bool = False) -> Iterator[tuple[Transform, bool]]:
@@ -155,7 +168,7 @@ def _pieces(transform: Transform, inverse: bool = False) -> Iterator[tuple[Trans
     if isinstance(transform, _InverseTransform):
         yield from _pieces(transform.inv, not inverse)
     elif isinstance(transform, ComposeTransform) and transform.parts:
-        for part in reversed(transform.parts) if inverse else transform.parts:
+        for part in transform.parts:  # an inverse composition has none: it is one of inverses
             yield from _pieces(part, inverse)
     else:
         yield transform, inverse

@@ -30,6 +30,9 @@ class Split(NamedTuple):
     log_volume: Tensor | float = 0.0
 
 
+_OF_NOTHING = (None, None, None, False)
+
+
 class Image(TorchDistribution):
     r"""The image of a whole under a map: one point, of log-density zero, minus infinity elsewhere.
 
@@ -85,19 +88,32 @@ class Image(TorchDistribution):
         """Return the point, ``(*sample, *batch, *event)``."""
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
         value = self.split.part.expand(shape)  # a tensor of its own, which can bear a name tag
-        value._image_of = (self.surjection, self.whole, self.split)
+        value._image_of = (self.surjection, self.whole, self.split, torch.is_grad_enabled())
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return zero where the value is the point, up to rounding, minus infinity elsewhere."""
         split = self.split
-        _, _, its_split = getattr(value, "_image_of", (None, None, None))
+        _, _, its_split, _ = getattr(value, "_image_of", _OF_NOTHING)
         if its_split is split:
             return _like(split.part, 0.0).expand(value.shape[: value.dim() - self.event_dim])
         same = self.surjection.same(value, split.part)
+        if split.rest is None:  # drawn from the part, which the map need not meet to the last digit
+            same = same | self._leads_back(value)
         return torch.where(same, 0.0, _like(split.part, -torch.inf)).expand(
             torch.broadcast_shapes(same.shape, self.batch_shape)
         )
+
+    def _leads_back(self, value: Tensor) -> Tensor:
+        """Tell where a part is one that this whole would be made of, ``(*batch)``."""
+        with torch.no_grad():
+            try:
+                whole = self.surjection.join(without_repetitions(value, self.event_dim), None)
+            except (KeyError, NotImplementedError):  # as Pyro's flows without an inverse raise
+                return torch.zeros((), dtype=torch.bool, device=value.device)
+            eps = torch.finfo(whole.dtype).eps
+            near = (whole - self.whole).abs() <= 4 * eps * (1 + self.whole.abs())
+            return near.flatten(near.dim() - self.surjection.whole_event_dim).all(-1)
 
 
 class Preimage(TorchDistribution):
@@ -179,10 +195,11 @@ class Preimage(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of a whole, ``(*batch)``."""
         drawn_by, rest = getattr(value, "_joined_of", (None, None))
-        surjection, whole, split = getattr(self.part, "_image_of", (None, None, None))
+        surjection, whole, split, with_gradient = getattr(self.part, "_image_of", _OF_NOTHING)
         if drawn_by is self:
             return self._density(Split(self.part, rest, self.surjection.log_volume(rest)))
-        if surjection is self.surjection and whole is value:
+        known = surjection is self.surjection and whole is value
+        if known and with_gradient >= torch.is_grad_enabled():
             return self._density(split)
         split = self.surjection.split(without_repetitions(value, self.event_dim))
         density = self._density(split)

@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_vae.layers.distributions import Image, Preimage, Split
+from pyro_vae.sites import is_real
 
 
 class Layer(nn.Module):
@@ -114,6 +115,23 @@ class GenerativeSurjection(Surjection):
     def generate(self, z: Tensor) -> Image:
         """Return p(x|z), the image of z."""
         return Image(self, z)
+
+
+def check_support(layer: nn.Module, above: TorchDistribution) -> None:
+    """Refuse a prior, or a layer above, that draws what no datum is mapped to.
+
+    Raises:
+        ValueError: it is of all numbers, and the layer maps to some of them.
+    """
+    if not isinstance(layer, InferenceSurjection):
+        return
+    if not is_real(layer.part_support) and is_real(above.support):
+        raise ValueError(
+            f"layer {type(layer).__name__} maps data to {layer.part_support}, but the prior, or "
+            "the layer above, is of all real numbers: part of its mass would belong to no datum. "
+            "Take a prior with that support; or turn the transform round, if it was meant to map "
+            "the other way (transform.inv)"
+        )
 
 
 def all_of_event(flags: Tensor, event_dim: int) -> Tensor:

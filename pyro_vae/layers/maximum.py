@@ -12,6 +12,7 @@ from torch.distributions import constraints
 
 from pyro_vae.layers.distributions import Split
 from pyro_vae.layers.layer import InferenceSurjection
+from pyro_vae.sites import is_real
 
 
 class Maximum(InferenceSurjection):
@@ -21,6 +22,10 @@ class Maximum(InferenceSurjection):
         V(x, z) = -\log D + \log p(g|z), \qquad g_d = z - x_d \text{ for the others, in their order}
 
     (Nielsen et al. 2020). It is exact, for the map from x to (z, k, g) keeps volumes.
+
+    Where the gaps are not alike in law, p(x|z) jumps as another number becomes the greatest, and
+    reparameterised gradients do not see jumps: below this layer, train a :class:`Stochastic` one
+    with :class:`pyro_vae.objectives.ScoreFunction`.
 
     Args:
         noise: gives :math:`p(g)` or :math:`p(g|z)`, a distribution of vectors of D - 1 positive
@@ -32,7 +37,8 @@ class Maximum(InferenceSurjection):
         x is ``(*batch, D)`` and z ``(*batch, 1)``.
 
     Raises:
-        ValueError: at a call: the noise is no distribution of vectors, or z is not one number.
+        ValueError: at a call: the noise is no distribution of vectors, or may be negative, or z is
+            not one number.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -69,7 +75,14 @@ class Maximum(InferenceSurjection):
                 "or the layer above, must have events of shape (1,)"
             )
         gaps = self.noise(part) if self.conditional else self.noise()
-        return _PlaceAndGaps(gaps) if len(gaps.event_shape) == 1 else gaps
+        if len(gaps.event_shape) != 1:
+            return gaps  # refused with what was expected
+        if is_real(gaps.support):
+            raise ValueError(
+                f"Maximum needs a noise of positive numbers, the gaps below z, got {gaps} on the "
+                "reals: take Exponential, HalfNormal or LogNormal, say"
+            )
+        return _PlaceAndGaps(gaps)
 
     def whole_shape(self, part_shape: torch.Size, rest_shape: torch.Size) -> torch.Size:
         """Return the shape of place and gaps."""

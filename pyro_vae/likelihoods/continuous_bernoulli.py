@@ -6,6 +6,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
+from torch.distributions import register_kl
 
 from pyro_vae.likelihoods.likelihood import Likelihood
 
@@ -39,7 +40,9 @@ class ContinuousBernoulli(Likelihood):
         return _ContinuousBernoulli(logits=logits).to_event(self.event_dim)
 
 
-_NEAR_ZERO = 0.1  # |logit| below which series take over; what they leave out is below 1e-13 there
+# |logit| below which series take over: what they leave out is below 1e-13 in the first case, and
+# less than what the others would cancel in the other two.
+_NEAR_ZERO, _FAR_OF_VARIANCE, _LEAST_OF_SHARES = 0.1, 0.5, 1e-3
 
 
 class _ContinuousBernoulli(dist.ContinuousBernoulli):
@@ -54,12 +57,7 @@ class _ContinuousBernoulli(dist.ContinuousBernoulli):
         if self._validate_args:
             self._validate_sample(value)
         logits, value = torch.broadcast_tensors(self.logits, value.to(self.logits.dtype))
-        size = logits.abs()
-        square = size.clamp(max=1.0).square()
-        near = 0.5 * logits + square * (1 / 24 - square * (1 / 2880 - square / 181440))
-        safe = size.clamp(min=_NEAR_ZERO)
-        far = logits.clamp(min=0.0) + torch.log(-torch.expm1(-safe) / safe)
-        return logits * value - torch.where(size < _NEAR_ZERO, near, far)
+        return logits * value - _log_mass(logits)
 
     @property
     def mean(self) -> Tensor:
@@ -72,15 +70,61 @@ class _ContinuousBernoulli(dist.ContinuousBernoulli):
         above = torch.where(size < _NEAR_ZERO, near, far)
         return torch.where(self.logits < 0, 1 - above, above)
 
+    @property
+    def variance(self) -> Tensor:
+        r"""The variance, :math:`1 / l^2 - e^{-l} / (1 - e^{-l})^2`."""
+        size = self.logits.abs()
+        square = size.clamp(max=1.0).square()
+        near = 1 / 12 - square * (1 / 240 - square * (1 / 6048 - square / 172800))
+        safe = size.clamp(min=_FAR_OF_VARIANCE)
+        far = safe.pow(-2) - torch.exp(-safe) / torch.expm1(-safe).square()
+        return torch.where(size < _FAR_OF_VARIANCE, near, far)
+
+    @property
+    def stddev(self) -> Tensor:
+        """The root of the variance."""
+        return self.variance.sqrt()
+
+    def entropy(self) -> Tensor:
+        """Return the differential entropy."""
+        return _log_mass(self.logits) - self.logits * self.mean
+
+    def cdf(self, value: Tensor) -> Tensor:
+        r"""Return the share below x, :math:`(e^{l x} - 1) / (e^l - 1)`."""
+        logits, value = torch.broadcast_tensors(self.logits, value.to(self.logits.dtype))
+        size = logits.abs()
+        x = torch.where(logits < 0, value, 1 - value).clamp(0.0, 1.0)
+        safe = size.clamp(min=torch.finfo(size.dtype).tiny)
+        share = torch.expm1(-safe * x) / torch.expm1(-safe)
+        share = torch.where(size < torch.finfo(size.dtype).eps, x, share)
+        return torch.where(logits < 0, share, 1 - share)
+
     def icdf(self, value: Tensor) -> Tensor:
         r"""Return the x below which lies a share u, :math:`\log(1 + u (e^l - 1)) / l`.
 
         For l > 0 that is :math:`1 + \log(1 + (1 - u) (e^{-l} - 1)) / l`, where nothing overflows.
         """
         size = self.logits.abs()
-        least = torch.finfo(size.dtype).eps
-        share = torch.where(self.logits < 0, 1 - value, value).clamp(min=least)
-        safe = size.clamp(min=least)
+        share = torch.where(self.logits < 0, 1 - value, value)
+        share = share.clamp(min=torch.finfo(size.dtype).eps)
+        safe = size.clamp(min=_LEAST_OF_SHARES)
         x = 1 + torch.log1p((1 - share) * torch.expm1(-safe)) / safe
         x = x.clamp(0.0, 1.0)
-        return torch.where(self.logits < 0, 1 - x, x)
+        x = torch.where(self.logits < 0, 1 - x, x)
+        near = value + 0.5 * self.logits * value * (1 - value)  # with its gradient at zero
+        return torch.where(size < _LEAST_OF_SHARES, near, x)
+
+
+def _log_mass(logits: Tensor) -> Tensor:
+    r"""Return :math:`\log((e^l - 1) / l)`."""
+    size = logits.abs()
+    square = size.clamp(max=1.0).square()
+    near = 0.5 * logits + square * (1 / 24 - square * (1 / 2880 - square / 181440))
+    safe = size.clamp(min=_NEAR_ZERO)
+    far = logits.clamp(min=0.0) + torch.log(-torch.expm1(-safe) / safe)
+    return torch.where(size < _NEAR_ZERO, near, far)
+
+
+@register_kl(_ContinuousBernoulli, _ContinuousBernoulli)
+def _kl(p: _ContinuousBernoulli, q: _ContinuousBernoulli) -> Tensor:
+    return (p.logits - q.logits) * p.mean - _log_mass(p.logits) + _log_mass(q.logits)

@@ -38,7 +38,8 @@ class Levels(constraints.Constraint):
     def check(self, value: Tensor) -> Tensor:
         """Tell of each number whether it is a level."""
         if not value.is_floating_point():
-            return (value >= 0) & (value <= self.levels - 1)
+            number = value.long()  # the number of levels may be beyond a small type
+            return (number >= 0) & (number < self.levels)
         number = value * (self.levels - 1)
         rounding = 2 * self.levels * torch.finfo(value.dtype).eps
         near = (number - number.round()).abs() <= min(1e-3 + rounding, 0.1)

@@ -131,11 +131,15 @@ class OptimalScale(nn.Module):
 
     .. math:: \sigma_*^2 = \frac1{KBD} \sum_{kbd} (x_{bd} - \mu_d(z_{kb}))^2
 
-    over all particles, data and outputs, masked or scaled ones among them. In training a density is
-    taken with that, as a constant: the gradient through :math:`\sigma_*` is zero, since it is a
-    maximum. A running average is kept, and is the scale in evaluation mode, where p(x|z) is so a
-    density like any other; samples are drawn with it too. Before any training it is one. For a
-    Laplace likelihood, the scale is the mean absolute error.
+    over all values that are scored at once. In training a density is taken with that, as a
+    constant: the gradient of the ELBO through :math:`\sigma_*` is zero, since it is a maximum. A
+    running average is kept, and is the scale in evaluation mode, where p(x|z) is so a density like
+    any other; samples are drawn with it too. Before any training it is one. For a Laplace
+    likelihood, the scale is the mean absolute error.
+
+    Every value counts alike. So it is not the best scale of a bound that weighs particles, such as
+    IWAE; and not to be used where some of the values hardly count or do not: with enumerated
+    latents, whose improbable values are scored too, or with masks, under padded sequences say.
 
     Args:
         momentum: weight of the latest minibatch in the running average.

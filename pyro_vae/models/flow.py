@@ -11,7 +11,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions.transforms import Transform
 
-from pyro_vae.layers import Bijection, Layer, check_batch
+from pyro_vae.layers import Bijection, Layer, check_batch, check_support
 from pyro_vae.sites import DATA_PLATE
 
 
@@ -27,8 +27,8 @@ class FlowModel(PyroModule):
 
     .. math:: \log p(x) = \log p(f(x)) + \log|\det J_f(x)|
 
-    to rounding: fitting the pair is maximum likelihood. Another guide proposes latents that are not
-    the image of x, which have a density of zero.
+    to rounding: fitting the pair by a lower bound is maximum likelihood. Another guide proposes
+    latents that are not the image of x, which have a density of zero.
 
     Args:
         prior: called without arguments, gives p(z); see :mod:`pyro_vae.priors`.
@@ -83,6 +83,7 @@ class FlowModel(PyroModule):
         p = self.prior()
         with pyro.plate(DATA_PLATE, x.shape[0], dim=-1):
             for name, layer in zip(self.latents[::-1], [*self.layers][::-1], strict=True):
+                check_support(layer, p)
                 z = pyro.sample(name, p)
                 event = p.event_shape
                 if z.shape[z.dim() - len(event) :] != event:

@@ -60,7 +60,9 @@ class HierarchicalModel(PyroModule):
         skip: bool = False,
     ):
         super().__init__()
-        if isinstance(layers, nn.Module) or not all(isinstance(each, nn.Module) for each in layers):
+        several = isinstance(layers, nn.ModuleList) or not isinstance(layers, nn.Module)
+        layers = list(layers) if several else [None]
+        if not all(isinstance(each, nn.Module) for each in layers):
             raise TypeError(
                 f"layers must be a sequence of modules, from the top down; got {layers}"
             )

@@ -33,6 +33,9 @@ class MixtureModel(PyroModule):
     Sites:
         latents ``"c"``, enumerated, and ``"z"``; ``"x"`` observed; all in the plate ``"data"``.
 
+    Raises:
+        TypeError: the prior is no :class:`pyro_vae.priors.MixtureOfNormals`.
+
     Example:
         >>> import torch, pyro_vae as pv
         >>> likelihood = pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16))
@@ -51,6 +54,11 @@ class MixtureModel(PyroModule):
         likelihood: Callable[[Tensor], TorchDistributionMixin],
     ):
         super().__init__()
+        if not isinstance(prior, priors.MixtureOfNormals):
+            raise TypeError(
+                "MixtureModel needs a priors.MixtureOfNormals, whose components are sites, got "
+                f"{prior!r}: with another prior, take LatentVariableModel"
+            )
         self.prior = prior
         self.likelihood = likelihood
 

@@ -36,8 +36,8 @@ class SemiSupervisedModel(PyroModule):
         ``"x"`` observed; all in the plate ``"data"``. p(y) is learned.
 
     Raises:
-        ValueError: fewer than two classes; labels are no whole numbers, or not one for each datum.
-            (A label out of range lies outside of the support of site ``"y"``.)
+        ValueError: fewer than two classes; labels are no whole numbers, or not one for each datum;
+            while values are validated: one is out of range.
 
     Example:
         See :class:`pyro_vae.guides.SemiSupervisedGuide`.
@@ -59,7 +59,7 @@ class SemiSupervisedModel(PyroModule):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Run the program on a minibatch x and its labels, and return x."""
-        check_labels(x, y)
+        check_labels(x, y, self.classes)
         p_y, p_z = dist.Categorical(logits=self.logits), self.prior()
         known = y != UNKNOWN
         with pyro.plate(DATA_PLATE, x.shape[0], dim=-1):
@@ -77,8 +77,8 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
     return labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)
 
 
-def check_labels(x: Tensor, y: Tensor) -> None:
-    """Refuse labels that are no whole numbers, one for each datum.
+def check_labels(x: Tensor, y: Tensor, classes: int) -> None:
+    """Refuse labels that are no whole numbers, one for each datum; and, if validating, others.
 
     Raises:
         ValueError: as said.
@@ -89,3 +89,11 @@ def check_labels(x: Tensor, y: Tensor) -> None:
             f"labels must be whole numbers, one for each of the {x.shape[0]} data, -1 where it is "
             f"not known; got {y.dtype} of shape {tuple(y.shape)}"
         )
+    if torch.distributions.Distribution._validate_args:  # it waits for the device
+        outside = ((y < 0) & (y != UNKNOWN)) | (y >= classes)
+        if outside.any():
+            row = outside.nonzero()[0].item()
+            raise ValueError(
+                f"labels must lie in 0 to {classes - 1}, or be {UNKNOWN} where the class is not "
+                f"known; got {y[row].item()} in row {row}"
+            )

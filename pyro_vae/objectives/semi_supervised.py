@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ class SemiSupervisedELBO(ELBO):
     bound: the value is not one.
 
     Args:
-        classification: :math:`\alpha`, for each labelled datum; Kingma et al. take a tenth of the
-            number of data over that of labelled ones, or more.
+        classification: :math:`\alpha`, for each labelled row of a minibatch.
         num_particles: K.
         vectorize_particles: see :func:`pyro_vae.terms`.
 
@@ -42,7 +42,8 @@ class SemiSupervisedELBO(ELBO):
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the loss, to be differentiated."""
-        if not hasattr(guide, "classify") or len(args) != 2:
+        classifier = guide.func if isinstance(guide, functools.partial) else guide
+        if not hasattr(classifier, "classify") or len(args) != 2:
             raise TypeError(
                 "SemiSupervisedELBO needs a guide with classify(x) and data (x, y), such as "
                 f"guides.SemiSupervisedGuide; got {guide!r} and {len(args)} columns"
@@ -50,5 +51,5 @@ class SemiSupervisedELBO(ELBO):
         x, y = args
         loss = super().differentiable_loss(model, guide, x, y, **kwargs)
         known = y >= 0
-        log_q = guide.classify(x).log_prob(torch.where(known, y, 0))
+        log_q = classifier.classify(x).log_prob(torch.where(known, y, 0))
         return loss - self.classification * torch.where(known, log_q, 0.0).sum()

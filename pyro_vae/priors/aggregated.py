@@ -11,8 +11,10 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_vae import programs
+from pyro_vae.arguments import positive_integer
+from pyro_vae.minibatches import as_tensor
 from pyro_vae.mixtures import EvenMixture, MixtureOfNormals
-from pyro_vae.priors.posteriors import check_guide, diagonal_gaussian, posteriors
+from pyro_vae.priors.posteriors import check_guide, diagonal_gaussian, posteriors, stand_in
 
 _ROWS_AT_A_TIME = 500
 
@@ -39,8 +41,9 @@ class AggregatedPosterior(nn.Module):
         subset: how many of the data, drawn at random, stand for all; all of them, if not given.
 
     Raises:
-        ValueError: ``subset`` is not between 1 and N; the guide's posterior of the latent is not
-            known from x alone.
+        ValueError: ``subset`` is not between 1 and N; data are not in memory, or none; the guide's
+            posterior of the latent is not known from x alone; the guide is neither a diagonal
+            Gaussian nor a module.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -61,32 +64,31 @@ class AggregatedPosterior(nn.Module):
         subset: int | None = None,
     ):
         super().__init__()
-        columns = data if isinstance(data, (tuple, list)) else (data,)
         device = programs.device_of(guide, guide)
-        columns = [torch.as_tensor(column).to(device) for column in columns]
+        columns = [as_tensor(column, "data").to(device) for column in _columns(data)]
         count = len(columns[0])
-        if not count:
-            raise ValueError("there are no data to take an aggregated posterior of")
         if subset is not None:
-            if not 1 <= subset <= count:
+            if positive_integer("subset", subset) > count:
                 raise ValueError(f"subset must be between 1 and the {count} data, got {subset}")
             chosen = torch.randperm(count)[:subset].to(device)
             columns = [column[chosen] for column in columns]
         self._site = site
         with programs.parameter_store(guide, guide), programs.evaluation_mode(guide):
-            check_guide(guide, site, [column[:_ROWS_AT_A_TIME] for column in columns])
-            parts = _in_blocks(guide, site, columns)
+            blocks = _blocks(columns)
+            for block in blocks:
+                check_guide(guide, site, block)
+            parts = [posteriors(guide, site, block) for block in blocks]
+        self._event_shape = parts[0].event_shape
         gaussians = [diagonal_gaussian(part) for part in parts]
-        self.guide = None
-        if None not in gaussians:
-            columns = [torch.cat(each) for each in zip(*gaussians, strict=True)]
-        elif isinstance(guide, nn.Module):
-            self.guide = copy.deepcopy(guide).requires_grad_(False)
+        self.guide, self._method = None, None
+        if None in gaussians:
+            self.guide, self._method = _frozen(guide)
         else:
-            self.guide = guide
+            columns = [torch.cat(each) for each in zip(*gaussians, strict=True)]
         self._names = [f"column_{number}" for number in range(len(columns))]
         for name, column in zip(self._names, columns, strict=True):
             self.register_buffer(name, column)
+        self._runs = False
 
     def forward(self) -> TorchDistributionMixin:
         """Return q_agg(z): batch shape ()."""
@@ -94,12 +96,46 @@ class AggregatedPosterior(nn.Module):
         if self.guide is None:
             loc, scale = columns
             return MixtureOfNormals(loc.new_zeros(len(loc)), loc, scale)
-        with programs.evaluation_mode(self.guide):
-            return EvenMixture(_in_blocks(self.guide, self._site, columns))
+        if self._runs:
+            return stand_in(self._event_shape, next(self.guide.parameters()))
+        guide = self.guide if self._method is None else getattr(self.guide, self._method)
+        self._runs = True
+        try:
+            with torch.no_grad():
+                return EvenMixture([posteriors(guide, self._site, b) for b in _blocks(columns)])
+        finally:
+            self._runs = False
+
+    def train(self, mode: bool = True) -> AggregatedPosterior:
+        """Set the mode; the guide stays as it was evaluated."""
+        super().train(mode)
+        if self.guide is not None:
+            self.guide.eval()
+        return self
 
 
-def _in_blocks(
-    guide: Callable[..., Any], site: str, columns: Sequence[Tensor]
-) -> list[TorchDistributionMixin]:
-    blocks = zip(*(column.split(_ROWS_AT_A_TIME) for column in columns), strict=True)
-    return [posteriors(guide, site, block) for block in blocks]
+def _columns(data: Any) -> list[Any]:
+    columns = list(data) if isinstance(data, (tuple, list)) else [data]
+    sizes = [len(column) if hasattr(column, "__len__") else None for column in columns]
+    if None in sizes or len(set(sizes)) != 1 or not sizes[0]:
+        raise ValueError(
+            "an aggregated posterior needs data in memory, x and covariates of as many rows, and "
+            f"at least one; got {[type(column).__name__ for column in columns]} of sizes {sizes}"
+        )
+    return columns
+
+
+def _blocks(columns: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    return [*zip(*(column.split(_ROWS_AT_A_TIME) for column in columns), strict=True)]
+
+
+def _frozen(guide: Callable[..., Any]) -> tuple[nn.Module, str | None]:
+    """Return a copy of a guide's module, and the name of its method if the guide is one."""
+    owner = getattr(guide, "__self__", guide)
+    if not isinstance(owner, nn.Module):
+        raise ValueError(  # noqa: TRY004 - it is the family that asks for a module
+            "the posteriors of a guide that is no diagonal Gaussian are kept as a copy of the "
+            f"guide, which must be a module or a method of one; got {guide!r}"
+        )
+    copied = copy.deepcopy(owner).requires_grad_(False).eval()
+    return copied, None if guide is owner else guide.__name__

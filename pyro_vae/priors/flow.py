@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from torch import nn
-from torch.distributions import constraints
+from torch import Tensor, nn
 from torch.distributions.transforms import Transform
+
+from pyro_vae.arguments import positive_integer
+from pyro_vae.sites import is_real
 
 
 class FlowPrior(nn.Module):
@@ -25,7 +27,9 @@ class FlowPrior(nn.Module):
             :class:`pyro_vae.flows.Composition`; a torch transform serves too.
 
     Raises:
-        ValueError: ``dim`` is not positive; f is no bijection of R^D.
+        ValueError: ``dim`` is not positive; f is no bijection of R^D, or has parameters that are
+            no module's.
+        TypeError: it is no transform.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -37,8 +41,7 @@ class FlowPrior(nn.Module):
 
     def __init__(self, dim: int, transform: Callable[[], Transform] | Transform):
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"FlowPrior needs a positive dim, got {dim}")
+        positive_integer("dim", dim)
         self.transform = transform
         self.register_buffer("loc", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
@@ -49,27 +52,35 @@ class FlowPrior(nn.Module):
         base = dist.Normal(self.loc, self.scale).to_event(1)
         return dist.TransformedDistribution(base, [self._made()])
 
-    def _made(self) -> Transform:
-        return self.transform if isinstance(self.transform, Transform) else self.transform()
-
     def _check(self) -> None:
         transform, dim = self._made(), len(self.loc)
-        known = getattr(self.transform, "dim", dim)
-        if known != dim:
-            raise ValueError(f"the prior is of {dim} dimensions, but its transform of {known}")
-        real = {constraints.real, constraints.real_vector}
-        is_real = real.issuperset((transform.domain, transform.codomain))
-        if not transform.bijective or not is_real or self._shape(transform) != (dim,):
+        if not isinstance(transform, Transform):
+            raise TypeError(
+                "the prior's transform must be a torch Transform, or a module that gives one, got "
+                f"{self.transform!r}"
+            )
+        of_reals = is_real(transform.domain) and is_real(transform.codomain)
+        image = self._image(transform)
+        if not transform.bijective or not of_reals or image.shape != (dim,):
             raise ValueError(
                 f"the prior's transform must be a bijection of R^{dim}, got {transform} from "
                 f"{transform.domain} onto {transform.codomain}"
             )
+        if image.requires_grad and not [*self.parameters()]:
+            raise ValueError(
+                "the prior's transform has parameters that nothing would train, for they are not "
+                "found: pass a module, which gives the transform when called without arguments"
+            )
 
-    def _shape(self, transform: Transform) -> tuple[int, ...]:
+    def _image(self, transform: Transform) -> Tensor:
         try:
-            with torch.no_grad():
-                return tuple(transform(self.loc).shape)
+            return transform(self.loc.clone())
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
                 f"the prior's transform cannot be applied to z of shape ({len(self.loc)},): {error}"
             ) from error
+
+    def _made(self) -> Transform:
+        if isinstance(self.transform, Transform) or not callable(self.transform):
+            return self.transform
+        return self.transform()

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
+from pyro.distributions import Normal, Unit
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Independent, Normal
+from torch.distributions import Independent
 
 from pyro_vae.mixtures import EvenMixture, MixtureOfNormals
 from pyro_vae.rules import is_delta
@@ -60,7 +60,7 @@ def diagonal_gaussian(distribution: TorchDistributionMixin) -> tuple[Tensor, Ten
     """Return mean and standard deviation (N, D) if these are independent Gaussians, else None."""
     base = base_distribution(distribution)
     vectors = isinstance(distribution, Independent) and len(distribution.event_shape) == 1
-    if not vectors or not isinstance(base, Normal):
+    if not vectors or not isinstance(base, torch.distributions.Normal):
         return None
     return base.loc, base.scale
 
@@ -107,6 +107,21 @@ def _sites(guide: Guide, rows: Sequence[Tensor]) -> dict[str, Site]:
     with torch.no_grad(), poutine.block():
         trace = poutine.trace(guide).get_trace(*rows)
     return {site["name"]: site for site in random_sites(trace)}
+
+
+def stand_in(event_shape: Sequence[int], like: Tensor) -> TorchDistributionMixin:
+    """Return what a model has for a prior while its guide, run for that, traces it for shapes.
+
+    Raises:
+        ValueError: the guide runs the model for more than that.
+    """
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "the guide runs the model, whose prior runs the guide: take a guide that does not "
+            "refine its posteriors by the model"
+        )
+    zeros = torch.zeros(tuple(event_shape), dtype=like.dtype, device=like.device)
+    return Normal(zeros, torch.ones_like(zeros)).to_event(len(event_shape))
 
 
 class _Reached(Exception):  # noqa: N818 - no error, but a way out

@@ -7,6 +7,8 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import nn
 
+from pyro_vae.arguments import positive_integer
+
 
 class StandardNormal(nn.Module):
     r""":math:`p(z) = \mathcal{N}(z; 0, I)` (Kingma & Welling 2014).
@@ -25,8 +27,10 @@ class StandardNormal(nn.Module):
 
     def __init__(self, *event_shape: int):
         super().__init__()
-        if not event_shape or min(event_shape) < 1:
-            raise ValueError(f"StandardNormal needs positive sizes, got {event_shape}")
+        if not event_shape:
+            raise ValueError("StandardNormal needs the sizes of z, most often one, got none")
+        for size in event_shape:
+            positive_integer("a size of StandardNormal", size)
         self.event_shape = torch.Size(event_shape)
         self.register_buffer("loc", torch.zeros(self.event_shape))
         self.register_buffer("scale", torch.ones(self.event_shape))

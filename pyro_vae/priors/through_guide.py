@@ -6,14 +6,20 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
+from pyro_vae import programs
 from pyro_vae.mixtures import MixtureOfNormals
 from pyro_vae.positive import positive
-from pyro_vae.priors.posteriors import check_guide, diagonal_gaussian, even_mixture, posteriors
+from pyro_vae.priors.posteriors import (
+    check_guide,
+    diagonal_gaussian,
+    even_mixture,
+    posteriors,
+    stand_in,
+)
 
 
 class PriorThroughGuide(nn.Module):
@@ -68,11 +74,12 @@ class PriorThroughGuide(nn.Module):
             )
         rows = self.rows()
         if self._runs:
-            return self._stand_in(rows)
+            return stand_in(self.event_shape, rows)
         self._runs = True
         try:
             if not self._checked:
-                check_guide(self.guide, self._site, [rows])
+                with programs.evaluation_mode(self.guide):
+                    check_guide(self.guide, self._site, [rows])
                 self._checked = True
             found = posteriors(self.guide, self._site, [rows])
         finally:
@@ -83,15 +90,6 @@ class PriorThroughGuide(nn.Module):
                 f"gives site {self._site!r} the shape {tuple(found.event_shape)}"
             )
         return self.mix(found)
-
-    def _stand_in(self, rows: Tensor) -> TorchDistributionMixin:
-        """What the model has for a prior while the guide traces it for the shapes of its sites."""
-        if torch.is_grad_enabled():
-            raise ValueError(
-                f"the guide runs the model, whose prior {type(self).__name__} runs the guide: "
-                "take a guide that does not refine its posteriors by the model"
-            )
-        return dist.Normal(rows.new_zeros(self.event_shape), 1.0).to_event(len(self.event_shape))
 
 
 class VampPrior(PriorThroughGuide):
@@ -105,12 +103,13 @@ class VampPrior(PriorThroughGuide):
 
     Args:
         *event_shape: shape of z; most often one number, its dimension.
-        pseudo_inputs: what they begin with, ``(K, *event of x)``: rows of the data, say.
+        pseudo_inputs: what they begin with, ``(K, *event of x)``, within the bounds: rows of the
+            data, say.
         bounds: what they are clamped to; None for data without bounds.
 
     Raises:
-        ValueError: there are no pseudo-inputs, or bounds that are none; what
-            :class:`PriorThroughGuide` refuses.
+        ValueError: there are no pseudo-inputs, or some outside of the bounds, or bounds that are
+            none; what :class:`PriorThroughGuide` refuses.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -130,10 +129,16 @@ class VampPrior(PriorThroughGuide):
         bounds: tuple[float, float] | None = (0.0, 1.0),
     ):
         super().__init__(*event_shape)
-        if bounds is not None and not bounds[0] < bounds[1]:
+        if bounds is not None and not (len(bounds) == 2 and bounds[0] < bounds[1]):
             raise ValueError(f"bounds must be a lower and an upper one, got {bounds}")
         self.pseudo_inputs = nn.Parameter(_rows("pseudo_inputs", pseudo_inputs))
         self.bounds = bounds
+        low, high = self.pseudo_inputs.min().item(), self.pseudo_inputs.max().item()
+        if bounds is not None and not bounds[0] <= low <= high <= bounds[1]:
+            raise ValueError(
+                f"pseudo_inputs lie in [{low:g}, {high:g}], but the bounds are {bounds}: those "
+                "outside would never move. Clamp them, or pass other bounds, None for no bounds."
+            )
 
     def rows(self) -> Tensor:
         """Return the pseudo-inputs."""
@@ -150,7 +155,7 @@ class ExemplarPrior(PriorThroughGuide):
     datum is not kept from being its own exemplar, so let M be a small part of the data.
 
     Args:
-        *event_shape: shape of z, one number.
+        dim: of z.
         exemplars: rows of the data, ``(N, *event of x)``.
         num_drawn: M; all of them, if not given.
 
@@ -159,8 +164,8 @@ class ExemplarPrior(PriorThroughGuide):
             diagonal Gaussian; what :class:`PriorThroughGuide` refuses.
     """
 
-    def __init__(self, *event_shape: int, exemplars: Tensor, num_drawn: int | None = None):
-        super().__init__(*event_shape)
+    def __init__(self, dim: int, *, exemplars: Tensor, num_drawn: int | None = None):
+        super().__init__(dim)
         self.register_buffer("exemplars", _rows("exemplars", exemplars), persistent=False)
         if num_drawn is not None and not 1 <= num_drawn <= len(exemplars):
             raise ValueError(
