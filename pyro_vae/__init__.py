@@ -1,17 +1,36 @@
 """Variational autoencoders as pairs of Pyro programs: guides, objectives, honest evaluation."""
 
 from pyro_vae import datasets, flows, guides, layers, likelihoods, nets, objectives, priors
-from pyro_vae.comparison import Comparison, compare, to_arviz
+from pyro_vae.comparison import (
+    Comparison,
+    RateDistortion,
+    compare,
+    rate_distortion,
+    to_arviz,
+)
 from pyro_vae.evaluation import (
+    AIS,
+    Ascent,
+    CollapseReport,
+    Estimate,
     Evidence,
     GradientNoise,
+    InferenceGaps,
+    PriorHoles,
+    Sandwich,
+    StoppedEvidence,
     Surgery,
+    UnreliableEvidence,
+    collapse_report,
     elbo_surgery,
     evidence,
     generate,
     gradient_noise,
+    inference_gaps,
     khat,
+    prior_holes,
     reconstruct,
+    sandwich,
 )
 from pyro_vae.mixtures import MixtureOfNormals
 from pyro_vae.models import (
@@ -28,20 +47,31 @@ from pyro_vae.terms import Terms, terms
 from pyro_vae.training import Fit, fit
 
 __all__ = [
+    "AIS",
+    "Ascent",
+    "CollapseReport",
     "Comparison",
     "ConditionalModel",
+    "Estimate",
     "Evidence",
     "Fit",
     "FlowModel",
     "GradientNoise",
     "HierarchicalModel",
+    "InferenceGaps",
     "LatentVariableModel",
     "MixtureModel",
     "MixtureOfNormals",
+    "PriorHoles",
+    "RateDistortion",
+    "Sandwich",
     "SemiSupervisedModel",
     "SequenceModel",
+    "StoppedEvidence",
     "Surgery",
     "Terms",
+    "UnreliableEvidence",
+    "collapse_report",
     "compare",
     "datasets",
     "elbo_surgery",
@@ -51,14 +81,18 @@ __all__ = [
     "generate",
     "gradient_noise",
     "guides",
+    "inference_gaps",
     "khat",
     "layers",
     "likelihoods",
     "nets",
     "objectives",
     "parameter_store",
+    "prior_holes",
     "priors",
+    "rate_distortion",
     "reconstruct",
+    "sandwich",
     "terms",
     "to_arviz",
 ]

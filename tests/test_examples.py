@@ -13,6 +13,7 @@ ARGUMENTS = {
         *("--peers", "captured", "eager", "pyro", "hand", "--networks", "784-200-200-50/20"),
         *("--objectives", "iaf", "--rounds", "2", "--steps", "5"),
     ],
+    "benchmarks/surgery.py": ["--data", "2000", "--rounds", "1"],
     "energies.py": ["--energies", "U1", "--families", "Gaussian", "planar-2", "--steps", "200"],
     "frey_faces.py": [
         *("--data", "digits", "--levels", "17", "--epochs", "2", "--particles", "20"),

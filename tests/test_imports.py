@@ -44,10 +44,11 @@ ALLOWED = {
     "contract": {"programs", "sites", "traces"},
     "training": {"arguments", "capture", "contract", "minibatches", "modules", "objectives",
                  "programs", "progress", "seeding", "sites", "traces"},
-    "evaluation": {"arguments", "capture", "contract", "latents", "minibatches", "mixtures",
-                   "modules", "programs", "progress", "seeding", "sites", "terms", "traces"},
-    "comparison": {"arguments", "contract", "evaluation", "minibatches", "programs", "progress",
-                   "seeding", "terms", "traces", "training"},
+    "evaluation": {"arguments", "capture", "contract", "enumeration", "latents", "minibatches",
+                   "mixtures", "modules", "programs", "progress", "seeding", "sites", "terms",
+                   "traces"},
+    "comparison": {"arguments", "contract", "evaluation", "minibatches", "modules", "objectives",
+                   "programs", "progress", "seeding", "terms", "traces", "training"},
     "cli": {"", "arguments", "progress", "seeding"},  # the front door
     "__main__": {"cli"},
 }  # fmt: skip

@@ -1,6 +1,15 @@
 """Comparison: results side by side, for a person to read and for other tools to take up."""
 
 from pyro_vae.comparison.arviz import to_arviz
+from pyro_vae.comparison.curve import RateDistortion
 from pyro_vae.comparison.pairs import Comparison, Entry, compare
+from pyro_vae.comparison.tradeoff import rate_distortion
 
-__all__ = ["Comparison", "Entry", "compare", "to_arviz"]
+__all__ = [
+    "Comparison",
+    "Entry",
+    "RateDistortion",
+    "compare",
+    "rate_distortion",
+    "to_arviz",
+]

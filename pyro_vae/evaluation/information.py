@@ -8,110 +8,39 @@ products if they are diagonal Gaussians, else by running the guide on the given 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
-from pyro import poutine
-from pyro.distributions.transforms import OrderedTransform
 from torch import Tensor
-from torch.distributions import Normal, TransformedDistribution
-from torch.distributions.transforms import (
-    AffineTransform,
-    ComposeTransform,
-    CorrCholeskyTransform,
-    ExpTransform,
-    IndependentTransform,
-    LowerCholeskyTransform,
-    PositiveDefiniteTransform,
-    SigmoidTransform,
-    SoftplusTransform,
-    StickBreakingTransform,
-    Transform,
-)
 
+from pyro_vae.evaluation.gaussians import DiagonalGaussians
+from pyro_vae.evaluation.pairs import log_sum_of_ratios
 from pyro_vae.evaluation.scoring import guide_log_prob
-from pyro_vae.minibatches import Batch, Minibatches
-from pyro_vae.mixtures import MixtureOfNormals
-from pyro_vae.sites import Site, base_distribution, data_frame, random_sites
+from pyro_vae.minibatches import Minibatches
 from pyro_vae.traces import Program
 
 LOG_DENSITIES_AT_A_TIME = 4_000_000  # 32 MB of float64
 
 
-@dataclass(frozen=True)
-class DiagonalGaussians:
-    """q(z|x) for B data points, all latents of a datum in a row.
-
-    Args:
-        loc: means (B, d), float64.
-        scale: standard deviations (B, d), float64.
-        sites: names of the latent sites, in the order of the row.
-        real: whether the Gaussian is that of z itself, not of what a bijection maps onto z.
-    """
-
-    loc: Tensor
-    scale: Tensor
-    sites: tuple[str, ...]
-    real: bool
-
-    @classmethod
-    def read(cls, guide: Program, batch: Batch) -> DiagonalGaussians | None:
-        """Read them off one run of a guide; None if it is no diagonal Gaussian.
-
-        A Gaussian mapped onto a support by a bijection that is the same for all data counts: the
-        bijection leaves log q(z|x_n) - log q_agg(z) as it is.
-        """
-        sites = list(random_sites(poutine.trace(guide).get_trace(*batch)))
-        read = [_read_site(site) for site in sites]
-        if None in read:
-            return None
-        locs, scales, real = zip(*read, strict=True)
-        names = tuple(site["name"] for site in sites)
-        return cls(torch.cat(locs, dim=1), torch.cat(scales, dim=1), names, all(real))
-
-    @classmethod
-    def describe(cls, guide: Program, batch: Batch) -> bool:
-        """Tell whether a guide is a diagonal Gaussian, its parameters a function of x alone.
-
-        Those of a hierarchical guide change with what it drew above.
-        """
-        first, second = cls.read(guide, batch), cls.read(guide, batch)
-        if first is None or second is None:
-            return False
-        return torch.equal(first.loc, second.loc) and torch.equal(first.scale, second.scale)
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[DiagonalGaussians]) -> DiagonalGaussians:
-        """Put those of several minibatches together."""
-        loc, scale = torch.cat([p.loc for p in parts]), torch.cat([p.scale for p in parts])
-        return cls(loc, scale, parts[0].sites, parts[0].real)
-
-    def codes(self, samples: dict[str, Tensor]) -> Tensor:
-        """Put the guide's draws in a row, (K, B, d); draw anew where a bijection hides them."""
-        if self.real:
-            rows = [samples[name] for name in self.sites]
-            return torch.cat([r.reshape(*r.shape[:2], -1) for r in rows], dim=2).double()
-        num_particles = len(next(iter(samples.values())))
-        noise = torch.randn(
-            num_particles, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device
-        )
-        return self.loc + self.scale * noise
+def _ignore(count: int) -> None:
+    """Show no progress."""
 
 
-def gaussian_information(q: DiagonalGaussians, codes: Tensor) -> Tensor:
+def gaussian_information(
+    q: DiagonalGaussians, codes: Tensor, advance: Callable[[int], None] = _ignore
+) -> Tensor:
     """Return log q(z|x_n) - log q_agg(z), averaged over the codes z of each datum.
 
     Args:
         q: the posteriors of all N data points.
         codes: draws from them, (K, N, d).
+        advance: called with the number of codes that were scored.
 
     Returns:
         Shape (N,), in nats.
     """
-    q_agg = MixtureOfNormals(q.loc.new_zeros(len(q.loc)), q.loc, q.scale)
-    log_q = Normal(q.loc, q.scale).log_prob(codes).sum(2)
-    return (log_q - q_agg.log_prob(codes)).mean(0)
+    log_sums = [log_sum_of_ratios(q.loc, q.scale, z, advance) for z in codes]
+    return math.log(len(q.loc)) - torch.stack(log_sums).mean(0)
 
 
 def scored_information(
@@ -121,6 +50,7 @@ def scored_information(
     log_guide: Tensor,
     plate_nesting: int,
     vectorize_particles: bool,
+    advance: Callable[[int], None] = _ignore,
 ) -> Tensor:
     """Return log q(z|x_n) - log q_agg(z) for given codes, by running the guide on them.
 
@@ -131,6 +61,7 @@ def scored_information(
         log_guide: log q(z|x_n) of each code under its own datum, (K, N).
         plate_nesting: how many batch dimensions the guide uses.
         vectorize_particles: score many codes in one run of the guide.
+        advance: called with the number of codes that were scored.
 
     Returns:
         Shape (N,), averaged over the K codes of each datum, in nats.
@@ -157,47 +88,7 @@ def scored_information(
                 for batch in batches
             ]
             total.append(torch.cat(scores, dim=1).logsumexp(1))
+            advance(len(total[-1]))
         log_q_agg.append(torch.cat(total).reshape(shape))
     log_q_agg = torch.cat(log_q_agg, dim=1) - math.log(log_guide.shape[1])
     return (log_guide.double() - log_q_agg).mean(0)
-
-
-def _read_site(site: Site) -> tuple[Tensor, Tensor, bool] | None:
-    fn, frame = site["fn"], data_frame(site)
-    if site["is_observed"] or site["infer"].get("is_auxiliary") or site["mask"] is not None:
-        return None
-    base = base_distribution(fn)
-    real = not isinstance(base, TransformedDistribution)
-    if not real and all(map(_is_fixed, base.transforms)):
-        base = base_distribution(base.base_dist)
-    if not isinstance(base, Normal):
-        return None
-    event_dim = base.loc.dim() - len(fn.batch_shape)  # of what the bijection starts from
-    loc, scale = (
-        p.double().movedim(frame.dim - event_dim, 0).reshape(frame.size, -1)
-        for p in (base.loc, base.scale)
-    )
-    return loc, scale, real
-
-
-def _is_fixed(transform: Transform) -> bool:
-    """Whether a transform is known to have no parameters that differ from datum to datum."""
-    if isinstance(transform, ComposeTransform):
-        return all(map(_is_fixed, transform.parts))
-    if isinstance(transform, IndependentTransform):
-        return _is_fixed(transform.base_transform)
-    if isinstance(transform, AffineTransform):
-        return isinstance(transform.loc, int | float) and isinstance(transform.scale, int | float)
-    return type(transform) in _WITHOUT_PARAMETERS
-
-
-_WITHOUT_PARAMETERS = {
-    CorrCholeskyTransform,
-    ExpTransform,
-    LowerCholeskyTransform,
-    OrderedTransform,
-    PositiveDefiniteTransform,
-    SigmoidTransform,
-    SoftplusTransform,
-    StickBreakingTransform,
-}

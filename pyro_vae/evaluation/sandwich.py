@@ -1,0 +1,233 @@
+r"""The evidence of simulated data from both sides: bidirectional Monte Carlo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from rich.progress import Progress
+from torch import Tensor
+
+from pyro_vae import programs
+from pyro_vae.arguments import positive_integer
+from pyro_vae.capture import Capture, check_capture
+from pyro_vae.evaluation.annealing import AIS, Annealer
+from pyro_vae.evaluation.estimating import estimating
+from pyro_vae.evaluation.log_evidence import standard_error
+from pyro_vae.evaluation.points import prior_guide
+from pyro_vae.evaluation.tempering import TemperedPath
+from pyro_vae.evaluation.weights import WeightStream
+from pyro_vae.minibatches import Batch, Data, Minibatches
+from pyro_vae.progress import task
+from pyro_vae.sites import Unobserve, arranged, data_frame, random_sites
+from pyro_vae.traces import Program
+
+
+@dataclass(frozen=True)
+class Sandwich:
+    r"""Bounds on log p(x) of data that the model drew, in nats, float64 on the CPU.
+
+    Args:
+        lower: of each datum, shape (N,): below log p(x) on average.
+        upper: likewise, above it.
+        lower_errors: standard error of each, of the chains alone, shape (N,).
+        upper_errors: likewise. The chains of a datum begin at one draw from the posterior: what
+            it leaves in them is seen in :attr:`gap_error` alone.
+        data: the simulated x and the covariates, each of N rows.
+        num_chains: of each datum and direction.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    lower_errors: Tensor
+    upper_errors: Tensor
+    data: Batch
+    num_chains: int
+
+    @property
+    def gap(self) -> float:
+        """The average of upper less lower: both bounds are off by no more, on average."""
+        return (self.upper - self.lower).mean().item()
+
+    @property
+    def gap_error(self) -> float:
+        """Standard error of the gap; NaN for one datum."""
+        return standard_error(self.upper - self.lower)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.lower.mean().item():.2f} <= log p(x) <= {self.upper.mean().item():.2f} nats, "
+            f"gap {self.gap:.3f} ± {self.gap_error:.3f} "
+            f"({len(self.lower)} simulated data, {self.num_chains} chains)"
+        )
+
+
+def sandwich(
+    model: Program,
+    guide: Program | None = None,
+    *,
+    like: Data,
+    ais: AIS | None = None,
+    batch_size: int = 100,
+    pairs_per_pass: int = 5_000,
+    vectorize_particles: bool = True,
+    capture: Capture = "auto",
+    seed: int | None = None,
+    progress: bool | Progress = False,
+    description: str = "sandwich",
+) -> Sandwich:
+    r"""Bound log p(x) from both sides on simulated data (Grosse, Ghahramani & Adams 2015).
+
+    .. math::
+        E \log \frac1C \sum_c w_c \;\le\; \log p(x) \;\le\;
+        -E \log \frac1C \sum_c \frac{1}{w'_c}, \qquad (x, z) \sim p(x, z)
+
+    The model draws x and z together, so that z is an exact draw from p(z|x). Annealed importance
+    sampling gives the weights w; the same chains, walked backwards from z to the start, give w',
+    whose inverses have the mean 1/p(x). Where the two meet, both are right: and so, for data like
+    these, is ``evidence(method=ais)``.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x), if the chains are to start there, or if the pair was fitted.
+        like: data of the right shape, as :func:`pyro_vae.fit` takes them: for each row one is
+            simulated. Covariates are kept.
+        ais: settings; an :class:`pyro_vae.AIS` as it comes if not given, which starts from the
+            guide if there is one.
+        batch_size: data points at a time.
+        pairs_per_pass: (chain, datum) pairs in one run of the programs.
+        vectorize_particles: run many chains at once; see :func:`pyro_vae.terms`.
+        capture: replay the operations of a gradient as compiled code; see :func:`pyro_vae.fit`.
+        seed: fixes the draws and leaves the process's random numbers as they were.
+        progress: show a bar; or a rich Progress to add one to.
+        description: text before the bar.
+
+    Returns:
+        The :class:`Sandwich`.
+
+    Raises:
+        ValueError: what :func:`pyro_vae.evidence` refuses; the model cannot be shown what it
+            draws, because it observes something else than its arguments.
+        TypeError: ``ais`` is no :class:`pyro_vae.AIS`.
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> ais = pv.AIS(num_temperatures=20, start="prior", step_size=0.5)
+        >>> bounds = pv.sandwich(model, like=torch.zeros(50), ais=ais, seed=0)
+        >>> exact = dist.Normal(0.0, 2**0.5).log_prob(bounds.data[0]).double().mean()
+        >>> bool(bounds.lower.mean() - 0.02 < exact < bounds.upper.mean() + 0.02)
+        True
+        >>> bounds.gap < 0.1
+        True
+    """
+    positive_integer("pairs_per_pass", pairs_per_pass)
+    check_capture(capture)
+    ais = AIS(start="prior" if guide is None else "guide") if ais is None else ais
+    if not isinstance(ais, AIS):
+        raise TypeError(f"ais must be a pyro_vae.AIS, got {ais!r}")
+    if guide is None and ais.start == "guide":
+        raise ValueError(
+            'AIS(start="guide") starts from the guide, and none is given: pass one, or take '
+            'AIS(start="prior")'
+        )
+    guide = prior_guide(model) if guide is None else guide
+    batches = Minibatches(like, batch_size, device=programs.device_of(model, guide), name="like")
+    rows_per_pass = max(1, pairs_per_pass // ais.num_chains)
+    num_parts = batches.num_data and -(-batches.num_data // min(rows_per_pass, batch_size))
+    parts: list[tuple] = []
+    with (
+        estimating(
+            "sandwich", model, guide, batches, vectorize_particles=vectorize_particles, seed=seed
+        ) as plate_nesting,
+        task(progress, description, batches.num_data, transient=True) as advance,
+    ):
+        path = TemperedPath(
+            model,
+            guide,
+            batches.first(),
+            start=ais.start,
+            plate_nesting=plate_nesting,
+            vectorize_particles=vectorize_particles,
+        )
+        annealer = Annealer(ais, path, watch={"model": model, "guide": guide}, capture=capture)
+        for columns in batches:
+            for given in zip(*(column.split(rows_per_pass) for column in columns), strict=True):
+                batch, latents = simulate(model, given)
+                with pyro.validation_enabled(False):
+                    rows = path.rows_of(latents).expand(ais.num_chains, -1, -1)
+                    parts.append((*_bounds(annealer, batch, rows, num_parts, advance), *batch))
+                advance(len(batch[0]))
+    lower, lower_errors, upper, upper_errors, *data = (
+        torch.cat(column).cpu() for column in zip(*parts, strict=True)
+    )
+    return Sandwich(lower, upper, lower_errors, upper_errors, tuple(data), ais.num_chains)
+
+
+def _bounds(
+    annealer: Annealer,
+    batch: Batch,
+    rows: Tensor,
+    num_parts: int | None,
+    advance: Callable[..., None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the lower bounds and their errors, then the upper ones, each (B,)."""
+
+    def status(text: str) -> None:
+        advance(0, text)
+
+    step_sizes = annealer.step_sizes(batch, num_parts, status)
+    forward, _ = annealer.forward(batch, step_sizes, num_parts, status)
+    inverse = WeightStream(len(rows))
+    inverse.add(-annealer.backward(batch, rows, step_sizes, num_parts, status))
+    return forward.log_mean(), forward.error(), -inverse.log_mean(), inverse.error()
+
+
+def simulate(model: Program, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
+    """Let a model draw data and latents together, for each row of a minibatch.
+
+    Returns:
+        The arguments with what the model drew in place of what it observes; and the latents, each
+        ``(1, B, *inner plates, *event)``.
+
+    Raises:
+        ValueError: the model observes something else than its arguments as they are.
+    """
+    trace = poutine.trace(Unobserve()(model)).get_trace(*batch)
+    arguments, latents = list(batch), {}
+    for site in random_sites(trace):
+        if not site["infer"].get("was_observed", False):
+            if data_frame(site) is not None:
+                latents[site["name"]] = arranged(site["value"], site, None)
+            continue
+        if isinstance(site["fn"], Unit):
+            raise ValueError(  # noqa: TRY004 - of the model, not of an argument
+                f"the model has the factor {site['name']!r}: it is no density that data could be "
+                "drawn from, so that there are no simulated data to bound log p(x) on"
+            )
+        places = [n for n, given in enumerate(batch) if _is_same(site["infer"]["obs"], given)]
+        if not places:
+            raise ValueError(
+                f"the model is to see what it draws at site {site['name']!r}, but that site "
+                "observes no argument of the program as it is: let it observe x itself"
+            )
+        for place in places:
+            arguments[place] = site["value"].reshape(batch[place].shape)
+    return tuple(arguments), latents
+
+
+def _is_same(observation: Any, given: Tensor) -> bool:
+    """Whether an observation is an argument, or a view of the whole of it."""
+    if not isinstance(observation, Tensor):
+        return False
+    whole = observation.numel() == given.numel() and observation.dtype == given.dtype
+    return observation is given or (whole and observation.data_ptr() == given.data_ptr())

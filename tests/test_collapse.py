@@ -1,0 +1,233 @@
+"""Which units of a latent are used, against closed forms, and the verdict on whole models."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import LinearGaussian, assert_within
+from torch import nn
+
+import pyro_vae as pv
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exact", [True, False])
+def test_units_of_the_linear_gaussian(dtype, exact):
+    """Var_x E_q[z_d] = (V C V')_dd and Var_q = S_dd, for a correlated q as for a diagonal one."""
+    oracle = LinearGaussian(d=3, D=5, exact=exact, dtype=dtype)
+    report = pv.collapse_report(oracle.model, oracle.guide, oracle.sample(2000), seed=0)
+    moved = (oracle.aggregated_covariance - oracle.s).diagonal()
+    units = report.units.loc["z"]
+    for unit, truth in enumerate(moved.tolist()):
+        row = units.loc[unit]
+        assert_within(row.activity, truth, row.activity_error)
+        assert row.active == (truth > 0.01)
+        # Of 2000 variances from 50 draws each.
+        assert row.posterior_variance == pytest.approx(oracle.s[unit, unit].item(), rel=0.03)
+        assert row.prior_variance == pytest.approx(1.0, abs=1e-6)
+    information, error = oracle.mutual_information, report.surgery.standard_errors
+    shift = oracle.finite_data_shift(2000)
+    assert report.information == report.surgery.mutual_information
+    assert abs(report.information - information) < 4.5 * error["mutual_information"] + 2 * shift
+    assert_within(report.rate, oracle.mutual_information + oracle.marginal_kl, error["rate"])
+    assert units["kl"].isna().all() == exact
+    if not exact:
+        q = oracle.aggregated_covariance.diagonal()
+        kl = 0.5 * (q - 1 - oracle.s.diagonal().log())  # E of the KL of a Gaussian to N(0, 1)
+        assert units["kl"].sum() == pytest.approx(report.rate, rel=1e-4)
+        assert units["kl"].tolist() == pytest.approx(kl.tolist(), rel=0.15)
+    assert report.state == "healthy"
+
+
+def test_errors_of_the_activity_are_honest():
+    oracle = LinearGaussian(d=2, D=3)
+    truth = (oracle.aggregated_covariance - oracle.s).diagonal()
+    scores = []
+    for seed in range(50):
+        report = pv.collapse_report(
+            oracle.model, oracle.guide, oracle.sample(150), num_particles=4, seed=seed
+        )
+        units = report.units
+        scores.append((units["activity"].to_numpy() - truth.numpy()) / units["activity_error"])
+    scores = torch.tensor([list(each) for each in scores])
+    assert scores.mean(0).abs().max() < 4 / 50**0.5 + 0.1  # the errors follow the values
+    assert 0.75 < scores.std() < 1.3
+
+
+def test_noise_of_the_draws_is_no_activity():
+    """With two draws for each datum their means vary by a half, were it not taken off."""
+    oracle = LinearGaussian(weight=torch.zeros(3, 2))
+    report = pv.collapse_report(
+        oracle.model, oracle.guide, oracle.sample(4000), num_particles=2, seed=0
+    )
+    rows = report.units
+    assert (rows["activity"].abs() < 4.5 * rows["activity_error"]).all()
+    assert rows["activity_error"].max() < 0.02
+    assert rows["posterior_variance"].tolist() == pytest.approx([1.0, 1.0], rel=0.1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_an_unused_unit_is_told_whatever_the_unit_of_measure(scale):
+    """Column 1 of W is zero; the latents are measured in units of 1 and of 1/30."""
+    weight = torch.tensor([[1.0, 0.0], [-0.5, 0.0], [2.0, 0.0]])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), scale).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weight.T / scale, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        used = scale * x @ weight[:, 0] / (1 + weight.square().sum())
+        loc = torch.stack([used, 0.05 * scale * x[:, 0]], -1)  # and a little noise in the other
+        deviation = scale * torch.tensor([(1 / (1 + weight.square().sum())) ** 0.5, 1.0])
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, deviation).to_event(1))
+
+    x = torch.randn(1000, 1) * weight[:, 0] + torch.randn(1000, 3)
+    report = pv.collapse_report(model, guide, x, num_particles=200, seed=0)
+    assert report.units["active"].tolist() == [True, False]
+    assert report.units["prior_variance"].tolist() == pytest.approx([scale**2] * 2)
+    assert report.verdict.startswith("healthy: 1 of 2 units active, mutual information ")
+    used, unused = report.units["kl"]
+    assert used > 0.5
+    assert unused < 0.02
+
+
+def fitted(beta, decoder=None, epochs=8):
+    torch.manual_seed(0)
+    data = pv.datasets.load("digits").train
+    decoder = pv.nets.MLP(4, [64], 64) if decoder is None else decoder
+    model = pv.LatentVariableModel(
+        prior=pv.priors.StandardNormal(4), likelihood=pv.likelihoods.Bernoulli(decoder)
+    )
+    guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(64, [64]))
+    objective = pv.objectives.BetaELBO(beta)
+    options = {"batch_size": 50, "learning_rate": 3e-3, "seed": 0, "progress": False}
+    pv.fit(model, guide, data, objective=objective, epochs=epochs, capture=False, **options)
+    return pv.collapse_report(model, guide, data, num_particles=20, seed=0)
+
+
+def test_a_healthy_model_is_called_healthy():
+    report = fitted(beta=1.0)
+    assert report.state == "healthy"
+    assert report.num_active >= 2
+    assert report.information > 1.0
+    assert (report.units["posterior_variance"] < 0.7 * report.units["prior_variance"]).any()
+
+
+class Deaf(nn.Module):
+    """A decoder that explains the data without z."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(64))
+
+    def forward(self, z):
+        return self.logits.expand(*z.shape[:-1], 64)
+
+
+@pytest.mark.parametrize("why", ["beta", "decoder"])
+def test_a_collapsed_model_is_called_collapsed(why):
+    report = fitted(beta=10.0) if why == "beta" else fitted(1.0, Deaf())
+    assert report.verdict.startswith("collapsed: 0 of 4 units active, mutual information 0.0")
+    assert report.num_active == 0
+    assert report.units["kl"].max() < 0.02
+    ratio = report.units["posterior_variance"] / report.units["prior_variance"]
+    assert (ratio - 1).abs().max() < 0.1
+    assert str(report).startswith(report.verdict)
+
+
+def test_units_that_move_without_saying_anything():
+    """Means that move within a wide posterior: active, yet next to no information."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(torch.zeros(1), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.2 * x, 1.0).to_event(1))  # information 0.02
+
+    report = pv.collapse_report(model, guide, torch.randn(1000, 1), num_particles=200, seed=0)
+    assert report.num_active == 1
+    assert report.state == "collapsed"
+
+
+def test_hierarchies_site_by_site():
+    """x ~ N(top, 1), and a latent below that nothing depends on; of a support and a joint guide."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            top = pyro.sample("top", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            rate = pyro.sample("rate", dist.LogNormal(0.5 * top[..., 0], 0.5))
+            pyro.sample("x", dist.Normal(3 * top, 1.0).to_event(1), obs=x)
+        return rate
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            top = pyro.sample("top", dist.Normal(0.3 * x, 0.1**0.5).to_event(1))
+            pyro.sample("rate", dist.LogNormal(torch.zeros(len(x)), 0.5 + 0 * top[..., 0]))
+
+    x = 10**0.5 * torch.randn(800, 2)
+    report = pv.collapse_report(model, guide, x, seed=0)
+    assert report.state == "partly collapsed"
+    assert "2 of 2 units active in top, 0 of 1 units active in rate" in report.verdict
+    assert report.units.index.names == ["site", "unit"]
+    # Var exp(y) of y ~ N(0, v), v = 0.25 + 0.25: by the spread of means and the mean of variances.
+    v = torch.tensor(0.5)
+    variance = (v.expm1() * v.exp()).item()
+    assert report.units.loc[("rate", 0), "prior_variance"] == pytest.approx(variance, rel=0.35)
+
+
+def test_guides_without_a_density_over_data():
+    """An auxiliary variable: no mutual information, and the rate says why it is told instead."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("a", dist.Normal(z, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        mask = (x[:, 0] > 0) | True
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(x / 2, 0.5**0.5).to_event(1))
+            pyro.sample("a", dist.Normal(z, 1.0).to_event(1))
+
+    def masked_model(x):
+        with pyro.poutine.mask(mask=(x[:, 0] > 0) | True):
+            model(x)
+
+    report = pv.collapse_report(masked_model, guide, torch.randn(100, 1), seed=0)
+    assert report.surgery is None
+    assert "masked" in report.note
+    assert f"rate {report.rate:.2f} nats" in report.verdict
+
+
+@pytest.mark.parametrize("guide", [pv.guides.AmortizedMixture, pv.guides.AmortizedFlow])
+def test_other_guides_and_priors(guide, binary):
+    model = pv.LatentVariableModel(
+        prior=pv.priors.MixtureOfNormals(2, components=3),
+        likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16)),
+    )
+    report = pv.collapse_report(model, guide(model, pv.nets.MLP(16, [8])), binary, seed=0)
+    assert len(report.units) == 2
+    assert (report.units["prior_variance"] > 0).all()
+    assert report.units["kl"].isna().all()
+    assert report.surgery.mutual_information <= report.surgery.log_n
+
+
+def test_saturation_is_flagged():
+    oracle = LinearGaussian(d=4, weight=300 * torch.eye(4), noise=0.1)
+    report = pv.collapse_report(oracle.model, oracle.guide, oracle.sample(40), seed=0)
+    assert "(saturated: log N is 3.69)" in report.verdict
+
+
+def test_what_is_refused(pair, binary):
+    with pytest.raises(ValueError, match="single one"):
+        pv.collapse_report(*pair, binary[:1])
+    with pytest.raises(ValueError, match="num_particles must be at least 2"):
+        pv.collapse_report(*pair, binary, num_particles=1)
+    with pytest.raises(ValueError, match="threshold must be positive"):
+        pv.collapse_report(*pair, binary, threshold=0.0)
