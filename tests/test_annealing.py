@@ -13,8 +13,8 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import flows, guides
-from pyro_vae.evaluation.hamiltonian import transition
-from pyro_vae.evaluation.tempering import State, TemperedPath
+from pyro_vae.evaluation.weighing.hamiltonian import transition
+from pyro_vae.evaluation.weighing.tempering import State, TemperedPath
 
 QUICK = {"num_chains": 200, "num_temperatures": 8, "leapfrog_steps": 4, "step_size": 0.3}
 

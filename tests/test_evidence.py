@@ -59,7 +59,7 @@ def test_streamed_sums_are_those_of_all_weights_at_once():
     x = oracle.sample(9)
     torch.manual_seed(3)
     whole = pv.terms(oracle.model, oracle.guide, x, num_particles=500).log_weight
-    from pyro_vae.evaluation.weights import WeightStream
+    from pyro_vae.evaluation.weighing.weights import WeightStream
 
     stream = WeightStream(500)
     for chunk in whole.split([1, 100, 250, 149]):

@@ -14,7 +14,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import flows, guides
-from pyro_vae.evaluation.gap_parts import surest
+from pyro_vae.evaluation.inference.gap_parts import surest
 from pyro_vae.positive import positive, raw_of
 
 AT_ONCE = pv.Ascent(learning_rate=1e-6, window=1, patience=1)  # stays where it begins

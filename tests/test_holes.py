@@ -9,7 +9,7 @@ import torch
 from oracles import LinearGaussian, assert_within
 
 import pyro_vae as pv
-from pyro_vae.evaluation.aggregate import Aggregate
+from pyro_vae.evaluation.aggregated.aggregate import Aggregate
 from pyro_vae.minibatches import Minibatches
 
 

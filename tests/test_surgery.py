@@ -8,12 +8,12 @@ import torch
 from oracles import LinearGaussian, assert_within
 
 import pyro_vae as pv
-from pyro_vae.evaluation.dimensions import dimension_wise_kl
-from pyro_vae.evaluation.gaussians import DiagonalGaussians
-from pyro_vae.evaluation.information import gaussian_information
-from pyro_vae.evaluation.pairs import log_sum_of_ratios
-from pyro_vae.evaluation.subsets import random_subsets, subset_information
-from pyro_vae.evaluation.threads import in_threads
+from pyro_vae.evaluation.aggregated.dimensions import dimension_wise_kl
+from pyro_vae.evaluation.aggregated.gaussians import DiagonalGaussians
+from pyro_vae.evaluation.aggregated.information import gaussian_information
+from pyro_vae.evaluation.aggregated.pairs import log_sum_of_ratios
+from pyro_vae.evaluation.aggregated.subsets import random_subsets, subset_information
+from pyro_vae.evaluation.aggregated.threads import in_threads
 
 
 def as_full_covariance(oracle):

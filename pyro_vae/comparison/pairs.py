@@ -19,7 +19,7 @@ from pyro_vae import programs
 from pyro_vae.arguments import positive_integer
 from pyro_vae.contract import check_pair
 from pyro_vae.evaluation import Evidence, Surgery, elbo_surgery, evidence, generate, reconstruct
-from pyro_vae.evaluation.importance import standard_error
+from pyro_vae.evaluation.weighing.log_evidence import standard_error
 from pyro_vae.minibatches import Data, Minibatches
 from pyro_vae.progress import task
 from pyro_vae.traces import Program

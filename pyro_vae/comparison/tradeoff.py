@@ -19,7 +19,7 @@ from pyro_vae.comparison.curve import RateDistortion
 from pyro_vae.contract import check_pair
 from pyro_vae.evaluation import Evidence
 from pyro_vae.evaluation.estimating import estimating
-from pyro_vae.evaluation.importance import standard_error
+from pyro_vae.evaluation.weighing.log_evidence import standard_error
 from pyro_vae.minibatches import Data, Minibatches
 from pyro_vae.modules import modules
 from pyro_vae.objectives import BetaELBO

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer, positive_number
-from pyro_vae.evaluation.decomposition import Surgery
+from pyro_vae.evaluation.aggregated.decomposition import Surgery
+from pyro_vae.evaluation.aggregated.subsets import Estimator
+from pyro_vae.evaluation.aggregated.surgery import elbo_surgery
 from pyro_vae.evaluation.estimating import estimating
-from pyro_vae.evaluation.importance import standard_error
-from pyro_vae.evaluation.subsets import Estimator
-from pyro_vae.evaluation.surgery import elbo_surgery
+from pyro_vae.evaluation.weighing.log_evidence import standard_error
 from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
 from pyro_vae.sites import arranged, random_sites

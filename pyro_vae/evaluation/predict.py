@@ -40,7 +40,7 @@ def reconstruct(
     ):
         check_pair(model, guide, (x, *covariates))
         guide_trace = poutine.trace(guide).get_trace(x, *covariates)
-        return _mean_of_x(poutine.replay(model, trace=guide_trace), x, *covariates)
+        return mean_of_x(poutine.replay(model, trace=guide_trace), x, *covariates)
 
 
 def generate(
@@ -73,7 +73,7 @@ def generate(
         programs.parameter_store(model, guide),
         programs.evaluation_mode(model),
     ):
-        return _mean_of_x(model, x, *covariates)
+        return mean_of_x(model, x, *covariates)
 
 
 def _columns(model: Program, guide: Program, x: Tensor, *covariates: Tensor) -> list[Tensor]:
@@ -82,7 +82,12 @@ def _columns(model: Program, guide: Program, x: Tensor, *covariates: Tensor) -> 
     return [column.to(device) for column in columns]
 
 
-def _mean_of_x(model: Program, x: Tensor, *covariates: Tensor) -> Tensor:
+def mean_of_x(model: Program, x: Tensor, *covariates: Tensor) -> Tensor:
+    """Run a model without its observations; return the mean of what observed x, on the CPU.
+
+    Raises:
+        ValueError: no observed site has the shape of x.
+    """
     trace = poutine.trace(Unobserve()(model)).get_trace(x, *covariates)
     observed = [
         site

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer, real_number
-from pyro_vae.evaluation.aggregate import Aggregate, refuse_masks
+from pyro_vae.evaluation.aggregated.aggregate import Aggregate, refuse_masks
 from pyro_vae.evaluation.estimating import estimating
-from pyro_vae.evaluation.predict import _mean_of_x
+from pyro_vae.evaluation.predict import mean_of_x
 from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
 from pyro_vae.sites import Unobserve, arranged, data_frame, random_sites
@@ -204,7 +204,7 @@ def _dream(
     for name, site in sites.items():
         if site["infer"].get("was_observed") or data_frame(site) is None:
             trace.remove_node(name)
-    decoded = _mean_of_x(poutine.replay(model, trace=trace), *batch)
+    decoded = mean_of_x(poutine.replay(model, trace=trace), *batch)
     for name in set(sites) - set(names):
         if name in trace:
             trace.remove_node(name)

@@ -12,7 +12,7 @@ from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
-from pyro_vae.evaluation.points import point, prior_sites
+from pyro_vae.evaluation.weighing.points import point, prior_sites
 from pyro_vae.latents import inside, latent_sites, surroundings
 from pyro_vae.sites import (
     PARTICLE_PLATE,

@@ -20,8 +20,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.evaluation.gaussians import DiagonalGaussians
-from pyro_vae.evaluation.pairs import log_density_weights, quadratic, row_sums
+from pyro_vae.evaluation.aggregated.gaussians import DiagonalGaussians
+from pyro_vae.evaluation.aggregated.pairs import log_density_weights, quadratic, row_sums
 from pyro_vae.minibatches import Batch
 from pyro_vae.sites import Site, base_distribution, data_frame, own_scale, random_sites
 from pyro_vae.traces import Program

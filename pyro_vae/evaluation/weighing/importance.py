@@ -16,26 +16,22 @@ from torch import Tensor
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer
 from pyro_vae.capture import Capture, Captured, check_capture
-from pyro_vae.evaluation.annealing import AIS, Annealer, Annealing
 from pyro_vae.evaluation.estimating import estimating
-from pyro_vae.evaluation.log_evidence import (
-    UNRELIABLE_KHAT,
+from pyro_vae.evaluation.weighing.annealing import AIS, Annealer, Annealing
+from pyro_vae.evaluation.weighing.log_evidence import (
     Evidence,
     StoppedEvidence,
     joined,
-    standard_error,
     warn_of,
 )
-from pyro_vae.evaluation.points import log_likelihood_at_prior_draws
-from pyro_vae.evaluation.tempering import TemperedPath
-from pyro_vae.evaluation.weights import WeightStream
+from pyro_vae.evaluation.weighing.points import log_likelihood_at_prior_draws
+from pyro_vae.evaluation.weighing.tempering import TemperedPath
+from pyro_vae.evaluation.weighing.weights import WeightStream
 from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
 from pyro_vae.seeding import seeded
 from pyro_vae.terms import terms
 from pyro_vae.traces import Program
-
-__all__ = ["UNRELIABLE_KHAT", "Evidence", "Method", "evidence", "standard_error"]
 
 Method = Literal["importance", "naive", "ais"] | AIS
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyro_vae.evaluation.gaussians import DiagonalGaussians
-from pyro_vae.evaluation.pairs import log_sum_of_ratios
-from pyro_vae.evaluation.scoring import guide_log_prob
+from pyro_vae.evaluation.aggregated.gaussians import DiagonalGaussians
+from pyro_vae.evaluation.aggregated.pairs import log_sum_of_ratios
+from pyro_vae.evaluation.aggregated.scoring import guide_log_prob
 from pyro_vae.minibatches import Minibatches
 from pyro_vae.traces import Program
 

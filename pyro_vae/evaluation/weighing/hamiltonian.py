@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_vae.evaluation.tempering import State
+from pyro_vae.evaluation.weighing.tempering import State
 
 _JITTER = 0.2
 

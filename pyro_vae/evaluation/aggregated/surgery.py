@@ -12,22 +12,22 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer
-from pyro_vae.evaluation.aggregate import refuse_masks
-from pyro_vae.evaluation.decomposition import Surgery
-from pyro_vae.evaluation.dimensions import dimension_wise_kl, independent_prior
-from pyro_vae.evaluation.draws import Draws, averages
-from pyro_vae.evaluation.estimating import estimating
-from pyro_vae.evaluation.gaussians import DiagonalGaussians
-from pyro_vae.evaluation.importance import standard_error
-from pyro_vae.evaluation.information import gaussian_information, scored_information
-from pyro_vae.evaluation.pairs import log_densities
-from pyro_vae.evaluation.scoring import guide_log_prob
-from pyro_vae.evaluation.subsets import (
+from pyro_vae.evaluation.aggregated.aggregate import refuse_masks
+from pyro_vae.evaluation.aggregated.decomposition import Surgery
+from pyro_vae.evaluation.aggregated.dimensions import dimension_wise_kl, independent_prior
+from pyro_vae.evaluation.aggregated.draws import Draws, averages
+from pyro_vae.evaluation.aggregated.gaussians import DiagonalGaussians
+from pyro_vae.evaluation.aggregated.information import gaussian_information, scored_information
+from pyro_vae.evaluation.aggregated.pairs import log_densities
+from pyro_vae.evaluation.aggregated.scoring import guide_log_prob
+from pyro_vae.evaluation.aggregated.subsets import (
     Estimator,
     check_estimator,
     random_subsets,
     subset_information,
 )
+from pyro_vae.evaluation.estimating import estimating
+from pyro_vae.evaluation.weighing.log_evidence import standard_error
 from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
 from pyro_vae.terms import terms

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from pyro_vae.evaluation.threads import in_threads
+from pyro_vae.evaluation.aggregated.threads import in_threads
 from pyro_vae.mixtures import MixtureOfNormals
 
 _COLUMNS = 2048

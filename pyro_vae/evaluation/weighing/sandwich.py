@@ -16,12 +16,12 @@ from torch import Tensor
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer
 from pyro_vae.capture import Capture, check_capture
-from pyro_vae.evaluation.annealing import AIS, Annealer
 from pyro_vae.evaluation.estimating import estimating
-from pyro_vae.evaluation.log_evidence import standard_error
-from pyro_vae.evaluation.points import prior_guide
-from pyro_vae.evaluation.tempering import TemperedPath
-from pyro_vae.evaluation.weights import WeightStream
+from pyro_vae.evaluation.weighing.annealing import AIS, Annealer
+from pyro_vae.evaluation.weighing.log_evidence import standard_error
+from pyro_vae.evaluation.weighing.points import prior_guide
+from pyro_vae.evaluation.weighing.tempering import TemperedPath
+from pyro_vae.evaluation.weighing.weights import WeightStream
 from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
 from pyro_vae.sites import Unobserve, arranged, data_frame, random_sites

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_vae.evaluation.gaussians import DiagonalGaussians
+from pyro_vae.evaluation.aggregated.gaussians import DiagonalGaussians
 from pyro_vae.terms import Terms
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_vae.evaluation.annealing import Annealing
+from pyro_vae.evaluation.weighing.annealing import Annealing
 
 UNRELIABLE_KHAT = 0.7
 FEWEST_EFFECTIVE = 10.0

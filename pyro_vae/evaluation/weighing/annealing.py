@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pyro_vae.arguments import positive_integer, positive_number
 from pyro_vae.capture import Capture, Captured
-from pyro_vae.evaluation.hamiltonian import transition
-from pyro_vae.evaluation.tempering import Start, State, TemperedPath
-from pyro_vae.evaluation.weights import WeightStream
+from pyro_vae.evaluation.weighing.hamiltonian import transition
+from pyro_vae.evaluation.weighing.tempering import Start, State, TemperedPath
+from pyro_vae.evaluation.weighing.weights import WeightStream
 from pyro_vae.traces import Program
 
 _STEEPNESS = 4.0  # of the sigmoid schedule, between -4 and 4

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_vae.evaluation.psis import khat_of_tail, tail_length
+from pyro_vae.evaluation.weighing.psis import khat_of_tail, tail_length
 
 
 class WeightStream:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pyro_vae.evaluation.importance import UNRELIABLE_KHAT, standard_error
-from pyro_vae.evaluation.psis import khat
+from pyro_vae.evaluation.weighing.log_evidence import UNRELIABLE_KHAT, standard_error
+from pyro_vae.evaluation.weighing.psis import khat
 
 QUANTITIES = (
     "log_evidence",

@@ -14,10 +14,16 @@ from torch import Tensor
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer
 from pyro_vae.capture import Capture, Captured, check_capture
-from pyro_vae.evaluation.ascent import Ascended, Ascent
 from pyro_vae.evaluation.estimating import estimating
-from pyro_vae.evaluation.gap_parts import QUANTITIES, SOURCES, Estimate, Weights, gap_parts
-from pyro_vae.evaluation.importance import UNRELIABLE_KHAT, Evidence
+from pyro_vae.evaluation.inference.ascent import Ascended, Ascent
+from pyro_vae.evaluation.inference.gap_parts import (
+    QUANTITIES,
+    SOURCES,
+    Estimate,
+    Weights,
+    gap_parts,
+)
+from pyro_vae.evaluation.weighing.log_evidence import UNRELIABLE_KHAT, Evidence
 from pyro_vae.minibatches import Data, Minibatches
 from pyro_vae.progress import task
 from pyro_vae.terms import terms

@@ -1,0 +1,1 @@
+"""log p(x) by weights: importance sampling, annealed or not, and bounds from both sides."""
