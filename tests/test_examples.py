@@ -19,6 +19,10 @@ ARGUMENTS = {
         *("--data", "digits", "--levels", "17", "--epochs", "2", "--particles", "20"),
         *("--pairs", "DiscretizedLogistic", "dequantised Normal"),
     ],
+    "gaps.py": [
+        *("--data", "digits", "--epochs", "2", "--test", "20", "--particles", "100"),
+        *("--steps", "100", "--latents", "4"),
+    ],
     "mnist.py": ["--data", "digits", "--epochs", "2", "--particles", "50"],
     "objectives.py": [
         *("--data", "digits", "--epochs", "2", "--particles", "20", "--test", "50"),
