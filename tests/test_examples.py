@@ -11,7 +11,7 @@ ARGUMENTS = {
     "benchmarks/evidence.py": ["--data", "100", "--particles", "100", "--rounds", "1"],
     "benchmarks/step.py": [
         *("--peers", "captured", "eager", "pyro", "hand", "--networks", "784-200-200-50/20"),
-        *("--objectives", "iaf", "--rounds", "2", "--steps", "5"),
+        *("--objectives", "iaf", "--rounds", "1", "--steps", "5"),
     ],
     "benchmarks/surgery.py": ["--data", "2000", "--rounds", "1"],
     "energies.py": ["--energies", "U1", "--families", "Gaussian", "planar-2", "--steps", "200"],
