@@ -8,9 +8,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 # Every example, with the arguments that shorten it. One that is not here fails.
 ARGUMENTS = {
-    "benchmarks/evidence.py": ["--data", "100", "--particles", "100", "--rounds", "1"],
+    "benchmarks/evidence.py": ["--data", "100", "--particles", "20", "--rounds", "1"],
     "benchmarks/step.py": [
-        *("--peers", "captured", "eager", "pyro", "hand", "--networks", "784-200-200-50/20"),
+        *("--peers", "captured", "hand", "--networks", "784-200-200-50/20"),
         *("--objectives", "iaf", "--rounds", "1", "--steps", "5"),
     ],
     "benchmarks/surgery.py": ["--data", "2000", "--rounds", "1"],

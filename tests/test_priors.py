@@ -60,7 +60,7 @@ def exemplar():
 def aggregated(make=amortized, **kwargs):
     guide = make(model_with(pv.priors.StandardNormal(2)))
     guide(torch.rand(3, 16))
-    return pv.priors.AggregatedPosterior(guide, torch.rand(15, 16), **kwargs)
+    return pv.priors.AggregatedPosterior(guide, torch.rand(7, 16), **kwargs)
 
 
 def randomised(module):
@@ -254,8 +254,8 @@ def test_the_aggregated_posterior_gains_what_surgery_reports(make, binary):
 
 def test_the_aggregated_posterior_of_a_subset_is_of_that_many():
     torch.manual_seed(0)
-    assert len(aggregated(subset=11)().loc) == 11
-    assert len(aggregated()().loc) == 15
+    assert len(aggregated(subset=3)().loc) == 3
+    assert len(aggregated()().loc) == 7
 
 
 def test_the_aggregated_posterior_stays_when_the_guide_moves_on():
@@ -339,8 +339,8 @@ def test_what_makes_no_prior_is_refused():
         pv.priors.FlowPrior(2, SigmoidTransform())
     with pytest.raises(ValueError, match="dim must be at least 1"):
         pv.priors.FlowPrior(0, AffineTransform(0.0, 1.0))
-    with pytest.raises(ValueError, match="between 1 and the 15 data"):
-        aggregated(subset=31)
+    with pytest.raises(ValueError, match="between 1 and the 7 data"):
+        aggregated(subset=8)
     with pytest.raises(ValueError, match="at least one; got"):
         pv.priors.AggregatedPosterior(make_pair()[1], torch.rand(0, 16))
     with pytest.raises(ValueError, match="length must be"):
