@@ -13,7 +13,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import flows, guides
-from pyro_vae.evaluation.aggregated.scoring import guide_log_prob
+from pyro_vae.evaluation.scoring import guide_log_prob
 from pyro_vae.flows.roots import increasing_root
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}

@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoNormal
 
 import pyro_vae as pv
 from pyro_vae import guides
-from pyro_vae.evaluation.aggregated.scoring import guide_log_prob
+from pyro_vae.evaluation.scoring import guide_log_prob
 from pyro_vae.guides import families
 
 

@@ -9,7 +9,7 @@ from pyro import poutine
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.evaluation.aggregated.scoring import guide_log_prob
+from pyro_vae.evaluation.scoring import guide_log_prob
 from pyro_vae.guides import AmortizedNormal
 from pyro_vae.latents import latent_sites
 from pyro_vae.positive import raw_of

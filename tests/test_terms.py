@@ -8,7 +8,7 @@ from oracles import LinearGaussian, assert_within
 from pyro import poutine
 
 import pyro_vae as pv
-from pyro_vae.evaluation.aggregated.scoring import guide_log_prob
+from pyro_vae.evaluation.scoring import guide_log_prob
 
 
 def nested_model(x):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae.evaluation.aggregated.gaussians import DiagonalGaussians
 from pyro_vae.evaluation.aggregated.pairs import log_densities
-from pyro_vae.evaluation.aggregated.scoring import guide_log_prob
+from pyro_vae.evaluation.scoring import guide_log_prob
 from pyro_vae.minibatches import Batch, Minibatches
 from pyro_vae.sites import random_sites
 from pyro_vae.traces import Program

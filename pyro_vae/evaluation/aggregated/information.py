@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_vae.evaluation.aggregated.gaussians import DiagonalGaussians
 from pyro_vae.evaluation.aggregated.pairs import log_sum_of_ratios
-from pyro_vae.evaluation.aggregated.scoring import guide_log_prob
+from pyro_vae.evaluation.scoring import guide_log_prob
 from pyro_vae.minibatches import Minibatches
 from pyro_vae.traces import Program
 

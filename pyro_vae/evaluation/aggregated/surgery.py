@@ -19,7 +19,6 @@ from pyro_vae.evaluation.aggregated.draws import Draws, averages
 from pyro_vae.evaluation.aggregated.gaussians import DiagonalGaussians
 from pyro_vae.evaluation.aggregated.information import gaussian_information, scored_information
 from pyro_vae.evaluation.aggregated.pairs import log_densities
-from pyro_vae.evaluation.aggregated.scoring import guide_log_prob
 from pyro_vae.evaluation.aggregated.subsets import (
     Estimator,
     check_estimator,
@@ -27,6 +26,7 @@ from pyro_vae.evaluation.aggregated.subsets import (
     subset_information,
 )
 from pyro_vae.evaluation.estimating import estimating
+from pyro_vae.evaluation.scoring import guide_log_prob
 from pyro_vae.evaluation.weighing.log_evidence import standard_error
 from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task

@@ -5,22 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
+from pyro_vae.evaluation.scoring import log_prob_given
 from pyro_vae.evaluation.weighing.points import point, prior_sites
 from pyro_vae.latents import inside, latent_sites, surroundings
 from pyro_vae.sites import (
-    PARTICLE_PLATE,
     arranged,
-    data_frame,
-    own_scale,
-    random_sites,
-    reduce_to_datum,
 )
 from pyro_vae.terms import Terms, terms
 from pyro_vae.traces import Program
@@ -202,31 +195,11 @@ class TemperedPath:
     def _log_guide(
         self, values: dict[str, Tensor], batch: tuple[Tensor, ...], num_chains: int
     ) -> Tensor:
-        guide = poutine.condition(self._guide, data=values)
-        particle_dim = None if num_chains == 1 else -1 - self._nesting
-        if particle_dim is not None:
-            guide = pyro.plate(PARTICLE_PLATE, num_chains, dim=particle_dim)(guide)
-        total = None
-        for site in random_sites(poutine.trace(guide).get_trace(*batch)):
-            if not site["is_observed"] and not isinstance(site["fn"], Unit):
-                raise ValueError(
-                    f"the guide has the auxiliary site {site['name']!r}: its density at given "
-                    "latents is an integral over that site, which is not known. Start from the "
-                    'prior: AIS(start="prior")'
-                )
-            try:
-                log_prob = site["fn"].log_prob(site["value"])
-            except (KeyError, NotImplementedError) as error:
-                raise ValueError(
-                    f"guide site {site['name']!r} cannot be scored at a value that the guide did "
-                    f"not draw: {site['fn']} has no inverse. Start from the prior: "
-                    'AIS(start="prior")'
-                ) from error
-            log_prob = scale_and_mask(log_prob, own_scale(site), site["mask"])
-            size = data_frame(site).size
-            log_prob = reduce_to_datum(log_prob, site, size, particle_dim, num_chains)
-            total = log_prob if total is None else total + log_prob
-        return total
+        in_plate = None if num_chains == 1 else num_chains
+        try:
+            return log_prob_given(self._guide, batch, values, in_plate, self._nesting)
+        except ValueError as error:
+            raise ValueError(f'{error}. Start from the prior: AIS(start="prior")') from error
 
     def _terms(self, guide: Program, batch: tuple[Tensor, ...], num_chains: int) -> Terms:
         t = terms(

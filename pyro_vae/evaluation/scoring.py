@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
@@ -47,11 +48,6 @@ def guide_log_prob(
 
 def _score(guide, args, values, plate_nesting, vectorize_particles) -> Tensor:
     sites = {s["name"]: s for s in random_sites(poutine.trace(guide).get_trace(*args))}
-    if auxiliary := [n for n, s in sites.items() if n not in values and not s["is_observed"]]:
-        raise ValueError(
-            f"the guide has the auxiliary site {auxiliary[0]!r}: its density at given latents is "
-            "an integral over that site, which is not known"
-        )
     num_values = len(next(iter(values.values())))
     given = {}
     for name, value in values.items():
@@ -65,13 +61,42 @@ def _score(guide, args, values, plate_nesting, vectorize_particles) -> Tensor:
         given[name] = value.expand(num_values, *batch, *event)
         if not vectorize_particles:
             given[name] = given[name].reshape(sites[name]["value"].shape)
-    conditioned = poutine.condition(guide, data=given)
-    particle_dim = None
-    if vectorize_particles:
+    return log_prob_given(
+        guide, args, given, num_values if vectorize_particles else None, plate_nesting
+    )
+
+
+def log_prob_given(
+    guide: Program,
+    args: tuple,
+    given: dict[str, Tensor],
+    num_particles: int | None,
+    plate_nesting: int,
+) -> Tensor:
+    """Score values that are laid out as the guide's sites have them, shape (K, B).
+
+    Args:
+        guide: program of q(z|x).
+        args: a minibatch x of B rows, and covariates.
+        given: a value of each of its latents.
+        num_particles: K, in an outer plate; None where there is no such plate, and one value.
+        plate_nesting: how many batch dimensions the guide uses.
+
+    Raises:
+        ValueError: the guide has auxiliary sites, or a density that cannot be had at a value the
+            guide did not draw.
+    """
+    conditioned, particle_dim = poutine.condition(guide, data=given), None
+    if num_particles is not None:
         particle_dim = -1 - plate_nesting
-        conditioned = pyro.plate(PARTICLE_PLATE, num_values, dim=particle_dim)(conditioned)
+        conditioned = pyro.plate(PARTICLE_PLATE, num_particles, dim=particle_dim)(conditioned)
     total = None
     for site in random_sites(poutine.trace(conditioned).get_trace(*args)):
+        if not site["is_observed"] and not isinstance(site["fn"], Unit):
+            raise ValueError(
+                f"the guide has the auxiliary site {site['name']!r}: its density at given latents "
+                "is an integral over that site, which is not known"
+            )
         try:
             log_prob = site["fn"].log_prob(site["value"])
         except (KeyError, NotImplementedError) as error:
@@ -81,6 +106,6 @@ def _score(guide, args, values, plate_nesting, vectorize_particles) -> Tensor:
             ) from error
         log_prob = scale_and_mask(log_prob, own_scale(site), site["mask"])
         batch_size = data_frame(site).size
-        log_prob = reduce_to_datum(log_prob, site, batch_size, particle_dim, num_values)
+        log_prob = reduce_to_datum(log_prob, site, batch_size, particle_dim, num_particles or 1)
         total = log_prob if total is None else total + log_prob
     return total
