@@ -3,10 +3,9 @@ r"""All pairs of Gaussian posteriors and codes: matrix products, exponentials, s
 The square in :math:`-\tfrac12 \sum_d (z_d - \mu_{jd})^2 / \sigma_{jd}^2` is multiplied out, so that
 the exponents of all pairs are one product of :math:`(z^2, z, 1)` with
 :math:`(-1/(2\sigma^2), \mu/\sigma^2, c)`. Where posteriors are narrow the product cancels most of
-its digits: it is taken in float64. What it leaves are the differences of log-densities that
-matter, a few tens at most, and these lose nothing by an exponential in float32, which is several
-times as fast. Blocks are small enough to stay in a processor's cache between the three steps. Where
-posteriors are so narrow that float64 is not enough, differences are taken instead, slowly.
+its digits: it is taken in float64. Blocks are small enough to stay in a processor's cache between
+the three steps. Where posteriors are so narrow that float64 is not enough, differences are taken
+instead, slowly.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _ROWS = {"cpu": 128}  # with the columns: 2 MB of float64
 _ROWS_ELSEWHERE = 16_384  # few launches rather than caches
 _WIDEST = 1e5  # in standard deviations: 1e10 of them squared, times the 1e-16 of float64
 _DIFFERENCES = 4_000_000  # at a time: 32 MB of float64
-_LEAST = -80.0  # below, a CPU's exponential is 50 times slower: its results have no full precision
+_LEAST = -700.0  # below, exponentials are denormal numbers, which a CPU is slow with
 
 
 @torch.no_grad()
@@ -40,10 +39,9 @@ def log_sum_of_ratios(
 
     Log-densities are taken relative to that of the code's own Gaussian, which is part of the
     product: there is no search for the largest. It is not needed, since the code comes from
-    :math:`q_n`, under which :math:`E[q_j(z) / q_n(z)] = 1`: by Markov's inequality one ratio among
-    all pairs of 60,000 passes the largest float32 with a probability below 1e-28. Codes whose sum
-    passes it all the same, because rounding moved them off a very narrow Gaussian, are scored
-    again in float64.
+    :math:`q_n`, under which :math:`E[q_j(z) / q_n(z)] = 1`: by Markov's inequality no ratio passes
+    the largest number. Codes whose sum passes it all the same, because rounding moved them off a
+    very narrow Gaussian, are scored again by a search for the largest.
 
     Args:
         loc: means (N, d), float64.
@@ -112,7 +110,7 @@ def row_sums(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield rows of ``(left @ right).exp() @ values``, in float64, and which ones they are.
 
-    Each exponential is at least e^-80, which is nothing beside one that matters.
+    Each exponential is at least e^-700, which is nothing beside one that matters.
 
     Args:
         left: (R, k), float64.
@@ -121,7 +119,7 @@ def row_sums(
     """
     values = left.new_ones(right.shape[1]) if values is None else values
     columns = [
-        (block.contiguous(), part.float())
+        (block.contiguous(), part)
         for block, part in zip(right.split(_COLUMNS, dim=1), values.split(_COLUMNS), strict=True)
     ]
     at_a_time = _ROWS.get(left.device.type, _ROWS_ELSEWHERE)
@@ -148,12 +146,10 @@ def _rows_of_differences(loc: Tensor) -> int:
 @torch.no_grad()  # of this thread
 def _row_sums(left: Tensor, columns: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     product = left.new_empty(len(left) * _COLUMNS)
-    exponent = torch.empty_like(product, dtype=torch.float32)
     total = left.new_zeros(len(left))
     for weights, part in columns:
         shape = (len(left), weights.shape[1])
-        size = shape[0] * shape[1]
-        exact, single = product[:size].view(shape), exponent[:size].view(shape)
-        torch.mm(left, weights, out=exact)
-        total += single.copy_(exact).clamp_(min=_LEAST).exp_().mv(part)
+        exponents = product[: shape[0] * shape[1]].view(shape)
+        torch.mm(left, weights, out=exponents)
+        total += exponents.clamp_(min=_LEAST).exp_().mv(part)
     return total
