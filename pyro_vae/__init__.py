@@ -18,6 +18,7 @@ from pyro_vae.evaluation import (
     InferenceGaps,
     PriorHoles,
     Sandwich,
+    Stopped,
     StoppedEvidence,
     Surgery,
     UnreliableEvidence,
@@ -43,8 +44,10 @@ from pyro_vae.models import (
     SequenceModel,
 )
 from pyro_vae.programs import parameter_store
+from pyro_vae.saving import Saved, load, save
+from pyro_vae.storage import UnreadableFile
 from pyro_vae.terms import Terms, terms
-from pyro_vae.training import Fit, fit
+from pyro_vae.training import Fit, NonFiniteError, StoppedFit, fit
 
 __all__ = [
     "AIS",
@@ -62,14 +65,19 @@ __all__ = [
     "LatentVariableModel",
     "MixtureModel",
     "MixtureOfNormals",
+    "NonFiniteError",
     "PriorHoles",
     "RateDistortion",
     "Sandwich",
+    "Saved",
     "SemiSupervisedModel",
     "SequenceModel",
+    "Stopped",
     "StoppedEvidence",
+    "StoppedFit",
     "Surgery",
     "Terms",
+    "UnreadableFile",
     "UnreliableEvidence",
     "collapse_report",
     "compare",
@@ -85,6 +93,7 @@ __all__ = [
     "khat",
     "layers",
     "likelihoods",
+    "load",
     "nets",
     "objectives",
     "parameter_store",
@@ -93,6 +102,7 @@ __all__ = [
     "rate_distortion",
     "reconstruct",
     "sandwich",
+    "save",
     "terms",
     "to_arviz",
 ]

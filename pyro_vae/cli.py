@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.text import Text
 
 import pyro_vae as pv
 from pyro_vae.arguments import positive_integer
+from pyro_vae.processes import rank
 from pyro_vae.progress import progress_bar
 from pyro_vae.seeding import seeded
 
@@ -53,10 +58,17 @@ def compare(
     report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path(
         "pyro-vae-report.html"
     ),
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Folder for checkpoints; the same command goes on from what is there."),
+    ] = None,
 ) -> None:
-    """Train ELBO, MeanFieldELBO and IWAE at each latent size; compare them on the test data."""
+    """Train ELBO, MeanFieldELBO and IWAE at each latent size; compare them on the test data.
+
+    Under torchrun, the processes share the work.
+    """
     started = time.perf_counter()
-    console = Console()
+    console = Console(quiet=rank() > 0)
     # What would fail in the end is better known now.
     positive_integer("--evidence-particles", evidence_particles)
     if report.is_dir() or not os.access(report.parent, os.W_OK):
@@ -91,6 +103,8 @@ def compare(
                 transform=images.transform,
                 device=device,
                 seed=seed,
+                checkpoint=None if checkpoint is None else checkpoint / f"{name}-{size}",
+                resume=checkpoint is not None,
                 progress=bar,
                 description=label,
             )
@@ -106,7 +120,8 @@ def compare(
             progress=bar,
         )
     console.print(comparison)
-    comparison.to_html(report)
+    if rank() == 0:
+        comparison.to_html(report)
     seconds = time.perf_counter() - started
     console.print(Text(f"Report: {report.resolve()} ({seconds:.0f} s in all)"))
 
@@ -126,7 +141,24 @@ def _make_pair(data_size: int, latent_size: int, hidden: int, seed: int):
 def main() -> None:
     """Run the command line; say in one line what a user can put right."""
     try:
-        app()
+        with _group_of_torchrun():
+            app()
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         Console(stderr=True).print("[red]Error:[/red]", Text(str(error)), highlight=False)
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _group_of_torchrun() -> Iterator[None]:
+    """Join the other processes, if torchrun has started this one."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    on_gpus = torch.cuda.is_available()
+    if on_gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpus else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -13,6 +13,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_vae.inputs import ShapeError
 from pyro_vae.sites import data_frame, values_outside_support
 from pyro_vae.traces import Factor, PairTrace, Program
 
@@ -23,6 +24,7 @@ _PROGRAM_ERRORS = (
     IndexError,
     KeyError,
     RuntimeError,
+    ShapeError,
     TypeError,
     ZeroDivisionError,
 )

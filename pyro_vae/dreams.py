@@ -112,8 +112,9 @@ def _was_observed(site: Site) -> bool:
 
 
 def _is_same(observation: Any, arg: Any) -> bool:
-    """Whether an observation is an argument, or a view of the whole of it."""
+    """Whether an observation is an argument, or a view of the whole of it, in the same order."""
     if not isinstance(observation, Tensor) or not isinstance(arg, Tensor):
         return False
-    whole = observation.numel() == arg.numel() and observation.dtype == arg.dtype
+    in_order = observation.is_contiguous() and arg.is_contiguous()
+    whole = observation.numel() == arg.numel() and observation.dtype == arg.dtype and in_order
     return observation is arg or (whole and observation.data_ptr() == arg.data_ptr())

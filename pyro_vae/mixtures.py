@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from pyro_vae.implicit import implicit
+from pyro_vae.inputs import require_floats
+from pyro_vae.real import value_for
 
 _LOG_DENSITIES_AT_A_TIME = 4_000_000  # 32 MB of float64
 
@@ -64,7 +66,14 @@ class MixtureOfNormals(TorchDistribution):
     def __init__(
         self, logits: Tensor, loc: Tensor, scale: Tensor, validate_args: bool | None = None
     ):
-        if loc.dim() < 2 or logits.shape[-1:] != loc.shape[-2:-1] or loc.shape != scale.shape:
+        for name, value in (("logits", logits), ("loc", loc), ("scale", scale)):
+            require_floats(name, value, ())
+        if (
+            not logits.dim()
+            or loc.dim() < 2
+            or logits.shape[-1:] != loc.shape[-2:-1]
+            or loc.shape != scale.shape
+        ):
             raise ValueError(
                 "a mixture needs logits (..., K), loc (..., K, D) and scale (..., K, D), got "
                 f"{tuple(logits.shape)}, {tuple(loc.shape)} and {tuple(scale.shape)}"
@@ -96,6 +105,7 @@ class MixtureOfNormals(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log q(z), ``(...)``, for z ``(..., D)``."""
+        value = value_for(self.loc, value)
         if self._validate_args:
             self._validate_sample(value)
         if self.loc.dim() == 2 and self.logits.dim() == 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,22 @@ def bind(model: Program, guide: Program, store: Store, trace: PairTrace) -> None
         store: as :func:`parameter_store` yielded it.
         trace: a run of the pair, which tells whose each parameter is.
     """
-    names = {program: trace.parameter_names(program) for program in ("model", "guide")}
+    met = {program: trace.parameter_names(program) for program in ("model", "guide")}
+    bind_names(model, guide, store, met)
+
+
+def bind_names(
+    model: Program, guide: Program, store: Store, met: Mapping[str, Iterable[str]]
+) -> None:
+    """Make a store the pair's own, as :func:`bind` does, where it is known without a run.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        store: as :func:`parameter_store` yielded it.
+        met: names of the parameters that ``"model"`` and ``"guide"`` meet.
+    """
+    names = {program: frozenset(met[program]) for program in ("model", "guide")}
     try:
         by_model = _stores.setdefault(_owner(guide), WeakIdKeyDictionary())
         fitted = by_model.setdefault(_owner(model), {})
@@ -125,6 +140,17 @@ def bind(model: Program, guide: Program, store: Store, trace: PairTrace) -> None
             "for them (dataclass(slots=True, weakref_slot=True)), or no slots"
         ) from error
     fitted[_methods(model, guide)] = _Fitted(store, names)
+
+
+def names_met(model: Program, guide: Program) -> dict[str, list[str]]:
+    """Return the ``pyro.param`` values that no module holds, by the program that met them in a fit.
+
+    Of a pair that was not fitted, each program may have met all of the open store's.
+    """
+    fitted = _fitted(model, guide)
+    if fitted is None:
+        return {program: sorted(bare_parameter_names()) for program in ("model", "guide")}
+    return {program: fitted.bare_names(program) for program in ("model", "guide")}
 
 
 def parameters(model: Program, guide: Program, trace: PairTrace) -> dict[str, list[torch.Tensor]]:
@@ -233,10 +259,14 @@ def _methods(model: Program, guide: Program) -> tuple:
 
 
 def _find(model: Program, guide: Program) -> Store | None:
+    fitted = _fitted(model, guide)
+    return None if fitted is None else fitted.store
+
+
+def _fitted(model: Program, guide: Program) -> _Fitted | None:
     by_model = _stores.get(_owner(guide))
     by_methods = None if by_model is None else by_model.get(_owner(model))
-    fitted = None if by_methods is None else by_methods.get(_methods(model, guide))
-    return None if fitted is None else fitted.store
+    return None if by_methods is None else by_methods.get(_methods(model, guide))
 
 
 def bare_parameter_names() -> set[str]:

@@ -13,6 +13,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pyro_vae.processes import rank
+
 
 def progress_bar(**options) -> Progress:
     """Make the bar that the library shows: description, bar, count, time left, a status."""
@@ -30,7 +32,7 @@ def progress_bar(**options) -> Progress:
 def task(
     progress: bool | Progress, description: str, total: int | None, *, transient: bool = False
 ) -> Iterator[Callable[..., None]]:
-    """Show one task; yield ``advance(count, status="")``.
+    """Show one task; yield ``advance(count, status="")``. In a group, the first process shows it.
 
     Args:
         progress: True draws a bar of its own, False nothing; a Progress gets one more task.
@@ -38,7 +40,7 @@ def task(
         total: how many advances finish it, None if that is not known.
         transient: take the row out of a shared Progress when the task is done.
     """
-    if progress is False or progress is None:
+    if progress is False or progress is None or rank() > 0:
         yield lambda count=1, status="": None
         return
     with contextlib.ExitStack() as stack:

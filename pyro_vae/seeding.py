@@ -3,18 +3,93 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import numbers
+import random
+from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Seed torch's generators inside the block; restore them after it. None changes nothing."""
+    """Seed torch's generators inside the block; restore them after it. None changes nothing.
+
+    Raises:
+        TypeError: the seed is no whole number.
+        ValueError: it has more than 64 bits.
+    """
     if seed is None:
         yield
         return
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed must be a whole number or None, got {seed!r}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError("seed must be a number of 64 bits")
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         yield
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Return where the generators stand: torch's, on the CPU and the device, Python's, numpy's."""
+    _, keys, position, *spare = np.random.get_state()  # noqa: NPY002
+    _, internal, gauss = random.getstate()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.empty(0)
+    return {
+        "torch": torch.get_rng_state(),
+        "device": on_device.to(torch.uint8),
+        "python": torch.tensor([*internal, gauss is not None, _bits(gauss or 0.0)]),
+        "numpy": torch.tensor([*keys.tolist(), position, spare[0], _bits(spare[1])]),
+    }
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put the generators back to where they stood at :func:`random_state`."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["device"], device)
+    *internal, has_gauss, gauss = state["python"].tolist()
+    random.setstate((random.getstate()[0], tuple(internal), _number(gauss) if has_gauss else None))
+    *keys, position, has_gauss, gauss = state["numpy"].tolist()
+    keys = np.array(keys, dtype=np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, _number(gauss)))  # noqa: NPY002
+
+
+def _bits(number: float) -> int:
+    return int(np.float64(number).view(np.int64))
+
+
+def _number(bits: int) -> float:
+    return float(np.int64(bits).view(np.float64))
+
+
+class OwnSequence:
+    """Random numbers apart from the process's own: torch's on the CPU, Python's, numpy's.
+
+    Args:
+        seed: what they begin from.
+    """
+
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._state: dict[str, Tensor] | None = None
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Draw from this sequence inside the block, where the last block left it."""
+        cpu = torch.device("cpu")
+        outside = random_state(cpu)
+        if self._state is None:
+            torch.default_generator.manual_seed(self._seed)
+            random.seed(self._seed)
+            np.random.seed(self._seed % 2**32)  # noqa: NPY002
+        else:
+            set_random_state(self._state, cpu)
+        try:
+            yield
+        finally:
+            self._state = random_state(cpu)
+            set_random_state(outside, cpu)

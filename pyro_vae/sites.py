@@ -108,6 +108,12 @@ def reduce_to_datum(
     summed = [dim for dim in range(-log_prob.dim(), 0) if dim not in kept]
     if summed:
         log_prob = log_prob.sum(summed)
+    pairs = zip(reversed(log_prob.shape), reversed(sizes), strict=False)
+    if any(size not in (1, wanted) for size, wanted in pairs):
+        raise ValueError(
+            f"site {site['name']!r} has batch shape {tuple(log_prob.shape)}, but its plates are of "
+            f"{sizes}: is x of the shape that the programs expect?"
+        )
     return log_prob.expand(sizes)
 
 
@@ -165,6 +171,15 @@ def values_outside_support(site: Site, values: Tensor) -> str | None:
     if inside.all():
         return None
     row = (~inside).nonzero()[0].item()
+    each = support
+    while isinstance(each, constraints.independent):
+        each = each.base_constraint
+    if any(isinstance(bound, Tensor) and bound.numel() > 1 for bound in vars(each).values()):
+        return (
+            f"a value outside the support of site {site['name']!r}, whose bounds the program "
+            f"computes, first in row {row}: where they depend on latents, let these keep to what "
+            "the data allow, or choose another distribution"
+        )
     low, high = values[row].min().item(), values[row].max().item()
     return (
         f"values outside the support of site {site['name']!r}, {support}, first in row {row}, "

@@ -79,25 +79,26 @@ def terms(
         >>> torch.allclose(t.log_weight, log_evidence.expand(3, 2))
         True
     """
-    positive_integer("num_particles", num_particles)
+    num_particles = positive_integer("num_particles", num_particles)
+    if plate_nesting is not None:
+        plate_nesting = positive_integer("plate_nesting", plate_nesting, least=0)
     if num_particles == 1 or not vectorize_particles:
-        return Terms(
-            [
-                PairTrace(
-                    model,
-                    guide,
-                    args,
-                    kwargs,
-                    plate_nesting=plate_nesting,
-                    hold_samples=hold_samples,
-                    enumerates=enumerates,
-                )
-                for _ in range(num_particles)
-            ]
-        )
+        runs = [
+            _run(
+                model,
+                guide,
+                args,
+                kwargs,
+                plate_nesting=plate_nesting,
+                hold_samples=hold_samples,
+                enumerates=enumerates,
+            )
+            for _ in range(num_particles)
+        ]
+        return Terms(runs)
     if plate_nesting is None:
         plate_nesting = find_plate_nesting(model, guide, *args, **kwargs)
-    trace = PairTrace(
+    trace = _run(
         model,
         guide,
         args,
@@ -110,6 +111,20 @@ def terms(
     return Terms([trace])
 
 
+def _run(model: Program, guide: Program, args: Any, kwargs: Any, **options: Any) -> PairTrace:
+    """Run a pair; where that fails, look whether NaN in its arguments are the reason."""
+    try:
+        return PairTrace(model, guide, args, kwargs, **options)
+    except ValueError as error:
+        for number, column in enumerate(args):
+            name = "x" if number == 0 else f"covariate {number} of x"
+            if isinstance(column, Tensor) and not torch.isfinite(column).all():
+                raise ValueError(
+                    f"{name} has NaN or infinite values, with which the pair cannot run: {error}"
+                ) from error
+        raise
+
+
 def find_plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
     """Count the batch dimensions that the plates of both programs use, by running them.
 
@@ -120,7 +135,7 @@ def find_plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any
         ValueError: the programs cannot take the particles' dimension.
     """
     with torch.no_grad(), poutine.block():
-        trace = PairTrace(model, guide, args, kwargs)
+        trace = _run(model, guide, args, kwargs)
         num_particles = next(k for k in itertools.count(2) if k not in trace.plate_sizes)
         try:
             PairTrace(

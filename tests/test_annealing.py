@@ -1,4 +1,9 @@
+import copy
+import dataclasses
 import math
+import os
+import signal
+import time
 import warnings
 
 import pyro
@@ -7,6 +12,7 @@ import pytest
 import torch
 from capturing import needs_compiler
 from conftest import make_pair
+from interrupting import Calls, Interrupting
 from oracles import LinearGaussian, assert_within
 from pyro import poutine
 from torch import nn
@@ -487,6 +493,7 @@ def test_pairs_of_a_pass_bound_the_chains_that_run_at_once():
         ({"target_acceptance": 1.0}, ValueError, "target_acceptance must lie between 0 and 1"),
         ({"step_size": 0.0}, ValueError, "step_size must be positive"),
         ({"schedule": "cosine"}, ValueError, 'schedule must be "sigmoid", "linear" or numbers'),
+        ({"schedule": 3}, TypeError, 'schedule must be "sigmoid", "linear" or numbers'),
         ({"schedule": (0.0, 0.5)}, ValueError, "must rise from 0 to 1"),
         ({"schedule": (0.0, 0.5, 0.5, 1.0)}, ValueError, "must rise from 0 to 1"),
         ({"schedule": (1.0,)}, ValueError, "must rise from 0 to 1"),
@@ -588,6 +595,26 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(method):
     if isinstance(method, pv.AIS):
         seen = (resumed.annealing.log_normalizers, whole.annealing.log_normalizers)
         assert torch.equal(*seen)
+    unfinished = copy.deepcopy(stopped.value)
+    unseeded = options | {"seed": None}
+    again = pv.evidence(oracle.model, oracle.guide, x, resume=unfinished, **unseeded)
+    assert torch.equal(again.values, whole.values)  # by the seed that the exception holds
+    with pytest.raises(ValueError, match="resume holds draws of seed 3, not 4"):
+        pv.evidence(oracle.model, oracle.guide, x, resume=unfinished, **options | {"seed": 4})
+    with pytest.raises(ValueError, match="resume is of evidence, which was stopped, not of sandwi"):
+        pv.sandwich(oracle.model, oracle.guide, like=x, resume=unfinished)
+    with pytest.raises(pv.Stopped) as of_sandwich:
+        pv.sandwich(
+            *(oracle.model, oracle.guide),
+            like=x,
+            ais=pv.AIS(2, 2, leapfrog_steps=1, step_size=0.3),
+            batch_size=10,
+            progress=Interrupting(1),
+        )
+    with pytest.raises(ValueError, match="resume is of sandwich, which was stopped, not of evid"):
+        pv.evidence(oracle.model, oracle.guide, x, resume=of_sandwich.value)
+    with pytest.raises(TypeError, match=r"resume must be the pyro_vae\.Stopped"):
+        pv.evidence(oracle.model, oracle.guide, x, resume=3)
     with pytest.raises(ValueError, match="resume holds 20 data, which end inside of a pass"):
         pv.evidence(oracle.model, oracle.guide, x, resume=so_far, **{**options, "batch_size": 15})
     with pytest.raises(ValueError, match="resume holds 5 data more than there are"):
@@ -607,3 +634,93 @@ def test_a_stop_before_the_first_data_is_one():
     with pytest.raises(KeyboardInterrupt) as stopped:
         pv.evidence(model, oracle.guide, oracle.sample(3))
     assert not isinstance(stopped.value, pv.StoppedEvidence)
+
+
+def test_an_interrupt_comes_through_between_two_transitions():
+    """Not at the end of a part, which may take minutes; what was done before it is kept."""
+    oracle = LinearGaussian(d=2, D=3)
+    x = oracle.sample(20)
+    options = {"method": pv.AIS(5, 30, leapfrog_steps=2), "batch_size": 10, "seed": 3}
+    counted = Calls(oracle.model, -1, None)
+    whole = pv.evidence(counted, oracle.guide, x, capture=False, **options)
+    num_calls = -1 - counted.left
+    stopping = Calls(oracle.model, num_calls - 20, KeyboardInterrupt())  # amid the second part
+    with pytest.raises(pv.Stopped) as stopped:
+        pv.evidence(stopping, oracle.guide, x, capture=False, **options)
+    assert stopping.left == 0  # the model was not called again
+    resumed = pv.evidence(oracle.model, oracle.guide, x, resume=stopped.value, **options)
+    assert torch.equal(resumed.values, whole.values)
+
+
+def test_a_stop_without_a_seed_goes_on_with_the_draws_that_it_had():
+    oracle = LinearGaussian(d=2, D=3)
+    x = oracle.sample(30)
+    options = {"num_particles": 10, "batch_size": 10, "capture": False}
+    torch.manual_seed(1)
+    whole = pv.evidence(oracle.model, oracle.guide, x, **options)
+    torch.manual_seed(1)
+    with pytest.raises(pv.Stopped) as stopped:
+        pv.evidence(oracle.model, oracle.guide, x, progress=Interrupting(2), **options)
+    resumed = pv.evidence(oracle.model, oracle.guide, x, resume=stopped.value, **options)
+    assert torch.equal(resumed.values, whole.values)
+
+
+@pytest.mark.parametrize("method", ["importance", pv.AIS(5, 4, leapfrog_steps=2)])
+def test_ctrl_c_waits_until_a_run_is_done_and_leaves_nothing_half_done(method):
+    """Amid a program it would leave plates open, which Pyro does not forgive."""
+    oracle = LinearGaussian(d=2, D=3)
+    x = oracle.sample(30)
+    options = {"method": method, "num_particles": 40, "batch_size": 10, "seed": 3}
+    whole = pv.evidence(oracle.model, oracle.guide, x, capture=False, **options)
+    ends = []
+
+    def model(rows):
+        oracle.model(rows)
+        if torch.equal(rows[0], x[20]) and not ends:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # where it would come through
+            ends.append(rows)
+
+    with pytest.raises(pv.Stopped, match="stopped after 20 data") as stopped:
+        pv.evidence(model, oracle.guide, x, capture=False, **options)
+    assert len(ends) == 1
+    resumed = pv.evidence(oracle.model, oracle.guide, x, resume=stopped.value, **options)
+    assert torch.equal(resumed.values, whole.values)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_estimates_of_other_settings_are_not_gone_on_with():
+    oracle = LinearGaussian(d=1, D=2)
+    x = oracle.sample(20)
+    ais = pv.AIS(**QUICK)
+    options = {"batch_size": 10, "seed": 0}
+    first = pv.evidence(oracle.model, oracle.guide, x[:10], method=ais, **options)
+    assert first.annealing.settings == ais
+    for other in (
+        dataclasses.replace(ais, num_temperatures=ais.num_temperatures + 1),
+        dataclasses.replace(ais, schedule="linear"),
+    ):
+        with pytest.raises(ValueError, match=r"resume holds estimates by AIS\(.*not by AIS\("):
+            pv.evidence(oracle.model, oracle.guide, x, method=other, resume=first, **options)
+    whole = pv.evidence(oracle.model, oracle.guide, x, method=ais, resume=first, **options)
+    assert torch.equal(whole.values[:10], first.values)
+
+
+def test_a_trajectory_keeps_its_energy():
+    """Leapfrog's error is of second order in the step: a fourth of it at half the step."""
+    precision = torch.tensor([1.0, 4.0], dtype=torch.float64)
+
+    def evaluate(rows):
+        density = -0.5 * (precision * rows.square()).sum(-1)
+        zeros = torch.zeros_like(density)
+        return State(rows, density, zeros, -precision * rows, torch.zeros_like(rows))
+
+    rows = torch.randn(500, 1, 2, dtype=torch.float64) / precision.sqrt()
+    rejected = []
+    for step, count in ((0.2, 8), (0.1, 16)):
+        torch.manual_seed(0)  # the same momenta, and the same jitter
+        size = torch.tensor([step], dtype=torch.float64)
+        _, acceptance = transition(evaluate, evaluate(rows), 1.0, size, count)
+        rejected.append(1 - acceptance.mean().item())
+    assert 0 < rejected[0] < 0.03
+    assert 3.0 < rejected[0] / rejected[1] < 5.0

@@ -40,7 +40,7 @@ BAD_DATA = {
     "one column too many": ((GOOD, GOOD), "and 1 covariates: TypeError"),
     "unflattened": (torch.ones(30, 4, 4), r"\(\d+, 4, 4\)"),
     "integers": (GOOD.to(torch.uint8), "dtype torch.uint8"),
-    "float64": (GOOD.double(), r"dtype torch.float64: RuntimeError: .* same dtype"),
+    "float64": (GOOD.double(), "dtype torch.float64: TypeError: .* torch.float32"),
     "float64 array": (np.ones((30, 16)), "dtype torch.float64"),
     "strings": (np.full((30, 16), "a"), "must hold numbers"),
     "a list": ([[1.0]], "must be a tensor, a numpy array"),

@@ -1,5 +1,8 @@
 """Which units of a latent are used, against closed forms, and the verdict on whole models."""
 
+import dataclasses
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -202,6 +205,7 @@ def test_guides_without_a_density_over_data():
     report = pv.collapse_report(masked_model, guide, torch.randn(100, 1), seed=0)
     assert report.surgery is None
     assert "masked" in report.note
+    assert f"no mutual information: {report.note}" in str(report)
     assert f"rate {report.rate:.2f} nats" in report.verdict
 
 
@@ -231,3 +235,136 @@ def test_what_is_refused(pair, binary):
         pv.collapse_report(*pair, binary, num_particles=1)
     with pytest.raises(ValueError, match="threshold must be positive"):
         pv.collapse_report(*pair, binary, threshold=0.0)
+
+
+def following(spread):
+    """Posteriors that follow their prior: given a covariate, or a latent above that is used."""
+
+    def model(x, c):
+        with pyro.plate("data", len(x)):
+            top = pyro.sample("top", dist.Normal(0.0, 1.0))
+            below = pyro.sample("below", dist.Normal(top + spread * c, 1.0))
+            pyro.sample("x", dist.Normal(top, 0.5), obs=x)
+        return below
+
+    def guide(x, c):
+        with pyro.plate("data", len(x)):
+            top = pyro.sample("top", dist.Normal(0.8 * x, 0.2**0.5))
+            pyro.sample("below", dist.Normal(top + spread * c, 1.0))
+
+    c = torch.randn(400)
+    return model, guide, (1.1 * torch.randn(400), c)
+
+
+def test_a_unit_that_follows_the_latents_above_is_not_used():
+    report = pv.collapse_report(*following(0.0), seed=0)
+    assert report.units["active"].tolist() == [True, False]
+    assert report.units.loc[("below", 0), "activity"] > 0.3  # and yet
+    assert report.state == "partly collapsed"
+    assert "mutual information" in report.verdict
+
+
+def test_a_unit_that_follows_the_covariates_is_not_used():
+    report = pv.collapse_report(*following(2.0), seed=0)
+    assert report.units["active"].tolist() == [True, False]
+
+    def model(x, c):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(c, 0.1))
+            pyro.sample("x", dist.Normal(c, 1.0), obs=x)
+
+    def guide(x, c):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(c, 0.1))
+
+    c = torch.randn(300)
+    report = pv.collapse_report(model, guide, (c + torch.randn(300), c), seed=0)
+    assert report.surgery.mutual_information > 1.0  # with c
+    assert report.verdict == "collapsed: 0 of 1 units active, rate 0.00 nats"
+
+
+@pytest.mark.parametrize(
+    "prior", [dist.Cauchy(0.0, 1.0), dist.StudentT(1.0, 0.0, 1.0), dist.StudentT(1.5, 0.0, 1.0)]
+)
+def test_priors_without_a_variance(prior):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.9))
+
+    report = pv.collapse_report(model, guide, 3 * torch.randn(300), seed=0)
+    assert report.state == "healthy"
+    assert not torch.tensor(report.units.loc[("z", 0), "prior_variance"]).isfinite()
+
+
+def test_an_angle_has_the_variance_of_its_number():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.VonMises(0.0, torch.tensor(0.01)))
+            pyro.sample("x", dist.Normal(z.sin(), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.VonMises(0.2 * x, torch.tensor(1.0)))
+
+    report = pv.collapse_report(model, guide, torch.randn(600), num_particles=5, seed=0)
+    # Uniform between -pi and pi, but for a little.
+    assert report.units.loc[("z", 0), "prior_variance"] == pytest.approx(math.pi**2 / 3, rel=0.15)
+
+
+def test_an_infinite_rate_is_told():
+    """The guide draws beyond the prior's ends: the information is what it is all the same."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(-10.0, 10.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.45))
+
+    report = pv.collapse_report(model, guide, 10 * torch.rand(200) - 5, seed=0)
+    assert report.rate == math.inf
+    assert 1.5 < report.information < 2.0
+    assert report.verdict.startswith("healthy: 1 of 1 units active, mutual information 1.")
+    assert "infinite rate: the guide draws where the prior has no mass" in str(report.surgery)
+    assert "rate nan nats" in dataclasses.replace(report, surgery=None, rate=math.nan).verdict
+
+
+def test_terms_that_are_no_numbers_are_named():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    x = torch.randn(30)
+    x[20:] = 1e20
+    for judge in (pv.collapse_report, pv.elbo_surgery):
+        with pytest.raises(ValueError, match="log-likelihood is not finite for 10 of 30 data"):
+            judge(model, guide, x, batch_size=10)
+
+
+def test_what_else_is_refused(pair, binary):
+    with pytest.raises(ValueError, match="estimator must be one of"):
+        pv.collapse_report(*pair, binary, estimator="all")
+
+    def improper(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    with pytest.raises(ValueError, match="improper one, has no variance to compare with"):
+        pv.collapse_report(improper, guide, torch.randn(20))

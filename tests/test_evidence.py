@@ -1,3 +1,4 @@
+import functools
 import math
 import warnings
 
@@ -229,3 +230,101 @@ def test_evidence_of_a_shuffled_loader_is_fixed_by_the_seed():
     )
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def untrusted(values, sizes, khats, num_particles=100):
+    columns = (torch.tensor(each, dtype=torch.float64) for each in (values, sizes, khats))
+    values, sizes, khats = columns
+    return pv.Evidence(
+        values, torch.zeros_like(values), khats, num_particles, 1, effective_sample_size=sizes
+    ).untrusted.tolist()
+
+
+def test_which_values_are_trusted():
+    nan, inf = math.nan, math.inf
+    values = [-1.0, -1.0, -1.0, -1.0, -1.0, -inf, nan, inf]
+    sizes = [50.0, 9.0, 50.0, 50.0, nan, nan, nan, nan]
+    khats = [0.5, 0.5, 0.8, nan, nan, nan, nan, nan]  # the fourth of weights with ties
+    expected = [False, True, True, False, True, True, True, True]
+    assert untrusted(values, sizes, khats) == expected
+    # Of few draws there is no k-hat: a tenth of them must count.
+    few = [[-1.0, -1.0, -inf], [2.5, 1.4, nan], [nan] * 3, 20]
+    assert untrusted(*few) == [False, True, True]
+    assert untrusted([-1.0], [1.0], [nan], 1) == [False]
+
+
+def test_an_evidence_that_is_not_finite_is_told():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+    x = torch.randn(40)
+    x[30:] = 1e20  # a quarter alone
+    with pytest.warns(pv.UnreliableEvidence, match="-inf for 10 of 40 data, the first in row 30"):
+        estimate = pv.evidence(model, guide, x, batch_size=10, num_particles=100, seed=0)
+    assert estimate.untrusted.tolist() == [False] * 30 + [True] * 10
+    few = pv.evidence(model, guide, x[:5], num_particles=20, seed=0)
+    assert "k-hat > 0.7: unknown" in str(few)
+
+
+def test_a_guide_that_nothing_is_drawn_from_need_not_be_one():
+    """M2 averages over missing labels, which weights cannot; the prior's draws need no guide."""
+    mlp, joined = pv.nets.MLP, pv.nets.Joined
+    likelihood = pv.likelihoods.Bernoulli(joined(mlp(2 + 3, [8], 16)))
+    model = pv.SemiSupervisedModel(3, pv.priors.StandardNormal(2), likelihood)
+    guide = pv.guides.SemiSupervisedGuide(
+        model, classifier=mlp(16, [8], 3), encoder=joined(mlp(16 + 3, [8]))
+    )
+    data = torch.rand(10, 16).round(), torch.randint(-1, 3, (10,))
+    naive = pv.evidence(model, guide, data, method="naive", num_particles=2000, seed=0)
+    ais = pv.AIS(25, 10, "prior", leapfrog_steps=2, pilot=5)
+    chains = pv.evidence(model, guide, data, method=ais, seed=0)
+    drawn = functools.partial(guide, enumerates=False)
+    weighed = pv.evidence(model, drawn, data, num_particles=2000, seed=0)
+    for other in (naive, chains):
+        error = torch.hypot(other.monte_carlo_errors, weighed.monte_carlo_errors)
+        assert ((other.values - weighed.values).abs() < 5 * error + 0.02).all()
+
+
+def test_pairs_without_latents():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    def guide(x):
+        pass
+
+    x = torch.randn(10)
+    estimate = pv.evidence(model, guide, x, num_particles=30)
+    torch.testing.assert_close(estimate.values, dist.Normal(0.0, 1.0).log_prob(x).double())
+    ais = functools.partial(pv.evidence, method="ais")
+    for judge in (pv.elbo_surgery, pv.prior_holes, pv.collapse_report, ais):
+        with pytest.raises(ValueError, match="is about latents, and this pair has none"):
+            judge(model, guide, x)
+    with pytest.raises(ValueError, match="sandwich is about latents"):
+        pv.sandwich(model, like=x)
+
+
+def test_a_seed_is_a_whole_number(pair, binary):
+    for seed in ("a", 1.5, True):
+        with pytest.raises(TypeError, match="seed must be a whole number or None"):
+            pv.evidence(*pair, binary, seed=seed)
+
+
+def test_bounds_that_depend_on_latents_are_not_blamed_on_the_data():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+            pyro.sample("x", dist.Uniform(0.0, z), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.LogNormal((2 * x).log(), 0.5))
+
+    with pytest.raises(ValueError, match="'x', whose bounds the program computes"):
+        pv.evidence(model, guide, torch.rand(100) + 0.1)

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from interrupting import Interrupting
 from oracles import LinearGaussian, assert_within
 from pyro import poutine
 from torch import nn
@@ -254,10 +255,63 @@ def test_a_failed_ascent_leaves_the_guide():
     oracle = correlated()
     x = oracle.sample(8)
     ascent = pv.Ascent(learning_rate=1e6, window=1, patience=1, max_steps=2)
-    gaps = pv.inference_gaps(oracle.model, mean_field(oracle), x, ascent=ascent, seed=0)
+    with pytest.warns(UserWarning, match=r"ascents of 100\.0% of the data ended clearly below"):
+        gaps = pv.inference_gaps(oracle.model, mean_field(oracle), x, ascent=ascent, seed=0)
     assert (gaps.amortization_gap.values == 0).all()
+    assert gaps.failed.tolist() == [True] * 8
+    assert "8 data below their start" in str(gaps)
     assert (gaps.sources == 0).all()
     torch.testing.assert_close(gaps.parameters, mean_field(oracle).parameters_of(x).detach())
+
+
+@pytest.mark.parametrize("learning_rate", [1e4, 1e30])
+def test_an_ascent_that_diverged_is_told(learning_rate):
+    """Away from every optimum, so that no gain in patience windows looks like an end."""
+    oracle = correlated()
+    x = oracle.sample(8)
+    ascent = pv.Ascent(learning_rate=learning_rate, window=5, patience=2, max_steps=400)
+    with pytest.warns(UserWarning, match="a smaller learning rate"):
+        gaps = pv.inference_gaps(
+            oracle.model, mean_field(oracle, stretch=2.0), x, ascent=ascent, seed=0
+        )
+    assert gaps.failed.all()
+    if learning_rate == 1e30:
+        assert gaps.converged == (False,)
+
+
+def test_an_ascent_without_a_number_has_not_converged():
+    ascended = pv.Ascent(window=2, patience=2)(
+        lambda parameters: (parameters.sum(1) * torch.nan, parameters), torch.ones(3, 2)
+    )
+    assert (ascended.steps, ascended.converged) == (4, False)
+
+
+def test_gradients_without_a_number_are_left_out():
+    """What has no number would stay in Adam's averages for ever."""
+
+    def step(parameters):
+        seen.append(parameters.clone())
+        gradient = -(parameters - 1.0)
+        broken = torch.full_like(gradient, float(("nan", "inf", "-inf")[len(seen) % 3]))
+        return -0.5 * (parameters - 1).square().sum(1), broken if len(seen) < 9 else gradient
+
+    seen = []
+    ascended = pv.Ascent(learning_rate=0.05, window=20, patience=3)(step, torch.zeros(3, 2))
+    assert torch.equal(seen[8], torch.zeros(3, 2))
+    assert (ascended.parameters - 1).abs().max() < 0.05
+
+
+def test_parameters_are_averaged_since_the_best_window_began():
+    """Steps of known length: 1, 2, 3, ... times 0.1, with the best ELBO in the second window."""
+    elbos = iter([1.0, 1.0, 5.0, 5.0, 2.0, 2.0, 3.0, 3.0])
+
+    def step(parameters):
+        return torch.full((1,), next(elbos)), torch.ones_like(parameters)
+
+    ascent = pv.Ascent(learning_rate=0.1, window=2, patience=2)
+    ascended = ascent(step, torch.zeros(1, 1, dtype=torch.float64))
+    # Adam's steps along a gradient of one are the learning rate. After steps 3 to 8:
+    assert ascended.parameters.item() == pytest.approx(0.1 * (3 + 8) / 2, rel=1e-5)
 
 
 def test_the_evidence_given_counts_where_it_is_surer():
@@ -293,6 +347,9 @@ def test_which_estimate_is_taken():
     values, errors, khats, choice = zip(*rows, strict=True)
     values, errors, khats = (torch.tensor(each).T for each in (values, errors, khats))
     assert surest(values, errors.square(), khats).tolist() == list(choice)
+    # At most data, which a single wild error does not change.
+    wild = torch.tensor([[0.1, 0.1, 9.0], [0.2, 0.2, 0.2]])
+    assert surest(torch.zeros(2, 3), wild.square(), torch.zeros(2, 3)).tolist() == [0, 0, 0]
     swapped = surest(values.flip(0), errors.square().flip(0), khats.flip(0))
     assert swapped.tolist() == [1 - number for number in choice]
     unknown = torch.full((1, len(rows)), nan)  # the error of a single draw
@@ -382,6 +439,8 @@ def test_what_is_refused(pair, binary):
         pv.Ascent(max_steps=50)
     with pytest.raises(TypeError, match="patience must be a whole number"):
         pv.Ascent(patience=1.5)
+    with pytest.raises(TypeError, match=r"ascent must be a pyro_vae\.Ascent, got 0\.01"):
+        pv.inference_gaps(*pair, binary, ascent=0.01)
 
 
 def test_the_mean_over_data_is_within_its_population_error():
@@ -392,3 +451,29 @@ def test_the_mean_over_data_is_within_its_population_error():
     dimension = len(oracle.mu)
     entropy = 0.5 * (oracle.covariance.logdet() + dimension * (1 + 1.8378770664093453))
     assert_within(gaps.log_evidence.mean, -entropy.item(), gaps.log_evidence.standard_error)
+
+
+def test_gaps_that_were_stopped_go_on_as_if_they_had_not_been():
+    oracle = correlated()
+    x = oracle.sample(30)
+    guide = mean_field(oracle, shift=0.1)
+    ascent = pv.Ascent(learning_rate=0.02, num_particles=2, window=5, patience=1)
+    options = {"num_particles": 50, "ascent": ascent, "batch_size": 10, "seed": 3}
+    evidence = pv.evidence(oracle.model, guide, x, num_particles=100, seed=0)
+    options["evidence"] = evidence
+    whole = pv.inference_gaps(oracle.model, guide, x, **options)
+    with pytest.raises(pv.Stopped, match="inference_gaps was stopped after 20 data") as stopped:
+        pv.inference_gaps(oracle.model, guide, x, progress=Interrupting(2), **options)
+    so_far = stopped.value.partial
+    assert torch.equal(so_far.best_elbo.values, whole.best_elbo.values[:20])
+    assert so_far.steps == whole.steps[:2]
+    resumed = pv.inference_gaps(oracle.model, guide, x, resume=stopped.value, **options)
+    for field in dataclasses.fields(whole):
+        found, expected = (getattr(gaps, field.name) for gaps in (resumed, whole))
+        if isinstance(expected, pv.Estimate):
+            assert torch.equal(found.values, expected.values)
+            assert torch.equal(found.monte_carlo_errors, expected.monte_carlo_errors)
+        elif isinstance(expected, torch.Tensor):
+            assert torch.equal(found, expected)
+        else:
+            assert found == expected

@@ -139,7 +139,7 @@ def test_bad_arguments_are_refused(binary):
         pv.gradient_noise(*pair, binary, [])
     with pytest.raises(ValueError, match="have one name"):
         pv.gradient_noise(*pair, binary, [o.ELBO(), o.ELBO()])
-    with pytest.raises(TypeError, match=r"must be a pyro\.infer\.ELBO"):
+    with pytest.raises(TypeError, match=r"must be of pyro\.infer\.ELBO"):
         pv.gradient_noise(*pair, binary, ["ELBO"])
 
     def model(x):

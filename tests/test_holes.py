@@ -10,6 +10,7 @@ from oracles import LinearGaussian, assert_within
 
 import pyro_vae as pv
 from pyro_vae.evaluation.aggregated.aggregate import Aggregate
+from pyro_vae.evaluation.aggregated.holes import _share_below
 from pyro_vae.minibatches import Minibatches
 
 
@@ -119,6 +120,38 @@ def test_a_posterior_left_out_by_hand():
         torch.testing.assert_close(
             q_agg.log_prob({"z": z}), pairs.logsumexp(1) - math.log(5), atol=1e-4, rtol=1e-5
         )
+
+
+def test_the_rank_of_the_threshold_has_no_bias_for_any_number_of_draws():
+    """Of both kinds alike, the share of one below a quantile of the other is the quantile."""
+    count, quantile = 20, 0.1
+    shares = torch.stack(
+        [_share_below(torch.rand(50), torch.rand(count), quantile)[0] for _ in range(4000)]
+    )
+    assert abs(shares.mean() - quantile) < 4.5 * shares.std() / 4000**0.5  # 0.0046
+
+
+def test_a_guide_whose_density_differs_from_run_to_run_is_refused():
+    model, _ = rotated(2, 0.5)
+    guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(2, [8]))
+    moving = pv.guides.SemiAmortized(guide, steps=5, step_size=0.1)
+    with pytest.raises(ValueError, match="differs from run to run"):
+        pv.prior_holes(model, moving, torch.randn(60, 2), num_samples=100, seed=0)
+
+
+def test_a_model_that_observes_no_x():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 2.0))
+            pyro.sample("total", dist.Normal(z, 1.0), obs=x.sum(-1))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.5 * x.sum(-1), 0.8))
+
+    holes = pv.prior_holes(model, guide, torch.randn(50, 3), num_samples=200, seed=0)
+    assert holes.decoded is None
+    assert 0 < holes.share < 1
 
 
 def test_intervals_cover_the_share():

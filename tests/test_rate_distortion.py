@@ -185,8 +185,9 @@ def test_what_is_refused(pair, binary):
     for betas, error, match in (
         ([], ValueError, "at least one"),
         ([1.0, 1.0], ValueError, "must differ"),
-        ([0.0], ValueError, "a beta must be positive"),
-        (["1"], TypeError, "a beta must be a number"),
+        ([0.0], ValueError, "must be positive"),
+        (["1"], TypeError, "must be a number"),
+        (1.0, TypeError, "betas must be a sequence of numbers"),
     ):
         with pytest.raises(error, match=match):
             pv.rate_distortion(model, guide, binary, betas)
@@ -199,6 +200,12 @@ def test_what_is_refused(pair, binary):
     evidence = pv.evidence(model, guide, binary, num_particles=30)
     with pytest.raises(ValueError, match="evidence is that of one model"):
         pv.rate_distortion(model, guide, binary, [1.0], refit="both", evidence=evidence)
+    fit = {"epochs": 10**6}  # which never begins
+    with pytest.raises(TypeError, match="evidence must be what"):
+        pv.rate_distortion(model, guide, binary, [1.0], evidence=-20.0, **fit)
+    for options in ({"data": binary[:20]}, {"data": binary, "test": binary[:20]}):
+        with pytest.raises(ValueError, match="evidence has 50 values for 20 data to measure on"):
+            pv.rate_distortion(model, guide, betas=[1.0], evidence=evidence, **options, **fit)
 
 
 def test_a_prior_that_runs_the_guide(binary):

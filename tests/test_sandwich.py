@@ -1,11 +1,15 @@
+import warnings
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from conftest import make_pair
+from interrupting import Interrupting
 from oracles import LinearGaussian, assert_within
 
 import pyro_vae as pv
+from pyro_vae.evaluation.weighing.sandwich import Sandwich, warn_of_crossing
 
 
 def bounds(oracle, num_temperatures, start="prior", count=150, **options):
@@ -104,3 +108,115 @@ def test_what_is_refused(binary):
 
     with pytest.raises(ValueError, match="the factor 'more'"):
         pv.sandwich(weighted, like=torch.zeros(4), ais=ais)
+
+
+def test_a_sandwich_that_was_stopped_goes_on_as_if_it_had_not_been():
+    oracle = LinearGaussian(d=2, D=3)
+    ais = pv.AIS(5, 4, leapfrog_steps=1, pilot=2)
+    options = {"like": oracle.sample(30), "ais": ais, "batch_size": 10, "seed": 3}
+    whole = pv.sandwich(oracle.model, oracle.guide, **options)
+    with pytest.raises(pv.Stopped, match="sandwich was stopped after 20 data") as stopped:
+        pv.sandwich(oracle.model, oracle.guide, progress=Interrupting(2), **options)
+    assert torch.equal(stopped.value.partial.upper, whole.upper[:20])
+    resumed = pv.sandwich(oracle.model, oracle.guide, resume=stopped.value, **options)
+    for name in ("lower", "lower_errors", "upper", "upper_errors"):
+        assert torch.equal(getattr(resumed, name), getattr(whole, name))
+    assert torch.equal(resumed.data[0], whole.data[0])
+    options["ais"] = pv.AIS(6, 4)
+    with pytest.raises(ValueError, match=r"resume was stopped with ais=AIS\(num_chains=5"):
+        pv.sandwich(oracle.model, oracle.guide, resume=stopped.value, **options)
+
+
+def test_a_site_that_observes_x_transposed_or_a_part_of_it():
+    """x = z + noise, of scales 0.1, 1 and 5: columns that are not mixed up."""
+    scale = torch.tensor([0.1, 1.0, 5.0])
+
+    def transposed(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("columns", 3, dim=-2):
+                pyro.sample("x", dist.Normal(z, scale.unsqueeze(1)), obs=x.T)
+
+    def in_columns(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            for n in range(3):
+                pyro.sample(f"x_{n}", dist.Normal(z, scale[n]), obs=x[:, n])
+
+    ais = pv.AIS(20, 20, "prior", leapfrog_steps=3, pilot=5)
+    covariance = torch.diag(scale**2) + 1
+    for model in (transposed, in_columns):
+        bounds = pv.sandwich(model, like=torch.zeros(300, 3), ais=ais, seed=0)
+        (x,) = bounds.data
+        assert (x.std(0) / covariance.diagonal().sqrt() - 1).abs().max() < 0.2
+        truth = dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(x).double()
+        for off in (truth - bounds.lower, bounds.upper - truth):
+            assert -4 * off.std() / 300**0.5 < off.mean() < 1.0
+
+
+def test_sequences_are_simulated_step_by_step():
+    model = pv.SequenceModel(
+        prior=pv.priors.StandardNormal(1),
+        transition=lambda z: dist.Normal(0.9 * z, 0.4).to_event(1),
+        likelihood=lambda z: dist.Normal(z, 0.5).to_event(1),
+    )
+    ais = pv.AIS(20, 20, "prior", leapfrog_steps=3, pilot=5)
+    like = torch.zeros(200, 3, 1)
+    bounds = pv.sandwich(model, like=like, ais=ais, seed=0)
+    variances = torch.tensor([1.0, 0.81 + 0.16, 0.81 * 0.97 + 0.16]) + 0.25
+    assert (bounds.data[0].squeeze(2).var(0) / variances - 1).abs().max() < 0.45
+    assert abs(bounds.gap) < 0.1 + 4 * bounds.gap_error
+    with pytest.raises(ValueError, match="'x_1', but that site observes no argument"):
+        pv.sandwich(model, like=(like, torch.full((200,), 2)), ais=ais, seed=0)
+
+
+@pytest.mark.parametrize("where", ["decoder", "prior", "twice"])
+def test_models_that_use_x_otherwise_than_to_observe_it(where):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x[:, 0] if where == "prior" else 0.0, 1.0))
+            loc = torch.stack([z, z + 0.5 * x[:, 0].expand(z.shape)], -1)
+            loc = loc if where == "decoder" else z.unsqueeze(-1).expand(*z.shape, 2)
+            pyro.sample("x", dist.Normal(loc, 0.3).to_event(1), obs=x)
+            if where == "twice":
+                pyro.sample("again", dist.Normal(loc, 0.3).to_event(1), obs=x)
+
+    ais = pv.AIS(5, 2, "prior", step_size=0.1)
+    with pytest.raises(ValueError, match=r"another density at site .* the model uses x for"):
+        pv.sandwich(model, like=torch.randn(20, 2), ais=ais, seed=0)
+
+
+def test_bounds_the_wrong_way_round_are_told():
+    lower, upper = torch.randn(100), torch.randn(100)
+    data = (torch.zeros(100),)
+    crossed = Sandwich(lower + 1, upper - 1, lower.abs(), upper.abs(), data, 10)
+    with pytest.warns(pv.UnreliableEvidence, match="below the lower one"):
+        warn_of_crossing(crossed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_crossing(Sandwich(lower, lower + 0.1 * upper, lower, upper, data, 10))
+
+
+def test_a_guide_that_does_not_know_simulated_data():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(10)
+    guide = pv.guides.LocalGuide(model, x)
+    with pytest.raises(ValueError, match="LocalGuide"):
+        pv.sandwich(model, guide, like=x, ais=pv.AIS(5, 2, step_size=0.1), seed=0)
+
+
+def test_errors_of_each_side_are_those_of_its_own_chains():
+    oracle = LinearGaussian(d=2, D=3, noise=0.4)
+    result = bounds(oracle, 4, count=400)
+    backward, forward = result.upper_errors, result.lower_errors
+    assert not torch.allclose(backward, forward)
+    # Four times as many chains from one start halve the error.
+    more = pv.AIS(80, 4, "prior", leapfrog_steps=4, step_size=0.35)
+    like = torch.zeros(400, 3, dtype=oracle.dtype)
+    again = pv.sandwich(oracle.model, oracle.guide, like=like, ais=more, seed=0)
+    ratio = backward.median() / again.upper_errors.median()
+    assert 1.5 < ratio < 2.6

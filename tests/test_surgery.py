@@ -1,19 +1,27 @@
 import itertools
 import math
+import os
+import signal
+import threading
+import time
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from interrupting import Interrupting
 from oracles import LinearGaussian, assert_within
 
 import pyro_vae as pv
+from pyro_vae import guides
+from pyro_vae.evaluation.aggregated import information
 from pyro_vae.evaluation.aggregated.dimensions import dimension_wise_kl
 from pyro_vae.evaluation.aggregated.gaussians import DiagonalGaussians
-from pyro_vae.evaluation.aggregated.information import gaussian_information
 from pyro_vae.evaluation.aggregated.pairs import log_sum_of_ratios
 from pyro_vae.evaluation.aggregated.subsets import random_subsets, subset_information
+from pyro_vae.evaluation.aggregated.surgery import _control
 from pyro_vae.evaluation.aggregated.threads import in_threads
+from pyro_vae.evaluation.together import Together
 
 
 def as_full_covariance(oracle):
@@ -90,7 +98,8 @@ def test_matrix_products_equal_the_scored_pairs():
     pairs = normal.log_prob(codes.unsqueeze(2)).sum(-1)  # (K, N, N)
     own = pairs.diagonal(dim1=1, dim2=2)
     expected = (own - pairs.logsumexp(2) + math.log(60)).mean(0)
-    torch.testing.assert_close(gaussian_information(q, codes), expected, rtol=1e-9, atol=1e-9)
+    found = torch.stack([math.log(60) - log_sum_of_ratios(q.loc, q.scale, z) for z in codes])
+    torch.testing.assert_close(found.mean(0), expected, rtol=1e-9, atol=1e-9)
 
     fast = pv.elbo_surgery(model, guide, x, num_particles=200, seed=0)
 
@@ -146,7 +155,9 @@ def test_guides_that_look_at_the_shape_of_what_they_drew(vectorize):
             pyro.sample("z2", dist.Normal(refine(seen), 0.8).to_event(1))
 
     x = torch.randn(30, 1).double()
-    surgery = pv.elbo_surgery(model, guide, x, vectorize_particles=vectorize, seed=0)
+    surgery = pv.elbo_surgery(
+        model, guide, x, num_particles=20, vectorize_particles=vectorize, seed=0
+    )
     assert 0 < surgery.mutual_information < surgery.log_n
     table = pv.compare({"a": (model, guide)}, x, num_particles=20, vectorize_particles=vectorize)
     assert table.entries[0].surgery is not None
@@ -308,7 +319,7 @@ def test_dimension_wise_kl_by_sampling():
     scale = 0.05 + torch.rand(40, 2, dtype=torch.float64)
     prior = torch.distributions.Laplace(torch.tensor([0.5, 0.0]).double(), 1.5)
     q = DiagonalGaussians(loc, scale, ("z",), True)
-    found = dimension_wise_kl(q, prior.log_prob)
+    found = dimension_wise_kl(q, prior.log_prob, Together())
     z = loc + scale * torch.randn(5000, 40, 2, dtype=torch.float64)
     for j in range(2):
         each = torch.distributions.Normal(loc[:, j], scale[:, j])
@@ -385,9 +396,9 @@ def test_a_minibatch_of_all_data_is_exact_but_for_the_weights():
     x = oracle.sample(50)
     surgery = pv.elbo_surgery(oracle.model, oracle.guide, x, estimator="stratified", seed=0)
     assert "stratified" in str(surgery)
-    subsets = list(random_subsets((torch.arange(7), torch.arange(7)), 2))
-    assert [len(rows) for rows, _ in subsets] == [3, 2, 2]
-    assert torch.equal(torch.cat([rows for rows, _ in subsets]).sort().values, torch.arange(7))
+    subsets = random_subsets(7, 2)
+    assert [len(rows) for rows in subsets] == [3, 2, 2]
+    assert torch.equal(torch.cat(subsets).sort().values, torch.arange(7))
 
 
 def test_the_stratified_estimate_of_q_agg_is_unbiased():
@@ -463,3 +474,227 @@ def test_an_interrupt_leaves_everything_as_it_was():
     calls.clear()
     again = [pv.elbo_surgery(oracle.model, oracle.guide, x, seed=0).elbo for _ in range(2)]
     assert again[0] == again[1]
+
+
+# --- stopped and resumed
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "scored", "stratified", "shuffled"])
+def test_a_surgery_that_was_stopped_goes_on_as_if_it_had_not_been(kind, monkeypatch):
+    monkeypatch.setattr(information, "_CODES_OF_A_THREAD", 64)
+    monkeypatch.setattr(information, "LOG_DENSITIES_AT_A_TIME", 100 * 50 * 64)
+    before = torch.get_num_threads()
+    oracle = LinearGaussian(d=2, D=5)
+    x = oracle.sample(300)
+    guide = as_full_covariance(oracle) if kind in ("scored", "shuffled") else oracle.guide
+    options = {"batch_size": 50, "seed": 3, "num_particles": 2}
+    options["estimator"] = "stratified" if kind == "stratified" else "exact"
+    if kind == "shuffled":
+        x = torch.utils.data.DataLoader(x, batch_size=50, shuffle=True)
+    whole = pv.elbo_surgery(oracle.model, guide, x, **options)
+    at = 3 if kind == "stratified" else 6 + 2  # in the walk over the data, or after two blocks
+    with pytest.raises(pv.Stopped, match="elbo_surgery was stopped after") as stopped:
+        pv.elbo_surgery(oracle.model, guide, x, progress=Interrupting(at), **options)
+    partial = stopped.value.partial
+    assert 0 < partial.num_scored == stopped.value.unfinished.num_done < 300
+    assert f"stopped: from the codes of {partial.num_scored} data" in str(partial)
+    assert partial.log_n == whole.log_n
+    assert partial.rate == pytest.approx(partial.mutual_information + partial.marginal_kl)
+    difference = abs(partial.mutual_information - whole.mutual_information)
+    assert difference < 5 * partial.standard_errors["mutual_information"]
+    assert partial.total_correlation is None
+    # Stopped once more on the way, with the codes scored twice over.
+    with pytest.raises(pv.Stopped) as again:
+        pv.elbo_surgery(
+            *(oracle.model, guide, x),
+            **options,
+            resume=stopped.value,
+            progress=Interrupting(at + 1),
+        )
+    assert again.value.partial.num_scored > partial.num_scored
+    assert pv.elbo_surgery(oracle.model, guide, x, resume=again.value, **options) == whole
+    assert torch.get_num_threads() == before
+
+
+def test_a_surgery_stopped_in_its_last_part_has_all_codes_scored():
+    oracle = LinearGaussian(d=2, D=5)
+    x = oracle.sample(100)
+    whole = pv.elbo_surgery(oracle.model, oracle.guide, x, seed=3)
+    assert whole.total_correlation is not None
+    with pytest.raises(pv.Stopped) as stopped:
+        pv.elbo_surgery(oracle.model, oracle.guide, x, seed=3, progress=Interrupting(2))
+    partial = stopped.value.partial
+    assert (partial.num_scored, partial.total_correlation) == (100, None)
+    assert partial.mutual_information == whole.mutual_information
+    assert pv.elbo_surgery(oracle.model, oracle.guide, x, resume=stopped.value) == whole
+    with pytest.raises(ValueError, match="resume is of 100 data, not of 90"):
+        pv.elbo_surgery(oracle.model, oracle.guide, x[:90], resume=stopped.value)
+    with pytest.raises(ValueError, match="stopped with num_particles=1: it cannot go on with 2"):
+        pv.elbo_surgery(oracle.model, oracle.guide, x, resume=stopped.value, num_particles=2)
+
+
+def test_an_interrupt_while_threads_work_ends_them_at_once():
+    """A signal, as Ctrl-C sends it, in the midst of a sum over more pairs than can be had soon."""
+    loc = torch.randn(200_000, 20, dtype=torch.float64)
+    scale = torch.full_like(loc, 0.3)
+    before = torch.get_num_threads()
+    begun = []
+    timer = threading.Timer(1.0, lambda: begun.append(time.perf_counter()) or send_interrupt())
+    try:
+        torch.set_num_threads(2)
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            log_sum_of_ratios(loc, scale, loc)
+        assert time.perf_counter() - begun[0] < 1.0
+        assert torch.get_num_threads() == 2
+    finally:
+        timer.cancel()
+        torch.set_num_threads(before)
+
+
+def send_interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_prior_that_depends_on_covariates_has_no_marginal_kl():
+    """q(z|x, c) = p(z|c): nothing is lost, and the latents tell of c."""
+
+    def model(x, c):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(c, 0.1))
+            pyro.sample("x", dist.Normal(c, 1.0), obs=x)
+
+    def guide(x, c):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(c, 0.1))
+
+    c = torch.randn(300).sort().values
+    x = c + torch.randn(300)
+    for estimator in ("exact", "stratified"):
+        surgery = pv.elbo_surgery(model, guide, (x, c), estimator=estimator, batch_size=60, seed=0)
+        assert surgery.rate == pytest.approx(0.0, abs=1e-6)
+        assert surgery.mutual_information > 1.5
+        assert math.isnan(surgery.marginal_kl)
+        assert math.isnan(surgery.optimal_prior_gain)
+        assert surgery.total_correlation is None
+        assert "no marginal KL: the prior depends on covariates" in str(surgery)
+    # Sorted by a class, so that the first minibatch holds one alone.
+    classes = (c > 0).to(c)
+    surgery = pv.elbo_surgery(model, guide, (x, classes), batch_size=60, seed=0)
+    assert math.isnan(surgery.marginal_kl)
+
+
+def test_a_prior_that_depends_on_latents_above_is_one_for_all_data():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            top = pyro.sample("top", dist.Normal(0.0, 1.0))
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(top + k, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            top = pyro.sample("top", dist.Normal(0.5 * x, 1.0))
+            pyro.sample("z", dist.Normal(top, 1.0))
+
+    surgery = pv.elbo_surgery(model, guide, torch.randn(100), seed=0)
+    assert surgery.marginal_kl == pytest.approx(surgery.rate - surgery.mutual_information)
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Rows drawn anew each time that they are asked for."""
+
+    def __init__(self, means):
+        self.means = means
+
+    def __len__(self):
+        return len(self.means)
+
+    def __getitem__(self, row):
+        return torch.bernoulli(self.means[row])
+
+
+@pytest.mark.parametrize("estimator", ["exact", "stratified"])
+def test_data_that_are_drawn_anew_at_each_pass_are_read_once(estimator):
+    """Scored under what their neighbours were in another pass, codes would tell more than log N."""
+    weight = torch.randn(20, 2)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            q = dist.MultivariateNormal(0.6 * (x - 0.5) @ weight, scale_tril=0.2 * torch.eye(2))
+            pyro.sample("z", q)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=z @ weight.T).to_event(1), obs=x)
+
+    data = Drawn(torch.rand(60, 20))
+    surgery = pv.elbo_surgery(model, guide, data, estimator=estimator, seed=0)
+    assert 0.5 < surgery.mutual_information <= surgery.log_n
+
+
+@pytest.mark.parametrize("estimator", ["exact", "stratified"])
+def test_a_guide_whose_density_differs_from_run_to_run_is_refused(estimator):
+    weight = 1.5 * torch.randn(2, 6)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weight, 1.0).to_event(1), obs=x)
+
+    guide = guides.AmortizedNormal(model, pv.nets.MLP(6, [8]))
+    moving = guides.SemiAmortized(guide, steps=5, step_size=0.1)
+    with pytest.raises(ValueError, match=r"differs from run to run, by .* by random"):
+        pv.elbo_surgery(model, moving, torch.randn(40, 6), estimator=estimator, seed=0)
+
+
+def test_very_narrow_posteriors_have_no_dimensions():
+    """A grid for posteriors of 1e-7 among data of some units fills the memory, and loses digits."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def surgery(scale, x):
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x, scale))
+
+        return pv.elbo_surgery(model, guide, x, seed=0, num_particles=10)
+
+    x = torch.linspace(-1.5, 1.5, 10, dtype=torch.float64)
+    known = surgery(1e-4, x)
+    assert known.dimension_wise_kl == pytest.approx(known.marginal_kl, abs=1e-6)
+    for scale in (5e-6, 1e-6):
+        assert surgery(scale, x).dimension_wise_kl is None
+
+
+@pytest.mark.parametrize("width", [3e-4, 1e-7, 1e-8])
+def test_pairs_of_narrow_gaussians_keep_their_digits(width):
+    """Two near each other, and one at ten, whose square would leave no digit of the others'."""
+    loc = torch.tensor([[0.0], [0.5 * width], [10.0]], dtype=torch.float64)
+    scale = torch.full_like(loc, width)
+    z = loc + scale * torch.randn(3, 1, dtype=torch.float64)
+    pairs = dist.Normal(loc.T, scale.T).log_prob(z)
+    expected = pairs.logsumexp(1) - pairs.diagonal()
+    torch.testing.assert_close(log_sum_of_ratios(loc, scale, z), expected, atol=1e-6, rtol=0)
+
+
+def test_errors_of_few_data_are_honest():
+    """Of 12 data: what the draws make of the marginal KL, a regression would take for less."""
+    x = torch.randn(12, dtype=torch.float64)
+    q = dist.Normal(torch.stack([0.5 * x + 0.3, 0.3 * x], 1), 0.5)
+    p = dist.Normal(torch.zeros_like(q.loc), 1.0)
+    rate = torch.distributions.kl_divergence(q, p).sum(1)
+    found = []
+    for _ in range(400):
+        z = q.sample()
+        sampled = (q.log_prob(z) - p.log_prob(z)).sum(1)
+        plain = math.log(12) - log_sum_of_ratios(q.loc, q.scale, z)
+        found.append((plain, _control(plain, rate - sampled)))
+    plain, controlled = (torch.stack(each) for each in zip(*found, strict=True))
+    truth = plain.mean()
+    errors = (rate - controlled).std(1) / 12**0.5
+    assert ((controlled.mean(1) - truth).abs() < 1.96 * errors).double().mean() > 0.9

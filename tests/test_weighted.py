@@ -288,6 +288,21 @@ def test_what_cannot_dream_is_refused(pair, binary):
         o.ReweightedWakeSleep(2, sleep=1.0).loss(model, guide, binary)
 
 
+def test_a_dream_is_not_shown_with_its_columns_mixed_up():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("columns", 3, dim=-2):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.mean(1), 0.5))
+
+    with pytest.raises(ValueError, match="observes no argument of the programs as it is"):
+        pv.terms(model, guide, torch.randn(5, 3)).dream().log_guide()
+
+
 def test_gradients_of_their_own_need_held_samples(pair, binary):
     t = pv.terms(*pair, binary)
     with pytest.raises(ValueError, match="set hold_samples = True"):

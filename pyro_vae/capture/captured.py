@@ -76,6 +76,7 @@ class Captured:
         capture: Capture,
     ):
         check_capture(capture)
+        self._capture = capture
         self._function = function
         self._watch = watch
         self._name = name
@@ -89,6 +90,7 @@ class Captured:
         self._state: dict[str, Any] = {}
         self._replay: Callable[..., Outputs] | None = None
         self._disagreements = 0  # in a row
+        self._ahead: dict[str, Any] = {"stage": None}  # where a call shall take this
         self.calls_left: int | None = None
         too_few = "there were too few calls with inputs of one shape"
         self.execution = f"eager: {too_few if capture else 'capture=False'}"
@@ -108,6 +110,49 @@ class Captured:
             self._give_up("a parameter was given other memory; change it in place")
         return self._stage(*inputs)
 
+    def state(self) -> dict[str, Any]:
+        """Return how far the capture is, for :meth:`go_on_from`: plain values."""
+        if self._stage == self._catch_up:
+            return dict(self._ahead)
+        if self._replay is not None and self._stage == self._replay:
+            stage = "replay"
+        else:
+            stages = {"check": self._check, "trace again": self._trace_again}
+            stages |= {"trace": self._trace_first, "function": self._function}
+            stage = next((name for name, s in stages.items() if s == self._stage), "wait")
+        return {
+            "capture": self._capture,
+            "stage": stage,
+            "seen": [_described(signature) for signature in self._seen],
+            "signature": None if self._signature is None else _described(self._signature),
+            "compiles": self.compiles,
+            "disagreements": self._disagreements,
+            "execution": self.execution,
+        }
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Stand where another capture of the function stood, in another process it may be.
+
+        So that calls are run as they would have been there, eagerly or replayed, which differ by
+        rounding. The graph is made anew at the next call that needs it, aside: no random number
+        is used up, no buffer changed.
+
+        Args:
+            state: as :meth:`state` returned it.
+        """
+        if self._capture != state["capture"]:
+            return  # it is another mode that is wanted now
+        self._seen = {_signature_of(described) for described in state["seen"]}
+        if state["signature"] is not None:
+            self._signature = _signature_of(state["signature"])
+        self.compiles = state["compiles"]
+        if state["stage"] == "function":
+            self._stage, self.execution = self._function, state["execution"]
+        elif state["stage"] in ("trace again", "check", "replay"):
+            self._stage, self._ahead = self._catch_up, dict(state)
+        elif state["stage"] == "trace":
+            self._stage = self._trace_first
+
     def recheck(self) -> None:
         """Look again whether the graph still stands for the function.
 
@@ -118,6 +163,8 @@ class Captured:
             self._give_up(f"{change} since the capture; a tensor changed in place would be seen")
         elif self._replay is not None and self._stage == self._replay:
             self._stage = self._check
+        elif self._ahead["stage"] == "replay":
+            self._ahead["stage"] = "check"
 
     def _wait(self, *inputs: Tensor) -> Outputs:
         seconds_a_call = self._pace.tick()
@@ -130,6 +177,19 @@ class Captured:
         else:
             self._stage = self._function
             self.execution = f"eager: the {seconds:.1f} s of calls left would not repay a capture"
+        return self._stage(*inputs)
+
+    def _catch_up(self, *inputs: Tensor) -> Outputs:
+        state, self._stage = self._ahead, self._trace_first
+        until = self._trace_again if state["stage"] == "trace again" else None
+        with _same_noise(inputs) as rewind, _kept(self._reached_state()) as restore:
+            while self._stage not in (until, self._replay, self._function):
+                self._stage(*inputs)
+                restore()
+            rewind()
+        if state["stage"] == "check" and self._stage == self._replay:
+            self._stage = self._check
+            self._disagreements = state["disagreements"]
         return self._stage(*inputs)
 
     def _trace_first(self, *inputs: Tensor) -> Outputs:
@@ -236,9 +296,7 @@ class Captured:
             return self._graph(*inputs, *self._constants)
 
     def _trace(self, inputs: Sequence[Tensor]) -> Trace:
-        reached = [thing for _, thing in reach(**self._watch) if isinstance(thing, Tensor)]
-        state = [tensor for tensor in reached if not tensor.requires_grad]
-        with _same_noise(inputs) as rewind, _kept(state) as restore:
+        with _same_noise(inputs) as rewind, _kept(self._reached_state()) as restore:
             try:
                 return trace(self._function, inputs)
             except CaptureError:
@@ -248,6 +306,11 @@ class Captured:
                 restore()
                 # An error of the function's own comes again when it is called.
                 raise CaptureError(f"it cannot be traced: {_first_line(error)}") from error
+
+    def _reached_state(self) -> list[Tensor]:
+        """Tensors that a call might change: running averages, say."""
+        reached = [thing for _, thing in reach(**self._watch) if isinstance(thing, Tensor)]
+        return [tensor for tensor in reached if not tensor.requires_grad]
 
     def _now(self) -> dict[str, list[Any]]:
         state: dict[str, list[Any]] = {}
@@ -260,6 +323,22 @@ class Captured:
         self._stage = self._function
         self._sources, self._constants, self._state = [], [], {}
         warnings.warn(f"{self._name} is not captured, and runs eagerly: {reason}", stacklevel=2)
+
+
+def _described(signature: tuple) -> list[list[Any]]:
+    """A signature in plain values."""
+    return [
+        [list(shape), list(stride), str(dtype), str(device)]
+        for shape, stride, dtype, device in signature
+    ]
+
+
+def _signature_of(described: Sequence[Sequence[Any]]) -> tuple:
+    inputs = []
+    for shape, stride, dtype, device in described:
+        kind = getattr(torch, dtype.removeprefix("torch."))
+        inputs.append((torch.Size(shape), tuple(stride), kind, torch.device(device)))
+    return tuple(inputs)
 
 
 @contextlib.contextmanager

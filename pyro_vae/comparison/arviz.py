@@ -62,7 +62,7 @@ def to_arviz(
         >>> container["posterior"]["z"].shape  # chain, draw, datum, the event
         (1, 7, 3, 2)
     """
-    positive_integer("num_draws", num_draws)
+    num_draws = positive_integer("num_draws", num_draws)
     batches = Minibatches(data, 2**31, device=programs.device_of(model, guide))
     with estimating(
         "to_arviz", model, guide, batches, vectorize_particles=vectorize_particles, seed=seed

@@ -207,7 +207,9 @@ def compare(
         )
     if not pairs:
         raise ValueError("compare needs at least one pair, got none")
-    positive_integer("num_particles", num_particles)
+    num_particles = positive_integer("num_particles", num_particles)
+    if image_shape is not None:
+        image_shape = _checked_shape(image_shape)
     pairs = {str(name): pair for name, pair in pairs.items()}
     held_out = Minibatches(data, 100).in_memory()
     surgery_data = held_out if train is None else Minibatches(train, 100, name="train").in_memory()
@@ -260,6 +262,12 @@ def compare(
             advance(1)
     entries.sort(key=lambda entry: -entry.evidence.mean)
     return Comparison(tuple(entries), len(surgery_data[0]), image_shape)
+
+
+def _checked_shape(image_shape: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(image_shape, tuple | list) or len(image_shape) != 2:
+        raise TypeError(f"image_shape must be (height, width), got {image_shape!r}")
+    return tuple(positive_integer("each of image_shape", size) for size in image_shape)
 
 
 def _surgery_or_why_not(*args, **options) -> tuple[Surgery | None, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import pandas as pd
@@ -90,8 +90,10 @@ def rate_distortion(
 
     Raises:
         ValueError: bad data or arguments, or a pair that breaks the contract; a site is global or
-            scaled; the guide alone is to be fitted, and the model has parameters of it.
-        TypeError: an option that is none of a fit's, or one that the curve sets itself.
+            scaled; the guide alone is to be fitted, and the model has parameters of it; the
+            evidence is of other data than are measured on.
+        TypeError: an option that is none of a fit's, or one that the curve sets itself; ``betas``
+            is no sequence, ``evidence`` no :class:`pyro_vae.Evidence`.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -107,7 +109,8 @@ def rate_distortion(
         True
     """
     betas = _check_betas(betas)
-    positive_integer("num_particles", num_particles)
+    num_particles = positive_integer("num_particles", num_particles)
+    training_particles = positive_integer("training_particles", training_particles)
     if refit not in ("guide", "both"):
         raise ValueError(f"refit must be 'guide' or 'both', got {refit!r}")
     if own := [name for name in fit_options if name in _OWN_OPTIONS]:
@@ -117,7 +120,10 @@ def rate_distortion(
             "evidence is that of one model, and refit='both' fits one for each beta: leave it out"
         )
     batch_size = fit_options.get("batch_size", 100)
-    first = Minibatches(data, batch_size, device=programs.device_of(model, guide)).first()
+    device = programs.device_of(model, guide)
+    first = Minibatches(data, batch_size, device=device).first()
+    measured = data if test is None else test
+    _check_evidence(evidence, Minibatches(measured, batch_size, device=device))
     rows = []
     with (
         seeded(seed),
@@ -144,11 +150,7 @@ def rate_distortion(
                     description=f"{description}: beta {beta:g}",
                     **fit_options,
                 )
-                batches = Minibatches(
-                    data if test is None else test,
-                    batch_size,
-                    device=programs.device_of(model, guide),
-                )
+                batches = Minibatches(measured, batch_size, device=device)
                 with estimating(
                     "rate_distortion",
                     model,
@@ -185,8 +187,23 @@ def _row(beta: float, rate: Tensor, distortion: Tensor) -> dict[str, float]:
     return row
 
 
+def _check_evidence(evidence: Evidence | None, measured: Minibatches) -> None:
+    """Refuse an evidence that is none, or of other data than are measured on."""
+    if evidence is None:
+        return
+    if not isinstance(evidence, Evidence):
+        raise TypeError(f"evidence must be what pv.evidence gives, got {type(evidence).__name__}")
+    if measured.num_data not in (None, len(evidence.values)):
+        raise ValueError(
+            f"evidence has {len(evidence.values)} values for {measured.num_data} data to measure "
+            "on: estimate it for these data (test, or data if there are none)"
+        )
+
+
 def _check_betas(betas: Sequence[float]) -> list[float]:
-    betas = [positive_number("a beta", beta) for beta in betas]
+    if isinstance(betas, str | Tensor) or not isinstance(betas, Iterable):
+        raise TypeError(f"betas must be a sequence of numbers, such as [0.5, 1], got {betas!r}")
+    betas = [positive_number("each of betas", beta) for beta in betas]
     if not betas:
         raise ValueError("betas must hold at least one, got none")
     if len(set(betas)) < len(betas):

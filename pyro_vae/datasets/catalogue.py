@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.datasets import sources
+from pyro_vae.signatures import checked
 
 Binarization: TypeAlias = Literal["none", "fixed", "dynamic"]
 
@@ -39,6 +40,7 @@ class Dataset:
     transform: Callable[[Tensor], Tensor] | None = None
 
 
+@checked
 def load(
     name: str,
     *,
@@ -118,6 +120,7 @@ class Labels:
     test: Tensor
 
 
+@checked
 def load_labels(name: str, *, folder: str | Path | None = None) -> Labels:
     """Load the classes of a data set: of digits, mnist or fashion-mnist.
 

@@ -9,6 +9,7 @@ from pyro_vae.evaluation.inference.gap_parts import Estimate
 from pyro_vae.evaluation.inference.gaps import InferenceGaps, inference_gaps
 from pyro_vae.evaluation.noise import GradientNoise, gradient_noise
 from pyro_vae.evaluation.predict import generate, reconstruct
+from pyro_vae.evaluation.stopping import Stopped
 from pyro_vae.evaluation.weighing.annealing import AIS
 from pyro_vae.evaluation.weighing.importance import evidence
 from pyro_vae.evaluation.weighing.log_evidence import Evidence, StoppedEvidence, UnreliableEvidence
@@ -25,6 +26,7 @@ __all__ = [
     "InferenceGaps",
     "PriorHoles",
     "Sandwich",
+    "Stopped",
     "StoppedEvidence",
     "Surgery",
     "UnreliableEvidence",

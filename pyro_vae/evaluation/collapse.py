@@ -2,26 +2,27 @@ r"""Posterior collapse: latents that say nothing of their datum, unit by unit, a
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
 from pyro import poutine
+from pyro.distributions import VonMises
 from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer, positive_number
 from pyro_vae.evaluation.aggregated.decomposition import Surgery
-from pyro_vae.evaluation.aggregated.subsets import Estimator
+from pyro_vae.evaluation.aggregated.draws import Averages
+from pyro_vae.evaluation.aggregated.subsets import Estimator, check_estimator
 from pyro_vae.evaluation.aggregated.surgery import elbo_surgery
 from pyro_vae.evaluation.estimating import estimating
 from pyro_vae.evaluation.weighing.log_evidence import standard_error
 from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
-from pyro_vae.sites import arranged, random_sites
+from pyro_vae.sites import Site, arranged, base_distribution, random_sites
 from pyro_vae.terms import Terms, terms
 from pyro_vae.traces import Program
 
@@ -54,8 +55,16 @@ class CollapseReport:
 
     @property
     def information(self) -> float:
-        """The mutual information of datum and latents; the rate, its upper bound, without it."""
-        return self.rate if self.surgery is None else self.surgery.mutual_information
+        """The mutual information of datum and latents; the rate, its upper bound, without it.
+
+        The rate also where the prior depends on covariates, of which the latents may tell without
+        telling anything more of x.
+        """
+        return self.surgery.mutual_information if self._is_informed else self.rate
+
+    @property
+    def _is_informed(self) -> bool:
+        return self.surgery is not None and not math.isnan(self.surgery.marginal_kl)
 
     @property
     def state(self) -> str:
@@ -78,14 +87,18 @@ class CollapseReport:
             + (f" in {site}" if len(active) > 1 else "")
             for site, found in active
         )
-        name = "rate" if self.surgery is None else "mutual information"
-        line = f"{self.state}: {by_site}, {name} {max(0.0, self.information):.2f} nats"
-        if self.surgery is not None and self.surgery.saturated:
+        name = "mutual information" if self._is_informed else "rate"
+        information = 0.0 if self.information < 0 else self.information  # NaN stays
+        line = f"{self.state}: {by_site}, {name} {information:.2f} nats"
+        if self._is_informed and self.surgery.saturated:
             line += f" (saturated: log N is {self.surgery.log_n:.2f})"
         return line
 
     def __str__(self) -> str:
-        return f"{self.verdict}\n{self.units.to_string(float_format='{:.3f}'.format)}"
+        lines = [self.verdict, self.units.to_string(float_format="{:.3f}".format)]
+        if self.note:
+            lines.append(f"no mutual information: {self.note}")
+        return "\n".join(lines)
 
 
 def collapse_report(
@@ -111,7 +124,11 @@ def collapse_report(
         A_d = \mathrm{Var}_{x}\bigl(\mathbb{E}_{q(z|x)}[z_d]\bigr)
 
     It is active where that is above a share of the prior's variance of :math:`z_d`: for a standard
-    normal prior, above 0.01. :math:`A_d` is estimated without bias: what the draws add to the
+    normal prior, above 0.01; and, where the prior has no variance, above that share of one. Its KL
+    (that of its site, or of all latents, where it has none of its own) must be above half the share
+    as well. A Gaussian of such an activity has no less under a normal prior that is one for all
+    data; a unit that follows its prior, as this moves with covariates or with latents above, has
+    none, and is not used. :math:`A_d` is estimated without bias: what the draws add to the
     variance of their means is taken off, by the variance among draws of one datum. So it may come
     out a little below zero.
 
@@ -137,7 +154,8 @@ def collapse_report(
 
     Raises:
         ValueError: bad data or arguments, fewer than two data, or a pair that breaks the contract;
-            a site is global or scaled.
+            a site is global or scaled; a likelihood of zero, or a rate that is NaN; a prior that
+            cannot be drawn from.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -156,11 +174,12 @@ def collapse_report(
         >>> report.verdict.split(",")[0]
         'healthy: 1 of 2 units active'
     """
-    positive_integer("num_particles", num_particles, least=2)
+    num_particles = positive_integer("num_particles", num_particles, least=2)
     positive_number("threshold", threshold)
+    check_estimator(estimator)
     batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
     moments: list[dict[str, Tensor]] = []
-    rates = []
+    parts = []
     with (
         estimating(
             "collapse_report",
@@ -169,6 +188,7 @@ def collapse_report(
             batches,
             vectorize_particles=vectorize_particles,
             seed=seed,
+            needs_latents=True,
         ) as plate_nesting,
         task(progress, description, batches.num_data, transient=True) as advance,
     ):
@@ -181,7 +201,7 @@ def collapse_report(
                 vectorize_particles=vectorize_particles,
                 plate_nesting=plate_nesting,
             )
-            rates.append(t.kl.double().mean(0))
+            parts.append(tuple(part.cpu() for part in Averages.part(t)))
             moments.append(_moments(t, model, batch))
             advance(len(batch[0]))
     surgery, note = _surgery_or_why_not(
@@ -195,17 +215,19 @@ def collapse_report(
         progress=progress,
         description=f"{description}: surgery",
     )
-    kl = None if surgery is None else surgery.kl_of_dimensions
+    averages = Averages.of_parts(parts)
+    rate = averages.rate.mean().item()
     rows = []
     for site in moments[0]:
         found = torch.cat([each[site] for each in moments], 1).cpu()
         if found.shape[1] < 2:
             raise ValueError("collapse_report compares data with each other: got a single one")
-        kl_of_site = None if kl is None else kl[site]
-        rows += _rows(site, found, num_particles, threshold, kl_of_site)
+        kl = rate if averages.kl_of_sites is None else averages.kl_of_sites[site].item()
+        each = averages.kl_of_dimensions and averages.kl_of_dimensions[site].flatten()
+        rows += _rows(site, found, num_particles, threshold, kl, each)
     return CollapseReport(
         pd.DataFrame(rows).set_index(["site", "unit"]),
-        torch.cat(rates).mean().item(),
+        rate,
         surgery,
         note,
     )
@@ -214,23 +236,45 @@ def collapse_report(
 def _moments(t: Terms, model: Program, batch: Batch) -> dict[str, Tensor]:
     """Return means and variances of guide and prior by latent: (4, B, units)."""
     found = {}
-    sites = {s["name"]: s for s in random_sites(poutine.trace(model).get_trace(*batch))}
+    try:
+        sites = {s["name"]: s for s in random_sites(poutine.trace(model).get_trace(*batch))}
+    except NotImplementedError as error:
+        raise ValueError(
+            f"collapse_report measures latents against what the model draws: {error or 'a prior'}"
+            " that cannot be drawn from, such as an improper one, has no variance to compare with"
+        ) from error
     for name, draws in t.samples.items():
         draws = draws.double().flatten(2) if draws.dim() > 2 else draws.double().unsqueeze(2)
         site = sites[name]
-        mean, variance = site["value"].double(), torch.zeros_like(site["value"]).double()
-        # What the distribution knows of itself is surer than its draw.
-        with contextlib.suppress(NotImplementedError):
-            known = site["fn"].mean.double(), site["fn"].variance.double()
-            if not (known[0].isnan() | known[1].isnan()).any():
-                mean, variance = known
-        of_prior = (arranged(v, site, None)[0].reshape(draws.shape[1:]) for v in (mean, variance))
+        of_prior = (arranged(v, site, None)[0].reshape(draws.shape[1:]) for v in _prior(site))
         found[name] = torch.stack([draws.mean(0), draws.var(0), *of_prior])
     return found
 
 
+def _prior(site: Site) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of a latent's prior; its draw and zero where it does not know them.
+
+    NaN where there are none, as of a Cauchy distribution.
+    """
+    fn, value = site["fn"], site["value"].double()
+    drawn = value, torch.zeros_like(value)
+    if isinstance(base_distribution(fn), VonMises):  # whose variance is that of an angle
+        return drawn
+    try:
+        known = fn.mean.double(), fn.variance.double()
+    except NotImplementedError:
+        return drawn
+    without = (known[0].isnan() | known[1].isnan()).any()
+    return drawn if without and fn.support.is_discrete else known
+
+
 def _rows(
-    site: str, moments: Tensor, num_particles: int, threshold: float, kl: tuple[float, ...] | None
+    site: str,
+    moments: Tensor,
+    num_particles: int,
+    threshold: float,
+    kl_of_site: float,
+    kl_of_units: Tensor | None,
 ) -> list[dict[str, object]]:
     means, variances, prior_means, prior_variances = moments
     count = len(means)
@@ -238,16 +282,20 @@ def _rows(
     squares = (means - means.mean(0)).square() * count / (count - 1) - variances / num_particles
     activity, prior = squares.mean(0), prior_variances.mean(0) + prior_means.var(0)
     scale = torch.where(prior.isfinite(), prior, 1.0)
+    nan = torch.full_like(activity, math.nan)
+    kl = nan if kl_of_units is None else kl_of_units.to(activity)
+    tells = kl.nan_to_num(nan=kl_of_site, posinf=math.inf) > threshold / 2
+    active = (activity > threshold * scale) & tells
     return [
         {
             "site": site,
             "unit": unit,
             "activity": activity[unit].item(),
             "activity_error": standard_error(squares[:, unit]),
-            "active": activity[unit].item() > threshold * scale[unit].item(),
+            "active": active[unit].item(),
             "posterior_variance": variances[:, unit].mean().item(),
             "prior_variance": prior[unit].item(),
-            "kl": math.nan if kl is None else kl[unit],
+            "kl": kl[unit].item(),
         }
         for unit in range(means.shape[1])
     ]

@@ -25,6 +25,8 @@ def estimating(
     *,
     vectorize_particles: bool,
     seed: int | None,
+    drawn_from: Program | None = None,
+    needs_latents: bool = False,
 ) -> Iterator[int]:
     """Make a pair ready to be judged, datum by datum, without gradients.
 
@@ -36,13 +38,17 @@ def estimating(
             does not reach are checked as they come: validation stays on in the block.
         vectorize_particles: whether the programs must take the particles' dimension.
         seed: of the draws inside the block.
+        drawn_from: what takes the guide's place where nothing is drawn from it.
+        needs_latents: whether the estimator is about latents.
 
     Yields:
         How many batch dimensions the programs use.
 
     Raises:
-        ValueError: the pair breaks the contract; a site is global or scaled.
+        ValueError: the pair breaks the contract; a site is global or scaled; there are no latents,
+            and the estimator needs some.
     """
+    drawn_from = guide if drawn_from is None else drawn_from
     with (
         seeded(seed),
         programs.parameter_store(model, guide) as store,
@@ -50,7 +56,7 @@ def estimating(
     ):
         first = batches.first()
         known = set(store["params"])
-        trace = check_pair(model, guide, first, batches.checked)
+        trace = check_pair(model, drawn_from, first, batches.checked)
         if fresh := sorted(programs.bare_parameter_names() - known):
             warnings.warn(
                 f"{who} found no value of pyro.param {fresh[0]!r} and takes its initial one: this "
@@ -58,8 +64,14 @@ def estimating(
                 stacklevel=4,  # the caller of the estimator
             )
         Terms([trace]).require_independent_data(who)
+        if needs_latents and not trace.samples():
+            raise ValueError(
+                f"{who} is about latents, and this pair has none: its sites are "
+                f"{[*trace.model, *trace.guide]}. Let model and guide sample one in the plate "
+                '"data"'
+            )
         with pyro.validation_enabled(True):
             if vectorize_particles:
-                yield find_plate_nesting(model, guide, *first)
+                yield find_plate_nesting(model, drawn_from, *first)
             else:
                 yield trace.plate_nesting

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer
+from pyro_vae.minibatches import as_tensor
 from pyro_vae.modules import modules
 from pyro_vae.progress import task
 from pyro_vae.seeding import seeded
@@ -167,11 +168,12 @@ def gradient_noise(
         >>> bool(ratios[first, "guide"] > 5 * ratios[second, "guide"])  # the noise of scores
         True
     """
-    positive_integer("repeats", repeats, least=2)  # one has no variance
+    repeats = positive_integer("repeats", repeats, least=2)  # one has no variance
     named = _named(objectives)
     taken = named if reference is None else {**named, **_named({None: reference})}
     columns = x if isinstance(x, (tuple, list)) else (x,)
-    batch = tuple(torch.as_tensor(column) for column in columns)
+    device = programs.device_of(model, guide)
+    batch = tuple(as_tensor(column, "x").to(device) for column in columns)
     with seeded(seed), programs.parameter_store(model, guide), _as_before(model, guide, taken):
         trace = PairTrace(model, guide, batch)
         count = trace.scale * len(batch[0])
@@ -239,6 +241,8 @@ def _moments(
 def _named(objectives: Any) -> dict[str, pyro.infer.ELBO]:
     if isinstance(objectives, pyro.infer.ELBO):
         objectives = [objectives]
+    if not isinstance(objectives, Iterable) or isinstance(objectives, str | Tensor):
+        raise TypeError(f"objectives must be a list or a dict of them, got {objectives!r}")
     by_name = isinstance(objectives, Mapping)
     named = list(objectives.items()) if by_name else [(str(each), each) for each in objectives]
     if not named:
@@ -247,7 +251,7 @@ def _named(objectives: Any) -> dict[str, pyro.infer.ELBO]:
         known = isinstance(objective, pyro.infer.ELBO)
         if not known or not hasattr(objective, "differentiable_loss"):
             raise TypeError(
-                "an objective must be a pyro.infer.ELBO with a differentiable_loss, got "
+                "objectives must be of pyro.infer.ELBO, with a differentiable_loss, got "
                 f"{objective!r}"
             )
     if len(dict(named)) < len(named):

@@ -12,6 +12,8 @@ from torch import Tensor
 from pyro_vae.sites import PARTICLE_PLATE, data_frame, own_scale, random_sites, reduce_to_datum
 from pyro_vae.traces import Program
 
+_ROUNDING = 0.01  # nats, and of as many
+
 
 def guide_log_prob(
     guide: Program,
@@ -64,6 +66,26 @@ def _score(guide, args, values, plate_nesting, vectorize_particles) -> Tensor:
     return log_prob_given(
         guide, args, given, num_values if vectorize_particles else None, plate_nesting
     )
+
+
+def require_one_density(drawn: Tensor, scored: Tensor) -> None:
+    """Refuse a guide that scores its own draws otherwise than when it drew them.
+
+    Args:
+        drawn: log q(z_b|x_b) as the guide drew z_b.
+        scored: the same, by running the guide on z_b and the datum once more.
+
+    Raises:
+        ValueError: they differ, by more than what the rounding of an inverse makes.
+    """
+    difference = (drawn.double() - scored.double()).abs().mean()
+    if not difference <= _ROUNDING * (1 + drawn.double().abs().mean()):
+        raise ValueError(
+            "the guide's density at its own draws differs from run to run, by "
+            f"{difference.item():.3g} nats on average, as of a guide that refines itself by random "
+            "steps, or draws noise which is no site: there is no aggregated posterior of it. Fix "
+            "what is random, or take the guide that it starts from"
+        )
 
 
 def log_prob_given(

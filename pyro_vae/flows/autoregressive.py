@@ -12,8 +12,10 @@ from pyro_vae.flows.conditioning import Autoregressive
 from pyro_vae.flows.elementwise import Affine
 from pyro_vae.flows.layer import Flow
 from pyro_vae.flows.networks import AutoregressiveNetwork
+from pyro_vae.making import recorded
 
 
+@recorded
 class InverseAutoregressive(Flow):
     r"""Inverse autoregressive flow (Kingma et al. 2016, eq. 10), given a context.
 
@@ -46,6 +48,7 @@ class InverseAutoregressive(Flow):
         return Autoregressive(self._functions, network)
 
 
+@recorded
 class MaskedAutoregressive(InverseAutoregressive):
     r"""Masked autoregressive flow (Papamakarios et al. 2017, eq. 3-4), given a context.
 

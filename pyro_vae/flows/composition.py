@@ -10,8 +10,10 @@ from torch.distributions.transforms import ComposeTransform
 
 from pyro_vae.flows.coupling import AffineCoupling
 from pyro_vae.flows.layer import Flow
+from pyro_vae.making import recorded
 
 
+@recorded
 class Composition(nn.Module):
     r"""The bijection :math:`f_L \circ \dots \circ f_1` of R^D, its numbers free parameters.
 

@@ -12,8 +12,10 @@ from pyro_vae.flows.conditioning import Coupling
 from pyro_vae.flows.elementwise import Affine
 from pyro_vae.flows.layer import Flow
 from pyro_vae.flows.networks import CouplingNetwork
+from pyro_vae.making import recorded
 
 
+@recorded
 class AffineCoupling(Flow):
     r"""Affine coupling (Dinh et al. 2017, eq. 4-8), given a context.
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from pyro_vae.flows.layer import Flow, FlowTransform
+from pyro_vae.making import recorded
 
 
+@recorded
 class Householder(Flow):
     r"""A reflection (Tomczak & Welling 2016, eq. 7): D parameters v.
 

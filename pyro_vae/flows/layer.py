@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
 
+from pyro_vae.inputs import require_floats
+from pyro_vae.signatures import checked
+
 
 class Flow(nn.Module):
     """One layer of a normalizing flow on R^D, its parameters a function of something else.
@@ -28,20 +31,32 @@ class Flow(nn.Module):
         from ``(*batch, num_parameters)`` to a transform of ``(..., *batch, D)``; both broadcast.
 
     Raises:
-        ValueError: D is less than ``min_dim``.
+        ValueError: D is less than ``min_dim``; in a call, there are not ``num_parameters``.
+        TypeError: D is no whole number; in a call, the parameters are no floating-point numbers.
     """
 
     num_parameters: int
     min_dim = 1
 
+    @checked
     def __init__(self, dim: int):
         super().__init__()
         if dim < self.min_dim:
             raise ValueError(
-                f"the flow {type(self).__name__} needs at least {self.min_dim} dimensions, got "
+                f"the flow {type(self).__name__} needs at least {self.min_dim} dimensions, got dim="
                 f"{dim}: take Planar or Radial, or AmortizedNormal, or join several latents"
             )
         self.dim = dim
+
+    def __call__(self, parameters: Tensor) -> Transform:
+        """Return the transform of these parameters."""
+        transform = super().__call__(
+            require_floats("parameters", parameters, (self.num_parameters,))
+        )
+        for each in (transform, getattr(transform, "inv", None)):
+            if isinstance(each, FlowTransform):
+                each.dim = self.dim
+        return transform
 
     @abstractmethod
     def forward(self, parameters: Tensor) -> Transform:
@@ -49,7 +64,11 @@ class Flow(nn.Module):
 
 
 class FlowTransform(Transform):
-    """A bijection of R^D that keeps what it computed last, its log-determinant included."""
+    """A bijection of R^D that keeps what it computed last, its log-determinant included.
+
+    Attributes:
+        dim: D, where a :class:`Flow` made it; values of another size are refused.
+    """
 
     domain = constraints.real_vector
     codomain = constraints.real_vector
@@ -57,6 +76,7 @@ class FlowTransform(Transform):
 
     def __init__(self):
         super().__init__(cache_size=1)
+        self.dim: int | None = None
         self._log_det: Tensor | None = None
 
     @abstractmethod
@@ -68,13 +88,16 @@ class FlowTransform(Transform):
         """Return the x with f(x) = y."""
 
     def _call(self, x: Tensor) -> Tensor:
-        y, self._log_det = self.map(x)
+        y, self._log_det = self.map(self._checked("x", x))
         return y
 
     def _inverse(self, y: Tensor) -> Tensor:
         self._log_det = None
-        x = self.unmap(without_repetitions(y))
+        x = self.unmap(without_repetitions(self._checked("y", y)))
         return x.expand(torch.broadcast_shapes(x.shape, y.shape))
+
+    def _checked(self, name: str, value: Tensor) -> Tensor:
+        return require_floats(name, value, () if self.dim is None else (self.dim,))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return log|det df/dx| at x."""

@@ -8,6 +8,7 @@ import torch
 from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
+from pyro_vae.inputs import require_same_type
 from pyro_vae.nets import MLP
 
 
@@ -25,6 +26,7 @@ class AutoregressiveNetwork(nn.Module):
 
     def __init__(self, dim: int, context: int, hidden: Sequence[int], num_parameters: int):
         super().__init__()
+        _check(context, hidden, least=dim)
         self.network = ConditionalAutoRegressiveNN(
             dim, context, list(hidden), [num_parameters], torch.arange(dim), nonlinearity=nn.Tanh()
         )
@@ -32,6 +34,7 @@ class AutoregressiveNetwork(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Return the parameters."""
+        require_same_type("x", x, self.network.layers[0].weight)
         return self.network(*_broadcast(x, context)).mT
 
 
@@ -50,6 +53,7 @@ class CouplingNetwork(nn.Module):
         self, inputs: int, outputs: int, context: int, hidden: Sequence[int], num_parameters: int
     ):
         super().__init__()
+        _check(context, hidden, least=1)
         self._shape = (outputs, num_parameters)
         self.network = MLP(inputs + context, hidden, outputs * num_parameters)
         first, *_, last = (m for m in self.network.modules() if isinstance(m, nn.Linear))
@@ -60,7 +64,15 @@ class CouplingNetwork(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Return the parameters."""
+        require_same_type("x", x, self.network[0].weight)
         return self.network(torch.cat(_broadcast(x, context), -1)).unflatten(-1, self._shape)
+
+
+def _check(context: int, hidden: Sequence[int], least: int) -> None:
+    if context < 0:
+        raise ValueError(f"context must not be negative, got {context}")
+    if not hidden or min(hidden) < least:
+        raise ValueError(f"hidden must hold widths of at least {least}, got {list(hidden)}")
 
 
 def _broadcast(x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:

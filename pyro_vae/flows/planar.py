@@ -10,10 +10,12 @@ from torch.nn import functional as F
 
 from pyro_vae.flows.layer import Flow, FlowTransform
 from pyro_vae.flows.roots import increasing_root
+from pyro_vae.making import recorded
 
 _LEAST_SLOPE = 1e-3
 
 
+@recorded
 class Planar(Flow):
     r"""A planar flow (Rezende & Mohamed 2015, eq. 10-12): D+D+1 parameters u, w, b.
 

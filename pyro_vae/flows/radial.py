@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_vae.flows.layer import Flow, FlowTransform
+from pyro_vae.making import recorded
 
 
+@recorded
 class Radial(Flow):
     r"""A radial flow (Rezende & Mohamed 2015, eq. 14): D+2 parameters, a centre c, alpha and beta.
 

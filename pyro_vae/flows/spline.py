@@ -12,8 +12,10 @@ from pyro_vae.flows.conditioning import Autoregressive, Coupling
 from pyro_vae.flows.elementwise import RationalQuadratic
 from pyro_vae.flows.layer import Flow
 from pyro_vae.flows.networks import AutoregressiveNetwork, CouplingNetwork
+from pyro_vae.making import recorded
 
 
+@recorded
 class NeuralSpline(Flow):
     r"""Neural spline flow (Durkan et al. 2019), given a context.
 

@@ -9,10 +9,13 @@ from pyro_vae.flows.householder import reflect
 from pyro_vae.flows.layer import Flow, FlowTransform
 from pyro_vae.flows.roots import increasing_root
 from pyro_vae.implicit import implicit
+from pyro_vae.inputs import require_same_type
+from pyro_vae.making import recorded
 
 _KINDS = ("orthogonal", "householder", "triangular")
 
 
+@recorded
 class Sylvester(Flow):
     r"""A Sylvester flow (van den Berg et al. 2018, eq. 13, 8): M planar directions in one layer.
 
@@ -103,6 +106,7 @@ class _Sylvester(FlowTransform):
         return y - self._out(torch.tanh(s))
 
     def _before_tanh(self, x: Tensor) -> Tensor:
+        require_same_type("x", x, self._b)
         return _times(self._r_tilde, _times(self._basis.mT, x)) + self._b
 
     def _out(self, h: Tensor) -> Tensor:

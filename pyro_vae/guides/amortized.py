@@ -8,7 +8,7 @@ sites in the plate ``"data"``. Sites outside that plate are left to a guide besi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyro.nn import PyroModule
@@ -21,9 +21,11 @@ from pyro_vae.guides.families import Family
 from pyro_vae.guides.later import Later
 from pyro_vae.guides.posterior import Posterior
 from pyro_vae.guides.unowned import Unowned
-from pyro_vae.latents import latent_sites, surroundings
+from pyro_vae.latents import LatentSite, latent_sites, surroundings
+from pyro_vae.making import recorded
 
 
+@recorded
 class AmortizedGuide(PyroModule):
     r"""q(z|x) of any family, for the latents of any model.
 
@@ -77,10 +79,20 @@ class AmortizedGuide(PyroModule):
         features = features_of(self.encoder, x, *covariates)
         if not self.built:
             sites = latent_sites(self._model.program, x, *covariates)
-            posterior = Posterior(sites, self._family, self._joint)
-            head = nn.Linear(features.shape[-1], posterior.num_parameters)
-            self.built.fill({"head": head, "posterior": posterior}, like=features)
+            self.build(sites, features.shape[-1], like=features)
         return self.built["head"](features)
+
+    def build(self, sites: Sequence[LatentSite], width: int, like: Tensor) -> None:
+        """Make the head, as the first call does.
+
+        Args:
+            sites: of the model.
+            width: F, of the encoder's features.
+            like: a tensor of their device and type.
+        """
+        posterior = Posterior(sites, self._family, self._joint)
+        head = nn.Linear(width, posterior.num_parameters)
+        self.built.fill({"head": head, "posterior": posterior}, sites, width, like)
 
     def sample(self, parameters: Tensor, x: Tensor, *covariates: Any) -> dict[str, Tensor]:
         """Sample the latents, given parameters ``(B, P)`` in place of the encoder's."""
@@ -89,6 +101,7 @@ class AmortizedGuide(PyroModule):
         return posterior(parameters, plates, masks)
 
 
+@recorded
 class AmortizedNormal(AmortizedGuide):
     r"""Diagonal Gaussians (Kingma & Welling 2014, eq. 9).
 
@@ -119,6 +132,7 @@ class AmortizedNormal(AmortizedGuide):
         super().__init__(model, encoder, families.Normal)
 
 
+@recorded
 class AmortizedDelta(AmortizedGuide):
     r"""A point for each datum: an autoencoder, or a most probable z.
 
@@ -141,6 +155,7 @@ class AmortizedDelta(AmortizedGuide):
         super().__init__(model, encoder, family)
 
 
+@recorded
 class AmortizedMultivariateNormal(AmortizedGuide):
     r"""Gaussians of full covariance :math:`L(x) L(x)^\top`, over all latents.
 
@@ -154,6 +169,7 @@ class AmortizedMultivariateNormal(AmortizedGuide):
         super().__init__(model, encoder, families.MultivariateNormal, joint)
 
 
+@recorded
 class AmortizedLowRankNormal(AmortizedGuide):
     r"""Gaussians of covariance :math:`W(x) W(x)^\top + \mathrm{diag}\,\sigma^2(x)`.
 
@@ -171,6 +187,7 @@ class AmortizedLowRankNormal(AmortizedGuide):
         super().__init__(model, encoder, family, joint)
 
 
+@recorded
 class AmortizedMixture(AmortizedGuide):
     r"""Mixtures of diagonal Gaussians, with gradients to the weights.
 
@@ -192,6 +209,7 @@ class AmortizedMixture(AmortizedGuide):
         super().__init__(model, encoder, family, joint)
 
 
+@recorded
 class AmortizedFlow(AmortizedGuide):
     r"""A Gaussian pushed through a normalizing flow (Rezende & Mohamed 2015, eq. 7).
 

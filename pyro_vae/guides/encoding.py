@@ -7,13 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_vae.inputs import require_batch
+
 
 def features_of(encoder: Callable[..., Tensor], x: Tensor, *covariates: Any) -> Tensor:
     """Encode a minibatch: features of shape (B, F).
 
     Raises:
-        ValueError: there is not one row of features for each datum.
+        TypeError: x is no dense tensor of real numbers.
+        ValueError: x is empty; there is not one row of features for each datum.
     """
+    require_batch("x", x)
     features = encoder(x, *covariates)
     if features.dim() < 2 or features.shape[0] != x.shape[0]:
         raise ValueError(

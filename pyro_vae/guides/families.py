@@ -15,6 +15,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_vae.flows import Flow
+from pyro_vae.making import recorded
 from pyro_vae.mixtures import MixtureOfNormals
 from pyro_vae.positive import positive
 
@@ -47,6 +48,7 @@ class Family(nn.Module):
         """Return the distribution of these parameters."""
 
 
+@recorded
 class Normal(Family):
     r"""Diagonal Gaussians: :math:`\mu`, and :math:`\sigma` by a softplus."""
 
@@ -62,6 +64,7 @@ class Normal(Family):
         return dist.Normal(loc, positive(raw_scale))
 
 
+@recorded
 class Delta(Family):
     """Points, with a log-density that is a constant.
 
@@ -86,6 +89,7 @@ class Delta(Family):
         return dist.Delta(point, torch.full_like(point, self._log_density))
 
 
+@recorded
 class MultivariateNormal(Family):
     r"""Gaussians of any covariance :math:`LL^\top`, L lower triangular (Cholesky)."""
 
@@ -106,6 +110,7 @@ class MultivariateNormal(Family):
         return dist.MultivariateNormal(loc, scale_tril=triangle)
 
 
+@recorded
 class LowRankNormal(Family):
     r"""Gaussians of covariance :math:`WW^\top + \mathrm{diag}(\sigma^2)`, W of some rank.
 
@@ -150,6 +155,7 @@ class _LowRankNormal(dist.LowRankMultivariateNormal):
         return -0.5 * (square + dim * math.log(2 * math.pi)) - half_log_det
 
 
+@recorded
 class Mixture(Family):
     """Mixtures of diagonal Gaussians, see :class:`pyro_vae.MixtureOfNormals`.
 
@@ -178,6 +184,7 @@ class Mixture(Family):
         return MixtureOfNormals(logits.squeeze(-1), loc + self.offsets, positive(raw_scale))
 
 
+@recorded
 class Transformed(Family):
     r"""Diagonal Gaussians pushed through layers of a flow (Rezende & Mohamed 2015, eq. 7).
 

@@ -16,9 +16,11 @@ from pyro_vae.guides.later import Later
 from pyro_vae.guides.posterior import Posterior
 from pyro_vae.guides.unowned import Unowned
 from pyro_vae.latents import LatentSite, latent_sites, surroundings
+from pyro_vae.making import recorded
 from pyro_vae.nets import MLP
 
 
+@recorded
 class HierarchicalGuide(PyroModule):
     r"""One latent after another, each given x and those before it.
 
@@ -66,7 +68,8 @@ class HierarchicalGuide(PyroModule):
         """Sample the latents of the data plate given x."""
         features = features_of(self.encoder, x, *covariates)
         if not self._sites:
-            self._build(features, x, *covariates)
+            sites = latent_sites(self._model.program, x, *covariates)
+            self.build(sites, features.shape[-1], like=features)
         plates, masks = surroundings(self._sites, self._model.program, x, *covariates)
         values: dict[str, Tensor] = {}
         rows: list[Tensor] = []
@@ -84,17 +87,24 @@ class HierarchicalGuide(PyroModule):
     def _first_before(self, number: int) -> int:
         return 0 if self._history is None else max(0, number - self._history)
 
-    def _build(self, features: Tensor, x: Tensor, *covariates: Any) -> None:
-        sites = self._ordered(latent_sites(self._model.program, x, *covariates))
-        counts = [site.shape.numel() for site in sites]
+    def build(self, sites: Sequence[LatentSite], width: int, like: Tensor) -> None:
+        """Make a network for each latent, as the first call does.
+
+        Args:
+            sites: of the model, in its order.
+            width: F, of the encoder's features.
+            like: a tensor of their device and type.
+        """
+        ordered = self._ordered(tuple(sites))
+        counts = [site.shape.numel() for site in ordered]
         modules: dict[str, nn.Module] = {}
-        for number, site in enumerate(sites):
+        for number, site in enumerate(ordered):
             posterior = Posterior([site], self._family)
-            inputs = features.shape[-1] + sum(counts[self._first_before(number) : number])
+            inputs = width + sum(counts[self._first_before(number) : number])
             network = MLP(inputs, self._hidden, posterior.num_parameters)
             modules |= {f"network_{number}": network, f"posterior_{number}": posterior}
-        self.built.fill(modules, like=features)
-        self._sites = sites
+        self.built.fill(modules, sites, width, like)
+        self._sites = ordered
 
     def _ordered(self, sites: tuple[LatentSite, ...]) -> tuple[LatentSite, ...]:
         if self._order == "top-down":

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
+
+from pyro_vae.latents import LatentSite
 
 
 class Later(nn.ModuleDict):
     """Modules that a guide makes at its first call, when it has seen the model and an x.
 
     Values that are loaded before wait until then.
+
+    Attributes:
+        sites: of the model, which the modules are for.
+        width: of the features that they take. With the sites, it is all that they are made of.
     """
 
     def __init__(self):
         super().__init__()
+        self.sites: tuple[LatentSite, ...] = ()
+        self.width = 0
         self._waiting: dict[str, Tensor] = {}
 
-    def fill(self, modules: Mapping[str, nn.Module], like: Tensor) -> None:
+    @property
+    def waits(self) -> bool:
+        """Whether values that were loaded wait."""
+        return bool(self._waiting)
+
+    def fill(
+        self,
+        modules: Mapping[str, nn.Module],
+        sites: Sequence[LatentSite],
+        width: int,
+        like: Tensor,
+    ) -> None:
         """Take modules in, on the device and of the type of a tensor, and load what waits.
 
         Once there are some, others change nothing: a model whose prior runs the guide has had it
@@ -30,6 +49,7 @@ class Later(nn.ModuleDict):
             return
         self.update(modules)
         self.to(like)
+        self.sites, self.width = tuple(sites), width
         if self._waiting:
             waiting, self._waiting = self._waiting, {}
             try:

@@ -9,9 +9,11 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vae.layers import check_batch
+from pyro_vae.making import recorded
 from pyro_vae.sites import DATA_PLATE
 
 
+@recorded
 class FlowGuide(PyroModule):
     r"""The inference direction of a :class:`pyro_vae.FlowModel`, layer by layer upwards.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from pyro_vae.guides import families
 from pyro_vae.guides.families import Family
 from pyro_vae.guides.posterior import Posterior
 from pyro_vae.guides.unowned import Unowned
-from pyro_vae.latents import latent_sites, surroundings
+from pyro_vae.inputs import require_batch
+from pyro_vae.latents import LatentSite, latent_sites, surroundings
 
 
 class LocalGuide(PyroModule):
@@ -64,18 +65,57 @@ class LocalGuide(PyroModule):
     ):
         super().__init__()
         self._model = Unowned(model)
-        sites = latent_sites(model, x, *covariates)
-        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-        self.posterior = Posterior(sites, family, joint).to(x.device, dtype)
+        for number, column in enumerate((x, *covariates)):
+            _check("x" if number == 0 else f"covariate {number}", column)
         rows = torch.unique(_flat(x, *covariates), dim=0)
-        direction = torch.randn(rows.shape[-1], dtype=torch.float64, device=x.device)
+        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        sites = latent_sites(model, x, *covariates)
+        self._build(sites, family, joint, rows, torch.empty(0, dtype=dtype, device=x.device))
+
+    def _build(
+        self,
+        sites: Sequence[LatentSite],
+        family: Callable[[int], Family],
+        joint: bool,
+        rows: Tensor,
+        like: Tensor,
+    ) -> None:
+        self._family, self._joint = family, joint
+        self.posterior = Posterior(sites, family, joint).to(like)
+        direction = torch.randn(rows.shape[-1], dtype=torch.float64, device=like.device)
         keys, order = (rows @ direction).sort()
         # As integers, which a change of the module's dtype leaves alone.
         for name, values in (("_rows", rows[order]), ("_direction", direction), ("_keys", keys)):
             self.register_buffer(name, values.view(torch.int64))
         # Not zeros, where all layers of a flow would stay alike.
         shape = (len(rows), self.posterior.num_parameters)
-        self.table = nn.Parameter(0.1 * torch.randn(shape, dtype=dtype, device=x.device))
+        self.table = nn.Parameter(0.1 * torch.randn(shape, dtype=like.dtype, device=like.device))
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Return what :meth:`of_arguments` makes such a guide of: none of the data."""
+        return {
+            "model": self._model.program,
+            "sites": self.posterior.sites,
+            "family": self._family,
+            "joint": self._joint,
+            "shape": tuple(self._rows.shape),
+        }
+
+    @classmethod
+    def of_arguments(
+        cls,
+        model: Callable[..., Any],
+        sites: Sequence[LatentSite],
+        family: Callable[[int], Family],
+        joint: bool,
+        shape: tuple[int, int],
+    ) -> LocalGuide:
+        """Make a guide for data that its buffers are to be loaded with."""
+        guide = cls.__new__(cls)
+        PyroModule.__init__(guide)
+        guide._model = Unowned(model)
+        guide._build(sites, family, joint, torch.zeros(shape, dtype=torch.double), torch.empty(0))
+        return guide
 
     def forward(self, x: Tensor, *covariates: Any) -> dict[str, Tensor]:
         """Sample the latents of the data plate given x."""
@@ -104,6 +144,14 @@ class LocalGuide(PyroModule):
                 "draws them anew, or use an amortized guide."
             )
         return torch.where(known.unsqueeze(-1), self.table[found], torch.nan)
+
+
+def _check(name: str, column: Any) -> None:
+    if name != "x" and not (isinstance(column, Tensor) and column.dim()):
+        return
+    require_batch(name, column)
+    if not torch.isfinite(column).all():
+        raise ValueError(f"{name} has NaN or infinite values, whose rows could not be found again")
 
 
 def _flat(*columns: Any) -> Tensor:

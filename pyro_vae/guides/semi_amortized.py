@@ -10,10 +10,12 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vae.guides.amortized import AmortizedGuide
+from pyro_vae.making import recorded
 from pyro_vae.sites import data_frame, random_sites
 from pyro_vae.terms import terms
 
 
+@recorded
 class SemiAmortized(PyroModule):
     r"""An amortized guide refined for each datum by gradient steps (Kim et al. 2018, algorithm 1).
 
@@ -73,7 +75,8 @@ class SemiAmortized(PyroModule):
         return refined if self._through else start + (refined - start).detach()
 
     def _check(self, x: Tensor, *covariates: Any) -> None:
-        with torch.no_grad(), poutine.block():
+        # What is drawn here is drawn once: it must not move the noise of this call alone.
+        with torch.random.fork_rng(), torch.no_grad(), poutine.block():
             trace = poutine.trace(self.guide._model.program).get_trace(x, *covariates)
         for site in random_sites(trace):
             if not site["is_observed"] and data_frame(site) is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -17,12 +17,14 @@ from pyro_vae.guides.families import Family
 from pyro_vae.guides.later import Later
 from pyro_vae.guides.posterior import Posterior
 from pyro_vae.guides.unowned import Unowned
-from pyro_vae.latents import latent_sites, surroundings
+from pyro_vae.latents import LatentSite, latent_sites, surroundings
+from pyro_vae.making import recorded
 from pyro_vae.models import SemiSupervisedModel
 from pyro_vae.models.semi_supervised import UNKNOWN, check_labels, one_hot
 from pyro_vae.sites import DATA_PLATE
 
 
+@recorded
 class SemiSupervisedGuide(PyroModule):
     r""":math:`q(y|x)\, q(z|x, y)` for M2 (Kingma et al. 2014), y only where it is not known.
 
@@ -94,7 +96,9 @@ class SemiSupervisedGuide(PyroModule):
         check_labels(x, y, self._model.program.classes)
         q_y, known = self.classify(x), y != UNKNOWN
         if not self.built:
-            self._build(x, y, q_y)
+            features = self._features(x, y, q_y)
+            sites = latent_sites(self._model.program, x, y)
+            self.build(sites, features.shape[-1], like=features)
         posterior = self.built["posterior"]
         plates, masks = surroundings(posterior.sites, self._model.program, x, y)
         infer: dict[str, Any] = {"enumerate": "parallel"} if enumerates else {}
@@ -115,8 +119,14 @@ class SemiSupervisedGuide(PyroModule):
             )
         return features
 
-    def _build(self, x: Tensor, y: Tensor, q_y: dist.Categorical) -> None:
-        features = self._features(x, y, q_y)
-        posterior = Posterior(latent_sites(self._model.program, x, y), self._family)
-        head = nn.Linear(features.shape[-1], posterior.num_parameters)
-        self.built.fill({"head": head, "posterior": posterior}, like=features)
+    def build(self, sites: Sequence[LatentSite], width: int, like: Tensor) -> None:
+        """Make the head, as the first call does.
+
+        Args:
+            sites: of the model, but y.
+            width: F, of the encoder's features.
+            like: a tensor of their device and type.
+        """
+        posterior = Posterior(sites, self._family)
+        head = nn.Linear(width, posterior.num_parameters)
+        self.built.fill({"head": head, "posterior": posterior}, sites, width, like)

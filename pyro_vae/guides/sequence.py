@@ -18,10 +18,12 @@ from pyro_vae.guides.later import Later
 from pyro_vae.guides.posterior import Posterior
 from pyro_vae.guides.unowned import Unowned
 from pyro_vae.latents import LatentSite, latent_sites, latents_of, surroundings
+from pyro_vae.making import recorded
 from pyro_vae.nets import MLP
 from pyro_vae.sites import Site
 
 
+@recorded
 class SequenceGuide(PyroModule):
     r"""A structured inference network (Krishnan, Shalit & Sontag 2017), from the future backwards.
 
@@ -94,7 +96,11 @@ class SequenceGuide(PyroModule):
         latents = latents_of(self._model.program, x, *covariates)
         _check_steps(x, [site["name"] for site in latents])
         if self._site is None:
-            self._build(x, *covariates)
+            first, *others = latent_sites(self._model.program, x, *covariates)
+            for other in others:
+                _check_alike(first, other)
+            features = self._features(x[:, :1])
+            self.build([first], features.shape[-1], like=features)
         summaries = self._summaries(x, _lengths(latents, self._site, x))
         plates, _ = surroundings([self._site], self._model.program, x, *covariates)
         family = self.built["family"]
@@ -139,20 +145,24 @@ class SequenceGuide(PyroModule):
             return x
         return x.to(self.built["cell"].weight_ih.dtype if self.built else torch.get_default_dtype())
 
-    def _build(self, x: Tensor, *covariates: Any) -> None:
-        first, *others = latent_sites(self._model.program, x, *covariates)
-        for other in others:
-            _check_alike(first, other)
-        features = self._features(x[:, :1])
+    def build(self, sites: Sequence[LatentSite], width: int, like: Tensor) -> None:
+        """Make the networks, as the first call does.
+
+        Args:
+            sites: of the model, the first alone: the others are like it.
+            width: F, what the GRU has of each step.
+            like: a tensor of the features' device and type.
+        """
+        (first,) = sites
         posterior = Posterior([first], self._family, joint=False)
         given, count = first.shape.numel(), posterior.num_parameters
         modules = {
-            "cell": nn.GRUCell(features.shape[-1], self._recurrent),
+            "cell": nn.GRUCell(width, self._recurrent),
             "first": MLP(self._recurrent, self._hidden, count),
             "combiner": MLP(given + self._recurrent, self._hidden, count),
             "family": posterior.families[0],
         }
-        self.built.fill(modules, like=features)
+        self.built.fill(modules, sites, width, like)
         # The masks come with the latents of each call.
         self._site = dataclasses.replace(first, masked=False)
 

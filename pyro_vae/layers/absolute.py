@@ -18,6 +18,7 @@ from pyro_vae.layers.layer import (
     Surjection,
     positive_event_dim,
 )
+from pyro_vae.making import recorded
 
 
 class _Magnitude(Surjection):
@@ -70,6 +71,7 @@ class _Magnitude(Surjection):
         return part_shape
 
 
+@recorded
 class Absolute(_Magnitude, InferenceSurjection):
     r""":math:`z = |x|`, number by number; the signs are drawn (Nielsen et al. 2020).
 
@@ -103,6 +105,7 @@ class Absolute(_Magnitude, InferenceSurjection):
         super().__init__(signs, event_dim)
 
 
+@recorded
 class GenerativeAbsolute(_Magnitude, GenerativeSurjection):
     r""":math:`x = |z|`, number by number; the guide draws the signs (Nielsen et al. 2020).
 

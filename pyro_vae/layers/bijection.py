@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ComposeTransform, Transform, _InverseTransform
 
+from pyro_vae.inputs import ShapeError
 from pyro_vae.layers.distributions import Split
 from pyro_vae.layers.layer import (
     InferenceSurjection,
@@ -18,9 +19,11 @@ from pyro_vae.layers.layer import (
     positive_event_dim,
     sum_of_event,
 )
+from pyro_vae.making import recorded
 from pyro_vae.sites import is_real
 
 
+@recorded
 class Bijection(InferenceSurjection):
     r""":math:`z = f(x)`: the transform f leads from data to latent, and :math:`f^{-1}` generates.
 
@@ -92,8 +95,8 @@ class Bijection(InferenceSurjection):
         f = self.source() if callable(self.source) else self.source
         if not isinstance(f, Transform):
             raise TypeError(
-                "a bijection needs a torch Transform, or what gives one when called without "
-                f"arguments, got {type(self.source).__name__}"
+                "the transform of a bijection must be a torch Transform, or what gives one when "
+                f"called without arguments, got {type(self.source).__name__}"
                 + (f", which gives {type(f).__name__}" if callable(self.source) else "")
             )
         return f
@@ -120,7 +123,7 @@ class Bijection(InferenceSurjection):
             log_volume = f.log_abs_det_jacobian(x, z)
             there = f.forward_shape(event)
             fits = f.inverse_shape(there) == event and z.shape[z.dim() - len(there) :] == there
-        except RuntimeError as error:
+        except (RuntimeError, ShapeError) as error:
             raise ValueError(f"{self._cannot_map(f, event)}: {error}") from error
         if not fits:
             raise ValueError(
@@ -138,7 +141,7 @@ class Bijection(InferenceSurjection):
         f, z = self.transform, part.view_as(part)
         try:
             return f.inv(z)
-        except RuntimeError as error:
+        except (RuntimeError, ShapeError) as error:
             event = z.shape[z.dim() - self.part_event_dim :]
             raise ValueError(
                 f"{self._cannot_map(f, event)} back: {error}. Does the prior, or the layer above, "

@@ -20,8 +20,10 @@ from pyro_vae.layers.layer import (
     all_of_event,
     positive_event_dim,
 )
+from pyro_vae.making import recorded
 
 
+@recorded
 class UniformDequantization(GenerativeSurjection):
     r"""x on a grid of L levels is the cell in [0, 1) that z lies in, and z is uniform in it.
 
@@ -120,6 +122,7 @@ class UniformDequantization(GenerativeSurjection):
         return near & (number >= 0) & (number < self.levels)
 
 
+@recorded
 class VariationalDequantization(UniformDequantization):
     r"""Dequantisation with a noise that is learned (Ho et al. 2019).
 

@@ -169,11 +169,11 @@ def check_batch(layer: nn.Module, given: Tensor, event_dim: int, result: TorchDi
 
 
 def positive_event_dim(event_dim: int) -> int:
-    """Return a number of event dimensions of at least one.
+    """Return a number of event dimensions of at least one, and no more than tensors have.
 
     Raises:
-        ValueError: it is less.
+        ValueError: it is less, or more.
     """
-    if event_dim < 1:
-        raise ValueError(f"event_dim must be at least 1, got {event_dim}")
+    if not 1 <= event_dim <= 64:  # torch has no tensors of more dimensions
+        raise ValueError(f"event_dim must be at least 1 and at most 64, got {event_dim}")
     return event_dim

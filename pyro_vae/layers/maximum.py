@@ -12,9 +12,11 @@ from torch.distributions import constraints
 
 from pyro_vae.layers.distributions import Split
 from pyro_vae.layers.layer import InferenceSurjection
+from pyro_vae.making import recorded
 from pyro_vae.sites import is_real
 
 
+@recorded
 class Maximum(InferenceSurjection):
     r""":math:`z = \max_d x_d`; which it is and how far the others lie below are drawn.
 

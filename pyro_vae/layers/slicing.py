@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_vae.arguments import positive_integer
 from pyro_vae.layers.distributions import Split
 from pyro_vae.layers.layer import GenerativeSurjection, InferenceSurjection, Surjection
+from pyro_vae.making import recorded
 
 
 class _FirstNumbers(Surjection):
@@ -44,6 +45,7 @@ class _FirstNumbers(Surjection):
         return torch.Size([part_shape[-1] + rest_shape[-1]])
 
 
+@recorded
 class Slice(_FirstNumbers, InferenceSurjection):
     r"""z is the first numbers of x; those left out are noise (Nielsen et al. 2020).
 
@@ -77,6 +79,7 @@ class Slice(_FirstNumbers, InferenceSurjection):
         super().__init__(size, noise, conditional)
 
 
+@recorded
 class Augment(_FirstNumbers, GenerativeSurjection):
     r"""z is x and some numbers more, which the layers above may use (Huang et al. 2020).
 

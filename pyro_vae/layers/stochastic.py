@@ -8,8 +8,10 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from pyro_vae.layers.layer import Layer
+from pyro_vae.making import recorded
 
 
+@recorded
 class Stochastic(Layer):
     r"""A layer of a VAE: both directions are noisy (Kingma & Welling 2014).
 

@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_vae.likelihoods.likelihood import Likelihood
+from pyro_vae.making import recorded
+from pyro_vae.real import value_for
 
 
+@recorded
 class Bernoulli(Likelihood):
     r""":math:`p(x|z) = \prod_d \mathrm{Bernoulli}(x_d; \sigma(f_d(z)))` for x in {0, 1}.
 
@@ -40,9 +43,10 @@ class _IndependentBernoulli(dist.Independent):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(x) summed over the event."""
+        logits, event = self.base_dist.logits, -self.reinterpreted_batch_ndims
+        value = value_for(logits, value)
         if self.base_dist._validate_args:
             self.base_dist._validate_sample(value)
-        logits, event = self.base_dist.logits, -self.reinterpreted_batch_ndims
         if logits.dtype not in (torch.float32, torch.float64):
             return super().log_prob(value)  # the product would overflow
         logits, value = torch.broadcast_tensors(logits, value.to(logits.dtype))

@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.distributions import register_kl
 
 from pyro_vae.likelihoods.likelihood import Likelihood
+from pyro_vae.making import recorded
+from pyro_vae.real import value_for
 
 
+@recorded
 class ContinuousBernoulli(Likelihood):
     r"""Continuous Bernoulli distributions for x in [0, 1] (Loaiza-Ganem & Cunningham 2019).
 
@@ -54,6 +57,7 @@ class _ContinuousBernoulli(dist.ContinuousBernoulli):
 
     def log_prob(self, value: Tensor) -> Tensor:
         r"""Return :math:`l x - \log((e^l - 1) / l)`."""
+        value = value_for(self.logits, value)
         if self._validate_args:
             self._validate_sample(value)
         logits, value = torch.broadcast_tensors(self.logits, value.to(self.logits.dtype))

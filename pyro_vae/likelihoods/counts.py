@@ -10,9 +10,12 @@ from torch.nn import functional as F
 
 from pyro_vae.likelihoods.likelihood import Likelihood
 from pyro_vae.likelihoods.scales import Scale, SharedScale, as_scale
+from pyro_vae.making import recorded
 from pyro_vae.positive import positive
+from pyro_vae.real import value_for
 
 
+@recorded
 class Poisson(Likelihood):
     r""":math:`p(x|z) = \prod_d \mathrm{Poisson}(x_d; \lambda_d(z))` for x in {0, 1, 2, ...}.
 
@@ -38,6 +41,7 @@ class Poisson(Likelihood):
         return _Poisson(positive(raw)).to_event(self.event_dim)
 
 
+@recorded
 class NegativeBinomial(Likelihood):
     r"""Negative binomial distributions of counts x, by mean and dispersion.
 
@@ -91,7 +95,7 @@ class _Poisson(dist.Poisson):
     """torch's, for counts of any dtype: there, 255 of uint8 would become 0."""
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(value.to(self.rate.dtype))
+        return super().log_prob(value_for(self.rate, value))
 
 
 _LEAST_FOR_SERIES = 20.0
@@ -101,7 +105,7 @@ class _NegativeBinomial(dist.NegativeBinomial):
     """torch's, without the difference of two large numbers where the dispersion is small."""
 
     def log_prob(self, value: Tensor) -> Tensor:
-        value = value.to(self.logits.dtype)
+        value = value_for(self.logits, value)
         if self._validate_args:
             self._validate_sample(value)
         r, logits, x = torch.broadcast_tensors(self.total_count, self.logits, value)

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 from pyro_vae.arguments import positive_integer
 from pyro_vae.likelihoods.levels import OnLevels
 from pyro_vae.likelihoods.likelihood import Likelihood
+from pyro_vae.making import recorded
 from pyro_vae.positive import positive
 
 
+@recorded
 class DiscretizedLogistic(Likelihood):
     r"""Logistic distributions cut into L levels (Kingma et al. 2016; Salimans et al. 2017).
 
@@ -56,6 +58,7 @@ class DiscretizedLogistic(Likelihood):
         return _of_numbers(torch.zeros_like(loc), loc, raw_scale, self)
 
 
+@recorded
 class DiscretizedLogisticMixture(Likelihood):
     r"""Mixtures of discretised logistics, one for each number of x (Salimans et al. 2017).
 

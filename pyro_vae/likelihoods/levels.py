@@ -10,7 +10,9 @@ from pyro.distributions.torch_distribution import TorchDistribution, TorchDistri
 from torch import Tensor, nn
 
 from pyro_vae.arguments import positive_integer
+from pyro_vae.inputs import require_tensor
 from pyro_vae.likelihoods.likelihood import Likelihood
+from pyro_vae.making import recorded
 
 
 class Levels(constraints.Constraint):
@@ -32,7 +34,7 @@ class Levels(constraints.Constraint):
     event_dim = 0
 
     def __init__(self, levels: int):
-        self.levels = levels
+        self.levels = positive_integer("levels", levels, least=2)
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
@@ -79,6 +81,7 @@ class OnLevels(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(x) of floating-point numbers on the grid, or of integer levels."""
+        require_tensor("the value to be scored", value)
         if self._validate_args:
             self._validate_sample(value)
         if value.is_floating_point():
@@ -91,6 +94,7 @@ class OnLevels(TorchDistribution):
             return self.sample_level(torch.Size(sample_shape)) / (self.levels - 1)
 
 
+@recorded
 class Categorical(Likelihood):
     r""":math:`p(x|z) = \prod_d \mathrm{softmax}(f_d(z))_{x_d}` over L levels of each number.
 

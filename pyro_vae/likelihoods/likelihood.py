@@ -7,6 +7,9 @@ from abc import abstractmethod
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
+from pyro_vae.inputs import ShapeError
+from pyro_vae.signatures import checked
+
 
 class Likelihood(nn.Module):
     r"""A distribution :math:`p(x|z)` of independent numbers, whose parameters a decoder gives.
@@ -38,6 +41,7 @@ class Likelihood(nn.Module):
         torch.Size([5])
     """
 
+    @checked
     def __init__(self, decoder: nn.Module, event_dim: int = 1):
         super().__init__()
         if event_dim < 1:
@@ -65,6 +69,10 @@ class Likelihood(nn.Module):
         """
         numbers = self.decoder(*inputs)
         shape, event_dim = tuple(numbers.shape), self.event_dim
+        if 0 in shape:
+            raise ShapeError(
+                f"{type(self).__name__} was called on z of no data: its decoder gave shape {shape}"
+            )
         if len(shape) < event_dim:
             raise ValueError(
                 f"{type(self).__name__} has events of {event_dim} dimensions, but its decoder gave "

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution, TorchDistributionMixin
 from torch import Tensor, nn
 
+from pyro_vae import real
 from pyro_vae.arguments import positive_number
 from pyro_vae.likelihoods.likelihood import Likelihood
 from pyro_vae.likelihoods.scales import OptimalScale, Scale, SharedScale, as_scale
+from pyro_vae.making import recorded
 
 
 class LocationScale(Likelihood):
@@ -85,6 +86,7 @@ class _WithOptimalScale(LocationScale):
         """Return the scale that is best for a mean deviation."""
 
 
+@recorded
 class Normal(_WithOptimalScale):
     r""":math:`p(x|z) = \prod_d \mathcal{N}(x_d; f_d(z), \sigma_d^2)` for real x.
 
@@ -109,7 +111,7 @@ class Normal(_WithOptimalScale):
 
     def distribution(self, loc: Tensor, scale: Tensor) -> TorchDistributionMixin:
         """Return independent Gaussians."""
-        return dist.Normal(loc, scale).to_event(self.event_dim)
+        return real.Normal(loc, scale).to_event(self.event_dim)
 
     @staticmethod
     def deviations(residuals: Tensor) -> Tensor:
@@ -122,6 +124,7 @@ class Normal(_WithOptimalScale):
         return deviation.sqrt()
 
 
+@recorded
 class Laplace(_WithOptimalScale):
     r""":math:`p(x|z) = \prod_d \frac1{2 b_d} e^{-|x_d - f_d(z)| / b_d}` for real x.
 
@@ -139,7 +142,7 @@ class Laplace(_WithOptimalScale):
 
     def distribution(self, loc: Tensor, scale: Tensor) -> TorchDistributionMixin:
         """Return independent Laplace distributions."""
-        return dist.Laplace(loc, scale).to_event(self.event_dim)
+        return real.Laplace(loc, scale).to_event(self.event_dim)
 
     @staticmethod
     def deviations(residuals: Tensor) -> Tensor:
@@ -152,6 +155,7 @@ class Laplace(_WithOptimalScale):
         return deviation
 
 
+@recorded
 class StudentT(LocationScale):
     r""":math:`p(x|z) = \prod_d t_\nu(x_d; f_d(z), \sigma_d)` for real x (Takahashi et al. 2018).
 
@@ -189,7 +193,7 @@ class StudentT(LocationScale):
     def distribution(self, loc: Tensor, scale: Tensor) -> TorchDistributionMixin:
         """Return independent t distributions."""
         df = loc.new_full((), self._df) if self._df is not None else 1 + self.df_above_one(loc)
-        return dist.StudentT(df, loc, scale).to_event(self.event_dim)
+        return real.StudentT(df, loc, scale).to_event(self.event_dim)
 
 
 class _AtOptimalScale(TorchDistribution):
@@ -230,6 +234,7 @@ class _AtOptimalScale(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(x|z) at the best scale."""
+        value = real.value_for(self.loc, value)
         if self._validate_args:
             self._validate_sample(value)
         return self.likelihood.at_best(self.loc, value).log_prob(value)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.arguments import positive_number
+from pyro_vae.making import recorded
 from pyro_vae.positive import LEAST, positive, raw_of
 
 
@@ -31,6 +32,7 @@ class Scale(nn.Module):
         """
 
 
+@recorded
 class FixedScale(Scale):
     """One number, not learned; a number given as a scale becomes this.
 
@@ -56,6 +58,7 @@ class FixedScale(Scale):
         return f"{self.value:g}"
 
 
+@recorded
 class SharedScale(Scale):
     r"""One learned number for all outputs.
 
@@ -78,6 +81,7 @@ class SharedScale(Scale):
         return positive(self.raw)
 
 
+@recorded
 class ScalePerOutput(Scale):
     """A learned number for each output, or for each of several groups of them.
 
@@ -94,7 +98,9 @@ class ScalePerOutput(Scale):
     def __init__(self, *shape: int, initial: float = 1.0):
         super().__init__()
         if not shape or min(shape) < 1:
-            raise ValueError(f"ScalePerOutput needs the sizes of x, all positive, got {shape}")
+            raise ValueError(
+                f"ScalePerOutput needs the sizes of x as its shape, all positive, got {shape}"
+            )
         self.raw = nn.Parameter(torch.full(shape, _raw_of(initial)))
 
     def forward(self, outputs: Tensor, *raw: Tensor) -> Tensor:
@@ -109,6 +115,7 @@ class ScalePerOutput(Scale):
         return positive(self.raw)
 
 
+@recorded
 class ScaleFromDecoder(Scale):
     """A number for each output and datum: the decoder gives twice as many numbers as x has.
 
@@ -124,6 +131,7 @@ class ScaleFromDecoder(Scale):
         return positive(raw[0])
 
 
+@recorded
 class OptimalScale(nn.Module):
     r"""The best scale for each minibatch, in closed form (Rybkin, Daniilidis & Levine 2021).
 
@@ -194,7 +202,7 @@ def as_scale(name: str, value: Any) -> Scale:
             f"{name} must be a number, SharedScale(), ScalePerOutput(*shape) or "
             f"ScaleFromDecoder(), got {value!r}"
         )
-    return FixedScale(value, name)
+    return FixedScale(positive_number(name, value), name)
 
 
 def _raw_of(value: float) -> float:

@@ -9,9 +9,12 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from pyro_vae.inputs import require_batch
+from pyro_vae.making import recorded
 from pyro_vae.sites import DATA_PLATE
 
 
+@recorded
 class ConditionalModel(PyroModule):
     r""":math:`p(x, z|y) = \prod_n p(z_n)\, p(x_n|z_n, y_n)`, a conditional VAE (Sohn et al. 2015).
 
@@ -60,6 +63,6 @@ class ConditionalModel(PyroModule):
         if not covariates:
             raise ValueError("a ConditionalModel is of x given covariates: call it on x and y")
         p_z = self.prior(*covariates) if self._conditional_prior else self.prior()
-        with pyro.plate(DATA_PLATE, x.shape[0], dim=-1):
+        with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             z = pyro.sample("z", p_z)
             return pyro.sample("x", self.likelihood(z, *covariates), obs=x)

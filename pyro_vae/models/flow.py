@@ -11,10 +11,13 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions.transforms import Transform
 
+from pyro_vae.inputs import require_batch
 from pyro_vae.layers import Bijection, Layer, check_batch, check_support
+from pyro_vae.making import recorded
 from pyro_vae.sites import DATA_PLATE
 
 
+@recorded
 class FlowModel(PyroModule):
     r"""A prior and layers below it, each of which generates downwards and infers upwards.
 
@@ -81,7 +84,7 @@ class FlowModel(PyroModule):
     def forward(self, x: Tensor) -> Tensor:
         """Run the program on a minibatch x and return it."""
         p = self.prior()
-        with pyro.plate(DATA_PLATE, x.shape[0], dim=-1):
+        with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             for name, layer in zip(self.latents[::-1], [*self.layers][::-1], strict=True):
                 check_support(layer, p)
                 z = pyro.sample(name, p)

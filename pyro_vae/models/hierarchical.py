@@ -9,9 +9,12 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_vae.inputs import require_batch
+from pyro_vae.making import recorded
 from pyro_vae.sites import DATA_PLATE
 
 
+@recorded
 class HierarchicalModel(PyroModule):
     r"""L layers of latents (Rezende et al. 2014; Sønderby et al. 2016, eq. 1-3).
 
@@ -60,15 +63,14 @@ class HierarchicalModel(PyroModule):
         skip: bool = False,
     ):
         super().__init__()
-        several = isinstance(layers, nn.ModuleList) or not isinstance(layers, nn.Module)
-        layers = list(layers) if several else [None]
-        if not all(isinstance(each, nn.Module) for each in layers):
+        several = isinstance(layers, nn.ModuleList | list | tuple)
+        if not several or not all(isinstance(each, nn.Module) for each in layers):
             raise TypeError(
-                f"layers must be a sequence of modules, from the top down; got {layers}"
+                f"layers must be a sequence of modules, from the top down; got {layers!r}"
             )
         if not len(layers):
             raise ValueError(
-                "HierarchicalModel needs a layer below the top: without one it is a "
+                "HierarchicalModel needs layers, one at least below the top: without one it is a "
                 "LatentVariableModel"
             )
         self.prior = prior
@@ -79,7 +81,7 @@ class HierarchicalModel(PyroModule):
     def forward(self, x: Tensor) -> Tensor:
         """Run the program on a minibatch x and return it."""
         p_top, top = self.prior(), len(self.layers) + 1
-        with pyro.plate(DATA_PLATE, x.shape[0], dim=-1):
+        with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             above = [pyro.sample(f"z_{top}", p_top)]
             for number, layer in zip(range(top - 1, 0, -1), self.layers, strict=True):
                 z = pyro.sample(f"z_{number}", layer(*above))

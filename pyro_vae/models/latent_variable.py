@@ -9,9 +9,12 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from pyro_vae.inputs import require_batch
+from pyro_vae.making import recorded
 from pyro_vae.sites import DATA_PLATE
 
 
+@recorded
 class LatentVariableModel(PyroModule):
     r""":math:`p(x, z) = \prod_n p(z_n)\, p(x_n|z_n)`: the generative model of a VAE.
 
@@ -47,6 +50,6 @@ class LatentVariableModel(PyroModule):
     def forward(self, x: Tensor) -> Tensor:
         """Run the program on a minibatch x and return it."""
         p_z = self.prior()  # one for all data, outside of their plate
-        with pyro.plate(DATA_PLATE, x.shape[0], dim=-1):
+        with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             z = pyro.sample("z", p_z)
             return pyro.sample("x", self.likelihood(z), obs=x)

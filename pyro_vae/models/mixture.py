@@ -11,9 +11,12 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vae import priors
+from pyro_vae.inputs import require_batch
+from pyro_vae.making import recorded
 from pyro_vae.sites import DATA_PLATE
 
 
+@recorded
 class MixtureModel(PyroModule):
     r"""The Gaussian-mixture VAE (Dilokthanakul et al. 2016; Jiang et al. 2017).
 
@@ -65,7 +68,7 @@ class MixtureModel(PyroModule):
     def forward(self, x: Tensor) -> Tensor:
         """Run the program on a minibatch x and return it."""
         mixture = self.prior()
-        with pyro.plate(DATA_PLATE, x.shape[0], dim=-1):
+        with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             p_c = dist.Categorical(logits=mixture.logits)
             c = pyro.sample("c", p_c, infer={"enumerate": "parallel"})
             z = pyro.sample("z", dist.Normal(mixture.loc[c], mixture.scale[c]).to_event(1))

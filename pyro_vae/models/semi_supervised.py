@@ -12,11 +12,14 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_vae.inputs import require_batch
+from pyro_vae.making import recorded
 from pyro_vae.sites import DATA_PLATE
 
 UNKNOWN = -1  # the label of a datum that has none
 
 
+@recorded
 class SemiSupervisedModel(PyroModule):
     r"""M2 of Kingma et al. (2014): the class is a latent where it is not known.
 
@@ -62,7 +65,7 @@ class SemiSupervisedModel(PyroModule):
         check_labels(x, y, self.classes)
         p_y, p_z = dist.Categorical(logits=self.logits), self.prior()
         known = y != UNKNOWN
-        with pyro.plate(DATA_PLATE, x.shape[0], dim=-1):
+        with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             with poutine.mask(mask=known):
                 pyro.sample("y", p_y, obs=torch.where(known, y, 0))
             with poutine.mask(mask=~known):

@@ -12,9 +12,12 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from pyro_vae.inputs import require_batch
+from pyro_vae.making import recorded
 from pyro_vae.sites import DATA_PLATE
 
 
+@recorded
 class SequenceModel(PyroModule):
     r"""A Deep Markov Model (Krishnan, Shalit & Sontag 2017), of sequences of unequal lengths.
 
@@ -91,7 +94,7 @@ class SequenceModel(PyroModule):
             # Zero times the gradient of a density that is NaN is NaN: padding is not scored.
             x = torch.where(inside.reshape(inside.shape + (1,) * (x.dim() - 2)), x, x[:, :1])
         p_1, steps = self.prior(), []
-        with pyro.plate(DATA_PLATE, x.shape[0], dim=-1):
+        with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             for t in range(x.shape[1]):
                 with _masked(None if inside is None else inside[:, t]):
                     p_z = p_1 if t == 0 else self.transition(z)  # noqa: F821 - of t - 1

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from pyro_vae.making import recorded
 from pyro_vae.nets.images import ImageDecoder, ImageEncoder, checked_image_shape, enlargements
 
 
+@recorded
 class ConvEncoder(ImageEncoder):
     r"""Strided convolutions, each of which halves height and width, rounded up.
 
@@ -52,6 +54,7 @@ class ConvEncoder(ImageEncoder):
         super().__init__(image_shape, channels, nn.Sequential(*layers))
 
 
+@recorded
 class ConvDecoder(ImageDecoder):
     r"""A dense layer, then transposed convolutions, each of which doubles height and width.
 

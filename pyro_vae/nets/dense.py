@@ -6,10 +6,28 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
+
+from pyro_vae.inputs import require_floats, require_same_type
+from pyro_vae.making import recorded
 
 
-class MLP(nn.Sequential):
+class _Dense(nn.Sequential):
+    """Layers over the last dimension, the first of them linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the layers make of x."""
+        try:
+            return super().forward(x)
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+            name = f"the x that {type(self).__name__} is called on"
+            require_floats(name, x, (self[0].in_features,))
+            require_same_type(name, x, self[0].weight)
+            raise
+
+
+@recorded
+class MLP(_Dense):
     r"""A multilayer perceptron over the last dimension.
 
     Args:
@@ -49,7 +67,8 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
 
 
-class GatedMLP(nn.Sequential):
+@recorded
+class GatedMLP(_Dense):
     r"""A multilayer perceptron of gated layers (Dauphin et al. 2017; Tomczak & Welling 2018).
 
     .. math:: h = (A x + a) \odot \sigma(B x + b)
@@ -102,7 +121,10 @@ def layer_sizes(
         raise TypeError(f"hidden must be a sequence of sizes, such as [{hidden}], got {hidden}")
     sizes = [in_features, *hidden]
     if min(sizes) < 1 or (out_features is not None and out_features < 1):
-        raise ValueError(f"layer sizes must be positive, got {sizes} and {out_features}")
+        raise ValueError(
+            f"layer sizes (in_features, hidden, out_features) must be positive, got {sizes} and "
+            f"{out_features}"
+        )
     if not hidden and out_features is None:
         raise ValueError(f"{name} needs a hidden layer or out_features, got neither")
     return sizes

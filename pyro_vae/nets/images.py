@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.inputs import require_floats, require_same_type, require_tensor
+
 
 class ImageEncoder(nn.Module):
     """Applies layers to images, whatever dimensions lead, and flattens what comes out.
@@ -35,15 +37,18 @@ class ImageEncoder(nn.Module):
         """Return the features of images.
 
         Raises:
+            TypeError: x is no tensor of floating-point numbers of the type of the weights.
             ValueError: x does not end in the image's shape.
         """
-        if tuple(x.shape[-3:]) != self.image_shape:
+        if tuple(require_tensor("x", x).shape[-3:]) != self.image_shape:
             raise ValueError(
-                f"{type(self).__name__} expects images (..., C, H, W) that end in "
+                f"{type(self).__name__} expects images x (..., C, H, W) that end in "
                 f"{self.image_shape}, got shape {tuple(x.shape)}: reshape them, rows by "
                 f"nn.Unflatten(-1, {self.image_shape})"
             )
+        require_floats("x", x, self.image_shape)
         leading = x.shape[:-3]
+        require_same_type("x", x, next(self.layers.parameters()))
         features = self.layers(x.reshape(leading.numel(), *self.image_shape))
         return features.reshape(*leading, self.out_features)
 
@@ -85,7 +90,14 @@ class ImageDecoder(nn.Module):
         self.layers = layers
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return images, or parameters of images."""
+        """Return images, or parameters of images.
+
+        Raises:
+            TypeError: z is no tensor of floating-point numbers of the type of the weights.
+            ValueError: z does not end in ``in_features``.
+        """
+        require_floats("z", z, (self.first.in_features,))
+        require_same_type("z", z, self.first.weight)
         leading = z.shape[:-1]
         maps = self.first(z).reshape(leading.numel(), *self._small_shape)
         return self.layers(maps).reshape(*leading, *self._large_shape)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.inputs import require_tensor
+from pyro_vae.making import recorded
 
+
+@recorded
 class Joined(nn.Module):
     """Calls a network on several tensors, one behind the other in the last dimension.
 
@@ -35,7 +39,7 @@ class Joined(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return the network's output."""
-        shapes = [tuple(each.shape) for each in inputs]
+        shapes = [tuple(require_tensor("each of Joined's inputs", x).shape) for x in inputs]
         if not inputs or () in shapes:
             raise ValueError(f"Joined needs tensors of shape (..., n), got shapes {shapes}")
         try:

@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from pyro_vae.inputs import require_floats, require_same_type, require_tensor
+from pyro_vae.making import recorded
 from pyro_vae.nets.images import ImageDecoder, ImageEncoder, checked_image_shape, enlargements
 
 
+@recorded
 class ResidualBlock(nn.Module):
     r"""A block whose way around is the identity (He et al. 2016, "Identity mappings").
 
@@ -28,6 +31,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, activation: Callable[[], nn.Module] = nn.ReLU):
         super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
         self.branch = nn.Sequential(
             activation(),
             nn.Conv2d(channels, channels, 3, padding=1),
@@ -37,9 +42,14 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y."""
+        weight = self.branch[1].weight
+        sizes = tuple(require_tensor("x", x).shape[-2:])
+        require_floats("x", x, (weight.shape[1], *sizes))
+        require_same_type("x", x, weight)
         return x + self.branch(x)
 
 
+@recorded
 class ResidualEncoder(ImageEncoder):
     r"""Strided convolutions, each halving height and width, with residual blocks behind each.
 
@@ -83,6 +93,7 @@ class ResidualEncoder(ImageEncoder):
         super().__init__(image_shape, channels, nn.Sequential(*layers, activation()))
 
 
+@recorded
 class ResidualDecoder(ImageDecoder):
     r"""A dense layer, then residual blocks, enlargement and a convolution, over and over.
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_vae.arguments import positive_integer
+from pyro_vae.arguments import positive_integer, real_number
 from pyro_vae.objectives.bounds import MIWAE, log_mean_weight
 from pyro_vae.objectives.objective import Objective, gradient
 from pyro_vae.terms import Terms
@@ -124,7 +124,7 @@ class CUBO(Objective):
         self, n: float = 2.0, num_particles: int = 64, *, vectorize_particles: bool = True
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
-        if not n >= 1 or math.isinf(n):
+        if real_number("n", n) < 1:
             raise ValueError(f"n must be a number of at least 1, got {n}")
         self.n = float(n)
 
@@ -173,7 +173,7 @@ class TVO(Objective):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         if num_particles < 2:
             raise ValueError("TVO compares particles: num_particles must be at least 2, got 1")
-        if not 0 < first < 1:
+        if not 0 < real_number("first", first) < 1:
             raise ValueError(f"first must be between 0 and 1, got {first}")
         inner = torch.logspace(math.log10(first), 0, num_points, dtype=torch.float64)
         self.points = [0.0, *(inner.tolist() if num_points > 1 else [1.0])]
@@ -319,7 +319,8 @@ class ReweightedWakeSleep(Objective):
         vectorize_particles: bool = True,
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
-        if not (wake >= 0 and sleep >= 0 and 0 < wake + sleep < math.inf):
+        wake, sleep = real_number("wake", wake), real_number("sleep", sleep)
+        if not (wake >= 0 and sleep >= 0 and wake + sleep > 0):
             raise ValueError(
                 f"wake and sleep must be weights, not both zero, got {wake} and {sleep}"
             )

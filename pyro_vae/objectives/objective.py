@@ -44,7 +44,7 @@ class Objective(pyro.infer.ELBO):
     hold_samples = False
 
     def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True):
-        positive_integer("num_particles", num_particles)
+        num_particles = positive_integer("num_particles", num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.step = torch.zeros(())
         self._layout_of: tuple[Program, Program, dict[str, Any]] | None = None

@@ -98,6 +98,6 @@ class Cyclical(Schedule):
         return self.start + (self.end - self.start) * done.clamp(max=1.0)
 
 
-def as_schedule(value: float | Schedule) -> Schedule:
+def as_schedule(name: str, value: float | Schedule) -> Schedule:
     """Return a schedule as it is, and a number as one."""
-    return value if isinstance(value, Schedule) else Constant(value)
+    return value if isinstance(value, Schedule) else Constant(real_number(name, value))

@@ -44,7 +44,7 @@ class BetaELBO(Objective):
         vectorize_particles: bool = True,
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
-        self.beta = as_schedule(beta)
+        self.beta = as_schedule("beta", beta)
 
     def __repr__(self) -> str:
         return f"BetaELBO(beta={self.beta}, num_particles={self.num_particles})"
@@ -139,7 +139,10 @@ class CapacityELBO(Objective):
         vectorize_particles: bool = True,
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
-        self.capacity, self.weight = as_schedule(capacity), positive_number("weight", weight)
+        self.capacity, self.weight = (
+            as_schedule("capacity", capacity),
+            positive_number("weight", weight),
+        )
 
     def bound(self, terms: Terms) -> Tensor:
         """Average the likelihood over the particles, less the weighted distance of the KL."""

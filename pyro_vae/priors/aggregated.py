@@ -15,6 +15,7 @@ from pyro_vae.arguments import positive_integer
 from pyro_vae.minibatches import as_tensor
 from pyro_vae.mixtures import EvenMixture, MixtureOfNormals
 from pyro_vae.priors.posteriors import check_guide, diagonal_gaussian, posteriors, stand_in
+from pyro_vae.signatures import checked
 
 _ROWS_AT_A_TIME = 500
 
@@ -56,6 +57,7 @@ class AggregatedPosterior(nn.Module):
         True
     """
 
+    @checked
     def __init__(
         self,
         guide: Callable[..., Any],
@@ -65,26 +67,36 @@ class AggregatedPosterior(nn.Module):
     ):
         super().__init__()
         device = programs.device_of(guide, guide)
-        columns = [as_tensor(column, "data").to(device) for column in _columns(data)]
+        columns = [column.to(device) for column in _columns(data)]
         count = len(columns[0])
         if subset is not None:
             if positive_integer("subset", subset) > count:
                 raise ValueError(f"subset must be between 1 and the {count} data, got {subset}")
             chosen = torch.randperm(count)[:subset].to(device)
             columns = [column[chosen] for column in columns]
-        self._site = site
         with programs.parameter_store(guide, guide), programs.evaluation_mode(guide):
             blocks = _blocks(columns)
             for block in blocks:
                 check_guide(guide, site, block)
             parts = [posteriors(guide, site, block) for block in blocks]
-        self._event_shape = parts[0].event_shape
         gaussians = [diagonal_gaussian(part) for part in parts]
-        self.guide, self._method = None, None
+        kept, method = None, None
         if None in gaussians:
-            self.guide, self._method = _frozen(guide)
+            kept, method = _frozen(guide)
         else:
             columns = [torch.cat(each) for each in zip(*gaussians, strict=True)]
+        self._keep(columns, parts[0].event_shape, site, kept, method)
+
+    def _keep(
+        self,
+        columns: Sequence[Tensor],
+        event_shape: torch.Size,
+        site: str,
+        guide: nn.Module | None,
+        method: str | None,
+    ) -> None:
+        self._event_shape, self._site = event_shape, site
+        self.guide, self._method = guide, method
         self._names = [f"column_{number}" for number in range(len(columns))]
         for name, column in zip(self._names, columns, strict=True):
             self.register_buffer(name, column)
@@ -106,6 +118,36 @@ class AggregatedPosterior(nn.Module):
         finally:
             self._runs = False
 
+    def as_arguments(self) -> dict[str, Any]:
+        """Return what :meth:`of_arguments` makes such a prior of: neither data nor posteriors."""
+        return {
+            "shapes": [tuple(getattr(self, name).shape) for name in self._names],
+            "event_shape": tuple(self._event_shape),
+            "site": self._site,
+            "guide": self.guide,
+            "method": self._method,
+        }
+
+    @classmethod
+    def of_arguments(
+        cls,
+        shapes: Sequence[Sequence[int]],
+        event_shape: Sequence[int],
+        site: str,
+        guide: nn.Module | None,
+        method: str | None,
+    ) -> AggregatedPosterior:
+        """Make a prior whose buffers are to be loaded."""
+        if method not in (None, "forward"):
+            raise ValueError(f"a guide of this library has no method {method!r}")
+        prior = cls.__new__(cls)
+        nn.Module.__init__(prior)
+        columns = [torch.zeros(shape) for shape in shapes]
+        prior._keep(columns, torch.Size(event_shape), site, guide, method)
+        if guide is not None:
+            guide.requires_grad_(False).eval()
+        return prior
+
     def train(self, mode: bool = True) -> AggregatedPosterior:
         """Set the mode; the guide stays as it was evaluated."""
         super().train(mode)
@@ -116,8 +158,10 @@ class AggregatedPosterior(nn.Module):
 
 def _columns(data: Any) -> list[Any]:
     columns = list(data) if isinstance(data, (tuple, list)) else [data]
-    sizes = [len(column) if hasattr(column, "__len__") else None for column in columns]
-    if None in sizes or len(set(sizes)) != 1 or not sizes[0]:
+    held = all(isinstance(column, Tensor) or hasattr(column, "__array__") for column in columns)
+    columns = [as_tensor(column, "data") for column in columns] if held else columns
+    sizes = [len(column) for column in columns] if held else []
+    if len(set(sizes)) != 1:
         raise ValueError(
             "an aggregated posterior needs data in memory, x and covariates of as many rows, and "
             f"at least one; got {[type(column).__name__ for column in columns]} of sizes {sizes}"

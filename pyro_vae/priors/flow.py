@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions.transforms import Transform
 
 from pyro_vae.arguments import positive_integer
+from pyro_vae.making import recorded
+from pyro_vae.real import Normal, Transformed
 from pyro_vae.sites import is_real
 
 
+@recorded
 class FlowPrior(nn.Module):
     r""":math:`p(z) = \mathcal{N}(f^{-1}(z); 0, I)\,|\det \partial f^{-1} / \partial z|`, f learned.
 
@@ -49,8 +51,8 @@ class FlowPrior(nn.Module):
 
     def forward(self) -> TorchDistributionMixin:
         """Return p(z): batch shape (), event shape (D,)."""
-        base = dist.Normal(self.loc, self.scale).to_event(1)
-        return dist.TransformedDistribution(base, [self._made()])
+        base = Normal(self.loc, self.scale).to_event(1)
+        return Transformed(base, [self._made()])
 
     def _check(self) -> None:
         transform, dim = self._made(), len(self.loc)
@@ -77,7 +79,8 @@ class FlowPrior(nn.Module):
             return transform(self.loc.clone())
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
-                f"the prior's transform cannot be applied to z of shape ({len(self.loc)},): {error}"
+                f"the prior's transform must be a bijection of R^{len(self.loc)}, and cannot be "
+                f"applied to z of shape ({len(self.loc)},): {error}"
             ) from error
 
     def _made(self) -> Transform:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import mixtures
+from pyro_vae.making import recorded
 from pyro_vae.positive import positive
 
 
+@recorded
 class MixtureOfNormals(nn.Module):
     r"""A mixture of K diagonal Gaussians: weights, means and scales are learned.
 

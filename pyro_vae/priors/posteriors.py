@@ -72,7 +72,8 @@ def check_guide(guide: Guide, site: str, rows: Sequence[Tensor]) -> None:
         ValueError: the guide lacks the site, or gives it a point, or a density that it shares
             with others, or one that depends on what it drew before.
     """
-    found = _sites(guide, rows)
+    with torch.random.fork_rng():  # a check that is made once must not move the noise
+        found = _sites(guide, rows)
     if site not in found or data_frame(found[site]) is None:
         raise ValueError(
             f'the guide has no site {site!r} in the plate "data"; its sites are {[*found]}. Pass '

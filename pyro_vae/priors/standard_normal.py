@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import nn
 
 from pyro_vae.arguments import positive_integer
+from pyro_vae.making import recorded
+from pyro_vae.real import Normal
 
 
+@recorded
 class StandardNormal(nn.Module):
     r""":math:`p(z) = \mathcal{N}(z; 0, I)` (Kingma & Welling 2014).
 
@@ -28,13 +30,15 @@ class StandardNormal(nn.Module):
     def __init__(self, *event_shape: int):
         super().__init__()
         if not event_shape:
-            raise ValueError("StandardNormal needs the sizes of z, most often one, got none")
+            raise ValueError(
+                "StandardNormal needs event_shape, the sizes of z, most often one, got none"
+            )
         for size in event_shape:
-            positive_integer("a size of StandardNormal", size)
+            positive_integer("a size of event_shape", size)
         self.event_shape = torch.Size(event_shape)
         self.register_buffer("loc", torch.zeros(self.event_shape))
         self.register_buffer("scale", torch.ones(self.event_shape))
 
     def forward(self) -> TorchDistributionMixin:
         """Return p(z): batch shape (), event shape ``event_shape``."""
-        return dist.Normal(self.loc, self.scale).to_event(len(self.event_shape))
+        return Normal(self.loc, self.scale).to_event(len(self.event_shape))

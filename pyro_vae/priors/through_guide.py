@@ -11,6 +11,8 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_vae import programs
+from pyro_vae.making import recorded
+from pyro_vae.minibatches import as_tensor
 from pyro_vae.mixtures import MixtureOfNormals
 from pyro_vae.positive import positive
 from pyro_vae.priors.posteriors import (
@@ -20,6 +22,7 @@ from pyro_vae.priors.posteriors import (
     posteriors,
     stand_in,
 )
+from pyro_vae.signatures import checked
 
 
 class PriorThroughGuide(nn.Module):
@@ -36,10 +39,13 @@ class PriorThroughGuide(nn.Module):
             one whose posterior of the latent is not known from x alone.
     """
 
+    @checked
     def __init__(self, *event_shape: int):
         super().__init__()
         if not event_shape or min(event_shape) < 1:
-            raise ValueError(f"{type(self).__name__} needs positive sizes of z, got {event_shape}")
+            raise ValueError(
+                f"{type(self).__name__} needs event_shape, positive sizes of z, got {event_shape}"
+            )
         self.event_shape = torch.Size(event_shape)
         self.guide: Callable[..., Any] | None = None
         self._site = "z"
@@ -92,6 +98,7 @@ class PriorThroughGuide(nn.Module):
         return self.mix(found)
 
 
+@recorded
 class VampPrior(PriorThroughGuide):
     r"""Variational mixture of posteriors (Tomczak & Welling 2018, eq. 9).
 
@@ -164,15 +171,25 @@ class ExemplarPrior(PriorThroughGuide):
             diagonal Gaussian; what :class:`PriorThroughGuide` refuses.
     """
 
+    @checked
     def __init__(self, dim: int, *, exemplars: Tensor, num_drawn: int | None = None):
         super().__init__(dim)
         self.register_buffer("exemplars", _rows("exemplars", exemplars), persistent=False)
-        if num_drawn is not None and not 1 <= num_drawn <= len(exemplars):
+        if num_drawn is not None and not 1 <= num_drawn <= len(self.exemplars):
             raise ValueError(
-                f"num_drawn must be between 1 and the {len(exemplars)} exemplars, got {num_drawn}"
+                f"num_drawn must be between 1 and the {len(self.exemplars)} exemplars, got "
+                f"{num_drawn}"
             )
         self.num_drawn = num_drawn
         self.raw_scale = nn.Parameter(torch.tensor(0.0))
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Return the arguments that such a prior is made of."""
+        return {
+            "dim": self.event_shape[0],
+            "exemplars": self.exemplars,
+            "num_drawn": self.num_drawn,
+        }
 
     def rows(self) -> Tensor:
         """Return all exemplars; in training, some of them, drawn anew."""
@@ -196,8 +213,8 @@ class ExemplarPrior(PriorThroughGuide):
 
 
 def _rows(name: str, rows: Tensor) -> Tensor:
-    rows = torch.as_tensor(rows).detach().clone()
-    if rows.dim() < 2 or not len(rows) or not rows.is_floating_point():
+    rows = as_tensor(rows, name).detach().clone()
+    if rows.dim() < 2 or not rows.is_floating_point():
         raise ValueError(
             f"{name} must be rows of x, floating-point numbers of shape (K, *event), got "
             f"{rows.dtype} of shape {tuple(rows.shape)}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -16,16 +17,20 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from pyro_vae import programs
-from pyro_vae.arguments import positive_integer, positive_number
+from pyro_vae import programs, recipes
+from pyro_vae.arguments import positive_integer, positive_number, real_number
 from pyro_vae.capture import Capture, check_capture
 from pyro_vae.contract import check_pair, observes_columns_alone
+from pyro_vae.interrupts import interrupts_at_ends
 from pyro_vae.minibatches import Data, Minibatches
 from pyro_vae.modules import modules
 from pyro_vae.objectives import ELBO, Objective
+from pyro_vae.processes import broadcast_from_first, num_processes, rank
 from pyro_vae.progress import task
 from pyro_vae.seeding import seeded
 from pyro_vae.traces import PairTrace, Program
+from pyro_vae.training.checkpoints import Checkpoints
+from pyro_vae.training.run import COLUMNS, AfterEpoch, OnNonFinite, Run, StoppedRun
 from pyro_vae.training.trainer import BOTH, Trainer
 
 
@@ -37,7 +42,8 @@ class Fit:
         model: program of p(x, z), its parameters fitted.
         guide: program of q(z|x), its parameters fitted.
         history: a row for each epoch: ``loss`` and ``validation_loss`` (nats per datum, minus the
-            bound; the latter NaN without validation data), ``learning_rate``, ``seconds``.
+            bound; the latter NaN without validation data), ``learning_rate``, ``skipped`` (steps
+            that were), ``seconds``, and what ``after_epoch`` returned.
         best_epoch: the epoch, from 1, whose parameters the pair holds.
         seconds: the time it all took.
         execution: how the steps ran in the end: ``"captured"`` (as compiled code), ``"captured,
@@ -50,6 +56,18 @@ class Fit:
     best_epoch: int
     seconds: float
     execution: str
+
+
+class StoppedFit(KeyboardInterrupt):
+    """A fit that was interrupted, at the end of a step; with a checkpoint, it can be resumed.
+
+    Args:
+        fit: the pair as it stands, and the history of the epochs that were done.
+    """
+
+    def __init__(self, fit: Fit):
+        super().__init__(f"the fit was stopped after {len(fit.history)} epochs")
+        self.fit = fit
 
 
 def fit(
@@ -68,6 +86,13 @@ def fit(
     scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     clip_norm: float | None = None,
     patience: int | None = None,
+    after_epoch: AfterEpoch | None = None,
+    on_nonfinite: OnNonFinite = "raise",
+    skip_limit: int = 100,
+    checkpoint: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    checkpoints_kept: int = 3,
+    resume: bool = False,
     transform: Callable[[Tensor], Tensor] | None = None,
     capture: Capture = "auto",
     device: str | torch.device = "auto",
@@ -81,6 +106,10 @@ def fit(
     (Kingma & Welling 2014, algorithm 1). The pair is trained in place, in a parameter store of its
     own (see :func:`pyro_vae.parameter_store`): two fits never touch each other's parameters, and a
     second fit of the same pair goes on from the first.
+
+    In a ``torch.distributed`` group (``torchrun``), each process is called with the whole data and
+    takes its rows of every minibatch; gradients are averaged, and all hold the parameters of the
+    first one to begin with; see docs/scaling.md.
 
     Args:
         model: program of p(x, z), called with a minibatch.
@@ -103,6 +132,21 @@ def fit(
         clip_norm: bound on the norm of the whole gradient.
         patience: stop after this many epochs without a lower validation loss, and restore the
             parameters and buffers of the best epoch.
+        after_epoch: called with the number of each epoch, from 1, when it is over; what it
+            returns, numbers by name, are columns of the history. It sees the pair as it is, with
+            the same noise each time.
+        on_nonfinite: what to do with a step whose loss or gradient is NaN or infinite:
+            ``"raise"``, or ``"skip"`` its update and count it in the history.
+        skip_limit: how many steps may be skipped before it raises all the same.
+        checkpoint: a folder for checkpoints, from which the run can go on after whatever ended
+            it. They hold all that the next step depends on, so that a run that was resumed ends
+            with the same parameters, bit by bit, as one that was never stopped (the same device
+            and number of threads given, and ``capture`` True or False: ``"auto"`` decides by the
+            time that steps take).
+        checkpoint_seconds: the time between two of them, at the least.
+        checkpoints_kept: how many of the last stay.
+        resume: go on from the last whole checkpoint in the folder; begin, if there is none. Pass
+            the pair as it was made, and the same arguments; ``epochs`` may be more than before.
         transform: applied to each minibatch x on the device: ``torch.bernoulli`` binarises
             dynamically. Validation data are taken as they are.
         capture: run the programs through Python a few times, then replay the step's operations as
@@ -122,7 +166,12 @@ def fit(
         ValueError: bad data, arguments out of range, or a pair that breaks the contract, all
             before the first step; no parameters to train.
         TypeError: the objective is no ``pyro.infer.ELBO``.
-        FloatingPointError: an epoch's loss is not finite.
+        NonFiniteError: a loss or a gradient is NaN or infinite: a FloatingPointError that names
+            the site or parameter, the epoch and the rows; the pair is as it was before that step.
+        FloatingPointError: a validation loss is.
+        StoppedFit: a KeyboardInterrupt, with the fit as it stands at the end of the step.
+        UnreadableFile: no checkpoint can be read: a ValueError.
+        OSError: a checkpoint cannot be written; those before it are whole.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -141,14 +190,17 @@ def fit(
         raise TypeError(
             f"objective must be a pyro.infer.ELBO with a differentiable_loss, got {objective!r}"
         )
-    _check_arguments(epochs, clip_norm, patience, validation)
+    _check_arguments(epochs, clip_norm, patience, validation, on_nonfinite, skip_limit, after_epoch)
     _check_learning_rate(learning_rate, optimizer)
     alternation = _alternation(guide_steps, model_steps)
     check_capture(capture)
     device = _device(device)
     started = time.perf_counter()
+    checkpoints = _checkpoints(checkpoint, checkpoint_seconds, checkpoints_kept, resume)
+    going_on = None if checkpoints is None else checkpoints.begin(resume=resume)
     with seeded(seed), programs.parameter_store(model, guide, fresh=True) as store:
-        order = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+        order_seed, noise_seed = broadcast_from_first(torch.randint(2**62, (2,))).tolist()
+        order = torch.Generator().manual_seed(order_seed)
         batches = Minibatches(
             data, batch_size, device=device, shuffle=True, generator=order, transform=transform
         )
@@ -164,6 +216,11 @@ def fit(
             module.to(device)
         if isinstance(objective, Objective):
             objective.to(device)
+        settings = _settings(batches, objective, guide_steps, model_steps, clip_norm)
+        if going_on is not None:
+            _require_settings(going_on["settings"], settings, checkpoints.folder)
+            batches.set_order(going_on["order"])
+        order_of_pass = batches.order()
         first = batches.first()
         with programs.evaluation_mode(model, guide):  # a look must not move running averages
             trace = check_pair(model, guide, first, batches.checked)
@@ -187,17 +244,87 @@ def fit(
         )
         # Values that no look has seen yet are checked as they come, in the first pass over them.
         unseen = batches.checked is None or not observes_columns_alone(trace, first)
-        with task(progress, description, epochs) as advance:
-            rows = _train(trainer, held_out, epochs, patience, advance, unseen)
-    history = pd.DataFrame(rows).set_index("epoch")
-    best = history["validation_loss"].idxmin() if patience is not None else history.index[-1]
+        stopped = False
+        with (
+            task(progress, description, epochs) as advance,
+            interrupts_at_ends() as interrupted,
+            seeded(noise_seed + rank() if num_processes() > 1 else None),
+        ):
+            run = Run(
+                trainer,
+                batches,
+                held_out,
+                device=device,
+                epochs=epochs,
+                patience=patience,
+                checkpoints=checkpoints,
+                settings=settings,
+                recipe={} if checkpoints is None else recipes.recipe(model=model, guide=guide),
+                on_nonfinite=on_nonfinite,
+                skip_limit=skip_limit,
+                after_epoch=after_epoch,
+                advance=advance,
+                interrupted=interrupted,
+                unseen=unseen,
+                order=order_of_pass,
+            )
+            if going_on is not None:
+                run.go_on_from(going_on)
+            try:
+                run.train()
+            except StoppedRun:
+                stopped = True
+    history = pd.DataFrame(run.position.history, columns=None if run.position.history else COLUMNS)
+    history = history.set_index("epoch")
+    by_validation = patience is not None and len(history)
+    best = history["validation_loss"].idxmin() if by_validation else len(history)
     seconds = time.perf_counter() - started
-    return Fit(model, guide, history, int(best), seconds, trainer.execution)
+    result = Fit(model, guide, history, int(best), seconds, trainer.execution)
+    if stopped:
+        raise StoppedFit(result)
+    return result
+
+
+def _checkpoints(
+    folder: str | Path | None, seconds: float, kept: int, resume: bool
+) -> Checkpoints | None:
+    real_number("checkpoint_seconds", seconds)
+    kept = positive_integer("checkpoints_kept", kept)
+    if folder is None:
+        if resume:
+            raise ValueError("resume=True goes on from a checkpoint: name its folder, checkpoint=")
+        return None
+    return Checkpoints(folder, seconds, kept)
+
+
+def _settings(batches, objective, guide_steps, model_steps, clip_norm) -> dict[str, Any]:
+    """What a run must have in common with the one that it goes on with."""
+    return {
+        "batch_size": batches.batch_size,
+        "number of data": batches.num_data,
+        "data": batches.digest(),
+        "objective": repr(objective) if isinstance(objective, Objective) else None,
+        "guide_steps": guide_steps,
+        "model_steps": model_steps,
+        "clip_norm": clip_norm,
+    }
+
+
+def _require_settings(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
+    for name, value in here.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"{folder} has the checkpoints of a run with {name} {saved.get(name)}, here it is "
+                f"{value}: pass the arguments of that run, or name another folder"
+            )
 
 
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        here = int(os.environ.get("LOCAL_RANK", "0"))  # of torchrun: one GPU for each process
+        return torch.device("cuda", here) if num_processes() > 1 else torch.device("cuda")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # what torch raises for a device it lacks
@@ -232,7 +359,9 @@ def _alternation(guide_steps: int | None, model_steps: int | None) -> list[str]:
     return ["guide"] * guide_steps + ["model"] * model_steps
 
 
-def _check_arguments(epochs, clip_norm, patience, validation) -> None:
+def _check_arguments(
+    epochs, clip_norm, patience, validation, on_nonfinite, skip_limit, after_epoch
+) -> None:
     positive_integer("epochs", epochs)
     if clip_norm is not None:
         positive_number("clip_norm", clip_norm)
@@ -240,6 +369,11 @@ def _check_arguments(epochs, clip_norm, patience, validation) -> None:
         positive_integer("patience", patience)
         if validation is None:
             raise ValueError("patience needs validation data: pass validation=")
+    if on_nonfinite not in ("raise", "skip"):
+        raise ValueError(f'on_nonfinite must be "raise" or "skip", got {on_nonfinite!r}')
+    positive_integer("skip_limit", skip_limit)
+    if after_epoch is not None and not callable(after_epoch):
+        raise TypeError(f"after_epoch must be a function of the epoch, got {after_epoch!r}")
 
 
 def _check_scale_of_global_latents(trace: PairTrace, num_data: int | None) -> None:
@@ -250,55 +384,3 @@ def _check_scale_of_global_latents(trace: PairTrace, num_data: int | None) -> No
             f"{trace.batch_size} would charge its whole KL. Let the minibatch stand for all data, "
             f'by `pyro.plate("data", {num_data}, subsample=x)`, or set batch_size={num_data}.'
         )
-
-
-def _train(trainer, held_out, epochs, patience, advance, unseen) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    best_loss, best_state, epochs_without_gain = math.inf, None, 0
-    validation_seed = torch.randint(2**62, ()).item()
-    try:
-        for epoch in range(1, epochs + 1):
-            started = time.perf_counter()
-            learning_rate = trainer.learning_rate
-            validation_loss = math.nan
-            validated = unseen and epoch == 1
-            with pyro.validation_enabled(validated):
-                loss = trainer.epoch(epochs - epoch + 1, validated=validated)
-                _finite(loss, "loss", epoch)
-                if held_out is not None:
-                    with seeded(validation_seed):  # the same noise each time: comparable losses
-                        validation_loss = trainer.evaluate(held_out)
-                    _finite(validation_loss, "validation loss", epoch)
-            trainer.end_epoch(loss if held_out is None else validation_loss)
-            rows.append(
-                {
-                    "epoch": epoch,
-                    "loss": loss,
-                    "validation_loss": validation_loss,
-                    "learning_rate": learning_rate,
-                    "seconds": time.perf_counter() - started,
-                }
-            )
-            shown = f"loss {loss:.2f}"
-            advance(1, shown if held_out is None else f"{shown}, validation {validation_loss:.2f}")
-            if patience is None:
-                continue
-            if validation_loss < best_loss:
-                best_loss, best_state, epochs_without_gain = validation_loss, trainer.state(), 0
-            else:
-                epochs_without_gain += 1
-            if epochs_without_gain == patience:
-                break
-    finally:
-        if best_state is not None:
-            trainer.restore(best_state)
-    return rows
-
-
-def _finite(loss: float, what: str, epoch: int) -> float:
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the {what} is {loss} in epoch {epoch}. Lower the learning rate, set clip_norm, or "
-            "look for a scale that falls to zero."
-        )
-    return loss

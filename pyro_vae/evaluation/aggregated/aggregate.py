@@ -10,13 +10,11 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.evaluation.aggregated.gaussians import DiagonalGaussians
-from pyro_vae.evaluation.aggregated.pairs import log_densities
+from pyro_vae.evaluation.aggregated.pairs import LOG_DENSITIES_AT_A_TIME, log_densities
 from pyro_vae.evaluation.scoring import guide_log_prob
 from pyro_vae.minibatches import Batch, Minibatches
 from pyro_vae.sites import random_sites
 from pyro_vae.traces import Program
-
-_LOG_DENSITIES_AT_A_TIME = 4_000_000  # 32 MB of float64
 
 
 class Aggregate:
@@ -65,7 +63,7 @@ class Aggregate:
         at_once = self.num_data
         if self._gaussians is None:  # the guide computes more than a density for each pair
             at_once = max(at_once, 100 * self._batches.batch_size)
-        rows_at_a_time = max(1, _LOG_DENSITIES_AT_A_TIME // at_once)
+        rows_at_a_time = max(1, LOG_DENSITIES_AT_A_TIME // at_once)
         found = []
         for start in range(0, count, rows_at_a_time):
             rows = slice(start, start + rows_at_a_time)

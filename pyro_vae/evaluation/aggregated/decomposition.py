@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 _TERMS = ("elbo", "distortion", "rate", "mutual_information", "marginal_kl", "log_n")
@@ -22,7 +23,9 @@ class Surgery:
         rate: the average of :math:`\mathrm{KL}(q(z|x_n) \| p(z))`.
         mutual_information: :math:`I_q[x, z]` between the index of a datum and its code; it cannot
             pass ``log_n``, and says nothing more once it is there.
-        marginal_kl: :math:`\mathrm{KL}(q_{agg}(z) \| p(z))`, what the best prior would gain.
+        marginal_kl: :math:`\mathrm{KL}(q_{agg}(z) \| p(z))`, what the best prior would gain; NaN
+            where the prior depends on covariates, or on x: rate and mutual information then differ
+            by what is the KL of nothing, and may be negative.
         log_n: log N for the N data points.
         standard_errors: of each of these but the last, and of the next two where they are known,
             by name, for the population that the data are drawn from; NaN for one datum. They leave
@@ -38,6 +41,10 @@ class Surgery:
         kl_of_dimensions: the part of the rate of each number of each latent, in the order of its
             memory; None if the numbers are not independent under both programs.
         estimator: what q_agg was estimated with, see :func:`pyro_vae.elbo_surgery`.
+        num_scored: how many of the N data all of this is averaged over, if the surgery was
+            stopped: those whose codes had been scored; None if it was not. ``kl_of_sites`` and
+            ``kl_of_dimensions`` are then averages over all data that codes had been drawn for, and
+            need not add up to the rate.
     """
 
     elbo: float
@@ -52,10 +59,14 @@ class Surgery:
     kl_of_sites: dict[str, float] | None = None
     kl_of_dimensions: dict[str, tuple[float, ...]] | None = field(default=None, repr=False)
     estimator: str = "exact"
+    num_scored: int | None = None
 
     @property
     def optimal_prior_gain(self) -> float:
-        """What the ELBO gains, on these data, with the best of all priors: the marginal KL."""
+        """What the ELBO gains, on these data, with the best of all priors: the marginal KL.
+
+        NaN where the prior depends on covariates, or on x.
+        """
         return self.marginal_kl
 
     @property
@@ -72,6 +83,8 @@ class Surgery:
     def __str__(self) -> str:
         names = [*_TERMS, *(name for name in _OF_DIMENSIONS if getattr(self, name) is not None)]
         lines = []
+        if math.isnan(self.marginal_kl):
+            names.remove("marginal_kl")
         for name in names:
             error = self.standard_errors.get(name)
             shown = "" if error is None else f" ± {error:.3f}"
@@ -80,6 +93,12 @@ class Surgery:
             lines += [f"{'kl of ' + n:>18} {kl:9.3f}" for n, kl in self.kl_of_sites.items()]
         if self.estimator != "exact":
             lines.append(f"q_agg from minibatches ({self.estimator}): expect too much information")
+        if math.isnan(self.marginal_kl):
+            lines.append("no marginal KL: the prior depends on covariates, or on x")
+        if math.isinf(self.rate):
+            lines.append("infinite rate: the guide draws where the prior has no mass")
+        if self.num_scored is not None:
+            lines.append(f"stopped: from the codes of {self.num_scored} data")
         if self.saturated:
             lines.append(
                 f"saturated: within {_ROOM} nats of log N the mutual information says that the\n"

@@ -21,7 +21,13 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.evaluation.aggregated.gaussians import DiagonalGaussians
-from pyro_vae.evaluation.aggregated.pairs import log_density_weights, quadratic, row_sums
+from pyro_vae.evaluation.aggregated.pairs import (
+    WIDEST,
+    log_density_weights,
+    quadratic,
+    row_sums,
+)
+from pyro_vae.evaluation.together import Together
 from pyro_vae.minibatches import Batch
 from pyro_vae.sites import Site, base_distribution, data_frame, own_scale, random_sites
 from pyro_vae.traces import Program
@@ -30,23 +36,24 @@ LogPrior = Callable[[Tensor], Tensor]
 
 _REACH = 9.0  # standard deviations; 1e-18 of a Gaussian lies beyond
 _STEPS = 2.0  # in the smallest standard deviation: of such a Gaussian, 1e-34 is lost
-_MOST_DENSITIES = 20_000_000_000  # under a minute; beyond, posteriors are points to any grid
+_MOST_DENSITIES = 20_000_000_000  # under a minute
+# Of one dimension. With more, products of matrices lose digits, and a grid fills the memory.
+_MOST_INTERVALS = 2 * WIDEST * _STEPS
 
 
 def independent_prior(model: Program, guide: Program, batch: Batch) -> LogPrior | None:
     """Return the log-density of each dimension of the prior; None if they are not independent.
 
     Args:
-        model: program of p(x, z).
+        model: program of p(x, z), whose prior is one for all data.
         guide: program of q(z|x).
         batch: a minibatch.
 
     Returns:
         A function of values (G, d), or None: the model has several latents, or its prior is of
-        dependent dimensions, is masked or scaled, or depends on the datum.
+        dependent dimensions, is masked or scaled.
     """
-    site = _only_latent(model, guide, batch)
-    if site is None or not _same_for_all_data(site):
+    if _only_latent(model, guide, batch) is None:
         return None
     site = _only_latent(model, guide, tuple(column[:1] for column in batch))
     each, dtype = base_distribution(site["fn"]), site["value"].dtype
@@ -62,6 +69,7 @@ def independent_prior(model: Program, guide: Program, batch: Batch) -> LogPrior 
 def dimension_wise_kl(
     q: DiagonalGaussians,
     log_prior: LogPrior,
+    together: Together,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Tensor | None:
     r"""Return what each datum adds to :math:`\mathrm{KL}(q_{agg}(z_j) \| p(z_j))`.
@@ -70,37 +78,50 @@ def dimension_wise_kl(
     is the KL, and its spread gives the KL's sampling error: to first order a datum changes the KL
     through this integral alone.
 
+    Of several processes each integrates for its own data; the densities on the grid are summed over
+    the processes.
+
     Args:
-        q: the posteriors of all N data points.
+        q: the posteriors of this process's data points.
         log_prior: log-density of each dimension, of values (G, d).
+        together: the processes.
         advance: called with the number of dimensions that were done.
 
     Returns:
-        Shape (N, d), in nats, float64; None where posteriors are too narrow for a grid.
+        Shape (n, d), in nats, float64; None where posteriors are too narrow for a grid.
     """
-    low = (q.loc - _REACH * q.scale).amin(0)
-    high = (q.loc + _REACH * q.scale).amax(0)
-    intervals = _STEPS * (high - low) / q.scale.amin(0)
-    if not intervals.sum() * len(q.loc) < _MOST_DENSITIES:
+    count, low, high, narrowest = _extent(q, together)
+    intervals = _STEPS * (high - low) / narrowest
+    if not (intervals.sum() * count < _MOST_DENSITIES and intervals.max() < _MOST_INTERVALS):
         return None
     parts = []
-    for number, count in enumerate(intervals.tolist()):
+    for number, steps in enumerate(intervals.tolist()):
         loc, scale = q.loc[:, number : number + 1], q.scale[:, number : number + 1]
-        size = math.ceil(count) + 1
+        size = math.ceil(steps) + 1
         ends = (low[number].item(), high[number].item())
         grid = torch.linspace(*ends, size, dtype=loc.dtype, device=loc.device)
         log_p = log_prior(grid.unsqueeze(1).expand(-1, len(intervals)))[:, number]
-        centre = loc.mean(0)
+        centre = (low[number] + high[number]) / 2
         left, right = (
             quadratic(grid.unsqueeze(1) - centre),
             log_density_weights(loc - centre, scale),
         )
-        density = torch.cat([sums for _, sums in row_sums(left, right)]) / len(loc)
+        density = together.sum(row_sums(left, right, check=together.check)) / count
         step = (ends[1] - ends[0]) / (size - 1)
         log_ratio = (density.log() - log_p) * step
-        parts.append(torch.cat([sums for _, sums in row_sums(right.T, left.T, log_ratio)]))
+        parts.append(row_sums(right.T, left.T, log_ratio, together.check))
         advance(1)
     return torch.stack(parts, dim=1)
+
+
+def _extent(q: DiagonalGaussians, together: Together) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Return N, the ends of the grids, and the narrowest standard deviations, of all processes."""
+    count, device = torch.tensor(len(q.loc)), q.loc.device
+    ends = [q.loc - _REACH * q.scale, -q.loc - _REACH * q.scale, q.scale]
+    found = together.gather([count, *(each.amin(0) for each in ends)] if count else [])
+    counts, *least = zip(*(each for each in found if each), strict=True)
+    low, minus_high, narrowest = (torch.stack(each).amin(0).to(device) for each in least)
+    return sum(int(each) for each in counts), low, -minus_high, narrowest
 
 
 def _only_latent(model: Program, guide: Program, batch: Batch) -> Site | None:
@@ -117,9 +138,3 @@ def _only_latent(model: Program, guide: Program, batch: Batch) -> Site | None:
     if len(plates) != 1 or data_frame(site) is None or plates[0].dim != -1 or not unscaled:
         return None
     return None if base_distribution(site["fn"]).event_shape else site
-
-
-def _same_for_all_data(site: Site) -> bool:
-    value = site["value"][:1]
-    log_prob = base_distribution(site["fn"]).log_prob(value)
-    return torch.equal(log_prob, log_prob[:1].expand_as(log_prob))

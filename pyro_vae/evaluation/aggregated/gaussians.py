@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pyro import poutine
@@ -76,6 +76,10 @@ class DiagonalGaussians:
         """Put those of several minibatches together."""
         loc, scale = torch.cat([p.loc for p in parts]), torch.cat([p.scale for p in parts])
         return cls(loc, scale, parts[0].sites, parts[0].real)
+
+    def none(self) -> DiagonalGaussians:
+        """Return those of no data."""
+        return replace(self, loc=self.loc[:0], scale=self.scale[:0])
 
     def codes(self, samples: dict[str, Tensor]) -> Tensor:
         """Put the guide's draws in a row, (K, B, d); draw anew where a bijection hides them."""

@@ -2,6 +2,7 @@ r"""Holes of the prior: where it draws latents that the guide gives to hardly an
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ from pyro_vae.arguments import positive_integer, real_number
 from pyro_vae.evaluation.aggregated.aggregate import Aggregate, refuse_masks
 from pyro_vae.evaluation.estimating import estimating
 from pyro_vae.evaluation.predict import mean_of_x
+from pyro_vae.evaluation.scoring import guide_log_prob, require_one_density
+from pyro_vae.interrupts import interrupts_at_ends
 from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
 from pyro_vae.sites import Unobserve, arranged, data_frame, random_sites
@@ -22,6 +25,7 @@ from pyro_vae.terms import terms
 from pyro_vae.traces import Program
 
 _RESAMPLES = 200
+_FEW = 50  # draws, which tell whether the guide scores them as it drew them
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class PriorHoles:
         threshold: that quantile of :math:`\log q_{agg}(z')`, in nats.
         latents: the prior's draws below the threshold by site, ``(H, *inner plates, *event)``, the
             emptiest place first.
-        decoded: the mean of x for each of them, ``(H, *event of x)``.
+        decoded: the mean of x for each of them, ``(H, *event of x)``; None where no observed site
+            of the model has the shape of x.
         log_ratio: :math:`\log p(z) - \log q_{agg}(z)` of each of them, (H,).
         log_aggregate_of_prior: :math:`\log q_{agg}(z)` of all the prior's draws.
         log_aggregate_of_guide: of the draws of the aggregated posterior, each scored without the
@@ -48,7 +53,7 @@ class PriorHoles:
     quantile: float
     threshold: float
     latents: dict[str, Tensor] = field(repr=False)
-    decoded: Tensor = field(repr=False)
+    decoded: Tensor | None = field(repr=False)
     log_ratio: Tensor = field(repr=False)
     log_aggregate_of_prior: Tensor = field(repr=False)
     log_aggregate_of_guide: Tensor = field(repr=False)
@@ -88,7 +93,8 @@ def prior_holes(
     A draw z' of the posterior of datum n is scored without that posterior, which no draw of the
     prior has to itself: as if N - 1 data stood for q_agg, and it came from a new one. The rank of
     the threshold is :math:`\alpha (M + 1)` for M draws, with which the share of a prior that
-    matches has the expectation :math:`\alpha`, for any N and M.
+    matches has the expectation :math:`\alpha`, for any N and M. A prior that depends on covariates
+    is drawn for those of random data.
 
     Args:
         model: program of p(x, z).
@@ -110,8 +116,8 @@ def prior_holes(
     Raises:
         ValueError: bad data or arguments, or a pair that breaks the contract; fewer than two data,
             or too few samples for the quantile; a site is global or scaled; the guide cannot be
-            scored at latents that it did not draw, or masks them from datum to datum; no observed
-            site of the model has the shape of x.
+            scored at latents that it did not draw, scores them otherwise from run to run, or masks
+            them from datum to datum; a density is NaN.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -127,7 +133,7 @@ def prior_holes(
         >>> holes.share > 0.5, holes.decoded.shape == holes.log_ratio.shape
         (True, True)
     """
-    positive_integer("num_samples", num_samples)
+    num_samples = positive_integer("num_samples", num_samples)
     if not 0 < real_number("quantile", quantile) < 1:
         raise ValueError(f"quantile must lie between 0 and 1, got {quantile}")
     if not 1 <= quantile * (num_samples + 1) <= num_samples:
@@ -135,8 +141,10 @@ def prior_holes(
             f"the quantile {quantile} of {num_samples} samples is beyond their ends: raise "
             f"num_samples to {math.ceil(1 / min(quantile, 1 - quantile))} at least"
         )
+    batch_size = positive_integer("batch_size", batch_size)
     batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
     with (
+        interrupts_at_ends() as interrupted,
         estimating(
             "prior_holes",
             model,
@@ -144,25 +152,33 @@ def prior_holes(
             batches,
             vectorize_particles=vectorize_particles,
             seed=seed,
+            needs_latents=True,
         ) as plate_nesting,
-        task(progress, description, 4 * num_samples, transient=True) as advance,
+        task(progress, description, 4 * num_samples, transient=True) as show,
     ):
+
+        def advance(count: int) -> None:
+            show(count)
+            if interrupted():  # here, where no handler of Pyro's is half done
+                raise KeyboardInterrupt
+
         refuse_masks(guide, batches.first())
         columns = batches.in_memory()
         count = len(columns[0])
         if count < 2:
             raise ValueError("an aggregated posterior takes two data at least, got one")
         columns_in_order = Minibatches(columns, batch_size, device=batches.device)
-        q_agg = Aggregate(
-            guide,
-            columns_in_order,
-            plate_nesting=plate_nesting,
-            vectorize_particles=vectorize_particles,
-        )
+        how = {"plate_nesting": plate_nesting, "vectorize_particles": vectorize_particles}
+        q_agg = Aggregate(guide, columns_in_order, **how)
         data_of_guide = torch.randint(count, (num_samples,)).to(batches.device)
         drawn = []
         for batch in _rows(columns, data_of_guide, batch_size):
-            drawn.append(terms(model, guide, *batch).samples)
+            t = terms(model, guide, *batch)
+            if not drawn:
+                few = {name: value[0, :_FEW] for name, value in t.samples.items()}
+                own = guide_log_prob(guide, batch, few, **how).diagonal()
+                require_one_density(t.log_guide[0, :_FEW], own)
+            drawn.append(t.samples)
             advance(len(batch[0]))
         of_guide = {n: torch.cat([d[n][0] for d in drawn]) for n in drawn[0]}
         own_scores = q_agg.log_prob(of_guide, without=data_of_guide, advance=advance).cpu()
@@ -172,8 +188,15 @@ def prior_holes(
             dreams.append(_dream(model, guide, batch, list(of_guide)))
             advance(len(batch[0]))
         of_prior = {n: torch.cat([latents[n] for latents, _, _ in dreams]) for n in of_guide}
-        log_prior, decoded = (torch.cat([dream[i] for dream in dreams]) for i in (1, 2))
+        log_prior = torch.cat([log_prior for _, log_prior, _ in dreams])
+        means = [mean for _, _, mean in dreams]
+        decoded = None if None in means else torch.cat(means)
         scores = q_agg.log_prob(of_prior, advance=advance).cpu()
+        if (nan := own_scores.isnan().sum() + scores.isnan().sum()) > 0:
+            raise ValueError(
+                f"log q_agg(z) is NaN for {int(nan)} of {2 * num_samples} draws: look at the scale "
+                "of the data"
+            )
         share, threshold = _share_below(scores, own_scores, quantile)
         error = _bootstrap_error(scores, own_scores, quantile)
     worst_first = scores.argsort()[: int((scores < threshold).sum())]
@@ -183,7 +206,7 @@ def prior_holes(
         quantile=float(quantile),
         threshold=threshold.item(),
         latents={name: value.cpu()[worst_first] for name, value in of_prior.items()},
-        decoded=decoded[worst_first],
+        decoded=None if decoded is None else decoded[worst_first],
         log_ratio=(log_prior.cpu().double() - scores)[worst_first],
         log_aggregate_of_prior=scores,
         log_aggregate_of_guide=own_scores,
@@ -196,15 +219,17 @@ def _rows(columns: Batch, rows: Tensor, batch_size: int) -> list[Batch]:
 
 def _dream(
     model: Program, guide: Program, batch: Batch, names: list[str]
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Return latents drawn by the model, their log p(z) (B,), and the means of x."""
+) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    """Return latents drawn by the model, their log p(z) (B,), and the means of x, if it has any."""
     trace = poutine.trace(Unobserve()(model)).get_trace(*batch)
     sites = {site["name"]: site for site in random_sites(trace)}
     latents = {name: arranged(sites[name]["value"], sites[name], None)[0] for name in names}
     for name, site in sites.items():
         if site["infer"].get("was_observed") or data_frame(site) is None:
             trace.remove_node(name)
-    decoded = mean_of_x(poutine.replay(model, trace=trace), *batch)
+    decoded = None
+    with contextlib.suppress(ValueError):  # no site has the shape of x: the share needs none
+        decoded = mean_of_x(poutine.replay(model, trace=trace), *batch)
     for name in set(sites) - set(names):
         if name in trace:
             trace.remove_node(name)

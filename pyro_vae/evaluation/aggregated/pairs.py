@@ -11,69 +11,156 @@ instead, slowly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.distributions import Normal
 
 from pyro_vae.evaluation.aggregated.threads import in_threads
-from pyro_vae.mixtures import MixtureOfNormals
 
 _COLUMNS = 2048
 _ROWS = {"cpu": 128}  # with the columns: 2 MB of float64
 _ROWS_ELSEWHERE = 16_384  # few launches rather than caches
-_WIDEST = 1e5  # in standard deviations: 1e10 of them squared, times the 1e-16 of float64
-_DIFFERENCES = 4_000_000  # at a time: 32 MB of float64
+WIDEST = 1e5  # in standard deviations: 1e10 of them squared, times the 1e-16 of float64
+LOG_DENSITIES_AT_A_TIME = 4_000_000  # where they are kept: 32 MB of float64
 _LEAST = -700.0  # below, exponentials are denormal numbers, which a CPU is slow with
 
 
-@torch.no_grad()
-def log_sum_of_ratios(
-    loc: Tensor,
-    scale: Tensor,
-    codes: Tensor,
-    advance: Callable[[int], None] = lambda count: None,
-) -> Tensor:
-    r"""Return :math:`\log \sum_j q_j(z_n) / q_n(z_n)` for a code of each of N Gaussians.
+@dataclass(frozen=True)
+class Extent:
+    """Where Gaussians and codes lie, which tells how their pairs can be scored.
 
-    Log-densities are taken relative to that of the code's own Gaussian, which is part of the
-    product: there is no search for the largest. It is not needed, since the code comes from
-    :math:`q_n`, under which :math:`E[q_j(z) / q_n(z)] = 1`: by Markov's inequality no ratio passes
-    the largest number. Codes whose sum passes it all the same, because rounding moved them off a
-    very narrow Gaussian, are scored again by a search for the largest.
+    Args:
+        count: N, how many Gaussians there are.
+        total: the sum of their means (d,).
+        low: the least of all means and codes (d,).
+        high: the largest (d,).
+        narrowest: the least standard deviation (d,).
+    """
+
+    count: Tensor
+    total: Tensor
+    low: Tensor
+    high: Tensor
+    narrowest: Tensor
+
+    @classmethod
+    def of(cls, loc: Tensor, scale: Tensor, codes: Tensor) -> Extent:
+        """Measure N Gaussians (N, d), N at least 1, and any codes (..., d)."""
+        count = torch.tensor(len(loc), device=loc.device)
+        low, high = torch.cat([loc, codes.reshape(-1, loc.shape[1])]).aminmax(dim=0)
+        return cls(count, loc.sum(0), low, high, scale.amin(0))
+
+    @classmethod
+    def of_all(cls, parts: Sequence[Extent]) -> Extent:
+        """Put extents together."""
+        columns = ([getattr(part, field.name) for part in parts] for field in fields(cls))
+        count, total, low, high, narrowest = map(torch.stack, columns)
+        return cls(count.sum(), total.sum(0), low.amin(0), high.amax(0), narrowest.amin(0))
+
+    @property
+    def centre(self) -> Tensor:
+        """The average of the means (d,)."""
+        return self.total / self.count
+
+    @property
+    def cancels(self) -> bool:
+        """Whether multiplying the squares out may cost more than some 1e-6 nats."""
+        largest = torch.maximum(self.high - self.centre, self.centre - self.low)
+        return bool((largest > WIDEST * self.narrowest).any())
+
+
+@dataclass(frozen=True)
+class Gaussians:
+    """Some of the Gaussians, laid out once for products with many codes.
+
+    Args:
+        loc: means (n, d), float64.
+        scale: standard deviations (n, d), float64.
+        centre: what is taken off means and codes (d,).
+    """
+
+    loc: Tensor
+    scale: Tensor
+    centre: Tensor
+
+    @cached_property
+    def columns(self) -> list[tuple[Tensor, Tensor]]:
+        """The weights of (z^2, z, 1, 1), in blocks, and ones to sum with."""
+        some = [
+            slice(start, start + _COLUMNS) for start in range(0, max(1, len(self.loc)), _COLUMNS)
+        ]
+        with closing(in_threads(self._block, some, self.loc.device)) as found:
+            return list(found)
+
+    @torch.no_grad()  # of a thread
+    def _block(self, some: slice) -> tuple[Tensor, Tensor]:
+        weights = log_density_weights(self.loc[some] - self.centre, self.scale[some])
+        ones = weights.new_ones(1, weights.shape[1])
+        return torch.cat([weights, ones]).contiguous(), ones[0]
+
+
+def log_sum_of_ratios(loc: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
+    r"""Return :math:`\log \sum_j q_j(z_n) / q_n(z_n)` for a code of each of N Gaussians.
 
     Args:
         loc: means (N, d), float64.
         scale: standard deviations (N, d), float64.
         codes: one draw from each, (N, d), float64.
-        advance: called with the number of codes that were done.
 
     Returns:
         Shape (N,), float64, in nats.
     """
-    centre = loc.mean(0)
-    loc, codes = loc - centre, codes - centre
+    extent = Extent.of(loc, scale, codes)
+    all_of_them = Gaussians(loc, scale, extent.centre)
     log_own = Normal(loc, scale).log_prob(codes).sum(1)
-    if _cancels(loc, scale, codes):
-        log_sums = []
-        for rows in torch.arange(len(loc), device=loc.device).split(_rows_of_differences(loc)):
-            log_sums.append(_by_differences(loc, scale, codes[rows]).logsumexp(1) - log_own[rows])
-            advance(len(rows))
-        return torch.cat(log_sums)
-    left = torch.cat([quadratic(codes), -log_own.unsqueeze(1)], dim=1)
-    right = torch.cat([log_density_weights(loc, scale), loc.new_ones(1, len(loc))])
-    total = loc.new_zeros(len(loc))
-    for rows, sums in row_sums(left, right):
-        total[rows] = sums
-        advance(rows.stop - rows.start)
-    log_sum = total.log()
+    return log_sums(lambda: [all_of_them], codes, log_own, extent)
+
+
+@torch.no_grad()
+def log_sums(
+    gaussians: Callable[[], Iterable[Gaussians]],
+    codes: Tensor,
+    log_own: Tensor,
+    extent: Extent,
+    anywhere: Callable[[bool], bool] = bool,
+    check: Callable[[], None] = lambda: None,
+) -> Tensor:
+    r"""Return :math:`\log \sum_j q_j(z_m) - \log q_{own}(z_m)` for M codes.
+
+    Log-densities are taken relative to that of the code's own Gaussian, which is part of the
+    product: there is no search for the largest. It is not needed, since the code comes from
+    :math:`q_{own}`, under which :math:`E[q_j(z) / q_{own}(z)] = 1`: by Markov's inequality no ratio
+    passes the largest number. Codes whose sum passes it all the same, because rounding moved them
+    off a very narrow Gaussian, are scored again by differences.
+
+    Args:
+        gaussians: gives all Gaussians, block by block; called a second time if codes are scored
+            again.
+        codes: (M, d), float64.
+        log_own: the log-density of each under the Gaussian that it was drawn from, (M,).
+        extent: of all Gaussians and codes.
+        anywhere: tells whether something is so in any process, all of which take part.
+        check: called many times, to let an interrupt through.
+
+    Returns:
+        Shape (M,), float64, in nats.
+    """
+    if extent.cancels:
+        return _log_sums_of_differences(gaussians(), codes, log_own, check)
+    left = torch.cat([quadratic(codes - extent.centre), -log_own.unsqueeze(1)], dim=1)
+    total = codes.new_zeros(len(codes))
+    for some in gaussians():
+        total += _sums_over(left, some.columns, check)
+    found = total.log()
     lost = ~total.isfinite()
-    if lost.any():
-        mixture = MixtureOfNormals(loc.new_zeros(len(loc)), loc, scale)
-        again = mixture.log_prob(codes[lost]) + math.log(len(loc)) - log_own[lost]
-        log_sum[lost] = again
-    return log_sum
+    if anywhere(bool(lost.any())):
+        found[lost] = _log_sums_of_differences(gaussians(), codes[lost], log_own[lost], check)
+    return found
 
 
 def log_densities(loc: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
@@ -84,10 +171,9 @@ def log_densities(loc: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
         scale: standard deviations (N, d), float64.
         codes: of any origin, float64.
     """
-    centre = loc.mean(0)
-    loc, codes = loc - centre, codes - centre
-    if not _cancels(loc, scale, codes):
-        return quadratic(codes) @ log_density_weights(loc, scale)
+    extent = Extent.of(loc, scale, codes)
+    if not extent.cancels:
+        return quadratic(codes - extent.centre) @ log_density_weights(loc - extent.centre, scale)
     rows = codes.reshape(-1, codes.shape[-1]).split(_rows_of_differences(loc))
     found = torch.cat([_by_differences(loc, scale, some) for some in rows])
     return found.reshape(*codes.shape[:-1], len(loc))
@@ -106,9 +192,12 @@ def log_density_weights(loc: Tensor, scale: Tensor) -> Tensor:
 
 
 def row_sums(
-    left: Tensor, right: Tensor, values: Tensor | None = None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield rows of ``(left @ right).exp() @ values``, in float64, and which ones they are.
+    left: Tensor,
+    right: Tensor,
+    values: Tensor | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Return ``(left @ right).exp() @ values``, shape (R,), in float64.
 
     Each exponential is at least e^-700, which is nothing beside one that matters.
 
@@ -116,22 +205,26 @@ def row_sums(
         left: (R, k), float64.
         right: (k, C), float64.
         values: (C,), ones if not given.
+        check: called many times, to let an interrupt through.
     """
     values = left.new_ones(right.shape[1]) if values is None else values
     columns = [
         (block.contiguous(), part)
         for block, part in zip(right.split(_COLUMNS, dim=1), values.split(_COLUMNS), strict=True)
     ]
-    at_a_time = _ROWS.get(left.device.type, _ROWS_ELSEWHERE)
-    rows = [slice(start, start + at_a_time) for start in range(0, len(left), at_a_time)]
-    totals = in_threads(lambda some: _row_sums(left[some], columns), rows, left.device)
-    yield from zip(rows, totals, strict=True)
+    return _sums_over(left, columns, check)
 
 
-def _cancels(loc: Tensor, scale: Tensor, codes: Tensor) -> bool:
-    """Whether multiplying the square out may cost more than some 1e-6 nats."""
-    largest = torch.cat([loc, codes.reshape(-1, loc.shape[1])]).abs().amax(0)
-    return bool((largest > _WIDEST * scale.amin(0)).any())
+def _sums_over(
+    left: Tensor, columns: Sequence[tuple[Tensor, Tensor]], check: Callable[[], None]
+) -> Tensor:
+    rows = left.split(_ROWS.get(left.device.type, _ROWS_ELSEWHERE))
+    with closing(in_threads(lambda some: _row_sums(some, columns), rows, left.device)) as totals:
+        found = []
+        for total in totals:
+            found.append(total)
+            check()
+        return torch.cat(found)
 
 
 def _by_differences(loc: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
@@ -139,8 +232,26 @@ def _by_differences(loc: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
     return Normal(loc, scale).log_prob(codes.unsqueeze(1)).sum(2)
 
 
+def _log_sums_of_differences(
+    gaussians: Iterable[Gaussians],
+    codes: Tensor,
+    log_own: Tensor,
+    check: Callable[[], None],
+) -> Tensor:
+    """Sum without a matrix product."""
+    total = torch.full_like(log_own, -math.inf)
+    for some in gaussians:
+        rows = codes.split(_rows_of_differences(some.loc))
+        sums = []
+        for each in rows:
+            sums.append(_by_differences(some.loc, some.scale, each).logsumexp(1))
+            check()
+        total = torch.logaddexp(total, torch.cat(sums))
+    return total - log_own
+
+
 def _rows_of_differences(loc: Tensor) -> int:
-    return max(1, _DIFFERENCES // loc.numel())
+    return max(1, LOG_DENSITIES_AT_A_TIME // loc.numel())
 
 
 @torch.no_grad()  # of this thread

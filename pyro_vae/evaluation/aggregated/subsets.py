@@ -29,13 +29,11 @@ N for r up to N.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-
-from pyro_vae.minibatches import Batch
 
 Estimator = Literal["exact", "weighted", "stratified"]
 
@@ -50,25 +48,22 @@ def check_estimator(estimator: str) -> None:
         raise ValueError(f"estimator must be one of {get_args(Estimator)}, got {estimator!r}")
 
 
-def random_subsets(columns: Batch, size: int) -> Iterator[Batch]:
-    """Yield all data once, in random minibatches of nearly one size, at least that asked for.
+def random_subsets(count: int, size: int) -> Sequence[Tensor]:
+    """Return the numbers of all data, in random minibatches of nearly one size, at least M.
 
     Args:
-        columns: all N rows.
+        count: N.
         size: M.
 
     Raises:
         ValueError: there are fewer than two data in a minibatch.
     """
-    count = len(columns[0])
     if min(count, size) < 2:
         raise ValueError(
             "a minibatch estimator compares the data of a minibatch, which has one here: raise "
             "batch_size, or take estimator='exact'"
         )
-    order = torch.randperm(count).to(columns[0].device)
-    for rows in order.tensor_split(max(1, count // size)):
-        yield tuple(column[rows] for column in columns)
+    return torch.randperm(count).tensor_split(max(1, count // size))
 
 
 def subset_information(pairs: Tensor, num_data: int, estimator: Estimator) -> Tensor:

@@ -3,8 +3,6 @@ r"""ELBO surgery: the bound cut into what the model does well and what the prior
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from rich.progress import Progress
@@ -12,26 +10,18 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer
-from pyro_vae.evaluation.aggregated.aggregate import refuse_masks
 from pyro_vae.evaluation.aggregated.decomposition import Surgery
-from pyro_vae.evaluation.aggregated.dimensions import dimension_wise_kl, independent_prior
-from pyro_vae.evaluation.aggregated.draws import Draws, averages
-from pyro_vae.evaluation.aggregated.gaussians import DiagonalGaussians
-from pyro_vae.evaluation.aggregated.information import gaussian_information, scored_information
-from pyro_vae.evaluation.aggregated.pairs import log_densities
-from pyro_vae.evaluation.aggregated.subsets import (
-    Estimator,
-    check_estimator,
-    random_subsets,
-    subset_information,
-)
+from pyro_vae.evaluation.aggregated.scored import Scored, Scoring
+from pyro_vae.evaluation.aggregated.subsets import Estimator, check_estimator
 from pyro_vae.evaluation.estimating import estimating
-from pyro_vae.evaluation.scoring import guide_log_prob
+from pyro_vae.evaluation.stopping import Stopped, Unfinished, check_resume
+from pyro_vae.evaluation.together import Together
 from pyro_vae.evaluation.weighing.log_evidence import standard_error
-from pyro_vae.minibatches import Batch, Data, Minibatches
+from pyro_vae.minibatches import Data, Minibatches
 from pyro_vae.progress import task
-from pyro_vae.terms import terms
 from pyro_vae.traces import Program
+
+_FEWEST_TO_REGRESS = 30
 
 
 def elbo_surgery(
@@ -44,6 +34,7 @@ def elbo_surgery(
     estimator: Estimator = "exact",
     vectorize_particles: bool = True,
     seed: int | None = None,
+    resume: Stopped | None = None,
     progress: bool | Progress = False,
     description: str = "ELBO surgery",
 ) -> Surgery:
@@ -58,10 +49,17 @@ def elbo_surgery(
     :math:`z \sim q(z|x_n)` is scored under the posteriors of all N data points: no subset stands
     in for the whole, unless ``estimator`` asks for it. For diagonal Gaussian guides, also mapped
     onto a support, that is done by matrix products in float64; for any other guide by running it
-    on the given values, N times N. The rate is in closed form where torch or Pyro knows it.
+    on the given values, N times N, the data read into memory. The rate is in closed form where
+    torch or Pyro knows it.
 
     The marginal KL of a single Gaussian latent is in turn cut into total correlation and
-    dimension-wise KL (Chen et al. 2018, eq. 2), the latter by quadrature.
+    dimension-wise KL (Chen et al. 2018, eq. 2), the latter by quadrature. A prior that depends on
+    covariates, or on x, has no marginal KL: what is left of the rate is NaN.
+
+    In a group of R processes no codes travel. The Gaussians do, for each block of 16,384 codes in a
+    process once around: with D numbers in a latent, a process receives
+    :math:`16 D N (1 - 1/R) \lceil K N / (16384 R) \rceil` bytes, and at the end some 50 N.
+    A guide that is run on the given codes is run in each process on all data, which each has.
 
     For large N, minibatch estimators of q_agg (Chen et al. 2018, appendix C) take M times N pairs,
     M data in a minibatch. In expectation ``"stratified"`` puts the mutual information too high, by
@@ -80,17 +78,21 @@ def elbo_surgery(
             minibatches of the data, which are then read into memory.
         vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
         seed: fixes the draws and leaves the process's random numbers as they were.
+        resume: what a call of the same arguments raised when it was stopped (Ctrl-C). The codes are
+            drawn again, the same ones; those that were scored are not scored again.
         progress: show a bar; or a rich Progress to add one to.
         description: text before the bar.
 
     Returns:
-        The :class:`Surgery`.
+        The :class:`Surgery`. Processes of a group each encode a share of the minibatches and score
+        the codes of it; each has the whole result.
 
     Raises:
-        ValueError: bad data or arguments, or a pair that breaks the contract; a minibatch
-            estimator has minibatches of one datum; a site is global or scaled; the guide has
-            auxiliary sites, so that its density is an integral, or masks that differ from datum to
-            datum.
+        Stopped: a KeyboardInterrupt, with the surgery from the codes that were scored.
+        ValueError: bad data or arguments, or a pair that breaks the contract; a likelihood of zero,
+            or a term that is NaN; a minibatch estimator has minibatches of one datum; a site is
+            global or scaled; the guide has auxiliary sites, so that its density is an integral,
+            masks that differ from datum to datum, or a density that differs from run to run.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -106,98 +108,76 @@ def elbo_surgery(
         >>> print(f"{abs(surgery.mutual_information):.3f} {abs(surgery.marginal_kl):.3f}")
         0.000 0.000
     """
-    positive_integer("num_particles", num_particles)
+    num_particles = positive_integer("num_particles", num_particles)
     check_estimator(estimator)
-    batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
-    steps = batches.num_data and batches.num_data * (1 + num_particles)
-    draws = Draws()
-    with (
-        estimating(
-            "elbo_surgery",
-            model,
-            guide,
-            batches,
-            vectorize_particles=vectorize_particles,
-            seed=seed,
-        ) as plate_nesting,
-        task(progress, description, steps, transient=True) as advance,
-    ):
-        first = batches.first()
-        gaussian = DiagonalGaussians.describe(guide, first)
-        refuse_masks(guide, first)
-        how = {"plate_nesting": plate_nesting, "vectorize_particles": vectorize_particles}
-        run = partial(terms, model, guide, num_particles=num_particles, **how)
-        if estimator == "exact":
-            for batch in batches:
-                draws.add(run(*batch), DiagonalGaussians.read(guide, batch) if gaussian else None)
-                advance(batch[0].shape[0])
-            information = _information(guide, batches, draws, how, advance)
-        else:
-            parts, columns = [], batches.in_memory()
-            for batch in random_subsets(columns, batch_size):
-                draws.add(run(*batch), DiagonalGaussians.read(guide, batch) if gaussian else None)
-                pairs = _pairs(guide, batch, draws, how)
-                parts.append(subset_information(pairs, len(columns[0]), estimator))
-                advance(batch[0].shape[0] * (1 + num_particles))
-            information = torch.cat(parts)
-        advance(0, "dimensions")
-        of_dimensions = _dimension_wise_kl(model, guide, first, draws)
-    rate = torch.cat(draws.rate)
-    information = _control(information, rate - torch.cat(draws.sampled_rate))
-    log_likelihood = torch.cat(draws.log_likelihood)
+    check_resume(resume)
+    settings = {"estimator": estimator, "num_particles": num_particles}
+    with Together() as together:
+        if resume is not None:
+            seed = resume.unfinished.seed_again("elbo_surgery", seed, **settings)
+        seed = together.common_seed(seed)
+        batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
+        steps = batches.num_data and batches.num_data * (1 + num_particles)
+        with (
+            estimating(
+                "elbo_surgery",
+                model,
+                guide,
+                batches,
+                vectorize_particles=vectorize_particles,
+                seed=seed,
+                needs_latents=True,
+            ) as plate_nesting,
+            task(progress, description, steps, transient=True) as show,
+        ):
+            scoring = Scoring(
+                together,
+                model,
+                guide,
+                batches,
+                num_particles=num_particles,
+                how={"plate_nesting": plate_nesting, "vectorize_particles": vectorize_particles},
+                advance=together.checked(show),
+            )
+            known = [] if resume is None else resume.unfinished.parts
+            if estimator == "exact":
+                scored = scoring.exact(known)
+            else:
+                scored = scoring.of_subsets(estimator, batch_size, known)
+    surgery = _surgery(scored, estimator)
+    if together.stopped:
+        count = int(scored.done.sum())
+        unfinished = Unfinished("elbo_surgery", count, seed, settings, scored.parts)
+        raise Stopped(surgery, unfinished)
+    return surgery
+
+
+def _surgery(scored: Scored, estimator: Estimator) -> Surgery:
+    """Put together what is known of the data that are done."""
+    averages, done = scored.averages, scored.done
+    rate, log_likelihood = averages.rate[done], averages.log_likelihood[done]
+    information = _control(scored.information[done], rate - averages.sampled_rate[done])
     per_datum = {
         "elbo": log_likelihood - rate,
         "distortion": -log_likelihood,
         "rate": rate,
         "mutual_information": information,
-        "marginal_kl": rate - information,
+        "marginal_kl": rate - information if scored.one_prior else torch.full_like(rate, math.nan),
     }
-    if of_dimensions is not None:
+    if scored.of_dimensions is not None:
+        of_dimensions = scored.of_dimensions[done]
         per_datum["total_correlation"] = rate - information - of_dimensions
         per_datum["dimension_wise_kl"] = of_dimensions
+    sites, numbers = averages.kl_of_sites, averages.kl_of_dimensions
     return Surgery(
         **{name: values.mean().item() for name, values in per_datum.items()},
-        log_n=math.log(len(information)),
+        log_n=math.log(scored.num_data),
         standard_errors={name: standard_error(values) for name, values in per_datum.items()},
-        kl_of_sites=averages(draws.kl_of_sites, lambda total: total.item()),
-        kl_of_dimensions=averages(
-            draws.kl_of_dimensions, lambda total: tuple(total.flatten().tolist())
-        ),
+        kl_of_sites=sites and {name: kl.item() for name, kl in sites.items()},
+        kl_of_dimensions=numbers and {n: tuple(kl.flatten().tolist()) for n, kl in numbers.items()},
         estimator=estimator,
+        num_scored=len(rate) if scored.stopped else None,
     )
-
-
-def _information(
-    guide: Program, batches: Minibatches, draws: Draws, how: dict, advance: Callable
-) -> Tensor:
-    """Return log q(z|x_n) - log q_agg(z) over all pairs, shape (N,)."""
-    if draws.posteriors:
-        q = DiagonalGaussians.concatenate(draws.posteriors)
-        return gaussian_information(q, torch.cat(draws.codes, dim=1), advance)
-    log_guide = torch.cat(draws.log_guide, dim=1)
-    return scored_information(guide, batches, draws.codes, log_guide, **how, advance=advance)
-
-
-def _pairs(guide: Program, batch: Batch, draws: Draws, how: dict) -> Tensor:
-    """Score the last minibatch's codes under its own data, (K, M, M)."""
-    codes = draws.codes[-1]
-    if draws.posteriors:
-        q = draws.posteriors[-1]
-        return log_densities(q.loc, q.scale, codes)
-    rows = {name: value.flatten(0, 1) for name, value in codes.items()}
-    shape = draws.log_guide[-1].shape
-    return guide_log_prob(guide, batch, rows, **how).reshape(*shape, -1)
-
-
-def _dimension_wise_kl(model: Program, guide: Program, batch: Batch, draws: Draws) -> Tensor | None:
-    """Return what each datum adds to the dimension-wise KL, (N,), where dimensions make sense."""
-    if not draws.posteriors:
-        return None
-    q = DiagonalGaussians.concatenate(draws.posteriors)
-    log_prior = independent_prior(model, guide, batch) if q.real and len(q.sites) == 1 else None
-    if log_prior is None or (parts := dimension_wise_kl(q, log_prior)) is None:
-        return None
-    return parts.sum(1)
 
 
 def _control(values: Tensor, noise: Tensor) -> Tensor:
@@ -206,10 +186,11 @@ def _control(values: Tensor, noise: Tensor) -> Tensor:
     The noise is what sampling adds to a rate known in closed form. The regression moves between
     two estimates of the marginal KL, the rate less the sampled mutual information and the sampled
     log q_agg - log p: the former is exact where the information saturates at log N, the latter
-    where the aggregated posterior is the prior.
+    where the aggregated posterior is the prior. Of few data its coefficient is fitted to the noise,
+    and the errors come out too small; of a rate that is infinite there is none.
     """
     centred = noise - noise.mean()
     variance = centred.square().sum()
-    if len(values) < 10 or variance == 0:  # nothing to regress on
+    if len(values) < _FEWEST_TO_REGRESS or variance == 0 or not variance.isfinite():
         return values
     return values - (values * centred).sum() / variance * noise

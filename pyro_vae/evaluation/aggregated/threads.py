@@ -23,7 +23,8 @@ def in_threads(
     Elsewhere the pieces are taken one after the other.
 
     An exception, or an interrupt, ends the work after the pieces that have been begun, and the
-    number of torch's threads is what it was.
+    number of torch's threads is what it was. Who may be interrupted between the results closes
+    the generator.
 
     Args:
         function: of tensors on the device; without gradients, unless it turns them on itself.
@@ -39,5 +40,7 @@ def in_threads(
     try:
         yield from pool.map(function, pieces)
     finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+        try:
+            pool.shutdown(cancel_futures=True)
+        finally:  # though a second interrupt comes while the pieces end
+            torch.set_num_threads(threads)

@@ -49,7 +49,7 @@ class Ascent:
     def __post_init__(self) -> None:
         positive_number("learning_rate", self.learning_rate)
         for name in ("num_particles", "window", "patience"):
-            positive_integer(name, getattr(self, name))
+            object.__setattr__(self, name, positive_integer(name, getattr(self, name)))
         positive_integer("max_steps", self.max_steps, least=self.window)
 
     def __call__(self, step: Step, start: Tensor) -> Ascended:
@@ -85,7 +85,8 @@ class Ascent:
             in_window.zero_()
             if waited == self.patience:
                 break
-        return Ascended(since_best / steps_since_best, number, waited == self.patience)
+        converged = waited == self.patience and math.isfinite(best)
+        return Ascended(since_best / steps_since_best, number, converged)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Ascended:
     Args:
         parameters: of the family for each datum, (B, P).
         steps: how many were taken.
-        converged: whether it ended by itself.
+        converged: whether it ended by itself, and had a finite ELBO in some window.
     """
 
     parameters: Tensor

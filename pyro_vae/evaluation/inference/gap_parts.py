@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -65,11 +65,10 @@ class Weights:
     covariance: Tensor
     khat: Tensor
 
-    @classmethod
-    def concatenate(cls, parts: Sequence[Weights]) -> Weights:
-        """Put those of several minibatches together, on the CPU."""
-        columns = (torch.cat([getattr(p, f.name) for p in parts]).cpu() for f in fields(cls))
-        return cls(*columns)
+    @property
+    def columns(self) -> list[Tensor]:
+        """All of them, in order, each with a row for each datum."""
+        return [getattr(self, field.name) for field in fields(self)]
 
     @classmethod
     def of(cls, draw: Callable[[], Tensor], num_particles: int) -> Weights:

@@ -3,7 +3,9 @@ r"""What inference loses: by the guide's family, and by one encoder for all data
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import pyro
@@ -15,7 +17,7 @@ from pyro_vae import programs
 from pyro_vae.arguments import positive_integer
 from pyro_vae.capture import Capture, Captured, check_capture
 from pyro_vae.evaluation.estimating import estimating
-from pyro_vae.evaluation.inference.ascent import Ascended, Ascent
+from pyro_vae.evaluation.inference.ascent import Ascent
 from pyro_vae.evaluation.inference.gap_parts import (
     QUANTITIES,
     SOURCES,
@@ -23,11 +25,16 @@ from pyro_vae.evaluation.inference.gap_parts import (
     Weights,
     gap_parts,
 )
-from pyro_vae.evaluation.weighing.log_evidence import UNRELIABLE_KHAT, Evidence
-from pyro_vae.minibatches import Data, Minibatches
+from pyro_vae.evaluation.stopping import Stopped, Unfinished, check_resume
+from pyro_vae.evaluation.together import Together
+from pyro_vae.evaluation.walking import minibatches, walk
+from pyro_vae.evaluation.weighing.log_evidence import Evidence, khat_share
+from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
 from pyro_vae.terms import terms
 from pyro_vae.traces import Program
+
+_MOST_FAILED = 0.02  # of the data; where all end at their start, chance alone makes it 0.001
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,11 @@ class InferenceGaps:
         sources: where log p(x) of each datum comes from, shape (N,): 0, importance sampling from
             the guide; 1, from the best member; 2, the evidence that was given.
         khat: Pareto diagnostic of those weights, shape (N,).
+        failed: whether the ascent of a datum ended below its start, by more than three standard
+            errors, or nowhere: the guide then stands for the best member, and the amortization gap
+            is told as zero; shape (N,).
         steps: taken for each minibatch.
-        converged: whether the ascent of each minibatch ended by itself.
+        converged: whether the ascent of each minibatch ended by itself, at a finite ELBO.
         num_particles: draws for each datum and guide.
     """
 
@@ -57,6 +67,7 @@ class InferenceGaps:
     parameters: Tensor
     sources: Tensor
     khat: Tensor
+    failed: Tensor
     steps: tuple[int, ...]
     converged: tuple[bool, ...]
     num_particles: int
@@ -71,13 +82,14 @@ class InferenceGaps:
     def __str__(self) -> str:
         counts = torch.bincount(self.sources, minlength=len(SOURCES)).tolist()
         used = ", ".join(f"{name} {n}" for name, n in zip(SOURCES, counts, strict=True) if n)
-        unreliable = 1 - (self.khat <= UNRELIABLE_KHAT).double().mean().item()
+        count = int(self.failed.sum())
+        failed = f", {count} data below their start" if count else ""
         return (
             f"{self.table.to_string(float_format='{:.3f}'.format)}\n"
             f"{len(self.sources)} data, {self.num_particles} particles; log p(x) from {used}; "
-            f"k-hat > {UNRELIABLE_KHAT}: {unreliable:.1%}; "
+            f"{khat_share(self.khat)}; "
             f"{min(self.steps)} to {max(self.steps)} steps, "
-            f"{sum(self.converged)} of {len(self.converged)} ascents ended by themselves"
+            f"{sum(self.converged)} of {len(self.converged)} ascents ended by themselves{failed}"
         )
 
 
@@ -94,6 +106,7 @@ def inference_gaps(
     vectorize_particles: bool = True,
     capture: Capture = "auto",
     seed: int | None = None,
+    resume: Stopped | None = None,
     progress: bool | Progress = False,
     description: str = "inference gaps",
 ) -> InferenceGaps:
@@ -132,14 +145,18 @@ def inference_gaps(
         vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
         seed: fixes the draws and leaves the process's random numbers as they were.
+        resume: what a call of the same arguments raised when it was stopped (Ctrl-C).
         progress: show a bar; or a rich Progress to add one to.
         description: text before the bar.
 
     Returns:
-        The :class:`InferenceGaps`.
+        The :class:`InferenceGaps`. Processes of a group share the minibatches; each has the whole
+        of it.
 
     Raises:
-        TypeError: the guide has no parameters of a datum that could be ascended.
+        Stopped: a KeyboardInterrupt, with the gaps of the minibatches that were done.
+        TypeError: the guide has no parameters of a datum that could be ascended; ``ascent`` is no
+            :class:`pyro_vae.Ascent`, ``evidence`` no :class:`pyro_vae.Evidence`.
         ValueError: bad data or arguments, or a pair that breaks the contract; a site is global or
             scaled, or a point, or has no reparameterised sample; the evidence is of other data.
 
@@ -157,93 +174,144 @@ def inference_gaps(
         >>> gaps.approximation_gap.mean < 0.01 < gaps.amortization_gap.mean
         True
     """
-    positive_integer("num_particles", num_particles, least=2)
-    positive_integer("pairs_per_pass", pairs_per_pass)
+    num_particles = positive_integer("num_particles", num_particles, least=2)
+    pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)
     ascent = Ascent() if ascent is None else ascent
+    if not isinstance(ascent, Ascent):
+        raise TypeError(f"ascent must be a pyro_vae.Ascent, got {ascent!r}")
+    check_resume(resume)
     _check_guide(guide)
-    batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
-    given = None if evidence is None else _given(evidence, batches)
-    starts: list[Tensor] = []
-    ascended: list[Ascended] = []
-    weights: list[list[Weights]] = []
-    with (
-        estimating(
-            "inference_gaps",
-            model,
-            guide,
-            batches,
-            vectorize_particles=vectorize_particles,
-            seed=seed,
-        ) as plate_nesting,
-        task(progress, description, batches.num_data, transient=True) as advance,
-    ):
-
-        def run(parameters: Tensor, batch: tuple[Tensor, ...], count: int):
-            def member(*batch: Tensor) -> dict[str, Tensor]:
-                return guide.sample(parameters, *batch)
-
-            return terms(
+    settings = {"num_particles": num_particles, "ascent": ascent}
+    with Together() as together:
+        if resume is not None:
+            seed = resume.unfinished.seed_again("inference_gaps", seed, **settings)
+        seed = together.common_seed(seed)
+        batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
+        given = None if evidence is None else _given(evidence, batches)
+        with (
+            estimating(
+                "inference_gaps",
                 model,
-                member,
-                *batch,
-                num_particles=count,
+                guide,
+                batches,
                 vectorize_particles=vectorize_particles,
-                plate_nesting=plate_nesting,
+                seed=seed,
+            ) as plate_nesting,
+            task(progress, description, batches.num_data, transient=True) as show,
+        ):
+            advance = together.checked(show)
+
+            def run(parameters: Tensor, batch: tuple[Tensor, ...], count: int):
+                def member(*batch: Tensor) -> dict[str, Tensor]:
+                    return guide.sample(parameters, *batch)
+
+                return terms(
+                    model,
+                    member,
+                    *batch,
+                    num_particles=count,
+                    vectorize_particles=vectorize_particles,
+                    plate_nesting=plate_nesting,
+                )
+
+            def elbo_and_gradient(parameters: Tensor, *batch: Tensor) -> list[Tensor]:
+                with torch.enable_grad():
+                    parameters = parameters.detach().requires_grad_()
+                    t = run(parameters, batch, ascent.num_particles)
+                    t.require_reparameterized("inference_gaps")
+                    elbo = (t.log_likelihood - t.kl).mean(0)
+                    (gradient,) = torch.autograd.grad(elbo.sum(), parameters)
+                return [elbo.detach(), gradient]
+
+            passes = -(-num_particles // max(1, pairs_per_pass // len(batches.first()[0])))
+            particles_per_pass = -(-num_particles // passes)
+
+            def log_weights(parameters: Tensor, *batch: Tensor) -> list[Tensor]:
+                return [run(parameters, batch, particles_per_pass).log_weight]
+
+            watch = {"model": model, "guide": guide}
+            step = Captured(
+                elbo_and_gradient, watch=watch, name="a step of an ascent", capture=capture
             )
+            draw = Captured(log_weights, watch=watch, name="a pass of these gaps", capture=capture)
+            if batches.num_batches:  # at the least
+                own = together.own(batches.num_batches)
+                step.calls_left = own * ascent.window * (1 + ascent.patience)
+                draw.calls_left = own * passes * 2
 
-        def elbo_and_gradient(parameters: Tensor, *batch: Tensor) -> list[Tensor]:
-            with torch.enable_grad():
-                parameters = parameters.detach().requires_grad_()
-                t = run(parameters, batch, ascent.num_particles)
-                t.require_reparameterized("inference_gaps")
-                elbo = (t.log_likelihood - t.kl).mean(0)
-                (gradient,) = torch.autograd.grad(elbo.sum(), parameters)
-            return [elbo.detach(), gradient]
+            def judge(batch: Batch) -> tuple[Tensor, ...]:
+                terms(model, guide, *batch)  # values are validated with one particle
+                step.recheck()
+                draw.recheck()
 
-        passes = -(-num_particles // max(1, pairs_per_pass // len(batches.first()[0])))
-        particles_per_pass = -(-num_particles // passes)
+                def checked(run: Captured, parameters: Tensor) -> Sequence[Tensor]:
+                    together.check()
+                    return run(parameters, *batch)
 
-        def log_weights(parameters: Tensor, *batch: Tensor) -> list[Tensor]:
-            return [run(parameters, batch, particles_per_pass).log_weight]
+                with pyro.validation_enabled(False):
+                    start = guide.parameters_of(*batch)
+                    end = ascent(partial(checked, step), start)
+                    drawn = [
+                        Weights.of(lambda p=p: checked(draw, p)[0], num_particles)
+                        for p in (start, end.parameters)
+                    ]
+                advance(0, f"{end.steps} steps")
+                ended = (torch.tensor(end.steps), torch.tensor(end.converged))
+                return start, end.parameters, *drawn[0].columns, *drawn[1].columns, *ended
 
-        watch = {"model": model, "guide": guide}
-        step = Captured(elbo_and_gradient, watch=watch, name="a step of an ascent", capture=capture)
-        draw = Captured(log_weights, watch=watch, name="a pass of these gaps", capture=capture)
-        if batches.num_batches:  # at the least
-            step.calls_left = batches.num_batches * ascent.window * (1 + ascent.patience)
-            draw.calls_left = batches.num_batches * passes * 2
-        for batch in batches:
-            terms(model, guide, *batch)  # values are validated with one particle
-            step.recheck()
-            draw.recheck()
-            with pyro.validation_enabled(False):
-                start = guide.parameters_of(*batch)
-                end = ascent(lambda parameters, batch=batch: step(parameters, *batch), start)
-                drawn = [
-                    Weights.of(lambda p=p, batch=batch: draw(p, *batch)[0], num_particles)
-                    for p in (start, end.parameters)
-                ]
-            ascended.append(end)
-            starts.append(start)
-            weights.append(drawn)
-            advance(len(start), f"{end.steps} steps")
-    converged = tuple(end.converged for end in ascended)
-    if not all(converged):
+            parts, _ = walk(
+                together,
+                minibatches(batches),
+                judge,
+                done=[] if resume is None else resume.unfinished.parts,
+                advance=advance,
+            )
+    gaps = _gaps(parts, given, num_particles)
+    if together.stopped:
+        unfinished = Unfinished("inference_gaps", len(gaps.sources), seed, settings, parts)
+        raise Stopped(gaps, unfinished)
+    _warn_of(gaps, ascent)
+    return gaps
+
+
+def _warn_of(gaps: InferenceGaps, ascent: Ascent) -> None:
+    """Warn the caller's caller of ascents that did not reach the best member."""
+    failed = gaps.failed.double().mean().item()
+    if failed > _MOST_FAILED:
         warnings.warn(
-            f"inference_gaps: {converged.count(False)} of {len(converged)} ascents were still "
-            f"gaining when they reached {ascent.max_steps} steps; their approximation gap is an "
-            "upper bound. Pass an Ascent of more steps, or of a larger learning rate.",
-            stacklevel=2,
+            f"inference_gaps: the ascents of {failed:.1%} of the data ended clearly below their "
+            "start. The guide stands for the best member there, so that the amortization gap is "
+            "too low and the approximation gap too high. Pass an Ascent of a smaller learning "
+            "rate, or of more particles.",
+            stacklevel=3,
         )
-    amortized, best = (Weights.concatenate(each) for each in zip(*weights, strict=True))
-    parts = gap_parts(amortized, best, given)
-    ends = torch.cat([end.parameters for end in ascended]).cpu()
+    elif not all(gaps.converged):
+        warnings.warn(
+            f"inference_gaps: {gaps.converged.count(False)} of {len(gaps.converged)} ascents were "
+            f"still gaining when they reached {ascent.max_steps} steps; their approximation gap is "
+            "an upper bound. Pass an Ascent of more steps, or of a larger learning rate.",
+            stacklevel=3,
+        )
+
+
+def _gaps(
+    minibatches_done: list[tuple[Tensor, ...]],
+    given: tuple[Tensor, Tensor, Tensor] | None,
+    num_particles: int,
+) -> InferenceGaps:
+    """Put together what was found of each minibatch."""
+    *columns, steps, converged = zip(*minibatches_done, strict=True)
+    starts, ends, *of_draws = map(torch.cat, columns)
+    count = len(of_draws) // 2
+    if given is not None:
+        given = tuple(column[: len(starts)] for column in given)
+    parts = gap_parts(Weights(*of_draws[:count]), Weights(*of_draws[count:]), given)
     return InferenceGaps(
-        **{name: getattr(parts, name) for name in (*QUANTITIES, "sources", "khat")},
-        parameters=torch.where(parts.failed.unsqueeze(1), torch.cat(starts).cpu(), ends),
-        steps=tuple(end.steps for end in ascended),
-        converged=converged,
+        **{name: getattr(parts, name) for name in (*QUANTITIES, "sources", "khat", "failed")},
+        parameters=torch.where(parts.failed.unsqueeze(1), starts, ends),
+        steps=tuple(int(each) for each in steps),
+        converged=tuple(bool(each) for each in converged),
         num_particles=num_particles,
     )
 

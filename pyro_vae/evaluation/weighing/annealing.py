@@ -3,7 +3,7 @@ r"""Annealed importance sampling: the evidence by chains that walk from a start 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -71,7 +71,7 @@ class AIS:
 
     def __post_init__(self):
         for name in ("num_chains", "num_temperatures", "leapfrog_steps", "pilot"):
-            positive_integer(name, getattr(self, name))
+            object.__setattr__(self, name, positive_integer(name, getattr(self, name)))
         if self.start not in ("guide", "prior"):
             raise ValueError(f'start must be "guide" or "prior", got {self.start!r}')
         if positive_number("target_acceptance", self.target_acceptance) >= 1:
@@ -87,6 +87,11 @@ class AIS:
                     f"{self.schedule!r}"
                 )
             return
+        if not isinstance(self.schedule, Iterable):
+            raise TypeError(
+                'schedule must be "sigmoid", "linear" or numbers that rise from 0 to 1, got '
+                f"{self.schedule!r}"
+            )
         numbers = tuple(float(b) for b in self.schedule)
         rising = all(a < b for a, b in pairwise(numbers))
         if len(numbers) < 2 or numbers[0] != 0 or numbers[-1] != 1 or not rising:
@@ -113,7 +118,7 @@ class Annealing:
     r"""What annealed importance sampling saw on its way, float64 on the CPU.
 
     Args:
-        temperatures: b, shape (T + 1,).
+        settings: of it.
         log_normalizers: estimates of :math:`\log \int p_b(z) dz`, shape (T + 1, N); the first is
             zero, the last is log p(x).
         monte_carlo_errors: their standard errors, shape (T + 1, N).
@@ -122,18 +127,27 @@ class Annealing:
         step_sizes: of these, shape (T - 1, N).
     """
 
-    temperatures: Tensor
+    settings: AIS
     log_normalizers: Tensor
     monte_carlo_errors: Tensor
     acceptance: Tensor
     step_sizes: Tensor
 
+    @property
+    def temperatures(self) -> Tensor:
+        """b, shape (T + 1,)."""
+        return self.settings.temperatures
+
+    @property
+    def by_datum(self) -> list[Tensor]:
+        """All but the settings, a row for each datum."""
+        seen = (self.log_normalizers, self.monte_carlo_errors, self.acceptance, self.step_sizes)
+        return [each.T for each in seen]
+
     @classmethod
-    def of_all(cls, parts: Sequence[Annealing]) -> Annealing:
-        """Put data beside data."""
-        names = ("log_normalizers", "monte_carlo_errors", "acceptance", "step_sizes")
-        joined = {name: torch.cat([getattr(part, name) for part in parts], 1) for name in names}
-        return cls(parts[0].temperatures, **joined)
+    def of_data(cls, settings: AIS, by_datum: Sequence[Tensor]) -> Annealing:
+        """Make it again of what :attr:`by_datum` gives."""
+        return cls(settings, *(each.T for each in by_datum))
 
 
 class Annealer:
@@ -216,7 +230,7 @@ class Annealer:
                 acceptances.append(acceptance.mean(0))
         size = len(batch[0])
         seen = (means, errors, acceptances, step_sizes)
-        return weights, Annealing(self._ais.temperatures, *(_stack(s, size) for s in seen))
+        return weights, Annealing(ais, *(_stack(s, size) for s in seen))
 
     def backward(
         self,

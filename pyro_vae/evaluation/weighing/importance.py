@@ -2,10 +2,10 @@ r"""The evidence log p(x) of each datum: by importance sampling, from the guide 
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import pyro
@@ -17,19 +17,16 @@ from pyro_vae import programs
 from pyro_vae.arguments import positive_integer
 from pyro_vae.capture import Capture, Captured, check_capture
 from pyro_vae.evaluation.estimating import estimating
+from pyro_vae.evaluation.stopping import Stopped, Unfinished, check_resume
+from pyro_vae.evaluation.together import Together
+from pyro_vae.evaluation.walking import minibatches, walk
 from pyro_vae.evaluation.weighing.annealing import AIS, Annealer, Annealing
-from pyro_vae.evaluation.weighing.log_evidence import (
-    Evidence,
-    StoppedEvidence,
-    joined,
-    warn_of,
-)
-from pyro_vae.evaluation.weighing.points import log_likelihood_at_prior_draws
+from pyro_vae.evaluation.weighing.log_evidence import Evidence, StoppedEvidence, warn_of
+from pyro_vae.evaluation.weighing.points import log_likelihood_at_prior_draws, prior_guide
 from pyro_vae.evaluation.weighing.tempering import TemperedPath
 from pyro_vae.evaluation.weighing.weights import WeightStream
 from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
-from pyro_vae.seeding import seeded
 from pyro_vae.terms import terms
 from pyro_vae.traces import Program
 
@@ -48,7 +45,7 @@ def evidence(
     vectorize_particles: bool = True,
     capture: Capture = "auto",
     seed: int | None = None,
-    resume: Evidence | None = None,
+    resume: Stopped | Evidence | None = None,
     progress: bool | Progress = False,
     description: str = "evidence",
 ) -> Evidence:
@@ -69,7 +66,8 @@ def evidence(
 
     Args:
         model: program of p(x, z).
-        guide: program of q(z|x).
+        guide: program of q(z|x). Where nothing is drawn from it (``"naive"``, chains that start
+            from the prior) it says no more than which pair was fitted.
         data: what :func:`pyro_vae.fit` takes, in an order that is kept.
         method: ``"importance"``, ``"naive"``, or a :class:`pyro_vae.AIS`; ``"ais"`` is one as it
             comes.
@@ -79,17 +77,18 @@ def evidence(
         vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
         seed: fixes the draws and leaves the process's random numbers as they were.
-        resume: of the first data, from a call of the same arguments that was stopped (Ctrl-C): a
-            :class:`pyro_vae.StoppedEvidence` holds it. With the seed of that call, the draws
-            are those of one that was not stopped.
+        resume: what a call of the same arguments raised when it was stopped (Ctrl-C); or the
+            estimates of the first data, which go on with the draws of the seed that is given.
         progress: show a bar; or a rich Progress to add one to.
         description: text before the bar.
 
     Returns:
-        The :class:`Evidence`.
+        The :class:`Evidence`. In a group of processes (torch.distributed) each calls with all
+        data, does its share of the minibatches, and has the whole of it.
 
     Raises:
-        StoppedEvidence: a KeyboardInterrupt, with the estimates of the data that were done.
+        StoppedEvidence: a KeyboardInterrupt, with the estimates of the data that were done; see
+            :class:`pyro_vae.Stopped`. A chain that was on its way is dropped.
         ValueError: bad data or arguments, or a pair that breaks the contract; a site is global or
             scaled, so that the weights are not those of single data points; annealed importance
             sampling cannot move a latent, or score the guide.
@@ -113,61 +112,91 @@ def evidence(
         >>> bool(((by_chains.values - exact).abs() < 4 * by_chains.monte_carlo_errors).all())
         True
     """
-    positive_integer("num_particles", num_particles)
-    positive_integer("pairs_per_pass", pairs_per_pass)
+    num_particles = positive_integer("num_particles", num_particles)
+    pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)
+    check_resume(resume, Evidence)
     name, ais = _parse(method)
     num_draws = num_particles if ais is None else ais.num_chains
-    if resume is not None and (resume.method, resume.num_particles) != (name, num_draws):
+    so_far = resume.partial if isinstance(resume, Stopped) else resume
+    if isinstance(so_far, Evidence) and (so_far.method, so_far.num_particles) != (name, num_draws):
         raise ValueError(
-            f"resume holds estimates by {resume.method} of {resume.num_particles} draws, not by "
+            f"resume holds estimates by {so_far.method} of {so_far.num_particles} draws, not by "
             f"{name} of {num_draws}"
         )
-    batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
-    with (
-        estimating(
-            "evidence", model, guide, batches, vectorize_particles=vectorize_particles, seed=seed
-        ) as plate_nesting,
-        task(progress, description, batches.num_data, transient=True) as advance,
-    ):
-        dimensions = batches.first()[0][0].numel()  # here: a stream may draw its order anew
-        run = _Run(
-            model,
-            guide,
-            batches,
-            plate_nesting,
-            pairs_per_pass,
-            vectorize_particles,
-            capture,
-            0 if resume is None else len(resume.values),
-            advance,
-        )
-        if ais is None:
-            estimates = run.sample(num_particles, from_prior=name == "naive")
-        else:
-            estimates = run.anneal(ais)
-        parts = [] if resume is None else [resume]
-        try:
-            for weights, annealing in estimates:
-                values = (weights.log_mean(), weights.error(), weights.khat())
-                parts.append(
-                    Evidence(
-                        *(each.cpu() for each in values),
-                        num_particles=weights.count,
-                        dimensions=dimensions,
-                        effective_sample_size=weights.effective_sample_size().cpu(),
-                        method=name,
-                        annealing=annealing,
-                    )
-                )
-                advance(len(parts[-1].values))
-        except KeyboardInterrupt:
-            if not parts:
-                raise
-            raise StoppedEvidence(joined(parts)) from None
-    result = joined(parts)
+    if isinstance(resume, Evidence) and ais is not None and resume.annealing.settings != ais:
+        raise ValueError(f"resume holds estimates by {resume.annealing.settings}, not by {ais}")
+    # A guide that nothing is drawn from need not be one that could be.
+    drawn_from = prior_guide(model) if name == "naive" or (ais and ais.start == "prior") else guide
+    settings = {"method": ais or name}
+    done = [_columns(resume)] if isinstance(resume, Evidence) else []
+    with Together() as together:
+        if isinstance(resume, Stopped):
+            seed = resume.unfinished.seed_again("evidence", seed, **settings)
+            done = resume.unfinished.parts
+        seed = together.common_seed(seed)
+        batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
+        with (
+            estimating(
+                "evidence",
+                model,
+                guide,
+                batches,
+                vectorize_particles=vectorize_particles,
+                seed=seed,
+                drawn_from=drawn_from,
+                needs_latents=ais is not None,
+            ) as plate_nesting,
+            task(progress, description, batches.num_data, transient=True) as show,
+        ):
+            advance = together.checked(show)
+            dimensions = batches.first()[0][0].numel()  # here: a stream may draw its order anew
+            run = _Run(
+                model,
+                drawn_from,
+                batches,
+                plate_nesting,
+                pairs_per_pass,
+                vectorize_particles,
+                capture,
+                together,
+            )
+            if ais is None:
+                rows, estimate = sys.maxsize, run.sampler(num_particles, name == "naive")
+            else:
+                rows = max(1, pairs_per_pass // ais.num_chains)
+                estimate = run.annealer(ais, rows, partial(advance, 0))
+            parts, _ = walk(
+                together, minibatches(batches), estimate, rows=rows, done=done, advance=advance
+            )
+    values, errors, khats, sizes, *seen = map(torch.cat, zip(*parts, strict=True))
+    result = Evidence(
+        values,
+        errors,
+        khats,
+        num_particles=num_draws,
+        dimensions=dimensions,
+        effective_sample_size=sizes,
+        method=name,
+        annealing=Annealing.of_data(ais, seen) if seen else None,
+    )
+    if together.stopped:
+        unfinished = Unfinished("evidence", len(values), seed, settings, parts)
+        raise StoppedEvidence(result, unfinished)
     warn_of(result)
     return result
+
+
+def _columns(evidence: Evidence) -> tuple[Tensor, ...]:
+    """Return what a run estimates of each datum."""
+    seen = [] if evidence.annealing is None else evidence.annealing.by_datum
+    return (
+        evidence.values,
+        evidence.monte_carlo_errors,
+        evidence.khat,
+        evidence.effective_sample_size,
+        *seen,
+    )
 
 
 @dataclass(frozen=True)
@@ -181,39 +210,16 @@ class _Run:
     pairs_per_pass: int
     vectorize_particles: bool
     capture: Capture
-    num_done: int
-    advance: Callable[..., None]
+    together: Together
 
     @property
     def _programs(self) -> dict[str, Program]:
         return {"model": self.model, "guide": self.guide}
 
-    def _parts(self, rows: int) -> Iterator[tuple[Batch, int]]:
-        """Yield minibatches in parts of so many rows, and a seed for each; leave out those done.
-
-        So a part's random numbers are the same whether or not those before it are run.
-        """
-        left = self.num_done
-        for batch in self.batches:
-            for part in zip(*(column.split(rows) for column in batch), strict=True):
-                seed, size = int(torch.randint(2**62, ())), len(part[0])
-                if left == 0:
-                    yield part, seed
-                elif left < size:
-                    raise ValueError(
-                        f"resume holds {self.num_done} data, which end inside of a pass: resume "
-                        "with the data, the batch_size and the method that were stopped"
-                    )
-                else:
-                    left -= size
-                    self.advance(size)
-        if left:
-            raise ValueError(f"resume holds {left} data more than there are")
-
-    def sample(
-        self, num_particles: int, *, from_prior: bool
-    ) -> Iterator[tuple[WeightStream, Annealing | None]]:
-        """Draw and weigh the particles of each minibatch."""
+    def sampler(
+        self, num_particles: int, from_prior: bool
+    ) -> Callable[[Batch], tuple[Tensor, ...]]:
+        """Return what draws and weighs the particles of a minibatch."""
         # Passes of one size, so that one capture serves all; what the last draws too much is
         # dropped.
         passes = -(-num_particles // max(1, self.pairs_per_pass // len(self.batches.first()[0])))
@@ -234,21 +240,28 @@ class _Run:
             name="a pass of this evidence",
             capture=self.capture,
         )
-        draw.calls_left = self.batches.num_batches and self.batches.num_batches * passes
-        for batch, seed in self._parts(sys.maxsize):
-            with seeded(seed):
-                terms(self.model, self.guide, *batch)  # values are validated with one particle
-                weights = WeightStream(num_particles)
-                draw.recheck()
-                with pyro.validation_enabled(False):
-                    for _ in range(passes):
-                        (drawn,) = draw(*batch)
-                        drawn = drawn[: num_particles - weights.count]
-                        weights.add(drawn.clone())  # the next pass may overwrite it
-            yield weights, None
+        draw.calls_left = (
+            self.batches.num_batches and self.together.own(self.batches.num_batches) * passes
+        )
 
-    def anneal(self, ais: AIS) -> Iterator[tuple[WeightStream, Annealing]]:
-        """Walk the chains of each minibatch, as few data at a time as a pass has pairs for."""
+        def estimate(batch: Batch) -> tuple[Tensor, ...]:
+            terms(self.model, self.guide, *batch)  # values are validated with one particle
+            weights = WeightStream(num_particles)
+            draw.recheck()
+            with pyro.validation_enabled(False):
+                for _ in range(passes):
+                    self.together.check()
+                    (drawn,) = draw(*batch)
+                    drawn = drawn[: num_particles - weights.count]
+                    weights.add(drawn.clone())  # the next pass may overwrite it
+            return _summary(weights)
+
+        return estimate
+
+    def annealer(
+        self, ais: AIS, rows: int, status: Callable[[str], None]
+    ) -> Callable[[Batch], tuple[Tensor, ...]]:
+        """Return what walks the chains of so many data at a time."""
         path = TemperedPath(
             self.model,
             self.guide,
@@ -258,17 +271,24 @@ class _Run:
             vectorize_particles=self.vectorize_particles,
         )
         annealer = Annealer(ais, path, watch=self._programs, capture=self.capture)
-        rows = max(1, self.pairs_per_pass // ais.num_chains)
         num_data = self.batches.num_data
-        num_parts = num_data and -(-num_data // min(rows, self.batches.batch_size))
-        status = functools.partial(self.advance, 0)
-        for part, seed in self._parts(rows):
-            with seeded(seed):
-                terms(self.model, self.guide, *part)  # values are validated with one particle
-                with pyro.validation_enabled(False):
-                    step_sizes = annealer.step_sizes(part, num_parts, status)
-                    weights, annealing = annealer.forward(part, step_sizes, num_parts, status)
-            yield weights, annealing
+        num_parts = num_data and self.together.own(
+            -(-num_data // min(rows, self.batches.batch_size))
+        )
+
+        def estimate(batch: Batch) -> tuple[Tensor, ...]:
+            terms(self.model, self.guide, *batch)  # values are validated with one particle
+            with pyro.validation_enabled(False):
+                step_sizes = annealer.step_sizes(batch, num_parts, status)
+                weights, annealing = annealer.forward(batch, step_sizes, num_parts, status)
+            return *_summary(weights), *annealing.by_datum
+
+        return estimate
+
+
+def _summary(weights: WeightStream) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    size = weights.effective_sample_size()
+    return weights.log_mean(), weights.error(), weights.khat(), size
 
 
 def _parse(method: Method) -> tuple[str, AIS | None]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from pyro_vae.evaluation.stopping import Stopped
 from pyro_vae.evaluation.weighing.annealing import Annealing
 
 UNRELIABLE_KHAT = 0.7
@@ -75,18 +74,25 @@ class Evidence:
 
     @property
     def unreliable_share(self) -> float:
-        """The share of data whose k-hat is above 0.7, or could not be told."""
+        """The share of data whose k-hat is above 0.7, or could not be told.
+
+        It cannot of fewer than 21 draws, nor of weights that are infinite, NaN, or all zero.
+        """
         return 1.0 - (self.khat <= UNRELIABLE_KHAT).double().mean().item()
 
     @property
     def untrusted(self) -> Tensor:
-        """Which values cannot be trusted, shape (N,): k-hat above 0.7, or under 10 effective draws.
+        """Which values cannot be trusted, shape (N,).
 
-        None is called so where there are fewer than 21 draws to judge by.
+        Those that are not finite, whose k-hat is above 0.7, or that have fewer than 10 effective
+        draws; of fewer than 21 draws, fewer than a tenth of them.
         """
-        if self.num_particles < FEWEST_JUDGED:
-            return torch.zeros_like(self.khat, dtype=torch.bool)
-        return (self.khat > UNRELIABLE_KHAT) | (self.effective_sample_size < FEWEST_EFFECTIVE)
+        few = self.num_particles < FEWEST_JUDGED
+        least = self.num_particles / 10 if few else FEWEST_EFFECTIVE
+        # Not <, so that no number counts as few. A k-hat of NaN beside many effective draws is
+        # that of weights with ties.
+        enough = self.effective_sample_size >= least * (1 - 1e-6)
+        return ~(self.values.isfinite() & enough) | (self.khat > UNRELIABLE_KHAT)
 
     def __str__(self) -> str:
         draws = "particles" if self.annealing is None else "chains"
@@ -94,43 +100,37 @@ class Evidence:
         return (
             f"log p(x) = {self.mean:.2f} ± {self.standard_error:.2f} nats{by} "
             f"({len(self.values)} data, {self.num_particles} {draws}, "
-            f"k-hat > 0.7: {self.unreliable_share:.1%})"
+            f"{khat_share(self.khat)})"
         )
 
 
-class StoppedEvidence(KeyboardInterrupt):
-    """An evidence that was interrupted (Ctrl-C) after some of the data.
+class StoppedEvidence(Stopped):
+    """An evidence that was interrupted (Ctrl-C) after some of the data; see :class:`Stopped`."""
 
-    Args:
-        so_far: the estimates of the data that were done, in their order.
-
-    Attributes:
-        evidence: the same; ``pyro_vae.evidence(..., resume=it)`` goes on behind it.
-    """
-
-    def __init__(self, so_far: Evidence):
-        super().__init__(
-            f"evidence was stopped after {len(so_far.values)} data, which this exception's "
-            "attribute `evidence` holds: pass it as resume= to go on"
-        )
-        self.evidence = so_far
-
-
-def joined(parts: Sequence[Evidence]) -> Evidence:
-    """Put data beside data, of one method."""
-    per_datum = ("values", "monte_carlo_errors", "khat", "effective_sample_size")
-    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in per_datum}
-    seen = [part.annealing for part in parts if part.annealing is not None]
-    return replace(parts[0], **columns, annealing=Annealing.of_all(seen) if seen else None)
+    @property
+    def evidence(self) -> Evidence:
+        """The estimates of the first data: ``partial``. They can be passed as ``resume=`` too."""
+        return self.partial
 
 
 def warn_of(evidence: Evidence) -> None:
     """Warn the caller's caller of an estimate that is not to be trusted."""
-    if evidence.untrusted.double().mean() > 0.5:
+    infinite = ~evidence.values.isfinite()
+    if infinite.any():
+        row = int(infinite.nonzero()[0])
+        warnings.warn(
+            f"the {evidence.method} estimate of log p(x) is {evidence.values[row].item()} for "
+            f"{int(infinite.sum())} of {len(infinite)} data, the first in row {row}: no draw of "
+            "theirs has a density above zero, or one is too large for its type. Look at the scale "
+            "of the data.",
+            UnreliableEvidence,
+            stacklevel=3,  # the caller of evidence
+        )
+    elif evidence.untrusted.double().mean() > 0.5:
         warnings.warn(
             f"the {evidence.method} estimate of log p(x) cannot be trusted for "
             f"{int(evidence.untrusted.sum())} of {len(evidence.values)} data: their k-hat is above "
-            f"{UNRELIABLE_KHAT}, or fewer than {FEWEST_EFFECTIVE:.0f} of {evidence.num_particles} "
+            f"{UNRELIABLE_KHAT}, or hardly any of {evidence.num_particles} "
             "draws count. It is likely too low. " + _REMEDIES[evidence.method],
             UnreliableEvidence,
             stacklevel=3,  # the caller of evidence
@@ -142,6 +142,13 @@ _REMEDIES = {
     "naive": 'Draws from the prior seldom hit a posterior: take method="importance".',
     "ais": "Take more temperatures, or more leapfrog steps.",
 }
+
+
+def khat_share(khat: Tensor) -> str:
+    """Say how many of the k-hats are above 0.7, or that they are not known."""
+    if khat.isnan().all():
+        return f"k-hat > {UNRELIABLE_KHAT}: unknown"
+    return f"k-hat > {UNRELIABLE_KHAT}: {1 - (khat <= UNRELIABLE_KHAT).double().mean().item():.1%}"
 
 
 def standard_error(values: Tensor) -> float:

@@ -72,6 +72,31 @@ def log_likelihood_at_prior_draws(
     return torch.cat([draw(1).log_likelihood for _ in range(num_particles)])
 
 
+def has_one_prior(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> bool:
+    """Tell whether p(z) is the same for all data of a minibatch, at one and the same z.
+
+    It is not if it depends on covariates, or on x.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x), whose draws for the first datum are what the prior is asked for.
+        batch: a minibatch.
+    """
+    guide_trace = poutine.trace(guide).get_trace(*batch)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
+    alike = {}
+    for site in random_sites(model_trace):
+        name, frame = site["name"], data_frame(site)
+        if site["is_observed"] or frame is None or name not in guide_trace:
+            continue
+        value = site["value"]
+        value = value.expand(site["fn"].batch_shape + site["fn"].event_shape)
+        axis = frame.dim - site["fn"].event_dim
+        alike[name] = {**site, "value": value.narrow(axis, 0, 1).expand_as(value)}
+    log_prior = terms(model, _guide_to(alike), *batch).log_prior[0]
+    return torch.allclose(log_prior, log_prior[:1], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 def prior_guide(model: Program) -> Program:
     """Make a guide that draws each latent as the model does, for who has no guide.
 
@@ -81,7 +106,12 @@ def prior_guide(model: Program) -> Program:
 
     def guide(*batch: Tensor) -> None:
         with poutine.block():
-            sites = prior_sites(model, batch, 1, 0)
+            trace = poutine.trace(model).get_trace(*batch)
+        sites = {
+            site["name"]: site
+            for site in random_sites(trace)
+            if not site["is_observed"] and not is_enumerated(site)
+        }
         for name, site in _inside_all(sites, batch[0]):
             pyro.sample(name, site["fn"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ def khat(log_weights: Tensor) -> Tensor:
         where a weight is NaN or infinite, and where all are zero.
 
     Raises:
+        TypeError: they are no dense tensor or array of numbers.
         ValueError: there is no draw.
 
     Example:
@@ -41,7 +43,13 @@ def khat(log_weights: Tensor) -> Tensor:
         >>> print(f"{pv.khat(log_weights):.1f}")
         0.6
     """
-    log_weights = torch.as_tensor(log_weights)
+    if not isinstance(log_weights, Tensor) and np.asarray(log_weights).dtype.kind in "biuf":
+        log_weights = torch.from_numpy(np.asarray(log_weights, dtype=np.float64))
+    if not isinstance(log_weights, Tensor) or log_weights.layout != torch.strided:
+        raise TypeError(
+            "log_weights must be a dense tensor or numpy array of numbers, got "
+            f"{type(log_weights).__name__}"
+        )
     num_draws = log_weights.shape[0] if log_weights.dim() else 0
     if num_draws == 0:
         raise ValueError(

@@ -2,14 +2,12 @@ r"""The evidence of simulated data from both sides: bidirectional Monte Carlo.""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.distributions import Unit
 from rich.progress import Progress
 from torch import Tensor
 
@@ -17,14 +15,18 @@ from pyro_vae import programs
 from pyro_vae.arguments import positive_integer
 from pyro_vae.capture import Capture, check_capture
 from pyro_vae.evaluation.estimating import estimating
+from pyro_vae.evaluation.stopping import Stopped, Unfinished, check_resume
+from pyro_vae.evaluation.together import Together
+from pyro_vae.evaluation.walking import minibatches, walk
 from pyro_vae.evaluation.weighing.annealing import AIS, Annealer
-from pyro_vae.evaluation.weighing.log_evidence import standard_error
+from pyro_vae.evaluation.weighing.log_evidence import UnreliableEvidence, standard_error
 from pyro_vae.evaluation.weighing.points import prior_guide
+from pyro_vae.evaluation.weighing.simulated import simulate
 from pyro_vae.evaluation.weighing.tempering import TemperedPath
 from pyro_vae.evaluation.weighing.weights import WeightStream
 from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
-from pyro_vae.sites import Unobserve, arranged, data_frame, random_sites
+from pyro_vae.terms import terms
 from pyro_vae.traces import Program
 
 
@@ -78,6 +80,7 @@ def sandwich(
     vectorize_particles: bool = True,
     capture: Capture = "auto",
     seed: int | None = None,
+    resume: Stopped | None = None,
     progress: bool | Progress = False,
     description: str = "sandwich",
 ) -> Sandwich:
@@ -87,10 +90,10 @@ def sandwich(
         E \log \frac1C \sum_c w_c \;\le\; \log p(x) \;\le\;
         -E \log \frac1C \sum_c \frac{1}{w'_c}, \qquad (x, z) \sim p(x, z)
 
-    The model draws x and z together, so that z is an exact draw from p(z|x). Annealed importance
-    sampling gives the weights w; the same chains, walked backwards from z to the start, give w',
-    whose inverses have the mean 1/p(x). Where the two meet, both are right: and so, for data like
-    these, is ``evidence(method=ais)``.
+    The model draws x and z together, so that z is an exact draw from p(z|x): it must look at x to
+    observe it, and for nothing else. Annealed importance sampling gives the weights w; the same
+    chains, walked backwards from z to the start, give w', whose inverses have the mean 1/p(x).
+    Where the two meet, both are right: and so, for data like these, is ``evidence(method=ais)``.
 
     Args:
         model: program of p(x, z).
@@ -104,15 +107,18 @@ def sandwich(
         vectorize_particles: run many chains at once; see :func:`pyro_vae.terms`.
         capture: replay the operations of a gradient as compiled code; see :func:`pyro_vae.fit`.
         seed: fixes the draws and leaves the process's random numbers as they were.
+        resume: what a call of the same arguments raised when it was stopped (Ctrl-C).
         progress: show a bar; or a rich Progress to add one to.
         description: text before the bar.
 
     Returns:
-        The :class:`Sandwich`.
+        The :class:`Sandwich`. Processes of a group share the minibatches; each has the whole of it.
 
     Raises:
+        Stopped: a KeyboardInterrupt, with the bounds on the data that were done.
         ValueError: what :func:`pyro_vae.evidence` refuses; the model cannot be shown what it
-            draws, because it observes something else than its arguments.
+            draws, because it observes something else than its arguments, or parts of them; or what
+            it draws depends on the x that it is given.
         TypeError: ``ais`` is no :class:`pyro_vae.AIS`.
 
     Example:
@@ -130,8 +136,9 @@ def sandwich(
         >>> bounds.gap < 0.1
         True
     """
-    positive_integer("pairs_per_pass", pairs_per_pass)
+    pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)
+    check_resume(resume)
     ais = AIS(start="prior" if guide is None else "guide") if ais is None else ais
     if not isinstance(ais, AIS):
         raise TypeError(f"ais must be a pyro_vae.AIS, got {ais!r}")
@@ -141,36 +148,71 @@ def sandwich(
             'AIS(start="prior")'
         )
     guide = prior_guide(model) if guide is None else guide
-    batches = Minibatches(like, batch_size, device=programs.device_of(model, guide), name="like")
     rows_per_pass = max(1, pairs_per_pass // ais.num_chains)
-    num_parts = batches.num_data and -(-batches.num_data // min(rows_per_pass, batch_size))
-    parts: list[tuple] = []
-    with (
-        estimating(
-            "sandwich", model, guide, batches, vectorize_particles=vectorize_particles, seed=seed
-        ) as plate_nesting,
-        task(progress, description, batches.num_data, transient=True) as advance,
-    ):
-        path = TemperedPath(
-            model,
-            guide,
-            batches.first(),
-            start=ais.start,
-            plate_nesting=plate_nesting,
-            vectorize_particles=vectorize_particles,
-        )
-        annealer = Annealer(ais, path, watch={"model": model, "guide": guide}, capture=capture)
-        for columns in batches:
-            for given in zip(*(column.split(rows_per_pass) for column in columns), strict=True):
+    with Together() as together:
+        if resume is not None:
+            seed = resume.unfinished.seed_again("sandwich", seed, ais=ais)
+        seed = together.common_seed(seed)
+        device = programs.device_of(model, guide)
+        batches = Minibatches(like, batch_size, device=device, name="like")
+        num_parts = batches.num_data and -(-batches.num_data // min(rows_per_pass, batch_size))
+        num_parts = num_parts and together.own(num_parts)
+        with (
+            estimating(
+                "sandwich",
+                model,
+                guide,
+                batches,
+                vectorize_particles=vectorize_particles,
+                seed=seed,
+                needs_latents=True,
+            ) as plate_nesting,
+            task(progress, description, batches.num_data, transient=True) as show,
+        ):
+            advance = together.checked(show)
+            path = TemperedPath(
+                model,
+                guide,
+                batches.first(),
+                start=ais.start,
+                plate_nesting=plate_nesting,
+                vectorize_particles=vectorize_particles,
+            )
+            annealer = Annealer(ais, path, watch={"model": model, "guide": guide}, capture=capture)
+
+            def bounds(given: Batch) -> tuple[Tensor, ...]:
                 batch, latents = simulate(model, given)
+                if ais.start == "guide":
+                    terms(model, guide, *batch)  # while values are validated
                 with pyro.validation_enabled(False):
                     rows = path.rows_of(latents).expand(ais.num_chains, -1, -1)
-                    parts.append((*_bounds(annealer, batch, rows, num_parts, advance), *batch))
-                advance(len(batch[0]))
-    lower, lower_errors, upper, upper_errors, *data = (
-        torch.cat(column).cpu() for column in zip(*parts, strict=True)
-    )
-    return Sandwich(lower, upper, lower_errors, upper_errors, tuple(data), ais.num_chains)
+                    return *_bounds(annealer, batch, rows, num_parts, advance), *batch
+
+            parts, _ = walk(
+                together,
+                minibatches(batches),
+                bounds,
+                rows=rows_per_pass,
+                done=[] if resume is None else resume.unfinished.parts,
+                advance=advance,
+            )
+    lower, lower_errors, upper, upper_errors, *data = map(torch.cat, zip(*parts, strict=True))
+    result = Sandwich(lower, upper, lower_errors, upper_errors, tuple(data), ais.num_chains)
+    if together.stopped:
+        raise Stopped(result, Unfinished("sandwich", len(lower), seed, {"ais": ais}, parts))
+    warn_of_crossing(result)
+    return result
+
+
+def warn_of_crossing(bounds: Sandwich) -> None:
+    """Warn the caller's caller of bounds that lie the wrong way round."""
+    if bounds.gap < -3 * bounds.gap_error:
+        warnings.warn(
+            f"the upper bound lies {-bounds.gap:.3f} ± {bounds.gap_error:.3f} nats below the lower "
+            "one: they cannot both be right. Take more temperatures, or float64",
+            UnreliableEvidence,
+            stacklevel=3,  # the caller of sandwich
+        )
 
 
 def _bounds(
@@ -190,44 +232,3 @@ def _bounds(
     inverse = WeightStream(len(rows))
     inverse.add(-annealer.backward(batch, rows, step_sizes, num_parts, status))
     return forward.log_mean(), forward.error(), -inverse.log_mean(), inverse.error()
-
-
-def simulate(model: Program, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
-    """Let a model draw data and latents together, for each row of a minibatch.
-
-    Returns:
-        The arguments with what the model drew in place of what it observes; and the latents, each
-        ``(1, B, *inner plates, *event)``.
-
-    Raises:
-        ValueError: the model observes something else than its arguments as they are.
-    """
-    trace = poutine.trace(Unobserve()(model)).get_trace(*batch)
-    arguments, latents = list(batch), {}
-    for site in random_sites(trace):
-        if not site["infer"].get("was_observed", False):
-            if data_frame(site) is not None:
-                latents[site["name"]] = arranged(site["value"], site, None)
-            continue
-        if isinstance(site["fn"], Unit):
-            raise ValueError(  # noqa: TRY004 - of the model, not of an argument
-                f"the model has the factor {site['name']!r}: it is no density that data could be "
-                "drawn from, so that there are no simulated data to bound log p(x) on"
-            )
-        places = [n for n, given in enumerate(batch) if _is_same(site["infer"]["obs"], given)]
-        if not places:
-            raise ValueError(
-                f"the model is to see what it draws at site {site['name']!r}, but that site "
-                "observes no argument of the program as it is: let it observe x itself"
-            )
-        for place in places:
-            arguments[place] = site["value"].reshape(batch[place].shape)
-    return tuple(arguments), latents
-
-
-def _is_same(observation: Any, given: Tensor) -> bool:
-    """Whether an observation is an argument, or a view of the whole of it."""
-    if not isinstance(observation, Tensor):
-        return False
-    whole = observation.numel() == given.numel() and observation.dtype == given.dtype
-    return observation is given or (whole and observation.data_ptr() == given.data_ptr())

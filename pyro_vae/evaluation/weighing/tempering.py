@@ -6,15 +6,13 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
-from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
 from pyro_vae.evaluation.scoring import log_prob_given
 from pyro_vae.evaluation.weighing.points import point, prior_sites
 from pyro_vae.latents import inside, latent_sites, surroundings
-from pyro_vae.sites import (
-    arranged,
-)
+from pyro_vae.sites import arranged
 from pyro_vae.terms import Terms, terms
 from pyro_vae.traces import Program
 
@@ -164,7 +162,7 @@ class TemperedPath:
             first, second = zip(*singles, strict=True)
             return torch.cat(first), torch.cat(second)
         plates, masks = surroundings(self._sites, self._model, *batch)
-        values, log_volume = self._values(rows, masks)
+        values, log_volume = self._values(rows)
 
         def points(*_: Tensor) -> None:
             for site in self._sites:
@@ -177,8 +175,11 @@ class TemperedPath:
             return t.log_prior + log_volume, t.log_likelihood
         return self._log_guide(values, batch, len(rows)) + log_volume, t.log_joint + log_volume
 
-    def _values(self, rows: Tensor, masks: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Map rows onto the supports; return the values and the log of the Jacobians, (C, B)."""
+    def _values(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Map rows onto the supports; return the values and the log of the Jacobians, (C, B).
+
+        That of a masked number stays what it is: the number does not move.
+        """
         num_chains, batch_size = rows.shape[:2]
         values, log_volume = {}, rows.new_zeros(num_chains, batch_size)
         counts = [site.shape.numel() for site in self._sites]
@@ -187,7 +188,6 @@ class TemperedPath:
             values[site.name] = value = site.bijection(numbers)
             change = site.bijection.log_abs_det_jacobian(numbers, value)
             change = sum_rightmost(change, len(site.event_shape) - site.bijection.domain.event_dim)
-            change = scale_and_mask(change, mask=masks.get(site.name))
             change = site.to_rows(change, batch_size, 0).sum(-1)
             log_volume = log_volume + change.reshape(num_chains, batch_size)
         return values, log_volume

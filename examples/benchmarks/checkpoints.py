@@ -1,0 +1,184 @@
+"""What checkpoints and the watch for NaN cost; runs that are killed and resumed, bit by bit.
+
+python examples/benchmarks/checkpoints.py cost                # a ratio for each; some minutes
+python examples/benchmarks/checkpoints.py kill                # thirty runs, eager
+python examples/benchmarks/checkpoints.py kill --captured
+
+The cost is that of captured steps on random data of 784 numbers: epochs of bare steps, of steps
+under watch, and of steps under watch with checkpoints as often as a fit ever writes them take
+turns, and medians over rounds count.
+"""
+
+import argparse
+import hashlib
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from unittest import mock
+
+import numpy as np
+import torch
+
+import pyro_vae as pv
+from pyro_vae.state import state
+from pyro_vae.training import run
+
+ROWS = 2000  # of the runs that are killed
+
+
+def make_pair(features, hidden, latents):
+    torch.manual_seed(0)
+    model = pv.LatentVariableModel(
+        prior=pv.priors.StandardNormal(latents),
+        likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(latents, hidden, features)),
+    )
+    guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(features, hidden))
+    return model, guide
+
+
+def cost(arguments):
+    """Print medians of seconds for a step, and their ratios to that of bare steps."""
+    take_stretch, note = run.Run._stretch, run.Run._note
+
+    def bare(self, selections, validated):
+        for selection in selections:
+            self._count(selection, float("nan"))
+            self.trainer.step(selection)
+        return 0
+
+    def nothing(self, **_):
+        pass
+
+    modes = {"bare": (bare, nothing), "watched": (take_stretch, nothing)}
+    modes["watched, with checkpoints"] = (take_stretch, note)
+    times = {name: [] for name in modes}
+    busy = {name: [] for name in modes}
+    turns = list(modes) * arguments.rounds
+    x = torch.bernoulli(torch.rand(arguments.data, 784))
+    steps = arguments.data // 100
+    began = time.perf_counter(), time.process_time()
+
+    def after_epoch(epoch):
+        nonlocal began
+        number = epoch - 3  # the first two make the capture
+        if 0 <= number < len(turns):
+            times[turns[number]].append((time.perf_counter() - began[0]) / steps)
+            busy[turns[number]].append((time.process_time() - began[1]) / steps)
+        if 0 <= number + 1 < len(turns):
+            run.Run._stretch, run.Run._note = modes[turns[number + 1]]
+        began = time.perf_counter(), time.process_time()
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.multiple(run.Run, _stretch=take_stretch),
+    ):
+        pv.fit(
+            *make_pair(784, [200, 200], 50),
+            x,
+            epochs=2 + len(turns),
+            capture=True,
+            after_epoch=after_epoch,
+            checkpoint=folder,
+            checkpoint_seconds=0.0,
+            seed=0,
+        )
+    print("| steps | ms | ratio | of processor time |\n|---|---|---|---|")
+    for name in modes:
+        wall, processor = (
+            median(t / b for t, b in zip(found[name], found["bare"], strict=True))
+            for found in (times, busy)
+        )
+        print(f"| {name} | {1e3 * median(times[name]):.3f} | {wall:.3f} | {processor:.3f} |")
+
+
+def killed_and_resumed(arguments):
+    """Kill runs at random instants, every third while it writes; count those that end the same."""
+    torch.set_num_threads(1)  # the runs are forked
+    options = {"epochs": arguments.epochs, "capture": arguments.captured}
+    with tempfile.TemporaryDirectory() as folder:
+        expected = ended(Path(folder) / "straight", **options)
+        same, generator = 0, np.random.default_rng(0)
+        for number in range(arguments.runs):
+            place = Path(folder) / str(number)
+            process = forked(place, **options)
+            step = generator.integers(ROWS // 100 * arguments.epochs)
+            writing = number % 3 == 0
+            while last_step(place) < step or (writing and not any(place.glob(".step-*"))):
+                if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                    break
+            time.sleep(0 if writing else generator.uniform(0, 0.02))
+            os.kill(process, signal.SIGKILL)
+            _, status = os.waitpid(process, 0)
+            step = last_step(place)
+            left = " inside of a checkpoint" * any(place.glob(".step-*.writing"))
+            found = ended(place, **options)
+            same += found == expected
+            print(
+                f"run {number}: {'killed' if os.WIFSIGNALED(status) else 'was over'}{left}, "
+                f"resumed at {step if step >= 0 else 'the beginning'}: "
+                f"{'the same' if found == expected else 'ANOTHER'}",
+                flush=True,
+            )
+    print(f"{same} of {arguments.runs} bit-identical")
+    sys.exit(same != arguments.runs)
+
+
+def forked(folder, **options):
+    """Begin a fit in a process of its own, or go on with it; it leaves a digest beside."""
+    if process := os.fork():
+        return process
+    x = torch.bernoulli(torch.rand(ROWS, 20, generator=torch.Generator().manual_seed(1)) / 2)
+    pair = make_pair(20, [30], 3)
+    pv.fit(
+        *pair,
+        x,
+        validation=x[:100],
+        transform=torch.bernoulli,
+        checkpoint=folder,
+        checkpoint_seconds=0.02,
+        resume=True,
+        seed=0,
+        progress=False,
+        **options,
+    )
+    found = hashlib.sha256()
+    for name, tensor in sorted(state(*pair).items()):
+        found.update(name.encode() + tensor.detach().numpy().tobytes())
+    folder.with_suffix(f".{os.getpid()}").write_text(found.hexdigest())
+    os._exit(0)
+
+
+def last_step(folder):
+    """Return the step of the last checkpoint, -1 if there is none."""
+    return max((int(path.name[5:]) for path in folder.glob("step-*")), default=-1)
+
+
+def ended(folder, **options):
+    """Return the digest of the parameters at the end of a fit."""
+    process = forked(folder, **options)
+    os.waitpid(process, 0)
+    return folder.with_suffix(f".{process}").read_text()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("cost")
+    command.add_argument("--data", type=int, default=40_000)
+    command.add_argument("--rounds", type=int, default=7)
+    command.set_defaults(run=cost)
+    command = commands.add_parser("kill")
+    command.add_argument("--runs", type=int, default=30)
+    command.add_argument("--epochs", type=int, default=20)
+    command.add_argument("--captured", action="store_true")
+    command.set_defaults(run=killed_and_resumed)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

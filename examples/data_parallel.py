@@ -1,0 +1,71 @@
+"""A fit that several processes share, and that goes on when one of them is killed.
+
+torchrun --nproc-per-node=2 --max-restarts=3 examples/data_parallel.py --checkpoint run
+torchrun --nproc-per-node=2 --max-restarts=3 examples/data_parallel.py --checkpoint run2 --die-at 3
+
+The second kills a process at the end of an epoch, once: torchrun starts the group again, which goes
+on from the last checkpoint and prints what the first prints.
+"""
+
+import argparse
+import hashlib
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+
+import pyro_vae as pv
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", default=None, help="folder that all processes see")
+    parser.add_argument("--data", default="digits", choices=pv.datasets.names())
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--die-at", type=int, default=None, help="epoch")
+    arguments = parser.parse_args()
+
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+    def die(epoch):
+        if epoch == arguments.die_at and starts == 0 and not first:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    data = pv.datasets.load(arguments.data)
+    size = data.train.shape[1]
+    torch.manual_seed(0)
+    model = pv.LatentVariableModel(
+        prior=pv.priors.StandardNormal(10),
+        likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(10, [200], size)),
+    )
+    guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(size, [200]))
+    pv.fit(
+        model,
+        guide,
+        data.train,
+        epochs=arguments.epochs,
+        checkpoint=arguments.checkpoint,
+        checkpoint_seconds=0.2,
+        resume=arguments.checkpoint is not None,
+        after_epoch=die,
+        capture=False,
+        seed=0,
+    )
+    evidence = pv.evidence(model, guide, data.test[:200], num_particles=100, seed=0)
+    surgery = pv.elbo_surgery(model, guide, data.train, seed=0)
+    if first:
+        parameters = [p.detach().cpu().numpy().tobytes() for p in model.parameters()]
+        print(f"{evidence}\nmutual information {surgery.mutual_information:.6f} nats")
+        print(
+            f"parameters {hashlib.sha256(b''.join(parameters)).hexdigest()[:16]}, {starts} restarts"
+        )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

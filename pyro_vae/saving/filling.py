@@ -1,0 +1,162 @@
+"""What a pair's state is besides how its programs are made, and programs filled with it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_vae import mappings, programs, recipes
+from pyro_vae.guides.later import Later
+from pyro_vae.modules import modules
+from pyro_vae.reach import VALUES, reach
+from pyro_vae.recipes import sites
+from pyro_vae.state import BARE, state
+from pyro_vae.traces import Program
+
+
+def state_of(model: Program, guide: Program) -> dict[str, Any]:
+    """Return all of a pair's state: its tensors, and what else is needed to use them.
+
+    Raises:
+        ValueError: a guide has loaded values that wait for its first call.
+        TypeError: a ``pyro.param`` has a constraint without a name.
+    """
+    with programs.parameter_store(model, guide) as store:
+        tensors = state(model, guide)
+        constraints = {
+            name: mappings.describe(constraint)
+            for name, constraint in store["constraints"].items()
+            if BARE + name in tensors
+        }
+        met = programs.names_met(model, guide)
+    return {
+        "tensors": tensors,
+        "frozen": [
+            name
+            for name, tensor in tensors.items()
+            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        ],
+        "evaluating": [name for name, m in _modules(model, guide) if not m.training],
+        "heads": heads(model, guide),
+        "constraints": constraints,
+        "met": met,
+    }
+
+
+def heads(model: Program, guide: Program) -> dict[str, Any]:
+    """Return what guides made at their first call, by the names of the guides."""
+    found = {}
+    for name, owner in _owners(model, guide):
+        if owner.built.waits:
+            raise ValueError(
+                f"{name} has loaded values that wait for its first call: call it on a minibatch, "
+                "then save it"
+            )
+        if len(owner.built):
+            with contextlib.suppress(TypeError):  # a support without a name: call it before loading
+                described = [sites.describe(site) for site in owner.built.sites]
+                found[name] = {"sites": described, "width": owner.built.width}
+    return found
+
+
+def make_heads(model: Program, guide: Program, found: Mapping[str, Any], memory: int) -> None:
+    """Let guides make what they made at their first call.
+
+    Raises:
+        ValueError: it cannot be made so, or takes more bytes than ``memory``.
+    """
+    owners = [*_owners(model, guide)]
+    with torch.random.fork_rng(devices=[]), recipes.Allowance(memory):
+        for name, owner in owners:
+            if name in found and not len(owner.built):
+                of_model = [sites.restore(structure) for structure in found[name]["sites"]]
+                width = found[name]["width"]
+                if not isinstance(width, int) or width < 1 or not of_model:
+                    raise ValueError(f"{name} has no head of width {width!r}")
+                try:
+                    owner.build(of_model, width, torch.empty(0))
+                except Exception as error:
+                    raise ValueError(f"{name} cannot make its head: {error}") from error
+
+
+def module_tensors(model: Program, guide: Program) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a pair's modules, as they are."""
+    with programs.parameter_store(model, guide):
+        found = state(model, guide)
+    return {name: tensor for name, tensor in found.items() if not name.startswith(BARE)}
+
+
+def settings(model: Program, guide: Program) -> dict[str, str]:
+    """Return numbers and words that the programs hold by public names."""
+    found = {}
+    for name, thing in reach(model=model, guide=guide):
+        attribute = name.rpartition(".")[2]
+        plain = isinstance(thing, VALUES) and not isinstance(thing, Tensor)
+        if plain and attribute != "training" and not attribute.startswith("_"):
+            found[name] = repr(thing)
+    return found
+
+
+def differences(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """Tell how the tensors of programs differ from those of a file; nothing if they fit."""
+    wanted = [name for name in tensors if not name.startswith(BARE)]
+    shapes = [
+        f"{name} (saved {tuple(tensors[name].shape)}, here {tuple(live[name].shape)})"
+        for name in wanted
+        if name in live and live[name].shape != tensors[name].shape
+    ]
+    parts = {
+        "missing here": [name for name in wanted if name not in live],
+        "not saved": [name for name in live if name not in tensors],
+        "of another shape": shapes,
+    }
+    return "; ".join(f"{what}: {_some(names)}" for what, names in parts.items() if names)
+
+
+def fill(model: Program, guide: Program, content: Mapping[str, Any], device: torch.device) -> None:
+    """Put a saved state into programs whose tensors have the names and shapes of those saved."""
+    tensors = content["tensors"]
+    frozen, evaluating = set(content["frozen"]), set(content["evaluating"])
+    bare = {name.removeprefix(BARE): t for name, t in tensors.items() if name.startswith(BARE)}
+    constraints = {name: mappings.restore(content["constraints"][name]) for name in bare}
+    met = {program: frozenset(content["met"][program]) for program in ("model", "guide")}
+    # All is read: from here on nothing is refused.
+    for name, live in module_tensors(model, guide).items():
+        live.data = tensors[name]  # the very parameters stay, with the type that was saved
+        if isinstance(live, nn.Parameter):
+            live.requires_grad_(name not in frozen)
+    for module in modules(model, guide):
+        module.to(device)
+    for name, module in _modules(model, guide):
+        module.training = name not in evaluating
+    if bare:
+        params = {name: tensor.to(device).requires_grad_() for name, tensor in bare.items()}
+        with programs.parameter_store(model, guide, fresh=True) as store:
+            live = pyro.get_param_store()
+            for name in programs.bare_parameter_names():
+                del live[name]
+            live.set_state({"params": params, "constraints": constraints})
+        programs.bind_names(model, guide, store, met)
+
+
+def _owners(model: Program, guide: Program) -> Iterator[tuple[str, nn.Module]]:
+    """Yield guides that make a part of themselves at their first call."""
+    for name, module in _modules(model, guide):
+        if isinstance(getattr(module, "built", None), Later):
+            yield name, module
+
+
+def _modules(model: Program, guide: Program) -> Iterator[tuple[str, nn.Module]]:
+    for name, thing in reach(model=model, guide=guide):
+        if isinstance(thing, nn.Module):
+            yield name, thing
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

@@ -1,0 +1,35 @@
+"""Data frames as dictionaries of arrays and lists, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+
+def of_frame(frame: pd.DataFrame) -> dict[str, Any]:
+    """Return the structure of a data frame."""
+    default = isinstance(frame.index, pd.RangeIndex) and frame.index.equals(
+        pd.RangeIndex(len(frame))
+    )
+    return {
+        "columns": [(name, _of_values(frame[name])) for name in frame.columns],
+        "rows": len(frame),
+        "index": None if default else _of_values(frame.index),
+        "index_name": frame.index.name,
+    }
+
+
+def to_frame(structure: dict[str, Any]) -> pd.DataFrame:
+    """Return the data frame of a structure."""
+    rows, index = structure["rows"], structure["index"]
+    index = pd.RangeIndex(rows) if index is None else pd.Index(index)
+    columns = {name: pd.Series(values, index=index) for name, values in structure["columns"]}
+    frame = pd.DataFrame(columns, index=index)
+    frame.index.name = structure["index_name"]
+    return frame
+
+
+def _of_values(values: pd.Series | pd.Index) -> np.ndarray | list[Any]:
+    return values.to_list() if values.dtype.kind not in "biufc" else values.to_numpy()

@@ -1,0 +1,91 @@
+"""The tensors that a pair consists of, each by a name that outlasts the process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+from torch import Tensor
+
+from pyro_vae import mappings, programs
+from pyro_vae.modules import modules
+from pyro_vae.reach import reach
+from pyro_vae.traces import Program
+
+BARE = "param."  # what the names of pyro.param values begin with
+
+
+def state(model: Program, guide: Program) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a pair, as they are: not copies.
+
+    Those of modules are called by the way that leads to them, ``model.likelihood.net.0.weight``
+    say, and what both programs hold by the shortest; values of ``pyro.param`` that no module
+    holds by their own names after ``param.``, unconstrained. Open the pair's
+    :func:`pyro_vae.parameter_store` around it, for these stand there.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> model = pv.LatentVariableModel(
+        ...     prior=pv.priors.StandardNormal(2),
+        ...     likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [], 4)),
+        ... )
+        >>> guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(4, []))
+        >>> sorted(name for name in state(model, guide) if name.startswith("guide"))
+        ['guide.encoder.0.bias', 'guide.encoder.0.weight']
+    """
+    of_modules = {
+        id(tensor)
+        for module in modules(model, guide)
+        for tensor in itertools.chain(module.parameters(), module.buffers())
+    }
+    found: dict[str, Tensor] = {}
+    for name, thing in reach(model=model, guide=guide):
+        if id(thing) in of_modules:
+            of_modules.remove(id(thing))
+            found[_unused(name, found)] = thing
+    named = dict(pyro.get_param_store().named_parameters())
+    found |= {BARE + name: named[name] for name in sorted(programs.bare_parameter_names())}
+    return found
+
+
+def _unused(name: str, names: dict[str, Tensor]) -> str:
+    """Number what code can reach by one name: an attribute and a global, say."""
+    candidates = itertools.chain([name], (f"{name}#{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in candidates if candidate not in names)
+
+
+def constraints_of_bare_parameters() -> dict[str, Any]:
+    """Return the constraints of ``pyro.param`` values that no module holds, by name.
+
+    Raises:
+        TypeError: a constraint is of a kind that cannot be written down.
+    """
+    constraints = pyro.get_param_store().get_state()["constraints"]
+    names = programs.bare_parameter_names()
+    return {BARE + name: mappings.describe(constraints[name]) for name in sorted(names)}
+
+
+def make_bare_parameters(constraints: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
+    """Register values in the open store that the programs have not come to ask for.
+
+    Args:
+        constraints: as :func:`constraints_of_bare_parameters` gave them.
+        values: unconstrained, by the same names.
+    """
+    store = pyro.get_param_store()
+    names = sorted(constraints.keys() - {BARE + known for known in store.keys()})  # noqa: SIM118
+    bare = [name.removeprefix(BARE) for name in names]
+    made = [values[name].detach().clone().requires_grad_() for name in names]
+    bounds = [mappings.restore(constraints[name]) for name in names]
+    store.set_state(
+        {
+            "params": dict(zip(bare, made, strict=True)),
+            "constraints": dict(zip(bare, bounds, strict=True)),
+        }
+    )

@@ -1,0 +1,126 @@
+"""Checkpoints of a run in one folder: when to write, which to keep, which to go on from."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_vae.processes import broadcast_from_first, rank
+from pyro_vae.storage import UnreadableFile, read, write
+
+KIND = "checkpoint of a fit"
+_SHARE_OF_TIME = 0.02  # that writing may take
+_PREFIX = "step-"
+
+
+class Checkpoints:
+    """The checkpoints of one run, ``step-000000000100`` and the like.
+
+    Of the processes of a group, the first writes, and all read.
+
+    Args:
+        folder: where they lie; it is made.
+        seconds: between two of them, or more, lest writing take more than a fiftieth of the time.
+        kept: how many of the last stay.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: str | Path, seconds: float, kept: int):
+        self.folder = Path(folder)
+        self._seconds = seconds
+        self._kept = kept
+        self._due = 0.0
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for another."""
+        return time.monotonic() >= self._due
+
+    def begin(self, *, resume: bool) -> dict[str, Any] | None:
+        """Return the last checkpoint that is whole, to go on from; None if there is none at all.
+
+        Those behind it, which cannot be read, get another name.
+
+        Args:
+            resume: whether to go on from it.
+
+        Raises:
+            ValueError: there is one, and it is not wanted.
+            UnreadableFile: there are some, but none that can be read.
+        """
+        step, content, problem = -1, None, None
+        if rank() == 0:
+            try:
+                step, content = self._last_whole(resume)
+            except ValueError as error:
+                problem = error
+        said = broadcast_from_first(torch.tensor([step, int(problem is not None)]))
+        if problem is not None:
+            raise problem
+        if said[1]:
+            raise ValueError(f"the first process cannot begin with {self.folder}: see its error")
+        if rank() > 0 and said[0] >= 0:
+            content = read(self._path(int(said[0])), kind=KIND)
+        return content
+
+    def write(self, content: Mapping[str, Any], steps: int) -> None:
+        """Write one; remove the oldest, and those of a later time that the run went back from.
+
+        Args:
+            content: what to write.
+            steps: how many steps the run has taken.
+
+        Raises:
+            OSError: the disk is full, say; the checkpoints before are whole.
+            TypeError: something in it cannot be written.
+        """
+        if rank() > 0:
+            return
+        began = time.monotonic()
+        newest = self._path(steps)
+        write(newest, content, kind=KIND, overwrite=True)
+        paths = self._paths()
+        last = paths.index(newest) + 1
+        for path in (*paths[: max(0, last - self._kept)], *paths[last:]):
+            shutil.rmtree(path, ignore_errors=True)
+        took = time.monotonic() - began
+        self._due = time.monotonic() + max(self._seconds, took / _SHARE_OF_TIME)
+
+    def _last_whole(self, resume: bool) -> tuple[int, dict[str, Any] | None]:
+        paths = self._paths()
+        if paths and not resume:
+            raise ValueError(
+                f"{self.folder} has the checkpoints of a run: go on with it by resume=True, or "
+                "name another folder"
+            )
+        broken: dict[Path, UnreadableFile] = {}
+        for path in reversed(paths):
+            try:
+                content = read(path, kind=KIND)
+            except UnreadableFile as problem:
+                broken[path] = problem
+                continue
+            for other, problem in broken.items():
+                aside = other.with_name(f"unreadable-{other.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                other.rename(aside)
+                warnings.warn(f"going on from an earlier checkpoint: {problem}", stacklevel=2)
+            return int(path.name.removeprefix(_PREFIX)), content
+        if broken:
+            raise next(iter(broken.values()))
+        return -1, None
+
+    def _path(self, steps: int) -> Path:
+        return self.folder / f"{_PREFIX}{steps:012d}"
+
+    def _paths(self) -> list[Path]:
+        return sorted(path for path in self.folder.iterdir() if path.name.startswith(_PREFIX))

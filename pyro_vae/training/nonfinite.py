@@ -1,0 +1,141 @@
+"""The first value of a run that is not finite: where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_vae.sites import data_frame
+
+_ROWS_SHOWN = 10
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient of a fit is NaN or infinite; the pair is as it was before that step.
+
+    Args:
+        what: what is not finite.
+        epoch: the epoch, from 1.
+        step: the step in it, from 1.
+        site: the first site whose value or log-density is not finite, None if all are.
+        parameter: the first parameter whose gradient is not finite, or which the step made so.
+        rows: the minibatch: numbers of its rows, None where the data are a stream.
+        bad: which of its rows are not finite at the site, counted from 0 in the minibatch.
+        folder: holds the run up to the step, and the minibatch: ``fit`` with the same arguments,
+            ``checkpoint=folder`` and ``resume=True`` meets the same value again.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        epoch: int,
+        step: int,
+        site: str | None,
+        parameter: str | None,
+        rows: Tensor | None,
+        bad: Tensor | None,
+        folder: Path | None = None,
+    ):
+        self.epoch, self.step, self.site, self.parameter = epoch, step, site, parameter
+        self.rows, self.bad, self.folder = rows, bad, folder
+        lines = [f"{what} in epoch {epoch}, step {step}"]
+        if bad is not None and len(bad):
+            lines.append(f"rows {_shown(bad)} of the minibatch")
+            if rows is not None:
+                lines[-1] += f", which are rows {_shown(rows[bad])} of the data"
+        elif rows is not None:
+            lines.append(f"the minibatch is rows {_shown(rows)} of the data")
+        lines.append(
+            "the parameters are those before that step. Lower the learning rate, set clip_norm, "
+            'look for a scale that falls to zero, or pass on_nonfinite="skip"'
+        )
+        if folder is not None:
+            lines.append(f"to meet it again: checkpoint={str(folder)!r}, resume=True")
+        super().__init__("; ".join(lines) + ".")
+
+
+class FirstNonFiniteSite(Messenger):
+    """Notes the first sample site with a NaN or an infinity, and at which rows of the minibatch.
+
+    Attributes:
+        name: the site, None if there is none.
+        what: what of it: a parameter of its distribution, its value or its log-density.
+        bad: the rows, None if the site belongs to no datum.
+        has_nonfinite_numbers: whether it is not just its log-density: a value outside of a support
+            has none.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.name: str | None = None
+        self.what = ""
+        self.bad: Tensor | None = None
+        self.has_nonfinite_numbers = False
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if self.name is not None or type(msg["fn"]).__name__ == "_Subsample":
+            return
+        for what, values in _numbers(msg):
+            finite = values.detach().isfinite()
+            if not finite.all():
+                self.name = msg["name"]
+                self.what = f"{what} of site {self.name!r} is {values[~finite][0].item()}"
+                self.bad = _rows(msg, finite)
+                self.has_nonfinite_numbers = what != "the log-density"
+                return
+
+
+def _numbers(msg: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a site has of numbers, what comes first first."""
+    base = msg["fn"]
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    for name in base.arg_constraints:
+        if isinstance(parameter := vars(base).get(name), Tensor):
+            yield f"parameter {name!r}", parameter
+    yield "the value", msg["value"]
+    log_prob = msg["fn"].log_prob(msg["value"])
+    if msg["mask"] is not None:
+        log_prob = log_prob.where(torch.as_tensor(msg["mask"]), 0.0)
+    yield "the log-density", log_prob
+
+
+def _rows(msg: dict[str, Any], finite: Tensor) -> Tensor | None:
+    """Return the positions along the plate of the data at which something is not finite."""
+    frame, batch = data_frame(msg), len(msg["fn"].batch_shape)
+    if frame is None or finite.dim() < batch or batch < -frame.dim:
+        return None
+    along = batch + frame.dim
+    if finite.shape[along] != frame.size:
+        return None
+    return (~finite.movedim(along, 0).reshape(frame.size, -1).all(1)).nonzero()[:, 0].cpu()
+
+
+def first_non_finite(tensors: Mapping[str, Tensor | None]) -> str | None:
+    """Return the name of the first tensor with a NaN or an infinity, None if there is none."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.detach().isfinite().all():
+            return name
+    return None
+
+
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers are, without a look at each: none is, if a norm is NaN or infinite.
+
+    A norm overflows before its numbers do: False says no more than that a look is due.
+    """
+    real = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+    if not real:
+        return True
+    return bool(torch.stack([n.double() for n in torch._foreach_norm(real)]).isfinite().all())
+
+
+def _shown(numbers: Tensor) -> str:
+    shown = ", ".join(map(str, numbers[:_ROWS_SHOWN].tolist()))
+    return f"[{shown}{', ...' if len(numbers) > _ROWS_SHOWN else ''}]"

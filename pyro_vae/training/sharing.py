@@ -1,0 +1,86 @@
+"""One step by the processes of a group: each takes its rows of the minibatch, and all the mean.
+
+The loss of a minibatch is the mean over its rows. So its gradient is the mean of the gradients that
+the processes find on their shares, each weighted by the rows it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_vae.processes import num_processes, rank, sum_over_processes
+
+Selection = tuple[Tensor, ...]
+
+
+def share_of(selection: Selection) -> Selection:
+    """Return the rows of a minibatch that are this process's: none, if there are too few."""
+    return tuple(column.tensor_split(num_processes())[rank()] for column in selection)
+
+
+class SharedGradient:
+    """The loss and gradients of whole minibatches, of which each process sees a share.
+
+    Args:
+        parameters: what the gradients are of.
+        is_share: whether minibatches are shares already.
+
+    Attributes:
+        error: a ValueError of this process's share: the others learn of it by a loss that is NaN.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], *, is_share: bool):
+        self._parameters = parameters
+        self._is_share = is_share
+        self._used: list[bool] | None = None
+        self.error: ValueError | None = None
+
+    def __call__(
+        self, gradient: Callable[..., list[Tensor | None]], selection: Selection
+    ) -> list[Tensor | None]:
+        """Return the loss per datum and the gradients, the same in all processes.
+
+        Args:
+            gradient: of a share.
+            selection: the whole minibatch.
+        """
+        mine = selection if self._is_share else share_of(selection)
+        rows = len(mine[0])
+        if rows:
+            loss, *gradients = self._of_share(gradient, mine)
+            self._used = [value is not None for value in gradients]
+        elif self._used is None:
+            raise ValueError(
+                f"a minibatch of {len(selection[0])} rows is too small for {num_processes()} "
+                "processes: give each at least one"
+            )
+        else:
+            loss = torch.zeros((), device=selection[0].device)
+            gradients = [
+                torch.zeros_like(p) if used else None
+                for p, used in zip(self._parameters, self._used, strict=True)
+            ]
+        # Numbers of rows, and losses, are of one type in all processes.
+        sums = torch.stack([loss.double() * rows, torch.full_like(loss, rows, dtype=torch.float64)])
+        gradients = [None if value is None else value * rows for value in gradients]
+        sum_over_processes([sums, *(value for value in gradients if value is not None)])
+        loss, rows = sums
+        return [loss / rows, *(None if value is None else value / rows for value in gradients)]
+
+    def _of_share(
+        self, gradient: Callable[..., list[Tensor | None]], mine: Selection
+    ) -> list[Tensor | None]:
+        self.error = None
+        try:
+            return gradient(*mine)
+        except ValueError as error:
+            self.error = error
+            loss = torch.tensor(math.nan, device=mine[0].device)
+            return [
+                loss,
+                *(torch.zeros_like(p) if p.requires_grad else None for p in self._parameters),
+            ]

@@ -1,0 +1,437 @@
+"""A run that was stopped, at whatever instant, and resumed is the run that was never stopped."""
+
+import errno
+import functools
+import os
+import random
+import signal
+import threading
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import make_pair
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import pyro_vae as pv
+from pyro_vae import objectives
+from pyro_vae.state import state
+from pyro_vae.training import checkpoints
+from pyro_vae.training.trainer import Trainer
+
+
+class Killed(BaseException):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture(autouse=True)
+def at_every_step(monkeypatch):
+    """Write as often as asked for, whatever it costs."""
+    monkeypatch.setattr(checkpoints, "_SHARE_OF_TIME", float("inf"))
+
+
+class Noisy(nn.Module):
+    """An encoder with a running average and noise of its own."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Linear(size, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.2)
+        )
+
+    def forward(self, x):
+        return self.features(x)
+
+
+def noisy_pair():
+    torch.manual_seed(3)
+    model, _ = make_pair()
+    return model, pv.guides.AmortizedNormal(model, encoder=Noisy(16, 7))
+
+
+def bare_pair():
+    """Functions, with parameters that Pyro's store alone holds, one of them made later."""
+    calls = []
+
+    def model(x):
+        scale = pyro.param("scale", torch.tensor(0.7), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, torch.ones(2)).to_event(1))
+            if x.requires_grad or len(calls) > 0:
+                z = z + pyro.param("shift", lambda: torch.randn(2))
+            calls.append(1)
+            loc = z.sum(-1, keepdim=True).expand(x.shape)
+            pyro.sample("x", dist.Normal(loc, scale).to_event(1), obs=x)
+
+    def guide(x):
+        weight = pyro.param("weight", torch.full((16, 2), 0.01))
+        spread = pyro.param(
+            "spread", torch.tensor([0.3, 0.2]), constraint=dist.constraints.interval(0.01, 2.0)
+        )
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ weight, spread).to_event(1))
+
+    return model, guide
+
+
+class Rows(Dataset):
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i].roll(random.randrange(3) + np.random.randint(3))  # noqa: NPY002, S311
+
+
+class Shuffled(IterableDataset):
+    """A stream with a buffer, whose order depends on all that was drawn before."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __iter__(self):
+        buffer = []
+        for row in self.x:
+            buffer.append(row)
+            if len(buffer) > 7:
+                yield buffer.pop(int(torch.randint(len(buffer), ())))
+        yield from buffer
+
+
+def on_disk(x, folder):
+    rows = np.memmap(folder / "rows.bin", dtype="float32", mode="w+", shape=tuple(x.shape))
+    rows[:] = x.numpy()
+    rows.flush()
+    return np.memmap(folder / "rows.bin", dtype="float32", mode="r", shape=tuple(x.shape))
+
+
+def own_generator(x):
+    return DataLoader(
+        TensorDataset(x), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(5)
+    )
+
+
+CASES = {
+    "modules": {},
+    "noise of their own": {"pair": noisy_pair},
+    "bare parameters": {"pair": bare_pair},
+    "binarised": {"transform": torch.bernoulli},
+    "a Dataset": {"wrap": Rows},
+    "a stream": {"wrap": Shuffled},
+    "a loader": {"wrap": own_generator},
+    "patience": {"patience": 1, "learning_rate": 0.3, "epochs": 5},
+    "momentum": {"optimizer": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)},
+    "closures": {"optimizer": functools.partial(torch.optim.LBFGS, lr=0.01, max_iter=3)},
+    "a schedule of rates": {
+        "scheduler": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=5)
+    },
+    "a plateau": {"scheduler": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0)},
+    "turns": {"guide_steps": 2, "model_steps": 1},
+    "turns, bounded": {"guide_steps": 2, "clip_norm": 1.0},
+    "a schedule of weights": {
+        "objective": lambda: objectives.BetaELBO(objectives.Linear(steps=20)),
+    },
+    "many particles": {"objective": lambda: objectives.DReG(num_particles=3)},
+}
+
+CAPTURED = {
+    "modules": {},
+    "noise of their own": {"pair": noisy_pair},
+    "bare parameters": {"pair": bare_pair},
+    "a loader": {"wrap": own_generator},
+    "turns": {"guide_steps": 2, "model_steps": 1},
+}
+
+
+def run(x, folder=None, killed_after=None, **case):
+    """Fit a new pair; die in some step, if so wished. Return its tensors and its history."""
+    torch.manual_seed(11)
+    random.seed(12)
+    np.random.seed(13)  # noqa: NPY002
+    case = {"pair": make_pair, "wrap": lambda x: x, "epochs": 2, "capture": False} | case
+    model, guide = case.pop("pair")()
+    data, transform = case.pop("wrap")(x), case.pop("transform", None)
+    if "objective" in case:
+        case["objective"] = case["objective"]()
+    steps, take_a_step = 0, Trainer.step
+
+    def step(trainer, *args, **options):
+        nonlocal steps
+        steps += 1
+        loss = take_a_step(trainer, *args, **options)
+        if steps == killed_after:
+            raise Killed
+        return loss
+
+    defaults = {"batch_size": 8, "seed": 0, "progress": False, "validation": x[:9]}
+    if folder is not None:
+        defaults |= {"checkpoint": folder, "checkpoint_seconds": 0.0, "resume": True}
+    with mock.patch.object(Trainer, "step", step):
+        result = pv.fit(model, guide, data, transform=transform, **(defaults | case))
+    with pv.parameter_store(model, guide):
+        found = {name: tensor.detach().clone() for name, tensor in state(model, guide).items()}
+    return found, result.history.drop(columns="seconds"), steps
+
+
+def assert_same(found, expected):
+    tensors, history, _ = found
+    assert tensors.keys() == expected[0].keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[0][name]), name
+    pd.testing.assert_frame_equal(history, expected[1], check_exact=True)
+
+
+def some_of(last, name):
+    """Three steps, the same for a name each time."""
+    generator = np.random.default_rng(list(name.encode()))
+    return 1 + generator.choice(last, 3, replace=False)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_resumed_run_ends_as_if_it_had_not_been_killed(name, binary, tmp_path):
+    expected = run(binary, **CASES[name])
+    last = expected[2]
+    steps = some_of(last, name)
+    for number, step in enumerate(steps):
+        folder = tmp_path / str(number)
+        with pytest.raises(Killed):
+            run(binary, folder, step, **CASES[name])
+        assert_same(run(binary, folder, **CASES[name]), expected)
+
+
+def test_a_captured_run_is_resumed_at_the_stage_it_had(binary, tmp_path, without_compiler):
+    case = {"capture": True, "epochs": 3, "batch_size": 20}  # two whole minibatches, and a rest
+    expected = run(binary, **case)
+    for step in (1, 2, 4, 5, 6, 7, 8):
+        with pytest.raises(Killed):
+            run(binary, tmp_path / str(step), step, **case)
+        assert_same(run(binary, tmp_path / str(step), **case), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_compiled_run_is_resumed_bit_by_bit(name, binary, tmp_path):
+    case = {"capture": True, "epochs": 3} | CAPTURED[name]
+    expected = run(binary, **case)
+    for number, step in enumerate(some_of(expected[2], name)):
+        folder = tmp_path / str(number)
+        with pytest.raises(Killed):
+            run(binary, folder, step, **case)
+        assert_same(run(binary, folder, **case), expected)
+
+
+def fit(x, folder=None, pair=make_pair, **changes):
+    torch.manual_seed(11)
+    programs = pair()
+    defaults = {"epochs": 3, "batch_size": 10, "seed": 0, "progress": False, "capture": False}
+    if folder is not None:
+        defaults |= {"checkpoint": folder, "checkpoint_seconds": 0.0}
+    result = pv.fit(*programs, x, **(defaults | changes))
+    return result, tensors(*programs)
+
+
+def tensors(model, guide):
+    with pv.parameter_store(model, guide):
+        return {name: tensor.detach().clone() for name, tensor in state(model, guide).items()}
+
+
+def equal(some, others):
+    return some.keys() == others.keys() and all(torch.equal(others[n], t) for n, t in some.items())
+
+
+class At:
+    """A transform that does something at one of its calls."""
+
+    def __init__(self, call, action):
+        self.call, self.action, self.calls = call, action, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        if self.calls == self.call:
+            self.action()
+        return torch.bernoulli(x)
+
+
+def test_rows_on_disk_are_streamed_and_resumed(binary, tmp_path):
+    rows = on_disk(binary, tmp_path)
+    expected, straight = fit(rows)
+    with mock.patch.object(Trainer, "end_epoch", side_effect=Killed), pytest.raises(Killed):
+        fit(rows, tmp_path / "run")
+    result, resumed = fit(rows, tmp_path / "run", resume=True)
+    assert equal(straight, resumed)
+    assert result.history.loss.tolist() == expected.history.loss.tolist()
+
+
+def test_a_run_that_was_over_goes_on_for_more_epochs(binary, tmp_path):
+    expected, straight = fit(binary, epochs=4)
+    fit(binary, tmp_path, epochs=2)
+    result, resumed = fit(binary, tmp_path, epochs=4, resume=True)
+    assert equal(straight, resumed)
+    assert result.history.loss.tolist() == expected.history.loss.tolist()
+    again, same = fit(binary, tmp_path, epochs=4, resume=True)
+    assert equal(straight, same)
+    assert again.history.loss.tolist() == expected.history.loss.tolist()
+
+
+def test_ctrl_c_ends_the_run_after_the_step_and_it_can_be_resumed(binary, tmp_path):
+    _, straight = fit(binary, transform=torch.bernoulli)
+    press = At(9, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(pv.StoppedFit) as stopped:
+        fit(binary, tmp_path, transform=press)
+    assert press.calls == 9  # one by the fit's first look, then that step's and no other
+    assert len(stopped.value.fit.history) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    _, resumed = fit(binary, tmp_path, transform=torch.bernoulli, resume=True)
+    assert equal(straight, resumed)
+
+
+def test_a_second_ctrl_c_does_not_wait_and_leaves_a_whole_state(binary, tmp_path):
+    _, straight = fit(binary, transform=torch.bernoulli)
+
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(pv.StoppedFit):
+        fit(binary, tmp_path, transform=At(9, twice))
+    _, resumed = fit(binary, tmp_path, transform=torch.bernoulli, resume=True)
+    assert equal(straight, resumed)
+
+
+def test_ctrl_c_during_validation(binary, tmp_path):
+    _, straight = fit(binary, validation=binary)
+    evaluate = Trainer.evaluate
+
+    def pressed(*args):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*args)
+
+    with mock.patch.object(Trainer, "evaluate", pressed), pytest.raises(pv.StoppedFit):
+        fit(binary, tmp_path, validation=binary)
+    _, resumed = fit(binary, tmp_path, validation=binary, resume=True)
+    assert equal(straight, resumed)
+
+
+def test_a_fit_in_a_thread_leaves_signals_alone(binary):
+    thread = threading.Thread(target=fit, args=(binary,))
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it(binary, tmp_path):
+    _, straight = fit(binary)
+    written = 0
+
+    def full(descriptor, sync=os.fsync):
+        nonlocal written
+        written += 1
+        if written > 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with mock.patch("os.fsync", full), pytest.raises(OSError, match=r"step-\d+: No space left"):
+        fit(binary, tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    _, resumed = fit(binary, tmp_path, resume=True)
+    assert equal(straight, resumed)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(binary, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        fit(binary, tmp_path / "file" / "run")
+
+
+def test_a_damaged_checkpoint_is_passed_over(binary, tmp_path):
+    _, straight = fit(binary, transform=torch.bernoulli)
+    with pytest.raises(pv.StoppedFit):
+        fit(binary, tmp_path, transform=At(9, lambda: signal.raise_signal(signal.SIGINT)))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 3
+    record = tmp_path / names[-1] / "record.json"
+    record.write_bytes(record.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="earlier checkpoint"):
+        _, resumed = fit(binary, tmp_path, resume=True, transform=torch.bernoulli)
+    assert equal(straight, resumed)
+    assert (tmp_path / f"unreadable-{names[-1]}").exists()
+    for path in tmp_path.glob("step-*"):
+        (path / "tensors.safetensors").write_bytes(b"nothing")
+    with pytest.raises(pv.UnreadableFile):
+        fit(binary, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 5}, "batch_size 10, here it is 5"),
+        ({"objective": objectives.IWAE(num_particles=2)}, "objective ELBO"),
+        ({"clip_norm": 1.0}, "clip_norm None"),
+        ({"pair": lambda: make_pair(hidden=9)}, "tensors of the pair"),
+        ({"pair": noisy_pair}, "tensors of the pair"),
+        ({"optimizer": functools.partial(torch.optim.SGD, lr=0.1)}, "optimizer"),
+        ({"scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1)}, "scheduler"),
+        ({"learning_rate": {"model": 0.1, "guide": 0.2}}, "groups of parameters"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(changes, message, binary, tmp_path):
+    fit(binary, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        fit(binary, tmp_path, resume=True, **changes)
+
+
+def test_other_data_are_refused(binary, tmp_path):
+    fit(binary, tmp_path)
+    with pytest.raises(ValueError, match="with data "):
+        fit(1 - binary, tmp_path, resume=True)
+
+
+def test_a_folder_in_use_and_a_resume_without_folder_are_refused(binary, tmp_path):
+    fit(binary, tmp_path)
+    with pytest.raises(ValueError, match="resume=True"):
+        fit(binary, tmp_path)
+    with pytest.raises(ValueError, match="checkpoint="):
+        fit(binary, resume=True)
+    with pytest.raises(ValueError, match="checkpoints_kept"):
+        fit(binary, tmp_path / "other", checkpoints_kept=0)
+
+
+def test_what_cannot_be_written_is_told_before_the_first_step(binary, tmp_path):
+    class Odd(torch.optim.SGD):
+        def state_dict(self):
+            return super().state_dict() | {"callback": print}
+
+    with pytest.raises(TypeError, match="callback"):
+        fit(binary, tmp_path, optimizer=functools.partial(Odd, lr=0.1), epochs=10**6)
+
+
+def test_the_last_few_stay(binary, tmp_path):
+    fit(binary, tmp_path, checkpoints_kept=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "step-000000000014",
+        "step-000000000015",
+    ]
+
+
+def test_what_after_epoch_returns_are_columns(binary):
+    seen = []
+
+    def kl_of_units(epoch):
+        seen.append(epoch)
+        report = pv.collapse_report(*programs, binary, num_particles=5)
+        return {f"kl of unit {unit}": kl for unit, kl in enumerate(report.units["kl"])}
+
+    torch.manual_seed(11)
+    programs = make_pair()
+    options = {"epochs": 3, "batch_size": 10, "seed": 0, "progress": False, "capture": False}
+    result = pv.fit(*programs, binary, after_epoch=kl_of_units, **options)
+    assert seen == [1, 2, 3]
+    assert result.history[["kl of unit 0", "kl of unit 1"]].notna().all(axis=None)
+    assert equal(tensors(*programs), fit(binary)[1])  # it does not touch the run's noise

@@ -1,0 +1,207 @@
+"""Two processes that share every minibatch train as one does."""
+
+import functools
+from datetime import timedelta
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.distributed
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+import pyro_vae as pv
+from pyro_vae.state import state
+from pyro_vae.training import checkpoints
+from pyro_vae.training.trainer import Trainer
+
+ROWS = 51  # the last minibatch of 10 has one row, and a process none
+
+
+class Pair(nn.Module):
+    """A Gaussian pair whose noise comes with the data: a row of x and a row of noise."""
+
+    def __init__(self, batch_norm=False):
+        super().__init__()
+        torch.manual_seed(2)
+        layers = [nn.Linear(6, 5), nn.BatchNorm1d(5)] if batch_norm else [nn.Linear(6, 5)]
+        self.encoder = nn.Sequential(*layers, nn.Tanh(), nn.Linear(5, 4))
+        self.decoder = nn.Linear(2, 6)
+        self.spread = nn.Parameter(torch.zeros(()))
+        self.double()
+
+    def model(self, x, noise):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(noise), 1.0).to_event(1))
+            scale = self.spread.exp()
+            pyro.sample("x", dist.Normal(self.decoder(z), scale).to_event(1), obs=x)
+
+    def guide(self, x, noise):
+        loc, scale = self.encoder(x).chunk(2, -1)
+        q = dist.Normal(loc, scale.exp()).to_event(1)
+        z = loc + scale.exp() * noise
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(z, log_density=q.log_prob(z), event_dim=1))
+
+
+def data():
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(ROWS, 6, generator=generator, dtype=torch.float64)
+    return x, torch.randn(ROWS, 2, generator=generator, dtype=torch.float64)
+
+
+def logs(x, noise):
+    """Rows of which one is not a number once its logarithm is taken."""
+    x = x.abs() + 0.1
+    x[27, 2] = 0.0
+    return x, noise
+
+
+class Logarithm(Pair):
+    def guide(self, x, noise):
+        super().guide(x * x.log(), noise)
+
+
+class Rows(Dataset):
+    def __init__(self, columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(self.columns[0])
+
+    def __getitem__(self, i):
+        return tuple(column[i] for column in self.columns)
+
+
+def trained(kind=Pair, columns=None, killed_after=None, own_noise=False, **options):
+    pair = kind()
+    columns = data() if columns is None else columns
+    defaults = {"batch_size": 10, "epochs": 3, "seed": 0, "progress": False, "capture": False}
+    programs = (pair.model, pair.guide)
+    if own_noise:
+        model = pv.LatentVariableModel(
+            pv.priors.StandardNormal(2), pv.likelihoods.Normal(pv.nets.MLP(2, [5], 6))
+        ).double()
+        programs = (model, pv.guides.AmortizedNormal(model, pv.nets.MLP(6, [5]).double()))
+        columns = columns[0]
+        programs[1](columns)
+        programs[1].double()
+    take_a_step, steps = Trainer.step, 0
+
+    def step(trainer, *args, **more):
+        nonlocal steps
+        steps += 1
+        if steps == killed_after:
+            raise KeyboardInterrupt
+        return take_a_step(trainer, *args, **more)
+
+    Trainer.step = step
+    try:
+        result = pv.fit(*programs, columns, **(defaults | options))
+    except KeyboardInterrupt:
+        return {}
+    finally:
+        Trainer.step = take_a_step
+    found = {name: tensor.detach().clone() for name, tensor in state(*programs).items()}
+    found["history"] = torch.tensor(result.history[["loss", "validation_loss"]].to_numpy())
+    found["skipped"] = torch.tensor(result.history["skipped"].to_numpy())
+    return found
+
+
+def runs(folder):
+    """What is trained, by name: each a function of nothing."""
+    columns = data()
+    loader = functools.partial(DataLoader, TensorDataset(*columns), batch_size=10)
+    written = {"checkpoint": folder, "checkpoint_seconds": 0.0}
+    return {
+        "plain": lambda: trained(epochs=9),  # 54 steps
+        "straight": lambda: trained(),
+        "captured": lambda: trained(capture=True),
+        "bounded": lambda: trained(clip_norm=0.1),
+        "turns": lambda: trained(guide_steps=1, clip_norm=0.1),
+        "validation": lambda: trained(validation=columns, patience=2),
+        "a Dataset": lambda: trained(columns=Rows(columns)),
+        "a loader": lambda: trained(columns=loader(shuffle=True)),
+        "skipped": lambda: trained(Logarithm, logs(*columns), on_nonfinite="skip"),
+        "killed": lambda: trained(killed_after=11, **written),
+        "resumed": lambda: trained(resume=True, **written),
+    }
+
+
+def one_of_two(rank, folder):
+    """What one process does: everything, and each run's tensors into a file."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/group",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    checkpoints._SHARE_OF_TIME = float("inf")
+    torch._inductor.config.compile_threads = 1
+    found = {name: run() for name, run in runs(f"{folder}/run").items()}
+    drawn = []
+
+    def draw(x):
+        drawn.append(torch.randn(3))
+        return x
+
+    found["own noise"] = trained(own_noise=True, transform=draw)
+    found["drawn"] = drawn
+    sampler = DistributedSampler(TensorDataset(*data()), seed=1)
+    loader = DataLoader(TensorDataset(*data()), batch_size=5, sampler=sampler)
+    found["own rows"] = trained(columns=loader)
+    found["noise and averages"] = trained(functools.partial(Pair, batch_norm=True), batch_size=13)
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(one_of_two, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+EQUAL = ["plain", "bounded", "turns", "validation", "a Dataset", "captured", "skipped"]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_two_find_what_one_finds(name, found, tmp_path, without_compiler):
+    expected = runs(tmp_path)[name]()
+    for share in found:
+        assert share[name].keys() == expected.keys()
+        for key, tensor in share[name].items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "name", [*EQUAL, "a loader", "own rows", "own noise", "noise and averages", "resumed"]
+)
+def test_both_hold_the_same(name, found):
+    first, second = (share[name] for share in found)
+    for key, tensor in first.items():
+        assert torch.equal(tensor, second[key]) or key == "history", key
+
+
+def test_the_noise_of_each_is_its_own(found):
+    first, second = (share["drawn"] for share in found)
+    assert not torch.equal(first[-1], second[-1])
+
+
+@pytest.mark.parametrize("name", ["a loader", "own rows"])
+def test_every_row_counts_whatever_brings_it(name, found):
+    """In another order than that of a tensor: the losses of the epochs differ, but by little."""
+    history, expected = (found[0][n]["history"][:, 0] for n in (name, "straight"))
+    assert not torch.equal(history, expected)
+    torch.testing.assert_close(history, expected, rtol=0.05, atol=0.0)
+
+
+def test_a_group_is_resumed_bit_by_bit(found):
+    for share in found:
+        assert share["killed"] == {}
+        for key, tensor in share["resumed"].items():
+            assert torch.equal(tensor, share["straight"][key]) or key == "history", key
