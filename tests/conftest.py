@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -28,6 +29,14 @@ def binary():
     left = torch.arange(16) < 8
     rows = torch.where(torch.rand(50, 1) < 0.5, left, ~left)
     return torch.bernoulli(torch.where(rows, 0.9, 0.1))
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C interrupts, even where the tests run in the background of a shell that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -195,7 +195,7 @@ def test_objectives_drive_pyros_svi(name, pair, binary):
         (lambda: o.InfoVAE(alpha=2.0), "alpha must be at most 1"),
         (lambda: o.Linear(0), "steps must be at least 1"),
         (lambda: o.Cyclical(10, rise=0.0), "rise must be a share"),
-        (lambda: o.BetaELBO(float("nan")), "value must be finite"),
+        (lambda: o.BetaELBO(float("nan")), "beta must be finite"),
         (lambda: o.BetaTCVAE(num_data=0), "num_data must be at least 1"),
     ],
 )

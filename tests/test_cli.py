@@ -39,7 +39,7 @@ def test_dynamic_binarisation(tmp_path):
         (["--data", "mnits"], "expected one of digits, mnist"),
         (["--report", "/nowhere/page.html"], "cannot write --report"),
         (["--batch-size", "100000"], "is larger than the data, 1297 rows"),
-        (["--latents", "0"], "a size of StandardNormal must be at least 1"),
+        (["--latents", "0"], "a size of event_shape must be at least 1"),
     ],
 )
 def test_a_mistake_is_told_in_a_line(arguments, message):

@@ -8,12 +8,15 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 # Every example, with the arguments that shorten it. One that is not here fails.
 ARGUMENTS = {
+    "benchmarks/checkpoints.py": ["kill", "--runs", "3", "--epochs", "4"],
     "benchmarks/evidence.py": ["--data", "100", "--particles", "20", "--rounds", "1"],
     "benchmarks/step.py": [
         *("--peers", "captured", "hand", "--networks", "784-200-200-50/20"),
         *("--objectives", "iaf", "--rounds", "1", "--steps", "5"),
     ],
+    "benchmarks/scaling.py": ["--share", "0.01"],
     "benchmarks/surgery.py": ["--data", "2000", "--rounds", "1"],
+    "data_parallel.py": ["--epochs", "2"],
     "energies.py": ["--energies", "U1", "--families", "Gaussian", "planar-2", "--steps", "200"],
     "frey_faces.py": [
         *("--data", "digits", "--levels", "17", "--epochs", "2", "--particles", "20"),
@@ -67,4 +70,9 @@ def test_example(name, tmp_path):
         "semi_supervised.py": "test accuracy",
         "signal_to_noise.py": "signal-to-noise ratio",
     }
-    assert shown.get(name.split("/")[0], "log p(x)") in result.stdout
+    shown |= {
+        "benchmarks/checkpoints.py": "3 of 3 bit-identical",
+        "benchmarks/scaling.py": "growth",
+    }
+    word = shown.get(name) or shown.get(name.split("/")[0], "log p(x)")
+    assert word in result.stdout

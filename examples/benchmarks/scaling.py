@@ -73,13 +73,16 @@ def measured(work, sizes, pipe):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--share", type=float, default=1.0, help="of the data, to try it out")
+    share = parser.parse_args().share
     context = multiprocessing.get_context("fork")
     print("| what | sizes | processor s | growth | memory besides the data, MB |")
     print("|---|---|---|---|---|")
     for name, (work, series) in SERIES.items():
         last = None
-        for sizes in series:
+        for data, size in series:
+            sizes = max(100, int(share * data)), size
             ours, theirs = context.Pipe()
             process = context.Process(target=measured, args=(work, sizes, theirs))
             process.start()

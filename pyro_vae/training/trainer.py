@@ -234,6 +234,7 @@ class Trainer:
         if to_write:
             names = {id(tensor): name for name, tensor in self._named.items()}
             groups = self._optimizer.param_groups
+            state["kinds"] = self._kinds()
             state["groups"] = [[names[id(p)] for p in group["params"]] for group in groups]
             state["constraints"] = constraints_of_bare_parameters()
             state["capture"] = self._gradient.state()
@@ -267,10 +268,12 @@ class Trainer:
         for group in later:
             self._train_too([self._named[name] for name in group])
         _require_same("groups of parameters", state["groups"], groups + later)
-        if (self._scheduler is None) != (state["scheduler"] is None):
-            raise ValueError("the checkpoint's run had a scheduler, or this one has: not both")
+        _require_same("optimizer and scheduler", state["kinds"], self._kinds())
         self.set_state(state)
         self._gradient.go_on_from(state["capture"])
+
+    def _kinds(self) -> list[str]:
+        return [type(each).__qualname__ for each in (self._optimizer, self._scheduler)]
 
     def _train_too(self, parameters: list[Tensor]) -> None:
         self._optimizer.add_param_group({"params": parameters})
