@@ -169,6 +169,12 @@ class Minibatches:
         for generator, state in zip(self._generators(), states, strict=True):
             generator.set_state(state)
 
+    def begin_from(self, seed: int) -> None:
+        """Have the next pass come in the order that a seed gives, and from its beginning."""
+        self._begun = None
+        for generator in self._generators():
+            generator.manual_seed(seed)
+
     def selections(self, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """Yield what :meth:`prepare` makes minibatches of, on the device.
 

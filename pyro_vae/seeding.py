@@ -35,14 +35,13 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """Return where the generators stand: torch's, on the CPU and the device, Python's, numpy's."""
-    _, keys, position, *spare = np.random.get_state()  # noqa: NPY002
     _, internal, gauss = random.getstate()
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.empty(0)
     return {
         "torch": torch.get_rng_state(),
         "device": on_device.to(torch.uint8),
         "python": torch.tensor([*internal, gauss is not None, _bits(gauss or 0.0)]),
-        "numpy": torch.tensor([*keys.tolist(), position, spare[0], _bits(spare[1])]),
+        "numpy": torch.tensor(_of_numpy()),
     }
 
 
@@ -53,9 +52,19 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["device"], device)
     *internal, has_gauss, gauss = state["python"].tolist()
     random.setstate((random.getstate()[0], tuple(internal), _number(gauss) if has_gauss else None))
-    *keys, position, has_gauss, gauss = state["numpy"].tolist()
-    keys = np.array(keys, dtype=np.uint32)
-    np.random.set_state(("MT19937", keys, position, has_gauss, _number(gauss)))  # noqa: NPY002
+    if len(of_numpy := state["numpy"].tolist()):
+        *keys, position, has_gauss, gauss = of_numpy
+        keys = np.array(keys, dtype=np.uint32)
+        np.random.set_state(("MT19937", keys, position, has_gauss, _number(gauss)))  # noqa: NPY002
+
+
+def _of_numpy() -> list[int]:
+    """Return where numpy's old generator stands; nothing, if somebody has put another there."""
+    state = np.random.get_state(legacy=False)  # noqa: NPY002
+    if state["bit_generator"] != "MT19937":
+        return []
+    inner = state["state"]
+    return [*inner["key"].tolist(), inner["pos"], state["has_gauss"], _bits(state["gauss"])]
 
 
 def _bits(number: float) -> int:

@@ -19,9 +19,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pyro_vae as pv
-from pyro_vae import objectives
+from pyro_vae import objectives, storage
 from pyro_vae.state import state
+from pyro_vae.storage import files
 from pyro_vae.training import checkpoints
+from pyro_vae.training.run import Run
 from pyro_vae.training.trainer import Trainer
 
 
@@ -376,15 +378,187 @@ def test_a_damaged_checkpoint_is_passed_over(binary, tmp_path):
         ({"clip_norm": 1.0}, "clip_norm None"),
         ({"pair": lambda: make_pair(hidden=9)}, "tensors of the pair"),
         ({"pair": noisy_pair}, "tensors of the pair"),
-        ({"optimizer": functools.partial(torch.optim.SGD, lr=0.1)}, "optimizer"),
+        ({"optimizer": functools.partial(torch.optim.SGD, lr=0.1)}, "learning_rate 0.001"),
         ({"scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1)}, "scheduler"),
-        ({"learning_rate": {"model": 0.1, "guide": 0.2}}, "groups of parameters"),
+        ({"learning_rate": {"model": 0.1, "guide": 0.2}}, "learning_rate 0.001"),
+        ({"objective": objectives.FreeBits(0.5)}, "objective ELBO"),
+        ({"validation": torch.ones(3, 16)}, "validation None"),
+        ({"transform": torch.bernoulli}, "transform False"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(changes, message, binary, tmp_path):
     fit(binary, tmp_path)
     with pytest.raises(ValueError, match=message):
         fit(binary, tmp_path, resume=True, **changes)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        (
+            {"optimizer": functools.partial(torch.optim.SGD, lr=0.1)},
+            {"optimizer": functools.partial(torch.optim.RMSprop, lr=0.1)},
+            "optimizer and scheduler",
+        ),
+        (
+            {"scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1)},
+            {"scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)},
+            "optimizer and scheduler",
+        ),
+        (
+            {"objective": objectives.FreeBits(0.5)},
+            {"objective": objectives.FreeBits(0.6)},
+            "numbers of the objective",
+        ),
+        (
+            {"objective": objectives.BetaELBO(objectives.Linear(10))},
+            {"objective": objectives.BetaELBO(objectives.Linear(20))},
+            "numbers of the objective",
+        ),
+    ],
+)
+def test_a_run_with_other_parts_is_refused(first, then, message, binary, tmp_path):
+    fit(binary, tmp_path, **first)
+    with pytest.raises(ValueError, match=message):
+        fit(binary, tmp_path, resume=True, **then)
+
+
+def test_a_finished_run_that_is_called_again_keeps_its_random_numbers(binary, tmp_path):
+    options = {"pair": noisy_pair, "transform": torch.bernoulli}
+    _, straight = fit(binary, epochs=4, **options)
+    for epochs in (2, 2, 4):
+        _, resumed = fit(binary, tmp_path, epochs=epochs, resume=True, **options)
+    assert equal(straight, resumed)
+
+
+class Drawn(Dataset):
+    """Rows that are drawn anew each time they are read."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return torch.bernoulli(0.8 * self.x[i] + 0.1)
+
+
+def shuffled_loader(x):
+    return DataLoader(Drawn(x), 10, shuffle=True, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("wrap", [Drawn, shuffled_loader])
+def test_streams_are_validated_on_the_same_numbers_each_time(wrap, binary, tmp_path):
+    result, _ = fit(binary, validation=wrap(binary), learning_rate=1e-12)
+    assert result.history["validation_loss"].nunique() == 1
+    _, straight = fit(binary, epochs=3, **plateau(wrap(binary)))
+    fit(binary, tmp_path, epochs=1, **plateau(wrap(binary)))
+    _, resumed = fit(binary, tmp_path, epochs=3, resume=True, **plateau(wrap(binary)))
+    assert equal(straight, resumed)
+
+
+def plateau(validation):
+    return {
+        "validation": validation,
+        "scheduler": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    }
+
+
+def test_an_interrupt_while_the_last_checkpoint_of_an_epoch_is_written(binary, tmp_path):
+    _, straight = fit(binary, transform=torch.bernoulli)
+    write, times = Run._note, 0
+
+    def interrupted(self, **options):
+        nonlocal times
+        if self.position.epoch == 2 and self.position.step == 0 and times == 0:
+            times += 1
+            raise KeyboardInterrupt
+        write(self, **options)
+
+    with mock.patch.object(Run, "_note", interrupted), pytest.raises(pv.StoppedFit):
+        fit(binary, tmp_path, transform=torch.bernoulli)
+    _, resumed = fit(binary, tmp_path, transform=torch.bernoulli, resume=True)
+    assert equal(straight, resumed)
+
+
+def test_schedulers_within_a_scheduler(binary, tmp_path):
+    def scheduler(optimizer):
+        rates = torch.optim.lr_scheduler
+        first = rates.LinearLR(optimizer, total_iters=2)
+        then = rates.MultiStepLR(optimizer, [1, 2], gamma=0.5)
+        return rates.SequentialLR(optimizer, [first, then], [2])
+
+    _, straight = fit(binary, epochs=5, scheduler=scheduler)
+    fit(binary, tmp_path, epochs=2, scheduler=scheduler)
+    _, resumed = fit(binary, tmp_path, epochs=5, scheduler=scheduler, resume=True)
+    assert equal(straight, resumed)
+
+
+class Exact(torch.optim.Optimizer):
+    """Adds gradients up in another type than the parameters'."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self, closure):
+        loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                total = self.state[p].setdefault("total", torch.zeros_like(p, dtype=torch.float64))
+                total.add_(p.grad)
+                p.sub_((total / 3).to(p.dtype), alpha=group["lr"])
+        return loss
+
+
+def test_the_types_of_an_optimizers_state_are_kept(binary, tmp_path):
+    _, straight = fit(binary, optimizer=Exact)
+    fit(binary, tmp_path, epochs=1, optimizer=Exact)
+    _, resumed = fit(binary, tmp_path, optimizer=Exact, resume=True)
+    assert equal(straight, resumed)
+
+
+def test_ctrl_c_in_the_last_epochs_callback(binary):
+    def press(epoch):
+        if epoch == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(pv.StoppedFit) as stopped:
+        fit(binary, after_epoch=press)
+    assert len(stopped.value.fit.history) == 3
+
+
+def test_what_a_killed_writer_leaves_is_removed(binary, tmp_path):
+    left = files.hidden(tmp_path / "step-000000000003", files.WRITING)
+    left = left.with_name(left.name.replace(f".{os.getpid()}.", ".99999999."))
+    left.mkdir(parents=True)
+    (tmp_path / "step-notes.txt").write_text("mine")
+    fit(binary, tmp_path)
+    assert not left.exists()
+    assert (tmp_path / "step-notes.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_with_other_content_is_refused(binary, tmp_path):
+    fit(binary, tmp_path)
+    last = sorted(tmp_path.iterdir())[-1]
+    content = storage.read(last, kind=checkpoints.KIND)
+    for broken in ({}, content | {"position": {"epoch": 1}}, content | {"trainer": "none"}):
+        storage.write(last, broken, kind=checkpoints.KIND, overwrite=True)
+        with pytest.raises(pv.UnreadableFile, match="no checkpoint that"):
+            fit(binary, tmp_path, epochs=5, resume=True)
+
+
+@pytest.mark.parametrize("found", [3, {"loss": 1.0}, {"kl": "much"}])
+def test_what_after_epoch_must_not_return(found, binary):
+    with pytest.raises((TypeError, ValueError), match="after_epoch must"):
+        fit(binary, after_epoch=lambda epoch: found)
+
+
+def test_numbers_of_numpy_are_numbers(binary, tmp_path):
+    numbers = {"a": np.float32(1.5), "b": np.int64(2)}
+    result, _ = fit(binary, tmp_path, after_epoch=lambda epoch: numbers)
+    assert result.history["a"].tolist() == [1.5] * 3
 
 
 def test_other_data_are_refused(binary, tmp_path):

@@ -46,10 +46,10 @@ class Pair(nn.Module):
             pyro.sample("z", dist.Delta(z, log_density=q.log_prob(z), event_dim=1))
 
 
-def data():
+def data(rows=ROWS):
     generator = torch.Generator().manual_seed(4)
-    x = torch.randn(ROWS, 6, generator=generator, dtype=torch.float64)
-    return x, torch.randn(ROWS, 2, generator=generator, dtype=torch.float64)
+    x = torch.randn(rows, 6, generator=generator, dtype=torch.float64)
+    return x, torch.randn(rows, 2, generator=generator, dtype=torch.float64)
 
 
 def logs(x, noise):
@@ -115,6 +115,7 @@ def runs(folder):
     columns = data()
     loader = functools.partial(DataLoader, TensorDataset(*columns), batch_size=10)
     written = {"checkpoint": folder, "checkpoint_seconds": 0.0}
+    small = written | {"checkpoint": f"{folder}-small"}
     return {
         "plain": lambda: trained(epochs=9),  # 54 steps
         "straight": lambda: trained(),
@@ -127,6 +128,9 @@ def runs(folder):
         "skipped": lambda: trained(Logarithm, logs(*columns), on_nonfinite="skip"),
         "killed": lambda: trained(killed_after=11, **written),
         "resumed": lambda: trained(resume=True, **written),
+        "killed before a single row": lambda: trained(columns=data(101), killed_after=11, **small),
+        "a single row": lambda: trained(columns=data(101), resume=True, **small),
+        "single rows": lambda: trained(batch_size=1, epochs=1),
     }
 
 
@@ -154,6 +158,9 @@ def one_of_two(rank, folder):
     sampler = DistributedSampler(TensorDataset(*data()), seed=1)
     loader = DataLoader(TensorDataset(*data()), batch_size=5, sampler=sampler)
     found["own rows"] = trained(columns=loader)
+    with pytest.raises(pv.NonFiniteError) as raised:
+        trained(Logarithm, logs(*data()))
+    found["told"] = [str(raised.value), raised.value.rows[raised.value.bad]]
     found["noise and averages"] = trained(functools.partial(Pair, batch_norm=True), batch_size=13)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -166,7 +173,16 @@ def found(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-EQUAL = ["plain", "bounded", "turns", "validation", "a Dataset", "captured", "skipped"]
+EQUAL = [
+    "single rows",
+    "plain",
+    "bounded",
+    "turns",
+    "validation",
+    "a Dataset",
+    "captured",
+    "skipped",
+]
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -179,7 +195,8 @@ def test_two_find_what_one_finds(name, found, tmp_path, without_compiler):
 
 
 @pytest.mark.parametrize(
-    "name", [*EQUAL, "a loader", "own rows", "own noise", "noise and averages", "resumed"]
+    "name",
+    [*EQUAL, "a single row", "a loader", "own rows", "own noise", "noise and averages", "resumed"],
 )
 def test_both_hold_the_same(name, found):
     first, second = (share[name] for share in found)
@@ -198,6 +215,13 @@ def test_every_row_counts_whatever_brings_it(name, found):
     history, expected = (found[0][n]["history"][:, 0] for n in (name, "straight"))
     assert not torch.equal(history, expected)
     torch.testing.assert_close(history, expected, rtol=0.05, atol=0.0)
+
+
+def test_both_name_the_row_that_is_not_a_number(found):
+    for share in found:
+        message, bad = share["told"]
+        assert bad.tolist() == [27]
+        assert "site 'z'" in message
 
 
 def test_a_group_is_resumed_bit_by_bit(found):

@@ -82,7 +82,7 @@ def main():
     for name, (work, series) in SERIES.items():
         last = None
         for data, size in series:
-            sizes = max(100, int(share * data)), size
+            sizes = max(20, int(share * data)), size
             ours, theirs = context.Pipe()
             process = context.Process(target=measured, args=(work, sizes, theirs))
             process.start()

@@ -51,10 +51,13 @@ def read(folder: str | Path, *, kind: str) -> dict[Any, Any]:
         {'step': 7, 'z': tensor([1., 1.])}
     """
     folder = Path(folder)
-    for _ in range(2):
-        with contextlib.suppress(_Missing):  # it may have been replaced while it was read
-            return _read(folder, kind)
-    return _read(folder, kind)
+    try:
+        for _ in range(2):
+            with contextlib.suppress(_Missing):  # it may have been replaced while it was read
+                return _read(folder, kind)
+        return _read(folder, kind)
+    except MemoryError as error:
+        raise UnreadableFile(f"{folder} asks for more memory than there is") from error
 
 
 def record_of(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 import warnings
@@ -13,6 +14,7 @@ import torch
 
 from pyro_vae.processes import broadcast_from_first, rank
 from pyro_vae.storage import UnreadableFile, read, write
+from pyro_vae.storage.files import clear
 
 KIND = "checkpoint of a fit"
 _SHARE_OF_TIME = 0.02  # that writing may take
@@ -96,6 +98,7 @@ class Checkpoints:
         self._due = time.monotonic() + max(self._seconds, took / _SHARE_OF_TIME)
 
     def _last_whole(self, resume: bool) -> tuple[int, dict[str, Any] | None]:
+        self._clear()
         paths = self._paths()
         if paths and not resume:
             raise ValueError(
@@ -123,4 +126,9 @@ class Checkpoints:
         return self.folder / f"{_PREFIX}{steps:012d}"
 
     def _paths(self) -> list[Path]:
-        return sorted(path for path in self.folder.iterdir() if path.name.startswith(_PREFIX))
+        return sorted(p for p in self.folder.iterdir() if re.fullmatch(_PREFIX + r"\d+", p.name))
+
+    def _clear(self) -> None:
+        """Remove what a process that was killed has left half written."""
+        for path in self.folder.glob(f".{_PREFIX}*"):
+            clear(self.folder / path.name[1:].split(".")[0])

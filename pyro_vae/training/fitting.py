@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from pyro_vae.modules import modules
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.processes import broadcast_from_first, num_processes, rank
 from pyro_vae.progress import task
+from pyro_vae.reach import reach
 from pyro_vae.seeding import seeded
+from pyro_vae.storage import UnreadableFile
 from pyro_vae.traces import PairTrace, Program
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.run import COLUMNS, AfterEpoch, OnNonFinite, Run, StoppedRun
@@ -211,15 +214,28 @@ def fit(
             )
         held_out = None
         if validation is not None:
-            held_out = Minibatches(validation, batch_size, device=device, name="validation")
+            held_out = Minibatches(
+                validation,
+                batch_size,
+                device=device,
+                generator=torch.Generator(),
+                name="validation",
+            )
         for module in modules(model, guide):
             module.to(device)
         if isinstance(objective, Objective):
             objective.to(device)
-        settings = _settings(batches, objective, guide_steps, model_steps, clip_norm)
+        settings = _settings(batches, held_out, objective) | {
+            "guide_steps": guide_steps,
+            "model_steps": model_steps,
+            "clip_norm": clip_norm,
+            "learning_rate": learning_rate if optimizer is None else None,
+            "transform": transform is not None,
+        }
         if going_on is not None:
-            _require_settings(going_on["settings"], settings, checkpoints.folder)
-            batches.set_order(going_on["order"])
+            with _readable(checkpoints.folder):
+                _require_settings(going_on["settings"], settings, checkpoints.folder)
+                batches.set_order(going_on["order"])
         order_of_pass = batches.order()
         first = batches.first()
         with programs.evaluation_mode(model, guide):  # a look must not move running averages
@@ -269,7 +285,8 @@ def fit(
                 order=order_of_pass,
             )
             if going_on is not None:
-                run.go_on_from(going_on)
+                with _readable(checkpoints.folder):
+                    run.go_on_from(going_on)
             try:
                 run.train()
             except StoppedRun:
@@ -297,26 +314,45 @@ def _checkpoints(
     return Checkpoints(folder, seconds, kept)
 
 
-def _settings(batches, objective, guide_steps, model_steps, clip_norm) -> dict[str, Any]:
+def _settings(
+    batches: Minibatches, held_out: Minibatches | None, objective: pyro.infer.ELBO
+) -> dict[str, Any]:
     """What a run must have in common with the one that it goes on with."""
+    of_objective = {
+        name: repr(value)
+        for name, value in reach(objective=objective)
+        if isinstance(value, bool | int | float | str) and "._" not in name
+    }
     return {
         "batch_size": batches.batch_size,
         "number of data": batches.num_data,
         "data": batches.digest(),
-        "objective": repr(objective) if isinstance(objective, Objective) else None,
-        "guide_steps": guide_steps,
-        "model_steps": model_steps,
-        "clip_norm": clip_norm,
+        "validation": None if held_out is None else [held_out.num_data, held_out.digest()],
+        "objective": type(objective).__qualname__,
+        "particles of the objective": getattr(objective, "num_particles", None),
+        "numbers of the objective": of_objective,
     }
 
 
 def _require_settings(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
     for name, value in here.items():
-        if saved.get(name) != value:
+        if name not in saved or saved[name] != value:
             raise ValueError(
                 f"{folder} has the checkpoints of a run with {name} {saved.get(name)}, here it is "
                 f"{value}: pass the arguments of that run, or name another folder"
             )
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Refuse a checkpoint that is whole, but holds something else."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UnreadableFile(
+            f"{folder} holds no checkpoint that this pyro_vae can go on from: {error!r}. Name "
+            "another folder, or take the version that wrote it"
+        ) from error
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_vae.processes import gather_all
 from pyro_vae.sites import data_frame
 
 _ROWS_SHOWN = 10
@@ -17,6 +18,8 @@ _ROWS_SHOWN = 10
 
 class NonFiniteError(FloatingPointError):
     """A loss or a gradient of a fit is NaN or infinite; the pair is as it was before that step.
+
+    With patience, it is as it was in the best epoch so far.
 
     Args:
         what: what is not finite.
@@ -78,11 +81,29 @@ class FirstNonFiniteSite(Messenger):
         self.bad: Tensor | None = None
         self.has_nonfinite_numbers = False
 
+    def of_all(self, rows_before: int) -> FirstNonFiniteSite:
+        """Learn what the first process with such a site has found.
+
+        Args:
+            rows_before: how many rows of the minibatch other processes had before this one.
+        """
+        texts = [self.name or "", self.what]
+        mine = [torch.tensor(list(text.encode()), dtype=torch.uint8) for text in texts]
+        rows = torch.tensor([-1]) if self.bad is None else self.bad + rows_before
+        for name, what, bad in gather_all([*mine, rows]):
+            if len(name):
+                self.name, self.what = (bytes(text.tolist()).decode() for text in (name, what))
+                self.bad = None if bad.tolist() == [-1] else bad
+                break
+        return self
+
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if self.name is not None or type(msg["fn"]).__name__ == "_Subsample":
             return
         for what, values in _numbers(msg):
-            finite = values.detach().isfinite()
+            # An infinite parameter may be meant, as a logit: what comes of it tells.
+            parameter = what.startswith("parameter")
+            finite = ~values.detach().isnan() if parameter else values.detach().isfinite()
             if not finite.all():
                 self.name = msg["name"]
                 self.what = f"{what} of site {self.name!r} is {values[~finite][0].item()}"

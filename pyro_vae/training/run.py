@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import tempfile
 import time
 import warnings
@@ -42,6 +43,7 @@ from pyro_vae.training.trainer import Trainer
 OnNonFinite = Literal["raise", "skip"]
 AfterEpoch = Callable[[int], Mapping[str, float] | None]
 STEPS_OF_A_STRETCH = 100
+STEPS_OF_A_STREAM = 20
 STEPS_BETWEEN_QUESTIONS = 10  # of processes to each other
 COLUMNS = ["epoch", "loss", "validation_loss", "learning_rate", "skipped", "seconds"]
 
@@ -151,10 +153,12 @@ class Run:
             while self.position.epoch <= self.epochs and not self._is_out_of_patience():
                 self._epoch()
                 self._pause()
-            self._note()
+            if self._resumed_at is None:  # else nothing was left to do
+                self._note()
         except KeyboardInterrupt:
             self._go_back(self._good)
-            if num_processes() == 1 and self._good:  # other processes may be anywhere
+            # Other processes may be anywhere; and what was not begun is written already.
+            if num_processes() == 1 and self._resumed_at is None:
                 self._note()
             raise StoppedRun from None
         except StoppedRun:
@@ -180,10 +184,7 @@ class Run:
         seconds = position.seconds + time.perf_counter() - began
         values = [position.epoch, loss, validation_loss, learning_rate, position.skipped, seconds]
         row = dict(zip(COLUMNS, values, strict=True))
-        if self.after_epoch is not None:
-            with seeded(position.validation_seed):
-                row |= dict(self.after_epoch(position.epoch) or {})
-        position.history.append(row)
+        position.history.append(row | self._after_epoch())
         shown = f"loss {loss:.2f}"
         if self.held_out is not None:
             shown += f", validation {validation_loss:.2f}"
@@ -200,6 +201,21 @@ class Run:
         position.epoch += 1
         position.step = position.rows = position.skipped = 0
         position.total = position.seconds = 0.0
+        self._good = self._state()
+
+    def _after_epoch(self) -> dict[str, float]:
+        if self.after_epoch is None:
+            return {}
+        with seeded(self.position.validation_seed):
+            found = self.after_epoch(self.position.epoch)
+        found = {} if found is None else found
+        if not isinstance(found, Mapping) or not all(
+            isinstance(n, str) and isinstance(v, numbers.Real) for n, v in found.items()
+        ):
+            raise TypeError(f"after_epoch must return numbers by name, or None; it gave {found!r}")
+        if taken := found.keys() & set(COLUMNS):
+            raise ValueError(f"after_epoch must not return {sorted(taken)}: the history has these")
+        return {name: float(value) for name, value in found.items()}
 
     def _pass(self, validated: bool) -> None:
         """Take the steps of an epoch, or those that are left of it."""
@@ -224,7 +240,9 @@ class Run:
         self._good = self._state()
         taken: list[tuple[Tensor, ...]] = []
         losses: list[Tensor] = []
-        for selection in itertools.islice(selections, STEPS_OF_A_STRETCH):
+        # Minibatches of a stream are kept until it is over.
+        length = STEPS_OF_A_STRETCH if self.batches.tensors is not None else STEPS_OF_A_STREAM
+        for selection in itertools.islice(selections, length):
             taken.append(selection)
             try:
                 losses.append(self.trainer.step(selection))
@@ -237,9 +255,9 @@ class Run:
                 break
         if not taken:
             return 0
-        numbers = torch.stack(losses).tolist()  # nothing was read before
-        if all(map(math.isfinite, numbers)) and are_finite(self.trainer.parameters.values()):
-            for selection, loss in zip(taken, numbers, strict=True):
+        read = torch.stack(losses).tolist()  # nothing was read before
+        if all(map(math.isfinite, read)) and are_finite(self.trainer.parameters.values()):
+            for selection, loss in zip(taken, read, strict=True):
                 self._count(selection, loss)
         else:
             self._go_back(self._good)
@@ -278,11 +296,9 @@ class Run:
         try:
             loss = self._looked_at_step(selection)
         except _NonFiniteStepError as trouble:
-            noise = random_state(self.device)
             self.trainer.set_state(before["trainer"])
             if self.on_nonfinite == "raise" or self.position.skipped_in_all >= self.skip_limit:
                 raise self._told(trouble, before, selection) from None
-            set_random_state(noise, self.device)
             self.trainer.steps += 1
             self.position.step += 1
             self.position.skipped += 1
@@ -321,7 +337,7 @@ class Run:
     ) -> NonFiniteError:
         """Make the error, and the folder that it can be met again from."""
         self._go_back(before)
-        site = self._first_site(selection)
+        site = self._first_site(selection).of_all(self._rows_before(selection))
         self._go_back(before)
         what = trouble.what if site.name is None else f"{trouble.what}: {site.what}"
         if self.on_nonfinite == "skip":
@@ -336,6 +352,13 @@ class Run:
             bad=site.bad,
             folder=self._written_down(selection),
         )
+
+    def _rows_before(self, selection: tuple[Tensor, ...]) -> int:
+        """Return how many rows of the minibatch are those of processes before this one."""
+        if self.batches.is_share:
+            return 0
+        shares = selection[0].tensor_split(num_processes())
+        return sum(len(share) for share in shares[: rank()])
 
     def _written_down(self, selection: tuple[Tensor, ...]) -> Path | None:
         """Write a checkpoint just before a step, and its minibatch; return the folder."""
@@ -354,6 +377,7 @@ class Run:
         if self.held_out is None:
             return math.nan
         # The same noise each time: comparable losses.
+        self.held_out.begin_from(self.position.validation_seed)
         with seeded(self.position.validation_seed + rank()):
             loss = self.trainer.evaluate(self.held_out, self.interrupted)
         if not math.isfinite(loss):
@@ -368,13 +392,13 @@ class Run:
             "position": replace(self.position, history=[*self.position.history]),
             "trainer": self.trainer.state(to_write=to_write),
             "random": random_state(self.device),
+            "order": self.order,
         }
 
     def _to_write(self) -> dict[str, Any]:
         return {
             **self._state(to_write=True),
             "position": asdict(self.position),
-            "order": self.order,
             "processes": self._of_processes(),
             "best": self._best,
             "steps_per_epoch": self._steps_per_epoch,
@@ -388,6 +412,7 @@ class Run:
         self.trainer.set_state(state["trainer"])
         self.position = replace(state["position"], history=[*state["position"].history])
         set_random_state(state["random"], self.device)
+        self.order = state["order"]
         if self.position.step == 0:
             self.trainer.recheck()
 

@@ -36,7 +36,6 @@ class SharedGradient:
     def __init__(self, parameters: Sequence[Tensor], *, is_share: bool):
         self._parameters = parameters
         self._is_share = is_share
-        self._used: list[bool] | None = None
         self.error: ValueError | None = None
 
     def __call__(
@@ -52,24 +51,22 @@ class SharedGradient:
         rows = len(mine[0])
         if rows:
             loss, *gradients = self._of_share(gradient, mine)
-            self._used = [value is not None for value in gradients]
-        elif self._used is None:
-            raise ValueError(
-                f"a minibatch of {len(selection[0])} rows is too small for {num_processes()} "
-                "processes: give each at least one"
-            )
         else:
-            loss = torch.zeros((), device=selection[0].device)
-            gradients = [
-                torch.zeros_like(p) if used else None
-                for p, used in zip(self._parameters, self._used, strict=True)
-            ]
-        # Numbers of rows, and losses, are of one type in all processes.
-        sums = torch.stack([loss.double() * rows, torch.full_like(loss, rows, dtype=torch.float64)])
-        gradients = [None if value is None else value * rows for value in gradients]
-        sum_over_processes([sums, *(value for value in gradients if value is not None)])
-        loss, rows = sums
-        return [loss / rows, *(None if value is None else value / rows for value in gradients)]
+            loss, gradients = torch.zeros((), device=mine[0].device), [None] * len(self._parameters)
+        # Losses, numbers of rows, and who has a gradient are of one type in all processes; and
+        # whatever may have a gradient is sent, so that all send the same.
+        flags = [float(value is not None) for value in gradients]
+        sums = torch.tensor([0.0, rows, *flags], dtype=torch.float64, device=loss.device)
+        sums[0] = loss * rows if rows else 0.0
+        pairs = zip(self._parameters, gradients, strict=True)
+        sent = [torch.zeros_like(p) if g is None else g * rows for p, g in pairs if p.requires_grad]
+        sum_over_processes([sums, *sent])
+        if not all(flags):  # no look at numbers on the device where it tells nothing new
+            flags = sums[2:].tolist()
+        means = iter(value / sums[1] for value in sent)
+        found = [next(means) if p.requires_grad else None for p in self._parameters]
+        used = [g if flag else None for g, flag in zip(found, flags, strict=True)]
+        return [sums[0] / sums[1], *used]
 
     def _of_share(
         self, gradient: Callable[..., list[Tensor | None]], mine: Selection

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyro_vae import programs
 from pyro_vae.capture import Capture, Captured
 from pyro_vae.minibatches import Batch, Minibatches
+from pyro_vae.modules import modules
 from pyro_vae.processes import broadcast_from_first, num_processes, sum_over_processes
 from pyro_vae.reach import reach
 from pyro_vae.sites import data_frame
@@ -197,7 +200,8 @@ class Trainer:
     def end_epoch(self, loss: float) -> None:
         """Step the scheduler, and take up parameters that the programs made since they began."""
         if isinstance(self._scheduler, ReduceLROnPlateau):
-            self._scheduler.step(loss)
+            if math.isfinite(loss):  # NaN, where every step was skipped
+                self._scheduler.step(loss)
         elif self._scheduler is not None:
             self._scheduler.step()
         known = set(map(id, self._parameters))
@@ -234,6 +238,8 @@ class Trainer:
         if to_write:
             names = {id(tensor): name for name, tensor in self._named.items()}
             groups = self._optimizer.param_groups
+            if any(id(p) not in names for group in groups for p in group["params"]):
+                raise ValueError("the optimizer has parameters that are not the pair's")
             state["kinds"] = self._kinds()
             state["groups"] = [[names[id(p)] for p in group["params"]] for group in groups]
             state["constraints"] = constraints_of_bare_parameters()
@@ -248,8 +254,10 @@ class Trainer:
             for name, tensor in self._tensors_of_objective().items():
                 tensor.copy_(state["objective"][name])
         self._optimizer.load_state_dict(_copied(state["optimizer"]))
+        self._undo_casts(state["optimizer"]["state"])
         if self._scheduler is not None:
-            self._scheduler.load_state_dict(_copied(state["scheduler"]))
+            live = self._scheduler.state_dict()
+            self._scheduler.load_state_dict(_like(live, _copied(state["scheduler"])))
 
     def go_on_from(self, state: Mapping[str, Any]) -> None:
         """Put in place what :meth:`state` gave to write, in a run that has not begun.
@@ -272,6 +280,15 @@ class Trainer:
         self.set_state(state)
         self._gradient.go_on_from(state["capture"])
 
+    def _undo_casts(self, saved: Mapping[int, Mapping[str, Any]]) -> None:
+        """Give the optimizer's state the types that it had: torch makes them the parameters'."""
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        for number, values in saved.items():
+            live = self._optimizer.state[parameters[number]]
+            for name, value in values.items():
+                if isinstance(value, Tensor) and live[name].dtype != value.dtype:
+                    live[name] = value.clone().to(live[name].device)
+
     def _kinds(self) -> list[str]:
         return [type(each).__qualname__ for each in (self._optimizer, self._scheduler)]
 
@@ -287,10 +304,12 @@ class Trainer:
         return named | {f"parameter {i}": p for i, p in enumerate(unnamed)}
 
     def _tensors_of_objective(self) -> dict[str, Tensor]:
-        """What it counts or remembers; it may have met the pair, too."""
+        """What it counts or remembers, and modules of the transform; they may have met the pair."""
         of_pair = set(map(id, self._named.values()))
-        found = reach(objective=self._objective)
-        return {n: t for n, t in found if isinstance(t, Tensor) and id(t) not in of_pair}
+        found = [pair for pair in reach(objective=self._objective) if isinstance(pair[1], Tensor)]
+        for number, module in enumerate(modules(self._batches.transform)):
+            found += [(f"transform {number}.{n}", t) for n, t in module.state_dict().items()]
+        return {name: tensor for name, tensor in found if id(tensor) not in of_pair}
 
     def _closure(
         self,
@@ -378,10 +397,23 @@ def _copied(state: Any) -> Any:
     if isinstance(state, Tensor):
         return state.detach().clone()
     if isinstance(state, Mapping):
-        return {key: _copied(value) for key, value in state.items()}
+        found = copy.copy(state)  # of its own type: a Counter, say
+        for key, value in state.items():
+            found[key] = _copied(value)
+        return found
     if isinstance(state, list | tuple):
         return type(state)(_copied(value) for value in state)
     return state
+
+
+def _like(live: Any, state: Any) -> Any:
+    """Give dictionaries that were read the types of those that are there."""
+    if isinstance(live, list) and isinstance(state, list) and len(live) == len(state):
+        return [_like(mine, its) for mine, its in zip(live, state, strict=True)]
+    if not isinstance(live, dict) or not isinstance(state, dict):
+        return state
+    state = {key: _like(live.get(key), value) for key, value in state.items()}
+    return state if type(live) is dict else type(live)(state)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
