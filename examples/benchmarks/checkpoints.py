@@ -26,6 +26,7 @@ import torch
 import pyro_vae as pv
 from pyro_vae.state import state
 from pyro_vae.training import run
+from pyro_vae.training.checkpoints import Checkpoints
 
 ROWS = 2000  # of the runs that are killed
 
@@ -42,7 +43,7 @@ def make_pair(features, hidden, latents):
 
 def cost(arguments):
     """Print medians of seconds for a step, and their ratios to that of bare steps."""
-    take_stretch, note = run.Run._stretch, run.Run._note
+    take_stretch, due = run.Run._stretch, Checkpoints.due
 
     def bare(self, selections, validated):
         for selection in selections:
@@ -50,11 +51,8 @@ def cost(arguments):
             self.trainer.step(selection)
         return 0
 
-    def nothing(self, **_):
-        pass
-
-    modes = {"bare": (bare, nothing), "watched": (take_stretch, nothing)}
-    modes["watched, with checkpoints"] = (take_stretch, note)
+    modes = {"bare": (bare, False), "watched": (take_stretch, False)}
+    modes["watched, with checkpoints"] = (take_stretch, due)
     times = {name: [] for name in modes}
     busy = {name: [] for name in modes}
     turns = list(modes) * arguments.rounds
@@ -69,7 +67,7 @@ def cost(arguments):
             times[turns[number]].append((time.perf_counter() - began[0]) / steps)
             busy[turns[number]].append((time.process_time() - began[1]) / steps)
         if 0 <= number + 1 < len(turns):
-            run.Run._stretch, run.Run._note = modes[turns[number + 1]]
+            run.Run._stretch, Checkpoints.due = modes[turns[number + 1]]
         began = time.perf_counter(), time.process_time()
 
     with (

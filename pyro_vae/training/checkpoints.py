@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +74,23 @@ class Checkpoints:
             content = read(self._path(int(said[0])), kind=KIND)
         return content
 
-    def write(self, content: Mapping[str, Any], steps: int) -> None:
+    def write(self, content: Callable[[], Mapping[str, Any]], steps: int) -> None:
         """Write one; remove the oldest, and those of a later time that the run went back from.
 
         Args:
-            content: what to write.
+            content: makes what to write; all processes call it.
             steps: how many steps the run has taken.
 
         Raises:
             OSError: the disk is full, say; the checkpoints before are whole.
             TypeError: something in it cannot be written.
         """
+        began = time.monotonic()
+        found = content()
         if rank() > 0:
             return
-        began = time.monotonic()
         newest = self._path(steps)
-        write(newest, content, kind=KIND, overwrite=True)
+        write(newest, found, kind=KIND, overwrite=True)
         paths = self._paths()
         last = paths.index(newest) + 1
         for path in (*paths[: max(0, last - self._kept)], *paths[last:]):

@@ -42,7 +42,7 @@ from pyro_vae.training.trainer import Trainer
 
 OnNonFinite = Literal["raise", "skip"]
 AfterEpoch = Callable[[int], Mapping[str, float] | None]
-STEPS_OF_A_STRETCH = 100
+STEPS_OF_A_STRETCH = 200
 STEPS_OF_A_STREAM = 20
 STEPS_BETWEEN_QUESTIONS = 10  # of processes to each other
 COLUMNS = ["epoch", "loss", "validation_loss", "learning_rate", "skipped", "seconds"]
@@ -368,7 +368,7 @@ class Run:
                 folder = Path(tempfile.mkdtemp(prefix="pyro_vae-"))
             else:
                 folder = self.checkpoints.folder / "nonfinite"
-            Checkpoints(folder, 0.0, kept=1).write(content, self.trainer.steps)
+            Checkpoints(folder, 0.0, kept=1).write(lambda: content, self.trainer.steps)
         except (OSError, TypeError):
             return None  # the error that is to be told is another
         return folder
@@ -418,7 +418,7 @@ class Run:
 
     def _note(self, *, if_due: bool = False) -> None:
         if self.checkpoints is not None and (self._shall_write or not if_due):
-            self.checkpoints.write(self._to_write(), self.trainer.steps)
+            self.checkpoints.write(self._to_write, self.trainer.steps)
             self._shall_write = False
 
     def _of_processes(self) -> list[dict[str, Any]]:
