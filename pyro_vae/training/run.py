@@ -32,12 +32,8 @@ from pyro_vae.processes import (
 )
 from pyro_vae.seeding import random_state, seeded, set_random_state
 from pyro_vae.training.checkpoints import Checkpoints
-from pyro_vae.training.nonfinite import (
-    FirstNonFiniteSite,
-    NonFiniteError,
-    are_finite,
-    first_non_finite,
-)
+from pyro_vae.training.looking import NonFiniteStepError, first_site, looked_at_step
+from pyro_vae.training.nonfinite import NonFiniteError, are_finite
 from pyro_vae.training.trainer import Trainer
 
 OnNonFinite = Literal["raise", "skip"]
@@ -294,8 +290,8 @@ class Run:
     def _careful_step(self, selection: tuple[Tensor, ...]) -> None:
         before = self._state()
         try:
-            loss = self._looked_at_step(selection)
-        except _NonFiniteStepError as trouble:
+            loss = looked_at_step(self.trainer, selection, self.device)
+        except NonFiniteStepError as trouble:
             self.trainer.set_state(before["trainer"])
             if self.on_nonfinite == "raise" or self.position.skipped_in_all >= self.skip_limit:
                 raise self._told(trouble, before, selection) from None
@@ -306,38 +302,12 @@ class Run:
             return
         self._count(selection, loss.item())
 
-    def _looked_at_step(self, selection: tuple[Tensor, ...]) -> Tensor:
-        noise = random_state(self.device)
-        try:
-            loss = self.trainer.step(selection, look=self._look)
-            if self.trainer.error is not None:
-                raise self.trainer.error
-        except ValueError:
-            set_random_state(noise, self.device)
-            if not self._first_site(selection).has_nonfinite_numbers:
-                raise
-            raise _NonFiniteStepError("the loss is not finite", None) from None
-        if name := first_non_finite(self.trainer.parameters):
-            raise _NonFiniteStepError(f"the step made parameter {name!r} not finite", name)
-        return loss
-
-    def _first_site(self, selection: tuple[Tensor, ...]) -> FirstNonFiniteSite:
-        with FirstNonFiniteSite() as site, pyro.validation_enabled(False):
-            self.trainer.run(selection)
-        return site
-
-    def _look(self, loss: Tensor) -> None:
-        if not loss.isfinite():
-            raise _NonFiniteStepError(f"the loss is {loss.item()}", None)
-        if name := first_non_finite(self.trainer.gradients):
-            raise _NonFiniteStepError(f"the gradient of parameter {name!r} is not finite", name)
-
     def _told(
-        self, trouble: _NonFiniteStepError, before: Mapping[str, Any], selection: tuple[Tensor, ...]
+        self, trouble: NonFiniteStepError, before: Mapping[str, Any], selection: tuple[Tensor, ...]
     ) -> NonFiniteError:
         """Make the error, and the folder that it can be met again from."""
         self._go_back(before)
-        site = self._first_site(selection).of_all(self._rows_before(selection))
+        site = first_site(self.trainer, selection).of_all(self.trainer.rows_before(selection))
         self._go_back(before)
         what = trouble.what if site.name is None else f"{trouble.what}: {site.what}"
         if self.on_nonfinite == "skip":
@@ -352,13 +322,6 @@ class Run:
             bad=site.bad,
             folder=self._written_down(selection),
         )
-
-    def _rows_before(self, selection: tuple[Tensor, ...]) -> int:
-        """Return how many rows of the minibatch are those of processes before this one."""
-        if self.batches.is_share:
-            return 0
-        shares = selection[0].tensor_split(num_processes())
-        return sum(len(share) for share in shares[: rank()])
 
     def _written_down(self, selection: tuple[Tensor, ...]) -> Path | None:
         """Write a checkpoint just before a step, and its minibatch; return the folder."""
@@ -439,8 +402,3 @@ class Run:
         mine = shares[rank()]
         self.trainer.set_values({name: mine[name] for name in self.trainer.buffers()})
         return mine
-
-
-class _NonFiniteStepError(Exception):
-    def __init__(self, what: str, parameter: str | None):
-        self.what, self.parameter = what, parameter

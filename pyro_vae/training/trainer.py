@@ -19,7 +19,7 @@ from pyro_vae import programs
 from pyro_vae.capture import Capture, Captured
 from pyro_vae.minibatches import Batch, Minibatches
 from pyro_vae.modules import modules
-from pyro_vae.processes import broadcast_from_first, num_processes, sum_over_processes
+from pyro_vae.processes import broadcast_from_first, num_processes, rank, sum_over_processes
 from pyro_vae.reach import reach
 from pyro_vae.sites import data_frame
 from pyro_vae.state import constraints_of_bare_parameters, make_bare_parameters
@@ -180,6 +180,13 @@ class Trainer:
         mine = selection if self._batches.is_share else share_of(selection)
         if len(mine[0]):
             self._loss(self.minibatch(mine))
+
+    def rows_before(self, selection: tuple[Tensor, ...]) -> int:
+        """Return how many rows of a minibatch are those of processes before this one."""
+        if self._batches.is_share:
+            return 0
+        shares = selection[0].tensor_split(num_processes())
+        return sum(len(share) for share in shares[: rank()])
 
     @property
     def error(self) -> ValueError | None:

@@ -1,0 +1,67 @@
+"""A step with a look at its loss, at each gradient, and at what it makes of the parameters."""
+
+from __future__ import annotations
+
+import functools
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_vae.seeding import random_state, set_random_state
+from pyro_vae.training.nonfinite import FirstNonFiniteSite, first_non_finite
+from pyro_vae.training.trainer import Trainer
+
+
+class NonFiniteStepError(Exception):
+    """A step has met a NaN or an infinity, and may be half done.
+
+    Args:
+        what: what is not finite.
+        parameter: whose gradient or value it is, None if it is the loss.
+    """
+
+    def __init__(self, what: str, parameter: str | None):
+        super().__init__(what)
+        self.what, self.parameter = what, parameter
+
+
+def looked_at_step(trainer: Trainer, selection: tuple[Tensor, ...], device: torch.device) -> Tensor:
+    """Take a step, and return the loss before it.
+
+    Args:
+        trainer: takes the step.
+        selection: of the data.
+        device: whose random numbers the step draws.
+
+    Raises:
+        NonFiniteStepError: something is not finite.
+        ValueError: the pair cannot take the data.
+    """
+    noise = random_state(device)
+    try:
+        loss = trainer.step(selection, look=functools.partial(_look, trainer))
+        if trainer.error is not None:
+            raise trainer.error
+    except ValueError:  # perhaps by Pyro's validation, of what is not finite
+        set_random_state(noise, device)
+        if not first_site(trainer, selection).has_nonfinite_numbers:
+            raise
+        raise NonFiniteStepError("the loss is not finite", None) from None
+    if name := first_non_finite(trainer.parameters):
+        raise NonFiniteStepError(f"the step made parameter {name!r} not finite", name)
+    return loss
+
+
+def first_site(trainer: Trainer, selection: tuple[Tensor, ...]) -> FirstNonFiniteSite:
+    """Run the pair as a step would, to find the first site that is not finite."""
+    with FirstNonFiniteSite() as site, pyro.validation_enabled(False):
+        trainer.run(selection)
+    return site
+
+
+def _look(trainer: Trainer, loss: Tensor) -> None:
+    if not loss.isfinite():
+        raise NonFiniteStepError(f"the loss is {loss.item()}", None)
+    if name := first_non_finite(trainer.gradients):
+        raise NonFiniteStepError(f"the gradient of parameter {name!r} is not finite", name)
