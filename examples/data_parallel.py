@@ -13,9 +13,9 @@ import os
 import signal
 
 import torch
-import torch.distributed as dist
 
 import pyro_vae as pv
+from pyro_vae import processes
 
 
 def main():
@@ -26,9 +26,12 @@ def main():
     parser.add_argument("--die-at", type=int, default=None, help="epoch")
     arguments = parser.parse_args()
 
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    with processes.group_of_torchrun():
+        run(arguments)
+
+
+def run(arguments):
+    first = processes.rank() == 0
     starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
     def die(epoch):
@@ -63,8 +66,6 @@ def main():
         print(
             f"parameters {hashlib.sha256(b''.join(parameters)).hexdigest()[:16]}, {starts} restarts"
         )
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

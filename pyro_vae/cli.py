@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.text import Text
 
 import pyro_vae as pv
 from pyro_vae.arguments import positive_integer
-from pyro_vae.processes import rank
+from pyro_vae.processes import group_of_torchrun, rank
 from pyro_vae.progress import progress_bar
 from pyro_vae.seeding import seeded
 
@@ -141,24 +137,8 @@ def _make_pair(data_size: int, latent_size: int, hidden: int, seed: int):
 def main() -> None:
     """Run the command line; say in one line what a user can put right."""
     try:
-        with _group_of_torchrun():
+        with group_of_torchrun():
             app()
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         Console(stderr=True).print("[red]Error:[/red]", Text(str(error)), highlight=False)
         sys.exit(1)
-
-
-@contextlib.contextmanager
-def _group_of_torchrun() -> Iterator[None]:
-    """Join the other processes, if torchrun has started this one."""
-    if not dist.is_torchelastic_launched():
-        yield
-        return
-    on_gpus = torch.cuda.is_available()
-    if on_gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpus else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

@@ -8,7 +8,9 @@ were. Nothing is pickled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,40 @@ _DTYPES = (
     torch.uint8,
     torch.bool,
 )  # a dtype travels as its number here
+
+
+@contextlib.contextmanager
+def group_of_torchrun() -> Iterator[None]:
+    """Join the other processes inside the block, if torchrun has started this one.
+
+    The backend is nccl where there are GPUs, of which each process takes that of its local rank,
+    and gloo elsewhere. Processes that are started again after one was killed do not meet the
+    addresses that the others had before, as ``init_process_group()`` alone would have it.
+
+    Example:
+        >>> from pyro_vae import processes
+        >>> with processes.group_of_torchrun():
+        ...     processes.num_processes()
+        1
+    """
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield
+        return
+    on_gpus = torch.cuda.is_available()
+    if on_gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, number, count = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "nccl" if on_gpus else "gloo",
+        store=dist.PrefixStore(f"pyro_vae attempt {attempt}", store),
+        rank=number,
+        world_size=count,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -195,22 +195,22 @@ def quick(function: str, examples: int) -> int:
 
 @pytest.mark.parametrize("function", trials(DATA))
 def test_data(function):
-    try_data(function, quick(function, 6))
+    try_data(function, quick(function, 4))
 
 
 @pytest.mark.parametrize("function", trials(VALUES))
 def test_values(function):
-    try_values(function, quick(function, 8))
+    try_values(function, quick(function, 5))
 
 
 @pytest.mark.parametrize("function", trials(CLASSES))
 def test_arguments_of_classes(function):
-    try_arguments(CLASSES, function, quick(function, 12))
+    try_arguments(CLASSES, function, quick(function, 6))
 
 
 @pytest.mark.parametrize("function", trials(FUNCTIONS))
 def test_arguments_of_functions(function):
-    try_arguments(FUNCTIONS, function, quick(function, 8))
+    try_arguments(FUNCTIONS, function, quick(function, 5))
 
 
 @pytest.mark.slow

@@ -211,7 +211,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_killed(name, binary, tmp_path)
 def test_a_captured_run_is_resumed_at_the_stage_it_had(binary, tmp_path, without_compiler):
     case = {"capture": True, "epochs": 3, "batch_size": 20}  # two whole minibatches, and a rest
     expected = run(binary, **case)
-    for step in (1, 2, 4, 5, 6, 7, 8):
+    for step in (1, 4, 5, 7):
         with pytest.raises(Killed):
             run(binary, tmp_path / str(step), step, **case)
         assert_same(run(binary, tmp_path / str(step), **case), expected)

@@ -1,7 +1,10 @@
 """Two processes that share every minibatch train as one does."""
 
 import functools
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -17,6 +20,7 @@ from pyro_vae.state import state
 from pyro_vae.training import checkpoints
 from pyro_vae.training.trainer import Trainer
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "data_parallel.py"
 ROWS = 51  # the last minibatch of 10 has one row, and a process none
 
 
@@ -229,3 +233,20 @@ def test_a_group_is_resumed_bit_by_bit(found):
         assert share["killed"] == {}
         for key, tensor in share["resumed"].items():
             assert torch.equal(tensor, share["straight"][key]) or key == "history", key
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_what_was_killed(tmp_path):
+    def printed(folder, *arguments):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+        command += ["--standalone", "--max-restarts=2", str(EXAMPLE), "--checkpoint", folder]
+        result = subprocess.run(  # noqa: S603
+            [*command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return [line for line in result.stdout.splitlines() if not line.startswith("fit")]
+
+    *expected, last = printed("straight")
+    *found, last_of_killed = printed("killed", "--die-at", "3")
+    assert found == expected
+    assert last.endswith("0 restarts")
+    assert last_of_killed == last.replace("0 restarts", "1 restarts")

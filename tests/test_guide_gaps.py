@@ -28,6 +28,7 @@ RICH = {
     "radial": flow(flows.Radial, 16),
 }
 SLOW = {"affine coupling", "masked autoregressive", "sylvester", "planar", "spline", "radial"}
+LONG = {"low rank", "inverse autoregressive"}  # ten seconds each, like the others
 
 
 def gap_after_training(make, steps):
@@ -67,7 +68,7 @@ def test_mean_field_keeps_its_closed_form_gap():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RICH]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW | LONG else n for n in RICH]
 )
 def test_richer_families_close_it(name):
     gap, error, of_mean_field = gap_after_training(RICH[name], 8000 if name in SLOW else 3000)
