@@ -35,7 +35,7 @@ def state(model: Program, guide: Program) -> dict[str, Tensor]:
         ...     prior=pv.priors.StandardNormal(2),
         ...     likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [], 4)),
         ... )
-        >>> guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(4, []))
+        >>> guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(4, [8]))
         >>> sorted(name for name in state(model, guide) if name.startswith("guide"))
         ['guide.encoder.0.bias', 'guide.encoder.0.weight']
     """
