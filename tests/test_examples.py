@@ -57,7 +57,13 @@ def test_every_example_is_run():
     assert found - PARTS_OF_BENCHMARKS - NEED_EXTRAS == set(ARGUMENTS)
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+def trials():
+    """Benchmarks are for those who change what they measure."""
+    for name in ARGUMENTS:
+        yield pytest.param(name, marks=[pytest.mark.slow] * name.startswith("benchmarks/"))
+
+
+@pytest.mark.parametrize("name", list(trials()))
 def test_example(name, tmp_path):
     command = [sys.executable, str(EXAMPLES / name), *ARGUMENTS[name]]
     result = subprocess.run(  # noqa: S603
