@@ -89,7 +89,7 @@ PYRO_AND_TORCH_ONLY = {
     "real",
 }
 STANDARD = {"__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "functools",
-            "itertools", "math", "typing"}  # fmt: skip
+            "itertools", "math", "os", "typing"}  # fmt: skip
 
 
 def files():
