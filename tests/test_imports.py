@@ -40,7 +40,7 @@ ALLOWED = {
     "objectives": {"arguments", "terms", "traces"},
     "reach": set(),
     "modules": {"reach"},
-    "capture": {"reach"},
+    "capture": {"reach", "seeding"},
     "programs": {"modules", "traces"},
     "priors": {"arguments", "making", "minibatches", "mixtures", "positive", "programs", "real",
                "rules", "signatures", "sites"},

@@ -742,7 +742,9 @@ def test_all_of_a_pair_goes_to_the_device(tmp_path):
 def test_programs_that_do_not_fit_are_left_as_they_are(tmp_path):
     x = torch.randn(ROWS, 6)
     pv.save(tmp_path / "pair", *fitted_own_pair(x))
-    tampered(tmp_path / "pair", lambda c: c["constraints"].update(scale=["os.system", "true"]))
+    tampered(
+        tmp_path / "pair", lambda c: c["constraints"].update({"param.scale": ["os.system", "true"]})
+    )
     model, guide = own_pair()
     before = {name: tensor.clone() for name, tensor in state(model, guide).items()}
     with pytest.raises(pv.UnreadableFile, match=r"no constraint or transform has the name 'os.sys"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-import random
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from pyro_vae.capture.policy import (
 from pyro_vae.capture.rewriting import rewrite
 from pyro_vae.capture.tracing import CaptureError, Outputs, Trace, equal, trace
 from pyro_vae.reach import VALUES, reach
+from pyro_vae.seeding import random_state
 
 # Rounding alone can move a value over a kink, a knot of a spline say, where the gradient jumps.
 _DISAGREEMENTS_THAT_ARE_NO_ACCIDENT = 3
@@ -362,10 +362,10 @@ def _generator(inputs: Sequence[Tensor]) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _noise_from_elsewhere() -> tuple:
+def _noise_from_elsewhere() -> list[list[int]]:
     """Return where the generators of Python and numpy stand."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
-    return random.getstate(), (kind, keys.tobytes(), *rest)
+    state = random_state(torch.device("cpu"))
+    return [state[name].tolist() for name in ("python", "numpy")]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,11 @@ from pyro_vae.guides.later import Later
 from pyro_vae.modules import modules
 from pyro_vae.reach import VALUES, reach
 from pyro_vae.recipes import sites
-from pyro_vae.state import BARE, state
+from pyro_vae.state import (
+    BARE,
+    constraints_of_bare_parameters,
+    state,
+)
 from pyro_vae.traces import Program
 
 
@@ -26,13 +30,9 @@ def state_of(model: Program, guide: Program) -> dict[str, Any]:
         ValueError: a guide has loaded values that wait for its first call.
         TypeError: a ``pyro.param`` has a constraint without a name.
     """
-    with programs.parameter_store(model, guide) as store:
+    with programs.parameter_store(model, guide):
         tensors = state(model, guide)
-        constraints = {
-            name: mappings.describe(constraint)
-            for name, constraint in store["constraints"].items()
-            if BARE + name in tensors
-        }
+        constraints = constraints_of_bare_parameters()
         met = programs.names_met(model, guide)
     return {
         "tensors": tensors,
@@ -123,7 +123,7 @@ def fill(model: Program, guide: Program, content: Mapping[str, Any], device: tor
     tensors = content["tensors"]
     frozen, evaluating = set(content["frozen"]), set(content["evaluating"])
     bare = {name.removeprefix(BARE): t for name, t in tensors.items() if name.startswith(BARE)}
-    constraints = {name: mappings.restore(content["constraints"][name]) for name in bare}
+    constraints = {name: mappings.restore(content["constraints"][BARE + name]) for name in bare}
     met = {program: frozenset(content["met"][program]) for program in ("model", "guide")}
     # All is read: from here on nothing is refused.
     for name, live in module_tensors(model, guide).items():
