@@ -96,25 +96,39 @@ def test_the_site_the_rows_and_the_state_before(
     assert torch.equal(again.value.rows, found.rows)
 
 
-def test_a_gradient_that_is_not_finite_names_its_parameter(data):
-    class Root(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.offset = nn.Parameter(torch.zeros(()))
-            self.inner = pv.nets.MLP(2, [8], 5)
+class Offset(nn.Module):
+    """Adds a function of a parameter that is zero."""
 
-        def forward(self, z):
-            return self.inner(z) + self.offset.square().sqrt()  # without a slope at zero
+    def __init__(self, function):
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(()))
+        self.inner = pv.nets.MLP(2, [8], 5)
+        self.function = function
 
+    def forward(self, z):
+        return self.inner(z) + self.function(self.offset)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda t: t.square().sqrt(), lambda t: t.clamp(min=0).sqrt()],
+    ids=["slope nan", "slope inf"],
+)
+@pytest.mark.parametrize("optimizer", [None, torch.optim.Rprop])  # Rprop takes the slope's sign
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_gradient_that_is_not_finite_names_its_parameter(
+    function, optimizer, capture, data, without_compiler
+):
     torch.manual_seed(1)
     model = pv.LatentVariableModel(
-        prior=pv.priors.StandardNormal(2), likelihood=pv.likelihoods.Normal(Root(), scale=1.0)
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(Offset(function), scale=1.0),
     )
     guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(5, [8]))
     with pytest.raises(
         pv.NonFiniteError, match=r"gradient of parameter '.*offset'.*step 1"
     ) as error:
-        fit((model, guide), data)
+        fit((model, guide), data, optimizer=optimizer, capture=capture)
     assert error.value.parameter.endswith("offset")
     assert error.value.site is None
     assert all(tensor.isfinite().all() for tensor in tensors(model, guide).values())

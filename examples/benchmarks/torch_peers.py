@@ -15,6 +15,7 @@ import pyro_vae as pv
 from pyro_vae import programs
 from pyro_vae.contract import check_pair
 from pyro_vae.minibatches import Minibatches
+from pyro_vae.training.trained import Trained
 from pyro_vae.training.trainer import Trainer
 
 PEER, HIDDEN, LATENTS, GATED, BATCH, OBJECTIVE, STEPS = settings()
@@ -142,7 +143,8 @@ def ours(capture):
     trace = check_pair(model, guide, batches.first())
     objective.loss(model, guide, *batches.first())
     parameters = programs.parameters(model, guide, trace)
-    trainer = Trainer(model, guide, objective, batches, parameters, capture=capture)
+    trained = Trained(model, guide, objective, binarise, parameters)
+    trainer = Trainer(model, guide, objective, batches, trained, parameters, capture=capture)
     pyro.enable_validation(False)
 
     def epoch():

@@ -34,6 +34,7 @@ from pyro_vae.storage import UnreadableFile
 from pyro_vae.traces import PairTrace, Program
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.run import COLUMNS, AfterEpoch, OnNonFinite, Run, StoppedRun
+from pyro_vae.training.trained import Trained
 from pyro_vae.training.trainer import BOTH, Trainer
 
 
@@ -245,15 +246,24 @@ def fit(
             objective.loss(model, guide, *first)  # what it refuses, it refuses now
         _check_scale_of_global_latents(trace, batches.num_data)
         programs.bind(model, guide, store, trace)
+        parameters = programs.parameters(model, guide, trace)
+        trained = Trained(
+            model,
+            guide,
+            objective,
+            transform,
+            parameters,
+            learning_rate=learning_rate,
+            optimizer=optimizer,
+            scheduler=scheduler,
+        )
         trainer = Trainer(
             model,
             guide,
             objective,
             batches,
-            programs.parameters(model, guide, trace),
-            learning_rate=learning_rate,
-            optimizer=optimizer,
-            scheduler=scheduler,
+            trained,
+            parameters,
             clip_norm=clip_norm,
             alternation=alternation,
             capture=capture,

@@ -48,7 +48,7 @@ def looked_at_step(trainer: Trainer, selection: tuple[Tensor, ...], device: torc
         if not first_site(trainer, selection).has_nonfinite_numbers:
             raise
         raise NonFiniteStepError("the loss is not finite", None) from None
-    if name := first_non_finite(trainer.parameters):
+    if name := first_non_finite(trainer.trained.named_parameters()):
         raise NonFiniteStepError(f"the step made parameter {name!r} not finite", name)
     return loss
 
@@ -63,5 +63,5 @@ def first_site(trainer: Trainer, selection: tuple[Tensor, ...]) -> FirstNonFinit
 def _look(trainer: Trainer, loss: Tensor) -> None:
     if not loss.isfinite():
         raise NonFiniteStepError(f"the loss is {loss.item()}", None)
-    if name := first_non_finite(trainer.gradients):
+    if name := first_non_finite(trainer.trained.named_gradients()):
         raise NonFiniteStepError(f"the gradient of parameter {name!r} is not finite", name)

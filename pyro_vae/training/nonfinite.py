@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_vae.processes import gather_all
 from pyro_vae.sites import data_frame
+from pyro_vae.training.gradients import numbers_of
 
 _ROWS_SHOWN = 10
 
@@ -141,20 +142,9 @@ def _rows(msg: dict[str, Any], finite: Tensor) -> Tensor | None:
 def first_non_finite(tensors: Mapping[str, Tensor | None]) -> str | None:
     """Return the name of the first tensor with a NaN or an infinity, None if there is none."""
     for name, tensor in tensors.items():
-        if tensor is not None and not tensor.detach().isfinite().all():
+        if tensor is not None and not numbers_of(tensor).isfinite().all():
             return name
     return None
-
-
-def are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all numbers are, without a look at each: none is, if a norm is NaN or infinite.
-
-    A norm overflows before its numbers do: False says no more than that a look is due.
-    """
-    real = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
-    if not real:
-        return True
-    return bool(torch.stack([n.double() for n in torch._foreach_norm(real)]).isfinite().all())
 
 
 def _shown(numbers: Tensor) -> str:

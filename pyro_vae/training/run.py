@@ -32,8 +32,9 @@ from pyro_vae.processes import (
 )
 from pyro_vae.seeding import random_state, seeded, set_random_state
 from pyro_vae.training.checkpoints import Checkpoints
+from pyro_vae.training.gradients import all_finite
 from pyro_vae.training.looking import NonFiniteStepError, first_site, looked_at_step
-from pyro_vae.training.nonfinite import NonFiniteError, are_finite
+from pyro_vae.training.nonfinite import NonFiniteError
 from pyro_vae.training.trainer import Trainer
 
 OnNonFinite = Literal["raise", "skip"]
@@ -119,6 +120,7 @@ class Run:
     def __post_init__(self):
         seed = broadcast_from_first(torch.randint(2**62, ()))
         self.position = Position(validation_seed=seed.item())
+        self._trained = self.trainer.trained
         self._best: dict[str, Tensor] | None = None
         self._good: dict[str, Any] = {}
         self._resumed_at: Mapping[str, Tensor] | None = None
@@ -143,7 +145,7 @@ class Run:
         """
         self.advance(len(self.position.history))
         if self._resumed_at is None:
-            self.trainer.agree()
+            self._trained.agree()
             self._note()  # what cannot be written, or where, is better known now
         try:
             while self.position.epoch <= self.epochs and not self._is_out_of_patience():
@@ -162,13 +164,13 @@ class Run:
             raise
         finally:
             if self._best is not None:
-                self.trainer.set_values(self._best)
+                self._trained.set_values(self._best)
 
     def _is_out_of_patience(self) -> bool:
         return self.patience is not None and self.position.epochs_without_gain >= self.patience
 
     def _epoch(self) -> None:
-        learning_rate = self.trainer.learning_rate
+        learning_rate = self._trained.learning_rate
         validated = self.unseen and self.position.epoch == 1
         with pyro.validation_enabled(validated):
             self._pass(validated)
@@ -188,10 +190,10 @@ class Run:
         if self.patience is not None:
             if validation_loss < position.best_loss:
                 position.best_loss, position.epochs_without_gain = validation_loss, 0
-                self._best = self.trainer.values()
+                self._best = self._trained.values()
             else:
                 position.epochs_without_gain += 1
-        self.trainer.agree()
+        self._trained.agree()
         self.order = self.batches.order()
         self._steps_per_epoch = position.step
         position.epoch += 1
@@ -252,7 +254,7 @@ class Run:
         if not taken:
             return 0
         read = torch.stack(losses).tolist()  # nothing was read before
-        if all(map(math.isfinite, read)) and are_finite(self.trainer.parameters.values()):
+        if all(map(math.isfinite, read)) and all_finite(self._trained.parameters):
             for selection, loss in zip(taken, read, strict=True):
                 self._count(selection, loss)
         else:
@@ -386,7 +388,7 @@ class Run:
 
     def _of_processes(self) -> list[dict[str, Any]]:
         """Return what each process has its own: random numbers, and running averages."""
-        mine = {**random_state(self.device), **self.trainer.buffers()}
+        mine = {**random_state(self.device), **self._trained.buffers()}
         shares = gather_all([tensor.detach().cpu() for tensor in mine.values()])
         return [dict(zip(mine, share, strict=True)) for share in shares]
 
@@ -400,5 +402,5 @@ class Run:
             )
             return random_state(self.device)
         mine = shares[rank()]
-        self.trainer.set_values({name: mine[name] for name in self.trainer.buffers()})
+        self._trained.set_values({name: mine[name] for name in self._trained.buffers()})
         return mine
