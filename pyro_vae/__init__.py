@@ -47,7 +47,7 @@ from pyro_vae.programs import parameter_store
 from pyro_vae.saving import Saved, load, save
 from pyro_vae.storage import UnreadableFile
 from pyro_vae.terms import Terms, terms
-from pyro_vae.training import Fit, NonFiniteError, StoppedFit, fit
+from pyro_vae.training import Fit, NonFiniteError, StoppedFit, fit, load_checkpoint
 
 __all__ = [
     "AIS",
@@ -94,6 +94,7 @@ __all__ = [
     "layers",
     "likelihoods",
     "load",
+    "load_checkpoint",
     "nets",
     "objectives",
     "parameter_store",

@@ -145,12 +145,13 @@ def bind_names(
 def names_met(model: Program, guide: Program) -> dict[str, list[str]]:
     """Return the ``pyro.param`` values that no module holds, by the program that met them in a fit.
 
-    Of a pair that was not fitted, each program may have met all of the open store's.
+    Open the pair's store around it. Of a pair that was not fitted, each program may have met all.
     """
-    fitted = _fitted(model, guide)
-    if fitted is None:
-        return {program: sorted(bare_parameter_names()) for program in ("model", "guide")}
-    return {program: fitted.bare_names(program) for program in ("model", "guide")}
+    fitted, bare = _fitted(model, guide), bare_parameter_names()
+    return {
+        program: sorted(bare if fitted is None else bare & fitted.names[program])
+        for program in ("model", "guide")
+    }
 
 
 def parameters(model: Program, guide: Program, trace: PairTrace) -> dict[str, list[torch.Tensor]]:

@@ -609,3 +609,49 @@ def test_what_after_epoch_returns_are_columns(binary):
     assert seen == [1, 2, 3]
     assert result.history[["kl of unit 0", "kl of unit 1"]].notna().all(axis=None)
     assert equal(tensors(*programs), fit(binary)[1])  # it does not touch the run's noise
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("modules", tuple), ("noise of their own", noisy_pair)]
+)
+def test_the_pair_of_a_run_that_was_killed_is_loaded(name, given, binary, tmp_path):
+    with pytest.raises(Killed):
+        run(binary, tmp_path, 9, **CASES[name])
+    saved = pv.load_checkpoint(tmp_path, *given())
+    assert len(saved.history) == 1
+    content = storage.read(max(tmp_path.iterdir()), kind=checkpoints.KIND)
+    assert equal(tensors(saved.model, saved.guide), content["trainer"]["tensors"])
+    assert len(pv.evidence(saved.model, saved.guide, binary, num_particles=2).values) == len(binary)
+    with pytest.raises(pv.UnreadableFile, match="of the kind 'checkpoint of a fit'"):
+        pv.load(max(tmp_path.iterdir()))
+
+
+def test_the_pair_of_a_run_over_functions_is_given(binary, tmp_path):
+    _, fitted = fit(binary, tmp_path, pair=bare_pair)
+    with pytest.raises(ValueError, match="pass model and guide"):
+        pv.load_checkpoint(tmp_path)
+    saved = pv.load_checkpoint(tmp_path, *bare_pair())
+    assert equal(tensors(saved.model, saved.guide), fitted)
+    assert {"param.scale", "param.shift", "param.weight"} <= fitted.keys()
+
+
+def test_the_pair_of_the_best_epoch_is_loaded(binary, tmp_path):
+    options = {"patience": 5, "validation": binary[:9], "learning_rate": 0.3, "epochs": 6}
+    result, fitted = fit(binary, tmp_path, **options)
+    assert result.best_epoch < 6
+    saved = pv.load_checkpoint(tmp_path)
+    assert equal(tensors(saved.model, saved.guide), fitted)
+    pd.testing.assert_frame_equal(saved.history, result.history)
+
+
+def test_a_folder_without_a_checkpoint_has_no_pair(binary, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        pv.load_checkpoint(tmp_path)
+    fit(binary, tmp_path, epochs=1)
+    names = sorted(tmp_path.iterdir())
+    (names[-1] / "tensors.safetensors").write_bytes(b"nothing")
+    pv.load_checkpoint(tmp_path)  # of the one before it
+    assert sorted(tmp_path.iterdir()) == names  # reading changes nothing
+    storage.write(names[-1], {"trainer": {}}, kind=checkpoints.KIND, overwrite=True)
+    with pytest.raises(pv.UnreadableFile, match="no checkpoint with a pair"):
+        pv.load_checkpoint(tmp_path)

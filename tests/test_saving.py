@@ -768,3 +768,9 @@ def test_loading_needs_no_more_than_it_may_take(tmp_path):
     assert filling.module_tensors(**made)
     with pytest.raises(ValueError, match="it would take more than 100 bytes"):
         recipes.rebuild(structure, memory=100)
+
+
+def test_a_history_with_two_columns_of_one_name_is_refused(tmp_path):
+    history = pd.DataFrame([[1.0, 2.0]], columns=["loss", "loss"])
+    with pytest.raises(ValueError, match=r"\['loss'\] twice"):
+        pv.save(tmp_path / "pair", *own_pair(), history=history)

@@ -1,8 +1,7 @@
-"""What a pair's state is besides how its programs are made, and programs filled with it."""
+"""Programs filled with the state of others that were made alike."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,51 +16,9 @@ from pyro_vae.reach import VALUES, reach
 from pyro_vae.recipes import sites
 from pyro_vae.state import (
     BARE,
-    constraints_of_bare_parameters,
     state,
 )
 from pyro_vae.traces import Program
-
-
-def state_of(model: Program, guide: Program) -> dict[str, Any]:
-    """Return all of a pair's state: its tensors, and what else is needed to use them.
-
-    Raises:
-        ValueError: a guide has loaded values that wait for its first call.
-        TypeError: a ``pyro.param`` has a constraint without a name.
-    """
-    with programs.parameter_store(model, guide):
-        tensors = state(model, guide)
-        constraints = constraints_of_bare_parameters()
-        met = programs.names_met(model, guide)
-    return {
-        "tensors": tensors,
-        "frozen": [
-            name
-            for name, tensor in tensors.items()
-            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-        ],
-        "evaluating": [name for name, m in _modules(model, guide) if not m.training],
-        "heads": heads(model, guide),
-        "constraints": constraints,
-        "met": met,
-    }
-
-
-def heads(model: Program, guide: Program) -> dict[str, Any]:
-    """Return what guides made at their first call, by the names of the guides."""
-    found = {}
-    for name, owner in _owners(model, guide):
-        if owner.built.waits:
-            raise ValueError(
-                f"{name} has loaded values that wait for its first call: call it on a minibatch, "
-                "then save it"
-            )
-        if len(owner.built):
-            with contextlib.suppress(TypeError):  # a support without a name: call it before loading
-                described = [sites.describe(site) for site in owner.built.sites]
-                found[name] = {"sites": described, "width": owner.built.width}
-    return found
 
 
 def make_heads(model: Program, guide: Program, found: Mapping[str, Any], memory: int) -> None:
@@ -70,9 +27,9 @@ def make_heads(model: Program, guide: Program, found: Mapping[str, Any], memory:
     Raises:
         ValueError: it cannot be made so, or takes more bytes than ``memory``.
     """
-    owners = [*_owners(model, guide)]
+    found_owners = [*owners(model, guide)]
     with torch.random.fork_rng(devices=[]), recipes.Allowance(memory):
-        for name, owner in owners:
+        for name, owner in found_owners:
             if name in found and not len(owner.built):
                 of_model = [sites.restore(structure) for structure in found[name]["sites"]]
                 width = found[name]["width"]
@@ -132,7 +89,7 @@ def fill(model: Program, guide: Program, content: Mapping[str, Any], device: tor
             live.requires_grad_(name not in frozen)
     for module in modules(model, guide):
         module.to(device)
-    for name, module in _modules(model, guide):
+    for name, module in named_modules(model, guide):
         module.training = name not in evaluating
     if bare:
         params = {name: tensor.to(device).requires_grad_() for name, tensor in bare.items()}
@@ -144,14 +101,15 @@ def fill(model: Program, guide: Program, content: Mapping[str, Any], device: tor
         programs.bind_names(model, guide, store, met)
 
 
-def _owners(model: Program, guide: Program) -> Iterator[tuple[str, nn.Module]]:
+def owners(model: Program, guide: Program) -> Iterator[tuple[str, nn.Module]]:
     """Yield guides that make a part of themselves at their first call."""
-    for name, module in _modules(model, guide):
+    for name, module in named_modules(model, guide):
         if isinstance(getattr(module, "built", None), Later):
             yield name, module
 
 
-def _modules(model: Program, guide: Program) -> Iterator[tuple[str, nn.Module]]:
+def named_modules(model: Program, guide: Program) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a pair, by the ways that lead to them."""
     for name, thing in reach(model=model, guide=guide):
         if isinstance(thing, nn.Module):
             yield name, thing
@@ -160,3 +118,8 @@ def _modules(model: Program, guide: Program) -> Iterator[tuple[str, nn.Module]]:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
+
+
+def memory_of(tensors: Mapping[str, Tensor]) -> int:
+    """Return how many bytes programs may take that have these tensors."""
+    return 8 * sum(t.numel() * t.element_size() for t in tensors.values()) + 64 * 2**20

@@ -9,7 +9,14 @@ import pandas as pd
 
 
 def of_frame(frame: pd.DataFrame) -> dict[str, Any]:
-    """Return the structure of a data frame."""
+    """Return the structure of a data frame.
+
+    Raises:
+        ValueError: two columns have one name.
+    """
+    if not frame.columns.is_unique:
+        twice = frame.columns[frame.columns.duplicated()].to_list()
+        raise ValueError(f"history must have a name for each column, got {twice} twice")
     default = isinstance(frame.index, pd.RangeIndex) and frame.index.equals(
         pd.RangeIndex(len(frame))
     )

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import os
-import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
 
 from pyro_vae import programs, recipes, storage
-from pyro_vae.reach import reach
-from pyro_vae.saving import filling
+from pyro_vae.saving import contents, filling
 from pyro_vae.saving.frames import of_frame, to_frame
 from pyro_vae.storage import UnreadableFile
 from pyro_vae.traces import Program
@@ -92,14 +87,14 @@ def save(
         >>> torch.equal(before.values, after.values), saved.notes
         (True, {'seed': 7})
     """
-    _check_folder(folder)
+    check_folder(folder)
     programs.require_programs(model, guide)
-    content = filling.state_of(model, guide)
+    content = contents.state_of(model, guide)
     content |= {
-        "versions": _versions(),
+        "versions": contents.versions(),
         "notes": dict(notes or {}),
         "history": None if history is None else of_frame(history),
-        "recipe": _recipe(model, guide, content),
+        "recipe": contents.recipe_of(model, guide, content),
     }
     storage.write(folder, content, kind=KIND, overwrite=overwrite)
 
@@ -133,16 +128,35 @@ def load(
     Example:
         See :func:`save`.
     """
+    check_folder(folder)
+    return made(lambda: storage.read(folder, kind=KIND), folder, model, guide, device)
+
+
+def made(
+    read: Callable[[], Mapping[str, Any]],
+    folder: str | Path,
+    model: Program | None,
+    guide: Program | None,
+    device: str | torch.device,
+) -> Saved:
+    """Make the pair of a folder that was read; arguments and errors are those of :func:`load`.
+
+    Args:
+        read: gives what :func:`save` has written.
+        folder: for messages.
+        model: see :func:`load`.
+        guide: see :func:`load`.
+        device: see :func:`load`.
+    """
     given = {name: p for name, p in (("model", model), ("guide", guide)) if p is not None}
     for name, program in given.items():
         if not callable(program):
             raise TypeError(f"{name} must be a Pyro program, called with x; got {program!r}")
-    _check_folder(folder)
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here: {error}") from error
-    content = storage.read(folder, kind=KIND)
+    content = read()
     try:
         return _loaded(content, given, device)
     except _NotGivenError as error:
@@ -155,7 +169,8 @@ def load(
         ) from error
 
 
-def _check_folder(folder: str | Path) -> None:
+def check_folder(folder: str | Path) -> None:
+    """Refuse what names no folder."""
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be the name of a folder, got {folder!r}")
 
@@ -164,13 +179,13 @@ class _NotGivenError(ValueError):
     pass
 
 
-def _loaded(content: dict[str, Any], given: dict[str, Program], device: torch.device) -> Saved:
+def _loaded(content: Mapping[str, Any], given: dict[str, Program], device: torch.device) -> Saved:
     wanted = {n: why for n, why in content["recipe"]["given"].items() if n not in given}
     if wanted:
         raise _NotGivenError(f"pass {' and '.join(wanted)} to load: {'; '.join(wanted.values())}")
-    tensors, memory = content["tensors"], _memory(content["tensors"])
-    made = recipes.rebuild(content["recipe"], memory=memory, **given)
-    model, guide = made["model"], made["guide"]
+    tensors, memory = content["tensors"], filling.memory_of(content["tensors"])
+    pair = recipes.rebuild(content["recipe"], memory=memory, **given)
+    model, guide = pair["model"], pair["guide"]
     programs.require_programs(model, guide)
     filling.make_heads(model, guide, content["heads"], memory)
     if found := filling.differences(filling.module_tensors(model, guide), tensors):
@@ -187,56 +202,3 @@ def _loaded(content: dict[str, Any], given: dict[str, Program], device: torch.de
         notes=content["notes"],
         versions=content["versions"],
     )
-
-
-def _recipe(model: Program, guide: Program, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Tell how the programs are made; try it, since they may have been changed after that."""
-    structure = recipes.recipe(model=model, guide=guide)
-    reasons, pair = structure["given"], {"model": model, "guide": guide}
-    for name, other in (("guide", "model"), ("model", "guide")):
-        within = reach(**{name: pair[name]})
-        if name in reasons and any(thing is pair[other] for _, thing in within):
-            reasons.setdefault(other, f"the {name} has that {other} within")
-    given = {name: pair[name] for name in reasons}
-    if len(given) == 2:
-        return structure
-    memory = _memory(content["tensors"])
-    try:
-        made = recipes.rebuild(structure, memory=memory, **given)
-        filling.make_heads(made["model"], made["guide"], content["heads"], memory)
-        tensors = filling.module_tensors(made["model"], made["guide"])
-        problem = filling.differences(tensors, content["tensors"])
-    except ValueError as error:
-        problem = str(error)
-    for name, program in pair.items():
-        if not problem and isinstance(program, nn.Module) and repr(program) != repr(made[name]):
-            problem = f"the {name} has other parts"
-    if not problem and filling.settings(**made) != filling.settings(model, guide):
-        problem = "its attributes have other values"
-    if not problem:
-        return structure
-    reason = f"it is not as it was made: {problem}"
-    return {
-        "things": [],
-        "roots": {name: {"given": name} for name in ("model", "guide")},
-        "through": [],
-        "given": {"model": reason, "guide": reason},
-    }
-
-
-def _memory(tensors: Mapping[str, Tensor]) -> int:
-    """Return how many bytes programs may take that have these tensors."""
-    return 8 * sum(t.numel() * t.element_size() for t in tensors.values()) + 64 * 2**20
-
-
-def _versions() -> dict[str, str]:
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    found = {package: _version(package) for package in ("pyro_vae", "torch", "pyro-ppl")}
-    return {**found, "python": platform.python_version(), "date": date}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from its source
-        return "unknown"

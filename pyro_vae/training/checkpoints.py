@@ -91,7 +91,7 @@ class Checkpoints:
             return
         newest = self._path(steps)
         write(newest, found, kind=KIND, overwrite=True)
-        paths = self._paths()
+        paths = paths_in(self.folder)
         last = paths.index(newest) + 1
         for path in (*paths[: max(0, last - self._kept)], *paths[last:]):
             shutil.rmtree(path, ignore_errors=True)
@@ -100,36 +100,54 @@ class Checkpoints:
 
     def _last_whole(self, resume: bool) -> tuple[int, dict[str, Any] | None]:
         self._clear()
-        paths = self._paths()
-        if paths and not resume:
+        if not resume and paths_in(self.folder):
             raise ValueError(
                 f"{self.folder} has the checkpoints of a run: go on with it by resume=True, or "
                 "name another folder"
             )
-        broken: dict[Path, UnreadableFile] = {}
-        for path in reversed(paths):
-            try:
-                content = read(path, kind=KIND)
-            except UnreadableFile as problem:
-                broken[path] = problem
-                continue
-            for other, problem in broken.items():
-                aside = other.with_name(f"unreadable-{other.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                other.rename(aside)
-                warnings.warn(f"going on from an earlier checkpoint: {problem}", stacklevel=2)
-            return int(path.name.removeprefix(_PREFIX)), content
-        if broken:
-            raise next(iter(broken.values()))
-        return -1, None
+        path, content, broken = last_whole(self.folder)
+        for other, problem in broken.items():
+            aside = other.with_name(f"unreadable-{other.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            other.rename(aside)
+            warnings.warn(f"going on from an earlier checkpoint: {problem}", stacklevel=2)
+        return (-1 if path is None else int(path.name.removeprefix(_PREFIX))), content
 
     def _path(self, steps: int) -> Path:
         return self.folder / f"{_PREFIX}{steps:012d}"
-
-    def _paths(self) -> list[Path]:
-        return sorted(p for p in self.folder.iterdir() if re.fullmatch(_PREFIX + r"\d+", p.name))
 
     def _clear(self) -> None:
         """Remove what a process that was killed has left half written."""
         for path in self.folder.glob(f".{_PREFIX}*"):
             clear(self.folder / path.name[1:].split(".")[0])
+
+
+def paths_in(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the oldest first."""
+    return sorted(p for p in folder.iterdir() if re.fullmatch(_PREFIX + r"\d+", p.name))
+
+
+def last_whole(
+    folder: Path,
+) -> tuple[Path | None, dict[str, Any] | None, dict[Path, UnreadableFile]]:
+    """Read the last checkpoint of a folder that is whole.
+
+    Returns:
+        Its path and content, None if there is no checkpoint at all; and what is wrong with those
+        behind it.
+
+    Raises:
+        UnreadableFile: there are some, but none that can be read.
+        FileNotFoundError: there is no such folder.
+    """
+    broken: dict[Path, UnreadableFile] = {}
+    for path in reversed(paths_in(folder)):
+        try:
+            content = read(path, kind=KIND)
+        except UnreadableFile as problem:
+            broken[path] = problem
+            continue
+        return path, content, broken
+    if broken:
+        raise next(iter(broken.values()))
+    return None, None, broken

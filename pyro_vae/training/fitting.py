@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from pyro_vae import programs, recipes
+from pyro_vae import programs
 from pyro_vae.arguments import positive_integer, positive_number, real_number
 from pyro_vae.capture import Capture, check_capture
 from pyro_vae.contract import check_pair, observes_columns_alone
@@ -29,6 +29,7 @@ from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.processes import broadcast_from_first, num_processes, rank
 from pyro_vae.progress import task
 from pyro_vae.reach import reach
+from pyro_vae.saving.contents import Description
 from pyro_vae.seeding import seeded
 from pyro_vae.storage import UnreadableFile
 from pyro_vae.traces import PairTrace, Program
@@ -285,7 +286,7 @@ def fit(
                 patience=patience,
                 checkpoints=checkpoints,
                 settings=settings,
-                recipe={} if checkpoints is None else recipes.recipe(model=model, guide=guide),
+                describe=Description(model, guide),
                 on_nonfinite=on_nonfinite,
                 skip_limit=skip_limit,
                 after_epoch=after_epoch,

@@ -90,7 +90,7 @@ class Run:
         patience: see :func:`pyro_vae.fit`.
         checkpoints: where to write them, or None.
         settings: what a checkpoint must agree with, to be gone on from.
-        recipe: how the pair is made, for whoever has nothing but a checkpoint.
+        describe: tells what of the pair is not in its tensors, for who has just a checkpoint.
         on_nonfinite: see :func:`pyro_vae.fit`.
         skip_limit: how many steps may be skipped.
         after_epoch: see :func:`pyro_vae.fit`.
@@ -108,7 +108,7 @@ class Run:
     patience: int | None
     checkpoints: Checkpoints | None
     settings: Mapping[str, Any]
-    recipe: Mapping[str, Any]
+    describe: Callable[[], dict[str, Any]]
     on_nonfinite: OnNonFinite
     skip_limit: int
     after_epoch: AfterEpoch | None
@@ -368,7 +368,7 @@ class Run:
             "best": self._best,
             "steps_per_epoch": self._steps_per_epoch,
             "settings": dict(self.settings),
-            "recipe": self.recipe,
+            "pair": self.describe(),
         }
 
     def _go_back(self, state: Mapping[str, Any]) -> None:

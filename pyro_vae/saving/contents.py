@@ -1,0 +1,130 @@
+"""What is written of a pair, besides its notes."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from pyro_vae import programs, recipes
+from pyro_vae.reach import reach
+from pyro_vae.recipes import sites
+from pyro_vae.saving import filling
+from pyro_vae.state import constraints_of_bare_parameters, state
+from pyro_vae.traces import Program
+
+
+def state_of(model: Program, guide: Program) -> dict[str, Any]:
+    """Return all of a pair's state: its tensors, and what else is needed to use them.
+
+    Raises:
+        ValueError: a guide has loaded values that wait for its first call.
+        TypeError: a ``pyro.param`` has a constraint without a name.
+    """
+    with programs.parameter_store(model, guide):
+        tensors = state(model, guide)
+        constraints = constraints_of_bare_parameters()
+        met = programs.names_met(model, guide)
+    return {
+        "tensors": tensors,
+        "frozen": [
+            name
+            for name, tensor in tensors.items()
+            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        ],
+        "evaluating": [name for name, m in filling.named_modules(model, guide) if not m.training],
+        "heads": _heads(model, guide),
+        "constraints": constraints,
+        "met": met,
+    }
+
+
+class Description:
+    """What a checkpoint says of the pair beside its tensors, from which it can be made again.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+    """
+
+    def __init__(self, model: Program, guide: Program):
+        self._pair = (model, guide)
+        self._lasting: dict[str, Any] | None = None
+
+    def __call__(self) -> dict[str, Any]:
+        """Return it as it is now; how the pair is made is found out once."""
+        state = state_of(*self._pair)
+        if self._lasting is None:
+            self._lasting = {"recipe": recipe_of(*self._pair, state), "versions": versions()}
+        del state["tensors"]
+        return {**state, **self._lasting}
+
+
+def _heads(model: Program, guide: Program) -> dict[str, Any]:
+    """Return what guides made at their first call, by the names of the guides."""
+    found = {}
+    for name, owner in filling.owners(model, guide):
+        if owner.built.waits:
+            raise ValueError(
+                f"{name} has loaded values that wait for its first call: call it on a minibatch, "
+                "then save it"
+            )
+        if len(owner.built):
+            with contextlib.suppress(TypeError):  # a support without a name: call it before loading
+                described = [sites.describe(site) for site in owner.built.sites]
+                found[name] = {"sites": described, "width": owner.built.width}
+    return found
+
+
+def recipe_of(model: Program, guide: Program, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Tell how the programs are made; try it, since they may have been changed after that."""
+    structure = recipes.recipe(model=model, guide=guide)
+    reasons, pair = structure["given"], {"model": model, "guide": guide}
+    for name, other in (("guide", "model"), ("model", "guide")):
+        within = reach(**{name: pair[name]})
+        if name in reasons and any(thing is pair[other] for _, thing in within):
+            reasons.setdefault(other, f"the {name} has that {other} within")
+    given = {name: pair[name] for name in reasons}
+    if len(given) == 2:
+        return structure
+    memory = filling.memory_of(content["tensors"])
+    try:
+        made = recipes.rebuild(structure, memory=memory, **given)
+        filling.make_heads(made["model"], made["guide"], content["heads"], memory)
+        tensors = filling.module_tensors(made["model"], made["guide"])
+        problem = filling.differences(tensors, content["tensors"])
+    except ValueError as error:
+        problem = str(error)
+    for name, program in pair.items():
+        if not problem and isinstance(program, nn.Module) and repr(program) != repr(made[name]):
+            problem = f"the {name} has other parts"
+    if not problem and filling.settings(**made) != filling.settings(model, guide):
+        problem = "its attributes have other values"
+    if not problem:
+        return structure
+    reason = f"it is not as it was made: {problem}"
+    return {
+        "things": [],
+        "roots": {name: {"given": name} for name in ("model", "guide")},
+        "through": [],
+        "given": {"model": reason, "guide": reason},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what writes, and the date."""
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    found = {package: _version(package) for package in ("pyro_vae", "torch", "pyro-ppl")}
+    return {**found, "python": platform.python_version(), "date": date}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from its source
+        return "unknown"

@@ -1,0 +1,81 @@
+"""The pair of a run that was not finished, or of one that was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from pyro_vae.saving.frames import of_frame
+from pyro_vae.saving.pairs import Saved, check_folder, made
+from pyro_vae.storage import UnreadableFile
+from pyro_vae.traces import Program
+from pyro_vae.training.checkpoints import last_whole
+
+
+def load_checkpoint(
+    folder: str | Path,
+    model: Program | None = None,
+    guide: Program | None = None,
+    *,
+    device: str | torch.device = "cpu",
+) -> Saved:
+    """Load the pair of a fit from its last checkpoint, as the fit would leave it if it ended there.
+
+    With ``patience``, that is as it was in the best epoch so far. The run itself goes on by
+    ``fit(..., resume=True)``.
+
+    Args:
+        folder: what ``fit`` was given as ``checkpoint``.
+        model: see :func:`pyro_vae.load`.
+        guide: see :func:`pyro_vae.load`.
+        device: where the parameters go.
+
+    Returns:
+        The pair, with the history of the epochs that were done.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        UnreadableFile: there are some, but none that can be read. It is a ValueError.
+        ValueError: a program must be given, or has other parameters than the one that was fitted.
+
+    Example:
+        >>> import tempfile, torch, pyro_vae as pv
+        >>> model = pv.LatentVariableModel(
+        ...     prior=pv.priors.StandardNormal(2),
+        ...     likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16)),
+        ... )
+        >>> guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
+        >>> x = torch.bernoulli(torch.full((50, 16), 0.5))
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     fit = pv.fit(
+        ...         model, guide, x, batch_size=10, epochs=2, checkpoint=run, progress=False
+        ...     )
+        ...     saved = pv.load_checkpoint(run)
+        >>> torch.equal(saved.model.likelihood.decoder[0].bias, model.likelihood.decoder[0].bias)
+        True
+        >>> len(saved.history)
+        2
+    """
+    check_folder(folder)
+    return made(lambda: _content(Path(folder)), folder, model, guide, device)
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """Return what saving the pair would have written."""
+    path, checkpoint, _ = last_whole(folder)
+    if path is None:
+        raise FileNotFoundError(f"{folder} has no checkpoint of a fit: is the name right?")
+    try:
+        history = pd.DataFrame(checkpoint["position"]["history"])
+        tensors = checkpoint["trainer"]["tensors"]
+        return {
+            **checkpoint["pair"],
+            "tensors": tensors if checkpoint["best"] is None else checkpoint["best"],
+            "history": of_frame(history.set_index("epoch")) if len(history) else None,
+            "notes": {},
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnreadableFile(f"{path} holds no checkpoint with a pair: {error!r}") from error
