@@ -197,6 +197,22 @@ def test_a_site_that_belongs_to_no_datum_has_no_rows(binary):
     assert (error.value.epoch, error.value.bad) == (2, None)
 
 
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: DataLoader(TensorDataset(x), 10)])
+def test_a_validation_that_is_not_finite_names_the_site(wrap, data):
+    train = data[data.prod(1) > 0][:50]
+    message = r"in epoch 1: .*'loc' of site 'z' is nan at rows \[37\] of the validation"
+    with pytest.raises(FloatingPointError, match=message):
+        fit(pair(), train, validation=wrap(data))
+
+
+def test_a_validation_outside_of_the_support_is_refused(binary):
+    odd = binary.clone()
+    odd[33, 0] = 0.5
+    with pytest.raises(ValueError, match="support") as error:
+        fit(make_pair(), binary, validation=DataLoader(TensorDataset(odd), 10))
+    assert not isinstance(error.value, FloatingPointError)
+
+
 def test_what_a_mask_hides_is_no_fault():
     def model(x, seen):
         with pyro.plate("data", len(x)):

@@ -270,7 +270,9 @@ def fit(
             capture=capture,
         )
         # Values that no look has seen yet are checked as they come, in the first pass over them.
-        unseen = batches.checked is None or not observes_columns_alone(trace, first)
+        of_programs = not observes_columns_alone(trace, first)
+        unseen = of_programs or batches.checked is None
+        unseen_held_out = of_programs or (held_out is not None and held_out.checked is None)
         stopped = False
         with (
             task(progress, description, epochs) as advance,
@@ -293,6 +295,7 @@ def fit(
                 advance=advance,
                 interrupted=interrupted,
                 unseen=unseen,
+                unseen_held_out=unseen_held_out,
                 order=order_of_pass,
             )
             if going_on is not None:

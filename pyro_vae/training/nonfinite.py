@@ -50,11 +50,11 @@ class NonFiniteError(FloatingPointError):
         self.rows, self.bad, self.folder = rows, bad, folder
         lines = [f"{what} in epoch {epoch}, step {step}"]
         if bad is not None and len(bad):
-            lines.append(f"rows {_shown(bad)} of the minibatch")
+            lines.append(f"rows {shown_rows(bad)} of the minibatch")
             if rows is not None:
-                lines[-1] += f", which are rows {_shown(rows[bad])} of the data"
+                lines[-1] += f", which are rows {shown_rows(rows[bad])} of the data"
         elif rows is not None:
-            lines.append(f"the minibatch is rows {_shown(rows)} of the data")
+            lines.append(f"the minibatch is rows {shown_rows(rows)} of the data")
         lines.append(
             "the parameters are those before that step. Lower the learning rate, set clip_norm, "
             'look for a scale that falls to zero, or pass on_nonfinite="skip"'
@@ -147,6 +147,7 @@ def first_non_finite(tensors: Mapping[str, Tensor | None]) -> str | None:
     return None
 
 
-def _shown(numbers: Tensor) -> str:
+def shown_rows(numbers: Tensor) -> str:
+    """Show numbers of rows, but not too many."""
     shown = ", ".join(map(str, numbers[:_ROWS_SHOWN].tolist()))
     return f"[{shown}{', ...' if len(numbers) > _ROWS_SHOWN else ''}]"

@@ -7,6 +7,7 @@ more, with a look at every gradient: so a watch on all of them costs no step any
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import numbers
@@ -33,8 +34,13 @@ from pyro_vae.processes import (
 from pyro_vae.seeding import random_state, seeded, set_random_state
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.gradients import all_finite
-from pyro_vae.training.looking import NonFiniteStepError, first_site, looked_at_step
-from pyro_vae.training.nonfinite import NonFiniteError
+from pyro_vae.training.looking import (
+    NonFiniteStepError,
+    first_site,
+    first_site_held_out,
+    looked_at_step,
+)
+from pyro_vae.training.nonfinite import NonFiniteError, shown_rows
 from pyro_vae.training.trainer import Trainer
 
 OnNonFinite = Literal["raise", "skip"]
@@ -97,6 +103,7 @@ class Run:
         advance: of the progress bar.
         interrupted: whether the run shall stop.
         unseen: whether the first pass brings values that nobody has checked.
+        unseen_held_out: whether the first validation does.
         order: of the first pass, which has been begun.
     """
 
@@ -115,6 +122,7 @@ class Run:
     advance: Callable[..., None]
     interrupted: Callable[[], bool]
     unseen: bool
+    unseen_held_out: bool
     order: list[Tensor]
 
     def __post_init__(self):
@@ -174,7 +182,8 @@ class Run:
         validated = self.unseen and self.position.epoch == 1
         with pyro.validation_enabled(validated):
             self._pass(validated)
-            began = time.perf_counter()
+        began = time.perf_counter()
+        with pyro.validation_enabled(self.unseen_held_out and self.position.epoch == 1):
             validation_loss = self._validate()
         position = self.position
         loss = position.total / position.rows if position.rows else math.nan
@@ -341,16 +350,32 @@ class Run:
     def _validate(self) -> float:
         if self.held_out is None:
             return math.nan
-        # The same noise each time: comparable losses.
+        refused = None
+        with self._noise_of_validation():
+            try:
+                loss = self.trainer.evaluate(self.held_out, self.interrupted)
+            except ValueError as error:  # by Pyro's validation, perhaps, of what is not finite
+                loss, refused = math.nan, error
+        if math.isfinite(loss):
+            return loss
+        with self._noise_of_validation():
+            site, rows_before = first_site_held_out(self.trainer, self.held_out)
+        if refused is not None and not site.has_nonfinite_numbers:
+            raise refused
+        what = "" if site.name is None else f": {site.what}"
+        if site.bad is not None:
+            what += f" at rows {shown_rows(site.bad + rows_before)} of the validation data"
+        raise FloatingPointError(
+            f"the validation loss is {loss} in epoch {self.position.epoch}{what}. Lower the "
+            "learning rate, set clip_norm, or look for a scale that falls to zero."
+        )
+
+    @contextlib.contextmanager
+    def _noise_of_validation(self) -> Iterator[None]:
+        """The same each time, so that losses can be compared."""
         self.held_out.begin_from(self.position.validation_seed)
         with seeded(self.position.validation_seed + rank()):
-            loss = self.trainer.evaluate(self.held_out, self.interrupted)
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the validation loss is {loss} in epoch {self.position.epoch}. Lower the learning "
-                "rate, set clip_norm, or look for a scale that falls to zero."
-            )
-        return loss
+            yield
 
     def _state(self, *, to_write: bool = False) -> dict[str, Any]:
         return {

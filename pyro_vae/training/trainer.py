@@ -136,6 +136,12 @@ class Trainer:
         if len(mine[0]):
             self._loss(self.minibatch(mine))
 
+    @torch.no_grad()
+    def run_held_out(self, batch: Batch) -> None:
+        """Run the pair on validation data likewise."""
+        with programs.evaluation_mode(*self._pair):
+            self._loss(batch)
+
     def rows_before(self, selection: tuple[Tensor, ...]) -> int:
         """Return how many rows of a minibatch are those of processes before this one."""
         if self._batches.is_share:
