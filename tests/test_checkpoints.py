@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import pyro_vae as pv
 from pyro_vae import objectives, storage
 from pyro_vae.state import state
-from pyro_vae.storage import files
+from pyro_vae.storage import files, writing
 from pyro_vae.training import checkpoints
 from pyro_vae.training.run import Run
 from pyro_vae.training.trainer import Trainer
@@ -655,3 +655,17 @@ def test_a_folder_without_a_checkpoint_has_no_pair(binary, tmp_path):
     storage.write(names[-1], {"trainer": {}}, kind=checkpoints.KIND, overwrite=True)
     with pytest.raises(pv.UnreadableFile, match="no checkpoint with a pair"):
         pv.load_checkpoint(tmp_path)
+
+
+def test_a_long_history_is_resumed(binary, tmp_path, monkeypatch):
+    fit(binary, tmp_path, epochs=1, after_epoch=lambda epoch: {"kl": 0.5})
+    path = max(tmp_path.iterdir())
+    content = storage.read(path, kind=checkpoints.KIND)
+    columns = [(name, np.resize(values, 5_000)) for name, values in content["history"]["columns"]]
+    content["history"] |= {"columns": columns, "rows": 5_000}
+    content["position"]["epoch"] = 5_001
+    storage.write(path, content, kind=checkpoints.KIND, overwrite=True)
+    monkeypatch.setattr(writing, "MAX_RECORD", 100_000)  # 20 for each row
+    result, _ = fit(binary, tmp_path, epochs=5_001, resume=True)
+    assert len(result.history) == 5_001
+    assert result.history["kl"].notna().sum() == 5_000

@@ -511,7 +511,7 @@ def test_hostile_json_is_refused(tmp_path, text):
 def test_a_record_that_is_too_large_is_not_read(tmp_path):
     write(tmp_path / "run")
     os.truncate(tmp_path / "run/record.json", 2**40)
-    refused(tmp_path / "run", "bytes, not at most 268435456")
+    refused(tmp_path / "run", "bytes, not at most 33554432")
 
 
 def test_a_file_larger_than_its_record_says_is_not_read(tmp_path):
@@ -582,3 +582,22 @@ def test_records_that_do_not_fit_their_tensors_are_refused(tmp_path, content):
 def test_the_error_is_public_and_a_value_error():
     assert issubclass(UnreadableFile, ValueError)
     assert pv.UnreadableFile is UnreadableFile
+
+
+def test_more_tensors_than_memory_are_refused_unread(tmp_path):
+    writing.write(tmp_path / "run", {"x": torch.ones(2)}, kind="test")
+    tensors, path = tmp_path / "run/tensors.safetensors", tmp_path / "run/record.json"
+    record = json.loads(path.read_text())
+    os.truncate(tensors, 2**42)  # a file with a hole, as long as the record says
+    record["tensors"]["bytes"] = 2**42
+    record["sha256"] = checksum(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(pv.UnreadableFile, match="bytes, and this machine"):
+        read(tmp_path / "run", kind="test")
+
+
+def test_a_record_that_nobody_could_read_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "MAX_RECORD", 2000)
+    with pytest.raises(ValueError, match="store long lists as"):
+        writing.write(tmp_path / "run", {"x": [0.125] * 1000}, kind="test")
+    assert not any(tmp_path.iterdir())

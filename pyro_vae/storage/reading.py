@@ -23,7 +23,7 @@ from pyro_vae.storage import files
 from pyro_vae.storage.encoding import decode
 from pyro_vae.storage.files import UnreadableFile, unreadable
 
-MAX_RECORD = 256 * 2**20  # bytes
+MAX_RECORD = 32 * 2**20  # bytes; parsed, it may take thirty times as much
 _BEGINNINGS = {b"\x80": "a pickle", b"PK": "a zip archive, such as torch.save makes"}
 
 
@@ -158,6 +158,9 @@ def _tensors(path: Path, directory: int, expected: dict[str, Any]) -> dict[str, 
     size = expected.get("bytes")
     if not isinstance(size, int):
         raise unreadable(path, f"has no size in {files.RECORD}")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise unreadable(path, f"has {size} bytes, and this machine {memory} of memory")
     data = _bytes(path, directory, size, exactly=True)
     if hashlib.sha256(data).hexdigest() != expected.get("sha256"):
         raise unreadable(path, f"is damaged: {files.RECORD} has another checksum for it")

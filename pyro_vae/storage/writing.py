@@ -39,7 +39,7 @@ def write(
     Raises:
         TypeError: something in the content is of another type, by the way that leads to it.
         ValueError: it is nested more than 100 deep, or holds itself, or its record takes more than
-            256 MiB.
+            32 MiB.
         FileExistsError: there is a folder or file of that name, and it is not to be replaced, or is
             none that was written here as one of this kind.
         OSError: it could not be written: a full disk, a lack of permission. What was there before

@@ -34,7 +34,7 @@ from pyro_vae.seeding import seeded
 from pyro_vae.storage import UnreadableFile
 from pyro_vae.traces import PairTrace, Program
 from pyro_vae.training.checkpoints import Checkpoints
-from pyro_vae.training.run import COLUMNS, AfterEpoch, OnNonFinite, Run, StoppedRun
+from pyro_vae.training.run import AfterEpoch, OnNonFinite, Run, StoppedRun
 from pyro_vae.training.trained import Trained
 from pyro_vae.training.trainer import BOTH, Trainer
 
@@ -305,8 +305,7 @@ def fit(
                 run.train()
             except StoppedRun:
                 stopped = True
-    history = pd.DataFrame(run.position.history, columns=None if run.position.history else COLUMNS)
-    history = history.set_index("epoch")
+    history = run.history.set_index("epoch")
     by_validation = patience is not None and len(history)
     best = history["validation_loss"].idxmin() if by_validation else len(history)
     seconds = time.perf_counter() - started

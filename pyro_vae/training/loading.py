@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
-from pyro_vae.saving.frames import of_frame
+from pyro_vae.saving.frames import of_frame, to_frame
 from pyro_vae.saving.pairs import Saved, check_folder, made
 from pyro_vae.storage import UnreadableFile
 from pyro_vae.traces import Program
@@ -69,12 +68,12 @@ def _content(folder: Path) -> dict[str, Any]:
     if path is None:
         raise FileNotFoundError(f"{folder} has no checkpoint of a fit: is the name right?")
     try:
-        history = pd.DataFrame(checkpoint["position"]["history"])
+        history = to_frame(checkpoint["history"]).set_index("epoch")
         tensors = checkpoint["trainer"]["tensors"]
         return {
             **checkpoint["pair"],
             "tensors": tensors if checkpoint["best"] is None else checkpoint["best"],
-            "history": of_frame(history.set_index("epoch")) if len(history) else None,
+            "history": of_frame(history),
             "notes": {},
         }
     except (KeyError, TypeError, ValueError) as error:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import pyro
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from pyro_vae.processes import (
     rank,
     sum_over_processes,
 )
+from pyro_vae.saving.frames import of_frame, to_frame
 from pyro_vae.seeding import random_state, seeded, set_random_state
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.gradients import all_finite
@@ -135,10 +137,17 @@ class Run:
         self._shall_stop = self._shall_write = False
         self._steps_per_epoch = self.batches.num_batches
 
+    @property
+    def history(self) -> pd.DataFrame:
+        """Of the epochs that are done, each a row."""
+        rows = self.position.history
+        return pd.DataFrame(rows, columns=None if rows else COLUMNS)
+
     def go_on_from(self, checkpoint: Mapping[str, Any]) -> None:
         """Stand where a checkpoint was written; its pass over the data has been begun."""
         self.trainer.go_on_from(checkpoint["trainer"])
-        self.position = Position(**checkpoint["position"])
+        history = to_frame(checkpoint["history"]).to_dict("records")
+        self.position = Position(**checkpoint["position"] | {"history": history})
         self.order = checkpoint["order"]
         self._best = checkpoint["best"]
         self._steps_per_epoch = checkpoint["steps_per_epoch"]
@@ -388,7 +397,8 @@ class Run:
     def _to_write(self) -> dict[str, Any]:
         return {
             **self._state(to_write=True),
-            "position": asdict(self.position),
+            "position": asdict(replace(self.position, history=[])),
+            "history": of_frame(self.history),
             "processes": self._of_processes(),
             "best": self._best,
             "steps_per_epoch": self._steps_per_epoch,
