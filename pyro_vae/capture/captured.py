@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import math
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pyro_vae.capture.comparing import disagreement
 from pyro_vae.capture.cuda import CudaGraph
 from pyro_vae.capture.policy import (
     SECONDS_THAT_REPAY_COMPILING,
@@ -23,10 +19,10 @@ from pyro_vae.capture.policy import (
     Pace,
     check_capture,
 )
+from pyro_vae.capture.rewinding import generator_state, kept, noise_from_elsewhere, same_noise
 from pyro_vae.capture.rewriting import rewrite
-from pyro_vae.capture.tracing import CaptureError, Outputs, Trace, equal, trace
-from pyro_vae.reach import VALUES, reach
-from pyro_vae.seeding import random_state
+from pyro_vae.capture.tracing import CaptureError, Outputs, Trace, trace
+from pyro_vae.capture.watching import change, state_of, tensors_that_may_change
 
 # Rounding alone can move a value over a kink, a knot of a spline say, where the gradient jumps.
 _DISAGREEMENTS_THAT_ARE_NO_ACCIDENT = 3
@@ -159,8 +155,8 @@ class Captured:
         If what the function depends on has changed, it is called as it is from now on. Else the
         next call runs both, and compares them: not all that a function depends on has a name.
         """
-        if self._state and (change := _change(self._state, self._now())):
-            self._give_up(f"{change} since the capture; a tensor changed in place would be seen")
+        if self._state and (changed := change(self._state, state_of(self._watch))):
+            self._give_up(f"{changed} since the capture; a tensor changed in place would be seen")
         elif self._replay is not None and self._stage == self._replay:
             self._stage = self._check
         elif self._ahead["stage"] == "replay":
@@ -182,7 +178,7 @@ class Captured:
     def _catch_up(self, *inputs: Tensor) -> Outputs:
         state, self._stage = self._ahead, self._trace_first
         until = self._trace_again if state["stage"] == "trace again" else None
-        with _same_noise(inputs) as rewind, _kept(self._reached_state()) as restore:
+        with same_noise(inputs) as rewind, kept(tensors_that_may_change(self._watch)) as restore:
             while self._stage not in (until, self._replay, self._function):
                 self._stage(*inputs)
                 restore()
@@ -204,19 +200,19 @@ class Captured:
 
     def _trace_again(self, *inputs: Tensor) -> Outputs:
         first, self._first = self._first, None
-        state, elsewhere = self._now(), _noise_from_elsewhere()
+        state, elsewhere = state_of(self._watch), noise_from_elsewhere()
         try:
             again = self._trace(inputs)
         except CaptureError as error:
             self._give_up(str(error))
             return error.outputs or self._function(*inputs)
-        change = _change(state, self._now())
+        changed = change(state, state_of(self._watch))
         difference = first.difference(again)
-        if change:
-            self._give_up(f"it changes what it depends on: {change}")
+        if changed:
+            self._give_up(f"it changes what it depends on: {changed}")
         elif difference:
             self._give_up(f"it does not do the same twice: {difference}")
-        elif elsewhere != _noise_from_elsewhere():
+        elif elsewhere != noise_from_elsewhere():
             self._give_up("it draws random numbers from Python or numpy: draw them from torch")
         else:
             self._state = state
@@ -243,7 +239,7 @@ class Captured:
         # The random numbers of torch's own generators, in the order of the program.
         options: dict[str, Any] = {"fallback_random": True}
         arguments = [*inputs, *self._constants]
-        with _same_noise(inputs) as rewind, torch.no_grad():
+        with same_noise(inputs) as rewind, torch.no_grad():
             if inputs[0].is_cpu:
                 graph = rewrite(graph, arguments)
                 options["cpp_wrapper"] = True  # the calls of the kernels in C++ as well
@@ -258,7 +254,7 @@ class Captured:
 
     def _check(self, *inputs: Tensor) -> Outputs:
         replay, failure = self._replay or self._run_graph, None
-        with _same_noise(inputs) as rewind, _kept(self._writable) as restore:
+        with same_noise(inputs) as rewind, kept(self._writable) as restore:
             try:
                 if self._replay is None and inputs[0].device.type == "cuda":
                     replay = CudaGraph(self._run_graph, inputs)
@@ -266,7 +262,9 @@ class Captured:
                     restore()
                 # Of copies, for a function may write to its inputs.
                 replayed = [*replay(*(tensor.clone() for tensor in inputs))]
-                replayed += [tensor.clone() for tensor in (*self._writable, _generator(inputs))]
+                replayed += [
+                    tensor.clone() for tensor in (*self._writable, generator_state(inputs))
+                ]
             except Exception as error:  # as above
                 failure = f"its graph fails: {_first_line(error)}"
             rewind()
@@ -275,8 +273,8 @@ class Captured:
         if failure is not None:
             self._give_up(failure)
             return outputs
-        done = [*outputs, *self._writable, _generator(inputs)]
-        failure = _disagreement(done, replayed)
+        done = [*outputs, *self._writable, generator_state(inputs)]
+        failure = disagreement(done, replayed)
         self._disagreements = 0 if failure is None else self._disagreements + 1
         if failure is None:
             self._stage = self._replay = replay
@@ -296,7 +294,7 @@ class Captured:
             return self._graph(*inputs, *self._constants)
 
     def _trace(self, inputs: Sequence[Tensor]) -> Trace:
-        with _same_noise(inputs) as rewind, _kept(self._reached_state()) as restore:
+        with same_noise(inputs) as rewind, kept(tensors_that_may_change(self._watch)) as restore:
             try:
                 return trace(self._function, inputs)
             except CaptureError:
@@ -306,17 +304,6 @@ class Captured:
                 restore()
                 # An error of the function's own comes again when it is called.
                 raise CaptureError(f"it cannot be traced: {_first_line(error)}") from error
-
-    def _reached_state(self) -> list[Tensor]:
-        """Tensors that a call might change: running averages, say."""
-        reached = [thing for _, thing in reach(**self._watch) if isinstance(thing, Tensor)]
-        return [tensor for tensor in reached if not tensor.requires_grad]
-
-    def _now(self) -> dict[str, list[Any]]:
-        state: dict[str, list[Any]] = {}
-        for name, thing in reach(**self._watch):
-            state.setdefault(name, []).append(_mark(thing))
-        return state
 
     def _give_up(self, reason: str) -> None:
         self.execution = f"eager: {reason}"
@@ -339,135 +326,6 @@ def _signature_of(described: Sequence[Sequence[Any]]) -> tuple:
         kind = getattr(torch, dtype.removeprefix("torch."))
         inputs.append((torch.Size(shape), tuple(stride), kind, torch.device(device)))
     return tuple(inputs)
-
-
-@contextlib.contextmanager
-def _same_noise(inputs: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
-    """Yield what puts torch's generators back to where they are now."""
-    device = inputs[0].device
-    state = torch.get_rng_state()
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def rewind() -> None:
-        torch.set_rng_state(state)
-        if on_device is not None:
-            torch.cuda.set_rng_state(on_device, device)
-
-    yield rewind
-
-
-def _generator(inputs: Sequence[Tensor]) -> Tensor:
-    """Return where torch's generator of the inputs' device stands."""
-    device = inputs[0].device
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _noise_from_elsewhere() -> list[list[int]]:
-    """Return where the generators of Python and numpy stand."""
-    state = random_state(torch.device("cpu"))
-    return [state[name].tolist() for name in ("python", "numpy")]
-
-
-@contextlib.contextmanager
-def _kept(tensors: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
-    """Yield what gives tensors the values back that they have now."""
-    saved = [tensor.clone() for tensor in tensors]
-
-    def restore() -> None:
-        for tensor, value in zip(tensors, saved, strict=True):
-            if not torch.equal(tensor, value):
-                tensor.copy_(value)
-
-    yield restore
-
-
-def _disagreement(results: Outputs, replayed: Outputs) -> str | None:
-    """Say how far a graph is from its function; None if by no more than rounding."""
-    noise = max((_largest(r) for r in results[1:] if r is not None and _is_real(r)), default=0.0)
-    for number, (mine, its) in enumerate(zip(results, replayed, strict=True)):
-        if mine is None and its is None:
-            continue
-        if mine is None or its is None:
-            return f"its graph differs from it in what output {number} is"
-        if equal(mine, its):
-            continue
-        if not _is_real(mine):
-            return f"its graph differs from it in output {number}"
-        precision = torch.finfo(mine.dtype).eps
-        size = _largest(mine)
-        allowed = math.sqrt(precision) * size + 10 * precision * noise
-        same = (mine == its) | (mine.isnan() & its.isnan())
-        error = (mine - its).abs().masked_fill(same, 0.0).max().item()
-        if not error <= allowed:
-            return (
-                f"its graph differs from it by {error:.1e} at the same noise, in output "
-                f"{number} of largest entry {size:.1e}"
-            )
-    return None
-
-
-def _largest(tensor: Tensor) -> float:
-    """The largest size of a finite entry."""
-    size = torch.linalg.vector_norm(tensor, math.inf).item()
-    if math.isfinite(size):
-        return size
-    return tensor.abs().masked_fill(~tensor.isfinite(), 0.0).max().item()
-
-
-def _is_real(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.numel() > 0
-
-
-_BYTES_LOOKED_AT = 1 << 20  # of an array; larger ones count as themselves
-
-
-def _mark(thing: Any) -> Any:
-    """What must stay equal of a thing, parts apart; things that count as themselves, kept alive."""
-    if isinstance(thing, Tensor):
-        storage = thing.data_ptr() if thing.layout == torch.strided else None
-        return _Same(thing), storage, thing.requires_grad
-    if isinstance(thing, float | complex | np.generic):
-        return repr(thing)  # NaN is equal to itself
-    if isinstance(thing, VALUES):
-        return thing
-    if isinstance(thing, np.ndarray) and thing.nbytes <= _BYTES_LOOKED_AT:
-        return thing.dtype, thing.shape, thing.tobytes()
-    if isinstance(thing, Mapping | list | tuple | set | deque):
-        return type(thing), len(thing)
-    if inspect.ismethod(thing):
-        return None  # made anew at each access; its function and its owner are parts of it
-    return _Same(thing)
-
-
-class _Same:
-    """A thing that is equal to itself alone."""
-
-    def __init__(self, thing: Any):
-        self._thing = thing
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._thing is other._thing
-
-    __hash__ = None
-
-    def __repr__(self) -> str:
-        return f"{type(self._thing).__name__} object"
-
-
-def _change(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> str | None:
-    """Say what differs between two states, None if nothing does."""
-    for name in sorted(before.keys() | after.keys()):
-        if name not in after:
-            return f"{name} is gone"
-        if name not in before:
-            return f"{name} is new"
-        if before[name] != after[name]:
-            return f"{name} changed from {_shown(before[name])} to {_shown(after[name])}"
-    return None
-
-
-def _shown(marks: list[Any]) -> str:
-    return ", ".join(str(mark) for mark in marks)
 
 
 def _require_device(inputs: Sequence[Tensor]) -> None:
