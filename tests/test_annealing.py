@@ -724,3 +724,25 @@ def test_a_trajectory_keeps_its_energy():
         rejected.append(1 - acceptance.mean().item())
     assert 0 < rejected[0] < 0.03
     assert 3.0 < rejected[0] / rejected[1] < 5.0
+
+
+@pytest.mark.slow
+def test_intervals_from_the_guide_cover_the_truth_as_often_as_they_say():
+    """200 repeats of 5 data, fresh data and draws: log p(x) of each, and the mean of the 5.
+
+    The errors are of the draws alone, so that the truth is that of the data at hand. That
+    log p(x) is low by half of a squared error is left out: three hundredths of an error here.
+    """
+    weight = torch.tensor([[1.0, 0.8], [-0.4, 0.5], [0.6, 0.9], [0.3, -0.5]])
+    oracle = LinearGaussian(weight=weight, noise=1.0)
+    oracle.v, oracle.s = 0.7 * oracle.v, 1.5 * oracle.s  # a start that is off, and too wide
+    x = oracle.sample(1000)
+    options = {"pairs_per_pass": 40_000, "batch_size": 200, "capture": False, "seed": 0}
+    ais = pv.AIS(200, 8, start="guide", leapfrog_steps=4)
+    estimate = pv.evidence(oracle.model, oracle.guide, x, method=ais, **options)
+    off = (estimate.values - oracle.log_evidence(x)).reshape(200, 5)
+    errors = estimate.monte_carlo_errors.reshape(200, 5)
+    inside = (off.abs() < 1.96 * errors).double().mean(0)
+    assert ((inside >= 0.90) & (inside <= 0.98)).all()
+    inside = off.mean(1).abs() < 1.96 * errors.square().sum(1).sqrt() / 5
+    assert 0.90 <= inside.double().mean().item() <= 0.98

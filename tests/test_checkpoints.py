@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+import types
 from unittest import mock
 
 import numpy as np
@@ -25,6 +26,8 @@ from pyro_vae.storage import files, writing
 from pyro_vae.training import checkpoints
 from pyro_vae.training.run import Run
 from pyro_vae.training.trainer import Trainer
+
+SHARE_OF_TIME = checkpoints._SHARE_OF_TIME  # before every test sets it
 
 
 class Killed(BaseException):
@@ -669,3 +672,61 @@ def test_a_long_history_is_resumed(binary, tmp_path, monkeypatch):
     result, _ = fit(binary, tmp_path, epochs=5_001, resume=True)
     assert len(result.history) == 5_001
     assert result.history["kl"].notna().sum() == 5_000
+
+
+def test_a_best_epoch_before_the_resume_is_gone_back_to(binary, tmp_path):
+    """Steps that are 1000 times as long from the second epoch on make the first the best."""
+    options = {
+        "validation": binary,
+        "patience": 5,
+        "scheduler": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda n: 1000.0 if n else 1.0),
+    }
+    _, best = fit(binary, epochs=1, **options)
+    fit(binary, tmp_path, epochs=2, **options)
+    result, resumed = fit(binary, tmp_path, epochs=4, resume=True, **options)
+    assert result.best_epoch == 1
+    assert len(result.history) == 4
+    assert equal(best, resumed)
+
+
+def test_checkpoints_that_the_run_went_back_from_are_removed(binary, tmp_path):
+    """Ctrl-C twice, between a checkpoint and the removal of the one before it."""
+    _, straight = fit(binary)
+    remove, names = checkpoints.shutil.rmtree, []
+
+    def pressed(path, **options):
+        if path.name.startswith("step-"):
+            names.append(path.name)
+            if len(names) == 7:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+        remove(path, **options)
+
+    with mock.patch("shutil.rmtree", pressed), pytest.raises(pv.StoppedFit):
+        fit(binary, tmp_path, checkpoints_kept=1)
+    assert names[-2:] == ["step-000000000006", "step-000000000007"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000000006"]
+    _, resumed = fit(binary, tmp_path, checkpoints_kept=1, resume=True)
+    assert equal(straight, resumed)
+
+
+@pytest.mark.parametrize(("took", "wait"), [(0.1, 10.0), (3.0, 150.0)])
+def test_writing_takes_a_fiftieth_of_the_time_at_most(took, wait, tmp_path, monkeypatch):
+    """Ten seconds from checkpoint to checkpoint, or fifty times as long as the last one took."""
+    now = 1000.0
+
+    def content():
+        nonlocal now
+        now += took
+        return {}
+
+    monkeypatch.setattr(checkpoints, "_SHARE_OF_TIME", SHARE_OF_TIME)
+    monkeypatch.setattr(checkpoints, "time", types.SimpleNamespace(monotonic=lambda: now))
+    folder = checkpoints.Checkpoints(tmp_path, 10.0, kept=1)
+    assert folder.due
+    folder.write(content, 0)
+    end = now
+    now = end + 0.999 * wait
+    assert not folder.due
+    now = end + 1.001 * wait
+    assert folder.due

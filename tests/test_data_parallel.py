@@ -56,16 +56,38 @@ def data(rows=ROWS):
     return x, torch.randn(rows, 2, generator=generator, dtype=torch.float64)
 
 
-def logs(x, noise):
-    """Rows of which one is not a number once its logarithm is taken."""
+def logs(x, noise, bad=(27,)):
+    """Rows of which some are not a number once their logarithm is taken."""
     x = x.abs() + 0.1
-    x[27, 2] = 0.0
+    x[list(bad), 2] = 0.0
     return x, noise
 
 
 class Logarithm(Pair):
     def guide(self, x, noise):
         super().guide(x * x.log(), noise)
+
+
+class Sometimes(Pair):
+    """Has a parameter that large rows alone need: not every share has one, nor every minibatch."""
+
+    def __init__(self):
+        super().__init__()
+        self.raised = nn.Parameter(torch.zeros(6, dtype=torch.float64))
+
+    def model(self, x, noise):
+        large = x[:, :1] > 1.5
+        super().model(x - large * self.raised if large.any() else x, noise)
+
+
+class Labelled(Pair):
+    """Observes whether rows are large as 0 or 1; where they are very large, as 2."""
+
+    def model(self, x, noise):
+        super().model(x, noise)
+        label = (x[:, 0] > 1.0).double() + (x[:, 0] > 50.0)
+        with pyro.plate("labels", len(x)):
+            pyro.sample("label", dist.Bernoulli(0.5 * torch.ones_like(label)), obs=label)
 
 
 class Rows(Dataset):
@@ -79,8 +101,14 @@ class Rows(Dataset):
         return tuple(column[i] for column in self.columns)
 
 
-def trained(kind=Pair, columns=None, killed_after=None, own_noise=False, **options):
+def trained(kind=Pair, columns=None, killed_after=None, own_noise=False, frozen=None, **options):
     pair = kind()
+
+    def freeze(epoch):
+        pair.get_parameter(frozen).requires_grad_(False)
+
+    if frozen is not None:
+        options["after_epoch"] = freeze
     columns = data() if columns is None else columns
     defaults = {"batch_size": 10, "epochs": 3, "seed": 0, "progress": False, "capture": False}
     programs = (pair.model, pair.guide)
@@ -130,6 +158,16 @@ def runs(folder):
         "a Dataset": lambda: trained(columns=Rows(columns)),
         "a loader": lambda: trained(columns=loader(shuffle=True)),
         "skipped": lambda: trained(Logarithm, logs(*columns), on_nonfinite="skip"),
+        "needed by some": lambda: trained(Sometimes),
+        "frozen": lambda: trained(frozen="decoder.weight"),
+        # In the first epoch, whose values are validated: errors of both, of the second alone, and,
+        # in a minibatch of which the second has no row, of the first.
+        "errors": lambda: trained(
+            Logarithm,
+            DataLoader(TensorDataset(*logs(*columns, bad=(22, 27, 47, 50))), batch_size=10),
+            on_nonfinite="skip",
+            clip_norm=1.0,
+        ),
         "killed": lambda: trained(killed_after=11, **written),
         "resumed": lambda: trained(resume=True, **written),
         "killed before a single row": lambda: trained(columns=data(101), killed_after=11, **small),
@@ -165,6 +203,11 @@ def one_of_two(rank, folder):
     with pytest.raises(pv.NonFiniteError) as raised:
         trained(Logarithm, logs(*data()))
     found["told"] = [str(raised.value), raised.value.rows[raised.value.bad]]
+    x, noise = data()
+    x[27, 0] = 100.0  # in the half of its minibatch that is the second process's
+    with pytest.raises(ValueError, match=r"support|process 1") as raised:
+        trained(Labelled, DataLoader(TensorDataset(x, noise), batch_size=10), on_nonfinite="skip")
+    found["refused"] = str(raised.value)
     found["noise and averages"] = trained(functools.partial(Pair, batch_norm=True), batch_size=13)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -186,6 +229,9 @@ EQUAL = [
     "a Dataset",
     "captured",
     "skipped",
+    "needed by some",
+    "frozen",
+    "errors",
 ]
 
 
@@ -226,6 +272,13 @@ def test_both_name_the_row_that_is_not_a_number(found):
         message, bad = share["told"]
         assert bad.tolist() == [27]
         assert "site 'z'" in message
+
+
+def test_data_that_one_cannot_take_are_refused_by_both(found):
+    """Not skipped: such a value is finite."""
+    first, second = (share["refused"] for share in found)
+    assert "values outside the support of site 'label'" in second
+    assert first == "process 1 cannot take its rows of the minibatch: see its error"
 
 
 def test_a_group_is_resumed_bit_by_bit(found):

@@ -230,3 +230,17 @@ def test_what_a_mask_hides_is_no_fault():
     with pytest.raises(pv.NonFiniteError, match=r"parameter 'param[.]slope'") as error:
         fit((model, guide), (x, x < 1e9), batch_size=3)
     assert error.value.site is None
+
+
+def test_a_skipped_step_passes_the_turn_on(data):
+    """The second step, the model's, is skipped, and the third is the guide's all the same."""
+    model, guide = programs = pair()
+    guide(data[:10])
+    of_model, of_guide = (
+        [parameter.detach().clone() for parameter in module.parameters()] for module in programs
+    )
+    rows = DataLoader(TensorDataset(data[20:50]), 10)  # the second minibatch has the zero
+    result = fit(programs, rows, epochs=1, on_nonfinite="skip", guide_steps=1, model_steps=1)
+    assert result.history.skipped.tolist() == [1]
+    assert all(map(torch.equal, model.parameters(), of_model))
+    assert not any(map(torch.equal, guide.parameters(), of_guide))

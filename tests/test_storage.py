@@ -601,3 +601,27 @@ def test_a_record_that_nobody_could_read_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="store long lists as"):
         writing.write(tmp_path / "run", {"x": [0.125] * 1000}, kind="test")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_folder_and_name_are_brought_to_the_disk_in_turn(tmp_path, monkeypatch, overwrite):
+    """A name that is not there after a power cut would be a checkpoint that was lost."""
+    run = tmp_path / "run"
+    if overwrite:
+        write(run, {"old": 1})
+    before = run.stat().st_ino if overwrite else None
+    synced, sync = [], os.fsync
+
+    def recorded(descriptor):
+        sync(descriptor)
+        at_its_place = run.exists() and run.stat().st_ino != before
+        synced.append((os.fstat(descriptor).st_ino, at_its_place))
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    write(run, overwrite=overwrite)
+    *of_files, of_folder, of_name = synced
+    inodes = {(path.stat().st_ino, False) for path in run.iterdir()}
+    assert len(of_files) == 2
+    assert set(of_files) == inodes
+    assert of_folder == (run.stat().st_ino, False)
+    assert of_name == (tmp_path.stat().st_ino, True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.minibatches import Minibatches
+from pyro_vae.processes import gather, num_processes
 from pyro_vae.seeding import random_state, set_random_state
 from pyro_vae.training.nonfinite import FirstNonFiniteSite, first_non_finite
 from pyro_vae.training.trainer import Trainer
@@ -37,21 +38,35 @@ def looked_at_step(trainer: Trainer, selection: tuple[Tensor, ...], device: torc
 
     Raises:
         NonFiniteStepError: something is not finite.
-        ValueError: the pair cannot take the data.
+        ValueError: the pair cannot take the data; in all processes, if it is so in one.
     """
     noise = random_state(device)
     try:
         loss = trainer.step(selection, look=functools.partial(_look, trainer))
-        if trainer.error is not None:
-            raise trainer.error
-    except ValueError:  # perhaps by Pyro's validation, of what is not finite
+    except NonFiniteStepError:
+        if num_processes() > 1:  # an error of one came to all as a loss that is NaN
+            set_random_state(noise, device)
+            _refuse(trainer, selection, trainer.error)
+        raise
+    except ValueError as error:  # perhaps by Pyro's validation, of what is not finite
         set_random_state(noise, device)
-        if not first_site(trainer, selection).has_nonfinite_numbers:
-            raise
+        _refuse(trainer, selection, error)
         raise NonFiniteStepError("the loss is not finite", None) from None
     if name := first_non_finite(trainer.trained.named_parameters()):
         raise NonFiniteStepError(f"the step made parameter {name!r} not finite", name)
     return loss
+
+
+def _refuse(trainer: Trainer, selection: tuple[Tensor, ...], error: ValueError | None) -> None:
+    """Raise an error of this process or of another, unless it is of what is not finite."""
+    stands = error is not None and not first_site(trainer, selection).has_nonfinite_numbers
+    standing = torch.stack(gather(torch.tensor(stands))).nonzero()
+    if stands:
+        raise error
+    if len(standing):
+        raise ValueError(
+            f"process {standing[0].item()} cannot take its rows of the minibatch: see its error"
+        )
 
 
 def first_site(trainer: Trainer, selection: tuple[Tensor, ...]) -> FirstNonFiniteSite:

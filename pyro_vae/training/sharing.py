@@ -30,7 +30,8 @@ class SharedGradient:
         is_share: whether minibatches are shares already.
 
     Attributes:
-        error: a ValueError of this process's share: the others learn of it by a loss that is NaN.
+        error: a ValueError of this process's share in the last step: the others learn of it by a
+            loss that is NaN.
     """
 
     def __init__(self, parameters: Sequence[Tensor], *, is_share: bool):
@@ -47,6 +48,7 @@ class SharedGradient:
             gradient: of a share.
             selection: the whole minibatch.
         """
+        self.error = None
         mine = selection if self._is_share else share_of(selection)
         rows = len(mine[0])
         if rows:
@@ -71,7 +73,6 @@ class SharedGradient:
     def _of_share(
         self, gradient: Callable[..., list[Tensor | None]], mine: Selection
     ) -> list[Tensor | None]:
-        self.error = None
         try:
             return gradient(*mine)
         except ValueError as error:
