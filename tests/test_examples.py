@@ -1,8 +1,7 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from new_processes import run_python
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -65,10 +64,7 @@ def trials():
 
 @pytest.mark.parametrize("name", list(trials()))
 def test_example(name, tmp_path):
-    command = [sys.executable, str(EXAMPLES / name), *ARGUMENTS[name]]
-    result = subprocess.run(  # noqa: S603
-        command, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    result = run_python(EXAMPLES / name, ARGUMENTS[name], tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     shown = {
         "benchmarks": "ratio",
