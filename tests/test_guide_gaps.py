@@ -28,7 +28,7 @@ RICH = {
     "radial": flow(flows.Radial, 16),
 }
 SLOW = {"affine coupling", "masked autoregressive", "sylvester", "planar", "spline", "radial"}
-LONG = {"low rank", "inverse autoregressive"}  # ten seconds each, like the others
+LONG = {"low rank", "inverse autoregressive", "householder"}  # seconds each, like the others
 
 
 def gap_after_training(make, steps):
