@@ -59,10 +59,12 @@ def simulate(count):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=100)
-    epochs = parser.parse_args().epochs
+    parser.add_argument("--test", type=int, default=500, help="data of the evidence")
+    arguments = parser.parse_args()
+    epochs = arguments.epochs
 
     torch.manual_seed(0)
-    train, test = simulate(2000), simulate(500)
+    train, test = simulate(2000), simulate(arguments.test)
 
     # The same model under two guides: ours, found by tracing the model, and the one above.
     fit = pv.fit(model, guide, train, epochs=epochs, learning_rate=5e-3, seed=0)

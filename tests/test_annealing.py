@@ -640,7 +640,7 @@ def test_an_interrupt_comes_through_between_two_transitions():
     """Not at the end of a part, which may take minutes; what was done before it is kept."""
     oracle = LinearGaussian(d=2, D=3)
     x = oracle.sample(20)
-    options = {"method": pv.AIS(5, 30, leapfrog_steps=2), "batch_size": 10, "seed": 3}
+    options = {"method": pv.AIS(5, 10, leapfrog_steps=1, pilot=2), "batch_size": 10, "seed": 3}
     counted = Calls(oracle.model, -1, None)
     whole = pv.evidence(counted, oracle.guide, x, capture=False, **options)
     num_calls = -1 - counted.left
@@ -665,7 +665,7 @@ def test_a_stop_without_a_seed_goes_on_with_the_draws_that_it_had():
     assert torch.equal(resumed.values, whole.values)
 
 
-@pytest.mark.parametrize("method", ["importance", pv.AIS(5, 4, leapfrog_steps=2)])
+@pytest.mark.parametrize("method", ["importance", pv.AIS(5, 3, leapfrog_steps=1, pilot=2)])
 def test_ctrl_c_waits_until_a_run_is_done_and_leaves_nothing_half_done(method):
     """Amid a program it would leave plates open, which Pyro does not forgive."""
     oracle = LinearGaussian(d=2, D=3)

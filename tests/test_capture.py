@@ -162,8 +162,17 @@ MORE_OBJECTIVES = [
 CASES = [(pair, objective) for pair in PAIRS for objective in OBJECTIVES if fits(pair, objective)]
 
 
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize(("pair", "objective"), CASES, ids=str)
+def every_case():
+    """Each pair and each objective by default, both types too; the slow tests: each with each."""
+    for pair, objective in CASES:
+        with_each_pair = objective in (OBJECTIVES[2], OBJECTIVES[-1])
+        for double in (False, True):
+            default = pair == "normal" or with_each_pair if double else objective is OBJECTIVES[0]
+            marks = () if default else pytest.mark.slow
+            yield pytest.param(pair, objective, double, marks=marks)
+
+
+@pytest.mark.parametrize(("pair", "objective", "double"), every_case(), ids=str)
 def test_captured_steps_are_eager_steps(pair, objective, double, binary, without_compiler):
     check_same(PAIRS[pair], binary, double=double, objective=objective,
                execution="captured, not compiled")  # fmt: skip
@@ -198,9 +207,7 @@ def test_compiled_steps_of_every_objective(objective, binary):
 @pytest.mark.parametrize(
     ("pair", "objective", "double"),
     [
-        ("normal", pv.objectives.MeanFieldELBO(), False),
         ("normal", pv.objectives.IWAE(4), True),
-        ("flow", pv.objectives.ELBO(), False),
         ("batch-norm", pv.objectives.ELBO(), False),
         ("functions", pv.objectives.ELBO(2), False),
     ],
@@ -217,7 +224,16 @@ def test_every_compiled_step_is_the_eager_step(pair, objective, double, binary):
     check_same(PAIRS[pair], binary, double=double, objective=objective)
 
 
-@pytest.mark.parametrize("name", [*DENSITIES, "delta", "semi-amortized", "local"])
+# Of which another is captured with amortized parameters, or of another kind.
+VARIANTS = ["planar, shared", "inverse autoregressive, shared", "sylvester, orthogonal",
+            "sylvester, triangular"]  # fmt: skip
+GUIDES = [
+    pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ())
+    for name in [*DENSITIES, "delta", "semi-amortized", "local"]
+]
+
+
+@pytest.mark.parametrize("name", GUIDES)
 def test_captured_steps_of_every_guide(name, binary, without_compiler):
     check_same(lambda: guided(name, binary), binary, double=True,
                execution="captured, not compiled")  # fmt: skip

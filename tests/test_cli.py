@@ -1,7 +1,5 @@
-import subprocess
-import sys
-
 import pytest
+from new_processes import run_python
 from typer.testing import CliRunner
 
 from pyro_vae.cli import app
@@ -42,9 +40,8 @@ def test_dynamic_binarisation(tmp_path):
         (["--latents", "0"], "a size of event_shape must be at least 1"),
     ],
 )
-def test_a_mistake_is_told_in_a_line(arguments, message):
-    command = [sys.executable, "-m", "pyro_vae", "compare", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+def test_a_mistake_is_told_in_a_line(arguments, message, tmp_path):
+    result = run_python("pyro_vae", ["compare", *arguments], tmp_path)
     assert result.returncode == 1
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr

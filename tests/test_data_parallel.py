@@ -11,11 +11,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.distributed
+from capturing import needs_compiler
+from new_processes import start_two
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import pyro_vae as pv
+from pyro_vae.capture import Captured
 from pyro_vae.state import state
 from pyro_vae.training import checkpoints
 from pyro_vae.training.trainer import Trainer
@@ -176,8 +179,7 @@ def runs(folder):
     }
 
 
-def one_of_two(rank, folder):
-    """What one process does: everything, and each run's tensors into a file."""
+def join(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
@@ -186,8 +188,13 @@ def one_of_two(rank, folder):
         world_size=2,
         timeout=timedelta(seconds=60),
     )
+
+
+def one_of_two(rank, folder):
+    """What one process does: everything, and each run's tensors into a file."""
+    join(rank, folder)
     checkpoints._SHARE_OF_TIME = float("inf")
-    torch._inductor.config.compile_threads = 1
+    Captured.compiles = False
     found = {name: run() for name, run in runs(f"{folder}/run").items()}
     drawn = []
 
@@ -213,11 +220,22 @@ def one_of_two(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+def compiled(rank, folder):
+    """The captured run once more, compiled."""
+    join(rank, folder)
+    torch._inductor.config.compile_threads = 1
+    torch.save({"captured": trained(capture=True)}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def found_by_two(work, folder):
+    start_two(work, folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(one_of_two, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return found_by_two(one_of_two, tmp_path_factory.mktemp("two"))
 
 
 EQUAL = [
@@ -237,7 +255,17 @@ EQUAL = [
 
 @pytest.mark.parametrize("name", EQUAL)
 def test_two_find_what_one_finds(name, found, tmp_path, without_compiler):
-    expected = runs(tmp_path)[name]()
+    require_equal(name, found, tmp_path)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_two_that_compile_find_what_one_finds(tmp_path):
+    require_equal("captured", found_by_two(compiled, tmp_path), tmp_path)
+
+
+def require_equal(name, found, folder):
+    expected = runs(folder)[name]()
     for share in found:
         assert share[name].keys() == expected.keys()
         for key, tensor in share[name].items():

@@ -119,7 +119,7 @@ def test_expected_gradient_is_that_of_pyros_enumeration(in_guide, continuous, fu
         torch.testing.assert_close(ours, -by_hand.sum() * (full or 6) / 6)
         return
     theirs = TraceEnum_ELBO(max_plate_nesting=1)
-    count = 300 if continuous else 2
+    count = 150 if continuous else 2
 
     def sampled(objective):
         return torch.stack(

@@ -1,8 +1,7 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from new_processes import run_python
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -17,32 +16,32 @@ ARGUMENTS = {
     "benchmarks/scaling.py": ["--share", "0.01"],
     "benchmarks/surgery.py": ["--data", "2000", "--rounds", "1"],
     "data_parallel.py": ["--epochs", "2"],
-    "energies.py": ["--energies", "U1", "--families", "Gaussian", "planar-2", "--steps", "200"],
+    "energies.py": ["--energies", "U1", "--families", "Gaussian", "planar-2", "--steps", "50"],
     "frey_faces.py": [
-        *("--data", "digits", "--levels", "17", "--epochs", "2", "--particles", "20"),
+        *("--data", "digits", "--levels", "17", "--epochs", "1", "--particles", "20"),
         *("--pairs", "DiscretizedLogistic", "dequantised Normal"),
     ],
     "gaps.py": [
-        *("--data", "digits", "--epochs", "2", "--test", "20", "--particles", "100"),
-        *("--steps", "100", "--latents", "4"),
+        *("--data", "digits", "--epochs", "1", "--test", "20", "--particles", "100"),
+        *("--steps", "50", "--latents", "4"),
     ],
-    "mnist.py": ["--data", "digits", "--epochs", "2", "--particles", "50"],
+    "mnist.py": ["--data", "digits", "--epochs", "1", "--particles", "50"],
     "objectives.py": [
-        *("--data", "digits", "--epochs", "2", "--particles", "20", "--test", "50"),
-        *("--objectives", "ELBO", "PIWAE(8, 8)"),
+        *("--data", "digits", "--epochs", "1", "--particles", "20", "--test", "50"),
+        *("--train", "500", "--objectives", "ELBO", "PIWAE(8, 8)"),
     ],
-    "own_pair.py": ["--epochs", "2"],
+    "own_pair.py": ["--epochs", "1", "--test", "50"],
     "priors.py": [
-        *("--data", "digits", "--epochs", "2", "--particles", "20", "--test", "50"),
+        *("--data", "digits", "--epochs", "1", "--particles", "20", "--test", "50"),
         *("--surgery", "200", "--pairs", "VAE, N(0, I)", "two layers, Vamp of 500"),
     ],
     "semi_supervised.py": [
-        *("--data", "digits", "--epochs", "2", "--train", "600", "--labels", "50"),
+        *("--data", "digits", "--epochs", "1", "--train", "300", "--labels", "50"),
         *("--batch-size", "50", "--width", "50"),
     ],
     "signal_to_noise.py": ["--particles", "1", "10", "--repeats", "20"],
     "posteriors.py": [
-        *("--data", "digits", "--epochs", "2", "--particles", "20", "--test", "50"),
+        *("--data", "digits", "--epochs", "1", "--particles", "20", "--test", "50"),
         *("--families", "mean-field", "IAF-4"),
     ],
 }
@@ -65,10 +64,7 @@ def trials():
 
 @pytest.mark.parametrize("name", list(trials()))
 def test_example(name, tmp_path):
-    command = [sys.executable, str(EXAMPLES / name), *ARGUMENTS[name]]
-    result = subprocess.run(  # noqa: S603
-        command, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    result = run_python(EXAMPLES / name, ARGUMENTS[name], tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     shown = {
         "benchmarks": "ratio",

@@ -51,7 +51,7 @@ class Stream(IterableDataset):
     ],
 )
 def test_data_of_every_kind(wrap, binary):
-    result = fit(make_pair(), wrap(binary), epochs=30, learning_rate=0.02, validation=wrap(binary))
+    result = fit(make_pair(), wrap(binary), epochs=10, learning_rate=0.05, validation=wrap(binary))
     assert result.history.loss.iloc[-1] < result.history.loss.iloc[0] - 0.5
     assert result.history.validation_loss.notna().all()
     assert len(pv.evidence(result.model, result.guide, wrap(binary), num_particles=5).values) == 50
@@ -92,10 +92,10 @@ def test_every_objective_reaches_the_maximum_likelihood_of_the_linear_gaussian_m
         (model, guide),
         x,
         objective=objective,
-        epochs=150,
+        epochs=75,
         batch_size=100,
-        learning_rate=0.02,
-        scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 150),
+        learning_rate=0.04,
+        scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 75),
     )
     covariance = torch.cov(x.T.double(), correction=0)
     values = torch.linalg.eigvalsh(covariance).flip(0)

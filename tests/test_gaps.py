@@ -135,7 +135,7 @@ class Curved:
     def __init__(self, dim):
         self.dim = dim
         self.first, self.second = (torch.randn(dim, 3, dtype=torch.float64) for _ in range(2))
-        line = torch.linspace(-8, 8, 1601 if dim == 1 else 201, dtype=torch.float64)
+        line = torch.linspace(-8, 8, 1001 if dim == 1 else 151, dtype=torch.float64)
         self.grid = torch.cartesian_prod(*[line] * dim).reshape(-1, dim)
         self.cell = (line[1] - line[0]) ** dim
 

@@ -47,7 +47,7 @@ def test_the_density_integrates_to_one_in_two_dimensions(name):
     model = Model((2,), dtype=torch.float64)
     x = torch.randn(2, 5, dtype=torch.float64)
     guide = make(name, model, x, spread=1.5)
-    points, area = grid(-14, 14, 251, 2)
+    points, area = grid(-14, 14, 181, 2)
     total = scored(guide, x, {"z": points}).exp().sum(0) * area
     torch.testing.assert_close(total, torch.ones_like(total), rtol=2e-3, atol=0)
 

@@ -635,7 +635,7 @@ def test_another_guide_is_refused():
         pv.fit(model, guide, x, progress=False, batch_size=5)
 
 
-@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("double", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_captured_steps_are_those_of_python(double, without_compiler):
     def make():
         model = stack() if not double else stack().double()

@@ -86,7 +86,7 @@ class TestHierarchicalModel:
     def test_both_directions_of_inference(self, order, skip, binary):
         model = hierarchy(skip)
         guide = pv.guides.HierarchicalGuide(model, MLP(16, [8]), order=order)
-        fit = pv.fit(model, guide, binary, epochs=30, batch_size=10, learning_rate=0.01,
+        fit = pv.fit(model, guide, binary, epochs=10, batch_size=10, learning_rate=0.01,
                      progress=False)  # fmt: skip
         assert fit.history.loss.iloc[-1] < fit.history.loss.iloc[0]
         values = pv.evidence(model, guide, binary, num_particles=100, seed=0)

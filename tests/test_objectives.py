@@ -255,7 +255,7 @@ def subsampled():
 def test_iwae_of_a_subsampled_plate_is_a_bound_and_pyros_is_none():
     model, guide, x, evidence = subsampled()
 
-    def bound(objective, repeats=300):
+    def bound(objective, repeats=150):
         values = -torch.tensor([float(objective.loss(model, guide, x)) for _ in range(repeats)])
         return values.mean().item(), values.std().item() / repeats**0.5
 

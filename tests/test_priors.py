@@ -204,7 +204,7 @@ def captured(name):
     "name", ["mixture", "Vamp", "exemplar", "coupling", "spline", "mixture model", "aggregated"]
 )
 def test_captured_steps_are_eager_steps(name, binary, without_compiler):
-    check_same(captured(name), binary, double=True, objective=pv.objectives.IWAE(2),
+    check_same(captured(name), binary, double=True, objective=pv.objectives.IWAE(2), epochs=2,
                execution="captured, not compiled")  # fmt: skip
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.distributed
 from interrupting import Calls, Interrupting
+from new_processes import start_two
 from torch.utils.data import IterableDataset
 
 import pyro_vae as pv
 from pyro_vae import processes
 from pyro_vae.evaluation.aggregated import information
 
-AIS = pv.AIS(6, 4, leapfrog_steps=2, pilot=3)
+AIS = pv.AIS(3, 3, leapfrog_steps=1, pilot=2)
 ASCENT = pv.Ascent(learning_rate=0.02, num_particles=2, window=5, patience=1, max_steps=10)
 
 
@@ -72,8 +73,8 @@ def estimates():
         "stream": lambda: pv.evidence(*flow, loader, **quick),
         "shuffled": lambda: pv.evidence(*flow, shuffled, **quick),
         "one minibatch": lambda: pv.evidence(*pair, x[:20], **quick),
-        "ais": lambda: pv.evidence(*pair, x[:50], method=AIS, pairs_per_pass=60, **small),
-        "sandwich": lambda: pv.sandwich(*pair, like=x[:50], ais=AIS, pairs_per_pass=60, **small),
+        "ais": lambda: pv.evidence(*pair, x[:30], method=AIS, pairs_per_pass=30, **small),
+        "sandwich": lambda: pv.sandwich(*pair, like=x[:30], ais=AIS, pairs_per_pass=30, **small),
         "gaps": lambda: pv.inference_gaps(*flow, x[:70], ascent=ASCENT, **quick),
         "surgery, gaussian": surgery("gaussian"),
         "surgery, particles": surgery("gaussian", num_particles=3),
@@ -195,7 +196,7 @@ def work(rank, folder):
 def two(tmp_path_factory):
     """What each of two processes found, and what interrupts left."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    start_two(work, folder)
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(2)]
 
 

@@ -41,7 +41,7 @@ def optimum(oracle, x, beta, diagonal):
 def test_the_curve_of_a_linear_gaussian_model(make, diagonal):
     """A guide whose family, and whose encoder, hold the optimum for every beta."""
     oracle = LinearGaussian(d=2, D=3, noise=0.5, dtype=torch.float32)
-    x = oracle.sample(1000)
+    x = oracle.sample(500)
     guide = make(oracle.model, nn.Identity())
     options = {"epochs": 40, "batch_size": 100, "learning_rate": 0.03, "seed": 0}
     options["scheduler"] = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=40)

@@ -6,8 +6,6 @@ import inspect
 import json
 import pickle
 import resource
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -16,6 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from guide_table import DENSITIES
+from new_processes import run_python
 from torch import nn
 
 import pyro_vae as pv
@@ -257,6 +256,7 @@ def test_a_loaded_pair_is_ready_for_all(tmp_path):
 
 IN_A_NEW_PROCESS = """
 import sys, torch, pyro_vae as pv
+torch.set_num_threads(1)
 saved = pv.load(sys.argv[1])
 x = torch.load(sys.argv[2])
 values = pv.evidence(saved.model, saved.guide, x, num_particles=3, seed=0).values
@@ -268,9 +268,9 @@ def test_a_new_process_gives_the_same_numbers(tmp_path):
     model, guide, data = trained(vamp)
     pv.save(tmp_path / "pair", model, guide)
     torch.save(data[0], tmp_path / "x")
-    command = [sys.executable, "-c", "import torch; torch.set_num_threads(1)" + IN_A_NEW_PROCESS,
-               *(str(tmp_path / name) for name in ("pair", "x", "values"))]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    program = tmp_path / "program.py"
+    program.write_text(IN_A_NEW_PROCESS)
+    result = run_python(program, ["pair", "x", "values"], tmp_path)
     assert not result.returncode, result.stderr
     assert torch.equal(torch.load(tmp_path / "values"), numbers(model, guide, data))
 

@@ -399,7 +399,7 @@ def test_captured_steps_are_those_of_python(with_lengths, without_compiler):
         chain = Chain()
         return chain.model, chain.guide
 
-    check_same(make, data, execution="captured, not compiled")
+    check_same(make, data, execution="captured, not compiled", epochs=2)
 
 
 def test_a_fit_learns_and_is_repeatable():

@@ -35,8 +35,7 @@ def as_full_covariance(oracle):
     return guide
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("num_particles", [1, 3])
+@pytest.mark.parametrize(("dtype", "num_particles"), [(torch.float32, 1), (torch.float64, 3)])
 @pytest.mark.parametrize("scored", [False, True])
 def test_surgery_of_the_linear_gaussian_model(dtype, num_particles, scored):
     oracle = LinearGaussian(d=2, D=5, noise=2.0, dtype=dtype)

@@ -17,7 +17,7 @@ import pyro_vae as pv
 from pyro_vae import flows, guides
 from pyro_vae.priors.posteriors import posteriors
 
-COUNT = 12
+COUNT = 8
 GUIDES = {
     "mean-field": guides.AmortizedNormal,
     "full covariance": guides.AmortizedMultivariateNormal,
@@ -67,7 +67,7 @@ def grid(q, d, fine):
     """Return points that hold all of the posteriors, and the volume of each."""
     drawn = q.sample((3000,)).flatten(0, 1)
     reach = 1.6 * drawn.abs().amax(0)
-    count = 20_001 if d == 1 else 421 if fine else 181
+    count = 6001 if d == 1 else 421 if fine else 161
     axes = [torch.linspace(-r, r, count).double() for r in reach.tolist()]
     volume = math.prod((axis[1] - axis[0]).item() for axis in axes)
     return torch.cartesian_prod(*axes).reshape(-1, d), volume

@@ -89,8 +89,14 @@ def test_evidence_never_falls_from_one_exact_m_step_to_the_next():
     assert evidences[-1] == pytest.approx(evidence(x, product, s2), abs=1e-6)
 
 
-@pytest.mark.parametrize("objective", [pv.objectives.MeanFieldELBO(),
-                                       pv.objectives.StickingTheLanding()], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pv.objectives.MeanFieldELBO(),
+        pytest.param(pv.objectives.StickingTheLanding(), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_alternating_steps_reach_the_maximum_likelihood(objective):
     torch.manual_seed(1)
     x = LinearGaussian(noise=0.4).sample(500)

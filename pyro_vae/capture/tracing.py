@@ -17,6 +17,8 @@ from typing import TypeAlias
 import pyro
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -122,6 +124,8 @@ class _ValuesThatLeave(TorchDispatchMode):
         super().__init__()
         self._reasons = reasons
         self._literals = WeakIdKeyDictionary()  # made of a number, as by torch.tensor(1.0)
+        # The shape of each result is noted in this mode; else in one made for each, more slowly.
+        self._shapes = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         tags, kwargs = operation.tags, kwargs or {}
@@ -134,7 +138,8 @@ class _ValuesThatLeave(TorchDispatchMode):
             self._reasons.append(reason + _where())
             with _disable_current_modes():
                 return operation(*args, **kwargs)
-        result = operation(*args, **kwargs)
+        with tracing(self._shapes):
+            result = operation(*args, **kwargs)
         if operation is aten.lift_fresh.default:
             self._literals[result] = True
         return result
