@@ -477,3 +477,79 @@ def test_gaps_that_were_stopped_go_on_as_if_they_had_not_been():
             assert torch.equal(found, expected)
         else:
             assert found == expected
+
+
+def test_no_estimate_is_taken_because_chance_made_it_higher():
+    """3.5 standard errors are clear for one of ten data, and bound to come among ten thousand."""
+    for count, taken in ((10, 1), (10_000, 0)):
+        values = torch.zeros(2, count)
+        values[1, 0], values[1, 1] = 3.5 * 5**0.5, 6 * 5**0.5
+        variances = torch.tensor([1.0, 4.0]).unsqueeze(1).expand(2, count)
+        sources = surest(values, variances, torch.zeros(2, count))
+        assert sources[:2].tolist() == [taken, 1]
+        assert sources.sum() == taken + 1
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    """200 repeats, the data and draws anew each time.
+
+    Intervals by the standard error are for the expectation over all data, those by the Monte
+    Carlo error for the mean over the data at hand. Both leave two biases out, which are 0.3 and
+    -0.2 of the Monte Carlo error of the approximation gap here: an ascent ends a little below
+    the optimum, and log p(x) is low by half of the weights' variance over K.
+    """
+    weight = torch.tensor([[1.0, 0.8], [-0.4, 0.5], [0.6, 0.9], [0.3, -0.5]])
+    oracle = LinearGaussian(weight=weight, noise=1.0)
+    # The encoder's means are off by numbers that depend on x, and so is the amortization gap.
+    shift = torch.tensor([0.6, -0.5], dtype=torch.float64)
+    guide = mean_field(oracle, shift + 0.2 * oracle.v @ oracle.mu, stretch=1.3)
+    with torch.no_grad():
+        guide.built["head"].weight[:2] *= 0.8
+    precision, covariance = oracle.precision, 1.3**2 * oracle.s
+    off = -0.2 * oracle.v
+    of_scales = 0.5 * ((precision @ covariance).trace() - 2 - (precision @ covariance).logdet())
+    of_means = 0.5 * (precision @ (off @ oracle.covariance @ off.T + torch.outer(shift, shift)))
+    total = (of_scales + of_means.trace()).item()
+    expectations = {
+        "approximation": oracle.gap,
+        "amortization": total - oracle.gap,
+        "total": total,
+    }
+    ascent = pv.Ascent(learning_rate=0.02, num_particles=20, window=50, patience=3)
+    hits = {(name, kind): 0 for name in expectations for kind in ("expectation", "these data")}
+    for seed in range(200):
+        x = oracle.sample(100)
+        gaps = pv.inference_gaps(
+            *(oracle.model, guide, x),
+            num_particles=500,
+            ascent=ascent,
+            capture=False,
+            seed=seed,
+        )
+        # As a rule from other draws than the amortized ELBO, so that the errors are independent.
+        assert (gaps.sources == 1).double().mean() > 0.95
+        of_total = pv.Estimate(
+            gaps.log_evidence.values - gaps.amortized_elbo.values,
+            torch.hypot(
+                gaps.log_evidence.monte_carlo_errors, gaps.amortized_elbo.monte_carlo_errors
+            ),
+        )
+        errors = (x - oracle.mu) @ off.T + shift
+        total_of_these = (of_scales + 0.5 * (errors @ precision * errors).sum(1)).mean().item()
+        of_these = {
+            "approximation": oracle.gap,
+            "amortization": total_of_these - oracle.gap,
+            "total": total_of_these,
+        }
+        for name, estimate in (
+            ("approximation", gaps.approximation_gap),
+            ("amortization", gaps.amortization_gap),
+            ("total", of_total),
+        ):
+            away = abs(estimate.mean - expectations[name])
+            hits[name, "expectation"] += away < 1.96 * estimate.standard_error
+            away = abs(estimate.mean - of_these[name])
+            hits[name, "these data"] += away < 1.96 * estimate.monte_carlo_error
+    for which, count in hits.items():
+        assert 0.90 <= count / 200 <= 0.98, which

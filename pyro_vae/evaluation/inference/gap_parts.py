@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -21,6 +22,7 @@ QUANTITIES = (
 )
 SOURCES = ("amortized", "best", "given")  # where an estimate of log p(x) comes from
 CLEARLY = 3.0  # standard errors
+BY_CHANCE = 0.01  # how often another estimate may be taken, at any of the data, for no reason
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,11 @@ def surest(values: Tensor, variances: Tensor, khats: Tensor) -> Tensor:
     """Choose among S estimates of log p(x) of each datum.
 
     The one of least error at most data: not datum by datum, where an error that is too small comes
-    with a value that is too low. But another, where it is reliable and higher by more than three
-    standard errors: p(x) is estimated without bias, so that weights that the draws have missed make
-    a sure estimate too low, and nothing but a few large ones makes an estimate too high.
+    with a value that is too low. But another, where it is reliable and clearly higher: p(x) is
+    estimated without bias, so that weights that the draws have missed make a sure estimate too low,
+    and nothing but a few large ones makes an estimate too high. Clearly is by three standard errors
+    and more, the more data there are: each that was taken by chance would add as much to the sum,
+    and among 1000 data one is three standard errors too high.
 
     Args:
         values: (S, N).
@@ -173,7 +177,8 @@ def surest(values: Tensor, variances: Tensor, khats: Tensor) -> Tensor:
     values = values.nan_to_num(nan=-math.inf)
     variances = variances.nan_to_num(nan=math.inf)
     least = variances.median(1).values.argmin()
-    margin = CLEARLY * (variances + variances[least]).sqrt()
+    by_chance = statistics.NormalDist().inv_cdf(1 - BY_CHANCE / max(1, values.shape[1]))
+    margin = max(CLEARLY, by_chance) * (variances + variances[least]).sqrt()
     higher = (values > values[least] + margin) & (khats <= UNRELIABLE_KHAT)
     highest = values.masked_fill(~higher, -math.inf).argmax(0)
     return torch.where(higher.any(0), highest, least)

@@ -129,7 +129,12 @@ def inference_gaps(
 
     log p(x) is, of the estimates by importance sampling from either guide and the one given, that
     of least standard error at most data; where another, of a k-hat below 0.7, is higher by more
-    than three standard errors, that other.
+    than three standard errors, and than chance would make it at any of the data once in a hundred
+    calls, that other.
+
+    What an ascent leaves below its optimum, and that log p(x) is low by half of a squared error, no
+    standard error tells. The first makes the approximation gap too large, the second too small:
+    both weigh more the more data there are, and less with a longer ascent or more particles.
 
     Args:
         model: program of p(x, z).
