@@ -26,6 +26,7 @@ def state_of(model: Program, guide: Program) -> dict[str, Any]:
         ValueError: a guide has loaded values that wait for its first call.
         TypeError: a ``pyro.param`` has a constraint without a name.
     """
+    named_modules = filling.named_modules(model, guide)
     with programs.parameter_store(model, guide):
         tensors = state(model, guide)
         constraints = constraints_of_bare_parameters()
@@ -37,8 +38,8 @@ def state_of(model: Program, guide: Program) -> dict[str, Any]:
             for name, tensor in tensors.items()
             if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         ],
-        "evaluating": [name for name, m in filling.named_modules(model, guide) if not m.training],
-        "heads": _heads(model, guide),
+        "evaluating": [name for name, module in named_modules if not module.training],
+        "heads": _heads(filling.owners(named_modules)),
         "constraints": constraints,
         "met": met,
     }
@@ -65,10 +66,10 @@ class Description:
         return {**state, **self._lasting}
 
 
-def _heads(model: Program, guide: Program) -> dict[str, Any]:
+def _heads(owners: list[tuple[str, nn.Module]]) -> dict[str, Any]:
     """Return what guides made at their first call, by the names of the guides."""
     found = {}
-    for name, owner in filling.owners(model, guide):
+    for name, owner in owners:
         if owner.built.waits:
             raise ValueError(
                 f"{name} has loaded values that wait for its first call: call it on a minibatch, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -27,9 +27,9 @@ def make_heads(model: Program, guide: Program, found: Mapping[str, Any], memory:
     Raises:
         ValueError: it cannot be made so, or takes more bytes than ``memory``.
     """
-    found_owners = [*owners(model, guide)]
+    of_pair = owners(named_modules(model, guide))
     with torch.random.fork_rng(devices=[]), recipes.Allowance(memory):
-        for name, owner in found_owners:
+        for name, owner in of_pair:
             if name in found and not len(owner.built):
                 of_model = [sites.restore(structure) for structure in found[name]["sites"]]
                 width = found[name]["width"]
@@ -101,18 +101,19 @@ def fill(model: Program, guide: Program, content: Mapping[str, Any], device: tor
         programs.bind_names(model, guide, store, met)
 
 
-def owners(model: Program, guide: Program) -> Iterator[tuple[str, nn.Module]]:
-    """Yield guides that make a part of themselves at their first call."""
-    for name, module in named_modules(model, guide):
-        if isinstance(getattr(module, "built", None), Later):
-            yield name, module
+def named_modules(model: Program, guide: Program) -> list[tuple[str, nn.Module]]:
+    """Return the modules of a pair, by the ways that lead to them."""
+    found = reach(model=model, guide=guide)
+    return [(name, thing) for name, thing in found if isinstance(thing, nn.Module)]
 
 
-def named_modules(model: Program, guide: Program) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a pair, by the ways that lead to them."""
-    for name, thing in reach(model=model, guide=guide):
-        if isinstance(thing, nn.Module):
-            yield name, thing
+def owners(named_modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Return the guides among modules that make a part of themselves at their first call."""
+    return [
+        (n, module)
+        for n, module in named_modules
+        if isinstance(getattr(module, "built", None), Later)
+    ]
 
 
 def _some(names: list[str]) -> str:
