@@ -172,7 +172,7 @@ def every_case():
             yield pytest.param(pair, objective, double, marks=marks)
 
 
-@pytest.mark.parametrize(("pair", "objective", "double"), every_case(), ids=str)
+@pytest.mark.parametrize(("pair", "objective", "double"), list(every_case()), ids=str)
 def test_captured_steps_are_eager_steps(pair, objective, double, binary, without_compiler):
     check_same(PAIRS[pair], binary, double=double, objective=objective,
                execution="captured, not compiled")  # fmt: skip

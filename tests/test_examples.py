@@ -23,7 +23,7 @@ ARGUMENTS = {
     ],
     "gaps.py": [
         *("--data", "digits", "--epochs", "1", "--test", "20", "--particles", "100"),
-        *("--steps", "50", "--latents", "4"),
+        *("--steps", "100", "--latents", "4"),
     ],
     "mnist.py": ["--data", "digits", "--epochs", "1", "--particles", "50"],
     "objectives.py": [
