@@ -809,6 +809,11 @@ FUNCTIONS: dict[str, tuple[Callable, dict[str, Any], Callable[[Any], Any]]] = {
         {"folder": "/nowhere", "model": None, "guide": None, "device": "cpu"},
         lambda x: [],
     ),
+    "load_checkpoint": (
+        lambda **options: pv.load_checkpoint(**{"folder": "/nowhere"} | options),
+        {"folder": "/nowhere", "model": None, "guide": None, "device": "cpu"},
+        lambda x: [],
+    ),
     "evidence: programs": (
         lambda model, guide: pv.evidence(model, guide, GOOD, num_particles=2, seed=0).values,
         dict(zip(("model", "guide"), make_pair(), strict=True)),

@@ -648,8 +648,9 @@ def test_the_pair_of_the_best_epoch_is_loaded(binary, tmp_path):
 
 
 def test_a_folder_without_a_checkpoint_has_no_pair(binary, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        pv.load_checkpoint(tmp_path)
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match="no checkpoint"):
+            pv.load_checkpoint(folder)
     fit(binary, tmp_path, epochs=1)
     names = sorted(tmp_path.iterdir())
     (names[-1] / "tensors.safetensors").write_bytes(b"nothing")

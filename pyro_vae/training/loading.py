@@ -64,7 +64,7 @@ def load_checkpoint(
 
 def _content(folder: Path) -> dict[str, Any]:
     """Return what saving the pair would have written."""
-    path, checkpoint, _ = last_whole(folder)
+    path, checkpoint, _ = last_whole(folder) if folder.is_dir() else (None, None, {})
     if path is None:
         raise FileNotFoundError(f"{folder} has no checkpoint of a fit: is the name right?")
     try:
