@@ -310,13 +310,15 @@ torch.set_num_threads(1)
 def written(number):
     return {"number": number, "z": torch.full((50_000,), float(number))}
 
+began = time.perf_counter()
 write(run, written(0), kind="test")
+took = time.perf_counter() - began
 for _ in range(30):
     writer = os.fork()
     if not writer:
         for number in range(last + 1, 10**6):
             write(run, written(number), kind="test", overwrite=True)
-    time.sleep(0.05 * draw.random())
+    time.sleep((0.01 + 4 * took) * draw.random())
     os.kill(writer, signal.SIGKILL)
     os.waitpid(writer, 0)
     found = read(run, kind="test")
