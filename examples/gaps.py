@@ -24,15 +24,15 @@ def main():
     parser.add_argument("--guides", nargs="+", default=list(GUIDES), choices=GUIDES)
     parser.add_argument("--latents", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--test", type=int, default=100, help="images of the gaps")
+    parser.add_argument("--test", type=int, default=100, help="images of each part")
     parser.add_argument("--particles", type=int, default=5000)
     parser.add_argument("--learning-rate", type=float, default=0.01, help="of the ascent")
     parser.add_argument("--steps", type=int, default=5000, help="of an ascent, at the most")
     arguments = parser.parse_args()
     data = pv.datasets.load(arguments.data, binarize="fixed")
     size, latents = data.train.shape[1], arguments.latents
-    print("| guide | log p(x), nats | approximation gap | amortization gap | k-hat > 0.7 | steps |")
-    print("|---|---|---|---|---|---|")
+    print("| guide, images | log p(x), nats | approximation gap | amortization gap | k-hat > 0.7 |")
+    print("|---|---|---|---|---|")
     for name in arguments.guides:
         torch.manual_seed(0)
         model = pv.LatentVariableModel(
@@ -41,22 +41,24 @@ def main():
         )
         guide = GUIDES[name](model, encoder=pv.nets.MLP(size, [200, 200]))
         pv.fit(model, guide, data.train, epochs=arguments.epochs, seed=0, progress=False)
-        gaps = pv.inference_gaps(
-            model,
-            guide,
-            data.test[: arguments.test],
-            num_particles=arguments.particles,
-            ascent=pv.Ascent(
-                learning_rate=arguments.learning_rate, patience=3, max_steps=arguments.steps
-            ),
-            seed=0,
-        )
-        unreliable = (gaps.khat > 0.7).double().mean()
-        print(
-            f"| {name} | log p(x) = {gaps.log_evidence} | {gaps.approximation_gap} | "
-            f"{gaps.amortization_gap} | {unreliable:.0%} | {max(gaps.steps)} |",
-            flush=True,
-        )
+        # The encoder has met the training images, and may serve them better.
+        for part, x in (("training", data.train), ("test", data.test)):
+            gaps = pv.inference_gaps(
+                model,
+                guide,
+                x[: arguments.test],
+                num_particles=arguments.particles,
+                ascent=pv.Ascent(
+                    learning_rate=arguments.learning_rate, patience=3, max_steps=arguments.steps
+                ),
+                seed=0,
+            )
+            unreliable = (gaps.khat > 0.7).double().mean()
+            print(
+                f"| {name}, {part} | {gaps.log_evidence} | {gaps.approximation_gap} | "
+                f"{gaps.amortization_gap} | {unreliable:.0%} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
