@@ -40,7 +40,15 @@ def main():
             likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(latents, [200, 200], size)),
         )
         guide = GUIDES[name](model, encoder=pv.nets.MLP(size, [200, 200]))
-        pv.fit(model, guide, data.train, epochs=arguments.epochs, seed=0, progress=False)
+        pv.fit(
+            model,
+            guide,
+            data.train,
+            epochs=arguments.epochs,
+            scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, arguments.epochs),
+            seed=0,
+            progress=False,
+        )
         # The encoder has met the training images, and may serve them better.
         for part, x in (("training", data.train), ("test", data.test)):
             gaps = pv.inference_gaps(

@@ -149,6 +149,14 @@ class Captured:
         elif state["stage"] == "trace":
             self._stage = self._trace_first
 
+    def here(self) -> dict[str, Any]:
+        """Return where the capture stands, for :meth:`go_back`."""
+        return vars(self) | {"_seen": set(self._seen), "_ahead": dict(self._ahead)}
+
+    def go_back(self, here: Mapping[str, Any]) -> None:
+        """Stand where :meth:`here` was called, as if there had been no call since then."""
+        vars(self).update(here, _seen=set(here["_seen"]), _ahead=dict(here["_ahead"]))
+
     def recheck(self) -> None:
         """Look again whether the graph still stands for the function.
 

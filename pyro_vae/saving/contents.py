@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import platform
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,15 +56,54 @@ class Description:
 
     def __init__(self, model: Program, guide: Program):
         self._pair = (model, guide)
-        self._lasting: dict[str, Any] | None = None
+        self._parts: dict[str, Any] = {}
+        self._recipe: dict[str, Any] = {}
 
     def __call__(self) -> dict[str, Any]:
-        """Return it as it is now; how the pair is made is found out once."""
+        """Return it as it is now; how the pair is made is found out when its parts change."""
         state = state_of(*self._pair)
-        if self._lasting is None:
-            self._lasting = {"recipe": recipe_of(*self._pair, state), "versions": versions()}
+        if (parts := parts_of(*self._pair)) != self._parts:
+            self._recipe = recipe_of(*self._pair, state)
+            self._parts = parts
         del state["tensors"]
-        return {**state, **self._lasting}
+        return {**state, "parts": parts, "recipe": self._recipe, "versions": versions()}
+
+    def go_on_from(self, content: Mapping[str, Any]) -> None:
+        """Give the pair what of a description a run may have changed: what is frozen, and modes.
+
+        Raises:
+            ValueError: the pair has modules of other kinds.
+        """
+        saved, here = content["parts"], parts_of(*self._pair)
+        if changed := _changed(saved["modules"], here["modules"]):
+            raise ValueError(f"the checkpoint is of another pair: {changed}")
+        if changed := _changed(saved["values"], here["values"]):
+            warnings.warn(
+                f"the pair is not as it was when the checkpoint was written: {changed}. The run "
+                "goes on with what is here: if that was changed on the way, change it first",
+                stacklevel=2,
+            )
+        filling.set_modes(
+            state(*self._pair),
+            filling.named_modules(*self._pair),
+            set(content["frozen"]),
+            set(content["evaluating"]),
+        )
+
+
+def _changed(saved: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """Tell which named things are others, or nothing."""
+    names = [n for n in sorted(saved.keys() | here.keys()) if saved.get(n) != here.get(n)]
+    told = [
+        f"{n} was {saved.get(n, 'not there')}, here {here.get(n, 'is none')}" for n in names[:3]
+    ]
+    return "; ".join(told) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def parts_of(model: Program, guide: Program) -> dict[str, dict[str, str]]:
+    """Return what a pair has besides tensors: kinds of modules, numbers and words, by name."""
+    kinds = {name: type(m).__qualname__ for name, m in filling.named_modules(model, guide)}
+    return {"modules": kinds, "values": filling.settings(model, guide)}
 
 
 def _heads(owners: list[tuple[str, nn.Module]]) -> dict[str, Any]:

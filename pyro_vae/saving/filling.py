@@ -83,14 +83,12 @@ def fill(model: Program, guide: Program, content: Mapping[str, Any], device: tor
     constraints = {name: mappings.restore(content["constraints"][BARE + name]) for name in bare}
     met = {program: frozenset(content["met"][program]) for program in ("model", "guide")}
     # All is read: from here on nothing is refused.
-    for name, live in module_tensors(model, guide).items():
-        live.data = tensors[name]  # the very parameters stay, with the type that was saved
-        if isinstance(live, nn.Parameter):
-            live.requires_grad_(name not in frozen)
+    live = module_tensors(model, guide)
+    for name, tensor in live.items():
+        tensor.data = tensors[name]  # the very parameters stay, with the type that was saved
     for module in modules(model, guide):
         module.to(device)
-    for name, module in named_modules(model, guide):
-        module.training = name not in evaluating
+    set_modes(live, named_modules(model, guide), frozen, evaluating)
     if bare:
         params = {name: tensor.to(device).requires_grad_() for name, tensor in bare.items()}
         with programs.parameter_store(model, guide, fresh=True) as store:
@@ -99,6 +97,20 @@ def fill(model: Program, guide: Program, content: Mapping[str, Any], device: tor
                 del live[name]
             live.set_state({"params": params, "constraints": constraints})
         programs.bind_names(model, guide, store, met)
+
+
+def set_modes(
+    tensors: Mapping[str, Tensor],
+    named_modules: list[tuple[str, nn.Module]],
+    frozen: set[str],
+    evaluating: set[str],
+) -> None:
+    """Freeze parameters, and put modules into evaluation mode, by name; and no others."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(name not in frozen)
+    for name, module in named_modules:
+        module.training = name not in evaluating
 
 
 def named_modules(model: Program, guide: Program) -> list[tuple[str, nn.Module]]:

@@ -129,7 +129,7 @@ def load(
         See :func:`save`.
     """
     check_folder(folder)
-    return made(lambda: storage.read(folder, kind=KIND), folder, model, guide, device)
+    return made(lambda: _read(Path(folder)), folder, model, guide, device)
 
 
 def made(
@@ -167,6 +167,17 @@ def made(
             f"{folder} holds no pair that this pyro_vae can make: {reason}. If another version "
             "saved it, take that; or pass model and guide."
         ) from error
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        return storage.read(folder, kind=KIND)
+    except UnreadableFile as error:
+        if "step-" in folder.name or any(folder.glob("step-*")):
+            raise UnreadableFile(
+                f"{folder} has checkpoints of a fit: load its pair by pyro_vae.load_checkpoint"
+            ) from error
+        raise
 
 
 def check_folder(folder: str | Path) -> None:

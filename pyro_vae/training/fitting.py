@@ -231,6 +231,7 @@ def fit(
             "guide_steps": guide_steps,
             "model_steps": model_steps,
             "clip_norm": clip_norm,
+            "an optimizer of its own": optimizer is not None,
             "learning_rate": learning_rate if optimizer is None else None,
             "transform": transform is not None,
         }
@@ -288,7 +289,7 @@ def fit(
                 patience=patience,
                 checkpoints=checkpoints,
                 settings=settings,
-                describe=Description(model, guide),
+                description=Description(model, guide),
                 on_nonfinite=on_nonfinite,
                 skip_limit=skip_limit,
                 after_epoch=after_epoch,

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from pyro_vae.training.adam import Adam
+
 
 def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
     """Differentiate, as ``backward`` does: frozen parameters have None, the others their layout."""
@@ -21,9 +23,24 @@ def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | No
 
 def clipped(gradients: Sequence[Tensor | None], bound: float) -> list[Tensor | None]:
     """Scale the whole gradient to a norm of at most ``bound`` (Pascanu et al. 2013, alg. 1)."""
-    norms = [torch.linalg.vector_norm(g) for g in gradients if g is not None]
+    found = [_values(g) for g in gradients if g is not None]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in found]  # cannot overflow
     scale = (bound / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
-    return [None if g is None else g * scale for g in gradients]
+    return [None if g is None else g * scale.to(g.dtype) for g in gradients]
+
+
+# Of torch's optimizers, those that carry a gradient that is not finite into its parameter.
+_CARRYING = frozenset({
+    "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon", "NAdam",
+    "RAdam", "RMSprop", "SGD",
+})  # fmt: skip
+
+
+def hides_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer may leave parameters finite where a gradient is not, as Rprop does."""
+    kind = type(optimizer)
+    of_torch = kind is Adam or kind.__module__.startswith("torch.optim.")
+    return not (of_torch and kind.__name__ in _CARRYING)
 
 
 def all_finite(tensors: Iterable[Tensor | None]) -> Tensor:
@@ -38,9 +55,12 @@ def all_finite(tensors: Iterable[Tensor | None]) -> Tensor:
 
 
 def numbers_of(tensor: Tensor) -> Tensor:
-    """Return a tensor that lies in one place, with the numbers of one that may be sparse."""
-    tensor = tensor.detach()
-    return tensor._values() if tensor.is_sparse else tensor
+    """Return the numbers of a tensor that may be sparse."""
+    return _values(tensor.detach())
+
+
+def _values(tensor: Tensor) -> Tensor:
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
 def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:

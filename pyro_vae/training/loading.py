@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ import torch
 
 from pyro_vae.saving.frames import of_frame, to_frame
 from pyro_vae.saving.pairs import Saved, check_folder, made
-from pyro_vae.storage import UnreadableFile
+from pyro_vae.storage import UnreadableFile, read
+from pyro_vae.storage.files import RECORD
 from pyro_vae.traces import Program
-from pyro_vae.training.checkpoints import last_whole
+from pyro_vae.training.checkpoints import KIND, last_whole
+
+_TRIES = 5  # of reading
 
 
 def load_checkpoint(
@@ -27,7 +32,7 @@ def load_checkpoint(
     ``fit(..., resume=True)``.
 
     Args:
-        folder: what ``fit`` was given as ``checkpoint``.
+        folder: what ``fit`` was given as ``checkpoint``; or one of the checkpoints in it.
         model: see :func:`pyro_vae.load`.
         guide: see :func:`pyro_vae.load`.
         device: where the parameters go.
@@ -64,9 +69,7 @@ def load_checkpoint(
 
 def _content(folder: Path) -> dict[str, Any]:
     """Return what saving the pair would have written."""
-    path, checkpoint, _ = last_whole(folder) if folder.is_dir() else (None, None, {})
-    if path is None:
-        raise FileNotFoundError(f"{folder} has no checkpoint of a fit: is the name right?")
+    path, checkpoint = _read(folder)
     try:
         history = to_frame(checkpoint["history"]).set_index("epoch")
         tensors = checkpoint["trainer"]["tensors"]
@@ -78,3 +81,21 @@ def _content(folder: Path) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError) as error:
         raise UnreadableFile(f"{path} holds no checkpoint with a pair: {error!r}") from error
+
+
+def _read(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the last checkpoint, while a run may be replacing it."""
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(UnreadableFile, FileNotFoundError):
+            return _read_once(folder)
+        time.sleep(0.02)
+    return _read_once(folder)
+
+
+def _read_once(folder: Path) -> tuple[Path, dict[str, Any]]:
+    if (folder / RECORD).exists():  # one of a run
+        return folder, read(folder, kind=KIND)
+    path, checkpoint, _ = last_whole(folder) if folder.is_dir() else (None, None, {})
+    if path is None:
+        raise FileNotFoundError(f"{folder} has no checkpoint of a fit: is the name right?")
+    return path, checkpoint

@@ -32,6 +32,7 @@ from pyro_vae.processes import (
     rank,
     sum_over_processes,
 )
+from pyro_vae.saving.contents import Description
 from pyro_vae.saving.frames import of_frame, to_frame
 from pyro_vae.seeding import random_state, seeded, set_random_state
 from pyro_vae.training.checkpoints import Checkpoints
@@ -98,7 +99,7 @@ class Run:
         patience: see :func:`pyro_vae.fit`.
         checkpoints: where to write them, or None.
         settings: what a checkpoint must agree with, to be gone on from.
-        describe: tells what of the pair is not in its tensors, for who has just a checkpoint.
+        description: of the pair, for who has just a checkpoint.
         on_nonfinite: see :func:`pyro_vae.fit`.
         skip_limit: how many steps may be skipped.
         after_epoch: see :func:`pyro_vae.fit`.
@@ -117,7 +118,7 @@ class Run:
     patience: int | None
     checkpoints: Checkpoints | None
     settings: Mapping[str, Any]
-    describe: Callable[[], dict[str, Any]]
+    description: Description
     on_nonfinite: OnNonFinite
     skip_limit: int
     after_epoch: AfterEpoch | None
@@ -146,6 +147,7 @@ class Run:
     def go_on_from(self, checkpoint: Mapping[str, Any]) -> None:
         """Stand where a checkpoint was written; its pass over the data has been begun."""
         self.trainer.go_on_from(checkpoint["trainer"])
+        self.description.go_on_from(checkpoint["pair"])
         history = to_frame(checkpoint["history"]).to_dict("records")
         self.position = Position(**checkpoint["position"] | {"history": history})
         self.order = checkpoint["order"]
@@ -345,14 +347,14 @@ class Run:
 
     def _written_down(self, selection: tuple[Tensor, ...]) -> Path | None:
         """Write a checkpoint just before a step, and its minibatch; return the folder."""
-        content = {**self._to_write(), "minibatch": list(self.trainer.minibatch(selection))}
         try:
+            content = {**self._to_write(), "minibatch": list(self.trainer.minibatch(selection))}
             if self.checkpoints is None:
                 folder = Path(tempfile.mkdtemp(prefix="pyro_vae-"))
             else:
                 folder = self.checkpoints.folder / "nonfinite"
             Checkpoints(folder, 0.0, kept=1).write(lambda: content, self.trainer.steps)
-        except (OSError, TypeError):
+        except (OSError, TypeError, ValueError):
             return None  # the error that is to be told is another
         return folder
 
@@ -403,7 +405,7 @@ class Run:
             "best": self._best,
             "steps_per_epoch": self._steps_per_epoch,
             "settings": dict(self.settings),
-            "pair": self.describe(),
+            "pair": self.description(),
         }
 
     def _go_back(self, state: Mapping[str, Any]) -> None:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyro_vae import programs
 from pyro_vae.modules import modules
 from pyro_vae.processes import broadcast_from_first, num_processes
-from pyro_vae.reach import reach
-from pyro_vae.state import constraints_of_bare_parameters, make_bare_parameters
+from pyro_vae.reach import VALUES, reach
+from pyro_vae.state import BARE, constraints_of_bare_parameters, make_bare_parameters
 from pyro_vae.state import state as tensors_of_pair
 from pyro_vae.traces import Program
 from pyro_vae.training.adam import Adam
@@ -128,7 +129,7 @@ class Trained:
         Args:
             to_write: for another process: with what this one has without a copy.
         """
-        if to_write:
+        if to_write or programs.bare_parameter_names() != self._bare_names():
             self._named = self._named_tensors()
         state = {
             "tensors": self.values(),
@@ -148,6 +149,7 @@ class Trained:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Put back what :meth:`state` copied, in this process."""
+        self._forget_later_parameters(state)
         self.set_values(state["tensors"])
         with torch.no_grad():
             for name, tensor in self._tensors_of_objective().items():
@@ -191,8 +193,29 @@ class Trained:
                 if isinstance(value, Tensor) and live[name].dtype != value.dtype:
                     live[name] = value.clone().to(live[name].device)
 
+    def _forget_later_parameters(self, state: Mapping[str, Any]) -> None:
+        """Remove parameters that the programs made after a state, so that they make them again."""
+        store = pyro.get_param_store()
+        for name in programs.bare_parameter_names():
+            if BARE + name not in state["tensors"]:
+                del store[name]
+        self._named = {name: self._named[name] for name in state["tensors"]}
+        for group in self.optimizer.param_groups[len(state["optimizer"]["param_groups"]) :]:
+            for parameter in group["params"]:
+                self.optimizer.state.pop(parameter, None)
+                self.parameters[:] = [p for p in self.parameters if p is not parameter]
+        del self.optimizer.param_groups[len(state["optimizer"]["param_groups"]) :]
+
+    def _bare_names(self) -> set[str]:
+        return {name.removeprefix(BARE) for name in self._named if name.startswith(BARE)}
+
     def _kinds(self) -> list[str]:
-        return [type(each).__qualname__ for each in (self.optimizer, self._scheduler)]
+        defaults = self.optimizer.defaults.items()
+        plain = {name: value for name, value in defaults if isinstance(value, VALUES)}
+        return [
+            f"{type(self.optimizer).__qualname__} of {plain}",
+            type(self._scheduler).__qualname__,
+        ]
 
     def _train_too(self, parameters: list[Tensor]) -> None:
         self.optimizer.add_param_group({"params": parameters})

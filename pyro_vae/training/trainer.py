@@ -18,8 +18,7 @@ from pyro_vae.minibatches import Batch, Minibatches
 from pyro_vae.processes import num_processes, rank, sum_over_processes
 from pyro_vae.sites import data_frame
 from pyro_vae.traces import Program
-from pyro_vae.training.adam import Adam
-from pyro_vae.training.gradients import all_finite, clipped, gradients_of
+from pyro_vae.training.gradients import all_finite, clipped, gradients_of, hides_gradients
 from pyro_vae.training.sharing import SharedGradient, share_of
 from pyro_vae.training.trained import Trained
 
@@ -66,12 +65,12 @@ class Trainer:
             self._shared = SharedGradient(trained.parameters, is_share=batches.is_share)
         # The norm is that of what moves, of the whole minibatch.
         self._clips_within = self._shared is None and not self._in_turns
-        # Adam carries what is not finite into the parameters; Rprop, say, takes its sign.
-        self._hides_gradients = not isinstance(trained.optimizer, Adam)
+        self._hides_gradients = hides_gradients(trained.optimizer)
         self.steps = 0
         self._advance = getattr(objective, "advance", lambda: None)  # Pyro's own count nothing
         self._capture = capture
         self._gradient = self._capturable_gradient()
+        self._validated = False
 
     @property
     def execution(self) -> str:
@@ -86,7 +85,7 @@ class Trainer:
             validated: whether Pyro validates values in these, which only Python can.
         """
         self._gradient.calls_left = steps
-        self._step_gradient = self._loss_and_gradients if validated else self._gradient
+        self._validated = validated
 
     def recheck(self) -> None:
         """Have the next step look whether a capture still stands for the programs."""
@@ -103,6 +102,11 @@ class Trainer:
         """
         held = self._alternation[self.steps % len(self._alternation)]
         loss = self.trained.optimizer.step(functools.partial(self._closure, selection, held, look))
+        if loss is None:
+            raise TypeError(
+                f"{type(self.trained.optimizer).__name__}.step must return what its closure gives, "
+                "as torch's optimizers do; it returned None"
+            )
         self._advance()
         self.steps += 1
         return loss.detach()
@@ -112,16 +116,27 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: it was interrupted.
+            ValueError: the pair cannot take the data, in this process or in another.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=batches.device)
-        with programs.evaluation_mode(*self._pair):
-            for batch in batches:
-                mine = batch if batches.is_share else share_of(batch)
-                if size := len(mine[0]):
-                    sums += torch.stack([self._loss(mine) * size, torch.full_like(sums[0], size)])
-                if interrupted():
-                    raise KeyboardInterrupt
-        sum_over_processes([sums])
+        refused = None
+        try:
+            with programs.evaluation_mode(*self._pair):
+                for batch in batches:
+                    mine = batch if batches.is_share else share_of(batch)
+                    if size := len(mine[0]):
+                        loss = self._loss(mine)
+                        sums += torch.stack([loss * size, torch.full_like(sums[0], size)])
+                    if interrupted():
+                        raise KeyboardInterrupt
+        except ValueError as error:
+            refused = error
+        refusals = torch.tensor([refused is not None], dtype=torch.int64)
+        sum_over_processes([sums, refusals])
+        if refused is not None:
+            raise refused
+        if refusals.item():
+            raise ValueError("another process cannot take its validation data: see its error")
         total, count = sums.tolist()
         return total / count
 
@@ -166,12 +181,16 @@ class Trainer:
             to_write: for another process: with what this one has without a copy.
         """
         state = {"steps": self.steps, **self.trained.state(to_write=to_write)}
-        return state | {"capture": self._gradient.state()} if to_write else state
+        if to_write:
+            return state | {"capture": self._gradient.state()}
+        return state | {"gradient": self._gradient, "capture": self._gradient.here()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Put back what :meth:`state` copied, in this process."""
         self.steps = state["steps"]
         self.trained.set_state(state)
+        self._gradient = state["gradient"]
+        self._gradient.go_back(state["capture"])
 
     def go_on_from(self, state: Mapping[str, Any]) -> None:
         """Put in place what :meth:`state` gave to write, in a run that has not begun.
@@ -199,10 +218,11 @@ class Trainer:
         """
         for parameter in self.trained.parameters:
             parameter.grad = None  # its memory, still in the cache, serves the next gradient
+        gradient = self._loss_and_gradients if self._validated else self._gradient
         if self._shared is None:
-            loss, *gradients = self._step_gradient(*selection)
+            loss, *gradients = gradient(*selection)
         else:
-            loss, *gradients = self._shared(self._step_gradient, selection)
+            loss, *gradients = self._shared(gradient, selection)
         if self._in_turns:
             moving = [id(parameter) not in held for parameter in self.trained.parameters]
             gradients = [g if m else None for g, m in zip(gradients, moving, strict=True)]
@@ -212,7 +232,7 @@ class Trainer:
             parameter.grad = value
         if look is not None:
             look(loss)
-        if self._hides_gradients:  # the losses are read in any case
+        elif self._hides_gradients:  # the losses are read in any case
             loss = loss.where(all_finite(gradients).to(loss.device), math.nan)
         return loss
 

@@ -177,8 +177,10 @@ def surest(values: Tensor, variances: Tensor, khats: Tensor) -> Tensor:
     values = values.nan_to_num(nan=-math.inf)
     variances = variances.nan_to_num(nan=math.inf)
     least = variances.median(1).values.argmin()
-    by_chance = statistics.NormalDist().inv_cdf(1 - BY_CHANCE / max(1, values.shape[1]))
-    margin = max(CLEARLY, by_chance) * (variances + variances[least]).sqrt()
+    tries = max(1, (len(values) - 1) * values.shape[1])
+    by_chance = statistics.NormalDist().inv_cdf(1 - BY_CHANCE / tries)
+    of_least = variances[least].where(variances[least].isfinite(), 0.0)  # where it has no value
+    margin = max(CLEARLY, by_chance) * (variances + of_least).sqrt()
     higher = (values > values[least] + margin) & (khats <= UNRELIABLE_KHAT)
     highest = values.masked_fill(~higher, -math.inf).argmax(0)
     return torch.where(higher.any(0), highest, least)
