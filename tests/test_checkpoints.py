@@ -23,7 +23,7 @@ import pyro_vae as pv
 from pyro_vae import objectives, storage
 from pyro_vae.state import state
 from pyro_vae.storage import files, writing
-from pyro_vae.training import checkpoints
+from pyro_vae.training import checkpoints, loading
 from pyro_vae.training.run import Run
 from pyro_vae.training.trainer import Trainer
 
@@ -733,3 +733,154 @@ def test_writing_takes_a_fiftieth_of_the_time_at_most(took, wait, tmp_path, monk
     assert not folder.due
     now = end + 1.001 * wait
     assert folder.due
+
+
+def own_scale():
+    """A pair with numbers and parts that a callback may change."""
+    model = pv.LatentVariableModel(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(pv.nets.MLP(2, [7], 16), scale=1.0),
+    )
+    return model, pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [7]))
+
+
+def test_a_pair_whose_numbers_were_changed_on_the_way(binary, tmp_path):
+    torch.manual_seed(11)
+    programs = own_scale()
+    options = {"batch_size": 10, "seed": 0, "progress": False, "capture": False}
+    options |= {"checkpoint": tmp_path, "checkpoint_seconds": 0.0}
+
+    def sharpen(epoch):
+        programs[0].likelihood.scale.value = 1 / (1 + epoch)
+
+    pv.fit(*programs, binary, epochs=2, after_epoch=sharpen, **options)
+    with pytest.raises(ValueError, match="pass model and guide"):  # not made as it is now
+        pv.load_checkpoint(tmp_path)
+    with pytest.warns(UserWarning, match=r"scale.value was 0.333\d*, here 1.0"):
+        pv.fit(*own_scale(), binary, epochs=3, resume=True, **options)
+    other, _ = own_scale()
+    other.likelihood.decoder[1] = nn.ReLU()
+    guide = pv.guides.AmortizedNormal(other, encoder=pv.nets.MLP(16, [7]))
+    with pytest.raises(ValueError, match="was Tanh, here ReLU"):
+        pv.fit(other, guide, binary, epochs=4, resume=True, **options)
+
+
+def test_what_was_frozen_on_the_way_stays_so(binary, tmp_path):
+    def run(folder, pressed):
+        torch.manual_seed(11)
+        model, guide = make_pair()
+
+        def freeze(epoch):
+            if epoch == 1:
+                model.likelihood.requires_grad_(False)
+                model.likelihood.eval()
+            if epoch == pressed:
+                raise KeyboardInterrupt
+
+        options = {"batch_size": 10, "epochs": 4, "seed": 0, "progress": False, "capture": False}
+        if folder is not None:
+            options |= {"checkpoint": folder, "resume": True}
+        pv.fit(model, guide, binary, after_epoch=freeze, **options)
+        return model, tensors(model, guide)
+
+    _, straight = run(None, None)
+    with pytest.raises(pv.StoppedFit):
+        run(tmp_path, 2)
+    model, resumed = run(tmp_path, None)
+    assert equal(straight, resumed)
+    assert not model.likelihood.training
+
+
+def late_pair(noisy):
+    """A parameter that is made in the seventh call of the model."""
+    calls = torch.zeros(())
+    register = nn.Module()
+    register.register_buffer("calls", calls)
+
+    def model(x):
+        register.calls.add_(register.training)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, torch.ones(2)).to_event(1))
+            loc = z.sum(-1, keepdim=True).expand(x.shape)
+            if register.calls > 6:
+                loc = loc + pyro.param("late", lambda: torch.randn(16) if noisy else torch.ones(16))
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        weight = pyro.param("weight", torch.full((16, 2), 0.01))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ weight, 0.5).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("stops", ["at the end of the epoch", "in a later step"])
+def test_an_interrupt_after_a_parameter_was_made(stops, binary, tmp_path):
+    pair = functools.partial(late_pair, noisy=True)
+    straight = fit(binary, pair=pair, epochs=4)[1]
+    assert "param.late" in straight
+
+    def press(epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    step, taken = Trainer.step, 0
+
+    def stopped(*args, **options):
+        nonlocal taken
+        taken += 1
+        if taken == 9:
+            raise KeyboardInterrupt
+        return step(*args, **options)
+
+    at_end = stops == "at the end of the epoch"
+    options = {"after_epoch": press} if at_end else {}
+    with (
+        mock.patch.object(Trainer, "step", step if at_end else stopped),
+        pytest.raises(pv.StoppedFit),
+    ):
+        fit(binary, tmp_path, pair=pair, epochs=4, checkpoint_seconds=60.0, **options)
+    resumed = fit(binary, tmp_path, pair=pair, epochs=4, resume=True, checkpoint_seconds=60.0)[1]
+    assert equal(straight, resumed)
+
+
+def test_a_run_that_goes_back_over_its_capture_begins_it_anew(binary, tmp_path, without_compiler):
+    step, taken = Trainer.step, 0
+
+    def stopped(*args, **options):
+        nonlocal taken
+        taken += 1
+        if taken == 5:
+            assert args[0].execution == "captured, not compiled"
+            raise KeyboardInterrupt
+        return step(*args, **options)
+
+    options = {"capture": True, "checkpoint_seconds": 60.0}
+    with mock.patch.object(Trainer, "step", stopped), pytest.raises(pv.StoppedFit):
+        fit(binary, tmp_path, **options)
+    content = storage.read(max(tmp_path.iterdir()), kind=checkpoints.KIND)
+    assert content["trainer"]["steps"] == 0
+    assert content["trainer"]["capture"]["stage"] == "trace"
+    _, resumed = fit(binary, tmp_path, resume=True, **options)
+    assert equal(fit(binary, capture=True)[1], resumed)
+
+
+def test_another_rate_of_ones_own_optimizer_is_refused(binary, tmp_path):
+    fit(binary, tmp_path, optimizer=functools.partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(ValueError, match=r"'lr': 0.1.*'lr': 0.5"):
+        fit(binary, tmp_path, optimizer=functools.partial(torch.optim.SGD, lr=0.5), resume=True)
+
+
+def test_a_checkpoint_that_a_run_takes_away_is_read_anew(binary, tmp_path):
+    fit(binary, tmp_path, epochs=1)
+    read, times = loading.last_whole, 0
+
+    def gone(folder):
+        nonlocal times
+        times += 1
+        if times < 3:
+            raise pv.UnreadableFile("it is gone")
+        return read(folder)
+
+    with mock.patch.object(loading, "last_whole", gone):
+        assert len(pv.load_checkpoint(tmp_path).history) == 1

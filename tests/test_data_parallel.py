@@ -215,6 +215,8 @@ def one_of_two(rank, folder):
     with pytest.raises(ValueError, match=r"support|process 1") as raised:
         trained(Labelled, DataLoader(TensorDataset(x, noise), batch_size=10), on_nonfinite="skip")
     found["refused"] = str(raised.value)
+    with pytest.raises(ValueError, match=r"support|another process cannot take its validation"):
+        trained(Labelled, validation=DataLoader(TensorDataset(x, noise), batch_size=10))
     found["noise and averages"] = trained(functools.partial(Pair, batch_norm=True), batch_size=13)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -343,6 +343,8 @@ def test_which_estimate_is_taken():
         ([1.0, 5.0], [0.1, 0.2], [0.3, nan], 0),
         ([5.0, 1.0], [0.1, 0.2], [0.3, 0.3], 0),
         ([-inf, 1.0], [0.1, 0.2], [0.9, 0.3], 1),
+        ([nan, 1.0], [nan, 0.2], [nan, 0.3], 1),
+        ([nan, 1.0], [nan, 0.2], [nan, 0.9], 0),
     ]
     values, errors, khats, choice = zip(*rows, strict=True)
     values, errors, khats = (torch.tensor(each).T for each in (values, errors, khats))

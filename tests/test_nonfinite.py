@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae.state import state
-from pyro_vae.training import run
+from pyro_vae.training import gradients, run
+from pyro_vae.training.adam import Adam
 
 BAD = 37  # a row of the data
 
@@ -244,3 +245,79 @@ def test_a_skipped_step_passes_the_turn_on(data):
     assert result.history.skipped.tolist() == [1]
     assert all(map(torch.equal, model.parameters(), of_model))
     assert not any(map(torch.equal, guide.parameters(), of_guide))
+
+
+@pytest.mark.parametrize("kind", [*gradients._CARRYING, "Rprop"])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_which_optimizers_hide_a_gradient_that_is_not_finite(kind, bad):
+    if not hasattr(torch.optim, kind):
+        pytest.skip(f"this torch has no {kind}")
+    for steps in (1, 4):
+        parameter = nn.Parameter(torch.randn(5, 4))
+        optimizer = getattr(torch.optim, kind)([parameter], lr=1e-3)
+        for step in range(steps):
+            gradient = torch.randn(5, 4)
+            gradient[2, 1] = gradient[2, 1] if step < steps - 1 else bad
+            parameter.grad = gradient
+            optimizer.step(lambda: torch.tensor(0.0))
+        assert parameter.isfinite().all() == gradients.hides_gradients(optimizer)
+    assert not gradients.hides_gradients(Adam([parameter]))
+
+
+@pytest.mark.parametrize("optimizer", [None, torch.optim.Rprop])
+def test_gradients_too_large_to_be_squared_are_no_fault(optimizer, binary):
+    torch.manual_seed(1)
+    model = pv.LatentVariableModel(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(pv.nets.MLP(2, [8], 16), scale=1e-11),
+    )
+    guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
+    guide(binary)
+    before = tensors(model, guide)
+    options = {} if optimizer is None else {"optimizer": optimizer}
+    result = fit((model, guide), binary, clip_norm=1.0 if optimizer is None else None, **options)
+    assert result.history.loss.gt(1e19).all()
+    assert result.history.skipped.sum() == 0
+    after = tensors(model, guide)
+    trained = {**dict(model.named_parameters()), **dict(guide.encoder.named_parameters())}
+    assert trained
+    moved = [name for name, tensor in after.items() if not torch.equal(before[name], tensor)]
+    assert len(moved) >= len(trained)
+
+
+def test_the_error_is_told_though_the_run_cannot_be_written_down(data):
+    extra = nn.Parameter(torch.zeros(()))
+    with pytest.raises(pv.NonFiniteError) as error:
+        fit(pair(), data, optimizer=lambda parameters: torch.optim.Adam([*parameters, extra]))
+    assert error.value.folder is None
+
+
+def test_an_optimizer_that_returns_no_loss(binary):
+    class Silent(torch.optim.SGD):
+        def step(self, closure):
+            super().step(closure)
+
+    with pytest.raises(TypeError, match=r"Silent\.step must return"):
+        fit(make_pair(), binary, optimizer=functools.partial(Silent, lr=0.1))
+
+
+def test_sparse_gradients_are_clipped():
+    torch.manual_seed(0)
+    x = torch.randint(7, (30,))
+    table = nn.Embedding(7, 2, sparse=True)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.float())
+
+    def guide(x):
+        loc, scale = pyro.module("table", table)(x).unbind(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale.exp()))
+
+    before = table.weight.detach().clone()
+    optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+    fit((model, guide), x, optimizer=optimizer, clip_norm=0.5, epochs=1, batch_size=30)
+    assert (table.weight - before).norm() <= 0.05001
+    assert not torch.equal(table.weight, before)

@@ -39,7 +39,7 @@ _CARRYING = frozenset({
 def hides_gradients(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer may leave parameters finite where a gradient is not, as Rprop does."""
     kind = type(optimizer)
-    of_torch = kind is Adam or kind.__module__.startswith("torch.optim.")
+    of_torch = kind is Adam or kind.__module__.startswith("torch.optim")
     return not (of_torch and kind.__name__ in _CARRYING)
 
 
