@@ -1,6 +1,6 @@
 """What a Gaussian guide and a flow fall short of log p(x) by: their family, or their encoder.
 
-python examples/gaps.py                      # some ten minutes on two cores
+python examples/gaps.py --epochs 300         # half an hour on two cores; 20 by default
 python examples/gaps.py --data digits --epochs 2 --test 20 --particles 100 --steps 100
 """
 
