@@ -97,5 +97,7 @@ def _read_once(folder: Path) -> tuple[Path, dict[str, Any]]:
         return folder, read(folder, kind=KIND)
     path, checkpoint, _ = last_whole(folder) if folder.is_dir() else (None, None, {})
     if path is None:
-        raise FileNotFoundError(f"{folder} has no checkpoint of a fit: is the name right?")
+        raise FileNotFoundError(
+            f"the folder {folder} has no checkpoint of a fit: is the name right?"
+        )
     return path, checkpoint
