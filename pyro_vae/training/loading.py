@@ -98,6 +98,6 @@ def _read_once(folder: Path) -> tuple[Path, dict[str, Any]]:
     path, checkpoint, _ = last_whole(folder) if folder.is_dir() else (None, None, {})
     if path is None:
         raise FileNotFoundError(
-            f"the folder {folder} has no checkpoint of a fit: is the name right?"
+            f"the folder {folder} has no checkpoint of a fit, or does not exist: is the name right?"
         )
     return path, checkpoint
