@@ -37,6 +37,7 @@ from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.run import AfterEpoch, OnNonFinite, Run, StoppedRun
 from pyro_vae.training.trained import Trained
 from pyro_vae.training.trainer import BOTH, Trainer
+from pyro_vae.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,10 @@ def fit(
         # Values that no look has seen yet are checked as they come, in the first pass over them.
         of_programs = not observes_columns_alone(trace, first)
         unseen = of_programs or batches.checked is None
-        unseen_held_out = of_programs or (held_out is not None and held_out.checked is None)
+        validator = None
+        if held_out is not None:
+            unseen_held_out = of_programs or held_out.checked is None
+            validator = Validation(trainer, held_out, unseen=unseen_held_out)
         stopped = False
         with (
             task(progress, description, epochs) as advance,
@@ -283,7 +287,7 @@ def fit(
             run = Run(
                 trainer,
                 batches,
-                held_out,
+                validator,
                 device=device,
                 epochs=epochs,
                 patience=patience,
@@ -296,7 +300,6 @@ def fit(
                 advance=advance,
                 interrupted=interrupted,
                 unseen=unseen,
-                unseen_held_out=unseen_held_out,
                 order=order_of_pass,
             )
             if going_on is not None:

@@ -8,7 +8,6 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.minibatches import Minibatches
 from pyro_vae.processes import gather, num_processes
 from pyro_vae.seeding import random_state, set_random_state
 from pyro_vae.training.nonfinite import FirstNonFiniteSite, first_non_finite
@@ -74,22 +73,6 @@ def first_site(trainer: Trainer, selection: tuple[Tensor, ...]) -> FirstNonFinit
     with FirstNonFiniteSite() as site, pyro.validation_enabled(False):
         trainer.run(selection)
     return site
-
-
-def first_site_held_out(trainer: Trainer, held_out: Minibatches) -> tuple[FirstNonFiniteSite, int]:
-    """Run the pair on validation data, to find the first site that is not finite.
-
-    Returns:
-        The site, and how many rows came before its minibatch.
-    """
-    rows_before = 0
-    with FirstNonFiniteSite() as site, pyro.validation_enabled(False):
-        for batch in held_out:
-            trainer.run_held_out(batch)
-            if site.name is not None:
-                break
-            rows_before += len(batch[0])
-    return site, rows_before
 
 
 def _look(trainer: Trainer, loss: Tensor) -> None:

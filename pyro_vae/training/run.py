@@ -7,7 +7,6 @@ more, with a look at every gradient: so a watch on all of them costs no step any
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import numbers
@@ -40,11 +39,11 @@ from pyro_vae.training.gradients import all_finite
 from pyro_vae.training.looking import (
     NonFiniteStepError,
     first_site,
-    first_site_held_out,
     looked_at_step,
 )
-from pyro_vae.training.nonfinite import NonFiniteError, shown_rows
+from pyro_vae.training.nonfinite import NonFiniteError
 from pyro_vae.training.trainer import Trainer
+from pyro_vae.training.validation import Validation
 
 OnNonFinite = Literal["raise", "skip"]
 AfterEpoch = Callable[[int], Mapping[str, float] | None]
@@ -93,7 +92,7 @@ class Run:
     Args:
         trainer: what takes the steps.
         batches: the training data.
-        held_out: validation data, or None.
+        validation: on data that are held out, or None.
         device: where the steps run.
         epochs: how many there shall be.
         patience: see :func:`pyro_vae.fit`.
@@ -106,13 +105,12 @@ class Run:
         advance: of the progress bar.
         interrupted: whether the run shall stop.
         unseen: whether the first pass brings values that nobody has checked.
-        unseen_held_out: whether the first validation does.
         order: of the first pass, which has been begun.
     """
 
     trainer: Trainer
     batches: Minibatches
-    held_out: Minibatches | None
+    validation: Validation | None
     device: torch.device
     epochs: int
     patience: int | None
@@ -125,7 +123,6 @@ class Run:
     advance: Callable[..., None]
     interrupted: Callable[[], bool]
     unseen: bool
-    unseen_held_out: bool
     order: list[Tensor]
 
     def __post_init__(self):
@@ -194,17 +191,16 @@ class Run:
         with pyro.validation_enabled(validated):
             self._pass(validated)
         began = time.perf_counter()
-        with pyro.validation_enabled(self.unseen_held_out and self.position.epoch == 1):
-            validation_loss = self._validate()
+        validation_loss = self._validation_loss()
         position = self.position
         loss = position.total / position.rows if position.rows else math.nan
-        self.trainer.end_epoch(loss if self.held_out is None else validation_loss)
+        self.trainer.end_epoch(loss if self.validation is None else validation_loss)
         seconds = position.seconds + time.perf_counter() - began
         values = [position.epoch, loss, validation_loss, learning_rate, position.skipped, seconds]
         row = dict(zip(COLUMNS, values, strict=True))
         position.history.append(row | self._after_epoch())
         shown = f"loss {loss:.2f}"
-        if self.held_out is not None:
+        if self.validation is not None:
             shown += f", validation {validation_loss:.2f}"
         self.advance(1, shown)
         if self.patience is not None:
@@ -220,6 +216,12 @@ class Run:
         position.step = position.rows = position.skipped = 0
         position.total = position.seconds = 0.0
         self._good = self._state()
+
+    def _validation_loss(self) -> float:
+        if self.validation is None:
+            return math.nan
+        position = self.position
+        return self.validation.loss(position.epoch, position.validation_seed, self.interrupted)
 
     def _after_epoch(self) -> dict[str, float]:
         if self.after_epoch is None:
@@ -357,36 +359,6 @@ class Run:
         except (OSError, TypeError, ValueError):
             return None  # the error that is to be told is another
         return folder
-
-    def _validate(self) -> float:
-        if self.held_out is None:
-            return math.nan
-        refused = None
-        with self._noise_of_validation():
-            try:
-                loss = self.trainer.evaluate(self.held_out, self.interrupted)
-            except ValueError as error:  # by Pyro's validation, perhaps, of what is not finite
-                loss, refused = math.nan, error
-        if math.isfinite(loss):
-            return loss
-        with self._noise_of_validation():
-            site, rows_before = first_site_held_out(self.trainer, self.held_out)
-        if refused is not None and not site.has_nonfinite_numbers:
-            raise refused
-        what = "" if site.name is None else f": {site.what}"
-        if site.bad is not None:
-            what += f" at rows {shown_rows(site.bad + rows_before)} of the validation data"
-        raise FloatingPointError(
-            f"the validation loss is {loss} in epoch {self.position.epoch}{what}. Lower the "
-            "learning rate, set clip_norm, or look for a scale that falls to zero."
-        )
-
-    @contextlib.contextmanager
-    def _noise_of_validation(self) -> Iterator[None]:
-        """The same each time, so that losses can be compared."""
-        self.held_out.begin_from(self.position.validation_seed)
-        with seeded(self.position.validation_seed + rank()):
-            yield
 
     def _state(self, *, to_write: bool = False) -> dict[str, Any]:
         return {

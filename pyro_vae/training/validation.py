@@ -1,0 +1,80 @@
+"""The loss on data that are held out, after each epoch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import pyro
+
+from pyro_vae.minibatches import Minibatches
+from pyro_vae.processes import rank
+from pyro_vae.seeding import seeded
+from pyro_vae.training.nonfinite import FirstNonFiniteSite, shown_rows
+from pyro_vae.training.trainer import Trainer
+
+
+class Validation:
+    """Losses on data that are held out, at the same noise each time, so that they can be compared.
+
+    Args:
+        trainer: of the pair.
+        data: held out.
+        unseen: whether they have values that nobody has checked: the first time, Pyro does.
+    """
+
+    def __init__(self, trainer: Trainer, data: Minibatches, *, unseen: bool):
+        self._trainer = trainer
+        self._data = data
+        self._unseen = unseen
+
+    def loss(self, epoch: int, seed: int, interrupted: Callable[[], bool]) -> float:
+        """Return the loss per datum.
+
+        Args:
+            epoch: that is over, from 1.
+            seed: of the noise.
+            interrupted: whether to stop.
+
+        Raises:
+            FloatingPointError: it is not finite; the message names site and rows.
+            ValueError: the pair cannot take the data.
+            KeyboardInterrupt: it was interrupted.
+        """
+        refused = None
+        with pyro.validation_enabled(self._unseen and epoch == 1), self._noise(seed):
+            try:
+                loss = self._trainer.evaluate(self._data, interrupted)
+            except ValueError as error:  # by Pyro's validation, perhaps, of what is not finite
+                loss, refused = math.nan, error
+        if math.isfinite(loss):
+            return loss
+        with self._noise(seed):
+            site, rows_before = self._first_site()
+        if refused is not None and not site.has_nonfinite_numbers:
+            raise refused
+        what = "" if site.name is None else f": {site.what}"
+        if site.bad is not None:
+            what += f" at rows {shown_rows(site.bad + rows_before)} of the validation data"
+        raise FloatingPointError(
+            f"the validation loss is {loss} in epoch {epoch}{what}. Lower the learning rate, set "
+            "clip_norm, or look for a scale that falls to zero."
+        )
+
+    @contextlib.contextmanager
+    def _noise(self, seed: int) -> Iterator[None]:
+        self._data.begin_from(seed)
+        with seeded(seed + rank()):
+            yield
+
+    def _first_site(self) -> tuple[FirstNonFiniteSite, int]:
+        """Find the first site that is not finite, and how many rows came before its minibatch."""
+        rows_before = 0
+        with FirstNonFiniteSite() as site, pyro.validation_enabled(False):
+            for batch in self._data:
+                self._trainer.run_held_out(batch)
+                if site.name is not None:
+                    break
+                rows_before += len(batch[0])
+        return site, rows_before
