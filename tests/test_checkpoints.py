@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae import objectives, storage
+from pyro_vae.minibatches import Minibatches
 from pyro_vae.state import state
 from pyro_vae.storage import files, writing
 from pyro_vae.training import checkpoints, loading
@@ -884,3 +885,26 @@ def test_a_checkpoint_that_a_run_takes_away_is_read_anew(binary, tmp_path):
 
     with mock.patch.object(loading, "last_whole", gone):
         assert len(pv.load_checkpoint(tmp_path).history) == 1
+
+
+def test_a_best_epoch_that_was_undone_is_no_longer_the_best(binary, tmp_path):
+    """A second Ctrl-C after the epoch, before the next has begun, undoes its last steps."""
+    options = {"patience": 5, "validation": binary[:9], "epochs": 4}
+    _, straight = fit(binary, **options)
+    order, calls = Minibatches.order, 0
+
+    def interrupted(batches):
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # one before the first epoch
+            raise KeyboardInterrupt
+        return order(batches)
+
+    with mock.patch.object(Minibatches, "order", interrupted), pytest.raises(pv.StoppedFit):
+        fit(binary, tmp_path, **options)
+    content = storage.read(max(tmp_path.iterdir()), kind=checkpoints.KIND)
+    assert content["position"]["epoch"] == 2
+    first = storage.read(min(tmp_path.iterdir()), kind=checkpoints.KIND)["best"]
+    assert first is None or equal(first, content["best"])
+    _, resumed = fit(binary, tmp_path, resume=True, **options)
+    assert equal(straight, resumed)

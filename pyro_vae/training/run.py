@@ -366,6 +366,7 @@ class Run:
             "trainer": self.trainer.state(to_write=to_write),
             "random": random_state(self.device),
             "order": self.order,
+            "best": self._best,
         }
 
     def _to_write(self) -> dict[str, Any]:
@@ -374,7 +375,6 @@ class Run:
             "position": asdict(replace(self.position, history=[])),
             "history": of_frame(self.history),
             "processes": self._of_processes(),
-            "best": self._best,
             "steps_per_epoch": self._steps_per_epoch,
             "settings": dict(self.settings),
             "pair": self.description(),
@@ -387,6 +387,7 @@ class Run:
         self.position = replace(state["position"], history=[*state["position"].history])
         set_random_state(state["random"], self.device)
         self.order = state["order"]
+        self._best = state["best"]
         if self.position.step == 0:
             self.trainer.recheck()
 
