@@ -5,12 +5,26 @@ import os
 import runpy
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pyro_vae", "pyro_vae.cli"])  # seconds, once and not for each
+
+
+def join_two(rank, folder):
+    """Join the group of the two that :func:`start_two` has started."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/group",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
 
 
 def start_two(work, folder):

@@ -3,7 +3,6 @@
 import functools
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pyro
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.distributed
 from capturing import needs_compiler
-from new_processes import start_two
+from new_processes import join_two, start_two
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
@@ -179,20 +178,9 @@ def runs(folder):
     }
 
 
-def join(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/group",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-
-
 def one_of_two(rank, folder):
     """What one process does: everything, and each run's tensors into a file."""
-    join(rank, folder)
+    join_two(rank, folder)
     checkpoints._SHARE_OF_TIME = float("inf")
     Captured.compiles = False
     found = {name: run() for name, run in runs(f"{folder}/run").items()}
@@ -224,7 +212,7 @@ def one_of_two(rank, folder):
 
 def compiled(rank, folder):
     """The captured run once more, compiled."""
-    join(rank, folder)
+    join_two(rank, folder)
     torch._inductor.config.compile_threads = 1
     torch.save({"captured": trained(capture=True)}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()

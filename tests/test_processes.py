@@ -2,13 +2,12 @@
 
 import functools
 import itertools
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed
 from interrupting import Calls, Interrupting
-from new_processes import start_two
+from new_processes import join_two, start_two
 from torch.utils.data import IterableDataset
 
 import pyro_vae as pv
@@ -169,14 +168,7 @@ def failures(rank):
 
 
 def work(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/group",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
+    join_two(rank, folder)
     messages()
     assert list(estimates()) == NAMES
     found = {name: numbers(estimate()) for name, estimate in estimates().items()}

@@ -102,8 +102,9 @@ def _changed(saved: Mapping[str, str], here: Mapping[str, str]) -> str:
 
 def parts_of(model: Program, guide: Program) -> dict[str, dict[str, str]]:
     """Return what a pair has besides tensors: kinds of modules, numbers and words, by name."""
-    kinds = {name: type(m).__qualname__ for name, m in filling.named_modules(model, guide)}
-    return {"modules": kinds, "values": filling.settings(model, guide)}
+    reached = [*reach(model=model, guide=guide)]
+    kinds = {name: type(module).__qualname__ for name, module in filling.modules_in(reached)}
+    return {"modules": kinds, "values": filling.settings_in(reached)}
 
 
 def _heads(owners: list[tuple[str, nn.Module]]) -> dict[str, Any]:

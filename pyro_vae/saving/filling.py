@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyro
@@ -50,8 +50,13 @@ def module_tensors(model: Program, guide: Program) -> dict[str, Tensor]:
 
 def settings(model: Program, guide: Program) -> dict[str, str]:
     """Return numbers and words that the programs hold by public names."""
+    return settings_in(reach(model=model, guide=guide))
+
+
+def settings_in(reached: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """Return those among all that the programs reach, by name."""
     found = {}
-    for name, thing in reach(model=model, guide=guide):
+    for name, thing in reached:
         attribute = name.rpartition(".")[2]
         plain = isinstance(thing, VALUES) and not isinstance(thing, Tensor)
         if plain and attribute != "training" and not attribute.startswith("_"):
@@ -115,8 +120,12 @@ def set_modes(
 
 def named_modules(model: Program, guide: Program) -> list[tuple[str, nn.Module]]:
     """Return the modules of a pair, by the ways that lead to them."""
-    found = reach(model=model, guide=guide)
-    return [(name, thing) for name, thing in found if isinstance(thing, nn.Module)]
+    return modules_in(reach(model=model, guide=guide))
+
+
+def modules_in(reached: Iterable[tuple[str, Any]]) -> list[tuple[str, nn.Module]]:
+    """Return those among all that the programs reach, by name."""
+    return [(name, thing) for name, thing in reached if isinstance(thing, nn.Module)]
 
 
 def owners(named_modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:

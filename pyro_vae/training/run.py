@@ -300,9 +300,11 @@ class Run:
         if num_processes() > 1 and steps % STEPS_BETWEEN_QUESTIONS:
             return False
         due = self.checkpoints is not None and self.checkpoints.due
-        wishes = torch.tensor([self.interrupted(), due and rank() == 0], dtype=torch.int64)
-        sum_over_processes([wishes])
-        self._shall_stop, self._shall_write = wishes.bool().tolist()
+        self._shall_stop, self._shall_write = self.interrupted(), due and rank() == 0
+        if num_processes() > 1:
+            wishes = torch.tensor([self._shall_stop, self._shall_write], dtype=torch.int64)
+            sum_over_processes([wishes])
+            self._shall_stop, self._shall_write = wishes.bool().tolist()
         return self._shall_stop or self._shall_write
 
     def _count(self, selection: tuple[Tensor, ...], loss: float) -> None:
