@@ -102,7 +102,7 @@ def _check_trace(trace: PairTrace, x: Tensor) -> None:
             '`pyro.plate("data", x.shape[0])`, or `pyro.plate("data", N, subsample=x)` where the '
             "minibatch stands for N rows."
         )
-    for factor in (*trace.guide.values(), *trace.model.values()):
+    for factor in (*trace.guide.values(), *trace.guide_losses, *trace.model.values()):
         _check_observation(factor, x)
         if not torch.isfinite(factor.log_prob).all():
             row = (~torch.isfinite(factor.log_prob)).nonzero()[0, -1].item()

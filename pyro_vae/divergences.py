@@ -9,7 +9,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from pyro_vae.sites import base_distribution, closed_form_kl
+from pyro_vae.sites import base_distribution, closed_form_kl, mask_of
 from pyro_vae.traces import Factor, PairTrace
 
 
@@ -128,7 +128,7 @@ def _each_dimension(run: PairTrace, factor: Factor) -> Any:
             "not independent, or have no density, under both model and guide: take a guide such "
             "as AmortizedNormal, or ask for the KL of the site"
         )
-    if site["mask"] is not None or factor.scaled:
+    if mask_of(site) is not None or factor.scaled:
         raise ValueError(
             f"the KL of each dimension is asked for, but latent site {factor.name!r} is masked or "
             "scaled: ask for the KL of the site"

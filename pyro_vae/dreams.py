@@ -11,12 +11,14 @@ from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyro_vae.runs import as_guide, trace_of
 from pyro_vae.sites import (
     Site,
     Unobserve,
     arranged,
     base_distribution,
     data_frame,
+    is_loss_of_guide,
     own_scale,
     random_sites,
     reduce_to_datum,
@@ -52,7 +54,7 @@ class Dream:
         return self._run(Unobserve()(self._model))
 
     def _run(self, model: Callable) -> dict[str, Site]:
-        trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
+        trace = trace_of(model, *self._args, **self._kwargs)
         return {site["name"]: site for site in random_sites(trace)}
 
     def log_guide(self) -> Tensor:
@@ -69,12 +71,13 @@ class Dream:
             for name, site in self._sites.items()
             if not _was_observed(site)
         }
-        guide = poutine.condition(self._guide, data=latents)
-        trace = poutine.trace(guide).get_trace(*self._dreamt_args(), **self._kwargs)
+        guide = poutine.condition(as_guide(self._guide), data=latents)
+        trace = trace_of(guide, *self._dreamt_args(), **self._kwargs)
         total = 0.0
         for site in random_sites(trace):
-            drawn = not site["is_observed"] and not isinstance(site["fn"], Unit)
-            if drawn or isinstance(base_distribution(site["fn"]), Delta):
+            if is_loss_of_guide(site) and site["name"] not in latents:
+                continue
+            if not site["is_observed"] or isinstance(base_distribution(site["fn"]), Delta):
                 raise ValueError(
                     f"the guide is to score latents that the model drew, but its site "
                     f"{site['name']!r} is a point, or drawn in their place, as in Pyro's AutoGuides"

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from pyro_vae.sites import DATA_PLATE, PARTICLE_PLATE, Site
+from pyro_vae.sites import DATA_PLATE, PARTICLE_PLATE, Site, mask_of_events
 
 Tables = dict[str, Tensor]  # log-densities by site, each (*enumerated dimensions, K, B)
 
@@ -56,8 +56,8 @@ def even_where_masked(log_prob: Tensor, site: Site) -> Tensor:
         log_prob: zero where it is masked.
         site: any.
     """
-    mask = site["mask"]
-    if mask is None or mask is True or not is_enumerated(site):
+    mask = mask_of_events(site)
+    if mask is None or not is_enumerated(site):
         return log_prob
     count = site["value"].shape[site["infer"]["_enumerate_dim"] - site["fn"].event_dim]
     mask = torch.as_tensor(mask, device=log_prob.device)

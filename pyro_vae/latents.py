@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -18,7 +18,16 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
 from pyro_vae.enumeration import is_enumerated
-from pyro_vae.sites import DATA_PLATE, Site, data_frame, random_sites
+from pyro_vae.runs import plate_of_guide, trace_of
+from pyro_vae.seeding import restored_generators
+from pyro_vae.sites import (
+    DATA_PLATE,
+    Site,
+    data_frame,
+    mask_of,
+    mask_of_events,
+    random_sites,
+)
 
 
 @dataclass(frozen=True)
@@ -113,8 +122,9 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
         a[rows] if isinstance(a, Tensor) and a.dim() and len(a) == len(x) else a
         for a in (x, *covariates)
     ]
-    plates = {site["name"]: site["cond_indep_stack"] for site in latents_of(model, *fewer)}
-    latents = latents_of(model, x, *covariates)
+    with restored_generators(), torch.inference_mode(False):
+        plates = {site["name"]: site["cond_indep_stack"] for site in latents_of(model, *fewer)}
+        latents = latents_of(model, x, *covariates)
     nesting = max(-f.dim for site in latents for f in site["cond_indep_stack"] if f.vectorized)
     return tuple(_describe(site, plates[site["name"]], nesting) for site in latents)
 
@@ -126,7 +136,7 @@ def latents_of(model: Callable[..., Any], *arguments: Any) -> list[Site]:
         ValueError: there is none.
     """
     with torch.no_grad(), poutine.block():
-        sites = list(random_sites(poutine.trace(model).get_trace(*arguments)))
+        sites = list(random_sites(trace_of(model, *arguments)))
     latents = [
         site
         for site in sites
@@ -144,6 +154,13 @@ def latents_of(model: Callable[..., Any], *arguments: Any) -> list[Site]:
 def _describe(site: Site, plates: tuple[CondIndepStackFrame, ...], nesting: int) -> LatentSite:
     fn = site["fn"]
     data_dim = data_frame(site).dim
+    mask, of_events = mask_of(site), mask_of_events(site)
+    if isinstance(mask, Tensor) and (mask != of_events[(..., *(None,) * fn.event_dim)]).any():
+        raise ValueError(
+            f"latent site {site['name']!r} masks single numbers of its event: a guide of the "
+            "library masks whole events. Put these numbers into a plate in place of .to_event(), "
+            "or write the guide yourself."
+        )
     for frame in plates:
         if frame.name != DATA_PLATE and frame.full_size not in (None, frame.size):
             raise ValueError(
@@ -168,7 +185,7 @@ def _describe(site: Site, plates: tuple[CondIndepStackFrame, ...], nesting: int)
         batch_shape=torch.Size(batch_shape),
         event_shape=torch.Size(bijection.inverse_shape(fn.event_shape)),
         bijection=bijection,
-        masked=isinstance(site["mask"], Tensor),
+        masked=mask_of(site) is not None,
         nesting=nesting,
     )
 
@@ -204,8 +221,8 @@ def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
 
 def surroundings(
     sites: Sequence[LatentSite], model: Callable[..., Any], x: Tensor, *covariates: Any
-) -> tuple[dict[str, pyro.plate], dict[str, Tensor]]:
-    """Return what latent sites of a model stand in: its plates, made anew, and its masks.
+) -> tuple[dict[str, AbstractContextManager], dict[str, bool | Tensor | None]]:
+    """Return the plates and masks around latent sites of a model, for its guide.
 
     Args:
         sites: of the model.
@@ -216,40 +233,33 @@ def surroundings(
     Returns:
         The plates by their names, that of the data for the batch at hand; the masks by site.
     """
-    masks = {}
+    masks: dict[str, bool | Tensor | None] = {}
     if masked := {site.name for site in sites if site.masked}:
         latents = latents_of(model, x, *covariates)
-        masks = {
-            site["name"]: site["mask"]
-            for site in latents
-            if site["name"] in masked and isinstance(site["mask"], Tensor)
-        }
+        masks = {site["name"]: mask_of_events(site) for site in latents if site["name"] in masked}
     return _make_plates(sites, x), masks
 
 
-def _make_plates(sites: Sequence[LatentSite], x: Tensor) -> dict[str, pyro.plate]:
+def _make_plates(sites: Sequence[LatentSite], x: Tensor) -> dict[str, AbstractContextManager]:
     plates = {}
     for frame in {frame.name: frame for site in sites for frame in site.plates}.values():
-        if frame.name != DATA_PLATE:
-            plates[frame.name] = pyro.plate(frame.name, frame.size, dim=frame.dim)
-        elif frame.full_size in (None, frame.size):
-            plates[frame.name] = pyro.plate(frame.name, x.shape[0], dim=frame.dim)
-        else:  # the batch stands for more data than it holds
-            batch = torch.arange(x.shape[0], device=x.device)
-            plates[frame.name] = pyro.plate(
-                frame.name, frame.full_size, subsample=batch, dim=frame.dim
-            )
+        size, full_size = frame.size, frame.full_size
+        if frame.name == DATA_PLATE:
+            size, full_size = x.shape[0], None if full_size == size else full_size
+        plates[frame.name] = plate_of_guide(frame.name, size, frame.dim, full_size)
     return plates
 
 
 @contextlib.contextmanager
 def inside(
-    site: LatentSite, plates: Mapping[str, pyro.plate], masks: Mapping[str, Tensor]
+    site: LatentSite,
+    plates: Mapping[str, AbstractContextManager],
+    masks: Mapping[str, bool | Tensor | None],
 ) -> Iterator[None]:
     """Enter the plates of a site, and its mask if it has one."""
     with contextlib.ExitStack() as stack:
         for frame in site.plates:
             stack.enter_context(plates[frame.name])
-        if site.name in masks:
+        if masks.get(site.name) is not None:
             stack.enter_context(poutine.mask(mask=masks[site.name]))
         yield

@@ -1,16 +1,33 @@
-"""What the sites of a model and of its guide must keep to, told by name where they do not.
+"""Rules for the sites of a model and of its guide, checked at every run of a pair.
 
-These rules cost a look at names and shapes, no arithmetic, and hold at every run of a pair.
+They look at names and shapes. Masks and rows are compared by value while torch validates
+distributions, as in the first pass of a fit.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
 from pyro.distributions import Delta
+from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import Distribution, biject_to
 
 from pyro_vae.enumeration import is_enumerated
-from pyro_vae.sites import PARTICLE_PLATE, Site, base_distribution, data_frame, own_scale
+from pyro_vae.sites import (
+    PARTICLE_PLATE,
+    ROWS_WERE_DRAWN,
+    Site,
+    base_distribution,
+    data_frame,
+    mask_of,
+    own_scale,
+)
 
 Sites = dict[str, Site]
 
@@ -50,13 +67,42 @@ def check_agreement(model: Sites, guide: Sites) -> None:
             f"the guide samples site {unknown[0]!r}, which is no latent site of the model; those "
             f"are {latents}. Rename it."
         )
-    for name in auxiliary:
-        beside = [n for n in latents if _is_local(guide[n]) is _is_local(guide[name])]
-        if not beside or not all(is_delta(guide[n]) for n in beside):
+    if auxiliary:
+        _check_auxiliary(auxiliary, [name for name in latents if name in guide], model, guide)
+
+
+def check_rows(model: Trace, guide: Trace) -> None:
+    """Refuse a guide whose plates hold other rows than those that the model states.
+
+    Rows that are tensors of indices are compared while torch validates distributions.
+
+    Args:
+        model: trace of the model, replayed on the guide's.
+        guide: trace of the guide.
+
+    Raises:
+        ValueError: The guide draws rows at random, or states other indices.
+    """
+    for name, node in guide.nodes.items():
+        if node["type"] != "sample" or not site_is_subsample(node) or name not in model.nodes:
+            continue
+        own, rows = model.nodes[name]["value"], node["value"]
+        if own is rows:  # the model states none, and has those of the guide
+            continue
+        way_out = (
+            f"Open the same pyro.plate({name!r}, ..., subsample=rows) in both. For an AutoGuide of "
+            "Pyro, return that plate from its create_plates argument."
+        )
+        if node["infer"].get(ROWS_WERE_DRAWN):
             raise ValueError(
-                f"the guide has the auxiliary site {name!r}, and not all latents beside it are "
-                "functions of it (Deltas, as in Pyro's AutoGuides): then log q(z|x) is an integral "
-                "over that site, which is not known, and what the pair reports is no bound."
+                f"the model states which rows its plate {name!r} holds, but the guide draws rows "
+                f"at random: parameters of the guide would belong to other rows. {way_out}"
+            )
+        indices = all(isinstance(r, Tensor) and not r.is_floating_point() for r in (own, rows))
+        if indices and Distribution._validate_args and not torch.equal(own, rows.to(own)):
+            raise ValueError(
+                f"the plate {name!r} holds the rows {_first(own)} in the model and {_first(rows)} "
+                f"in the guide: they must agree. {way_out}"
             )
 
 
@@ -119,12 +165,17 @@ def _check_latent(name: str, site: Site, guide: Sites) -> None:
             f'site {name!r} stands {where[0]} the plate "data" in the model and {where[1]} it in '
             "the guide: both must agree."
         )
-    masked = [_is_masked(each) for each in (site, match)]
-    if masked[0] != masked[1]:
-        where = ("model", "guide") if masked[0] else ("guide", "model")
+    of_model, of_guide = mask_of(site), mask_of(match)
+    if (of_model is None) != (of_guide is None):
+        where = ("guide", "model") if of_model is None else ("model", "guide")
         raise ValueError(
             f"latent site {name!r} is masked in the {where[0]} and not in the {where[1]}: its "
             "log p and log q would be of different latents. Use the same poutine.mask in both."
+        )
+    if of_model is not None and _differ(of_model, of_guide):
+        raise ValueError(
+            f"latent site {name!r} has one mask in the model and another in the guide: its log p "
+            "and log q would be of different latents. Use the same mask in both."
         )
     scales = [own_scale(each) for each in (site, match)]
     if not any(isinstance(scale, Tensor) for scale in scales) and scales[0] != scales[1]:
@@ -135,11 +186,49 @@ def _check_latent(name: str, site: Site, guide: Sites) -> None:
         )
 
 
+def _check_auxiliary(names: list[str], latents: list[str], model: Sites, guide: Sites) -> None:
+    """Refuse auxiliary sites that log q(z|x) would be an integral over.
+
+    It is none where the latents are functions of them, as in Pyro's AutoGuides: Deltas of as many
+    numbers, local ones or global ones.
+    """
+    for local in (True, False):
+        some = [n for n in names if _is_local(guide[n]) is local]
+        if not some:
+            continue
+        count = sum(guide[n]["value"].numel() for n in some)
+        beside = [n for n in latents if _is_local(guide[n]) is local]
+        others = [n for n in latents if n not in beside]
+        groups = [g for g in (beside, others) if g and all(is_delta(guide[n]) for n in g)]
+        if not any(count <= count_numbers(model[n] for n in group) for group in groups):
+            raise ValueError(
+                f"the guide has the auxiliary site {some[0]!r}, and not all latents beside it are "
+                "functions of it (Deltas, as in Pyro's AutoGuides): then log q(z|x) is an integral "
+                "over that site, which is not known, and the pair reports no bound."
+            )
+
+
+def count_numbers(latents: Iterable[Site]) -> int:
+    """Count the numbers that determine the values of latents, unconstrained."""
+    count = 0
+    for site in latents:
+        shape = site["value"].shape
+        with contextlib.suppress(NotImplementedError):
+            shape = biject_to(site["fn"].support).inverse_shape(shape)
+        count += torch.Size(shape).numel()
+    return count
+
+
+def _first(rows: Tensor) -> list[Any]:
+    return [*rows.flatten()[:4].tolist(), *(["..."] if rows.numel() > 4 else [])]
+
+
 def _is_local(site: Site) -> bool:
     return data_frame(site) is not None
 
 
-def _is_masked(site: Site) -> bool:
-    base = base_distribution(site["fn"])
-    masks = (site["mask"], getattr(base, "_mask", None))  # by poutine, or by Distribution.mask
-    return any(mask is not None and mask is not True for mask in masks)
+def _differ(mask: bool | Tensor, other: bool | Tensor) -> bool:
+    """Tell whether two masks differ; their values are compared while torch validates."""
+    if mask is other or not Distribution._validate_args:
+        return False
+    return not (torch.as_tensor(mask) == torch.as_tensor(other)).all()

@@ -116,9 +116,10 @@ def _preimage(transform: Transform, known: Tensor, image: Tensor) -> Tensor:
     known = known.detach()
     if transform.domain.event_dim > 1:
         raise ValueError(f"{type(transform).__name__} can neither be inverted nor differentiated")
-    with torch.enable_grad():
-        point = known.clone().requires_grad_()
-        output = transform(point)
+    if not torch.is_grad_enabled():
+        return known
+    point = known.clone().requires_grad_()
+    output = transform(point)
     if transform.domain.event_dim == 0:
         (slope,) = torch.autograd.grad(output.sum(), point, retain_graph=True)
         return implicit(known, transform(known) - image, lambda g: g / slope)

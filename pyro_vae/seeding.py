@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import numbers
 import random
+import zlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -27,9 +28,29 @@ def seeded(seed: int | None) -> Iterator[None]:
         raise TypeError(f"seed must be a whole number or None, got {seed!r}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError("seed must be a number of 64 bits")
+    with restored_generators():
+        torch.manual_seed(int(seed))
+        yield
+
+
+@contextlib.contextmanager
+def restored_generators() -> Iterator[None]:
+    """Restore torch's generators after the block, so that they draw the same numbers again."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int(seed))
+        yield
+
+
+@contextlib.contextmanager
+def separate_draws(*names: str) -> Iterator[None]:
+    """Draw inside the block from a seed that depends on torch's next number and on names.
+
+    The generators are restored after the block. So modules that a program makes at its first call
+    follow the seed, and do not change the numbers that the call itself draws.
+    """
+    with restored_generators():
+        number = torch.randint(2**62, (), device="cpu").item()
+        torch.manual_seed(number ^ zlib.crc32(repr(names).encode()))
         yield
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
@@ -20,6 +20,10 @@ Site = dict[str, Any]  # a node of pyro.poutine.Trace
 
 DATA_PLATE = "data"
 PARTICLE_PLATE = "_particles"
+
+# Marks in the ``infer`` of a guide's site.
+JOINT_DENSITY = "_joint_density"  # a factor: the density of several latents
+ROWS_WERE_DRAWN = "_rows_were_drawn"  # a plate: a random subsample
 
 
 def random_sites(trace: poutine.Trace) -> Iterator[Site]:
@@ -39,6 +43,44 @@ class Unobserve(UnconditionMessenger):
     def _pyro_sample(self, msg: Site) -> None:
         if not (msg["infer"] or {}).get("_deterministic"):
             super()._pyro_sample(msg)
+
+
+def is_loss_of_guide(site: Site) -> bool:
+    """Tell whether a guide's site is no part of log q, but a loss that training adds.
+
+    A ``pyro.factor`` is one, and an observed auxiliary site, such as a classifier's likelihood.
+    """
+    return site["is_observed"] and not site["infer"].get(JOINT_DENSITY)
+
+
+def mask_of(site: Site) -> bool | Tensor | None:
+    """Return the mask of a site: that of ``poutine.mask`` and of ``Distribution.mask`` together.
+
+    Returns:
+        None if the site is not masked; False, or a tensor over its batch and event dimensions,
+        those of the event of size 1 where the mask is for whole events.
+    """
+    fn, total = site["fn"], True
+    masks = [(site["mask"], fn.event_dim)]
+    while isinstance(fn, Independent | MaskedDistribution):
+        masks.append((getattr(fn, "_mask", None), fn.event_dim))
+        fn = fn.base_dist
+    for mask, event_dim in masks:
+        if mask is False:
+            return False
+        if isinstance(mask, Tensor):
+            mask = mask[(..., *(None,) * event_dim)]
+            total = mask if total is True else total & mask
+    return None if total is True else total
+
+
+def mask_of_events(site: Site) -> bool | Tensor | None:
+    """Return :func:`mask_of` over the batch dimensions: an event counts if all of it does."""
+    mask = mask_of(site)
+    event_dim = site["fn"].event_dim
+    if not isinstance(mask, Tensor) or not event_dim:
+        return mask
+    return mask.flatten(-event_dim).all(-1)
 
 
 def data_frame(site: Site) -> CondIndepStackFrame | None:

@@ -146,11 +146,11 @@ def find_plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any
                 num_particles=num_particles,
                 plate_nesting=trace.plate_nesting,
             )
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, ValueError) as error:
             raise ValueError(
                 "model and guide run as they are, but not with a leading dimension of particles: "
-                f"{str(error).split('Trace Shapes:')[0].strip()}. Let their networks take any "
-                "leading dimensions, or pass vectorize_particles=False."
+                f"{str(error).rstrip('.')}. Let their networks take any leading dimensions, or "
+                "pass vectorize_particles=False."
             ) from error
     return trace.plate_nesting
 
@@ -251,16 +251,40 @@ class Terms:
         """
         self.require_held_samples("Terms.path")
         zeros = self.log_weight.new_zeros(self.log_weight.shape[1])
+        return zeros + self._along((weights.detach() * self.log_weight).sum()) / len(zeros)
+
+    def _along(self, target: Tensor) -> Tensor | float:
+        """Return zero, with the gradient of a scalar along the held samples."""
         samples = [pair for run in self._runs for pair in run.held_samples()]
-        if not samples or not torch.is_grad_enabled():
-            return zeros
+        if not samples or not target.requires_grad or not torch.is_grad_enabled():
+            return 0.0
         drawn, held = zip(*samples, strict=True)
-        adjoints = path_adjoints((weights.detach() * self.log_weight).sum(), drawn, held)
-        along = sum(
-            ((a * z).sum() for a, z in zip(adjoints, drawn, strict=True) if a is not None),
-            zeros.sum(),
-        )
-        return zeros + (along - along.detach()) / len(zeros)
+        adjoints = path_adjoints(target, drawn, held)
+        along = sum((a * z).sum() for a, z in zip(adjoints, drawn, strict=True) if a is not None)
+        return along - along.detach() if isinstance(along, Tensor) else 0.0
+
+    def loss_of_guide(self) -> Tensor | float:
+        r"""Return the loss that the guide itself adds, averaged over the particles, a scalar.
+
+        It is the sum of the log-factors of the guide's ``pyro.factor`` statements and observed
+        auxiliary sites, such as a classifier's likelihood. They are no part of
+        :math:`\log q(z|x)`: no log-weight and no KL contains them. In Pyro's ELBOs they enter the
+        loss with a plus sign, as here.
+
+        Its gradient is that of :math:`\mathbb{E}_q`: reparameterized, or by the score function
+        where a site has no reparameterized sample.
+        """
+        if not self._first.guide_losses:
+            return 0.0
+        local = self._sum(lambda run: run.guide_losses)
+        total = self.scale * local.mean(0).sum()
+        total = total + self._sum(lambda run: run.guide_losses, local=False).mean()
+        if self._first.holds_samples:
+            total = total + self._along(total)
+        if self.score is not None:
+            score = self.score - self.score.detach()
+            total = total + self.scale * (local.detach() * score).mean(0).sum()
+        return total
 
     @cached_property
     def log_likelihood_global(self) -> Tensor:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import pyro
 import torch
@@ -20,7 +19,13 @@ from torch import Tensor
 
 from pyro_vae.dreams import Dream
 from pyro_vae.enumeration import Enumeration, even_where_masked, is_enumerated
-from pyro_vae.rules import check_agreement, check_event_shape, common_data_frame
+from pyro_vae.rules import (
+    check_agreement,
+    check_event_shape,
+    check_rows,
+    common_data_frame,
+)
+from pyro_vae.runs import Program, as_guide, replay, trace_of
 from pyro_vae.samples import HeldSamples, log_prob_of_draw
 from pyro_vae.sites import (
     PARTICLE_PLATE,
@@ -28,13 +33,12 @@ from pyro_vae.sites import (
     Unobserve,
     arranged,
     data_frame,
+    is_loss_of_guide,
     own_scale,
     random_sites,
     reduce_to_datum,
     values_outside_support,
 )
-
-Program = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class PairTrace:
     ):
         kwargs = kwargs or {}
         self._pair, self._arguments = (model, guide), (args, kwargs)
+        guide = as_guide(guide)
         self.num_particles = num_particles
         self.holds_samples = hold_samples
         self.particle_dim = None if num_particles == 1 else -1 - plate_nesting
@@ -125,14 +130,17 @@ class PairTrace:
         run = functools.partial(self._run, model, guide, args, kwargs, hold_samples)
         guide_trace, model_trace = run(-1 - plate_nesting) if enumerates else run(None)
         if not enumerates and any(map(is_enumerated, _sites(guide_trace, model_trace))):
+            common_data_frame([*_sites(guide_trace, model_trace)])
             enumerates, plate_nesting = True, _nesting(guide_trace, model_trace)
             guide_trace, model_trace = run(-1 - plate_nesting)
         self.enumerates = enumerates
-        self._replay_unobserved = lambda: _replay(Unobserve()(model), guide_trace, args, kwargs)
+        unobserved = replay(Unobserve()(model), guide_trace)
+        self._replay_unobserved = lambda: trace_of(unobserved, *args, **kwargs)
         self._traces = {"model": model_trace, "guide": guide_trace}
 
         model_sites = {site["name"]: site for site in random_sites(model_trace)}
         guide_sites = {site["name"]: site for site in random_sites(guide_trace)}
+        check_rows(model_trace, guide_trace)
         check_agreement(model_sites, guide_sites)
         frame = common_data_frame([*model_sites.values(), *guide_sites.values()])
         self.batch_size = frame.size
@@ -140,10 +148,13 @@ class PairTrace:
         self.averaged: list[str] = []
         self.entangled: list[list[str]] = []
         if enumerates:
-            self.model, self.guide = self._enumerated(model_sites, guide_sites, plate_nesting)
+            self.model, of_guide = self._enumerated(model_sites, guide_sites, plate_nesting)
         else:
             self.model = {name: self._factor(site) for name, site in model_sites.items()}
-            self.guide = {name: self._factor(site) for name, site in guide_sites.items()}
+            of_guide = {name: self._factor(site) for name, site in guide_sites.items()}
+        # What the guide observes is no part of log q, but a loss that training adds.
+        self.guide = {n: f for n, f in of_guide.items() if not is_loss_of_guide(f.site)}
+        self.guide_losses = [f for f in of_guide.values() if is_loss_of_guide(f.site)]
 
     def _run(
         self,
@@ -161,8 +172,8 @@ class PairTrace:
             model = EnumMessenger()(model)  # goes on where the guide's ended
         self._samples = HeldSamples()
         with self._samples if hold_samples else nullcontext():
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        return guide_trace, _replay(model, guide_trace, args, kwargs)
+            guide_trace = trace_of(guide, *args, **kwargs)
+        return guide_trace, trace_of(replay(model, guide_trace), *args, **kwargs)
 
     @property
     def plate_nesting(self) -> int:
@@ -188,7 +199,7 @@ class PairTrace:
         args, kwargs = self._arguments
         with torch.random.fork_rng(), torch.enable_grad():
             held = PairTrace(*self._pair, args, kwargs, hold_samples=True)
-            of_guide = [f.log_prob for f in held.guide.values()]
+            of_guide = [f.log_prob for f in (*held.guide.values(), *held.guide_losses)]
             ends = {
                 "model": [f.log_prob for f in held.model.values()],
                 "guide": of_guide + [drawn for drawn, _ in held.held_samples()],
@@ -390,7 +401,3 @@ def _plates(*traces: poutine.Trace) -> Iterator[CondIndepStackFrame]:
 
 def _nesting(*traces: poutine.Trace) -> int:
     return -min(frame.dim for frame in _plates(*traces))
-
-
-def _replay(model: Program, guide_trace: poutine.Trace, args: tuple, kwargs: dict) -> poutine.Trace:
-    return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)

@@ -5,11 +5,18 @@ from __future__ import annotations
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_vae.sites import PARTICLE_PLATE, data_frame, own_scale, random_sites, reduce_to_datum
+from pyro_vae.runs import as_guide, trace_of
+from pyro_vae.sites import (
+    PARTICLE_PLATE,
+    data_frame,
+    is_loss_of_guide,
+    own_scale,
+    random_sites,
+    reduce_to_datum,
+)
 from pyro_vae.traces import Program
 
 _ROUNDING = 0.01  # nats, and of as many
@@ -49,7 +56,7 @@ def guide_log_prob(
 
 
 def _score(guide, args, values, plate_nesting, vectorize_particles) -> Tensor:
-    sites = {s["name"]: s for s in random_sites(poutine.trace(guide).get_trace(*args))}
+    sites = {s["name"]: s for s in random_sites(trace_of(as_guide(guide), *args))}
     num_values = len(next(iter(values.values())))
     given = {}
     for name, value in values.items():
@@ -108,13 +115,15 @@ def log_prob_given(
         ValueError: the guide has auxiliary sites, or a density that cannot be had at a value the
             guide did not draw.
     """
-    conditioned, particle_dim = poutine.condition(guide, data=given), None
+    conditioned, particle_dim = poutine.condition(as_guide(guide), data=given), None
     if num_particles is not None:
         particle_dim = -1 - plate_nesting
         conditioned = pyro.plate(PARTICLE_PLATE, num_particles, dim=particle_dim)(conditioned)
     total = None
-    for site in random_sites(poutine.trace(conditioned).get_trace(*args)):
-        if not site["is_observed"] and not isinstance(site["fn"], Unit):
+    for site in random_sites(trace_of(conditioned, *args)):
+        if is_loss_of_guide(site) and site["name"] not in given:
+            continue
+        if not site["is_observed"]:
             raise ValueError(
                 f"the guide has the auxiliary site {site['name']!r}: its density at given latents "
                 "is an integral over that site, which is not known"

@@ -90,9 +90,12 @@ class AmortizedGuide(PyroModule):
             width: F, of the encoder's features.
             like: a tensor of their device and type.
         """
-        posterior = Posterior(sites, self._family, self._joint)
-        head = nn.Linear(width, posterior.num_parameters)
-        self.built.fill({"head": head, "posterior": posterior}, sites, width, like)
+
+        def make() -> dict[str, nn.Module]:
+            posterior = Posterior(sites, self._family, self._joint)
+            return {"head": nn.Linear(width, posterior.num_parameters), "posterior": posterior}
+
+        self.built.fill(make, sites, width, like)
 
     def sample(self, parameters: Tensor, x: Tensor, *covariates: Any) -> dict[str, Tensor]:
         """Sample the latents, given parameters ``(B, P)`` in place of the encoder's."""

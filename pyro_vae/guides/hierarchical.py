@@ -97,13 +97,17 @@ class HierarchicalGuide(PyroModule):
         """
         ordered = self._ordered(tuple(sites))
         counts = [site.shape.numel() for site in ordered]
-        modules: dict[str, nn.Module] = {}
-        for number, site in enumerate(ordered):
-            posterior = Posterior([site], self._family)
-            inputs = width + sum(counts[self._first_before(number) : number])
-            network = MLP(inputs, self._hidden, posterior.num_parameters)
-            modules |= {f"network_{number}": network, f"posterior_{number}": posterior}
-        self.built.fill(modules, sites, width, like)
+
+        def make() -> dict[str, nn.Module]:
+            modules: dict[str, nn.Module] = {}
+            for number, site in enumerate(ordered):
+                posterior = Posterior([site], self._family)
+                inputs = width + sum(counts[self._first_before(number) : number])
+                network = MLP(inputs, self._hidden, posterior.num_parameters)
+                modules |= {f"network_{number}": network, f"posterior_{number}": posterior}
+            return modules
+
+        self.built.fill(make, sites, width, like)
         self._sites = ordered
 
     def _ordered(self, sites: tuple[LatentSite, ...]) -> tuple[LatentSite, ...]:

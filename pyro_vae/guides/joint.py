@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import pyro
 import torch
+from pyro.distributions import Unit
 from pyro.distributions.torch_distribution import TorchDistribution, TorchDistributionMixin
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_vae import flows
 from pyro_vae.latents import LatentSite, inside
-from pyro_vae.sites import DATA_PLATE
-
-JOINT_DENSITY = "_joint_density"  # and the first site's name
+from pyro_vae.sites import DATA_PLATE, JOINT_DENSITY
 
 
 class JointDraw:
     """One draw of all sites, made when the first of them is drawn.
 
-    Each site takes its part, with a log-density of zero. That of all stands at a ``pyro.factor``
-    behind them, computed from the values that the sites return: drawn here, or given by a handler.
+    Each site takes its part, with a log-density of zero. That of all is the factor after them,
+    computed from the values that the sites return: drawn here, or given by a handler.
 
     Args:
         distribution: of the rows of all sites, batch shape ``(B,)`` and events ``(count,)``.
@@ -40,7 +40,7 @@ class JointDraw:
         """B."""
         return self._distribution.batch_shape[-1]
 
-    def sample(self, plates: Mapping[str, pyro.plate]) -> dict[str, Tensor]:
+    def sample(self, plates: Mapping[str, AbstractContextManager]) -> dict[str, Tensor]:
         """Sample every site, then tell the density of all."""
         values = {}
         for number, site in enumerate(self._sites):
@@ -48,7 +48,10 @@ class JointDraw:
                 values[site.name] = pyro.sample(site.name, _Part(self, site, number))
         with plates[DATA_PLATE]:
             log_prob = self._log_prob([*values.values()])
-            pyro.factor(f"{JOINT_DENSITY}_{self._sites[0].name}", log_prob, has_rsample=True)
+            density = Unit(log_prob, has_rsample=True)
+            name = f"{JOINT_DENSITY}_{self._sites[0].name}"
+            infer = {"is_auxiliary": True, JOINT_DENSITY: True}
+            pyro.sample(name, density, obs=density.sample(), infer=infer)
         return values
 
     def draw(self, number: int, outer: torch.Size) -> Tensor:

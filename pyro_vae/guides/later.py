@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from pyro_vae.latents import LatentSite
+from pyro_vae.seeding import separate_draws
 
 
 class Later(nn.ModuleDict):
@@ -32,23 +34,32 @@ class Later(nn.ModuleDict):
 
     def fill(
         self,
-        modules: Mapping[str, nn.Module],
+        make: Callable[[], Mapping[str, nn.Module]],
         sites: Sequence[LatentSite],
         width: int,
         like: Tensor,
     ) -> None:
-        """Take modules in, on the device and of the type of a tensor, and load what waits.
+        """Make the modules and load the values that wait.
 
-        Once there are some, others change nothing: a model whose prior runs the guide has had it
-        make them while it was traced.
+        Modules that exist stay: a model whose prior runs the guide has had it make them while it
+        was traced. Their initial values leave the generators as they were. They can be trained
+        even if they are made under ``torch.inference_mode``.
+
+        Args:
+            make: makes the modules by name.
+            sites: of the model, which they are for.
+            width: of the features that they take.
+            like: a tensor of their device and type.
 
         Raises:
-            ValueError: what waits is of other modules.
+            ValueError: The values that wait belong to other modules.
         """
         if len(self):
             return
-        self.update(modules)
-        self.to(like)
+        names = (site.name for site in sites)
+        with separate_draws(*names), torch.inference_mode(False), torch.enable_grad():
+            self.update(make())
+            self.to(like)
         self.sites, self.width = tuple(sites), width
         if self._waiting:
             waiting, self._waiting = self._waiting, {}

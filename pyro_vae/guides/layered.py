@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_vae.layers import check_batch
 from pyro_vae.making import recorded
+from pyro_vae.runs import plate_of_guide
 from pyro_vae.sites import DATA_PLATE
 
 
@@ -52,7 +53,7 @@ class FlowGuide(PyroModule):
         """Sample the latents of a minibatch x and return them by name."""
         values: dict[str, Tensor] = {}
         below, event_dim = x, x.dim() - 1
-        with pyro.plate(DATA_PLATE, x.shape[0], dim=-1):
+        with plate_of_guide(DATA_PLATE, x.shape[0], dim=-1):
             for name, layer in zip(self.latents, self.layers, strict=True):
                 q = layer.infer(below)
                 check_batch(layer, below, event_dim, q)

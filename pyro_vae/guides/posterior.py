@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import pyro
 import pyro.distributions as dist
@@ -68,8 +69,8 @@ class Posterior(nn.Module):
     def forward(
         self,
         parameters: Tensor,
-        plates: Mapping[str, pyro.plate],
-        masks: Mapping[str, Tensor],
+        plates: Mapping[str, AbstractContextManager],
+        masks: Mapping[str, bool | Tensor | None],
     ) -> dict[str, Tensor]:
         """Sample the sites.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.making import recorded
+from pyro_vae.runs import trace_of
 from pyro_vae.sites import data_frame, random_sites
 from pyro_vae.terms import terms
 
@@ -77,7 +78,7 @@ class SemiAmortized(PyroModule):
     def _check(self, x: Tensor, *covariates: Any) -> None:
         # What is drawn here is drawn once: it must not move the noise of this call alone.
         with torch.random.fork_rng(), torch.no_grad(), poutine.block():
-            trace = poutine.trace(self.guide._model.program).get_trace(x, *covariates)
+            trace = trace_of(self.guide._model.program, x, *covariates)
         for site in random_sites(trace):
             if not site["is_observed"] and data_frame(site) is None:
                 raise ValueError(

@@ -127,6 +127,9 @@ class SemiSupervisedGuide(PyroModule):
             width: F, of the encoder's features.
             like: a tensor of their device and type.
         """
-        posterior = Posterior(sites, self._family)
-        head = nn.Linear(width, posterior.num_parameters)
-        self.built.fill({"head": head, "posterior": posterior}, sites, width, like)
+
+        def make() -> dict[str, nn.Module]:
+            posterior = Posterior(sites, self._family)
+            return {"head": nn.Linear(width, posterior.num_parameters), "posterior": posterior}
+
+        self.built.fill(make, sites, width, like)

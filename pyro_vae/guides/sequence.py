@@ -20,7 +20,7 @@ from pyro_vae.guides.unowned import Unowned
 from pyro_vae.latents import LatentSite, latent_sites, latents_of, surroundings
 from pyro_vae.making import recorded
 from pyro_vae.nets import MLP
-from pyro_vae.sites import Site
+from pyro_vae.sites import Site, mask_of_events
 
 
 @recorded
@@ -107,7 +107,7 @@ class SequenceGuide(PyroModule):
         values: dict[str, Tensor] = {}
         rows: Tensor | None = None  # of the step before, unconstrained
         for latent, summary in zip(latents, summaries.unbind(1), strict=True):
-            name, mask = latent["name"], latent["mask"]
+            name, mask = latent["name"], mask_of_events(latent)
             if rows is None:
                 parameters = self.built["first"](summary)
             else:
@@ -115,8 +115,7 @@ class SequenceGuide(PyroModule):
                 parameters = self.built["combiner"](torch.cat([rows, summary], -1))
             site = dataclasses.replace(self._site, name=name)
             posterior = Posterior([site], lambda _: family, joint=False)
-            masks = {name: mask} if isinstance(mask, Tensor) else {}
-            values |= posterior(parameters, plates, masks)
+            values |= posterior(parameters, plates, {name: mask})
             unconstrained = site.bijection.inv(values[name])
             rows = site.to_rows(unconstrained, x.shape[0], len(site.event_shape))
         return values
@@ -154,15 +153,18 @@ class SequenceGuide(PyroModule):
             like: a tensor of the features' device and type.
         """
         (first,) = sites
-        posterior = Posterior([first], self._family, joint=False)
-        given, count = first.shape.numel(), posterior.num_parameters
-        modules = {
-            "cell": nn.GRUCell(width, self._recurrent),
-            "first": MLP(self._recurrent, self._hidden, count),
-            "combiner": MLP(given + self._recurrent, self._hidden, count),
-            "family": posterior.families[0],
-        }
-        self.built.fill(modules, sites, width, like)
+
+        def make() -> dict[str, nn.Module]:
+            posterior = Posterior([first], self._family, joint=False)
+            given, count = first.shape.numel(), posterior.num_parameters
+            return {
+                "cell": nn.GRUCell(width, self._recurrent),
+                "first": MLP(self._recurrent, self._hidden, count),
+                "combiner": MLP(given + self._recurrent, self._hidden, count),
+                "family": posterior.families[0],
+            }
+
+        self.built.fill(make, sites, width, like)
         # The masks come with the latents of each call.
         self._site = dataclasses.replace(first, masked=False)
 
@@ -181,7 +183,7 @@ def _lengths(latents: Sequence[Site], site: LatentSite, x: Tensor) -> Tensor:
     batch_size = x.shape[0]
     lengths = torch.zeros(batch_size, dtype=torch.long, device=x.device)
     for number, latent in enumerate(latents, 1):
-        mask = latent["mask"]
+        mask = mask_of_events(latent)
         if isinstance(mask, Tensor):
             counts = site.to_rows(mask, batch_size, event_dim=0).any(-1)
             lengths = torch.where(counts, number, lengths)

@@ -23,7 +23,8 @@ class Objective(pyro.infer.ELBO):
 
     A subclass states its equation in :meth:`bound`, one value for each datum; the base class sums
     over the data, scales by N/B where the plate ``"data"`` subsamples, and adds :meth:`shared`,
-    the part that belongs to no datum. That is all a new objective needs.
+    the part that belongs to no datum. That is all a new objective needs. The loss that a guide
+    adds by ``pyro.factor`` or an observed auxiliary site is added to that of any objective.
 
     One whose gradient is not that of its value sets ``hold_samples``. Its terms then depend on the
     parameters directly, and not through the samples; it states the gradient by :func:`gradient`.
@@ -92,7 +93,7 @@ class Objective(pyro.infer.ELBO):
             layout = {"plate_nesting": t.plate_nesting, "enumerates": True}
             self._layout_of = (model, guide, layout)
         shared = self.shared(t)
-        return -(t.scale * self.bound(t).sum() + shared)
+        return -(t.scale * self.bound(t).sum() + shared) + t.loss_of_guide()
 
     @torch.no_grad()
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:

@@ -19,6 +19,7 @@ from torch.distributions import Independent
 
 from pyro_vae.mixtures import EvenMixture, MixtureOfNormals
 from pyro_vae.rules import is_delta
+from pyro_vae.runs import trace_of
 from pyro_vae.sites import Site, base_distribution, data_frame, random_sites
 
 Guide = Callable[..., Any]
@@ -106,7 +107,7 @@ def check_guide(guide: Guide, site: str, rows: Sequence[Tensor]) -> None:
 
 def _sites(guide: Guide, rows: Sequence[Tensor]) -> dict[str, Site]:
     with torch.no_grad(), poutine.block():
-        trace = poutine.trace(guide).get_trace(*rows)
+        trace = trace_of(guide, *rows)
     return {site["name"]: site for site in random_sites(trace)}
 
 

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.evaluation.aggregated.gaussians import DiagonalGaussians
 from pyro_vae.evaluation.aggregated.pairs import LOG_DENSITIES_AT_A_TIME, log_densities
 from pyro_vae.evaluation.scoring import guide_log_prob
 from pyro_vae.minibatches import Batch, Minibatches
-from pyro_vae.sites import random_sites
+from pyro_vae.runs import as_guide, trace_of
+from pyro_vae.sites import is_loss_of_guide, mask_of, random_sites
 from pyro_vae.traces import Program
 
 
@@ -91,8 +91,9 @@ def refuse_masks(guide: Program, batch: Batch) -> None:
     Raises:
         ValueError: it has such a mask.
     """
-    for site in random_sites(poutine.trace(guide).get_trace(*batch)):
-        if isinstance(site["mask"], Tensor) and site["mask"].numel() > 1:
+    for site in random_sites(trace_of(as_guide(guide), *batch)):
+        mask = None if is_loss_of_guide(site) else mask_of(site)
+        if isinstance(mask, Tensor) and mask.numel() > 1:
             raise ValueError(
                 f"guide site {site['name']!r} is masked, differently from datum to datum: a code "
                 "of one datum has no density under the posterior of another, so there is no "

@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.evaluation.aggregated.gaussians import DiagonalGaussians
@@ -29,7 +28,8 @@ from pyro_vae.evaluation.aggregated.pairs import (
 )
 from pyro_vae.evaluation.together import Together
 from pyro_vae.minibatches import Batch
-from pyro_vae.sites import Site, base_distribution, data_frame, own_scale, random_sites
+from pyro_vae.runs import as_guide, replay, trace_of
+from pyro_vae.sites import Site, base_distribution, data_frame, mask_of, own_scale, random_sites
 from pyro_vae.traces import Program
 
 LogPrior = Callable[[Tensor], Tensor]
@@ -126,15 +126,15 @@ def _extent(q: DiagonalGaussians, together: Together) -> tuple[int, Tensor, Tens
 
 def _only_latent(model: Program, guide: Program, batch: Batch) -> Site | None:
     """Return the model's latent, if it is the only one, in the plate "data" alone, unscaled."""
-    guide_trace = poutine.trace(guide).get_trace(*batch)
-    trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
+    guide_trace = trace_of(as_guide(guide), *batch)
+    trace = trace_of(replay(model, guide_trace), *batch)
     latents = [site for site in random_sites(trace) if not site["is_observed"]]
     if len(latents) != 1:
         return None
     (site,) = latents
     plates = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
     scale = own_scale(site)
-    unscaled = site["mask"] is None and not isinstance(scale, Tensor) and scale == 1
+    unscaled = mask_of(site) is None and not isinstance(scale, Tensor) and scale == 1
     if len(plates) != 1 or data_frame(site) is None or plates[0].dim != -1 or not unscaled:
         return None
     return None if base_distribution(site["fn"]).event_shape else site

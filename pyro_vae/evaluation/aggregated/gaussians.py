@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from pyro import poutine
 from pyro.distributions.transforms import OrderedTransform
 from torch import Tensor
 from torch.distributions import Normal, TransformedDistribution
@@ -25,7 +24,15 @@ from torch.distributions.transforms import (
 )
 
 from pyro_vae.minibatches import Batch
-from pyro_vae.sites import Site, base_distribution, data_frame, random_sites
+from pyro_vae.runs import as_guide, trace_of
+from pyro_vae.sites import (
+    Site,
+    base_distribution,
+    data_frame,
+    is_loss_of_guide,
+    mask_of,
+    random_sites,
+)
 from pyro_vae.traces import Program
 
 
@@ -52,7 +59,8 @@ class DiagonalGaussians:
         A Gaussian mapped onto a support by a bijection that is the same for all data counts: the
         bijection leaves log q(z|x_n) - log q_agg(z) as it is.
         """
-        sites = list(random_sites(poutine.trace(guide).get_trace(*batch)))
+        trace = trace_of(as_guide(guide), *batch)
+        sites = [site for site in random_sites(trace) if not is_loss_of_guide(site)]
         read = [_read_site(site) for site in sites]
         if None in read:
             return None
@@ -95,7 +103,7 @@ class DiagonalGaussians:
 
 def _read_site(site: Site) -> tuple[Tensor, Tensor, bool] | None:
     fn, frame = site["fn"], data_frame(site)
-    if site["is_observed"] or site["infer"].get("is_auxiliary") or site["mask"] is not None:
+    if site["is_observed"] or site["infer"].get("is_auxiliary") or mask_of(site) is not None:
         return None
     base = base_distribution(fn)
     real = not isinstance(base, TransformedDistribution)

@@ -20,6 +20,7 @@ from pyro_vae.evaluation.scoring import guide_log_prob, require_one_density
 from pyro_vae.interrupts import interrupts_at_ends
 from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
+from pyro_vae.runs import trace_of
 from pyro_vae.sites import Unobserve, arranged, data_frame, random_sites
 from pyro_vae.terms import terms
 from pyro_vae.traces import Program
@@ -221,7 +222,7 @@ def _dream(
     model: Program, guide: Program, batch: Batch, names: list[str]
 ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
     """Return latents drawn by the model, their log p(z) (B,), and the means of x, if it has any."""
-    trace = poutine.trace(Unobserve()(model)).get_trace(*batch)
+    trace = trace_of(Unobserve()(model), *batch)
     sites = {site["name"]: site for site in random_sites(trace)}
     latents = {name: arranged(sites[name]["value"], sites[name], None)[0] for name in names}
     for name, site in sites.items():

@@ -9,11 +9,18 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_vae.enumeration import is_enumerated
-from pyro_vae.sites import DATA_PLATE, PARTICLE_PLATE, Site, data_frame, random_sites
+from pyro_vae.runs import as_guide, plate_of_guide, replay, trace_of
+from pyro_vae.sites import (
+    DATA_PLATE,
+    PARTICLE_PLATE,
+    Site,
+    data_frame,
+    mask_of_events,
+    random_sites,
+)
 from pyro_vae.terms import Terms, terms
 from pyro_vae.traces import Program
 
@@ -35,7 +42,7 @@ def prior_sites(
         model = pyro.plate(PARTICLE_PLATE, num_particles, dim=-1 - plate_nesting)(model)
     return {
         site["name"]: site
-        for site in random_sites(poutine.trace(model).get_trace(*batch))
+        for site in random_sites(trace_of(model, *batch))
         if not site["is_observed"] and data_frame(site) is not None and not is_enumerated(site)
     }
 
@@ -82,8 +89,8 @@ def has_one_prior(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> 
         guide: program of q(z|x), whose draws for the first datum are what the prior is asked for.
         batch: a minibatch.
     """
-    guide_trace = poutine.trace(guide).get_trace(*batch)
-    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
+    guide_trace = trace_of(as_guide(guide), *batch)
+    model_trace = trace_of(replay(model, guide_trace), *batch)
     alike = {}
     for site in random_sites(model_trace):
         name, frame = site["name"], data_frame(site)
@@ -106,7 +113,7 @@ def prior_guide(model: Program) -> Program:
 
     def guide(*batch: Tensor) -> None:
         with poutine.block():
-            trace = poutine.trace(model).get_trace(*batch)
+            trace = trace_of(model, *batch)
         sites = {
             site["name"]: site
             for site in random_sites(trace)
@@ -130,22 +137,17 @@ def _guide_to(sites: Mapping[str, Site]) -> Program:
 
 def _inside_all(sites: Mapping[str, Site], x: Tensor) -> Iterator[tuple[str, Site]]:
     """Yield sites of a model, each inside of the plates and the mask that it stands in."""
-    plates: dict[str, pyro.plate] = {}
+    plates: dict[str, contextlib.AbstractContextManager] = {}
     for name, site in sites.items():
         with contextlib.ExitStack() as stack:
             for frame in site["cond_indep_stack"]:
                 if not frame.vectorized or frame.name == PARTICLE_PLATE:
                     continue
                 if frame.name not in plates:
-                    plates[frame.name] = _plate_of(frame, x)
+                    size = len(x) if frame.name == DATA_PLATE else frame.size
+                    full_size = None if frame.size == frame.full_size else frame.full_size
+                    plates[frame.name] = plate_of_guide(frame.name, size, frame.dim, full_size)
                 stack.enter_context(plates[frame.name])
-            if isinstance(site["mask"], Tensor):
-                stack.enter_context(poutine.mask(mask=site["mask"]))
+            if (mask := mask_of_events(site)) is not None:
+                stack.enter_context(poutine.mask(mask=mask))
             yield name, site
-
-
-def _plate_of(frame: CondIndepStackFrame, x: Tensor) -> pyro.plate:
-    if frame.name != DATA_PLATE or frame.full_size in (None, frame.size):
-        return pyro.plate(frame.name, frame.size, dim=frame.dim)
-    rows = torch.arange(len(x), device=x.device)  # the batch stands for more data than it holds
-    return pyro.plate(frame.name, frame.full_size, subsample=rows, dim=frame.dim)

@@ -11,6 +11,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.minibatches import Batch
+from pyro_vae.runs import trace_of
 from pyro_vae.sites import Unobserve, arranged, data_frame, random_sites
 from pyro_vae.traces import Program
 
@@ -27,7 +28,7 @@ def simulate(model: Program, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
             uses what it observes for more than that.
     """
     batch = tuple(column.contiguous() for column in batch)
-    trace = poutine.trace(Unobserve()(model)).get_trace(*batch)
+    trace = trace_of(Unobserve()(model), *batch)
     arguments, latents = tuple(column.clone() for column in batch), {}
     for site in random_sites(trace):
         if not site["infer"].get("was_observed", False):
@@ -87,7 +88,7 @@ def _check_joint(model: Program, drawn: poutine.Trace, arguments: Batch) -> None
     Raises:
         ValueError: it does, at some site.
     """
-    seen = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*arguments)
+    seen = trace_of(poutine.replay(model, trace=drawn), *arguments)
     sites = {site["name"]: site for site in random_sites(seen)}
     for site in random_sites(drawn):
         before, after = (
