@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inputs import ShapeError
+from pyro_vae.positions import check_positions
 from pyro_vae.sites import data_frame, values_outside_support
 from pyro_vae.traces import Factor, PairTrace, Program
 
@@ -35,6 +36,7 @@ def check_pair(
     guide: Program,
     batch: tuple[Any, ...],
     all_data: tuple[Tensor, ...] | None = None,
+    num_data: int | None = None,
 ) -> PairTrace:
     """Run a pair once, with validation on, and refuse what breaks the contract.
 
@@ -44,13 +46,15 @@ def check_pair(
         batch: x ``(B, *event)`` and any covariates.
         all_data: the columns that the batch comes from, to check every value against the support
             of the site that observes it; only the batch is checked if they are not given.
+        num_data: how many data points there are, if ``all_data`` is not given.
 
     Returns:
         The run.
 
     Raises:
         ValueError: the pair cannot run on the batch; a site is missing, or stands in no plate
-            ``"data"``, or in one of another size; a value is outside a site's support.
+            ``"data"``, or in one of another size; a value is outside a site's support; a parameter
+            belongs to a position in the minibatch.
     """
     x = batch[0]
     try:
@@ -73,6 +77,9 @@ def check_pair(
             "them with .to_event(n)."
         ) from error
     _check_trace(trace, x)
+    num_data = num_data if all_data is None else len(all_data[0])
+    if num_data is not None:
+        check_positions(model, guide, batch, trace, num_data)
     if all_data is not None:
         for factor, column in _observed_columns(trace, batch):
             outside = values_outside_support(factor.site, all_data[column])

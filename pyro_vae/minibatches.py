@@ -84,6 +84,7 @@ class Minibatches:
             )
         elif any(isinstance(column, np.memmap) for column in _columns(data)):
             rows = _RowsOnDisk(_columns(data), name)
+            shuffle = shuffle and self.batch_size < len(rows)
             order = RandomSampler(rows) if shuffle else SequentialSampler(rows)
             self._loader = DataLoader(
                 rows, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None
@@ -188,7 +189,8 @@ class Minibatches:
             stream = self._stream() if begun is None else begun
             yield from itertools.islice(stream, start, None)
             return
-        if self._shuffle:
+        # A minibatch of all data keeps their order: a guide may have parameters by position.
+        if self._shuffle and self.batch_size < self.num_data:
             order = torch.randperm(self.num_data, generator=self._generator).to(self.device)
         else:
             order = torch.arange(self.num_data, device=self.device)

@@ -191,8 +191,12 @@ class PairTrace:
         Args:
             program: ``"model"`` or ``"guide"``.
         """
-        nodes = self._traces[program].nodes.values()
-        return [n["value"].unconstrained() for n in nodes if n["type"] == "param"]
+        return [*self.named_parameters(program).values()]
+
+    def named_parameters(self, program: str) -> dict[str, Tensor]:
+        """Return :meth:`parameters` by their names."""
+        nodes = self._traces[program].nodes.items()
+        return {name: n["value"].unconstrained() for name, n in nodes if n["type"] == "param"}
 
     def depends_on(self, tensors: list[Tensor]) -> dict[str, list[bool]]:
         """Tell for each tensor whether the model depends on it, and whether the guide does."""

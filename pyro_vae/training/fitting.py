@@ -243,7 +243,7 @@ def fit(
         order_of_pass = batches.order()
         first = batches.first()
         with programs.evaluation_mode(model, guide):  # a look must not move running averages
-            trace = check_pair(model, guide, first, batches.checked)
+            trace = check_pair(model, guide, first, batches.checked, batches.num_data)
             if held_out is not None:
                 check_pair(model, guide, held_out.first(), held_out.checked)
             objective.loss(model, guide, *first)  # what it refuses, it refuses now
