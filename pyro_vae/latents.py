@@ -123,8 +123,12 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
         for a in (x, *covariates)
     ]
     with restored_generators(), torch.inference_mode(False):
-        plates = {site["name"]: site["cond_indep_stack"] for site in latents_of(model, *fewer)}
         latents = latents_of(model, x, *covariates)
+        try:
+            fewer_latents = latents_of(model, *fewer)
+        except (RuntimeError, ValueError):  # a program for batches of one size
+            fewer_latents = latents
+    plates = {site["name"]: site["cond_indep_stack"] for site in fewer_latents}
     nesting = max(-f.dim for site in latents for f in site["cond_indep_stack"] if f.vectorized)
     return tuple(_describe(site, plates[site["name"]], nesting) for site in latents)
 
