@@ -189,8 +189,8 @@ def _check_latent(name: str, site: Site, guide: Sites) -> None:
 def _check_auxiliary(names: list[str], latents: list[str], model: Sites, guide: Sites) -> None:
     """Refuse auxiliary sites that log q(z|x) would be an integral over.
 
-    It is none where the latents are functions of them, as in Pyro's AutoGuides: Deltas of as many
-    numbers, local ones or global ones.
+    It is none where the latents are functions of them, as in Pyro's AutoGuides: the local latents,
+    the global ones, or both are Deltas, of as many numbers.
     """
     for local in (True, False):
         some = [n for n in names if _is_local(guide[n]) is local]
@@ -199,7 +199,8 @@ def _check_auxiliary(names: list[str], latents: list[str], model: Sites, guide: 
         count = sum(guide[n]["value"].numel() for n in some)
         beside = [n for n in latents if _is_local(guide[n]) is local]
         others = [n for n in latents if n not in beside]
-        groups = [g for g in (beside, others) if g and all(is_delta(guide[n]) for n in g)]
+        groups = [beside, others, latents]
+        groups = [group for group in groups if group and all(is_delta(guide[n]) for n in group)]
         if not any(count <= count_numbers(model[n] for n in group) for group in groups):
             raise ValueError(
                 f"the guide has the auxiliary site {some[0]!r}, and not all latents beside it are "

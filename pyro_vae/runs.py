@@ -41,12 +41,18 @@ def as_guide(program: Program) -> Program:
 
 
 class _AsGuide(Messenger):
+    def __enter__(self) -> _AsGuide:
+        self._plates: set[str] = set()
+        return super().__enter__()
+
     def _pyro_sample(self, msg: Site) -> None:
         if msg["is_observed"]:
             msg["stop"] = any(isinstance(handler, GuideMessenger) for handler in _PYRO_STACK)
         elif site_is_subsample(msg):
-            drawn = msg["value"] is None and (msg["fn"].subsample_size or msg["fn"].size)
-            msg["infer"][ROWS_WERE_DRAWN] = drawn is not False and drawn < msg["fn"].size
+            size, drawn = msg["fn"].size, msg["fn"].subsample_size
+            msg["infer"][ROWS_WERE_DRAWN] = msg["value"] is None and drawn not in (None, size)
+            msg["stop"] = msg["name"] in self._plates  # guides side by side open one plate each
+            self._plates.add(msg["name"])
 
 
 def replay(model: Program, guide_trace: poutine.Trace) -> Program:

@@ -21,6 +21,7 @@ from pyro_vae.arguments import positive_integer
 from pyro_vae.dreams import Dream
 from pyro_vae.rules import is_delta
 from pyro_vae.samples import path_adjoints
+from pyro_vae.seeding import restored_generators
 from pyro_vae.traces import PairTrace, Program
 
 
@@ -134,7 +135,7 @@ def find_plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any
     Raises:
         ValueError: the programs cannot take the particles' dimension.
     """
-    with torch.no_grad(), poutine.block():
+    with restored_generators(), torch.no_grad(), poutine.block():
         trace = _run(model, guide, args, kwargs)
         num_particles = next(k for k in itertools.count(2) if k not in trace.plate_sizes)
         try:

@@ -1,0 +1,155 @@
+"""Masks of latents: by poutine or by the distribution, the same in model and guide."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from guide_table import DENSITIES
+from pyro import poutine
+
+import pyro_vae as pv
+from pyro_vae import guides, objectives
+
+MASK = torch.tensor([True, False, True, True, False, True])
+
+
+def masked_by_poutine(fn, mask):
+    with poutine.mask(mask=mask):
+        return pyro.sample("z", fn.to_event(1))
+
+
+def masked_outside(fn, mask):
+    return pyro.sample("z", fn.to_event(1).mask(mask))
+
+
+def masked_inside(fn, mask):
+    mask = mask if isinstance(mask, bool) else mask.unsqueeze(-1)
+    return pyro.sample("z", fn.mask(mask).to_event(1))
+
+
+WAYS = {f.__name__: f for f in (masked_by_poutine, masked_outside, masked_inside)}
+MASKS = {"rows": MASK, "all": False, "none": True, "a tensor of one": torch.tensor(False)}
+LOADING = torch.tensor([[1.0, -0.5], [0.3, 0.8]])
+
+
+def pair(way, mask, way_of_guide=None, mask_of_guide=None):
+    way_of_guide = way if way_of_guide is None else way_of_guide
+    mask_of_guide = mask if mask_of_guide is None else mask_of_guide
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = WAYS[way](dist.Normal(torch.zeros(2), 1.0).expand([len(x), 2]), mask)
+            if mask is not True:
+                z = z * torch.as_tensor(mask).unsqueeze(-1)
+            pyro.sample("x", dist.Normal(z @ LOADING, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            WAYS[way_of_guide](dist.Normal(0.4 * x, 0.7), mask_of_guide)
+
+    return model, guide
+
+
+def log_evidence(x, mask):
+    """log p(x), z being zero where it is masked."""
+    covariance = LOADING.T @ LOADING + torch.eye(2)
+    with_z = dist.MultivariateNormal(torch.zeros(2), covariance).log_prob(x)
+    return torch.where(torch.as_tensor(mask), with_z, dist.Normal(0.0, 1.0).log_prob(x).sum(-1))
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("of_guide", WAYS)
+@pytest.mark.parametrize("way", WAYS)
+def test_alike_masks_are_accepted_however_they_are_written(way, of_guide, mask):
+    x = torch.randn(6, 2)
+    model, guide = pair(way, mask, of_guide)
+    found = pv.evidence(model, guide, x, num_particles=4000, seed=0, progress=False)
+    expected = log_evidence(x, mask)
+    errors = torch.as_tensor(found.monte_carlo_errors) + 1e-5
+    assert ((torch.as_tensor(found.values) - expected).abs() < 5 * errors).all()
+    exact = torch.distributions.kl_divergence(dist.Normal(0.4 * x, 0.7), dist.Normal(0.0, 1.0)).sum(
+        -1
+    )
+    exact = torch.where(torch.as_tensor(mask), exact, 0.0)
+    for num_particles in (1, 3):
+        t = pv.terms(model, guide, x, num_particles=num_particles)
+        assert not t.kl[:, exact == 0].any()
+    loss = objectives.MeanFieldELBO(3000).loss(model, guide, x)
+    assert loss > -expected.sum() - 0.5
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("other", [~MASK, False, torch.tensor(False)], ids=["rows", "all", "one"])
+def test_other_masks_are_refused(way, other):
+    x = torch.randn(6, 2)
+    model, guide = pair(way, MASK, mask_of_guide=other)
+    for call in (
+        lambda: pv.evidence(model, guide, x, num_particles=5),
+        lambda: pv.terms(model, guide, x, num_particles=3),
+        lambda: pv.elbo_surgery(model, guide, x),
+        lambda: objectives.ELBO().loss(model, guide, x),
+        lambda: pv.fit(model, guide, x, epochs=1, batch_size=6, progress=False),
+    ):
+        with pytest.raises(ValueError, match="'z' has one mask in the model and another"):
+            call()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_mask_of_one_side_alone_is_refused(way):
+    x = torch.randn(6, 2)
+    for masks, first in (((MASK, True), "model"), ((True, MASK), "guide")):
+        model, guide = pair(way, masks[0], mask_of_guide=masks[1])
+        with pytest.raises(ValueError, match=f"masked in the {first} and not"):
+            pv.evidence(model, guide, x, num_particles=5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mask", [MASK, False], ids=["rows", "all"])
+@pytest.mark.parametrize("name", ["normal", "multivariate normal", "planar", "hierarchical"])
+def test_guides_of_the_library_take_the_models_mask(name, mask, way):
+    model, _ = pair(way, mask)
+    x = torch.randn(6, 2)
+    guide = DENSITIES[name](model, pv.nets.MLP(2, [5]))
+    t = pv.terms(model, guide, x, num_particles=4)
+    hidden = ~torch.as_tensor(mask).expand(6)
+    assert not t.log_prior[:, hidden].any()
+    assert not t.log_guide[:, hidden].any()
+    assert t.log_guide[:, ~hidden].all()
+    expected = dist.Normal(0.0, 1.0).log_prob(t.samples["z"]).sum(-1)
+    torch.testing.assert_close(t.log_prior[:, ~hidden], expected[:, ~hidden])
+
+
+def test_a_mask_of_single_numbers_is_refused_by_guides_of_the_library():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            mask = torch.tensor([True, False])
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).mask(mask).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="masks single numbers"):
+        guides.AmortizedNormal(model, pv.nets.MLP(2, [4]))(torch.randn(3, 2))
+
+
+@pytest.mark.parametrize("way", ["poutine", "distribution"])
+def test_a_masked_enumerated_site_still_sums_to_one(way):
+    """Where it is masked, log p(x) is that of an even choice, as under poutine.mask."""
+    table = torch.randn(3)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            fn, infer = dist.Categorical(torch.tensor([0.7, 0.2, 0.1])), {"enumerate": "parallel"}
+            if way == "poutine":
+                with poutine.mask(mask=MASK):
+                    y = pyro.sample("y", fn, infer=infer)
+            else:
+                y = pyro.sample("y", fn.expand([6]).mask(MASK), infer=infer)
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + table[y], 1.0), obs=x)
+
+    guide = guides.AmortizedNormal(model, torch.nn.Sequential(torch.nn.Unflatten(0, (-1, 1))))
+    x = torch.randn(6)
+    weights = torch.where(MASK[:, None], torch.tensor([0.7, 0.2, 0.1]), torch.full((3,), 1 / 3))
+    exact = (weights.log() + dist.Normal(table, 2**0.5).log_prob(x[:, None])).logsumexp(-1)
+    found = pv.evidence(model, guide, x, num_particles=5000, seed=0)
+    errors = torch.as_tensor(found.monte_carlo_errors)
+    assert ((torch.as_tensor(found.values) - exact).abs() < 5 * errors + 1e-4).all()
