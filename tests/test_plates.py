@@ -12,7 +12,6 @@ from pyro import poutine
 
 import pyro_vae as pv
 from pyro_vae import guides
-from pyro_vae.evaluation.scoring import guide_log_prob
 from pyro_vae.guides import families
 
 N = 12

@@ -68,11 +68,11 @@ class SemiAmortized(PyroModule):
         start = self.guide.parameters_of(x, *covariates)
         if not self._checked:
             self._check(x, *covariates)
-        with torch.enable_grad():
-            refined = start if self._through else start.detach()
+        with torch.inference_mode(False), torch.enable_grad():
+            refined = _normal(start if self._through else start.detach())
             if not refined.requires_grad:
                 refined = refined.requires_grad_()
-            refined = self._refine(refined, x, *covariates)
+            refined = self._refine(refined, *map(_normal, (x, *covariates)))
         return refined if self._through else start + (refined - start).detach()
 
     def _check(self, x: Tensor, *covariates: Any) -> None:
@@ -107,3 +107,8 @@ class SemiAmortized(PyroModule):
             elbo = (t.log_likelihood - t.kl).sum()
         (gradient,) = torch.autograd.grad(elbo, parameters, create_graph=self._through)
         return gradient
+
+
+def _normal(value: Any) -> Any:
+    """Return a tensor that autograd can save, if this one was made under inference mode."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
