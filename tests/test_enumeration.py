@@ -390,3 +390,20 @@ def test_what_does_not_depend_on_enumerated_values_is_as_ever():
     log_q = dist.Bernoulli(0.8).log_prob(t.samples["d"])
     torch.testing.assert_close(t.score, log_q)
     torch.testing.assert_close(t.log_guide, 0.5 * log_q)
+
+
+@pytest.mark.parametrize("infer", [{}, {"enumerate": "parallel"}], ids=["drawn", "enumerated"])
+def test_a_sequential_plate_is_refused_by_name(infer):
+    def model(x):
+        for i in pyro.plate("data", len(x)):
+            c = pyro.sample(f"c{i}", dist.Categorical(torch.ones(2)), infer=infer)
+            pyro.sample(f"x{i}", dist.Normal(c.float(), 1.0), obs=x[i])
+
+    def guide(x):
+        for i in pyro.plate("data", len(x)):
+            if not infer:
+                pyro.sample(f"c{i}", dist.Categorical(torch.ones(2)))
+
+    for call in (pv.terms, pv.objectives.ELBO().loss, pv.evidence, pv.elbo_surgery):
+        with pytest.raises(ValueError, match="no site of the model stands in a vectorised plate"):
+            call(model, guide, torch.randn(3))

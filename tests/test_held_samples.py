@@ -154,3 +154,35 @@ def test_the_guides_own_randomness_is_that_of_the_draw():
 
     t = pv.terms(model, guide, torch.randn(50, 5), hold_samples=True)
     assert t.log_guide.min() > -30  # at another mask: some -1e5
+
+
+@pytest.mark.parametrize("transform", ["planar", "radial", "sylvester"])
+@pytest.mark.parametrize("objective", [objectives.DReG(3), objectives.StickingTheLanding(2)])
+def test_flows_of_pyro_without_an_inverse_have_one_loss_with_and_without_gradients(
+    transform, objective
+):
+    flow = getattr(dist.transforms, transform)(2)
+    loading, network = torch.randn(2, 5), nn.Linear(5, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ loading, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("network", network)
+        pyro.module("flow", flow)
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(network(x), 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+    x, found = torch.randn(40, 5), []
+    objective.loss(model, guide, x)
+    for loss in (objective.loss, objective.differentiable_loss):
+        torch.manual_seed(0)
+        found.append(float(loss(model, guide, x)))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    fit = pv.fit(
+        model, guide, x, objective=objective, validation=x, epochs=2, batch_size=20, progress=False
+    )
+    assert fit.history[["loss", "validation_loss"]].notna().all(None)

@@ -410,3 +410,54 @@ def test_global_latents_are_named_where_data_must_be_independent():
 def test_num_particles_must_be_positive():
     with pytest.raises(ValueError, match="num_particles must be at least 1, got 0"):
         pv.terms(latent_inside, guide_inside, torch.randn(5), num_particles=0)
+
+
+@pytest.mark.parametrize("how", ["view", "flatten", "batch norm", "bilinear"])
+def test_a_decoder_for_one_leading_dimension_is_refused_with_the_way_out(how):
+    """Decoders that flatten the particles into the batch, or take them for channels."""
+    linear, norm = torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4).eval()
+    bilinear = torch.nn.Bilinear(2, 2, 4)
+    decoders = {
+        "view": lambda z: linear(z).view(-1, 4),
+        "flatten": lambda z: linear(z.flatten(0, -2)),
+        "batch norm": lambda z: norm(linear(z)),
+        "bilinear": lambda z: bilinear(z, torch.ones(20, 2)),
+    }
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            logits = decoders[how](z)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    x = torch.rand(20, 4).round()
+    guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(4, [8]))
+    calls = (
+        lambda: pv.terms(model, guide, x, num_particles=3),
+        lambda: pv.objectives.IWAE(3).loss(model, guide, x),
+        lambda: pv.evidence(model, guide, x, num_particles=30),
+        lambda: pv.elbo_surgery(model, guide, x, num_particles=3),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="vectorize_particles=False") as caught:
+            call()
+        assert "Sites:" not in str(caught.value)  # the dump of all shapes that Pyro appends
+    found = pv.evidence(model, guide, x, num_particles=30, vectorize_particles=False)
+    assert found.values.isfinite().all()
+
+
+def test_errors_of_programs_pass_without_a_dump_of_all_shapes():
+    """Refusals from inside a guide end with what to do."""
+    model = pv.LatentVariableModel(
+        pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 4))
+    )
+    x = torch.rand(20, 4).round()
+    cases = {
+        "encoder must map": pv.guides.AmortizedNormal(model, torch.nn.Flatten(0)),
+        "none of the data": pv.guides.LocalGuide(model, x[:5] + 1.0),
+    }
+    for message, guide in cases.items():
+        for call in (pv.terms, pv.objectives.ELBO().loss, pv.evidence, pv.elbo_surgery):
+            with pytest.raises(ValueError, match=message) as caught:
+                call(model, guide, x)
+            assert "Sites:" not in str(caught.value)
