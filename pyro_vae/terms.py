@@ -16,11 +16,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae import divergences
+from pyro_vae import divergences, predictions
 from pyro_vae.arguments import positive_integer
 from pyro_vae.dreams import Dream
 from pyro_vae.rules import is_delta
 from pyro_vae.samples import path_adjoints
+from pyro_vae.sites import require_one_observation
 from pyro_vae.traces import PairTrace, Program
 
 
@@ -301,18 +302,32 @@ class Terms:
 
     @property
     def observations(self) -> dict[str, Tensor]:
-        """Values of the observed sites of the plate ``"data"``, ``(B, *inner plates, *event)``."""
-        return self._first.observations()
+        """Values of the observed sites of the plate ``"data"``, ``(B, *inner plates, *event)``.
+
+        Raises:
+            ValueError: the value of a site differs from particle to particle, or among enumerated
+                values.
+        """
+        first, *others = [run.observations() for run in self._runs]
+        for name, value in first.items():
+            for other in others:
+                require_one_observation(name, value, other[name])
+        return first
 
     def predict(self) -> dict[str, Tensor]:
-        """Draw the observed sites of the plate ``"data"`` given the latents.
+        r"""Draw the observed sites of the plate ``"data"`` given the latents.
 
-        Runs the model once more, its observations taken away.
+        Runs the model once more, its observations taken away. Latents c that were summed out are
+        drawn from :math:`p(c|z)`, so that the draws are those of
+        :math:`p(x'|z) = \sum_c p(c|z) \, p(x'|z, c)`.
 
         Returns:
             By site, ``(K, B, *inner plates, *event)``.
+
+        Raises:
+            ValueError: the guide enumerates a site, and so draws no latents.
         """
-        return _concatenate([run.predict() for run in self._runs])
+        return _concatenate([predictions.predict(run) for run in self._runs])
 
     def dream(self) -> Dream:
         """Let the model draw latents and data together, one for each of the minibatch."""

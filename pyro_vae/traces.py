@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_vae.dreams import Dream
-from pyro_vae.enumeration import Enumeration, even_where_masked, is_enumerated
+from pyro_vae.enumeration import Enumeration, SummedOut, even_where_masked, is_enumerated
 from pyro_vae.rules import check_agreement, check_event_shape, common_data_frame
 from pyro_vae.samples import HeldSamples, log_prob_of_draw
 from pyro_vae.sites import (
@@ -28,6 +28,7 @@ from pyro_vae.sites import (
     Unobserve,
     arranged,
     data_frame,
+    observed_value,
     own_scale,
     random_sites,
     reduce_to_datum,
@@ -128,7 +129,9 @@ class PairTrace:
             enumerates, plate_nesting = True, _nesting(guide_trace, model_trace)
             guide_trace, model_trace = run(-1 - plate_nesting)
         self.enumerates = enumerates
-        self._replay_unobserved = lambda: _replay(Unobserve()(model), guide_trace, args, kwargs)
+        self.replay_unobserved = lambda given: _replay(
+            Unobserve()(model), _with(guide_trace, given), args, kwargs
+        )
         self._traces = {"model": model_trace, "guide": guide_trace}
 
         model_sites = {site["name"]: site for site in random_sites(model_trace)}
@@ -139,6 +142,7 @@ class PairTrace:
         self.scale = (frame.full_size or frame.size) / frame.size
         self.averaged: list[str] = []
         self.entangled: list[list[str]] = []
+        self.summed_out: list[SummedOut] = []
         if enumerates:
             self.model, self.guide = self._enumerated(model_sites, guide_sites, plate_nesting)
         else:
@@ -214,31 +218,14 @@ class PairTrace:
 
     def samples(self) -> dict[str, Tensor]:
         """Return what the guide drew at the local latents: ``(K, B, *inner plates, *event)``."""
-        self._require_drawn()
+        self.require_drawn()
         sites = [self.guide[name].site for name in self.latents if self.model[name].local]
         return {site["name"]: self._value(site) for site in sites}
 
     def observations(self) -> dict[str, Tensor]:
         """Return the values of the local observed sites: ``(B, *inner plates, *event)``."""
         sites = [f.site for f in self.model.values() if f.observed and f.local and not f.is_factor]
-        return {site["name"]: self._value(site)[0] for site in sites}
-
-    def predict(self) -> dict[str, Tensor]:
-        """Draw the local observed sites anew: ``(K, B, *inner plates, *event)``."""
-        self._require_drawn()
-        if self.entangled:
-            raise ValueError(
-                f"latent site {self.entangled[0][0]!r} depends on a site that was summed out, "
-                "which would have to be drawn given it: predict from a guide that samples both"
-            )
-        sites = random_sites(self._replay_unobserved())
-        return {
-            site["name"]: self._value(site)
-            for site in sites
-            if site["infer"].get("was_observed")
-            and data_frame(site) is not None
-            and not isinstance(site["fn"], Unit)
-        }
+        return {site["name"]: observed_value(site) for site in sites}
 
     def dream(self) -> Dream:
         """Let the model draw latents and data together, as many as the minibatch has."""
@@ -257,7 +244,12 @@ class PairTrace:
         factors = [f for f in self.guide.values() if f.local and not f.reparameterized]
         return sum((f.unscaled for f in factors), self.zeros(local=True))
 
-    def _require_drawn(self) -> None:
+    def require_drawn(self) -> None:
+        """Refuse a run whose guide enumerates, which then draws no latents.
+
+        Raises:
+            ValueError: as said.
+        """
         if self.averaged:
             raise ValueError(
                 f"the guide enumerates site {self.averaged[0]!r}: what it draws has all its values "
@@ -291,7 +283,7 @@ class PairTrace:
                 enumerated = name in enumeration.in_guide
                 others[name] = Factor(sites[name], log_prob, log_prob, enumerated)
             factors.append({name: others[name] for name in sites if name in others})
-        self.entangled = enumeration.entangled
+        self.entangled, self.summed_out = enumeration.entangled, enumeration.summed_out
         return factors[0], factors[1]
 
     def _table(self, site: Site, width: int, count: int) -> Tensor | None:
@@ -394,3 +386,11 @@ def _nesting(*traces: poutine.Trace) -> int:
 
 def _replay(model: Program, guide_trace: poutine.Trace, args: tuple, kwargs: dict) -> poutine.Trace:
     return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+
+
+def _with(trace: poutine.Trace, sites: Mapping[str, Site]) -> poutine.Trace:
+    """Return a trace with more sites, to be replayed."""
+    trace = trace.copy()
+    for name, site in sites.items():
+        trace.add_node(name, **site)
+    return trace
