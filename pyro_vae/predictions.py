@@ -98,9 +98,7 @@ def _mean(site: Site) -> Tensor | None:
     return None if mean.isnan().any() else mean
 
 
-def _averaged(
-    mean: Tensor, together: SummedOut, site: Site, particle_dim: int | None
-) -> Tensor:
+def _averaged(mean: Tensor, together: SummedOut, site: Site, particle_dim: int | None) -> Tensor:
     """Average a mean, which may depend on sites that were summed out, over these."""
     event_dim = len(site["fn"].event_shape)
     dims = [each["infer"]["_enumerate_dim"] - event_dim for each in together.sites.values()]

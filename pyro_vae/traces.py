@@ -356,6 +356,10 @@ class PairTrace:
             log_prob, site, self.batch_size, self.particle_dim, self.num_particles
         )
 
+    def masked_log_prob(self, site: Site) -> Tensor:
+        """Return a site's log-density for each element of its plates, masked and not scaled."""
+        return self._checked_log_prob(site)
+
     def zeros(self, local: bool) -> Tensor:
         """Return zeros (K, B), or (K,) of what is global."""
         some = next(iter(self.model.values())).log_prob

@@ -35,8 +35,9 @@ ALLOWED = {
     "likelihoods": {"arguments", "inputs", "making", "positive", "real", "signatures"},
     "divergences": {"sites", "traces"},
     "predictions": {"enumeration", "sites", "traces"},
-    "terms": {"arguments", "divergences", "dreams", "predictions", "rules", "samples", "sites",
-              "traces"},
+    "baselines": {"sites", "traces"},
+    "terms": {"arguments", "baselines", "divergences", "dreams", "predictions", "rules", "samples",
+              "sites", "traces"},
     "mixtures": {"implicit", "inputs", "real"},
     "flows": {"implicit", "inputs", "making", "nets", "signatures"},
     "objectives": {"arguments", "terms", "traces"},
@@ -72,6 +73,7 @@ ALLOWED = {
 # Who may import what of the world outside, where that is a rule.
 TORCH_ONLY = {"implicit", "inputs", "nets", "positive", "processes"}
 PYRO_AND_TORCH_ONLY = {
+    "baselines",
     "divergences",
     "dreams",
     "enumeration",

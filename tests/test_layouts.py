@@ -109,8 +109,8 @@ VIEWS = {
 @pytest.mark.parametrize("rows", [1, 3, 5])
 @pytest.mark.parametrize("view", VIEWS)
 def test_means_come_in_the_layout_of_x(view, rows):
-    model, x = program(VIEWS[view]), torch.randn(rows, 3)
-    for x in (x, torch.zeros(rows, 3), x.T.contiguous().T):
+    model, random = program(VIEWS[view]), torch.randn(rows, 3)
+    for x in (random, torch.zeros(rows, 3), random.T.contiguous().T):
         found = [pv.generate(model, x), pv.reconstruct(model, guide, x)]
         for means in found:
             torch.testing.assert_close(means, MEANS.expand(rows, 3), atol=0.02, rtol=0)
@@ -216,7 +216,10 @@ REFUSED = {
 def test_what_has_no_certain_place_is_told_by_site(case):
     observe, message = REFUSED[case]
     model, x = program(observe), torch.tensor([[1.0], [-1.0], [2.0], [3.0]]).expand(4, 3).clone()
-    calls = [functools.partial(pv.generate, model, x), functools.partial(pv.reconstruct, model, guide, x)]
+    calls = [
+        functools.partial(pv.generate, model, x),
+        functools.partial(pv.reconstruct, model, guide, x),
+    ]
     for call in calls:
         with pytest.raises(ValueError, match=f"{message}.*by_site=True"):
             call()
@@ -247,7 +250,7 @@ def test_a_plate_of_another_size_than_x_is_no_place_for_x():
 
 
 def test_padding_shows_the_steps_in_its_place():
-    """Padded steps observe the first of their sequence, masked; their means stand at the padding."""
+    """Padded steps are masked; their means stand where the padding is."""
     model = pv.SequenceModel(
         prior=pv.priors.StandardNormal(2),
         transition=lambda z: dist.Normal(z, 0.4).to_event(1),
@@ -271,9 +274,8 @@ def test_distributions_without_a_mean_and_points():
     torch.testing.assert_close(found - found[:, :1], MEANS.expand(5, 3), atol=0.1, rtol=0)
 
     def points(x):
-        with pyro.plate("data", len(x)):
-            with pyro.plate("columns", 3):
-                p = dist.Delta(MEANS.unsqueeze(-1).expand(3, len(x)))
-                pyro.sample("x", p, obs=MEANS.expand(len(x), 3).T + 0 * x.T)
+        with pyro.plate("data", len(x)), pyro.plate("columns", 3):
+            p = dist.Delta(MEANS.unsqueeze(-1).expand(3, len(x)))
+            pyro.sample("x", p, obs=x.T)
 
-    assert torch.equal(pv.generate(points, torch.zeros(5, 3), by_site=True)["x"], MEANS.expand(5, 3))
+    assert torch.equal(pv.generate(points, torch.zeros(5, 3)), MEANS.expand(5, 3))

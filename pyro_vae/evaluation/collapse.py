@@ -97,7 +97,8 @@ class CollapseReport:
     def _active_units(self, what: str) -> str:
         active = self.units["active"].groupby("site", sort=False)
         return ", ".join(
-            f"{found.sum()} of {len(found)} units {what}" + (f" in {site}" if len(active) > 1 else "")
+            f"{found.sum()} of {len(found)} units {what}"
+            + (f" in {site}" if len(active) > 1 else "")
             for site, found in active
         )
 
