@@ -24,15 +24,23 @@ _OPTIONS = (
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a guide site asks to be subtracted from the signal that weights its score.
+    """The options of a guide site whose score function has a baseline.
 
     Args:
-        predicted: gives a prediction of the signal, which is to be trained; None without one.
-        decay: the share of the average that is kept at each step; None without an average.
+        network: predicts the signal that weights the score, and is trained to; None without one.
+        network_input: what it is called on.
+        value: a prediction that needs no network, trained as well; None without one.
+        decay: the share of an average of past signals that each step keeps; None without one.
     """
 
-    predicted: Callable[[], Tensor] | None
+    network: Callable[[Any], Tensor] | None
+    network_input: Any
+    value: Tensor | None
     decay: float | None
+
+    def predicted(self) -> Tensor | None:
+        """Return what network or value predict; None if there is neither."""
+        return self.value if self.network is None else self.network(detach(self.network_input))
 
 
 def baseline_of(site: Site) -> Baseline | None:
@@ -72,13 +80,9 @@ def baseline_of(site: Site) -> Baseline | None:
         decay = options.get("baseline_beta", 0.9)
         if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
             raise ValueError(f"{where}, where baseline_beta must be in [0, 1), got {decay!r}")
-    predicted = None
-    if network is not None:
-        given = options["nn_baseline_input"]
-        predicted = lambda: network(detach(given))  # noqa: E731 - nothing else is a function here
-    elif value is not None:
-        predicted = lambda: value  # noqa: E731
-    return None if predicted is None and decay is None else Baseline(predicted, decay)
+    if network is None and value is None and decay is None:
+        return None
+    return Baseline(network, options.get("nn_baseline_input"), value, decay)
 
 
 def baselines_of(run: PairTrace) -> dict[str, Baseline]:
@@ -120,8 +124,8 @@ def less_baseline(
     value = torch.zeros((), dtype=signal.dtype, device=signal.device)
     if average is not None:
         value = value + average.to(signal.dtype)
-    if baseline.predicted is not None:
-        value = value + _checked(baseline.predicted(), site)
+    if (predicted := baseline.predicted()) is not None:
+        value = value + _checked(predicted, site)
     value = value.expand(shape)
     log_prob = run.masked_log_prob(site)
     result = -value.detach() * (log_prob - log_prob.detach())
