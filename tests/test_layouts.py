@@ -123,6 +123,14 @@ def test_data_of_other_types(dtype):
     torch.testing.assert_close(pv.generate(model, x), MEANS.expand(4, 3), atol=0.02, rtol=0)
 
 
+def test_whole_numbers_of_floats_are_the_same_numbers_and_others_are_not():
+    model = program(functools.partial(in_plate, view=lambda x: x.long().T))
+    x = torch.tensor([[1.0, 2.0, 3.0]]).expand(4, 3)
+    torch.testing.assert_close(pv.generate(model, x), MEANS.expand(4, 3), atol=0.02, rtol=0)
+    with pytest.raises(ValueError, match="no observed site"):
+        pv.generate(model, x + 0.5)
+
+
 def images(x, z):
     """Rows and columns exchanged, the channel last, and one more dimension of size one."""
     loc = z[..., None, None, None] + torch.arange(12.0).reshape(3, 2, 2)

@@ -109,6 +109,9 @@ class Readings(TorchDispatchMode):
         places = self._places_of(value)
         if places is None or (result.dtype == torch.bool and value.dtype != torch.bool):
             return None
+        cut = value.is_floating_point() and not result.is_floating_point()
+        if cut and not (result.to(value) == value).all():
+            return None
         return places.to(result.device).expand(result.shape)
 
     def _chosen(
