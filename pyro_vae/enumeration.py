@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +18,33 @@ from torch import Tensor
 from pyro_vae.sites import DATA_PLATE, PARTICLE_PLATE, Site, mask_of_events
 
 Tables = dict[str, Tensor]  # log-densities by site, each (*enumerated dimensions, K, B)
+
+
+@dataclass(frozen=True)
+class SummedOut:
+    r"""Sites that were summed out of the model together.
+
+    Args:
+        sites: by name, as the run with all values at once has them.
+        dims: by name, the dimension of ``log_joint`` that counts the values of a site.
+        log_joint: :math:`\log p(c, z)` of all values c of the sites, at the latents z that depend
+            on them, of shape (\*enumerated dimensions, K, B).
+    """
+
+    sites: dict[str, Site]
+    dims: dict[str, int]
+    log_joint: Tensor
+
+    @property
+    def log_prob(self) -> Tensor:
+        r""":math:`\log p(c|z)`, of the shape of ``log_joint``."""
+        return self.log_joint - self.log_joint.logsumexp([*self.dims.values()], keepdim=True)
+
+    @property
+    def width(self) -> int:
+        """How many batch dimensions the plates use, the particles' included."""
+        name, dim = next(iter(self.dims.items()))
+        return dim + 2 - self.sites[name]["infer"]["_enumerate_dim"]
 
 
 def is_enumerated(site: Site) -> bool:
@@ -76,6 +104,7 @@ class Enumeration:
         in_guide: names of the enumerated sites that the guide has.
         in_model: of those that it does not have.
         entangled: groups of latents whose density depends on what was summed out of it.
+        summed_out: the sites of ``in_model``, those together that depend on each other.
 
     Raises:
         ValueError: two sites share a dimension.
@@ -98,6 +127,7 @@ class Enumeration:
         self._guide_dims = [dims[name] for name in self.in_guide]
         self._model_dims = [dims[name] for name in self.in_model]
         self.entangled: list[list[str]] = []
+        self.summed_out: list[SummedOut] = []
         self.count = max((-2 - dim for dim in dims.values()), default=0)
 
     def varies(self, table: Tensor) -> bool:
@@ -136,7 +166,12 @@ class Enumeration:
             unobserved = [n for n in group if not self._model_sites[n]["is_observed"]]
             latents = [n for n in unobserved if n not in self.in_model]
             observed = [n for n in group if n not in unobserved]
-            prior = self._log_sum(tables[n] for n in unobserved)
+            joint = sum(tables[n] for n in unobserved)
+            prior = self._log_sum([joint])
+            dims = dict(zip(self.in_model, self._model_dims, strict=True))
+            dims = {name: dim for name, dim in dims.items() if name in group}
+            sites = {name: self._model_sites[name] for name in dims}
+            self.summed_out.append(SummedOut(sites, dims, joint))
             if latents:
                 self.entangled.append(latents)
                 result.update(dict.fromkeys(latents, torch.zeros_like(prior)))

@@ -182,6 +182,76 @@ def arranged(values: Tensor, site: Site, particle_dim: int | None) -> Tensor:
     return values.movedim(data_axis, 1)
 
 
+def placed(
+    values: Tensor, site: Site, particle_dim: int | None, width: int | None = None
+) -> Tensor:
+    """Lay values (..., K, B) out as the batch dimensions of a site in the plate ``"data"`` are.
+
+    Args:
+        values: for each particle and data point; dimensions before these two come out first.
+        site: gives the place of the data.
+        particle_dim: the particles' dimension, None without one.
+        width: how many batch dimensions there shall be, as few as hold the values by default.
+    """
+    *outer, num_particles, batch_size = values.shape
+    data_dim = data_frame(site).dim
+    shape = [1] * (width or -min(data_dim, particle_dim or -1))
+    shape[data_dim] = batch_size
+    if particle_dim is not None:
+        shape[particle_dim] = num_particles
+    return values.reshape(*outer, *shape)
+
+
+def observed_value(site: Site) -> Tensor:
+    """Return the value that a site in the plate ``"data"`` observes, once for each data point.
+
+    Args:
+        site: its value may have further dimensions, of particles or of enumerated values, along
+            which it repeats.
+
+    Returns:
+        Shape ``(B, *inner plates, *event)``.
+
+    Raises:
+        ValueError: the value differs from particle to particle, or among enumerated values.
+    """
+    event = tuple(site["fn"].event_shape)
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE]
+    sizes = {frame.dim: frame.size for frame in frames}
+    value = site["value"]
+    value = value.reshape((1,) * (len(event) - min(sizes) - value.dim()) + tuple(value.shape))
+    for dim in range(len(event) - value.dim(), 0):
+        if dim not in sizes:
+            first = value.narrow(dim - len(event), 0, 1)
+            require_one_observation(site["name"], value, first)
+            value = first
+    value = value.squeeze(
+        [dim - len(event) for dim in range(len(event) - value.dim(), 0) if dim not in sizes]
+    )
+    plates = sorted(sizes)
+    value = value.expand(*(sizes[dim] for dim in plates), *event)
+    return value.movedim(plates.index(data_frame(site).dim), 0)
+
+
+def require_one_observation(name: str, value: Tensor, other: Tensor) -> None:
+    """Refuse observations of a site that are not equal.
+
+    Args:
+        name: of the site.
+        value: observed.
+        other: observed too; it may repeat along a dimension.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if not ((value == other) | (value.isnan() & other.isnan())).all():
+        raise ValueError(
+            f"site {name!r} observes values that differ from particle to particle, or among "
+            "enumerated values, so there is no one value for each data point. Compute obs= from "
+            "the data alone, or run the pair with one particle and without enumeration."
+        )
+
+
 def closed_form_kl(guide_site: Site, model_site: Site) -> Tensor | None:
     """Return KL(q || p) at a site, or None where no closed form gives what sampling estimates."""
     q, p = guide_site["fn"], model_site["fn"]

@@ -8,7 +8,7 @@ minibatch. All objectives and nearly all estimators are short reductions of thes
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,12 +16,14 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae import divergences
+from pyro_vae import divergences, predictions
 from pyro_vae.arguments import positive_integer
+from pyro_vae.baselines import Baseline, baselines_of, less_baseline
 from pyro_vae.dreams import Dream
 from pyro_vae.rules import is_delta
 from pyro_vae.samples import path_adjoints
 from pyro_vae.seeding import restored_generators
+from pyro_vae.sites import require_one_observation
 from pyro_vae.traces import PairTrace, Program
 
 
@@ -319,6 +321,43 @@ class Terms:
         """The part of :attr:`log_guide` that belongs to the sites of :attr:`score`, (K, B)."""
         return self._sum(lambda run: (f for f in run.guide.values() if not f.reparameterized))
 
+    @cached_property
+    def baselines(self) -> dict[str, Baseline]:
+        """Baselines of score functions that the guide asks for, by site.
+
+        Raises:
+            ValueError: a site has unknown options, or some that contradict each other.
+            TypeError: an option is of another type than expected.
+        """
+        return baselines_of(self._first)
+
+    def less_baselines(self, signal: Tensor, averages: Mapping[str, Tensor]) -> Tensor:
+        r"""Return zeros whose gradient subtracts the baselines from a signal, and trains them.
+
+        .. math::
+            \frac1K \sum_k \sum_i -b_{ki} \nabla \log q_i(z_k|x) - \nabla (s_k - b_{ki})^2
+
+        for the sites i that have a baseline b. The signal s is that which weights their score.
+
+        Args:
+            signal: s, shape (K, B).
+            averages: of the signal in steps before, by site, for those that ask for one.
+
+        Returns:
+            Shape (B,).
+
+        Raises:
+            ValueError: a baseline is not of the batch shape of its site.
+            TypeError: a baseline is no tensor.
+        """
+        rows = signal.split([run.num_particles for run in self._runs])
+        found = [
+            less_baseline(run, name, baseline, its_signal, averages.get(name))
+            for run, its_signal in zip(self._runs, rows, strict=True)
+            for name, baseline in baselines_of(run).items()
+        ]
+        return sum(part.sum(0) for part in found) / len(signal)
+
     @property
     def samples(self) -> dict[str, Tensor]:
         """Values of the latents of the plate ``"data"``, each ``(K, B, *inner plates, *event)``."""
@@ -326,18 +365,32 @@ class Terms:
 
     @property
     def observations(self) -> dict[str, Tensor]:
-        """Values of the observed sites of the plate ``"data"``, ``(B, *inner plates, *event)``."""
-        return self._first.observations()
+        """Values of the observed sites of the plate ``"data"``, ``(B, *inner plates, *event)``.
+
+        Raises:
+            ValueError: the value of a site differs from particle to particle, or among enumerated
+                values.
+        """
+        first, *others = [run.observations() for run in self._runs]
+        for name, value in first.items():
+            for other in others:
+                require_one_observation(name, value, other[name])
+        return first
 
     def predict(self) -> dict[str, Tensor]:
-        """Draw the observed sites of the plate ``"data"`` given the latents.
+        r"""Draw the observed sites of the plate ``"data"`` given the latents.
 
-        Runs the model once more, its observations taken away.
+        Runs the model once more, its observations taken away. Latents c that were summed out are
+        drawn from :math:`p(c|z)`, so that the draws are those of
+        :math:`p(x'|z) = \sum_c p(c|z) \, p(x'|z, c)`.
 
         Returns:
             By site, ``(K, B, *inner plates, *event)``.
+
+        Raises:
+            ValueError: the guide enumerates a site, and so draws no latents.
         """
-        return _concatenate([run.predict() for run in self._runs])
+        return _concatenate([predictions.predict(run) for run in self._runs])
 
     def dream(self) -> Dream:
         """Let the model draw latents and data together, one for each of the minibatch."""
@@ -445,6 +498,25 @@ class Terms:
                 f"{who} needs a reparameterised sample at every site of the guide; site "
                 f"{self.not_reparameterized[0]!r} has none. Use objectives.ELBO, which falls back "
                 "on the score function."
+            )
+
+    def require_no_baselines(self, who: str, sites: Sequence[str] | None = None) -> None:
+        """Refuse a guide that asks for a baseline where none would be used.
+
+        Args:
+            who: the objective; it opens the message.
+            sites: where it would be used; nowhere by default.
+
+        Raises:
+            ValueError: a site elsewhere asks for one, or by unknown options.
+            TypeError: an option is of another type than expected.
+        """
+        if unused := [name for name in self.baselines if name not in (sites or [])]:
+            raise ValueError(
+                f"{who} takes no score function at guide site {unused[0]!r}, or none with a "
+                "baseline: what the site asks for by infer={'baseline': ...} would be ignored. "
+                "Remove it, or use objectives.ELBO, at sites without a reparameterized sample, or "
+                "objectives.ScoreFunction."
             )
 
     def _sum(self, factors: Callable, local: bool = True) -> Tensor:

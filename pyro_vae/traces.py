@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_vae.dreams import Dream
-from pyro_vae.enumeration import Enumeration, even_where_masked, is_enumerated
+from pyro_vae.enumeration import Enumeration, SummedOut, even_where_masked, is_enumerated
 from pyro_vae.rules import (
     check_agreement,
     check_event_shape,
@@ -34,6 +34,7 @@ from pyro_vae.sites import (
     arranged,
     data_frame,
     is_loss_of_guide,
+    observed_value,
     own_scale,
     random_sites,
     reduce_to_datum,
@@ -134,8 +135,10 @@ class PairTrace:
             enumerates, plate_nesting = True, _nesting(guide_trace, model_trace)
             guide_trace, model_trace = run(-1 - plate_nesting)
         self.enumerates = enumerates
-        unobserved = replay(Unobserve()(model), guide_trace)
-        self._replay_unobserved = lambda: trace_of(unobserved, *args, **kwargs)
+        unobserved = Unobserve()(model)
+        self.replay_unobserved = lambda given: trace_of(
+            replay(unobserved, _with(guide_trace, given)), *args, **kwargs
+        )
         self._traces = {"model": model_trace, "guide": guide_trace}
 
         model_sites = {site["name"]: site for site in random_sites(model_trace)}
@@ -147,6 +150,7 @@ class PairTrace:
         self.scale = (frame.full_size or frame.size) / frame.size
         self.averaged: list[str] = []
         self.entangled: list[list[str]] = []
+        self.summed_out: list[SummedOut] = []
         if enumerates:
             self.model, of_guide = self._enumerated(model_sites, guide_sites, plate_nesting)
         else:
@@ -229,31 +233,14 @@ class PairTrace:
 
     def samples(self) -> dict[str, Tensor]:
         """Return what the guide drew at the local latents: ``(K, B, *inner plates, *event)``."""
-        self._require_drawn()
+        self.require_drawn()
         sites = [self.guide[name].site for name in self.latents if self.model[name].local]
         return {site["name"]: self._value(site) for site in sites}
 
     def observations(self) -> dict[str, Tensor]:
         """Return the values of the local observed sites: ``(B, *inner plates, *event)``."""
         sites = [f.site for f in self.model.values() if f.observed and f.local and not f.is_factor]
-        return {site["name"]: self._value(site)[0] for site in sites}
-
-    def predict(self) -> dict[str, Tensor]:
-        """Draw the local observed sites anew: ``(K, B, *inner plates, *event)``."""
-        self._require_drawn()
-        if self.entangled:
-            raise ValueError(
-                f"latent site {self.entangled[0][0]!r} depends on a site that was summed out, "
-                "which would have to be drawn given it: predict from a guide that samples both"
-            )
-        sites = random_sites(self._replay_unobserved())
-        return {
-            site["name"]: self._value(site)
-            for site in sites
-            if site["infer"].get("was_observed")
-            and data_frame(site) is not None
-            and not isinstance(site["fn"], Unit)
-        }
+        return {site["name"]: observed_value(site) for site in sites}
 
     def dream(self) -> Dream:
         """Let the model draw latents and data together, as many as the minibatch has."""
@@ -272,7 +259,12 @@ class PairTrace:
         factors = [f for f in self.guide.values() if f.local and not f.reparameterized]
         return sum((f.unscaled for f in factors), self.zeros(local=True))
 
-    def _require_drawn(self) -> None:
+    def require_drawn(self) -> None:
+        """Refuse a run whose guide enumerates, which then draws no latents.
+
+        Raises:
+            ValueError: as said.
+        """
         if self.averaged:
             raise ValueError(
                 f"the guide enumerates site {self.averaged[0]!r}: what it draws has all its values "
@@ -306,7 +298,7 @@ class PairTrace:
                 enumerated = name in enumeration.in_guide
                 others[name] = Factor(sites[name], log_prob, log_prob, enumerated)
             factors.append({name: others[name] for name in sites if name in others})
-        self.entangled = enumeration.entangled
+        self.entangled, self.summed_out = enumeration.entangled, enumeration.summed_out
         return factors[0], factors[1]
 
     def _table(self, site: Site, width: int, count: int) -> Tensor | None:
@@ -379,6 +371,10 @@ class PairTrace:
             log_prob, site, self.batch_size, self.particle_dim, self.num_particles
         )
 
+    def masked_log_prob(self, site: Site) -> Tensor:
+        """Return a site's log-density for each element of its plates, masked and not scaled."""
+        return self._checked_log_prob(site)
+
     def zeros(self, local: bool) -> Tensor:
         """Return zeros (K, B), or (K,) of what is global."""
         some = next(iter(self.model.values())).log_prob
@@ -405,3 +401,11 @@ def _plates(*traces: poutine.Trace) -> Iterator[CondIndepStackFrame]:
 
 def _nesting(*traces: poutine.Trace) -> int:
     return -min(frame.dim for frame in _plates(*traces))
+
+
+def _with(trace: poutine.Trace, sites: Mapping[str, Site]) -> poutine.Trace:
+    """Return a trace with more sites, to be replayed."""
+    trace = trace.copy()
+    for name, site in sites.items():
+        trace.add_node(name, **site)
+    return trace

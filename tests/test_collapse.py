@@ -1,8 +1,11 @@
 """Which units of a latent are used, against closed forms, and the verdict on whole models."""
 
 import dataclasses
+import itertools
 import math
+import re
 
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -155,6 +158,62 @@ def test_units_that_move_without_saying_anything():
     report = pv.collapse_report(model, guide, torch.randn(1000, 1), num_particles=200, seed=0)
     assert report.num_active == 1
     assert report.state == "collapsed"
+    assert report.verdict == (
+        "collapsed: mutual information 0.02 nats, below 0.1, "
+        "though 1 of 1 units pass the threshold of activity"
+    )
+
+
+def test_units_that_say_much_without_moving():
+    """The scale of the data is inferred by the scale of the posterior: no mean moves."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0 * x, torch.where(x > 0, 1.0, 0.02)).to_event(1))
+
+    report = pv.collapse_report(model, guide, torch.randn(1000, 1), num_particles=50, seed=0)
+    assert report.num_active == 0
+    assert 0.3 < report.information < math.log(2)  # nearly one bit
+    assert report.state == "partly collapsed"
+    assert report.verdict.startswith(
+        "partly collapsed: 0 of 1 units active, though mutual information 0."
+    )
+
+
+def test_a_verdict_agrees_with_its_own_numbers():
+    """Two units of one latent and one of another, of which some are active."""
+    oracle = LinearGaussian(d=2, D=3)
+    surgery = pv.elbo_surgery(oracle.model, oracle.guide, oracle.sample(20), seed=0)
+    index = pd.MultiIndex.from_tuples([("a", 0), ("a", 1), ("b", 0)], names=["site", "unit"])
+    for active, information, informed in itertools.product(
+        [(), (0,), (0, 1), (0, 1, 2)],
+        [-0.004, 0.0, 0.0999999, 0.1, 2.5, math.inf, math.nan],
+        [True, False],
+    ):
+        units = pd.DataFrame({"active": [unit in active for unit in range(3)]}, index)
+        known = dataclasses.replace(surgery, mutual_information=information)
+        report = pv.CollapseReport(units, information, known if informed else None)
+        line = report.verdict
+        shown = re.fullmatch(
+            r"([a-z ]+): (.*?)(mutual information|rate) (?P<nats>[-.\w]+) nats.*", line
+        )
+        assert shown[1] == report.state
+        nats = float(shown["nats"])
+        assert (nats < 0.1) == (information < 0.1)
+        assert (", below 0.1" in line) == bool(nats < 0.1 and active)
+        counts = re.findall(r"(\d) of (\d) units", line)
+        assert sum(int(count) for count, _ in counts) == report.num_active == len(active)
+        expected = "healthy" if len(active) == 3 else "partly collapsed"
+        if nats < 0.1 or (not informed and not active):
+            expected = "collapsed"
+        assert report.state == expected
+        disagree = nats < 0.1 if active else informed and not nats < 0.1
+        assert (", though " in line) == disagree
 
 
 def test_hierarchies_site_by_site():

@@ -35,7 +35,10 @@ ALLOWED = {
     "datasets": {"signatures"},
     "likelihoods": {"arguments", "inputs", "making", "positive", "real", "signatures"},
     "divergences": {"sites", "traces"},
-    "terms": {"arguments", "divergences", "dreams", "rules", "samples", "seeding", "traces"},
+    "predictions": {"enumeration", "sites", "traces"},
+    "baselines": {"sites", "traces"},
+    "terms": {"arguments", "baselines", "divergences", "dreams", "predictions", "rules", "samples",
+              "seeding", "sites", "traces"},
     "mixtures": {"implicit", "inputs", "real"},
     "flows": {"implicit", "inputs", "making", "nets", "signatures"},
     "objectives": {"arguments", "terms", "traces"},
@@ -62,8 +65,8 @@ ALLOWED = {
                  "objectives", "processes", "programs", "progress", "reach", "saving", "seeding",
                  "sites", "state", "storage", "traces"},
     "evaluation": {"arguments", "capture", "contract", "enumeration", "interrupts", "latents",
-                   "minibatches", "mixtures", "modules", "processes", "programs", "progress",
-                   "runs", "seeding", "sites", "terms", "traces"},
+                   "minibatches", "mixtures", "modules", "predictions", "processes", "programs",
+                   "progress", "runs", "seeding", "sites", "terms", "traces"},
     "comparison": {"arguments", "contract", "evaluation", "minibatches", "modules", "objectives",
                    "programs", "progress", "seeding", "terms", "traces", "training"},
     "cli": {"", "arguments", "processes", "progress", "seeding"},  # the front door
@@ -72,11 +75,13 @@ ALLOWED = {
 # Who may import what of the world outside, where that is a rule.
 TORCH_ONLY = {"implicit", "inputs", "nets", "positive", "processes"}
 PYRO_AND_TORCH_ONLY = {
+    "baselines",
     "divergences",
     "dreams",
     "enumeration",
     "latents",
     "runs",
+    "predictions",
     "samples",
     "sites",
     "traces",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from pyro import poutine
 from pyro.distributions import VonMises
 from rich.progress import Progress
 from torch import Tensor
@@ -22,6 +21,7 @@ from pyro_vae.evaluation.estimating import estimating
 from pyro_vae.evaluation.weighing.log_evidence import standard_error
 from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
+from pyro_vae.runs import trace_of
 from pyro_vae.sites import Site, arranged, base_distribution, random_sites
 from pyro_vae.terms import Terms, terms
 from pyro_vae.traces import Program
@@ -70,29 +70,37 @@ class CollapseReport:
     def state(self) -> str:
         """``"collapsed"``, ``"partly collapsed"`` or ``"healthy"``.
 
-        Collapsed: no unit is active, or the mutual information is below 0.1 nats. Partly
-        collapsed: one of several latent sites has no active unit. Healthy: anything else; that a
-        latent has units to spare is no fault.
+        Collapsed: the mutual information is below 0.1 nats; where it is not known, the rate, its
+        upper bound, is, or no unit is active. Partly collapsed: a latent site has no active unit.
+        Healthy: anything else; that a latent has units to spare is no fault.
         """
-        if not self.num_active or self.information < LEAST_INFORMATION:
+        if self.information < LEAST_INFORMATION:
+            return "collapsed"
+        if not self._is_informed and not self.num_active:
             return "collapsed"
         return "healthy" if self.units["active"].groupby("site").any().all() else "partly collapsed"
 
     @property
     def verdict(self) -> str:
-        """The state and its reasons, in a line."""
+        """The state and its reasons, in a line; what decides comes first, where they disagree."""
+        little = self.information < LEAST_INFORMATION
+        name = "mutual information" if self._is_informed else "rate"
+        information = f"{name} {_nats(self.information)} nats"
+        if self._is_informed and self.surgery.saturated:
+            information += f" (saturated: log N is {self.surgery.log_n:.2f})"
+        if little and self.num_active:
+            found = self._active_units("pass the threshold of activity")
+            return f"{self.state}: {information}, below {LEAST_INFORMATION}, though {found}"
+        though = "though " if self._is_informed and not little and not self.num_active else ""
+        return f"{self.state}: {self._active_units('active')}, {though}{information}"
+
+    def _active_units(self, what: str) -> str:
         active = self.units["active"].groupby("site", sort=False)
-        by_site = ", ".join(
-            f"{found.sum()} of {len(found)} units active"
+        return ", ".join(
+            f"{found.sum()} of {len(found)} units {what}"
             + (f" in {site}" if len(active) > 1 else "")
             for site, found in active
         )
-        name = "mutual information" if self._is_informed else "rate"
-        information = 0.0 if self.information < 0 else self.information  # NaN stays
-        line = f"{self.state}: {by_site}, {name} {information:.2f} nats"
-        if self._is_informed and self.surgery.saturated:
-            line += f" (saturated: log N is {self.surgery.log_n:.2f})"
-        return line
 
     def __str__(self) -> str:
         lines = [self.verdict, self.units.to_string(float_format="{:.3f}".format)]
@@ -237,7 +245,7 @@ def _moments(t: Terms, model: Program, batch: Batch) -> dict[str, Tensor]:
     """Return means and variances of guide and prior by latent: (4, B, units)."""
     found = {}
     try:
-        sites = {s["name"]: s for s in random_sites(poutine.trace(model).get_trace(*batch))}
+        sites = {s["name"]: s for s in random_sites(trace_of(model, *batch))}
     except NotImplementedError as error:
         raise ValueError(
             f"collapse_report measures latents against what the model draws: {error or 'a prior'}"
@@ -299,6 +307,14 @@ def _rows(
         }
         for unit in range(means.shape[1])
     ]
+
+
+def _nats(information: float) -> str:
+    """Show a number of nats so that it is seen to be below the least information, if it is."""
+    shown = f"{max(information, 0.0):.2f}" if information == information else "nan"
+    if information < LEAST_INFORMATION <= float(shown):
+        return f"{math.floor(1e4 * information) / 1e4:.4f}"
+    return shown
 
 
 def _surgery_or_why_not(*args, **options) -> tuple[Surgery | None, str]:

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.contract import check_pair
+from pyro_vae.evaluation.readings import Layout, Readings
 from pyro_vae.minibatches import as_tensor
+from pyro_vae.predictions import drawn_observations, mean_or_draw, means
+from pyro_vae.runs import trace_of
 from pyro_vae.seeding import seeded
-from pyro_vae.sites import Site, Unobserve, data_frame, random_sites
-from pyro_vae.traces import Program
+from pyro_vae.sites import Site, Unobserve, arranged
+from pyro_vae.traces import PairTrace, Program
 
 
 def reconstruct(
-    model: Program, guide: Program, x: Tensor, *covariates: Tensor, seed: int | None = None
-) -> Tensor:
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    *covariates: Tensor,
+    seed: int | None = None,
+    by_site: bool = False,
+) -> Tensor | dict[str, Tensor]:
     r"""Return :math:`E[x'|z]` for one :math:`z \sim q(z|x)`, the mean of the likelihood.
+
+    The numbers come in the layout of x, in whatever order and at however many sites the model
+    observes them: transposed, column by column, step by step. They have the units of the
+    observation: those of ``x / 255``, if the model observes that. Latents c that are summed out
+    of the model are averaged over :math:`p(c|z)`. A distribution without a mean gives a draw.
 
     Args:
         model: program of p(x, z).
@@ -25,12 +37,32 @@ def reconstruct(
         x: data ``(B, *event)``.
         *covariates: further arguments of the programs.
         seed: fixes the draws of z.
+        by_site: return the mean at each observed site of the plate ``"data"``, by name.
 
     Returns:
-        Shape ``(B, *event)``, on the CPU.
+        Shape ``(B, *event)``; by site, each ``(B, *inner plates, *event)``. On the CPU.
 
     Raises:
-        ValueError: the pair breaks the contract; no observed site has the shape of x.
+        ValueError: The pair breaks the contract. Or, without ``by_site``, the model observes a
+            sum or another mixture of numbers of x, observes a number of x twice, or does not
+            observe all of x.
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("second", dist.Normal(z + 5.0, 1.0), obs=x[:, 1])
+        ...         pyro.sample("first", dist.Normal(z, 1.0), obs=x[:, 0])
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x[:, 0], 0.1))
+        >>> means = pv.reconstruct(model, guide, torch.randn(3, 2), seed=0)
+        >>> (means[:, 1] - means[:, 0]).tolist()
+        [5.0, 5.0, 5.0]
+        >>> sorted(pv.reconstruct(model, guide, torch.randn(3, 2), by_site=True))
+        ['first', 'second']
     """
     x, *covariates = _columns(model, guide, x, *covariates)
     with (
@@ -39,8 +71,11 @@ def reconstruct(
         programs.evaluation_mode(model, guide),
     ):
         check_pair(model, guide, (x, *covariates))
-        guide_trace = poutine.trace(guide).get_trace(x, *covariates)
-        return mean_of_x(poutine.replay(model, trace=guide_trace), x, *covariates)
+        drawing = poutine.infer_config(guide, lambda site: {"enumerate": None})
+        run = PairTrace(model, drawing, (x, *covariates))
+        with Readings(x) as readings:
+            found = [*means(run)]
+    return _gathered(x, found, readings, by_site)
 
 
 def generate(
@@ -49,8 +84,12 @@ def generate(
     *covariates: Tensor,
     guide: Program | None = None,
     seed: int | None = None,
-) -> Tensor:
+    by_site: bool = False,
+) -> Tensor | dict[str, Tensor]:
     r"""Return :math:`E[x'|z]` for one :math:`z \sim p(z)` for each row of x.
+
+    The numbers come in the layout of x, as those of :func:`reconstruct` do. All latents of the
+    model are drawn, those among them that are summed out elsewhere.
 
     Args:
         model: program of p(x, z).
@@ -59,12 +98,14 @@ def generate(
         guide: program that the model was fitted with; needed for a model whose ``pyro.param``
             values live in the store of the pair.
         seed: fixes the draws of z.
+        by_site: return the mean at each observed site of the plate ``"data"``, by name.
 
     Returns:
-        Shape ``(B, *event)``, on the CPU.
+        Shape ``(B, *event)``; by site, each ``(B, *inner plates, *event)``. On the CPU.
 
     Raises:
-        ValueError: no observed site of the model has the shape of x.
+        ValueError: Without ``by_site``, the model observes a sum or another mixture of numbers of
+            x, observes a number of x twice, or does not observe all of x.
     """
     guide = model if guide is None else guide
     x, *covariates = _columns(model, guide, x, *covariates)
@@ -73,53 +114,43 @@ def generate(
         programs.parameter_store(model, guide),
         programs.evaluation_mode(model),
     ):
-        return mean_of_x(model, x, *covariates)
+        return mean_of_x(model, x, *covariates, by_site=by_site)
 
 
 def _columns(model: Program, guide: Program, x: Tensor, *covariates: Tensor) -> list[Tensor]:
     device = programs.device_of(model, guide)
     columns = [as_tensor(x, "x"), *(as_tensor(each, "a covariate") for each in covariates)]
-    return [column.to(device) for column in columns]
+    return [column.to(device).contiguous() for column in columns]
 
 
-def mean_of_x(model: Program, x: Tensor, *covariates: Tensor) -> Tensor:
+def mean_of_x(
+    model: Program, x: Tensor, *covariates: Tensor, by_site: bool = False
+) -> Tensor | dict[str, Tensor]:
     """Run a model without its observations; return the mean of what observed x, on the CPU.
 
+    Args:
+        model: program of p(x, z); its latents are drawn.
+        x: data ``(B, *event)``.
+        *covariates: further arguments of the program.
+        by_site: see :func:`generate`.
+
     Raises:
-        ValueError: no observed site has the shape of x.
+        ValueError: see :func:`generate`.
     """
-    trace = poutine.trace(Unobserve()(model)).get_trace(x, *covariates)
-    observed = [
-        site
-        for site in random_sites(trace)
-        if site["infer"].get("was_observed") and data_frame(site) is not None
-    ]
-    if x.dim() > 1:  # a site for each step of a sequence
-        step = x.shape[:1] + x.shape[2:]
-        if len(observed) == x.shape[1] and all(site["value"].shape == step for site in observed):
-            return torch.stack([_mean(site).expand(step) for site in observed], 1).cpu()
-    return _mean(_observed_site(observed, x)).expand(x.shape).cpu()
+    x = x.contiguous()
+    with Readings(x) as readings:
+        trace = trace_of(Unobserve()(model), x, *covariates)
+        found = [(site, mean_or_draw(site)) for site in drawn_observations(trace)]
+    return _gathered(x, found, readings, by_site)
 
 
-def _observed_site(observed: list[Site], x: Tensor) -> Site:
-    """Return the site, of those of an unconditioned model, that observed x or has its shape."""
-    alike = [site for site in observed if site["value"].shape[-x.dim() :] == x.shape]
-    for site in alike:
-        value = site["infer"].get("obs")
-        if isinstance(value, Tensor) and value.shape == x.shape and torch.equal(value, x):
-            return site
-    if alike:
-        return alike[0]
-    shapes = {site["name"]: tuple(site["value"].shape) for site in observed}
-    raise ValueError(
-        f"no observed site of the model has the shape of x, {tuple(x.shape)}: they are {shapes}"
-    )
-
-
-def _mean(site: Site) -> Tensor:
-    """Return the mean of a site's distribution; a sample where it has none."""
-    try:
-        mean = site["fn"].mean
-    except NotImplementedError:
-        return site["value"]
-    return site["value"] if mean.isnan().any() else mean
+def _gathered(
+    x: Tensor, found: list[tuple[Site, Tensor]], readings: Readings, by_site: bool
+) -> Tensor | dict[str, Tensor]:
+    """Return the means of sites by name, or in the layout of x."""
+    if by_site:
+        return {site["name"]: arranged(mean, site, None)[0].cpu() for site, mean in found}
+    layout = Layout(x)
+    for site, mean in found:
+        layout.add(site, mean, readings.places(site["infer"]["obs"]))
+    return layout.numbers()

@@ -20,7 +20,8 @@ class ELBO(Objective):
 
     The gradient is reparameterised. Guide sites without a reparameterised sample (discrete ones,
     say) get the score function estimator (Ranganath et al. 2014, eq. 3), each datum weighted by
-    its own bound. Global sites are accepted.
+    its own bound, less the baseline of the site where ``infer={"baseline": ...}`` asks for one.
+    Global sites are accepted.
 
     Args:
         num_particles: K.
@@ -42,9 +43,13 @@ class ELBO(Objective):
         >>> loss = svi.step(torch.bernoulli(torch.full((10, 16), 0.5)))  # nats, over the batch
     """
 
+    takes_baselines = True
+
     def bound(self, terms: Terms) -> Tensor:
         """Average the log-weights over the particles."""
-        return _with_score_function(terms).mean(0)
+        terms.require_no_baselines(type(self).__name__, terms.not_reparameterized)
+        bound = _with_score_function(terms).mean(0)
+        return self.less_baselines(bound, terms, terms.log_weight)
 
     def shared(self, terms: Terms) -> Tensor:
         """Average the log-weight of the global sites over the particles."""

@@ -208,7 +208,8 @@ class ScoreFunction(Objective):
         num_particles: K.
         baseline: b, which leaves the average as it is and lowers the variance. ``"others"``: the
             average log-weight of the datum's other particles (Kool et al. 2019), for K of at least
-            2; ``"average"``: of the last batches, decaying by a tenth with each; None.
+            2; ``"average"``: of the last batches, decaying by a tenth with each; None. Baselines
+            that guide sites ask for by ``infer={"baseline": ...}`` are subtracted besides.
         vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
 
     Raises:
@@ -217,6 +218,7 @@ class ScoreFunction(Objective):
     """
 
     hold_samples = True
+    takes_baselines = True
 
     def __init__(
         self,
@@ -239,7 +241,8 @@ class ScoreFunction(Objective):
         count = len(log_weight)
         signal = log_weight - self._baseline(log_weight)
         joint = torch.full_like(log_weight, 1 / count)
-        return log_weight.mean(0) + gradient(terms, joint=joint, guide=-signal / count)
+        bound = log_weight.mean(0) + gradient(terms, joint=joint, guide=-signal / count)
+        return self.less_baselines(bound, terms, signal)
 
     def _baseline(self, log_weight: Tensor) -> Tensor | float:
         if self.baseline == "others":

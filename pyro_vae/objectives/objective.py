@@ -35,19 +35,25 @@ class Objective(pyro.infer.ELBO):
 
     Attributes:
         hold_samples: whether the terms are taken at samples held fixed.
+        takes_baselines: whether it uses the baselines that sites of the guide ask for by
+            ``infer={"baseline": ...}``; others refuse them.
         step: how many steps of training the objective has led; schedules are functions of it. A
             second fit goes on counting: give it an objective of its own to begin anew.
+        averages: decaying averages, by guide site, of signals whose score has such a baseline. They
+            change with each gradient that is taken.
 
     Raises:
         ValueError: ``num_particles`` is less than one.
     """
 
     hold_samples = False
+    takes_baselines = False
 
     def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True):
         num_particles = positive_integer("num_particles", num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.step = torch.zeros(())
+        self.averages: dict[str, Tensor] = {}
         self._layout_of: tuple[Program, Program, dict[str, Any]] | None = None
 
     def __repr__(self) -> str:
@@ -92,6 +98,8 @@ class Objective(pyro.infer.ELBO):
         if t.enumerates:
             layout = {"plate_nesting": t.plate_nesting, "enumerates": True}
             self._layout_of = (model, guide, layout)
+        if not self.takes_baselines:
+            t.require_no_baselines(type(self).__name__)
         shared = self.shared(t)
         return -(t.scale * self.bound(t).sum() + shared) + t.loss_of_guide()
 
@@ -113,10 +121,32 @@ class Objective(pyro.infer.ELBO):
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(device))
+        self.averages = {name: value.to(device) for name, value in self.averages.items()}
 
     def advance(self) -> None:
         """Count a step of training; ``fit`` and ``loss_and_grads`` do."""
         self.step.add_(1)
+
+    def less_baselines(self, bound: Tensor, terms: Terms, signal: Tensor) -> Tensor:
+        """Return a bound whose score function gradient is less the baselines of the guide's sites.
+
+        The averages among them move on with each gradient, and stay as they are in evaluation.
+
+        Args:
+            bound: shape (B,).
+            terms: that it is of.
+            signal: what weights the score of each site, shape (K, B).
+        """
+        if not terms.baselines:
+            return bound
+        signal, before = signal.detach(), {}
+        for name, baseline in terms.baselines.items():
+            if baseline.decay is not None:
+                average = self.averages.setdefault(name, signal.new_zeros((), dtype=torch.float64))
+                before[name] = average.clone()
+                if torch.is_grad_enabled():
+                    average.lerp_(signal.mean().to(average), 1 - baseline.decay)
+        return bound + terms.less_baselines(signal, before)
 
     def _get_trace(self, model, guide, args, kwargs):
         raise TypeError(f"{type(self).__name__} reduces pyro_vae.terms; it takes no single trace")
