@@ -17,8 +17,10 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
+from pyro_vae.circular import maps_onto_angles
 from pyro_vae.enumeration import is_enumerated
-from pyro_vae.sites import DATA_PLATE, Site, data_frame, random_sites
+from pyro_vae.sites import DATA_PLATE, Site, cannot_score, data_frame, random_sites
+from pyro_vae.supports import support_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,21 @@ class LatentSite:
     def data_dim(self) -> int:
         """Which batch dimension is the data's, from the right."""
         return next(frame.dim for frame in self.plates if frame.name == DATA_PLATE)
+
+    @property
+    def num_inputs(self) -> int:
+        """How many numbers :meth:`inputs_of` makes of a data point's value."""
+        return self.shape.numel() * (2 if maps_onto_angles(self.bijection) else 1)
+
+    def inputs_of(self, value: Tensor, batch_size: int) -> Tensor:
+        """Return a value as inputs of a network, ``(*outer, B, num_inputs)``.
+
+        They are the unconstrained numbers; of angles, cosine and sine, which know no cut.
+        """
+        if not maps_onto_angles(self.bijection):
+            return self.to_rows(self.bijection.inv(value), batch_size, len(self.event_shape))
+        angles = self.to_rows(value, batch_size, len(self.event_shape))
+        return torch.cat([angles.cos(), angles.sin()], -1)
 
     def batch_dims(self, batch_size: int) -> torch.Size:
         """Sizes of the batch dimensions for a batch of B data."""
@@ -114,7 +131,8 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
         for a in (x, *covariates)
     ]
     plates = {site["name"]: site["cond_indep_stack"] for site in latents_of(model, *fewer)}
-    latents = latents_of(model, x, *covariates)
+    with torch.enable_grad():  # so that a support that is learned is known by its gradient
+        latents = _latents(model, x, *covariates)
     nesting = max(-f.dim for site in latents for f in site["cond_indep_stack"] if f.vectorized)
     return tuple(_describe(site, plates[site["name"]], nesting) for site in latents)
 
@@ -125,8 +143,23 @@ def latents_of(model: Callable[..., Any], *arguments: Any) -> list[Site]:
     Raises:
         ValueError: there is none.
     """
-    with torch.no_grad(), poutine.block():
-        sites = list(random_sites(poutine.trace(model).get_trace(*arguments)))
+    with torch.no_grad():
+        return _latents(model, *arguments)
+
+
+def _latents(model: Callable[..., Any], *arguments: Any) -> list[Site]:
+    tracer = poutine.trace(model)
+    try:
+        with poutine.block():
+            sites = list(random_sites(tracer.get_trace(*arguments)))
+    except NotImplementedError as error:  # of a distribution that cannot be drawn, or expanded
+        seen = [name for name, node in tracer.trace.nodes.items() if node["type"] == "sample"]
+        reason = str(error).split("Trace Shapes:")[0].strip()  # Pyro appends its whole trace
+        raise ValueError(
+            "the model must be run by itself to make a guide, and its distribution at the site "
+            f"after {seen} cannot be: NotImplementedError {reason}. Take a distribution that can "
+            "be drawn from and expanded in a plate."
+        ) from error
     latents = [
         site
         for site in sites
@@ -151,15 +184,7 @@ def _describe(site: Site, plates: tuple[CondIndepStackFrame, ...], nesting: int)
                 f"subsamples {frame.size} of {frame.full_size}: an amortized guide needs all of a "
                 "datum's latents. Write its guide yourself."
             )
-    try:
-        support = constant_over_data(fn.support, data_dim - fn.event_dim, site["name"])
-        bijection = biject_to(support)
-    except NotImplementedError:
-        raise ValueError(
-            f"latent site {site['name']!r} has the support {fn.support}, onto which nothing maps "
-            "the reals: a continuous guide cannot sample it. Write its guide yourself, or sum it "
-            "out of the model."
-        ) from None
+    bijection = _bijection_of(site, data_dim - fn.event_dim)
     batch_shape = list(fn.batch_shape)
     del batch_shape[data_dim]
     return LatentSite(
@@ -173,6 +198,41 @@ def _describe(site: Site, plates: tuple[CondIndepStackFrame, ...], nesting: int)
     )
 
 
+def _bijection_of(site: Site, axis: int) -> Transform:
+    """Return a bijection from the reals onto the support of a site."""
+    name, fn = site["name"], site["fn"]
+    try:
+        support = support_of(fn)
+    except ValueError as error:
+        raise ValueError(
+            f"no guide can be made for latent site {name!r}, {type(fn).__name__}: {error}."
+        ) from error
+    try:
+        bijection = biject_to(constant_over_data(support, axis, name))
+    except NotImplementedError:
+        raise ValueError(
+            f"latent site {name!r} has the support {support}, onto which nothing maps "
+            "the reals: a continuous guide cannot sample it. Write its guide yourself, or sum it "
+            "out of the model."
+        ) from None
+    if 0 in fn.event_shape:
+        raise ValueError(
+            f"latent site {name!r} has the event shape {tuple(fn.event_shape)}, without a number "
+            "to sample. Observe it, or leave it out."
+        )
+    _require_score(site)
+    return bijection
+
+
+def _require_score(site: Site) -> None:
+    """Refuse a distribution that cannot score a value that it did not draw itself."""
+    try:
+        with torch.no_grad():
+            site["fn"].log_prob(site["value"].detach().clone())
+    except (AssertionError, KeyError, NotImplementedError) as error:
+        raise ValueError(cannot_score(site, error)) from error
+
+
 def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
     """Return a support whose bounds have one row, for they must hold for batches of any size.
 
@@ -182,13 +242,15 @@ def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
         name: of the site, for the message.
 
     Raises:
-        ValueError: the bounds differ from datum to datum.
+        ValueError: The bounds differ from data point to data point, or have a gradient to
+            parameters of the model.
     """
     support = copy.copy(support)
     for attribute, value in vars(support).items():
         if isinstance(value, Constraint):
             setattr(support, attribute, constant_over_data(value, axis, name))
         elif isinstance(value, Tensor) and (value == value.flatten()[0]).all():
+            _require_fixed(value, name)
             setattr(support, attribute, value.flatten()[0].item())
         elif isinstance(value, Tensor) and value.dim() >= -axis:
             row = value.narrow(axis, 0, 1)
@@ -197,9 +259,19 @@ def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
                     f"the support of latent site {name!r} differs from datum to datum: an "
                     "amortized guide needs one for all. Scale the latent inside the model instead."
                 )
+            _require_fixed(row, name)
             # Without a dimension that would count as one of the event, where it is the first.
             setattr(support, attribute, row.squeeze(axis) if axis == -row.dim() else row)
     return support
+
+
+def _require_fixed(bound: Tensor, name: str) -> None:
+    if bound.requires_grad:
+        raise ValueError(
+            f"the support of latent site {name!r} has a bound that depends on parameters, so that "
+            "it would move in training and the guide would not. Fix the bound, or scale the "
+            "latent inside the model instead."
+        )
 
 
 def surroundings(

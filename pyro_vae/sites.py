@@ -162,10 +162,10 @@ def values_outside_support(site: Site, values: Tensor) -> str | None:
         site: node of a trace.
         values: ``(N, *event)``; nothing is said of values that do not fit the site's shape.
     """
-    support = site["fn"].support
     try:
+        support = site["fn"].support
         inside = support.check(values)
-    except (RuntimeError, ValueError):
+    except (NotImplementedError, RuntimeError, ValueError):  # it states none, or they do not fit
         return None
     inside = inside.flatten(1).all(1) if inside.dim() > 1 else inside
     if inside.all():
@@ -186,6 +186,24 @@ def values_outside_support(site: Site, values: Tensor) -> str | None:
         f"where they lie in [{low:g}, {high:g}]: binarise or rescale them, or choose another "
         "distribution"
     )
+
+
+def cannot_score(site: Site, error: Exception) -> str:
+    """Say that the distribution of a site cannot score a value that it did not draw itself."""
+    each = base_distribution(site["fn"])
+    parts = [type(part).__name__ for part in (each, *getattr(each, "transforms", ()))]
+    return (
+        f"site {site['name']!r} has the distribution {' of '.join(parts)}, which cannot score a "
+        f"value that it did not draw itself: {type(error).__name__} {error}. Take a distribution "
+        "with a log_prob; in place of a flow without an inverse, one of pyro_vae.flows"
+    )
+
+
+def is_discrete(distribution: Any) -> bool:
+    """Tell whether a distribution states a discrete support."""
+    with contextlib.suppress(NotImplementedError):
+        return distribution.support.is_discrete
+    return False
 
 
 def is_real(constraint: Constraint) -> bool:
