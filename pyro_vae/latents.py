@@ -131,10 +131,12 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
         for a in (x, *covariates)
     ]
     plates = {site["name"]: site["cond_indep_stack"] for site in latents_of(model, *fewer)}
-    with torch.enable_grad():  # so that a support that is learned is known by its gradient
-        latents = _latents(model, x, *covariates)
+    latents = latents_of(model, x, *covariates)
     nesting = max(-f.dim for site in latents for f in site["cond_indep_stack"] if f.vectorized)
-    return tuple(_describe(site, plates[site["name"]], nesting) for site in latents)
+    described = tuple(_describe(site, plates[site["name"]], nesting) for site in latents)
+    if any(next(_bounds(support_of(site["fn"])), None) is not None for site in latents):
+        _require_fixed_bounds(model, x, *covariates)
+    return described
 
 
 def latents_of(model: Callable[..., Any], *arguments: Any) -> list[Site]:
@@ -242,15 +244,13 @@ def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
         name: of the site, for the message.
 
     Raises:
-        ValueError: The bounds differ from data point to data point, or have a gradient to
-            parameters of the model.
+        ValueError: The bounds differ from data point to data point.
     """
     support = copy.copy(support)
     for attribute, value in vars(support).items():
         if isinstance(value, Constraint):
             setattr(support, attribute, constant_over_data(value, axis, name))
         elif isinstance(value, Tensor) and (value == value.flatten()[0]).all():
-            _require_fixed(value, name)
             setattr(support, attribute, value.flatten()[0].item())
         elif isinstance(value, Tensor) and value.dim() >= -axis:
             row = value.narrow(axis, 0, 1)
@@ -259,19 +259,31 @@ def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
                     f"the support of latent site {name!r} differs from datum to datum: an "
                     "amortized guide needs one for all. Scale the latent inside the model instead."
                 )
-            _require_fixed(row, name)
             # Without a dimension that would count as one of the event, where it is the first.
             setattr(support, attribute, row.squeeze(axis) if axis == -row.dim() else row)
     return support
 
 
-def _require_fixed(bound: Tensor, name: str) -> None:
-    if bound.requires_grad:
-        raise ValueError(
-            f"the support of latent site {name!r} has a bound that depends on parameters, so that "
-            "it would move in training and the guide would not. Fix the bound, or scale the "
-            "latent inside the model instead."
-        )
+def _bounds(support: Constraint) -> Iterator[Tensor]:
+    """Yield the bounds of a support that are tensors."""
+    for value in vars(support).values():
+        if isinstance(value, Constraint):
+            yield from _bounds(value)
+        elif isinstance(value, Tensor):
+            yield value
+
+
+def _require_fixed_bounds(model: Callable[..., Any], *arguments: Any) -> None:
+    """Refuse a support that depends on parameters: it would move, and the guide would not."""
+    with torch.random.fork_rng(), torch.enable_grad():
+        sites = _latents(model, *arguments)
+    for site in sites:
+        if any(bound.requires_grad for bound in _bounds(support_of(site["fn"]))):
+            raise ValueError(
+                f"the support of latent site {site['name']!r} has a bound that depends on "
+                "parameters, so that it would move in training and the guide would not. Fix the "
+                "bound, or scale the latent inside the model instead."
+            )
 
 
 def surroundings(

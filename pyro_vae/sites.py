@@ -13,8 +13,10 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Independent, constraints, kl_divergence
+from torch.distributions import Independent, constraints
 from torch.distributions.constraints import Constraint
+
+from pyro_vae.closed_forms import known_kl
 
 Site = dict[str, Any]  # a node of pyro.poutine.Trace
 
@@ -148,11 +150,10 @@ def closed_form_kl(guide_site: Site, model_site: Site) -> Tensor | None:
     scale = own_scale(guide_site)
     if guide_site["mask"] is not model_site["mask"] or not _same(scale, own_scale(model_site)):
         return None  # scaled or masked on one side alone
-    with contextlib.suppress(NotImplementedError):
-        kl = kl_divergence(q, p)
-        if kl.shape == q.batch_shape:
-            return scale_and_mask(kl, scale, guide_site["mask"])
-    return None
+    kl = known_kl(q, p)
+    if kl is None or kl.shape != q.batch_shape:
+        return None
+    return scale_and_mask(kl, scale, guide_site["mask"])
 
 
 def values_outside_support(site: Site, values: Tensor) -> str | None:
