@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch.distributions.transforms import Transform
 
 from pyro_vae.circular import maps_onto_angles
 from pyro_vae.enumeration import is_enumerated
-from pyro_vae.sites import DATA_PLATE, Site, cannot_score, data_frame, random_sites
+from pyro_vae.sites import DATA_PLATE, Site, cannot_score, data_frame, is_real, random_sites
 from pyro_vae.supports import support_of
 
 
@@ -222,17 +223,29 @@ def _bijection_of(site: Site, axis: int) -> Transform:
             f"latent site {name!r} has the event shape {tuple(fn.event_shape)}, without a number "
             "to sample. Observe it, or leave it out."
         )
-    _require_score(site)
+    _require_score(site, support)
     return bijection
 
 
-def _require_score(site: Site) -> None:
-    """Refuse a distribution that cannot score a value that it did not draw itself."""
+def _require_score(site: Site, support: Constraint) -> None:
+    """Refuse a distribution that cannot score a value, or that scores angles on the real line."""
+    fn, value = site["fn"], site["value"].detach().clone()
     try:
         with torch.no_grad():
-            site["fn"].log_prob(site["value"].detach().clone())
+            log_prob = fn.log_prob(value)
+            if not is_real(support):
+                return
+            turned, moved = (fn.log_prob(value + by) for by in (2 * math.pi, 1.0))
     except (AssertionError, KeyError, NotImplementedError) as error:
         raise ValueError(cannot_score(site, error)) from error
+    periodic = torch.allclose(turned, log_prob, rtol=1e-5, atol=1e-5)
+    if periodic and not torch.allclose(moved, log_prob, rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"latent site {site['name']!r} has a density on the real line that repeats itself "
+            "every 2 pi, as of an angle: it has no integral there. Give the class of its "
+            "distribution `support = pyro_vae.circular.circle`, or "
+            "constraints.independent(circle, n) for n event dimensions."
+        )
 
 
 def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:

@@ -29,8 +29,6 @@ _TRANSFORMED = torch_distributions.TransformedDistribution
 _STATED = inspect.getattr_static(_TRANSFORMED, "support")
 _OPEN_ABOVE = (constraints.greater_than, constraints.greater_than_eq)
 _BETWEEN = (constraints.interval, constraints.half_open_interval)
-# Codomains that a transform states wrongly.
-_CODOMAINS = {ELUTransform: constraints.greater_than(-1.0)}
 
 
 def support_of(fn: Any) -> Constraint:
@@ -152,19 +150,21 @@ def image(support: Constraint, transform: Transform) -> Constraint:
         return support
     if not transform.bijective:
         raise ValueError(f"{name} is not one to one, so that values have no density")
+    if isinstance(transform, ELUTransform):
+        raise ValueError("ELUTransform states positive values, but gives those from -1 on")
     scalar, scalar_support = _scalar(transform), _scalar_support(support)
     if scalar is not None and scalar_support is not None:
         return _independent(_scalar_image(scalar_support, scalar), support.event_dim)
     if _fills(support, transform.domain):
         extra = support.event_dim - transform.domain.event_dim
-        return _independent(_codomain(transform), max(0, extra))
+        return _independent(transform.codomain, max(0, extra))
     bounds = _bounds(scalar_support) if scalar_support is not None else None
     if isinstance(transform, transforms.ReshapeTransform) and bounds is not None:
         if not any(isinstance(bound, Tensor) and bound.dim() for bound in bounds):
             extra = support.event_dim - len(transform.in_shape)
             return _independent(scalar_support, max(0, extra) + len(transform.out_shape))
     raise ValueError(
-        f"{name} maps its whole domain, {transform.domain}, onto {_codomain(transform)}, but the "
+        f"{name} maps its whole domain, {transform.domain}, onto {transform.codomain}, but the "
         f"values before it are those of {support} alone, whose image has no name here. Sample the "
         "values before the transform at a site, and apply the transform in the model"
     )
@@ -180,7 +180,7 @@ def _scalar(transform: Transform) -> Transform | None:
 
 def _scalar_image(support: Constraint, transform: Transform) -> Constraint:
     inside, outside = _bounds(support), _bounds(_scalar_support(transform.domain))
-    codomain = _bounds(_scalar_support(_codomain(transform)))
+    codomain = _bounds(_scalar_support(transform.codomain))
     if inside is None or outside is None or codomain is None:
         raise ValueError(f"the image of {support} under {type(transform).__name__} has no name")
     (lower, upper), (least, most), (first, last) = (
@@ -225,10 +225,6 @@ def _fills(support: Constraint, domain: Constraint) -> bool:
     while isinstance(domain, constraints.independent):
         domain = domain.base_constraint
     return type(support) is type(domain) and not vars(support)
-
-
-def _codomain(transform: Transform) -> Constraint:
-    return _CODOMAINS.get(type(transform), transform.codomain)
 
 
 def _scalar_support(support: Constraint) -> Constraint | None:
