@@ -28,11 +28,10 @@ def mean(logits: Tensor) -> Tensor:
     r"""Return the mean, :math:`1 / (1 - e^{-l}) - 1 / l`."""
     size = logits.abs()
     square = size.clamp(max=1.0).square()
-    near = 0.5 - size * (1 / 12 - square * (1 / 720 - square / 30240))
+    near = 0.5 + logits * (1 / 12 - square * (1 / 720 - square / 30240))
     safe = size.clamp(min=_NEAR_ZERO)
-    far = 1 / safe - 1 / torch.expm1(safe)
-    below = torch.where(size < _NEAR_ZERO, near, far)
-    return torch.where(logits < 0, below, 1 - below)
+    below = 1 / safe - 1 / torch.expm1(safe)  # of the negative logit of this size
+    return torch.where(size < _NEAR_ZERO, near, torch.where(logits < 0, below, 1 - below))
 
 
 def variance(logits: Tensor) -> Tensor:
