@@ -7,7 +7,6 @@ the whole real line does not integrate, so values here lie in :math:`[-\pi, \pi]
 from __future__ import annotations
 
 import math
-from numbers import Number
 
 import torch
 from pyro.distributions import constraints
@@ -119,9 +118,7 @@ class WrappedNormal(TorchDistribution):
         self, loc: Tensor | float, scale: Tensor | float, validate_args: bool | None = None
     ):
         self.loc, self.scale = broadcast_all(loc, scale)
-        both_numbers = isinstance(loc, Number) and isinstance(scale, Number)
-        shape = torch.Size() if both_numbers else self.loc.shape
-        super().__init__(shape, validate_args=validate_args)
+        super().__init__(self.loc.shape, validate_args=validate_args)
 
     def expand(self, batch_shape, _instance=None) -> WrappedNormal:
         """Return the distribution with a larger batch shape."""

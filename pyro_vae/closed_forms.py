@@ -16,7 +16,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
-from torch import distributions as D  # noqa: N812 - one letter, for the tables
+from torch import distributions as D
 from torch.distributions import kl as registry
 from torch.distributions import kl_divergence
 from torch.distributions.transforms import Transform, _InverseTransform
@@ -134,8 +134,9 @@ def _in_float64(formula: Callable, of_q: type, of_p: type, q: Any, p: Any) -> Te
 def _of_independent(q: Any, p: Any) -> Tensor | None:
     shared = min(q.reinterpreted_batch_ndims, p.reinterpreted_batch_ndims)
     q, p = (
-        each.base_dist.to_event(rest) if (rest := each.reinterpreted_batch_ndims - shared) else
-        each.base_dist
+        each.base_dist.to_event(rest)
+        if (rest := each.reinterpreted_batch_ndims - shared)
+        else each.base_dist
         for each in (q, p)
     )
     kl = known_kl(q, p)

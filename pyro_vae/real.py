@@ -61,7 +61,9 @@ class StudentT(dist.StudentT):
         half = self.df / 2
         standard = (value - self.loc) / self.scale
         log_kernel = -(half + 0.5) * torch.log1p(standard.square() / self.df)
-        return log_kernel + _log_half_step(half) - 0.5 * (math.pi * self.df).log() - self.scale.log()
+        return (
+            log_kernel + _log_half_step(half) - 0.5 * (math.pi * self.df).log() - self.scale.log()
+        )
 
 
 def _log_half_step(x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ on too wide a support has no density that the model could be compared with.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from typing import Any
 
@@ -26,7 +25,14 @@ from torch.distributions.transforms import Transform
 from pyro_vae.circular import circle
 
 _TRANSFORMED = torch_distributions.TransformedDistribution
-_STATED = inspect.getattr_static(_TRANSFORMED, "support")
+_STATED = _TRANSFORMED.support  # as a class that says nothing else has it
+_NO_DENSITY = {
+    dist.Delta: "it has one value. Write pyro.deterministic in place of pyro.sample",
+    dist.Empirical: "its values are a finite set. Enumerate their numbers instead",
+    dist.ZeroInflatedDistribution: (
+        "zero has a probability of its own. Sample its gate and its value at two sites"
+    ),
+}
 _OPEN_ABOVE = (constraints.greater_than, constraints.greater_than_eq)
 _BETWEEN = (constraints.interval, constraints.half_open_interval)
 
@@ -86,18 +92,10 @@ def _stated(fn: Any) -> Constraint:
 
 
 def _require_density(fn: Any) -> None:
-    """Refuse distributions with a real support that have mass at points, or none at half of it."""
-    if isinstance(fn, dist.Delta):
-        raise ValueError(
-            "Delta has no density but a point: write pyro.deterministic in place of pyro.sample"
-        )
-    if isinstance(fn, dist.Empirical):
-        raise ValueError("Empirical has no density: its values are a finite set")
-    if isinstance(fn, dist.ZeroInflatedDistribution) and not fn.support.is_discrete:
-        raise ValueError(
-            "ZeroInflatedDistribution of a continuous distribution has no density: zero has a "
-            "probability of its own. Sample its gate and its value at two sites"
-        )
+    """Refuse a continuous support where there is mass at points, or none on one side."""
+    reason = next((why for cls, why in _NO_DENSITY.items() if isinstance(fn, cls)), None)
+    if reason is not None and not fn.support.is_discrete:
+        raise ValueError(f"{type(fn).__name__} has no density: {reason}")
     if isinstance(fn, dist.Stable) and ((fn.stability < 1) & (fn.skew.abs() == 1)).any():
         raise ValueError(
             "Stable with a stability below 1 and a skew of -1 or 1 has a density on one side of "
@@ -148,21 +146,25 @@ def image(support: Constraint, transform: Transform) -> Constraint:
         for part in transform.parts:
             support = image(support, part)
         return support
-    if not transform.bijective:
-        raise ValueError(f"{name} is not one to one, so that values have no density")
-    if isinstance(transform, ELUTransform):
-        raise ValueError("ELUTransform states positive values, but gives those from -1 on")
+    misstated = isinstance(transform, ELUTransform)
+    if misstated or not transform.bijective:
+        reason = (
+            "states positive values, but gives those from -1 on"
+            if misstated
+            else ("is not one to one, so that its values have no density")
+        )
+        raise ValueError(f"{name} {reason}")
     scalar, scalar_support = _scalar(transform), _scalar_support(support)
     if scalar is not None and scalar_support is not None:
         return _independent(_scalar_image(scalar_support, scalar), support.event_dim)
     if _fills(support, transform.domain):
         extra = support.event_dim - transform.domain.event_dim
         return _independent(transform.codomain, max(0, extra))
-    bounds = _bounds(scalar_support) if scalar_support is not None else None
-    if isinstance(transform, transforms.ReshapeTransform) and bounds is not None:
-        if not any(isinstance(bound, Tensor) and bound.dim() for bound in bounds):
-            extra = support.event_dim - len(transform.in_shape)
-            return _independent(scalar_support, max(0, extra) + len(transform.out_shape))
+    bounds = _bounds(scalar_support)
+    alike = bounds is not None and not any(isinstance(b, Tensor) and b.dim() for b in bounds)
+    if alike and isinstance(transform, transforms.ReshapeTransform):
+        extra = support.event_dim - len(transform.in_shape)
+        return _independent(scalar_support, max(0, extra) + len(transform.out_shape))
     raise ValueError(
         f"{name} maps its whole domain, {transform.domain}, onto {transform.codomain}, but the "
         f"values before it are those of {support} alone, whose image has no name here. Sample the "

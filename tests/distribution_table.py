@@ -5,9 +5,9 @@ import math
 
 import pyro.distributions as dist
 import torch
-from torch import distributions as D  # noqa: N812
+from torch import distributions as D
 from torch.distributions import constraints
-from torch.distributions import transforms as T  # noqa: N812
+from torch.distributions import transforms as T
 
 ABSTRACT = {"Distribution", "ExponentialFamily", "TorchDistribution"}
 t, ones, zeros = torch.tensor, torch.ones, torch.zeros
@@ -150,7 +150,7 @@ REFUSED = {
     "CoalescentTimes": (lambda: dist.CoalescentTimes(t([0.0, 0.0, 1.0])), _NO_MAP),
     "CoalescentTimesWithRate": (
         lambda: dist.CoalescentTimesWithRate(t([0.0, 0.0, 1.0]), ones(4)), NOT_RUN),
-    "Delta": (lambda: dist.Delta(t(1.0)), "no density but a point"),
+    "Delta": (lambda: dist.Delta(t(1.0)), "it has one value"),
     "DirichletMultinomial": (lambda: dist.DirichletMultinomial(ones(3), 4), _NO_MAP),
     "Empirical": (lambda: dist.Empirical(zeros(5), zeros(5)), "a finite set"),
     "ExtendedBetaBinomial": (lambda: dist.ExtendedBetaBinomial(2.0, 3.0, 5), _NO_MAP),

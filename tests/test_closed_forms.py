@@ -11,9 +11,9 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
-from torch import distributions as D  # noqa: N812
+from torch import distributions as D
 from torch.distributions import kl as registry
-from torch.distributions import transforms as T  # noqa: N812
+from torch.distributions import transforms as T
 
 import pyro_vae as pv
 from pyro_vae import closed_forms
@@ -137,9 +137,7 @@ WRAPPERS = {D.Independent, D.TransformedDistribution, dist.MaskedDistribution}
 
 def known_pairs():
     registered = {*registry._KL_REGISTRY, (D.HalfCauchy,) * 2, (D.InverseGamma,) * 2}
-    return [
-        (q, p) for q, p in registered if q in SCALARS and p in SCALARS
-    ]
+    return [(q, p) for q, p in registered if q in SCALARS and p in SCALARS]
 
 
 @pytest.mark.parametrize("pair", known_pairs(), ids=lambda pair: "-".join(c.__name__ for c in pair))
@@ -186,9 +184,7 @@ def test_a_closed_form_of_counts_is_the_sum(cls, dtype):
 
 def _of_two(q, p):
     log = scipy.special.log_expit
-    return sum(
-        math.exp(log(sign * q)) * (log(sign * q) - log(sign * p)) for sign in (-1, 1)
-    )
+    return sum(math.exp(log(sign * q)) * (log(sign * q) - log(sign * p)) for sign in (-1, 1))
 
 
 def test_probabilities_of_zero_and_one():
@@ -198,9 +194,7 @@ def test_probabilities_of_zero_and_one():
     for dtype in (torch.float32, torch.float64):
         one, two = (dist.Bernoulli(v.to(dtype)) for v in (probs, other))
         torch.testing.assert_close(known_kl(one, two), torch.tensor(wanted, dtype=dtype))
-        one, two = (
-            dist.Categorical(torch.stack([v, 1 - v], -1).to(dtype)) for v in (probs, other)
-        )
+        one, two = (dist.Categorical(torch.stack([v, 1 - v], -1).to(dtype)) for v in (probs, other))
         torch.testing.assert_close(known_kl(one, two), torch.tensor(wanted, dtype=dtype))
 
 
@@ -241,7 +235,9 @@ def test_gaussians_of_several_dimensions():
         inverse, difference = wide[1].precision_matrix, wide[0].mean - wide[1].mean
         product = inverse @ wide[0].covariance_matrix
         truth = product.diagonal(dim1=-2, dim2=-1).sum(-1) - 3 - product.logdet()
-        truth = (truth + (difference.unsqueeze(-2) @ inverse @ difference.unsqueeze(-1))[:, 0, 0]) / 2
+        truth = (
+            truth + (difference.unsqueeze(-2) @ inverse @ difference.unsqueeze(-1))[:, 0, 0]
+        ) / 2
         found = known_kl(q, p)
         if found is not None:
             torch.testing.assert_close(found, truth)

@@ -13,7 +13,6 @@ from pyro_vae.positive import LEAST
 L = pv.likelihoods
 
 
-
 class Fixed(nn.Module):
     """A decoder that gives the same numbers for any z."""
 
@@ -26,7 +25,9 @@ class Fixed(nn.Module):
 
 
 def log_softplus(raw):
-    return mpmath.log(mpmath.log1p(mpmath.exp(raw + mpmath.log(mpmath.expm1(1)))) + mpmath.mpf(LEAST))
+    return mpmath.log(
+        mpmath.log1p(mpmath.exp(raw + mpmath.log(mpmath.expm1(1)))) + mpmath.mpf(LEAST)
+    )
 
 
 def mp_negative_binomial(raw, dispersion, x):

@@ -118,7 +118,7 @@ def _fit_generalized_pareto(excess: Tensor) -> Tensor:
 
 
 def _fit_far_tail(log_excess: Tensor) -> Tensor:
-    """Fit k as :func:`_fit_generalized_pareto` does, where most excesses are zero beside the largest.
+    """Fit k as :func:`_fit_generalized_pareto` does, where small excesses are zero beside the last.
 
     There b is -exp(v) for a v that is large, up to 1 over the largest excess, which is nothing.
     """
