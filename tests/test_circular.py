@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from capturing import check_same, needs_compiler
 from oracles import assert_within
 from pyro import poutine
 from torch.distributions import biject_to
@@ -16,7 +17,7 @@ from pyro_vae import flows, guides, mappings, objectives
 from pyro_vae.circular import CircleTransform, WrappedNormal, circle
 from pyro_vae.evaluation.scoring import guide_log_prob
 
-SCALES = [1e-3, 0.1, 0.5, 1.0, 1.79, 1.8, 1.81, 2.5, 5.0, 100.0]
+SCALES = [1e-3, 0.1, 1.0, 1.79, 1.81, 5.0, 100.0]
 
 
 def grid(count=4000, dtype=torch.float64):
@@ -26,7 +27,7 @@ def grid(count=4000, dtype=torch.float64):
 
 
 def sum_over_windings(value, loc, scale):
-    turns = 2 * math.pi * torch.arange(-400, 401, dtype=torch.float64)
+    turns = 2 * math.pi * torch.arange(-120, 121, dtype=torch.float64)
     return dist.Normal(loc, scale).log_prob(value.unsqueeze(-1) + turns).logsumexp(-1)
 
 
@@ -140,7 +141,7 @@ def test_the_evidence_of_any_guide_is_that_of_quadrature(name):
     if name in CUT:  # what is cut has weights of finite variance where the prior is low at the cut
         model, x = Angles(prior=6.0), 0.5 * torch.randn(40, 1)
     guide = GUIDES[name](model, x)
-    evidence = pv.evidence(model, guide, x, num_particles=4000, seed=0)
+    evidence = pv.evidence(model, guide, x, num_particles=1000, seed=0, capture=False)
     exact = model.log_evidence(x)
     assert_within(evidence.values.mean().item(), exact.mean().item(),
                   evidence.monte_carlo_errors.square().sum().sqrt().item() / len(x))  # fmt: skip
@@ -151,7 +152,7 @@ def test_an_elbo_stays_below_the_evidence_and_comes_near():
     model, x = Angles(likelihood=3.0), astride(50)
     guide = guides.AmortizedNormal(model, pv.nets.MLP(1, [32]))
     elbo = objectives.ELBO(5)
-    options = {"epochs": 150, "batch_size": 50, "learning_rate": 0.05, "seed": 0}
+    options = {"epochs": 90, "batch_size": 50, "learning_rate": 0.05, "seed": 0}
     pv.fit(model, guide, x, objective=elbo, **options, progress=False, capture=False)
     with torch.no_grad():
         t = pv.terms(model, guide, x, num_particles=2000)
@@ -239,6 +240,15 @@ def test_angles_beside_other_latents(make, tmp_path):
     assert torch.equal(*scores)
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_captured_steps_are_eager_steps():
+    def make():
+        return two_latents, guides.AmortizedNormal(two_latents, ENCODER())
+
+    check_same(make, torch.randn(30, 1), objective=objectives.ELBO(2))
+
+
 def test_the_networks_of_a_chain_see_no_cut():
     torch.manual_seed(0)
     x = torch.randn(4, 1)
@@ -263,7 +273,7 @@ def test_a_chain_of_angles():
     torch.manual_seed(0)
     x = dist.VonMises(3.0, 2.0).sample((20, 3))
     guide = guides.SequenceGuide(model, recurrent=8, hidden=[8])
-    evidence = pv.evidence(model, guide, x, num_particles=20_000, seed=0)
+    evidence = pv.evidence(model, guide, x, num_particles=5000, seed=0, capture=False)
     angles, weight = grid(200)
     step = dist.VonMises(angles, 0.5).log_prob(angles.unsqueeze(-1))  # to, from
     seen = dist.VonMises(angles, 0.7).log_prob(x.double().unsqueeze(-1))  # (data, step, to)
@@ -287,14 +297,15 @@ def test_what_else_takes_a_pair():
         objectives.DReG(4),
         objectives.ReweightedWakeSleep(4),
     ):
-        fit = pv.fit(model, guide, x, objective=objective, epochs=2, batch_size=10, progress=False)
+        fit = pv.fit(model, guide, x, objective=objective, epochs=1, batch_size=15, progress=False)
         assert math.isfinite(fit.history.loss.iloc[-1])
     t = pv.terms(model, guide, x, num_particles=3)
     torch.testing.assert_close(t.kl, t.kl_of_dimensions()["z"])
     torch.testing.assert_close(t.kl, t.log_guide - t.log_prior)
-    ais = pv.AIS(num_temperatures=30, num_chains=20, step_size=0.5)
+    ais = pv.AIS(num_temperatures=25, num_chains=30, step_size=0.5)
     annealed = pv.evidence(model, guide, x[:4], method=ais, seed=0)
-    torch.testing.assert_close(annealed.values, model.log_evidence(x[:4]), atol=0.2, rtol=0)
+    distance = (annealed.values - model.log_evidence(x[:4])).abs()
+    assert (distance < 5 * annealed.monte_carlo_errors + 0.02).all()
     surgery = pv.elbo_surgery(model, guide, x, seed=0)
     rate, marginal_kl = rate_and_marginal_kl(model, guide, x)
     assert surgery.rate == pytest.approx(rate, abs=0.3)

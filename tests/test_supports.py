@@ -48,9 +48,9 @@ def points(dim):
     """Numbers on R^dim and the logarithms of their weights: a grid, or draws of a wide density."""
     if dim > 2:
         proposal = dist.StudentT(2.0, torch.zeros(dim), 1.5).to_event(1)
-        u = proposal.sample((200_000,))
+        u = proposal.sample((40_000,))
         return u, -proposal.log_prob(u) - math.log(len(u))
-    s = torch.linspace(-12.0, 12.0, 4001 if dim == 1 else 301)
+    s = torch.linspace(-11.0, 11.0, 2001 if dim == 1 else 161)
     axis, weight = s.sinh() / 8, (s.cosh() / 8 * (s[1] - s[0])).log()
     u = torch.cartesian_prod(*[axis] * dim).reshape(-1, dim)
     return u, torch.cartesian_prod(*[weight] * dim).reshape(-1, dim).sum(-1)
@@ -103,6 +103,7 @@ def test_a_density_and_its_guide_live_on_the_true_support(name):
     assert isinstance(wound, WrappedNormal) is (name in ANGLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, make in table.GUIDED.items() if not make().event_shape])
 def test_several_numbers_of_a_distribution(name):
     make = table.GUIDED[name]
