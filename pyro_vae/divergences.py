@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 from pyro.distributions import Delta
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal
 
+from pyro_vae.closed_forms import known_kl
 from pyro_vae.sites import base_distribution, closed_form_kl, mask_of
 from pyro_vae.traces import Factor, PairTrace
 
@@ -62,9 +62,9 @@ def kl_of_dimensions(run: PairTrace) -> dict[str, Tensor]:
             each, of_model = _each_dimension(run, q), _each_dimension(run, p)
             value = q.site["value"]
             difference = each.log_prob(value) - of_model.log_prob(value)
-            if _in_order(run):
-                with contextlib.suppress(NotImplementedError):
-                    difference = kl_divergence(each, of_model)
+            known = known_kl(each, of_model) if _in_order(run) else None
+            if known is not None:
+                difference = known
             found[name] = run.arranged(difference, q.site)
     return found
 

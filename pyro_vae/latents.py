@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,17 +18,21 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
+from pyro_vae.circular import maps_onto_angles
 from pyro_vae.enumeration import is_enumerated
-from pyro_vae.runs import plate_of_guide, trace_of
+from pyro_vae.runs import plate_of_guide
 from pyro_vae.seeding import restored_generators
 from pyro_vae.sites import (
     DATA_PLATE,
     Site,
+    cannot_score,
     data_frame,
+    is_real,
     mask_of,
     mask_of_events,
     random_sites,
 )
+from pyro_vae.supports import support_of
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,21 @@ class LatentSite:
     def data_dim(self) -> int:
         """Which batch dimension is the data's, from the right."""
         return next(frame.dim for frame in self.plates if frame.name == DATA_PLATE)
+
+    @property
+    def num_inputs(self) -> int:
+        """How many numbers :meth:`inputs_of` makes of a data point's value."""
+        return self.shape.numel() * (2 if maps_onto_angles(self.bijection) else 1)
+
+    def inputs_of(self, value: Tensor, batch_size: int) -> Tensor:
+        """Return a value as inputs of a network, ``(*outer, B, num_inputs)``.
+
+        They are the unconstrained numbers; of angles, cosine and sine, which know no cut.
+        """
+        if not maps_onto_angles(self.bijection):
+            return self.to_rows(self.bijection.inv(value), batch_size, len(self.event_shape))
+        angles = self.to_rows(value, batch_size, len(self.event_shape))
+        return torch.cat([angles.cos(), angles.sin()], -1)
 
     def batch_dims(self, batch_size: int) -> torch.Size:
         """Sizes of the batch dimensions for a batch of B data."""
@@ -130,7 +150,10 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
             fewer_latents = latents
     plates = {site["name"]: site["cond_indep_stack"] for site in fewer_latents}
     nesting = max(-f.dim for site in latents for f in site["cond_indep_stack"] if f.vectorized)
-    return tuple(_describe(site, plates[site["name"]], nesting) for site in latents)
+    described = tuple(_describe(site, plates[site["name"]], nesting) for site in latents)
+    if any(next(_bounds(support_of(site["fn"])), None) is not None for site in latents):
+        _require_fixed_bounds(model, x, *covariates)
+    return described
 
 
 def latents_of(model: Callable[..., Any], *arguments: Any) -> list[Site]:
@@ -139,8 +162,22 @@ def latents_of(model: Callable[..., Any], *arguments: Any) -> list[Site]:
     Raises:
         ValueError: there is none.
     """
-    with torch.no_grad(), poutine.block():
-        sites = list(random_sites(trace_of(model, *arguments)))
+    with torch.no_grad():
+        return _latents(model, *arguments)
+
+
+def _latents(model: Callable[..., Any], *arguments: Any) -> list[Site]:
+    try:
+        with poutine.block(), poutine.trace() as tracer:
+            model(*arguments)
+    except NotImplementedError as error:  # of a distribution that cannot be drawn, or expanded
+        seen = [name for name, node in tracer.trace.nodes.items() if node["type"] == "sample"]
+        raise ValueError(
+            "the model must be run by itself to make a guide, and its distribution at the site "
+            f"after {seen} cannot be: NotImplementedError {error}. Take a distribution that can "
+            "be drawn from and expanded in a plate."
+        ) from error
+    sites = list(random_sites(tracer.trace))
     latents = [
         site
         for site in sites
@@ -172,15 +209,7 @@ def _describe(site: Site, plates: tuple[CondIndepStackFrame, ...], nesting: int)
                 f"subsamples {frame.size} of {frame.full_size}: an amortized guide needs all of a "
                 "datum's latents. Write its guide yourself."
             )
-    try:
-        support = constant_over_data(fn.support, data_dim - fn.event_dim, site["name"])
-        bijection = biject_to(support)
-    except NotImplementedError:
-        raise ValueError(
-            f"latent site {site['name']!r} has the support {fn.support}, onto which nothing maps "
-            "the reals: a continuous guide cannot sample it. Write its guide yourself, or sum it "
-            "out of the model."
-        ) from None
+    bijection = _bijection_of(site, data_dim - fn.event_dim)
     batch_shape = list(fn.batch_shape)
     del batch_shape[data_dim]
     return LatentSite(
@@ -194,6 +223,53 @@ def _describe(site: Site, plates: tuple[CondIndepStackFrame, ...], nesting: int)
     )
 
 
+def _bijection_of(site: Site, axis: int) -> Transform:
+    """Return a bijection from the reals onto the support of a site."""
+    name, fn = site["name"], site["fn"]
+    try:
+        support = support_of(fn)
+    except ValueError as error:
+        raise ValueError(
+            f"no guide can be made for latent site {name!r}, {type(fn).__name__}: {error}."
+        ) from error
+    try:
+        bijection = biject_to(constant_over_data(support, axis, name))
+    except NotImplementedError:
+        raise ValueError(
+            f"latent site {name!r} has the support {support}, onto which nothing maps "
+            "the reals: a continuous guide cannot sample it. Write its guide yourself, or sum it "
+            "out of the model."
+        ) from None
+    if 0 in fn.event_shape:
+        raise ValueError(
+            f"latent site {name!r} has the event shape {tuple(fn.event_shape)}, without a number "
+            "to sample. Observe it, or leave it out."
+        )
+    _require_score(site, support)
+    return bijection
+
+
+def _require_score(site: Site, support: Constraint) -> None:
+    """Refuse a distribution that cannot score a value, or that scores angles on the real line."""
+    fn, value = site["fn"], site["value"].detach().clone()
+    try:
+        with torch.no_grad():
+            log_prob = fn.log_prob(value)
+            if not is_real(support):
+                return
+            turned, moved = (fn.log_prob(value + by) for by in (2 * math.pi, 1.0))
+    except (AssertionError, KeyError, NotImplementedError) as error:
+        raise ValueError(cannot_score(site, error)) from error
+    periodic = torch.allclose(turned, log_prob, rtol=1e-5, atol=1e-5)
+    if periodic and not torch.allclose(moved, log_prob, rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"latent site {site['name']!r} has a density on the real line that repeats itself "
+            "every 2 pi, as of an angle: it has no integral there. Give the class of its "
+            "distribution `support = pyro_vae.circular.circle`, or "
+            "constraints.independent(circle, n) for n event dimensions."
+        )
+
+
 def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
     """Return a support whose bounds have one row, for they must hold for batches of any size.
 
@@ -203,7 +279,7 @@ def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
         name: of the site, for the message.
 
     Raises:
-        ValueError: the bounds differ from datum to datum.
+        ValueError: The bounds differ from data point to data point.
     """
     support = copy.copy(support)
     for attribute, value in vars(support).items():
@@ -221,6 +297,28 @@ def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
             # Without a dimension that would count as one of the event, where it is the first.
             setattr(support, attribute, row.squeeze(axis) if axis == -row.dim() else row)
     return support
+
+
+def _bounds(support: Constraint) -> Iterator[Tensor]:
+    """Yield the bounds of a support that are tensors."""
+    for value in vars(support).values():
+        if isinstance(value, Constraint):
+            yield from _bounds(value)
+        elif isinstance(value, Tensor):
+            yield value
+
+
+def _require_fixed_bounds(model: Callable[..., Any], *arguments: Any) -> None:
+    """Refuse a support that depends on parameters: it would move, and the guide would not."""
+    with restored_generators(), torch.inference_mode(False), torch.enable_grad():
+        sites = _latents(model, *arguments)
+    for site in sites:
+        if any(bound.requires_grad for bound in _bounds(support_of(site["fn"]))):
+            raise ValueError(
+                f"the support of latent site {site['name']!r} has a bound that depends on "
+                "parameters, so that it would move in training and the guide would not. Fix the "
+                "bound, or scale the latent inside the model instead."
+            )
 
 
 def surroundings(

@@ -15,6 +15,8 @@ from torch.distributions import transforms
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
+from pyro_vae.circular import CircleTransform
+
 Mapping = Constraint | Transform
 
 # Constraints that are values.
@@ -39,6 +41,7 @@ _MADE: dict[str, tuple[type, tuple[str, ...]]] = {
     "integer_interval": (constraints.integer_interval, _BOUNDS),
     "independent": (constraints.independent, ("base_constraint", "reinterpreted_batch_ndims")),
     "AffineTransform": (transforms.AffineTransform, ("loc", "scale", "_event_dim")),
+    "CircleTransform": (CircleTransform, ()),
     "ComposeTransform": (transforms.ComposeTransform, ("parts",)),
     "CorrCholeskyTransform": (transforms.CorrCholeskyTransform, ()),
     "CorrMatrixCholeskyTransform": (pyro_transforms.CorrMatrixCholeskyTransform, ()),

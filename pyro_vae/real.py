@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 
 from pyro_vae.inputs import require_tensor
@@ -44,5 +47,33 @@ class Laplace(_OfLocation, dist.Laplace):
     """Pyro's."""
 
 
-class StudentT(_OfLocation, dist.StudentT):
-    """Pyro's."""
+_LEAST_FOR_SERIES = 50.0
+
+
+class StudentT(dist.StudentT):
+    """Pyro's, without the difference of two large numbers where the degrees of freedom are many."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return log p(x)."""
+        value = value_for(self.loc, value)
+        if self._validate_args:
+            self._validate_sample(value)
+        half = self.df / 2
+        standard = (value - self.loc) / self.scale
+        log_kernel = -(half + 0.5) * torch.log1p(standard.square() / self.df)
+        return (
+            log_kernel + _log_half_step(half) - 0.5 * (math.pi * self.df).log() - self.scale.log()
+        )
+
+
+def _log_half_step(x: Tensor) -> Tensor:
+    r"""Return :math:`\log\Gamma(x + 1/2) - \log\Gamma(x)`.
+
+    Where x is large, by the series of its Gamma functions: the first term left out is below
+    :math:`1 / (400 x^7)`.
+    """
+    large = x.clamp(min=_LEAST_FOR_SERIES)
+    by_series = 0.5 * large.log() - 1 / (8 * large) + 1 / (192 * large**3) - 1 / (640 * large**5)
+    small = x.clamp(max=_LEAST_FOR_SERIES)
+    by_gammas = torch.lgamma(small + 0.5) - torch.lgamma(small)
+    return torch.where(x > _LEAST_FOR_SERIES, by_series, by_gammas)

@@ -13,8 +13,10 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Independent, constraints, kl_divergence
+from torch.distributions import Independent, constraints
 from torch.distributions.constraints import Constraint
+
+from pyro_vae.closed_forms import known_kl
 
 Site = dict[str, Any]  # a node of pyro.poutine.Trace
 
@@ -260,11 +262,10 @@ def closed_form_kl(guide_site: Site, model_site: Site) -> Tensor | None:
     scale = own_scale(guide_site)
     if guide_site["mask"] is not model_site["mask"] or not _same(scale, own_scale(model_site)):
         return None  # scaled or masked on one side alone
-    with contextlib.suppress(NotImplementedError):
-        kl = kl_divergence(q, p)
-        if kl.shape == q.batch_shape:
-            return scale_and_mask(kl, scale, guide_site["mask"])
-    return None
+    kl = known_kl(q, p)
+    if kl is None or kl.shape != q.batch_shape:
+        return None
+    return scale_and_mask(kl, scale, guide_site["mask"])
 
 
 def values_outside_support(site: Site, values: Tensor) -> str | None:
@@ -274,10 +275,10 @@ def values_outside_support(site: Site, values: Tensor) -> str | None:
         site: node of a trace.
         values: ``(N, *event)``; nothing is said of values that do not fit the site's shape.
     """
-    support = site["fn"].support
     try:
+        support = site["fn"].support
         inside = support.check(values)
-    except (RuntimeError, ValueError):
+    except (NotImplementedError, RuntimeError, ValueError):  # it states none, or they do not fit
         return None
     inside = inside.flatten(1).all(1) if inside.dim() > 1 else inside
     if inside.all():
@@ -298,6 +299,24 @@ def values_outside_support(site: Site, values: Tensor) -> str | None:
         f"where they lie in [{low:g}, {high:g}]: binarise or rescale them, or choose another "
         "distribution"
     )
+
+
+def cannot_score(site: Site, error: Exception) -> str:
+    """Say that the distribution of a site cannot score a value that it did not draw itself."""
+    each = base_distribution(site["fn"])
+    parts = [type(part).__name__ for part in (each, *getattr(each, "transforms", ()))]
+    return (
+        f"site {site['name']!r} has the distribution {' of '.join(parts)}, which cannot score a "
+        f"value that it did not draw itself: {type(error).__name__} {error}. Take a distribution "
+        "with a log_prob; in place of a flow without an inverse, one of pyro_vae.flows"
+    )
+
+
+def is_discrete(distribution: Any) -> bool:
+    """Tell whether a distribution states a discrete support."""
+    with contextlib.suppress(NotImplementedError):
+        return distribution.support.is_discrete
+    return False
 
 
 def is_real(constraint: Constraint) -> bool:

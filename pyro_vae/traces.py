@@ -32,6 +32,7 @@ from pyro_vae.sites import (
     Site,
     Unobserve,
     arranged,
+    cannot_score,
     data_frame,
     is_loss_of_guide,
     observed_value,
@@ -346,6 +347,8 @@ class PairTrace:
                 or f"site {site['name']!r}, of event shape {tuple(site['fn'].event_shape)}, cannot "
                 f"score its value of shape {tuple(site['value'].shape)}: {error}"
             ) from error
+        except (KeyError, NotImplementedError) as error:
+            raise ValueError(cannot_score(site, error)) from error
         return torch.as_tensor(scale_and_mask(log_prob, mask=site["mask"]))
 
     def _log_prob(self, site: Site) -> Tensor:

@@ -1,3 +1,4 @@
+import itertools
 import math
 import warnings
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
+from pyro_vae.evaluation.weighing import psis
 
 
 def weights_of_a_narrow_proposal(t, draws, data):
@@ -69,3 +71,64 @@ def test_khat_of_an_array():
 def test_khat_of_no_draws():
     with pytest.raises(ValueError, match=r"got \(0, 3\)"):
         pv.khat(torch.zeros(0, 3))
+
+
+def spread(seed=0):
+    torch.manual_seed(seed)
+    return 0.1 * torch.randn(1000, dtype=torch.float64)
+
+
+def test_a_weight_far_above_the_rest():
+    """From e^700 on the others are zero beside it; k-hat grows on, by its share of the tail."""
+    found = []
+    for distance in (300, 500, 599, 601, 650, 700, 1000, 2000, 100_000):
+        log_weights = spread()
+        log_weights[0] += distance
+        found.append((distance, pv.khat(log_weights).item()))
+    for (first, low), (second, high) in itertools.pairwise(found):
+        assert math.isfinite(high)
+        assert (high - low) / (second - first) == pytest.approx(1 / 105, rel=0.01)  # M + 10
+
+
+@pytest.mark.parametrize("many", [2, 4, 5, 20, 60])
+def test_several_weights_far_above_the_rest(many):
+    log_weights = spread()
+    log_weights[:many] += 2000
+    assert 20 < pv.khat(log_weights) < math.inf
+
+
+def test_both_ways_to_fit_a_tail_agree():
+    log_excess = (20 * torch.randn(95, 3, dtype=torch.float64)).sort(0).values
+    log_excess[-1] += 100
+    plain = psis._fit_generalized_pareto((log_excess - log_excess[-1]).exp())
+    torch.testing.assert_close(psis._fit_far_tail(log_excess), plain, rtol=1e-10, atol=0)
+
+
+def test_a_few_weights_above_others_that_are_equal():
+    log_weights = torch.zeros(1000, dtype=torch.float64)
+    log_weights[:3] = torch.tensor([2000.0, 1999.0, 3.0])
+    assert pv.khat(log_weights) == math.inf  # all hangs on three
+    log_weights[:3] = torch.tensor([1.0, 0.9, 0.3])
+    assert pv.khat(log_weights).isnan()  # nothing does
+    log_weights[:3] = -1.0
+    assert pv.khat(log_weights) == -math.inf
+    assert pv.khat(torch.zeros(1000).index_fill(0, torch.arange(500), -1.0)) == -math.inf
+
+
+def test_weights_most_of_which_are_zero():
+    log_weights = torch.full((1000,), -math.inf, dtype=torch.float64)
+    log_weights[:3] = 0.0
+    assert pv.khat(log_weights) == math.inf
+    log_weights[:50] = torch.randn(50, dtype=torch.float64)
+    assert -2 < pv.khat(log_weights) < 2
+    log_weights[0] = 2000.0
+    assert 10 < pv.khat(log_weights) < math.inf
+    columns = torch.stack([log_weights, spread(), torch.zeros(1000)], 1)
+    assert torch.equal(pv.khat(columns), torch.stack([pv.khat(c) for c in columns.unbind(1)]))
+
+
+def test_few_draws_one_of_which_is_far_above():
+    for draws, wanted in ((25, math.isfinite), (20, math.isnan)):
+        log_weights = torch.randn(draws, dtype=torch.float64)
+        log_weights[0] = 3000.0
+        assert wanted(pv.khat(log_weights).item())

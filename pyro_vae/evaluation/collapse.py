@@ -22,7 +22,7 @@ from pyro_vae.evaluation.weighing.log_evidence import standard_error
 from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
 from pyro_vae.runs import trace_of
-from pyro_vae.sites import Site, arranged, base_distribution, random_sites
+from pyro_vae.sites import Site, arranged, base_distribution, is_discrete, random_sites
 from pyro_vae.terms import Terms, terms
 from pyro_vae.traces import Program
 
@@ -273,7 +273,7 @@ def _prior(site: Site) -> tuple[Tensor, Tensor]:
     except NotImplementedError:
         return drawn
     without = (known[0].isnan() | known[1].isnan()).any()
-    return drawn if without and fn.support.is_discrete else known
+    return drawn if without and is_discrete(fn) else known
 
 
 def _rows(

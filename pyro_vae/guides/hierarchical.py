@@ -79,9 +79,7 @@ class HierarchicalGuide(PyroModule):
             given = torch.cat([each.expand(*batch, -1) for each in given], -1)
             parameters = self.built[f"network_{number}"](given)
             values |= self.built[f"posterior_{number}"](parameters, plates, masks)
-            # The numbers that a network sees are unconstrained, like those that it gives.
-            unconstrained = site.bijection.inv(values[site.name])
-            rows.append(site.to_rows(unconstrained, x.shape[0], len(site.event_shape)))
+            rows.append(site.inputs_of(values[site.name], x.shape[0]))
         return values
 
     def _first_before(self, number: int) -> int:
@@ -96,7 +94,7 @@ class HierarchicalGuide(PyroModule):
             like: a tensor of their device and type.
         """
         ordered = self._ordered(tuple(sites))
-        counts = [site.shape.numel() for site in ordered]
+        counts = [site.num_inputs for site in ordered]
 
         def make() -> dict[str, nn.Module]:
             modules: dict[str, nn.Module] = {}

@@ -16,6 +16,7 @@ from torch.distributions.transforms import (
     identity_transform,
 )
 
+from pyro_vae.circular import WrappedNormal, maps_onto_angles
 from pyro_vae.guides.families import Family
 from pyro_vae.guides.joint import JointDraw
 from pyro_vae.latents import LatentSite, inside
@@ -127,6 +128,9 @@ def push_forward(
 ) -> TorchDistributionMixin:
     """Map a distribution of unconstrained scalars through a bijection onto a support.
 
+    A Gaussian is wound around the circle where the support is that of angles, so that no cut
+    parts its density.
+
     Args:
         base: distribution of scalars, of batch shape ``(..., *event)``.
         bijection: from the reals onto the support, over the event.
@@ -140,6 +144,8 @@ def push_forward(
         bijection = bijection.base_transform
     if bijection == identity_transform:
         return base.to_event(event_dim)
+    if maps_onto_angles(bijection) and isinstance(base, dist.Normal):
+        return WrappedNormal(base.loc, base.scale).to_event(event_dim)
     inner = bijection.domain.event_dim
     if isinstance(base, dist.Delta):  # a point has no volume that a bijection could change
         log_density = base.log_density.sum(tuple(range(-inner, 0))) if inner else base.log_density

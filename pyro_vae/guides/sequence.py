@@ -105,7 +105,7 @@ class SequenceGuide(PyroModule):
         plates, _ = surroundings([self._site], self._model.program, x, *covariates)
         family = self.built["family"]
         values: dict[str, Tensor] = {}
-        rows: Tensor | None = None  # of the step before, unconstrained
+        rows: Tensor | None = None  # of the step before, as inputs of a network
         for latent, summary in zip(latents, summaries.unbind(1), strict=True):
             name, mask = latent["name"], mask_of_events(latent)
             if rows is None:
@@ -116,8 +116,7 @@ class SequenceGuide(PyroModule):
             site = dataclasses.replace(self._site, name=name)
             posterior = Posterior([site], lambda _: family, joint=False)
             values |= posterior(parameters, plates, {name: mask})
-            unconstrained = site.bijection.inv(values[name])
-            rows = site.to_rows(unconstrained, x.shape[0], len(site.event_shape))
+            rows = site.inputs_of(values[name], x.shape[0])
         return values
 
     def _summaries(self, x: Tensor, lengths: Tensor) -> Tensor:
@@ -156,7 +155,7 @@ class SequenceGuide(PyroModule):
 
         def make() -> dict[str, nn.Module]:
             posterior = Posterior([first], self._family, joint=False)
-            given, count = first.shape.numel(), posterior.num_parameters
+            given, count = first.num_inputs, posterior.num_parameters
             return {
                 "cell": nn.GRUCell(width, self._recurrent),
                 "first": MLP(self._recurrent, self._hidden, count),

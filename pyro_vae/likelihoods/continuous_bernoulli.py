@@ -8,9 +8,11 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import register_kl
 
+from pyro_vae import tilted
 from pyro_vae.likelihoods.likelihood import Likelihood
 from pyro_vae.making import recorded
 from pyro_vae.real import value_for
+from pyro_vae.tilted import log_mass
 
 
 @recorded
@@ -43,9 +45,8 @@ class ContinuousBernoulli(Likelihood):
         return _ContinuousBernoulli(logits=logits).to_event(self.event_dim)
 
 
-# |logit| below which series take over: what they leave out is below 1e-13 in the first case, and
-# less than what the others would cancel in the other two.
-_NEAR_ZERO, _FAR_OF_VARIANCE, _LEAST_OF_SHARES = 0.1, 0.5, 1e-3
+# The shares of smaller logits are a series: what it leaves out is less than what the others cancel.
+_LEAST_OF_SHARES = 1e-3
 
 
 class _ContinuousBernoulli(dist.ContinuousBernoulli):
@@ -61,28 +62,17 @@ class _ContinuousBernoulli(dist.ContinuousBernoulli):
         if self._validate_args:
             self._validate_sample(value)
         logits, value = torch.broadcast_tensors(self.logits, value.to(self.logits.dtype))
-        return logits * value - _log_mass(logits)
+        return logits * value - log_mass(logits)
 
     @property
     def mean(self) -> Tensor:
         r"""The mean, :math:`1 / (1 - e^{-l}) - 1 / l`."""
-        size = self.logits.abs()
-        square = size.clamp(max=1.0).square()
-        near = 0.5 + size * (1 / 12 - square * (1 / 720 - square / 30240))
-        safe = size.clamp(min=_NEAR_ZERO)
-        far = -1 / torch.expm1(-safe) - 1 / safe
-        above = torch.where(size < _NEAR_ZERO, near, far)
-        return torch.where(self.logits < 0, 1 - above, above)
+        return tilted.mean(self.logits)
 
     @property
     def variance(self) -> Tensor:
         r"""The variance, :math:`1 / l^2 - e^{-l} / (1 - e^{-l})^2`."""
-        size = self.logits.abs()
-        square = size.clamp(max=1.0).square()
-        near = 1 / 12 - square * (1 / 240 - square * (1 / 6048 - square / 172800))
-        safe = size.clamp(min=_FAR_OF_VARIANCE)
-        far = safe.pow(-2) - torch.exp(-safe) / torch.expm1(-safe).square()
-        return torch.where(size < _FAR_OF_VARIANCE, near, far)
+        return tilted.variance(self.logits)
 
     @property
     def stddev(self) -> Tensor:
@@ -91,7 +81,7 @@ class _ContinuousBernoulli(dist.ContinuousBernoulli):
 
     def entropy(self) -> Tensor:
         """Return the differential entropy."""
-        return _log_mass(self.logits) - self.logits * self.mean
+        return log_mass(self.logits) - self.logits * self.mean
 
     def cdf(self, value: Tensor) -> Tensor:
         r"""Return the share below x, :math:`(e^{l x} - 1) / (e^l - 1)`."""
@@ -119,16 +109,6 @@ class _ContinuousBernoulli(dist.ContinuousBernoulli):
         return torch.where(size < _LEAST_OF_SHARES, near, x)
 
 
-def _log_mass(logits: Tensor) -> Tensor:
-    r"""Return :math:`\log((e^l - 1) / l)`."""
-    size = logits.abs()
-    square = size.clamp(max=1.0).square()
-    near = 0.5 * logits + square * (1 / 24 - square * (1 / 2880 - square / 181440))
-    safe = size.clamp(min=_NEAR_ZERO)
-    far = logits.clamp(min=0.0) + torch.log(-torch.expm1(-safe) / safe)
-    return torch.where(size < _NEAR_ZERO, near, far)
-
-
 @register_kl(_ContinuousBernoulli, _ContinuousBernoulli)
 def _kl(p: _ContinuousBernoulli, q: _ContinuousBernoulli) -> Tensor:
-    return (p.logits - q.logits) * p.mean - _log_mass(p.logits) + _log_mass(q.logits)
+    return (p.logits - q.logits) * p.mean - log_mass(p.logits) + log_mass(q.logits)

@@ -6,12 +6,11 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pyro_vae.likelihoods.likelihood import Likelihood
 from pyro_vae.likelihoods.scales import Scale, SharedScale, as_scale
 from pyro_vae.making import recorded
-from pyro_vae.positive import positive
+from pyro_vae.positive import positive, softplus
 from pyro_vae.real import value_for
 
 
@@ -109,7 +108,7 @@ class _NegativeBinomial(dist.NegativeBinomial):
         if self._validate_args:
             self._validate_sample(value)
         r, logits, x = torch.broadcast_tensors(self.total_count, self.logits, value)
-        growth = x * logits - (r + x) * F.softplus(logits)
+        growth = x * logits - (r + x) * softplus(logits)
         return growth + _log_rising(r, x) - torch.lgamma(x + 1)
 
 

@@ -29,8 +29,8 @@ class FlowPrior(nn.Module):
             :class:`pyro_vae.flows.Composition`; a torch transform serves too.
 
     Raises:
-        ValueError: ``dim`` is not positive; f is no bijection of R^D, or has parameters that are
-            no module's.
+        ValueError: ``dim`` is not positive. Or f is no bijection of R^D, or has no inverse. Or it
+            has parameters that are no module's.
         TypeError: it is no transform.
 
     Example:
@@ -68,11 +68,24 @@ class FlowPrior(nn.Module):
                 f"the prior's transform must be a bijection of R^{dim}, got {transform} from "
                 f"{transform.domain} onto {transform.codomain}"
             )
+        self._require_inverse(transform, image)
         if image.requires_grad and not [*self.parameters()]:
             raise ValueError(
                 "the prior's transform has parameters that nothing would train, for they are not "
                 "found: pass a module, which gives the transform when called without arguments"
             )
+
+    @staticmethod
+    def _require_inverse(transform: Transform, image: Tensor) -> None:
+        try:
+            with torch.no_grad():
+                transform.inv(image.detach().clone())
+        except (KeyError, NotImplementedError) as error:
+            raise ValueError(
+                "the prior's transform must have an inverse, for z is scored where the guide draws "
+                f"it, and {type(transform).__name__} has none. Take one of pyro_vae.flows, whose "
+                "planar, radial and Sylvester flows are inverted too"
+            ) from error
 
     def _image(self, transform: Transform) -> Tensor:
         try:

@@ -7,6 +7,9 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+_LEAST_LOG = -600.0  # of an excess beside the largest: smaller ones are too small for float64
 
 
 def tail_length(num_draws: int) -> int:
@@ -26,8 +29,9 @@ def khat(log_weights: Tensor) -> Tensor:
 
     Returns:
         k-hat, shape (...), float64. Minus infinity where the largest weights are all equal: a
-        guide that is the posterior. NaN where the tail has fewer than five weights (S below 21),
-        where a weight is NaN or infinite, and where all are zero.
+        guide that is the posterior. Infinity where fewer than five weights stand above a cutoff
+        that the others share and outweigh all of these. NaN where they do not, where S is below
+        21, where a weight is NaN or infinite, and where all are zero.
 
     Raises:
         TypeError: they are no dense tensor or array of numbers.
@@ -63,19 +67,32 @@ def khat_of_tail(largest: Tensor, num_draws: int) -> Tensor:
     """Estimate k-hat from the M + 1 largest log-weights of S, (M + 1, ...), largest first."""
     if largest.shape[0] < 6 or num_draws < 21:
         return largest.new_full(largest.shape[1:], math.nan)
-    columns = (largest - largest[0]).exp().reshape(len(largest), -1)
+    relative = (largest - largest[0]).reshape(len(largest), -1)
+    columns = relative.exp()
     excess = (columns[:-1] - columns[-1]).flip(0)  # (M, B), ascending, over the cutoff
-    quartile = excess[_quartile(excess.shape[0])]
+    share = -(relative[-1] - relative[:-1]).nan_to_num(nan=0.0).expm1()  # two may be -inf
+    log_excess = (relative[:-1] + share.log()).flip(0)
+    quartile = log_excess[_quartile(excess.shape[0])]
     k = excess.new_full(quartile.shape, -math.inf)
     k[~largest[0].flatten().isfinite()] = math.nan  # a weight is no number, or none is positive
-    if (regular := quartile > 0).any():
+    if (regular := quartile > _LEAST_LOG).any():
         k[regular] = _fit_generalized_pareto(excess[:, regular])
-    for column in ((quartile <= 0) & (excess[-1] > 0)).nonzero().flatten():
-        positive = excess[:, column][excess[:, column] > 0]  # ties with the cutoff are no tail
-        k[column] = math.nan
-        if len(positive) >= 5:
-            k[column] = _fit_generalized_pareto(positive.unsqueeze(1)).squeeze()
+    if (far := (quartile <= _LEAST_LOG) & quartile.isfinite()).any():
+        k[far] = _fit_far_tail(log_excess[:, far])
+    for column in ((quartile == -math.inf) & (log_excess[-1] > -math.inf)).nonzero().flatten():
+        tail = log_excess[log_excess[:, column].isfinite(), column]  # ties are no tail
+        k[column] = _fit_part(tail.unsqueeze(1), relative[-1, column], num_draws)
     return k.reshape(largest.shape[1:])
+
+
+def _fit_part(log_excess: Tensor, cutoff: Tensor, num_draws: int) -> Tensor:
+    """Fit the weights above a cutoff that others share, (m, 1), as logarithms of excesses."""
+    if len(log_excess) < 5:  # they say nothing; but if they outweigh all others, they are all
+        outweighs = log_excess.logsumexp(0) > cutoff + math.log(num_draws)
+        return torch.where(outweighs, math.inf, math.nan)
+    far = log_excess[_quartile(len(log_excess))] <= _LEAST_LOG
+    fit = _fit_far_tail(log_excess) if far else _fit_generalized_pareto(log_excess.exp())
+    return fit.squeeze()
 
 
 def _quartile(count: int) -> int:
@@ -97,4 +114,22 @@ def _fit_generalized_pareto(excess: Tensor) -> Tensor:
     log_likelihood = count * (torch.log(-b / k) - k - 1)
     b = (b * log_likelihood.softmax(0)).sum(0)
     k = torch.log1p(-b * excess).mean(0)
+    return (count * k + 10 * 0.5) / (count + 10)
+
+
+def _fit_far_tail(log_excess: Tensor) -> Tensor:
+    """Fit k as :func:`_fit_generalized_pareto` does, where small excesses are zero beside the last.
+
+    There b is -exp(v) for a v that is large, up to 1 over the largest excess, which is nothing.
+    """
+    count = log_excess.shape[0]
+    log_excess = log_excess - log_excess[-1]
+    grid = 30 + int(math.sqrt(count))
+    steps = torch.arange(1, grid + 1, dtype=log_excess.dtype, device=log_excess.device) - 0.5
+    v = ((grid / steps).sqrt() - 1).log().unsqueeze(1) - math.log(3)
+    v = v - log_excess[_quartile(count)]  # (grid, B)
+    k = F.softplus(v.unsqueeze(1) + log_excess, threshold=40.0).mean(1)
+    log_likelihood = count * (v - k.log() - k - 1)
+    v = (v + log_likelihood.log_softmax(0)).logsumexp(0)
+    k = F.softplus(v + log_excess, threshold=40.0).mean(0)
     return (count * k + 10 * 0.5) / (count + 10)

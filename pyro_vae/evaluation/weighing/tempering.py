@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_vae.evaluation.scoring import log_prob_given
 from pyro_vae.evaluation.weighing.points import point, prior_sites
 from pyro_vae.latents import inside, latent_sites, surroundings
-from pyro_vae.sites import arranged
+from pyro_vae.sites import arranged, is_discrete
 from pyro_vae.terms import Terms, terms
 from pyro_vae.traces import Program
 
@@ -215,7 +215,7 @@ class TemperedPath:
 
     def _refuse_discrete(self, batch: tuple[Tensor, ...]) -> None:
         for name, site in prior_sites(self._model, batch, 1, self._nesting).items():
-            if site["fn"].support.is_discrete:
+            if is_discrete(site["fn"]):
                 raise ValueError(
                     f"AIS moves latents along gradients, but latent site {name!r} is discrete. "
                     'Enumerate it in the model (infer={"enumerate": "parallel"}) and leave it out '

@@ -1,0 +1,44 @@
+r"""The density proportional to :math:`e^{l x}` on [0, 1], the continuous Bernoulli distribution.
+
+Functions of its logit l alone, exact for logits of any size: probabilities would be rounded to
+zero and one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# |logit| below which series take over: what they leave out is below 1e-13 in the first case, and
+# less than what the others would cancel in the second.
+_NEAR_ZERO, _FAR_OF_VARIANCE = 0.1, 0.5
+
+
+def log_mass(logits: Tensor) -> Tensor:
+    r"""Return :math:`\log\int_0^1 e^{l x} dx = \log((e^l - 1) / l)`."""
+    size = logits.abs()
+    square = size.clamp(max=1.0).square()
+    near = 0.5 * logits + square * (1 / 24 - square * (1 / 2880 - square / 181440))
+    safe = size.clamp(min=_NEAR_ZERO)
+    far = logits.clamp(min=0.0) + torch.log(-torch.expm1(-safe) / safe)
+    return torch.where(size < _NEAR_ZERO, near, far)
+
+
+def mean(logits: Tensor) -> Tensor:
+    r"""Return the mean, :math:`1 / (1 - e^{-l}) - 1 / l`."""
+    size = logits.abs()
+    square = size.clamp(max=1.0).square()
+    near = 0.5 + logits * (1 / 12 - square * (1 / 720 - square / 30240))
+    safe = size.clamp(min=_NEAR_ZERO)
+    below = 1 / safe - 1 / torch.expm1(safe)  # of the negative logit of this size
+    return torch.where(size < _NEAR_ZERO, near, torch.where(logits < 0, below, 1 - below))
+
+
+def variance(logits: Tensor) -> Tensor:
+    r"""Return the variance, :math:`1 / l^2 - e^{-l} / (1 - e^{-l})^2`."""
+    size = logits.abs()
+    square = size.clamp(max=1.0).square()
+    near = 1 / 12 - square * (1 / 240 - square * (1 / 6048 - square / 172800))
+    safe = size.clamp(min=_FAR_OF_VARIANCE)
+    far = safe.pow(-2) - torch.exp(-safe) / torch.expm1(-safe).square()
+    return torch.where(size < _FAR_OF_VARIANCE, near, far)
