@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 
 from pyro_vae.inputs import ShapeError
 from pyro_vae.sites import data_frame, values_outside_support
 from pyro_vae.traces import Factor, PairTrace, Program
+from pyro_vae.validating import values_checked
 
 # What a program that meets data of another kind than it expects may raise somewhere inside.
 _PROGRAM_ERRORS = (
@@ -54,7 +54,7 @@ def check_pair(
     """
     x = batch[0]
     try:
-        with torch.no_grad(), pyro.validation_enabled(True):
+        with torch.no_grad(), values_checked(True):
             trace = PairTrace(model, guide, batch)
     except _PROGRAM_ERRORS as error:
         rest = "" if len(batch) == 1 else f" and {len(batch) - 1} covariates"
