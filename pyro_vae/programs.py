@@ -18,7 +18,7 @@ from torch import nn
 from pyro_vae import fits
 from pyro_vae.fits import Store
 from pyro_vae.identity import owner_of
-from pyro_vae.modules import modules
+from pyro_vae.modules import before_unknown, modules
 from pyro_vae.traces import PairTrace, Program
 
 _open_stores: list[Store] = []
@@ -155,16 +155,30 @@ def parameters(model: Program, guide: Program, trace: PairTrace) -> dict[str, li
 
 @contextlib.contextmanager
 def evaluation_mode(*programs: Program) -> Iterator[None]:
-    """Put the programs' modules into evaluation mode, without gradients; then back as they were."""
-    flags = [(m, m.training) for root in modules(*programs) for m in root.modules()]
+    """Put the programs' modules into evaluation mode, without gradients; then back as they were.
+
+    Modules that no name leads to follow just before they run for the first time, if that is among
+    the first thousand runs of modules in the block.
+    """
+    flags: list[tuple[nn.Module, bool]] = []
+
+    def evaluate(module: nn.Module) -> None:
+        flags.extend((part, part.training) for part in module.modules())
+        for part in module.modules():
+            part.training = False
+
+    found = modules(*programs)
     try:
-        for module, _ in flags:
-            module.training = False
-        with torch.no_grad():
+        for module in found:
+            evaluate(module)
+        with torch.no_grad(), before_unknown(evaluate, *found, calls=_RUNS_LOOKED_AT):
             yield
     finally:
         for module, training in flags:
             module.training = training
+
+
+_RUNS_LOOKED_AT = 1000  # of modules: looks take a millisecond in all
 
 
 def require_programs(model: Program, guide: Program) -> None:
