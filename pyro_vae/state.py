@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyro
+import torch
 from torch import Tensor, nn
 
 from pyro_vae import fits, mappings, programs
@@ -57,6 +58,50 @@ def state(model: Program, guide: Program) -> dict[str, Tensor]:
     named = dict(pyro.get_param_store().named_parameters())
     found |= {BARE + name: named[name] for name in sorted(programs.bare_parameter_names())}
     return found
+
+
+def digests(model: Program, guide: Program) -> dict[str, int]:
+    """Return a number for each tensor of a pair, by name, which is another for other values.
+
+    A type that holds the same values makes no difference, nor does the device. Open the pair's
+    store around it.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+    """
+    found = state(model, guide)
+    sums = [_digest(tensor).cpu() for tensor in found.values()]
+    return dict(zip(found, torch.stack(sums).tolist() if sums else [], strict=True))
+
+
+def changed(model: Program, guide: Program, before: Mapping[str, int]) -> list[str]:
+    """Return the names of the tensors that have other values than when digests were taken.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        before: as :func:`digests` returned it.
+    """
+    now = digests(model, guide) if before else {}
+    return [name for name, digest in before.items() if now.get(name) != digest]
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """Sum the bits of all entries modulo 2^64, each times an odd number of its own."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for number, part in enumerate(tensor.detach().flatten().split(_ENTRIES_AT_ONCE)):
+        real = part.is_floating_point()
+        bits = part.double().view(torch.int64) if real else part.long()
+        first = 2 * number * _ENTRIES_AT_ONCE + 1
+        odd = torch.arange(first, first + 2 * len(part), 2, device=tensor.device)
+        total += ((bits ^ (bits >> 32)) * (odd * _ODD)).sum()
+    return total
+
+
+_ENTRIES_AT_ONCE = 1 << 20
+_ODD = 0x1E3779B97F4A7C15
 
 
 def require_names(model: Program, guide: Program) -> None:

@@ -60,14 +60,15 @@ ALLOWED = {
     "contract": {"inputs", "modules", "programs", "sites", "traces", "validating"},
     "saving": {"guides", "mappings", "modules", "programs", "reach", "recipes", "state", "storage",
                "traces"},
-    "training": {"arguments", "capture", "contract", "interrupts", "minibatches", "modules",
+    "training": {"arguments", "capture", "contract", "fits", "interrupts", "minibatches", "modules",
                  "objectives", "processes", "programs", "progress", "reach", "saving", "seeding",
                  "sites", "state", "storage", "traces", "validating"},
     "evaluation": {"arguments", "capture", "contract", "enumeration", "interrupts", "latents",
                    "minibatches", "mixtures", "modules", "processes", "programs", "progress",
                    "seeding", "sites", "terms", "traces", "validating"},
-    "comparison": {"arguments", "contract", "evaluation", "minibatches", "modules", "objectives",
-                   "programs", "progress", "seeding", "terms", "traces", "training"},
+    "comparison": {"arguments", "contract", "evaluation", "fits", "identity", "minibatches",
+                   "modules", "objectives", "programs", "progress", "seeding", "state", "terms",
+                   "traces", "training"},
     "cli": {"", "arguments", "processes", "progress", "seeding"},  # the front door
     "__main__": {"cli"},
 }  # fmt: skip
