@@ -130,8 +130,8 @@ def _fits_of(program: Program, role: str) -> list[Fitted]:
         return found
     return [
         fitted
-        for its_owner, _, fitted in kept
-        if any(thing is owner for _, thing in reach(program=its_owner))
+        for its_owner, its_method, fitted in kept
+        if any(thing is owner for _, thing in reach(program=(its_owner, its_method)))
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
+import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -34,7 +35,7 @@ def method_of(program: Callable[..., Any]) -> Any:
     try:
         return of_owner, (_key(program.args), _key(program.keywords))
     except RecursionError:  # an argument holds itself
-        return of_owner, _Same(program)
+        return of_owner, weakref.ref(program)  # this very partial; it would keep its owner alive
 
 
 def function_of(method: Any) -> Any:
@@ -66,6 +67,8 @@ def _key(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         values = _keys(value.flat) if value.dtype.hasobject else value.tobytes()
         return kind, value.dtype, value.shape, values
+    if isinstance(value, slice):
+        return kind, _keys((value.start, value.stop, value.step))
     if isinstance(value, types.SimpleNamespace | Namespace):
         return kind, _key(vars(value))
     try:
@@ -81,8 +84,14 @@ def _keys(values: Iterable[Any]) -> tuple:
     return tuple(_key(value) for value in values)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class _Same:
     """An object that is equal to itself alone, and lives as long as this."""
 
-    thing: Any
+    def __init__(self, thing: Any):
+        self._thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._thing is other._thing
+
+    def __hash__(self) -> int:
+        return id(self._thing)
