@@ -174,7 +174,7 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
         with torch.no_grad(), before_unknown(evaluate, *found, calls=_RUNS_LOOKED_AT):
             yield
     finally:
-        for module, training in flags:
+        for module, training in reversed(flags):  # one that two modules share stands here twice
             module.training = training
 
 

@@ -238,19 +238,30 @@ class Counting(pv.objectives.ELBO):
         type(self).of_class += self.where == "class"
         self.queue.extend([1] * (self.where == "deque"))
         self.array += self.where == "array"
-        return COUNTS["n"] + self.of_class + len(self.queue) + self.array.item()
+        SLOT.count += self.where == "slot"
+        found = COUNTS["n"] + self.of_class + len(self.queue) + self.array.item() + SLOT.count
+        return found + counted(self.where == "default")
 
     def bound(self, terms):
         return (1.0 if self.count() < 30 else 0.5) * super().bound(terms)
 
 
-COUNTS = {"n": 0}
+class Slot:
+    __slots__ = ("count",)
 
 
-@pytest.mark.parametrize("where", ["global", "class", "deque", "array"])
+COUNTS, SLOT = {"n": 0}, Slot()
+
+
+def counted(more, total=[0]):  # noqa: B006
+    total[0] += more
+    return total[0]
+
+
+@pytest.mark.parametrize("where", ["global", "class", "deque", "array", "slot", "default"])
 def test_counters_are_found_wherever_they_are(where, binary, without_compiler):
     def run(capture):
-        COUNTS["n"], Counting.of_class = 0, 0
+        COUNTS["n"] = Counting.of_class = SLOT.count = counted.__defaults__[0][0] = 0
         return fitted(make_pair, binary, capture=capture, objective=Counting(where), epochs=9)
 
     _, expected = run(False)

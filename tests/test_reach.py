@@ -536,6 +536,14 @@ def test_the_best_epoch_has_the_running_averages_of_unnamed_modules():
     assert all(torch.equal(value, best[name]) for name, value in net.state_dict().items())
 
 
+def test_gradients_leave_the_running_averages_of_unnamed_modules():
+    net = Net()
+    pair, before = Hidden(net), copy.deepcopy(net.state_dict())
+    pv.gradient_noise(pair.model, pair.guide, torch.randn(6, 2), [pv.objectives.ELBO()], repeats=2)
+    assert net.modes.count(True) >= 2
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
 def test_unnamed_modules_are_not_left_out_of_files(tmp_path):
     pair, x = Hidden(Net()), torch.randn(20, 2)
     with pytest.raises(ValueError, match="a Net with parameters or buffers runs in model or guide"):
@@ -587,6 +595,29 @@ def test_a_module_of_another_thread_keeps_its_mode():
         stop.set()
         thread.join()
     assert modes == {True}
+
+
+@pytest.mark.parametrize("way", [closure, imported_by_a_string])
+def test_a_compiled_module_is_compiled_whole(way):
+    """The look at what runs is no part of a graph, and dropout is none in evaluation mode."""
+    net = nn.Sequential(nn.Linear(1, 2), nn.Dropout(0.5))
+    x = torch.randn(6, 2)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    values = [
+        pv.evidence(way(n), guide, x, num_particles=9, seed=0).values for n in (compiled, net)
+    ]
+    assert torch.equal(*values)
+
+
+def test_a_module_that_two_modules_share_gets_its_mode_back():
+    shared = nn.Dropout(0.5)
+    first, second = nn.Sequential(nn.Linear(1, 2), shared), nn.Sequential(shared)
+    pv.evidence(closure(lambda z: second(first(z))), guide, torch.randn(6, 2), num_particles=2)
+    assert shared.training
+    shared.eval()
+    pv.evidence(closure(lambda z: second(first(z))), guide, torch.randn(6, 2), num_particles=2)
+    assert not shared.training
+    assert first.training
 
 
 def test_nothing_looks_on_after_a_judgement_or_an_error():
