@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import sys
 import types
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from torch import nn
 
 # Their own objects are not looked into, nor the code of their functions and classes.
 MACHINERY = {"builtins", "numpy", "pandas", "pyro", "torch"}
+_IMPORT = dis.opmap["IMPORT_NAME"]
 _NOT_FOLLOWED = MACHINERY | {__package__} | set(sys.stdlib_module_names)
 
 
@@ -55,15 +57,15 @@ def _defaults(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    codes, names = [function.__code__], []
+    codes, names, imports = [function.__code__], [], False
     while codes:
         code = codes.pop()
+        imports |= _IMPORT in code.co_code[::2]
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         names += code.co_names
     for name in dict.fromkeys(names):
-        if name in function.__globals__:
-            value = function.__globals__[name]
-        else:
+        value = function.__globals__.get(name)
+        if imports and name not in function.__globals__:
             value = sys.modules.get(name) or _sibling(name, function)
         if isinstance(value, types.ModuleType):
             yield from _attributes_of_module(value, f".{name}", names, {id(value)})

@@ -85,7 +85,7 @@ def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
         if not of_libraries(thing):
             yield from _parts_of_class(thing, {})
             yield from _parts_of_class(type(thing), {})
-    elif isinstance(thing, Distribution | Transform):
+    elif isinstance(thing, Distribution | Transform) and package(type(thing)) in MACHINERY:
         # Their tensors come and go as they are computed.
         found = vars(thing).items()
         yield from ((f".{n}", v) for n, v in found if isinstance(v, _OF_DISTRIBUTIONS))

@@ -2,6 +2,7 @@ import base64
 import html.parser
 import math
 import re
+import warnings
 
 import pandas as pd
 import pyro
@@ -305,6 +306,28 @@ def test_pairs_that_pyro_trained_must_not_share_parameters(binary):
         pv.compare(pairs, binary, num_particles=3)
     model.requires_grad_(False)
     pv.compare(pairs, binary, num_particles=3)
+
+
+def test_a_fit_that_pyro_went_on_from_is_told(binary):
+    fit = pv.fit(*make_pair(), binary, **options())
+    svi = pyro.infer.SVI(fit.model, fit.guide, pyro.optim.Adam({}), pv.objectives.ELBO())
+    svi.step(binary)
+    with pytest.warns(UserWarning, match="'a' is not as its fit left it: .* as it stands"):
+        pv.compare({"a": fit}, binary, num_particles=3)
+
+
+def test_buffers_that_runs_change_are_no_news(binary):
+    def count(module):
+        module.runs += 1
+
+    model, guide = make_pair()
+    guide.encoder.register_buffer("runs", torch.zeros(()))
+    guide.encoder.register_forward_hook(lambda module, *_: count(module))
+    pairs = {"a": pv.fit(model, guide, binary, **options())}
+    pv.evidence(model, guide, binary, num_particles=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pv.compare(pairs, binary, num_particles=100)
 
 
 def test_a_fitted_pair_may_move_change_its_type_and_be_evaluated(binary):

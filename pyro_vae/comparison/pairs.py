@@ -185,7 +185,7 @@ def compare(
 
     Raises:
         ValueError: no pairs; bad data; a pair that breaks the contract; pairs that share trained
-            parameters, or a Fit whose pair has changed since then. All are told before any work.
+            parameters, or a Fit whose pair another fit has changed since. All before any work.
         TypeError: the pairs are no dictionary.
 
     Example:
