@@ -198,9 +198,10 @@ def device_of(model: Program, guide: Program) -> torch.device:
     """Return the device of a pair's parameters: the CPU if it has none."""
     require_programs(model, guide)
     fitted = fits.find(model, guide)
-    store = pyro.get_param_store().get_state() if fitted is None else fitted.store
+    own = fits.borrowed(model, guide) if fitted is None else fitted.store
     of_modules = (p for module in modules(model, guide) for p in module.parameters())
-    for parameter in (*of_modules, *store["params"].values()):
+    of_pyro = pyro.get_param_store().get_state() if fitted is None else {"params": {}}
+    for parameter in (*of_modules, *own["params"].values(), *of_pyro["params"].values()):
         return parameter.device
     return torch.device("cpu")
 

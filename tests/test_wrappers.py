@@ -143,7 +143,7 @@ def test_a_wrapper_takes_the_values_that_were_fitted(wrapper, which, fitted):
 def test_a_program_takes_the_values_of_a_fit_of_its_wrapper(wrapper):
     model, guide = make_pair()
     wrap = WRAPPERS[wrapper]
-    fit = pv.fit(wrap(model), wrap(guide), X, **options())
+    fit = pv.fit(wrap(model), wrap(guide), X, **options(epochs=5))
     assert evidence(model, guide) == pytest.approx(evidence(fit.model, fit.guide), rel=1e-6)
 
 
