@@ -17,6 +17,10 @@ pytest_collect_file = Sybil(
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    """Start from the same seed, with an empty global parameter store."""
+    """Start from the same seed, with an empty global parameter store and checks of values on.
+
+    ``torch.compile`` switches the checks of distributions off for the whole process.
+    """
     pyro.clear_param_store()
+    pyro.enable_validation(True)
     torch.manual_seed(20261122)

@@ -6,17 +6,19 @@ data: which argument or site, what was expected, what came.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 
 from pyro_vae.inputs import ShapeError
+from pyro_vae.modules import NAME_IT, remember_unnamed, unnamed
 from pyro_vae.positions import check_positions
 from pyro_vae.sites import data_frame, values_outside_support
 from pyro_vae.traces import Factor, PairTrace, Program
+from pyro_vae.validating import values_checked
 
 # What a program that meets data of another kind than it expects may raise somewhere inside.
 _PROGRAM_ERRORS = (
@@ -58,9 +60,10 @@ def check_pair(
     """
     x = batch[0]
     try:
-        with torch.no_grad(), pyro.validation_enabled(True):
+        with torch.no_grad(), values_checked(True), remember_unnamed(model, guide):
             trace = PairTrace(model, guide, batch)
     except _PROGRAM_ERRORS as error:
+        _refuse_other_devices(model, guide, x)
         rest = "" if len(batch) == 1 else f" and {len(batch) - 1} covariates"
         reason = str(error).split("Trace Shapes:")[0].strip()  # Pyro appends its whole trace
         raise ValueError(
@@ -86,6 +89,17 @@ def check_pair(
             if outside is not None:
                 raise ValueError(outside)
     return trace
+
+
+def _refuse_other_devices(model: Program, guide: Program, x: Tensor) -> None:
+    for module in unnamed(model, guide):
+        for tensor in itertools.chain(module.parameters(), module.buffers()):
+            if tensor.device != x.device:
+                raise ValueError(
+                    f"a {type(module).__name__} that runs in model or guide is on {tensor.device}, "
+                    f"the data on {x.device}. It was not moved there because no name leads to it: "
+                    f"{NAME_IT}, or move it yourself."
+                )
 
 
 def observes_columns_alone(trace: PairTrace, batch: tuple[Any, ...]) -> bool:

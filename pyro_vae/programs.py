@@ -9,43 +9,18 @@ like) go on to use the global one.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import pyro
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from pyro_vae.modules import modules
+from pyro_vae import fits
+from pyro_vae.fits import Store
+from pyro_vae.identity import owner_of
+from pyro_vae.modules import before_unknown, modules
 from pyro_vae.traces import PairTrace, Program
 
-Store = dict[str, dict[str, Any]]  # as in pyro.get_param_store().get_state()
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """The store of a fitted pair, and which program met which parameters."""
-
-    store: Store
-    names: dict[str, frozenset[str]]  # of "model" and of "guide"
-
-    def bare_names(self, program: str) -> list[str]:
-        """Names of the program's pyro.param values, which no module holds."""
-        params = self.store["params"]
-        return sorted(
-            name
-            for name in self.names[program]
-            if name in params and not isinstance(params[name], nn.Parameter)
-        )
-
-
-# By the owners of the guide and of the model, then by their methods. By identity, and weak: a
-# pair's store ends with the pair.
-_stores = WeakIdKeyDictionary()
 _open_stores: list[Store] = []
 
 
@@ -89,7 +64,8 @@ def parameter_store(model: Program, guide: Program, *, fresh: bool = False) -> I
         False
     """
     require_programs(model, guide)
-    store = _find(model, guide)
+    fitted = fits.find(model, guide)
+    store = None if fitted is None else fitted.store
     if store is None:
         store = _copied_store() if fresh else _borrowed_store(model, guide)
     elif _open_stores and _open_stores[-1] is store:
@@ -131,15 +107,7 @@ def bind_names(
         met: names of the parameters that ``"model"`` and ``"guide"`` meet.
     """
     names = {program: frozenset(met[program]) for program in ("model", "guide")}
-    try:
-        by_model = _stores.setdefault(_owner(guide), WeakIdKeyDictionary())
-        fitted = by_model.setdefault(_owner(model), {})
-    except TypeError as error:
-        raise TypeError(
-            f"a program's object must allow weak references, but {error}: give its class a slot "
-            "for them (dataclass(slots=True, weakref_slot=True)), or no slots"
-        ) from error
-    fitted[_methods(model, guide)] = _Fitted(store, names)
+    fits.keep(model, guide, fits.Fitted(store, names))
 
 
 def names_met(model: Program, guide: Program) -> dict[str, list[str]]:
@@ -147,7 +115,7 @@ def names_met(model: Program, guide: Program) -> dict[str, list[str]]:
 
     Open the pair's store around it. Of a pair that was not fitted, each program may have met all.
     """
-    fitted, bare = _fitted(model, guide), bare_parameter_names()
+    fitted, bare = fits.find(model, guide), bare_parameter_names()
     return {
         program: sorted(bare if fitted is None else bare & fitted.names[program])
         for program in ("model", "guide")
@@ -166,8 +134,8 @@ def parameters(model: Program, guide: Program, trace: PairTrace) -> dict[str, li
     by_program = {}
     for name, program in (("model", model), ("guide", guide)):
         found = dict.fromkeys(trace.parameters(name))
-        if isinstance(_owner(program), nn.Module):
-            found |= dict.fromkeys(_owner(program).parameters())
+        if isinstance(owner_of(program), nn.Module):
+            found |= dict.fromkeys(owner_of(program).parameters())
         by_program[name] = [p for p in found if p.requires_grad]
     ids = set(map(id, by_program["guide"]))
     if both := [p for p in by_program["model"] if id(p) in ids]:
@@ -187,16 +155,30 @@ def parameters(model: Program, guide: Program, trace: PairTrace) -> dict[str, li
 
 @contextlib.contextmanager
 def evaluation_mode(*programs: Program) -> Iterator[None]:
-    """Put the programs' modules into evaluation mode, without gradients; then back as they were."""
-    flags = [(m, m.training) for root in modules(*programs) for m in root.modules()]
+    """Put the programs' modules into evaluation mode, without gradients; then back as they were.
+
+    Modules that no name leads to follow just before they run for the first time, if that is among
+    the first thousand runs of modules in the block.
+    """
+    flags: list[tuple[nn.Module, bool]] = []
+
+    def evaluate(module: nn.Module) -> None:
+        flags.extend((part, part.training) for part in module.modules())
+        for part in module.modules():
+            part.training = False
+
+    found = modules(*programs)
     try:
-        for module, _ in flags:
-            module.training = False
-        with torch.no_grad():
+        for module in found:
+            evaluate(module)
+        with torch.no_grad(), before_unknown(evaluate, *found, calls=_RUNS_LOOKED_AT):
             yield
     finally:
-        for module, training in flags:
+        for module, training in reversed(flags):  # one that two modules share stands here twice
             module.training = training
+
+
+_RUNS_LOOKED_AT = 1000  # of modules: looks take a millisecond in all
 
 
 def require_programs(model: Program, guide: Program) -> None:
@@ -215,59 +197,13 @@ def require_programs(model: Program, guide: Program) -> None:
 def device_of(model: Program, guide: Program) -> torch.device:
     """Return the device of a pair's parameters: the CPU if it has none."""
     require_programs(model, guide)
-    store = _find(model, guide) or pyro.get_param_store().get_state()
+    fitted = fits.find(model, guide)
+    own = fits.borrowed(model, guide) if fitted is None else fitted.store
     of_modules = (p for module in modules(model, guide) for p in module.parameters())
-    for parameter in (*of_modules, *store["params"].values()):
+    of_pyro = pyro.get_param_store().get_state() if fitted is None else {"params": {}}
+    for parameter in (*of_modules, *own["params"].values(), *of_pyro["params"].values()):
         return parameter.device
     return torch.device("cpu")
-
-
-def _core(program: Program) -> Program:
-    """The function or method inside partials and Pyro's handlers."""
-    while isinstance(program, functools.partial):
-        program = program.func if _handler(program) is None else program.args[-1]
-    return program
-
-
-def _handler(program: functools.partial) -> Messenger | None:
-    """The handler, if this is one applied to a function: a partial of poutine's of the two."""
-    return next((a for a in program.args if isinstance(a, Messenger)), None)
-
-
-def _owner(program: Program) -> Any:
-    """The object that a program lives as long as: itself, or a method's instance."""
-    core = _core(program)
-    return getattr(core, "__self__", core)
-
-
-def _method(program: Program) -> Any:
-    """What tells apart the programs of one owner: two partials with equal arguments are one."""
-    method = getattr(_core(program), "__func__", None)
-    if not isinstance(program, functools.partial):
-        return method
-    if (handler := _handler(program)) is not None:
-        return method, handler  # not the function: the key must not keep its owner alive
-    arguments = (program.args, frozenset(program.keywords.items()))
-    try:
-        hash(arguments)
-    except TypeError:
-        arguments = id(program)
-    return method, arguments
-
-
-def _methods(model: Program, guide: Program) -> tuple:
-    return _method(model), _method(guide)
-
-
-def _find(model: Program, guide: Program) -> Store | None:
-    fitted = _fitted(model, guide)
-    return None if fitted is None else fitted.store
-
-
-def _fitted(model: Program, guide: Program) -> _Fitted | None:
-    by_model = _stores.get(_owner(guide))
-    by_methods = None if by_model is None else by_model.get(_owner(model))
-    return None if by_methods is None else by_methods.get(_methods(model, guide))
 
 
 def bare_parameter_names() -> set[str]:
@@ -295,39 +231,6 @@ def _borrowed_store(model: Program, guide: Program) -> Store:
     modules left under the same names must not replace them.
     """
     borrowed = _bare_store()
-    for role, partner, program in (("model", "guide", model), ("guide", "model", guide)):
-        fits = [fitted for fitted in _fits(program, role) if fitted.bare_names(role)]
-        if len(fits) > 1:
-            raise ValueError(
-                f"this {role} was fitted with {len(fits)} {partner}s, and pyro.param values such "
-                f"as {fits[0].bare_names(role)[0]!r} may differ between those fits: which are "
-                f"meant? Fit this pair too, or make the {role} a PyroModule that holds them."
-            )
-        for fitted in fits:
-            for name in fitted.bare_names(role):
-                for kind, values in fitted.store.items():
-                    borrowed[kind][name] = values[name]
+    for kind, values in fits.borrowed(model, guide).items():
+        borrowed[kind] |= values
     return borrowed
-
-
-def _fits(program: Program, role: str) -> list[_Fitted]:
-    """Return the fits of a program, as the model or as the guide.
-
-    If there are none of itself, those of its core: of the function inside its partials and
-    handlers, or of any wrapped around it.
-    """
-    index = 0 if role == "model" else 1
-    of_core = [
-        (methods[index], fitted)
-        for guide_owner, by_model in _stores.items()
-        for model_owner, by_methods in by_model.items()
-        for methods, fitted in by_methods.items()
-        if (model_owner, guide_owner)[index] is _owner(program)
-        and _function(methods[index]) is _function(_method(program))
-    ]
-    own = [fitted for method, fitted in of_core if method == _method(program)]
-    return own or [fitted for _, fitted in of_core]
-
-
-def _function(method: Any) -> Any:
-    return method[0] if isinstance(method, tuple) else method

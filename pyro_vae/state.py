@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyro
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from pyro_vae import mappings, programs
-from pyro_vae.modules import modules
+from pyro_vae import fits, mappings, programs
+from pyro_vae.modules import NAME_IT, modules, unnamed
 from pyro_vae.reach import reach
 from pyro_vae.traces import Program
 
+UNNAMED = "unnamed module"
 BARE = "param."  # what the names of pyro.param values begin with
 
 
@@ -22,7 +24,8 @@ def state(model: Program, guide: Program) -> dict[str, Tensor]:
 
     Those of modules are called by the way that leads to them, ``model.likelihood.net.0.weight``
     say, and what both programs hold by the shortest; values of ``pyro.param`` that no module
-    holds by their own names after ``param.``, unconstrained. Open the pair's
+    holds by their own names after ``param.``, unconstrained. Modules that no name leads to are
+    numbered: ``unnamed module 1.weight``. Open the pair's
     :func:`pyro_vae.parameter_store` around it, for these stand there.
 
     Args:
@@ -49,9 +52,97 @@ def state(model: Program, guide: Program) -> dict[str, Tensor]:
         if id(thing) in of_modules:
             of_modules.remove(id(thing))
             found[_unused(name, found)] = thing
+    for number, module in enumerate(unnamed(model, guide), 1):
+        for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+            found[f"{UNNAMED} {number}.{name}"] = tensor
     named = dict(pyro.get_param_store().named_parameters())
     found |= {BARE + name: named[name] for name in sorted(programs.bare_parameter_names())}
     return found
+
+
+def digests(model: Program, guide: Program) -> dict[str, int]:
+    """Return a number for each tensor of a pair, by name, which is another for other values.
+
+    A type that holds the same values makes no difference, nor does the device. Open the pair's
+    store around it.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+    """
+    found = state(model, guide)
+    sums = [_digest(tensor).cpu() for tensor in found.values()]
+    return dict(zip(found, torch.stack(sums).tolist() if sums else [], strict=True))
+
+
+def changed(model: Program, guide: Program, before: Mapping[str, int]) -> list[str]:
+    """Return the names of the tensors that have other values than when digests were taken.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        before: as :func:`digests` returned it.
+    """
+    now = digests(model, guide) if before else {}
+    return [name for name, digest in before.items() if now.get(name) != digest]
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """Sum the bits of all entries modulo 2^64, each times an odd number of its own."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for number, part in enumerate(tensor.detach().flatten().split(_ENTRIES_AT_ONCE)):
+        real = part.is_floating_point()
+        bits = part.double().view(torch.int64) if real else part.long()
+        first = 2 * number * _ENTRIES_AT_ONCE + 1
+        odd = torch.arange(first, first + 2 * len(part), 2, device=tensor.device)
+        total += ((bits ^ (bits >> 32)) * (odd * _ODD)).sum()
+    return total
+
+
+_ENTRIES_AT_ONCE = 1 << 20
+_ODD = 0x1E3779B97F4A7C15
+
+
+def require_names(model: Program, guide: Program) -> None:
+    """Refuse a pair with tensors whose names another process would not know.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+
+    Raises:
+        ValueError: a module with tensors ran in the pair, and no name leads to it.
+    """
+    for module in unnamed(model, guide):
+        if any(True for _ in itertools.chain(module.parameters(), module.buffers())):
+            raise ValueError(
+                f"a {type(module).__name__} with parameters or buffers runs in model or guide, but "
+                f"no name leads to it, under which it could be written to disk: {NAME_IT}."
+            )
+
+
+def require_parameters(model: Program, guide: Program) -> None:
+    """Refuse a fitted pair with parameters of modules that the programs make at each run.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+
+    Raises:
+        ValueError: a parameter was met in the fit, and no module that a name leads to holds it.
+    """
+    fitted = fits.find(model, guide)
+    if fitted is None:
+        return
+    named = set(map(id, state(model, guide).values()))
+    for name in sorted(frozenset.union(*fitted.names.values())):
+        parameter = fitted.store["params"].get(name)
+        if isinstance(parameter, nn.Parameter) and id(parameter) not in named:
+            raise ValueError(
+                f"parameter {name!r} was fitted, but no module that a name leads to holds it, so "
+                f"that it would not be saved. Make its module once, before the fit, and {NAME_IT}."
+            )
 
 
 def _unused(name: str, names: dict[str, Tensor]) -> str:

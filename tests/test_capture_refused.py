@@ -1,6 +1,7 @@
 """What cannot be captured, or is captured wrongly, runs eagerly, and says why."""
 
 import collections
+import ctypes
 import functools
 import itertools
 import random
@@ -178,13 +179,7 @@ def test_numbers_changed_between_epochs_end_the_capture(binary, without_compiler
     assert distance(tensors, expected) < 1e-5
 
 
-class Slot:
-    """Something that is not looked into."""
-
-    __slots__ = ("temperature",)
-
-
-SLOT = Slot()
+OPAQUE = ctypes.c_double(1.0)  # is not looked into
 
 
 def test_a_change_that_no_name_leads_to_is_found_at_the_next_epoch(binary, without_compiler):
@@ -192,15 +187,15 @@ def test_a_change_that_no_name_leads_to_is_found_at_the_next_epoch(binary, witho
 
     class Tempered(pv.objectives.Objective):
         def bound(self, terms):
-            return SLOT.temperature * terms.log_weight.mean(0)
+            return OPAQUE.value * terms.log_weight.mean(0)
 
     class Schedule(torch.optim.lr_scheduler.LambdaLR):
         def step(self, *args):
-            SLOT.temperature *= 0.9
+            OPAQUE.value *= 0.9
             super().step(*args)
 
     def run(capture):
-        SLOT.temperature = 1.0
+        OPAQUE.value = 1.0
         scheduler = functools.partial(Schedule, lr_lambda=lambda epoch: 1.0)
         return fitted(make_pair, binary, capture=capture, objective=Tempered(), epochs=5,
                       scheduler=scheduler)  # fmt: skip
@@ -243,19 +238,30 @@ class Counting(pv.objectives.ELBO):
         type(self).of_class += self.where == "class"
         self.queue.extend([1] * (self.where == "deque"))
         self.array += self.where == "array"
-        return COUNTS["n"] + self.of_class + len(self.queue) + self.array.item()
+        SLOT.count += self.where == "slot"
+        found = COUNTS["n"] + self.of_class + len(self.queue) + self.array.item() + SLOT.count
+        return found + counted(self.where == "default")
 
     def bound(self, terms):
         return (1.0 if self.count() < 30 else 0.5) * super().bound(terms)
 
 
-COUNTS = {"n": 0}
+class Slot:
+    __slots__ = ("count",)
 
 
-@pytest.mark.parametrize("where", ["global", "class", "deque", "array"])
+COUNTS, SLOT = {"n": 0}, Slot()
+
+
+def counted(more, total=[0]):  # noqa: B006
+    total[0] += more
+    return total[0]
+
+
+@pytest.mark.parametrize("where", ["global", "class", "deque", "array", "slot", "default"])
 def test_counters_are_found_wherever_they_are(where, binary, without_compiler):
     def run(capture):
-        COUNTS["n"], Counting.of_class = 0, 0
+        COUNTS["n"] = Counting.of_class = SLOT.count = counted.__defaults__[0][0] = 0
         return fitted(make_pair, binary, capture=capture, objective=Counting(where), epochs=9)
 
     _, expected = run(False)

@@ -2,6 +2,7 @@ import base64
 import html.parser
 import math
 import re
+import warnings
 
 import pandas as pd
 import pyro
@@ -11,6 +12,7 @@ import torch
 from conftest import make_pair
 
 import pyro_vae as pv
+from pyro_vae.state import changed, digests
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +204,153 @@ def test_a_model_that_observes_nothing_like_x_is_compared_without_pictures(tmp_p
     comparison = pv.compare({"a": (model, guide)}, data, num_particles=50, image_shape=(2, 2))
     assert comparison.entries[0].pictures is None
     assert comparison.to_html(tmp_path / "p.html").read_text(encoding="utf-8").count("<img") == 2
+
+
+def options(**changes):
+    return {"epochs": 2, "batch_size": 25, "learning_rate": 0.02, "seed": 0, "progress": False} | (
+        changes
+    )
+
+
+def other_guide(model, encoder=None):
+    return pv.guides.AmortizedNormal(model, encoder or pv.nets.MLP(16, [4]))
+
+
+def test_two_fits_of_one_pair_are_refused(binary):
+    model, guide = make_pair()
+    first = pv.fit(model, guide, binary, **options())
+    later = pv.fit(model, guide, binary, objective=pv.objectives.IWAE(3), **options())
+    with pytest.raises(ValueError, match=r"'first' is not as its fit left it: .* 'later' shares"):
+        pv.compare({"first": first, "later": later}, binary, num_particles=3)
+    with pytest.raises(ValueError, match=r"weight has changed since\. A fit trains its pair"):
+        pv.compare({"first": first}, binary, num_particles=3)
+    pv.compare({"later": later, "again": later, "now": (model, guide)}, binary, num_particles=3)
+
+
+@pytest.mark.parametrize("as_fits", [True, False], ids=["fits", "programs"])
+def test_one_model_under_two_guides_is_refused_unless_it_is_frozen(as_fits, binary):
+    def pairs():
+        found = {"a": pv.fit(model, guide, binary, **options())}
+        if frozen:
+            model.requires_grad_(False)
+        found["b"] = pv.fit(model, other_guide(model), binary, **options())
+        return found if as_fits else {n: (fit.model, fit.guide) for n, fit in found.items()}
+
+    frozen = False
+    model, guide = make_pair()
+    with pytest.raises(ValueError, match=r"'a' is not .*: model\.\S+ has changed .* 'b' shares it"):
+        pv.compare(pairs(), binary, num_particles=3)
+    frozen = True
+    model, guide = make_pair()
+    pv.compare(pairs(), binary, num_particles=3)
+
+
+def test_one_encoder_in_two_guides_is_refused(binary):
+    first, second, encoder = make_pair()[0], make_pair()[0], pv.nets.MLP(16, [4])
+    fits = {
+        name: pv.fit(model, other_guide(model, encoder), binary, **options())
+        for name, model in (("a", first), ("b", second))
+    }
+    with pytest.raises(ValueError, match=r"'a' is not .*: guide\.encoder\.\S+ has changed"):
+        pv.compare(fits, binary, num_particles=3)
+
+
+def bare_pair():
+    def model(x):
+        loc = pyro.param("loc", torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None].expand(*z.shape, 16), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(-1), 0.5))
+
+    return model, guide
+
+
+def test_pyro_param_values_of_one_store_are_refused_and_those_of_two_are_not(binary):
+    model, guide = bare_pair()
+    fits = {name: pv.fit(model, guide, binary, **options()) for name in "ab"}
+    with pytest.raises(ValueError, match=r"'a' is not .*: param\.loc has changed since, and 'b'"):
+        pv.compare(fits, binary, num_particles=3)
+    apart = {name: pv.fit(*bare_pair(), binary, **options()) for name in "ab"}
+    pv.compare(apart, binary, num_particles=3)
+
+    def prior(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 2.0))
+
+    fit = apart["a"]
+    pv.compare({"fitted": fit, "naive": (fit.model, prior)}, binary, num_particles=3)
+
+
+def test_running_averages_that_a_later_fit_moved_are_refused(binary):
+    """The model's parameters are frozen, but not what its batch norm remembers."""
+    decoder = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.BatchNorm1d(8, affine=False))
+    decoder.append(torch.nn.Linear(8, 16)).requires_grad_(False)
+    likelihood = pv.likelihoods.Bernoulli(decoder)
+    model = pv.LatentVariableModel(pv.priors.StandardNormal(2), likelihood)
+    fits = {name: pv.fit(model, other_guide(model), binary, **options()) for name in "ab"}
+    with pytest.raises(ValueError, match=r"running_mean has changed since, and 'b' shares it"):
+        pv.compare(fits, binary, num_particles=3, vectorize_particles=False)
+
+
+def test_pairs_that_pyro_trained_must_not_share_parameters(binary):
+    model, guide = make_pair()
+    pairs = {"a": (model, guide), "b": (model, other_guide(model))}
+    for pair in pairs.values():
+        svi = pyro.infer.SVI(*pair, pyro.optim.Adam({"lr": 0.01}), pv.objectives.ELBO())
+        svi.step(binary)
+    with pytest.raises(ValueError, match=r"'a' and 'b' share model\.\S+, which both may have"):
+        pv.compare(pairs, binary, num_particles=3)
+    model.requires_grad_(False)
+    pv.compare(pairs, binary, num_particles=3)
+
+
+def test_a_fit_that_pyro_went_on_from_is_told(binary):
+    fit = pv.fit(*make_pair(), binary, **options())
+    svi = pyro.infer.SVI(fit.model, fit.guide, pyro.optim.Adam({}), pv.objectives.ELBO())
+    svi.step(binary)
+    with pytest.warns(UserWarning, match="'a' is not as its fit left it: .* as it stands"):
+        pv.compare({"a": fit}, binary, num_particles=3)
+
+
+def test_buffers_that_runs_change_are_no_news(binary):
+    def count(module):
+        module.runs += 1
+
+    model, guide = make_pair()
+    guide.encoder.register_buffer("runs", torch.zeros(()))
+    guide.encoder.register_forward_hook(lambda module, *_: count(module))
+    pairs = {"a": pv.fit(model, guide, binary, **options())}
+    pv.evidence(model, guide, binary, num_particles=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pv.compare(pairs, binary, num_particles=100)
+
+
+def test_a_fitted_pair_may_move_change_its_type_and_be_evaluated(binary):
+    fit = pv.fit(*make_pair(), binary, **options())
+    pv.evidence(fit.model, fit.guide, binary, num_particles=3)
+    fit.model.double(), fit.guide.double()
+    pv.compare({"a": fit}, binary.double(), num_particles=3)
+
+
+def test_any_single_change_is_seen():
+    """Of one entry by its last bit, of two entries that change places, of a shape."""
+    values = torch.randn(50, 3)
+    model, guide = make_pair()
+    encoder = guide.encoder
+    encoder.register_buffer("values", values.clone())
+    before = digests(model, guide)
+    assert changed(model, guide, before) == []
+    for number in torch.randint(150, (20,)).tolist():
+        flat = values.clone().flatten()
+        flat[number] = torch.nextafter(flat[number], torch.tensor(10.0))
+        encoder.values = flat.reshape(50, 3)
+        assert changed(model, guide, before) == ["guide.encoder.values"]
+    encoder.values = values[torch.tensor([1, 0, *range(2, 50)])]
+    assert changed(model, guide, before) == ["guide.encoder.values"]
+    encoder.values = values.clone()
+    assert changed(model, guide, before) == []

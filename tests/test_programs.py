@@ -13,7 +13,7 @@ from conftest import make_pair
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import programs
+from pyro_vae import fits
 from pyro_vae.modules import modules
 
 
@@ -206,25 +206,25 @@ def test_methods_of_one_module():
 
 def test_a_store_ends_with_its_pair():
     gc.collect()
-    before = len(programs._stores)
+    before = len(fits._fits)
     model, guide, _ = plain_pair()
     pv.fit(model, guide, torch.randn(50), **options(epochs=1))
-    assert len(programs._stores) == before + 1
+    assert len(fits._fits) == before + 1
     del model, guide
     gc.collect()
-    assert len(programs._stores) == before
+    assert len(fits._fits) == before
 
 
 def test_a_store_ends_with_its_pair_under_a_handler_too():
     gc.collect()
-    before = len(programs._stores)
+    before = len(fits._fits)
     model, guide, _ = plain_pair()
     wrapped = pyro.poutine.scale(model, scale=0.5), pyro.poutine.scale(guide, scale=0.5)
     pv.fit(*wrapped, torch.randn(50), **options(epochs=1))
-    assert len(programs._stores) == before + 1
+    assert len(fits._fits) == before + 1
     del model, guide, wrapped
     gc.collect()
-    assert len(programs._stores) == before
+    assert len(fits._fits) == before
 
 
 def test_an_open_store_is_not_opened_again():

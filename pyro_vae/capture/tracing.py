@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import TypeAlias
 
 import pyro
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -97,7 +99,11 @@ def trace(function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> Trace:
     reasons: list[str] = []
 
     def run(*tensors: Tensor) -> list[Tensor | None]:
-        with _ValuesThatLeave(reasons), _ValuesThatLeaveTorch(reasons):
+        with (
+            _SampleLines() as places,
+            _ValuesThatLeave(reasons, places),
+            _ValuesThatLeaveTorch(reasons, places),
+        ):
             results = list(function(*tensors))
         outputs[:] = [None if result is None else result.detach() for result in results]
         return results
@@ -120,9 +126,9 @@ class _ValuesThatLeave(TorchDispatchMode):
     The function gets what it asks for, and runs to its end: nothing that it does is done twice.
     """
 
-    def __init__(self, reasons: list[str]):
+    def __init__(self, reasons: list[str], places: _SampleLines):
         super().__init__()
-        self._reasons = reasons
+        self._reasons, self._places = reasons, places
         self._literals = WeakIdKeyDictionary()  # made of a number, as by torch.tensor(1.0)
         # The shape of each result is noted in this mode; else in one made for each, more slowly.
         self._shapes = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
@@ -135,7 +141,7 @@ class _ValuesThatLeave(TorchDispatchMode):
         elif torch.Tag.dynamic_output_shape in tags and not _selects_by_number(operation, args):
             reason = "a shape depends on values of tensors"
         if reason is not None:
-            self._reasons.append(reason + _where())
+            self._reasons.append(reason + self._places.where())
             with _disable_current_modes():
                 return operation(*args, **kwargs)
         with tracing(self._shapes):
@@ -150,13 +156,13 @@ class _ValuesThatLeaveTorch(TorchFunctionMode):
 
     _WAYS_OUT = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__)
 
-    def __init__(self, reasons: list[str]):
+    def __init__(self, reasons: list[str], places: _SampleLines):
         super().__init__()
-        self._reasons = reasons
+        self._reasons, self._places = reasons, places
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in self._WAYS_OUT:
-            self._reasons.append(f"it takes values of tensors out of torch{_where()}")
+            self._reasons.append(f"it takes values of tensors out of torch{self._places.where()}")
         return function(*args, **(kwargs or {}))
 
 
@@ -210,13 +216,39 @@ _LIBRARIES = tuple(
 )
 
 
-def _where() -> str:
-    """Name the line of the user's code that is running."""
-    frame, places = sys._getframe(1), []
-    while frame is not None:
-        places.append((frame.f_code.co_filename, frame.f_lineno))
+class _SampleLines(Messenger):
+    """Notes the line of the user's code that samples each site, and names the line that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self._lines: dict[str, str] = {}
+
+    def _pyro_sample(self, msg) -> None:
+        self._lines[msg["name"]] = next(_user_lines(), "")
+
+    def where(self) -> str:
+        """Name the line of the user's code that is running, or the site whose density is taken."""
+        for place in _user_lines():
+            return f" ({place})"
+        for frame in _frames():
+            site = frame.f_locals.get("site")
+            if isinstance(site, dict) and site.get("name") in self._lines:
+                place = self._lines[site["name"]]
+                return f" (site {site['name']!r}{place and ', '}{place})"
+        return ""
+
+
+def _frames() -> Iterator[FrameType]:
+    """Yield the frames inside of the function that is traced, the innermost first."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not trace.__code__:
+        yield frame
         frame = frame.f_back
-    for file, line in places:
+
+
+def _user_lines() -> Iterator[str]:
+    """Yield the file and line of each of them that runs the user's code."""
+    for frame in _frames():
+        file = frame.f_code.co_filename
         if not file.startswith((*_LIBRARIES, "<")) and "importlib" not in file:
-            return f" ({os.path.basename(file)}, line {line})"
-    return ""
+            yield f"{os.path.basename(file)}, line {frame.f_lineno}"

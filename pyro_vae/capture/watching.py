@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor, strided
 
+from pyro_vae.modules import unnamed
 from pyro_vae.reach import VALUES, reach
 
 _BYTES_LOOKED_AT = 1 << 20  # of an array; larger ones count as themselves
@@ -19,16 +20,21 @@ State = dict[str, list[Any]]
 
 def tensors_that_may_change(watch: Mapping[str, Any]) -> list[Tensor]:
     """Return what a call might change: running averages, say."""
-    reached = [thing for _, thing in reach(**watch) if isinstance(thing, Tensor)]
+    reached = [thing for _, thing in _reached(watch) if isinstance(thing, Tensor)]
     return [tensor for tensor in reached if not tensor.requires_grad]
 
 
 def state_of(watch: Mapping[str, Any]) -> State:
     """Return marks of all that can be reached, which are equal while it is the same."""
     state: State = {}
-    for name, thing in reach(**watch):
+    for name, thing in _reached(watch):
         state.setdefault(name, []).append(_mark(thing))
     return state
+
+
+def _reached(watch: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    met = {f"unnamed module {n}": m for n, m in enumerate(unnamed(*watch.values()), 1)}
+    return reach(**watch, **met)
 
 
 def change(before: State, after: State) -> str | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer
+from pyro_vae.comparison.distinct import Candidate, require_distinct
 from pyro_vae.contract import check_pair
 from pyro_vae.evaluation import Evidence, Surgery, elbo_surgery, evidence, generate, reconstruct
 from pyro_vae.evaluation.weighing.log_evidence import standard_error
@@ -165,6 +166,10 @@ def compare(
     reliability is told datum by datum (k-hat): two ELBOs, each below its own evidence by its own
     gap, cannot be compared. Beside it stand the terms of ELBO surgery, which say why.
 
+    A fit trains its pair in place, so that two fits of one pair, or of two pairs with a common
+    network, are two views of the last values. They are refused, unless what is common is frozen
+    or was trained by one of the fits alone.
+
     Args:
         pairs: by name, (model, guide), or a :class:`pyro_vae.Fit`, which brings its history.
         data: held-out data; what :func:`pyro_vae.fit` takes.
@@ -179,7 +184,8 @@ def compare(
         The :class:`Comparison`, the best first.
 
     Raises:
-        ValueError: no pairs; bad data; a pair that breaks the contract, told before any work.
+        ValueError: no pairs; bad data; a pair that breaks the contract; pairs that share trained
+            parameters, or a Fit whose pair another fit has changed since. All before any work.
         TypeError: the pairs are no dictionary.
 
     Example:
@@ -222,10 +228,13 @@ def compare(
         raise ValueError(
             f"image_shape {image_shape} does not fit data of shape {tuple(held_out[0].shape)}"
         )
-    num_parameters = {}
+    candidates, num_parameters = [], {}
     for name, (model, guide) in programs_of.items():
         for each in (surgery_data, held_out):
-            num_parameters[name] = _check(model, guide, each)
+            parameters = _check(model, guide, each)
+        num_parameters[name] = sum(p.numel() for p in parameters)
+        candidates.append(Candidate(name, model, guide, fits[name], parameters))
+    require_distinct(candidates)
     entries = []
     with task(progress, "evaluate", len(pairs)) as advance:
         for name, (model, guide) in programs_of.items():
@@ -298,10 +307,10 @@ def _unpack(name: str, pair) -> tuple[Program, Program]:
     return model, guide
 
 
-def _check(model: Program, guide: Program, columns: tuple[Tensor, ...]) -> int:
-    """Refuse a pair that breaks the contract; return the number of its parameters."""
+def _check(model: Program, guide: Program, columns: tuple[Tensor, ...]) -> list[Tensor]:
+    """Refuse a pair that breaks the contract; return its trainable parameters."""
     data = Minibatches(columns, 100, device=programs.device_of(model, guide))
     with programs.parameter_store(model, guide), programs.evaluation_mode(model, guide):
         trace = check_pair(model, guide, data.first(), data.checked)
         both = programs.parameters(model, guide, trace).values()
-        return sum(p.numel() for p in dict.fromkeys(itertools.chain(*both)))
+        return list(dict.fromkeys(itertools.chain(*both)))

@@ -13,7 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from pyro_vae import programs
+from pyro_vae import fits, programs
 from pyro_vae.arguments import positive_integer, positive_number
 from pyro_vae.comparison.curve import RateDistortion
 from pyro_vae.contract import check_pair
@@ -170,6 +170,7 @@ def rate_distortion(
                     ]
                 rows.append(_row(beta, *torch.cat(parts, 1)))
                 advance(1)
+        fits.find(model, guide).digests.clear()  # of the last fit, which is undone
     table = pd.DataFrame(rows).set_index("beta")
     entropy = -evidence.mean if evidence is not None else -table["elbo"].max()
     return RateDistortion(table, float(entropy), refit)

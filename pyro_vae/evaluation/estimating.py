@@ -6,14 +6,13 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 
-import pyro
-
 from pyro_vae import programs
 from pyro_vae.contract import check_pair
 from pyro_vae.minibatches import Minibatches
 from pyro_vae.seeding import seeded
 from pyro_vae.terms import Terms, find_plate_nesting
 from pyro_vae.traces import Program
+from pyro_vae.validating import values_checked
 
 
 @contextlib.contextmanager
@@ -70,7 +69,7 @@ def estimating(
                 f"{[*trace.model, *trace.guide]}. Let model and guide sample one in the plate "
                 '"data"'
             )
-        with pyro.validation_enabled(True):
+        with values_checked(True):
             if vectorize_particles:
                 yield find_plate_nesting(model, drawn_from, *first)
             else:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer
 from pyro_vae.minibatches import as_tensor
-from pyro_vae.modules import modules
+from pyro_vae.modules import modules, remember_unnamed
 from pyro_vae.progress import task
 from pyro_vae.seeding import seeded
 from pyro_vae.traces import PairTrace, Program
@@ -174,8 +174,12 @@ def gradient_noise(
     columns = x if isinstance(x, (tuple, list)) else (x,)
     device = programs.device_of(model, guide)
     batch = tuple(as_tensor(column, "x").to(device) for column in columns)
-    with seeded(seed), programs.parameter_store(model, guide), _as_before(model, guide, taken):
-        trace = PairTrace(model, guide, batch)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(seeded(seed))
+        stack.enter_context(programs.parameter_store(model, guide))
+        with programs.evaluation_mode(model, guide), remember_unnamed(model, guide):
+            trace = PairTrace(model, guide, batch)
+        stack.enter_context(_as_before(model, guide, taken))
         count = trace.scale * len(batch[0])
         parameters = programs.parameters(model, guide, trace)
         parameters = {program: found for program, found in parameters.items() if found}

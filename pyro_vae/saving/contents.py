@@ -16,7 +16,7 @@ from pyro_vae import programs, recipes
 from pyro_vae.reach import reach
 from pyro_vae.recipes import sites
 from pyro_vae.saving import filling
-from pyro_vae.state import constraints_of_bare_parameters, state
+from pyro_vae.state import constraints_of_bare_parameters, require_names, state
 from pyro_vae.traces import Program
 
 
@@ -25,8 +25,10 @@ def state_of(model: Program, guide: Program) -> dict[str, Any]:
 
     Raises:
         ValueError: a guide has loaded values that wait for its first call.
+        ValueError: a module with tensors runs in the pair, and no name leads to it.
         TypeError: a ``pyro.param`` has a constraint without a name.
     """
+    require_names(model, guide)
     named_modules = filling.named_modules(model, guide)
     with programs.parameter_store(model, guide):
         tensors = state(model, guide)

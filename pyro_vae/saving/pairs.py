@@ -14,6 +14,7 @@ import torch
 from pyro_vae import programs, recipes, storage
 from pyro_vae.saving import contents, filling
 from pyro_vae.saving.frames import of_frame, to_frame
+from pyro_vae.state import require_parameters
 from pyro_vae.storage import UnreadableFile
 from pyro_vae.traces import Program
 
@@ -68,7 +69,8 @@ def save(
         FileExistsError: there is something that is not to be replaced.
         OSError: it could not be written.
         TypeError: the notes hold something else; a ``pyro.param`` has a constraint without a name.
-        ValueError: the guide has loaded values that wait for its first call.
+        ValueError: the guide has loaded values that wait for its first call; a parameter belongs to
+            a module that no name leads to, and would be missing.
 
     Example:
         >>> import tempfile, torch, pyro_vae as pv
@@ -89,6 +91,8 @@ def save(
     """
     check_folder(folder)
     programs.require_programs(model, guide)
+    with programs.parameter_store(model, guide):
+        require_parameters(model, guide)
     content = contents.state_of(model, guide)
     content |= {
         "versions": contents.versions(),

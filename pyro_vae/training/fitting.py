@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from pyro_vae import programs
+from pyro_vae import fits, programs
 from pyro_vae.arguments import positive_integer, positive_number, real_number
 from pyro_vae.capture import Capture, check_capture
 from pyro_vae.contract import check_pair, observes_columns_alone
@@ -31,6 +31,7 @@ from pyro_vae.progress import task
 from pyro_vae.reach import reach
 from pyro_vae.saving.contents import Description
 from pyro_vae.seeding import seeded
+from pyro_vae.state import digests as digests_of_pair
 from pyro_vae.storage import UnreadableFile
 from pyro_vae.traces import PairTrace, Program
 from pyro_vae.training.checkpoints import Checkpoints
@@ -54,6 +55,8 @@ class Fit:
         seconds: the time it all took.
         execution: how the steps ran in the end: ``"captured"`` (as compiled code), ``"captured,
             not compiled"``, or ``"eager: "`` and why.
+        digests: of the pair's tensors when the fit ended, by which :func:`pyro_vae.compare` sees
+            that another fit has changed them.
     """
 
     model: Program
@@ -62,6 +65,7 @@ class Fit:
     best_epoch: int
     seconds: float
     execution: str
+    digests: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
 
 
 class StoppedFit(KeyboardInterrupt):
@@ -309,11 +313,13 @@ def fit(
                 run.train()
             except StoppedRun:
                 stopped = True
+        digests = digests_of_pair(model, guide)
+        fits.find(model, guide).digests.update(digests)
     history = run.history.set_index("epoch")
     by_validation = patience is not None and len(history)
     best = history["validation_loss"].idxmin() if by_validation else len(history)
     seconds = time.perf_counter() - started
-    result = Fit(model, guide, history, int(best), seconds, trainer.execution)
+    result = Fit(model, guide, history, int(best), seconds, trainer.execution, digests)
     if stopped:
         raise StoppedFit(result)
     return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import pyro
 import torch
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from pyro_vae.processes import gather, num_processes
 from pyro_vae.seeding import random_state, set_random_state
 from pyro_vae.training.nonfinite import FirstNonFiniteSite, first_non_finite
 from pyro_vae.training.trainer import Trainer
+from pyro_vae.validating import values_checked
 
 
 class NonFiniteStepError(Exception):
@@ -70,7 +70,7 @@ def _refuse(trainer: Trainer, selection: tuple[Tensor, ...], error: ValueError |
 
 def first_site(trainer: Trainer, selection: tuple[Tensor, ...]) -> FirstNonFiniteSite:
     """Run the pair as a step would, to find the first site that is not finite."""
-    with FirstNonFiniteSite() as site, pyro.validation_enabled(False):
+    with FirstNonFiniteSite() as site, values_checked(False):
         trainer.run(selection)
     return site
 

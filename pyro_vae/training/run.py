@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import pyro
 import torch
 from torch import Tensor
 
@@ -44,6 +43,7 @@ from pyro_vae.training.looking import (
 from pyro_vae.training.nonfinite import NonFiniteError
 from pyro_vae.training.trainer import Trainer
 from pyro_vae.training.validation import Validation
+from pyro_vae.validating import values_checked
 
 OnNonFinite = Literal["raise", "skip"]
 AfterEpoch = Callable[[int], Mapping[str, float] | None]
@@ -188,7 +188,7 @@ class Run:
     def _epoch(self) -> None:
         learning_rate = self._trained.learning_rate
         validated = self.unseen and self.position.epoch == 1
-        with pyro.validation_enabled(validated):
+        with values_checked(validated):
             self._pass(validated)
         began = time.perf_counter()
         validation_loss = self._validation_loss()

@@ -6,13 +6,12 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 
-import pyro
-
 from pyro_vae.minibatches import Minibatches
 from pyro_vae.processes import rank
 from pyro_vae.seeding import seeded
 from pyro_vae.training.nonfinite import FirstNonFiniteSite, shown_rows
 from pyro_vae.training.trainer import Trainer
+from pyro_vae.validating import values_checked
 
 
 class Validation:
@@ -43,7 +42,7 @@ class Validation:
             KeyboardInterrupt: it was interrupted.
         """
         refused = None
-        with pyro.validation_enabled(self._unseen and epoch == 1), self._noise(seed):
+        with values_checked(self._unseen and epoch == 1), self._noise(seed):
             try:
                 loss = self._trainer.evaluate(self._data, interrupted)
             except ValueError as error:  # by Pyro's validation, perhaps, of what is not finite
@@ -71,7 +70,7 @@ class Validation:
     def _first_site(self) -> tuple[FirstNonFiniteSite, int]:
         """Find the first site that is not finite, and how many rows came before its minibatch."""
         rows_before = 0
-        with FirstNonFiniteSite() as site, pyro.validation_enabled(False):
+        with FirstNonFiniteSite() as site, values_checked(False):
             for batch in self._data:
                 self._trainer.run_held_out(batch)
                 if site.name is not None:

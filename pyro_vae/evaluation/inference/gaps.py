@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import pandas as pd
-import pyro
 import torch
 from rich.progress import Progress
 from torch import Tensor
@@ -33,6 +32,7 @@ from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
 from pyro_vae.terms import terms
 from pyro_vae.traces import Program
+from pyro_vae.validating import values_checked
 
 _MOST_FAILED = 0.02  # of the data; where all end at their start, chance alone makes it 0.001
 
@@ -254,7 +254,7 @@ def inference_gaps(
                     together.check()
                     return run(parameters, *batch)
 
-                with pyro.validation_enabled(False):
+                with values_checked(False):
                     start = guide.parameters_of(*batch)
                     end = ascent(partial(checked, step), start)
                     drawn = [

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import pyro
 import torch
 from rich.progress import Progress
 from torch import Tensor
@@ -29,6 +28,7 @@ from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
 from pyro_vae.terms import terms
 from pyro_vae.traces import Program
+from pyro_vae.validating import values_checked
 
 Method = Literal["importance", "naive", "ais"] | AIS
 
@@ -248,7 +248,7 @@ class _Run:
             terms(self.model, self.guide, *batch)  # values are validated with one particle
             weights = WeightStream(num_particles)
             draw.recheck()
-            with pyro.validation_enabled(False):
+            with values_checked(False):
                 for _ in range(passes):
                     self.together.check()
                     (drawn,) = draw(*batch)
@@ -278,7 +278,7 @@ class _Run:
 
         def estimate(batch: Batch) -> tuple[Tensor, ...]:
             terms(self.model, self.guide, *batch)  # values are validated with one particle
-            with pyro.validation_enabled(False):
+            with values_checked(False):
                 step_sizes = annealer.step_sizes(batch, num_parts, status)
                 weights, annealing = annealer.forward(batch, step_sizes, num_parts, status)
             return *_summary(weights), *annealing.by_datum

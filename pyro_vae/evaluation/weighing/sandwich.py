@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pyro
 import torch
 from rich.progress import Progress
 from torch import Tensor
@@ -28,6 +27,7 @@ from pyro_vae.minibatches import Batch, Data, Minibatches
 from pyro_vae.progress import task
 from pyro_vae.terms import terms
 from pyro_vae.traces import Program
+from pyro_vae.validating import values_checked
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def sandwich(
                 batch, latents = simulate(model, given)
                 if ais.start == "guide":
                     terms(model, guide, *batch)  # while values are validated
-                with pyro.validation_enabled(False):
+                with values_checked(False):
                     rows = path.rows_of(latents).expand(ais.num_chains, -1, -1)
                     return *_bounds(annealer, batch, rows, num_parts, advance), *batch
 

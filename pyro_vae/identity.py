@@ -1,0 +1,97 @@
+"""Which program a callable is, under its partials and Pyro's handlers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import weakref
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from pyro.poutine.messenger import Messenger
+
+
+def owner_of(program: Callable[..., Any]) -> Any:
+    """Return the object that a program lives as long as: itself, or a method's instance."""
+    core = _core(program)
+    return getattr(core, "__self__", core)
+
+
+def method_of(program: Callable[..., Any]) -> Any:
+    """Return what tells apart the programs of one owner.
+
+    Two partials of a function with equal arguments are one program. Numbers, texts, arrays and
+    containers of them are compared by type and value; tensors, modules and other objects by
+    identity, or by the ``==`` that their class has, if they can be hashed.
+    """
+    of_owner = getattr(_core(program), "__func__", None)
+    if not isinstance(program, functools.partial):
+        return of_owner
+    if (handler := _handler(program)) is not None:
+        return of_owner, handler  # not the function: the key must not keep its owner alive
+    try:
+        return of_owner, (_key(program.args), _key(program.keywords))
+    except RecursionError:  # an argument holds itself
+        return of_owner, weakref.ref(program)  # this very partial; it would keep its owner alive
+
+
+def function_of(method: Any) -> Any:
+    """Return the function of what :func:`method_of` gave, without the arguments of a partial."""
+    return method[0] if isinstance(method, tuple) else method
+
+
+def _core(program: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function or method inside of partials and Pyro's handlers."""
+    while isinstance(program, functools.partial):
+        program = program.func if _handler(program) is None else program.args[-1]
+    return program
+
+
+def _handler(program: functools.partial) -> Messenger | None:
+    """The handler, if this is one applied to a function: a partial of poutine's of the two."""
+    return next((a for a in program.args if isinstance(a, Messenger)), None)
+
+
+def _key(value: Any) -> Any:
+    """Make something hashable that is equal for equal values of one type."""
+    kind = type(value)
+    if isinstance(value, Mapping):
+        return kind, frozenset((_key(k), _key(v)) for k, v in value.items())
+    if isinstance(value, set | frozenset):
+        return kind, frozenset(_keys(value))
+    if isinstance(value, list | tuple):
+        return kind, _keys(value)
+    if isinstance(value, np.ndarray):
+        values = _keys(value.flat) if value.dtype.hasobject else value.tobytes()
+        return kind, value.dtype, value.shape, values
+    if isinstance(value, slice):
+        return kind, _keys((value.start, value.stop, value.step))
+    if isinstance(value, types.SimpleNamespace | Namespace):
+        return kind, _key(vars(value))
+    try:
+        hash(value)
+    except TypeError:
+        if dataclasses.is_dataclass(value):
+            return kind, _keys(getattr(value, field.name) for field in dataclasses.fields(value))
+        return _Same(value)
+    return kind, value
+
+
+def _keys(values: Iterable[Any]) -> tuple:
+    return tuple(_key(value) for value in values)
+
+
+class _Same:
+    """An object that is equal to itself alone, and lives as long as this."""
+
+    def __init__(self, thing: Any):
+        self._thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._thing is other._thing
+
+    def __hash__(self) -> int:
+        return id(self._thing)
