@@ -88,8 +88,8 @@ PYRO_AND_TORCH_ONLY = {
     "likelihoods",
     "real",
 }
-STANDARD = {"__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "functools",
-            "itertools", "math", "os", "typing"}  # fmt: skip
+STANDARD = {"__future__", "abc", "collections", "contextlib", "contextvars", "copy", "dataclasses",
+            "functools", "itertools", "math", "os", "typing", "warnings"}  # fmt: skip
 
 
 def files():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -181,16 +182,15 @@ def gradient_noise(
         parameters = {program: found for program, found in parameters.items() if found}
         if not parameters:
             raise ValueError("model and guide have no parameters that require a gradient")
+
+        def bound(objective: pyro.infer.ELBO) -> Tensor:
+            # At the weights of the moment: these losses are no steps of training.
+            with getattr(objective, "not_counting", contextlib.nullcontext)():
+                return -objective.differentiable_loss(model, guide, *batch) / count
+
         with task(progress, description, len(taken) * repeats) as advance:
             moments = {
-                name: _moments(
-                    lambda objective=objective: (
-                        -objective.differentiable_loss(model, guide, *batch) / count
-                    ),
-                    parameters,
-                    repeats,
-                    advance,
-                )
+                name: _moments(functools.partial(bound, objective), parameters, repeats, advance)
                 for name, objective in taken.items()
             }
     return GradientNoise({name: moments[name] for name in named}, moments.get(None))

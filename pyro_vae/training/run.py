@@ -51,6 +51,7 @@ STEPS_OF_A_STRETCH = 200
 STEPS_OF_A_STREAM = 20
 STEPS_BETWEEN_QUESTIONS = 10  # of processes to each other
 COLUMNS = ["epoch", "loss", "validation_loss", "learning_rate", "skipped", "seconds"]
+SCHEDULED = "validation_loss_scheduled"
 
 
 @dataclass
@@ -192,12 +193,13 @@ class Run:
             self._pass(validated)
         began = time.perf_counter()
         validation_loss = self._validation_loss()
+        scheduled = self._scheduled_validation_loss()
         position = self.position
         loss = position.total / position.rows if position.rows else math.nan
         self.trainer.end_epoch(loss if self.validation is None else validation_loss)
         seconds = position.seconds + time.perf_counter() - began
         values = [position.epoch, loss, validation_loss, learning_rate, position.skipped, seconds]
-        row = dict(zip(COLUMNS, values, strict=True))
+        row = dict(zip(COLUMNS, values, strict=True)) | scheduled
         position.history.append(row | self._after_epoch())
         shown = f"loss {loss:.2f}"
         if self.validation is not None:
@@ -223,6 +225,13 @@ class Run:
         position = self.position
         return self.validation.loss(position.epoch, position.validation_seed, self.interrupted)
 
+    def _scheduled_validation_loss(self) -> dict[str, float]:
+        """Return the validation loss at the schedules' values of now, if there are schedules."""
+        if self.validation is None or not self.validation.has_schedules:
+            return {}
+        seed = self.position.validation_seed
+        return {SCHEDULED: self.validation.loss_of_training(seed, self.interrupted)}
+
     def _after_epoch(self) -> dict[str, float]:
         if self.after_epoch is None:
             return {}
@@ -233,7 +242,7 @@ class Run:
             isinstance(n, str) and isinstance(v, numbers.Real) for n, v in found.items()
         ):
             raise TypeError(f"after_epoch must return numbers by name, or None; it gave {found!r}")
-        if taken := found.keys() & set(COLUMNS):
+        if taken := found.keys() & {*COLUMNS, SCHEDULED}:
             raise ValueError(f"after_epoch must not return {sorted(taken)}: the history has these")
         return {name: float(value) for name, value in found.items()}
 

@@ -19,6 +19,7 @@ from pyro_vae.processes import num_processes, rank, sum_over_processes
 from pyro_vae.sites import data_frame
 from pyro_vae.traces import Program
 from pyro_vae.training.gradients import all_finite, clipped, gradients_of, hides_gradients
+from pyro_vae.training.losses import differentiable_loss, loss_value
 from pyro_vae.training.sharing import SharedGradient, share_of
 from pyro_vae.training.trained import Trained
 
@@ -111,8 +112,18 @@ class Trainer:
         self.steps += 1
         return loss.detach()
 
-    def evaluate(self, batches: Minibatches, interrupted: Callable[[], bool]) -> float:
+    def evaluate(
+        self,
+        batches: Minibatches,
+        interrupted: Callable[[], bool],
+        objective: pyro.infer.ELBO | None = None,
+    ) -> float:
         """Return the loss per datum, averaged over the data.
+
+        Args:
+            batches: the data.
+            interrupted: whether to stop.
+            objective: whose loss it is; that of the training if not given.
 
         Raises:
             KeyboardInterrupt: it was interrupted.
@@ -125,7 +136,7 @@ class Trainer:
                 for batch in batches:
                     mine = batch if batches.is_share else share_of(batch)
                     if size := len(mine[0]):
-                        loss = self._loss(mine)
+                        loss = self._value(mine, objective)
                         sums += torch.stack([loss * size, torch.full_like(sums[0], size)])
                     if interrupted():
                         raise KeyboardInterrupt
@@ -149,13 +160,13 @@ class Trainer:
         """Run the pair as a step does, through Python, for handlers that look on."""
         mine = selection if self._batches.is_share else share_of(selection)
         if len(mine[0]):
-            self._loss(self.minibatch(mine))
+            self._value(self.minibatch(mine))
 
     @torch.no_grad()
     def run_held_out(self, batch: Batch) -> None:
         """Run the pair on validation data likewise."""
         with programs.evaluation_mode(*self._pair):
-            self._loss(batch)
+            self._value(batch)
 
     def rows_before(self, selection: tuple[Tensor, ...]) -> int:
         """Return how many rows of a minibatch are those of processes before this one."""
@@ -247,7 +258,13 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> Tensor:
         with _DataScale() as data:
-            loss = self._objective.differentiable_loss(*self._pair, *batch)
+            loss = differentiable_loss(self._objective, *self._pair, *batch)
+        return loss / (data.scale * batch[0].shape[0])
+
+    def _value(self, batch: Batch, objective: pyro.infer.ELBO | None = None) -> Tensor:
+        with _DataScale() as data:
+            loss = loss_value(objective or self._objective, *self._pair, *batch)
+        loss = torch.as_tensor(loss, dtype=torch.float64, device=batch[0].device)
         return loss / (data.scale * batch[0].shape[0])
 
     def _capturable_gradient(self) -> Captured:
