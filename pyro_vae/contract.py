@@ -6,6 +6,7 @@ data: which argument or site, what was expected, what came.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,12 +14,14 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_vae import programs
 from pyro_vae.inputs import ShapeError
-from pyro_vae.sites import data_frame, values_outside_support
+from pyro_vae.minibatches import Batch, Minibatches, finite_rows
+from pyro_vae.sites import data_frame, support_bounds, values_outside_support
 from pyro_vae.traces import Factor, PairTrace, Program
 
 # What a program that meets data of another kind than it expects may raise somewhere inside.
-_PROGRAM_ERRORS = (
+PROGRAM_ERRORS = (
     AssertionError,
     AttributeError,
     IndexError,
@@ -28,13 +31,11 @@ _PROGRAM_ERRORS = (
     TypeError,
     ZeroDivisionError,
 )
+_ROWS_SHOWN = 10
 
 
 def check_pair(
-    model: Program,
-    guide: Program,
-    batch: tuple[Any, ...],
-    all_data: tuple[Tensor, ...] | None = None,
+    model: Program, guide: Program, batch: Batch, batches: Minibatches | None = None
 ) -> PairTrace:
     """Run a pair once, with validation on, and refuse what breaks the contract.
 
@@ -42,27 +43,75 @@ def check_pair(
         model: program of p(x, z).
         guide: program of q(z|x).
         batch: x ``(B, *event)`` and any covariates.
-        all_data: the columns that the batch comes from, to check every value against the support
-            of the site that observes it; only the batch is checked if they are not given.
+        batches: the data that the batch is the first minibatch of. Rows with NaN or infinite
+            values are run too, and every value of a column in memory is checked against the
+            support of the site that observes it. ``batches.values_checked`` tells whether this
+            was a check of all that is observed.
 
     Returns:
         The run.
 
     Raises:
         ValueError: the pair cannot run on the batch; a site is missing, or stands in no plate
-            ``"data"``, or in one of another size; a value is outside a site's support.
+            ``"data"``, or in one of another size; a value is outside a site's support; NaN or
+            infinite values of the data reach a density.
     """
+    name = "data" if batches is None else batches.name
+    trace = _run(model, guide, batch, torch.arange(len(batch[0])), name)
+    if batches is not None:
+        _check_nonfinite_rows(model, guide, batches)
+        batches.values_checked = _check_supports(model, guide, trace, batch, batches)
+    return trace
+
+
+def reason(error: Exception) -> str:
+    """Return what an error says, without the shapes of all sites that Pyro puts behind it."""
+    return str(error).split("Trace Shapes:")[0].strip()
+
+
+def _run(model: Program, guide: Program, batch: Batch, rows: Tensor, name: str) -> PairTrace:
+    """Run a pair on rows of the data.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        batch: the rows, and covariates.
+        rows: their numbers.
+        name: what messages call the data.
+    """
+    if all(finite_rows(column).all() for column in batch):
+        return _run_on_numbers(model, guide, batch)
+    try:
+        return _run_on_numbers(model, guide, batch)
+    except ValueError as error:
+        cleaned = tuple(c.nan_to_num(0.0, 0.0, 0.0) if c.is_floating_point() else c for c in batch)
+        if not isinstance(error, _NonFiniteDensity):
+            _run_on_numbers(model, guide, cleaned)  # it may have an error of its own
+        where = next(i for i, c in enumerate(batch) if not finite_rows(c).all())
+        bad = rows[(~finite_rows(batch[where])).nonzero()[:, 0].cpu()]
+        shown = ", ".join(map(str, bad[:_ROWS_SHOWN].tolist()))
+        column = name if where == 0 else f"{name} covariate {where}"
+        raise ValueError(
+            f"{column} has NaN or infinite values, first in row {bad[0].item()}, that reach a "
+            f"density: {reason(error)} The rows here with such values are [{shown}"
+            f"{', ...' if len(bad) > _ROWS_SHOWN else ''}]. Remove or impute them. Or model them "
+            "as missing: mask the site that observes them, by dist.mask(x.isfinite()) or "
+            "poutine.mask, and give it and the encoder x.nan_to_num() in place of x"
+        ) from error
+
+
+def _run_on_numbers(model: Program, guide: Program, batch: Batch) -> PairTrace:
     x = batch[0]
     try:
         with torch.no_grad(), pyro.validation_enabled(True):
             trace = PairTrace(model, guide, batch)
-    except _PROGRAM_ERRORS as error:
+    except PROGRAM_ERRORS as error:
         rest = "" if len(batch) == 1 else f" and {len(batch) - 1} covariates"
-        reason = str(error).split("Trace Shapes:")[0].strip()  # Pyro appends its whole trace
         raise ValueError(
             f"model and guide could not run on data x of shape {tuple(x.shape)} and dtype "
-            f"{x.dtype}{rest}: {type(error).__name__}: {reason}. Are these the arguments, shapes "
-            "and dtypes that the programs and their networks expect?"
+            f"{x.dtype}{rest}: {type(error).__name__}: {reason(error)}. "
+            f"{_columns_not_taken(model, guide, batch)}Are these the arguments, shapes and dtypes "
+            "that the programs and their networks expect?"
         ) from error
     except ValueError as error:
         if "Shape mismatch inside plate" not in str(error):
@@ -73,25 +122,114 @@ def check_pair(
             "them with .to_event(n)."
         ) from error
     _check_trace(trace, x)
-    if all_data is not None:
-        for factor, column in _observed_columns(trace, batch):
-            outside = values_outside_support(factor.site, all_data[column])
-            if outside is not None:
-                raise ValueError(outside)
     return trace
 
 
-def observes_columns_alone(trace: PairTrace, batch: tuple[Any, ...]) -> bool:
-    """Tell whether every local site observes a column of the data as it is.
+def _columns_not_taken(model: Program, guide: Program, batch: Batch) -> str:
+    """Say which program does not take as many arguments as the data have columns."""
+    for name, program in (("model", model), ("guide", guide)):
+        function = program.forward if isinstance(program, torch.nn.Module) else program
+        try:
+            inspect.signature(function).bind(*batch)
+        except TypeError:
+            return (
+                f"Each column of the data is an argument of both programs, and the {name} does not "
+                f"take {len(batch)}. Leave out the columns that are none, such as labels (of a "
+                "TensorDataset, pass its tensors[0]), or give both programs an argument for each. "
+            )
+        except ValueError:  # it has no signature
+            continue
+    return ""
 
-    Then the check of all columns before the first step was a check of all that is observed.
+
+def _check_nonfinite_rows(model: Program, guide: Program, batches: Minibatches) -> None:
+    """Refuse NaN and infinite values that reach a density; of a stream, as they come."""
+    rows = batches.nonfinite_rows()
+    if rows is None:
+
+        def check(batch: Batch, rows_before: int) -> None:
+            with programs.evaluation_mode(model, guide):
+                _run(model, guide, batch, rows_before + torch.arange(len(batch[0])), batches.name)
+
+        batches.check_nonfinite = check
+        return
+    with torch.random.fork_rng(_devices(batches)):
+        for some in rows.split(batches.batch_size) if len(rows) else ():
+            _run(model, guide, batches.prepare(some), some.cpu(), batches.name)
+
+
+def _check_supports(
+    model: Program, guide: Program, trace: PairTrace, batch: Batch, batches: Minibatches
+) -> bool:
+    """Check all values in memory that a site observes as they are, against its support.
+
+    A support whose bounds the program computes from the minibatch is not that of other rows.
+
+    Returns:
+        Whether that was a check of every local observed site.
+
+    Raises:
+        ValueError: a value is outside.
     """
-    found = {factor.name for factor, _ in _observed_columns(trace, batch)}
+    columns = batches.checked
+    if columns is None:
+        return False
+    runs: list[PairTrace] | None = None
+    checked = set()
+    finite = torch.stack([finite_rows(column) for column in columns]).all(0)
+    for factor, number in _observed_columns(trace, batch):
+        outside = values_outside_support(factor.site, columns[number], finite)
+        if (bounds := support_bounds(factor.site)) is not None:
+            try:
+                runs = runs or [*_runs_on_extremes(model, guide, columns, batches)]
+            except ValueError as error:
+                raise ValueError(outside or str(error)) from error
+            others = [support_bounds(run.model[factor.name].site) for run in runs]
+            if not all(_same(bounds, other) for other in others):
+                continue
+        if outside is not None:
+            raise ValueError(outside)
+        checked.add(factor.name)
     return all(
-        factor.name in found or factor.is_factor
+        factor.name in checked or factor.is_factor
         for factor in trace.model.values()
         if factor.observed and factor.local
     )
+
+
+def _runs_on_extremes(
+    model: Program, guide: Program, columns: Batch, batches: Minibatches
+) -> Iterator[PairTrace]:
+    """Run a pair on the rows with the least and the largest sum of a column, each repeated.
+
+    Bounds that depend on the data differ there, if anywhere.
+    """
+    size = min(batches.batch_size, len(columns[0]))
+    sums = [c.flatten(1).sum(1, dtype=torch.float64) if c.dim() > 1 else c for c in columns]
+    rows = [pick(each.nan_to_num(0.0)).item() for each in sums for pick in _EXTREMES]
+    with torch.random.fork_rng(_devices(batches)):
+        for row in dict.fromkeys(rows):
+            repeated = tuple(column[[row] * size] for column in columns)
+            yield _run(model, guide, repeated, torch.full((size,), row), batches.name)
+
+
+_EXTREMES = (torch.argmin, torch.argmax)
+
+
+def _devices(batches: Minibatches) -> list[torch.device]:
+    return [batches.device] if batches.device.type == "cuda" else []
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and not isinstance(a, Tensor) and a == b
+
+
+class _NonFiniteDensity(ValueError):
+    """A log-density that is NaN or infinite."""
 
 
 def _check_trace(trace: PairTrace, x: Tensor) -> None:
@@ -106,7 +244,7 @@ def _check_trace(trace: PairTrace, x: Tensor) -> None:
         _check_observation(factor, x)
         if not torch.isfinite(factor.log_prob).all():
             row = (~torch.isfinite(factor.log_prob)).nonzero()[0, -1].item()
-            raise ValueError(
+            raise _NonFiniteDensity(
                 f"site {factor.name!r} has a log-density of "
                 f"{factor.log_prob.flatten()[row].item()} at row {row} of the first minibatch. "
                 "Look for values outside its support, or a scale of zero or infinity."

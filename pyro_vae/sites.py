@@ -155,12 +155,34 @@ def closed_form_kl(guide_site: Site, model_site: Site) -> Tensor | None:
     return None
 
 
-def values_outside_support(site: Site, values: Tensor) -> str | None:
+def support_bounds(site: Site) -> tuple | None:
+    """Return what tells a site's support from others of its kind; None if there is one alone."""
+    support = site["fn"].support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if any(support is known for known in vars(constraints).values()):
+        return None
+    return _bounds(support)
+
+
+def _bounds(thing: Any) -> Any:
+    """Return numbers and tensors of a constraint, however nested."""
+    if isinstance(thing, Constraint):
+        return type(thing), *((name, _bounds(value)) for name, value in vars(thing).items())
+    if isinstance(thing, list | tuple):
+        return tuple(map(_bounds, thing))
+    return thing
+
+
+def values_outside_support(
+    site: Site, values: Tensor, considered: Tensor | None = None
+) -> str | None:
     """Say which values a site's distribution does not support; None if it supports them all.
 
     Args:
         site: node of a trace.
         values: ``(N, *event)``; nothing is said of values that do not fit the site's shape.
+        considered: of which rows to say it, of all if not given.
     """
     support = site["fn"].support
     try:
@@ -168,6 +190,8 @@ def values_outside_support(site: Site, values: Tensor) -> str | None:
     except (RuntimeError, ValueError):
         return None
     inside = inside.flatten(1).all(1) if inside.dim() > 1 else inside
+    if considered is not None:
+        inside = inside | ~considered if inside.shape == considered.shape else inside
     if inside.all():
         return None
     row = (~inside).nonzero()[0].item()

@@ -53,7 +53,7 @@ ALLOWED = {
     "interrupts": set(),
     "recipes": {"flows", "guides", "latents", "layers", "likelihoods", "making", "mappings",
                 "models", "nets", "priors"},
-    "contract": {"inputs", "programs", "sites", "traces"},
+    "contract": {"inputs", "minibatches", "programs", "sites", "traces"},
     "saving": {"guides", "mappings", "modules", "programs", "reach", "recipes", "state", "storage",
                "traces"},
     "training": {"arguments", "capture", "contract", "interrupts", "minibatches", "modules",

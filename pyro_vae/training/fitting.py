@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from pyro_vae import programs
 from pyro_vae.arguments import positive_integer, positive_number, real_number
 from pyro_vae.capture import Capture, check_capture
-from pyro_vae.contract import check_pair, observes_columns_alone
+from pyro_vae.contract import check_pair
 from pyro_vae.interrupts import interrupts_at_ends
 from pyro_vae.minibatches import Data, Minibatches
 from pyro_vae.modules import modules
@@ -35,6 +35,7 @@ from pyro_vae.traces import PairTrace, Program
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.losses import check_objective, check_scale, loss_value
 from pyro_vae.training.run import AfterEpoch, OnNonFinite, Run, StoppedRun
+from pyro_vae.training.sizes import try_sizes
 from pyro_vae.training.trained import Trained
 from pyro_vae.training.trainer import BOTH, Trainer
 from pyro_vae.training.validation import Validation
@@ -254,11 +255,16 @@ def fit(
         order_of_pass = batches.order()
         first = batches.first()
         with programs.evaluation_mode(model, guide):  # a look must not move running averages
-            trace = check_pair(model, guide, first, batches.checked)
+            trace = check_pair(model, guide, first, batches)
             if held_out is not None:
-                check_pair(model, guide, held_out.first(), held_out.checked)
+                first_held_out = held_out.first()
+                check_pair(model, guide, first_held_out, held_out)
             check_scale(objective, trace.scale)
             loss_value(objective, model, guide, *first)  # what it refuses, it refuses now
+        how = {"nonfinite_too": on_nonfinite == "raise"}
+        try_sizes(model, guide, objective, batches, first, training=True, **how)
+        if held_out is not None:
+            try_sizes(model, guide, objective, held_out, first_held_out, training=False, **how)
         _check_scale_of_global_latents(trace, batches.num_data)
         programs.bind(model, guide, store, trace)
         parameters = programs.parameters(model, guide, trace)
@@ -284,12 +290,11 @@ def fit(
             capture=capture,
         )
         # Values that no look has seen yet are checked as they come, in the first pass over them.
-        of_programs = not observes_columns_alone(trace, first)
-        unseen = of_programs or batches.checked is None
-        validator = None
+        unseen, validator = not batches.values_checked, None
         if held_out is not None:
-            unseen_held_out = of_programs or held_out.checked is None
-            validator = Validation(trainer, objective, held_out, unseen=unseen_held_out)
+            validator = Validation(
+                trainer, objective, held_out, unseen=not held_out.values_checked
+            )
         stopped = False
         with (
             task(progress, description, epochs) as advance,

@@ -121,10 +121,11 @@ def _numbers(msg: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name in base.arg_constraints:
         if isinstance(parameter := vars(base).get(name), Tensor):
             yield f"parameter {name!r}", parameter
-    yield "the value", msg["value"]
     log_prob = msg["fn"].log_prob(msg["value"])
     if msg["mask"] is not None:
         log_prob = log_prob.where(torch.as_tensor(msg["mask"]), 0.0)
+    if not (msg["is_observed"] and log_prob.isfinite().all()):  # else missing data, kept out of it
+        yield "the value", msg["value"]
     yield "the log-density", log_prob
 
 

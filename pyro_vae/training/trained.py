@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -254,7 +255,7 @@ def _made(
         "optimizer must make a torch.optim.Optimizer from the parameters, such as "
         "functools.partial(torch.optim.SGD, lr=0.1)"
     )
-    if isinstance(optimizer, PyroOptim):
+    if isinstance(optimizer, PyroOptim) or _makes_pyro_optimizers(optimizer):
         raise TypeError(
             f"{what}; got {optimizer!r}, which Pyro's SVI takes. Pass the optimizer of torch that "
             "it makes, and a learning rate scheduler as scheduler="
@@ -265,6 +266,12 @@ def _made(
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(f"{what}; it made {made!r}")
     return made
+
+
+def _makes_pyro_optimizers(optimizer: Any) -> bool:
+    """Tell Pyro's functions, such as ``pyro.optim.Adam``, from its classes of torch optimizers."""
+    module = getattr(optimizer, "__module__", None) or ""
+    return inspect.isfunction(optimizer) and module.startswith("pyro.optim")
 
 
 def _made_scheduler(
