@@ -199,6 +199,24 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
             module.training = training
 
 
+def require_trainable_tensors(model: Program, guide: Program) -> None:
+    """Refuse parameters and buffers made under ``torch.inference_mode``, which have no gradient.
+
+    Raises:
+        ValueError: a tensor of a module is one of these; the message names it.
+    """
+    for role, program in (("model", model), ("guide", guide)):
+        for module in modules(program):
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if tensor.is_inference():
+                    raise ValueError(
+                        f"{name!r} of the {role} was made under torch.inference_mode(), where "
+                        "tensors can never take part in a gradient. Make model and guide outside "
+                        "of that block, and call them there once if they make parameters at their "
+                        "first call"
+                    )
+
+
 def require_programs(model: Program, guide: Program) -> None:
     """Refuse what cannot be called.
 

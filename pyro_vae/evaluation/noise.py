@@ -116,6 +116,8 @@ class GradientNoise:
         return figure
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def gradient_noise(
     model: Program,
     guide: Program,
@@ -170,6 +172,8 @@ def gradient_noise(
         True
     """
     repeats = positive_integer("repeats", repeats, least=2)  # one has no variance
+    programs.require_programs(model, guide)
+    programs.require_trainable_tensors(model, guide)
     named = _named(objectives)
     taken = named if reference is None else {**named, **_named({None: reference})}
     columns = x if isinstance(x, (tuple, list)) else (x,)
@@ -201,6 +205,9 @@ def _as_before(model: Program, guide: Program, objectives: Mapping) -> Iterator[
     """Put back what runs change: buffers of modules, and what objectives remember."""
     tensors = [b for module in modules(model, guide) for b in module.buffers()]
     for objective in objectives.values():
+        for name, value in vars(objective).items():
+            if isinstance(value, Tensor) and value.is_inference():
+                setattr(objective, name, value.clone())
         tensors += [value for value in vars(objective).values() if isinstance(value, Tensor)]
     saved = [tensor.clone() for tensor in tensors]
     try:

@@ -90,6 +90,8 @@ class StoppedFit(KeyboardInterrupt):
         self.fit = fit
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit(
     model: Program,
     guide: Program,
@@ -126,6 +128,9 @@ def fit(
     (Kingma & Welling 2014, algorithm 1). The pair is trained in place, in a parameter store of its
     own (see :func:`pyro_vae.parameter_store`): two fits never touch each other's parameters, and a
     second fit of the same pair goes on from the first.
+
+    Gradients are enabled inside, whether it is called under ``torch.no_grad``,
+    ``torch.inference_mode`` or neither.
 
     In a ``torch.distributed`` group (``torchrun``), each process is called with the whole data and
     takes its rows of every minibatch; gradients are averaged, and all hold the parameters of the
@@ -215,6 +220,8 @@ def fit(
     learning_rate = _learning_rate(learning_rate, optimizer)
     alternation = _alternation(guide_steps, model_steps)
     check_capture(capture)
+    programs.require_programs(model, guide)
+    programs.require_trainable_tensors(model, guide)
     device = _device(device)
     started = time.perf_counter()
     checkpoints = _checkpoints(checkpoint, checkpoint_seconds, checkpoints_kept, resume)

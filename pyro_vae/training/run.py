@@ -42,6 +42,7 @@ from pyro_vae.training.looking import (
     looked_at_step,
 )
 from pyro_vae.training.nonfinite import NonFiniteError
+from pyro_vae.training.sizes import smaller_minibatch
 from pyro_vae.training.trainer import Trainer
 from pyro_vae.training.validation import Validation
 
@@ -134,6 +135,7 @@ class Run:
         self._good: dict[str, Any] = {}
         self._resumed_at: Mapping[str, Tensor] | None = None
         self._shall_stop = self._shall_write = False
+        self._most_rows = 0
         self._steps_per_epoch = self.batches.num_batches
 
     @property
@@ -273,11 +275,15 @@ class Run:
         length = STEPS_OF_A_STRETCH if self.batches.tensors is not None else STEPS_OF_A_STREAM
         for selection in itertools.islice(selections, length):
             taken.append(selection)
+            self._most_rows = max(self._most_rows, len(selection[0]))
             try:
                 losses.append(self.trainer.step(selection))
             except ValueError:  # by Pyro's validation, perhaps, of what is not finite
                 losses.append(torch.tensor(math.nan))
                 break
+            except RuntimeError as error:
+                self._refuse_smaller(selection, error)
+                raise
             if validated and not losses[-1].isfinite():  # another process may have seen an error
                 break
             if self._ends_here(len(taken)):
@@ -293,6 +299,23 @@ class Run:
             for selection in taken:
                 self._careful_step(selection)
         return len(taken)
+
+    def _refuse_smaller(self, selection: tuple[Tensor, ...], error: Exception) -> None:
+        """Tell an error that only the small number of rows can have caused, as of the last ones.
+
+        Raises:
+            ValueError: the same rows, repeated to the usual number, make no error.
+        """
+        size, usual = len(selection[0]), self._most_rows
+        if size >= usual or num_processes() > 1:
+            return
+        rows = torch.arange(usual, device=selection[0].device) % size
+        try:
+            self.trainer.run(tuple(column[rows] for column in selection))
+        except (ValueError, RuntimeError):
+            return
+        self._go_back(self._good)
+        raise smaller_minibatch(error, size, usual) from error
 
     def _pause(self) -> None:
         """Write a checkpoint if it is due, and stop if somebody asked for it."""
@@ -335,6 +358,9 @@ class Run:
             self.position.skipped += 1
             self.position.skipped_in_all += 1
             return
+        except ValueError as error:
+            self._refuse_smaller(selection, error)
+            raise
         self._count(selection, loss.item())
 
     def _told(

@@ -71,7 +71,7 @@ def smaller_minibatch(error: Exception, size: int, usual: int) -> ValueError:
     """Make the error of a run that meets a minibatch smaller than usual, and cannot take it."""
     return ValueError(
         f"model, guide and objective cannot take a minibatch of {_rows(size)}, where others have "
-        f"{usual}: {reason(error)}. Have the data give minibatches of one size: a DataLoader does "
+        f"{usual}: {type(error).__name__}: {reason(error)}. Have the data give minibatches of one size: a DataLoader does "
         "with drop_last=True"
     )
 
@@ -89,7 +89,7 @@ def _message(batches: Minibatches, size: int, training: bool, told: str) -> str:
     mode = "training" if training else "evaluation"
     text = (
         f"model, guide and objective cannot take a minibatch of {_rows(size)} in {mode} mode: "
-        f"{told}. The {batches.num_data} rows of {batches.name} come in minibatches of {whole}"
+        f"{told}. The {_rows(batches.num_data)} of {batches.name} come in minibatches of {whole}"
     )
     text += "".join(f", the last of {left}" for left in rest)
     if num_processes() > 1 and not batches.is_share:

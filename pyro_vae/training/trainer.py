@@ -21,6 +21,7 @@ from pyro_vae.traces import Program
 from pyro_vae.training.gradients import all_finite, clipped, gradients_of, hides_gradients
 from pyro_vae.training.losses import differentiable_loss, loss_value
 from pyro_vae.training.sharing import SharedGradient, share_of
+from pyro_vae.training.sizes import smaller_minibatch
 from pyro_vae.training.trained import Trained
 
 BOTH = "model and guide"
@@ -130,18 +131,19 @@ class Trainer:
             ValueError: the pair cannot take the data, in this process or in another.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=batches.device)
-        refused = None
+        refused, size, most = None, 0, 0
         try:
             with programs.evaluation_mode(*self._pair):
                 for batch in batches:
                     mine = batch if batches.is_share else share_of(batch)
+                    most = max(most, size)
                     if size := len(mine[0]):
                         loss = self._value(mine, objective)
                         sums += torch.stack([loss * size, torch.full_like(sums[0], size)])
                     if interrupted():
                         raise KeyboardInterrupt
         except ValueError as error:
-            refused = error
+            refused = smaller_minibatch(error, size, most) if size < most else error
         refusals = torch.tensor([refused is not None], dtype=torch.int64)
         sum_over_processes([sums, refusals])
         if refused is not None:

@@ -93,6 +93,8 @@ class InferenceGaps:
         )
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def inference_gaps(
     model: Program,
     guide: Program,
@@ -187,6 +189,8 @@ def inference_gaps(
         raise TypeError(f"ascent must be a pyro_vae.Ascent, got {ascent!r}")
     check_resume(resume)
     _check_guide(guide)
+    programs.require_programs(model, guide)
+    programs.require_trainable_tensors(model, guide)
     settings = {"num_particles": num_particles, "ascent": ascent}
     with Together() as together:
         if resume is not None:
