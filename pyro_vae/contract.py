@@ -44,8 +44,8 @@ def check_pair(
         guide: program of q(z|x).
         batch: x ``(B, *event)`` and any covariates.
         batches: the data that the batch is the first minibatch of. Rows with NaN or infinite
-            values are run too, and every value of a column in memory is checked against the
-            support of the site that observes it. ``batches.values_checked`` tells whether this
+            values are run too, those of a stream as they come. Every value of a column in memory is checked
+            against the support of the site that observes it. ``batches.values_checked`` tells whether this
             was a check of all that is observed.
 
     Returns:
@@ -79,25 +79,56 @@ def _run(model: Program, guide: Program, batch: Batch, rows: Tensor, name: str) 
         rows: their numbers.
         name: what messages call the data.
     """
-    if all(finite_rows(column).all() for column in batch):
-        return _run_on_numbers(model, guide, batch)
     try:
         return _run_on_numbers(model, guide, batch)
     except ValueError as error:
-        cleaned = tuple(c.nan_to_num(0.0, 0.0, 0.0) if c.is_floating_point() else c for c in batch)
-        if not isinstance(error, _NonFiniteDensity):
-            _run_on_numbers(model, guide, cleaned)  # it may have an error of its own
+        if all(finite_rows(column).all() for column in batch):
+            raise
+        if not isinstance(error, _NonFiniteDensity):  # it may have an error of its own
+            _run_on_numbers(model, guide, tuple(map(_with_zeros, batch)))
         where = next(i for i, c in enumerate(batch) if not finite_rows(c).all())
         bad = rows[(~finite_rows(batch[where])).nonzero()[:, 0].cpu()]
-        shown = ", ".join(map(str, bad[:_ROWS_SHOWN].tolist()))
         column = name if where == 0 else f"{name} covariate {where}"
-        raise ValueError(
-            f"{column} has NaN or infinite values, first in row {bad[0].item()}, that reach a "
-            f"density: {reason(error)} The rows here with such values are [{shown}"
-            f"{', ...' if len(bad) > _ROWS_SHOWN else ''}]. Remove or impute them. Or model them "
-            "as missing: mask the site that observes them, by dist.mask(x.isfinite()) or "
-            "poutine.mask, and give it and the encoder x.nan_to_num() in place of x"
-        ) from error
+        raise nonfinite_data(column, bad, _what_they_reach(model, guide, batch)) from error
+
+
+def nonfinite_data(column: str, rows: Tensor, reached: str) -> ValueError:
+    """Make the error of NaN or infinite values that a pair does not keep out of its densities.
+
+    Args:
+        column: what messages call the data.
+        rows: which hold such values.
+        reached: what they make of the pair.
+    """
+    shown = ", ".join(map(str, rows[:_ROWS_SHOWN].tolist()))
+    return ValueError(
+        f"{column} has NaN or infinite values, first in row {rows[0].item()}, and {reached}. Rows "
+        f"with such values are [{shown}{', ...' if len(rows) > _ROWS_SHOWN else ''}]. Remove or "
+        "impute them. Or model them as missing: mask the site that observes them, by "
+        ".mask(x.isfinite()) of its distribution or by poutine.mask, and let it observe, and the "
+        "encoder take, x.where(x.isfinite(), 0) in place of x"
+    )
+
+
+def _what_they_reach(model: Program, guide: Program, batch: Batch) -> str:
+    with torch.no_grad(), pyro.validation_enabled(False):
+        try:
+            trace = PairTrace(model, guide, batch)
+        except (ValueError, *PROGRAM_ERRORS) as error:
+            return f"the pair cannot run on them: {type(error).__name__}: {reason(error)}"
+    for role, factors in (("guide", trace.guide), ("model", trace.model)):
+        for factor in factors.values():
+            if not (finite := torch.isfinite(factor.log_prob)).all():
+                value = factor.log_prob[~finite][0].item()
+                return f"the log-density of the {role}'s site {factor.name!r} is {value} there"
+    return (
+        "a site masks them, but its distribution is still given them: then its gradient is not "
+        "finite"
+    )
+
+
+def _with_zeros(column: Tensor) -> Tensor:
+    return column.where(column.isfinite(), 0) if column.is_floating_point() else column
 
 
 def _run_on_numbers(model: Program, guide: Program, batch: Batch) -> PairTrace:
@@ -148,8 +179,13 @@ def _check_nonfinite_rows(model: Program, guide: Program, batches: Minibatches) 
     if rows is None:
 
         def check(batch: Batch, rows_before: int) -> None:
+            numbers = rows_before + torch.arange(len(batch[0]))
             with programs.evaluation_mode(model, guide):
-                _run(model, guide, batch, rows_before + torch.arange(len(batch[0])), batches.name)
+                try:
+                    _run(model, guide, batch, numbers, batches.name)
+                except ValueError:
+                    if programs.has_finite_parameters(model, guide):  # else a step was to blame
+                        raise
 
         batches.check_nonfinite = check
         return

@@ -50,7 +50,7 @@ class Minibatches:
         values_checked: whether each value is known to lie in the support of the site that
             observes it; ``contract.check_pair`` finds out.
         check_nonfinite: called with each minibatch of a stream that holds NaN or infinite values,
-            and the number of rows before it. Until it is set, such a minibatch is refused.
+            and the number of rows before it; ``contract.check_pair`` sets it.
 
     Raises:
         TypeError: ``transform`` cannot be called.
@@ -262,13 +262,12 @@ class Minibatches:
             if batch is None:
                 break
             columns = batch if isinstance(batch, tuple | list) else (batch,)
-            finite = self.check_nonfinite is None
             columns = [
-                as_tensor(column, _column_name(self.name, i), finite=finite)
+                as_tensor(column, _column_name(self.name, i), finite=False)
                 for i, column in enumerate(columns)
             ]
             found = tuple(column.to(self.device, non_blocking=True) for column in columns)
-            if not finite and not all(finite_rows(column).all() for column in columns):
+            if self.check_nonfinite is not None and not _all_finite(columns):
                 self._check_nonfinite(found, rows)
             rows += len(found[0])
             yield found
@@ -409,6 +408,10 @@ def as_tensor(values: Any, name: str, *, finite: bool = True) -> Tensor:
             "model them as missing with poutine.mask"
         )
     return values
+
+
+def _all_finite(columns: Sequence[Tensor]) -> bool:
+    return all(bool(finite_rows(column).all()) for column in columns)
 
 
 def finite_rows(values: Tensor) -> Tensor:

@@ -199,6 +199,13 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
             module.training = training
 
 
+def has_finite_parameters(model: Program, guide: Program) -> bool:
+    """Tell whether no parameter of a pair is NaN or infinite, in the open store."""
+    found = [p for module in modules(model, guide) for p in module.parameters()]
+    found += [p for _, p in pyro.get_param_store().named_parameters()]
+    return all(bool(parameter.isfinite().all()) for parameter in found)
+
+
 def require_trainable_tensors(model: Program, guide: Program) -> None:
     """Refuse parameters and buffers made under ``torch.inference_mode``, which have no gradient.
 

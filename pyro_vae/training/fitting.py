@@ -33,7 +33,8 @@ from pyro_vae.seeding import seeded
 from pyro_vae.storage import UnreadableFile
 from pyro_vae.traces import PairTrace, Program
 from pyro_vae.training.checkpoints import Checkpoints
-from pyro_vae.training.losses import check_objective, check_scale, loss_value
+from pyro_vae.training.losses import check_enumeration, check_objective, loss_value
+from pyro_vae.training.missing import check_gradient_of_missing
 from pyro_vae.training.run import AfterEpoch, OnNonFinite, Run, StoppedRun
 from pyro_vae.training.sizes import try_sizes
 from pyro_vae.training.trained import Trained
@@ -266,7 +267,7 @@ def fit(
             if held_out is not None:
                 first_held_out = held_out.first()
                 check_pair(model, guide, first_held_out, held_out)
-            check_scale(objective, trace.scale)
+            check_enumeration(objective, enumerates=trace.enumerates)
             loss_value(objective, model, guide, *first)  # what it refuses, it refuses now
         how = {"nonfinite_too": on_nonfinite == "raise"}
         try_sizes(model, guide, objective, batches, first, training=True, **how)
@@ -296,6 +297,7 @@ def fit(
             alternation=alternation,
             capture=capture,
         )
+        check_gradient_of_missing(trainer, model, guide, objective, batches)
         # Values that no look has seen yet are checked as they come, in the first pass over them.
         unseen, validator = not batches.values_checked, None
         if held_out is not None:

@@ -38,22 +38,22 @@ def check_objective(objective: Any) -> None:
     )
 
 
-def check_scale(objective: pyro.infer.ELBO, scale: float) -> None:
-    """Refuse an objective that puts the scale of a subsampled plate inside a logarithm.
+def check_enumeration(objective: pyro.infer.ELBO, *, enumerates: bool) -> None:
+    """Refuse Pyro's tensor Monte Carlo for latents that are enumerated.
 
     Args:
         objective: passed by :func:`check_objective`.
-        scale: N/B, of the plate ``"data"``.
+        enumerates: whether a latent of the pair is.
 
     Raises:
-        ValueError: its loss would be no bound.
+        ValueError: its loss would not be minus a sum of log-densities.
     """
-    if isinstance(objective, pyro.infer.TraceTMC_ELBO) and scale != 1.0:
+    if enumerates and isinstance(objective, pyro.infer.TraceTMC_ELBO):
         raise ValueError(
-            "pyro.infer.TraceTMC_ELBO multiplies log-densities by the scale of the plate "
-            f'"data", {scale:g} here, before it takes the logarithm of their sums: the result is '
-            'no bound. Write pyro.plate("data", len(x)) without a subsample, or pass '
-            "pyro_vae.objectives.ELBO or IWAE"
+            "pyro.infer.TraceTMC_ELBO gives a loss that is too large by the logarithm of the "
+            "number of values of each enumerated latent, and takes that logarithm of scaled "
+            "densities where the plate subsamples. Pass pyro_vae.objectives.ELBO, which sums over "
+            "the values exactly, or pyro.infer.TraceEnum_ELBO"
         )
 
 

@@ -56,7 +56,7 @@ def try_sizes(
     mode = contextlib.nullcontext() if training else programs.evaluation_mode(model, guide)
     with mode, torch.no_grad(), pyro.validation_enabled(False):
         for size in dict.fromkeys(s for size in (whole, *rest) for s in _shares(size, batches)):
-            with _put_back(model, guide, objective, batches):
+            with put_back(model, guide, objective, batches):
                 rows = tuple(column[:size].clone() for column in first)
                 try:
                     loss = float(loss_value(objective, model, guide, *rows))
@@ -114,7 +114,7 @@ def _rows(size: int) -> str:
 
 
 @contextlib.contextmanager
-def _put_back(
+def put_back(
     model: Program, guide: Program, objective: pyro.infer.ELBO, batches: Minibatches
 ) -> Iterator[None]:
     """Undo what a run changes: tensors that are not trained, and random numbers."""

@@ -153,6 +153,10 @@ class Trainer:
         total, count = sums.tolist()
         return total / count
 
+    def gradient(self, *selection: Tensor) -> list[Tensor | None]:
+        """Return the loss per datum and the gradients at a minibatch, without a step."""
+        return self._loss_and_gradients(*selection)
+
     def minibatch(self, selection: tuple[Tensor, ...]) -> Batch:
         """Return a minibatch as a step would see it."""
         return self._batches.prepare(*selection)
