@@ -210,18 +210,18 @@ def _check_supports(
     columns = batches.checked
     if columns is None:
         return False
-    runs: list[PairTrace] | None = None
+    extremes: _Extremes | None = None
     checked = set()
     finite = torch.stack([finite_rows(column) for column in columns]).all(0)
     for factor, number in _observed_columns(trace, batch):
         outside = values_outside_support(factor.site, columns[number], finite)
         if (bounds := support_bounds(factor.site)) is not None:
-            try:
-                runs = runs or [*_runs_on_extremes(model, guide, columns, batches)]
-            except ValueError as error:
-                raise ValueError(outside or str(error)) from error
-            others = [support_bounds(run.model[factor.name].site) for run in runs]
-            if not all(_same(bounds, other) for other in others):
+            extremes = extremes or _Extremes(model, guide, columns, batches)
+            others = [support_bounds(run.model[factor.name].site) for run in extremes.runs]
+            varies = not all(_same(bounds, other) for other in others)
+            if extremes.error is not None:
+                raise ValueError(extremes.error if varies else outside or extremes.error)
+            if varies:
                 continue
         if outside is not None:
             raise ValueError(outside)
@@ -233,23 +233,34 @@ def _check_supports(
     )
 
 
-def _runs_on_extremes(
-    model: Program, guide: Program, columns: Batch, batches: Minibatches
-) -> Iterator[PairTrace]:
-    """Run a pair on the rows with the least and the largest sum of a column, each repeated.
+class _Extremes:
+    """A pair run on the rows with the least and the largest sum of a column, each repeated.
 
     Bounds that depend on the data differ there, if anywhere.
+
+    Attributes:
+        runs: those without an error.
+        error: of the first run that has one.
     """
-    size = min(batches.batch_size, len(columns[0]))
-    sums = [c.flatten(1).sum(1, dtype=torch.float64) if c.dim() > 1 else c for c in columns]
-    rows = [pick(each.nan_to_num(0.0)).item() for each in sums for pick in _EXTREMES]
-    with torch.random.fork_rng(_devices(batches)):
-        for row in dict.fromkeys(rows):
-            repeated = tuple(column[[row] * size] for column in columns)
-            yield _run(model, guide, repeated, torch.full((size,), row), batches.name)
+
+    def __init__(self, model: Program, guide: Program, columns: Batch, batches: Minibatches):
+        self.runs: list[PairTrace] = []
+        self.error: str | None = None
+        size = min(batches.batch_size, len(columns[0]))
+        sums = [c.flatten(1).sum(1, dtype=torch.float64) if c.dim() > 1 else c for c in columns]
+        rows = [pick(each.nan_to_num(0.0)).item() for each in sums for pick in _PICKS]
+        with torch.random.fork_rng(_devices(batches)):
+            for row in dict.fromkeys(rows):
+                repeated = tuple(column[[row] * size] for column in columns)
+                numbers = torch.full((size,), row)
+                try:
+                    self.runs.append(_run(model, guide, repeated, numbers, batches.name))
+                except ValueError as error:
+                    text = str(error).replace("first in row 0", f"first in row {row}")
+                    self.error = self.error or text
 
 
-_EXTREMES = (torch.argmin, torch.argmax)
+_PICKS = (torch.argmin, torch.argmax)
 
 
 def _devices(batches: Minibatches) -> list[torch.device]:

@@ -144,6 +144,11 @@ class InfoVAE(Objective):
         bound = terms.log_likelihood.mean(0)
         if self.alpha != 1:
             bound = bound - (1 - self.alpha) * terms.kl.mean(0)
+        if not terms.samples:
+            raise ValueError(
+                "InfoVAE compares the latents of guide and prior, and this pair has none in the "
+                'plate "data": use objectives.ELBO'
+            )
         posterior, prior = terms.samples, terms.dream().latents
         prior = _flat(prior[name] for name in posterior)
         samples = [_flat(each) for each in zip(*posterior.values(), strict=True)]
