@@ -26,28 +26,31 @@ class Schedule(ABC):
     def last_value(self) -> float:
         """Return the value after the schedule's end; the largest one of a schedule that repeats.
 
-        Validation takes the objective at this value. Here it is found by calling the schedule at
-        steps between 2^22 and 2^24, the last number that the counter of steps reaches. A subclass
-        may state it instead.
+        Validation takes the objective at this value. Here it is found by calling the schedule: at
+        steps up to 2^24, the last that the counter reaches, for its end; and at steps between 2^17
+        and 2^19 for its largest value. A subclass may state it instead.
 
         Raises:
             ValueError: the schedule neither ends nor repeats.
         """
-        halves = []
-        for first in (LAST_STEP / 4, LAST_STEP / 2):
-            steps = [first + float(int(first * (n * _SPACING % 1))) for n in range(256)]
-            halves.append([float(self(torch.tensor(step))) for step in [*steps, 2 * first]])
-        values = [value for half in halves for value in half]
-        spread = max(values) - min(values)
-        if spread <= 1e-3 * (1 + max(map(abs, values))):
-            return values[-1]
-        if not abs(max(halves[0]) - max(halves[1])) <= 0.02 * spread:  # NaN is refused too
+        late = self._values_from(LAST_STEP / 4) + self._values_from(LAST_STEP / 2)
+        if max(late) - min(late) <= 1e-3 * (1 + max(map(abs, late))):
+            return late[-1]
+        before, after = self._values_from(2.0**17), self._values_from(2.0**18)
+        spread = max(before + after) - min(before + after)
+        if not abs(max(before) - max(after)) <= 0.02 * spread:  # NaN is refused too
             raise ValueError(
                 f"the schedule {self!r} neither ends nor repeats: at steps {LAST_STEP / 2:g} and "
-                f"{LAST_STEP:g} it is {halves[0][-1]:g} and {values[-1]:g}. Give its class a "
-                "method last_value(self) that returns the value for validation"
+                f"{LAST_STEP:g} it is {late[len(late) // 2 - 1]:g} and {late[-1]:g}. Give its "
+                "class a method last_value(self) that returns the value for validation"
             )
-        return max(values)
+        return max(before + after)
+
+    @torch.no_grad()
+    def _values_from(self, first: float) -> list[float]:
+        """Return the values at steps spread from one step to its double, which comes last."""
+        steps = [first + float(int(first * (n * _SPACING % 1))) for n in range(256)]
+        return [float(self(torch.tensor(step))) for step in [*steps, 2 * first]]
 
 
 class Constant(Schedule):
@@ -103,7 +106,7 @@ class Linear(Schedule):
 
     def last_value(self) -> float:
         """Return the last number."""
-        return self.end
+        return self.end if type(self).__call__ is Linear.__call__ else super().last_value()
 
 
 class Cyclical(Schedule):
@@ -139,7 +142,7 @@ class Cyclical(Schedule):
 
     def last_value(self) -> float:
         """Return the number that it rises to."""
-        return self.end
+        return self.end if type(self).__call__ is Cyclical.__call__ else super().last_value()
 
 
 def as_schedule(name: str, value: float | Schedule) -> Schedule:

@@ -269,13 +269,13 @@ def fit(
                 check_pair(model, guide, first_held_out, held_out)
             check_enumeration(objective, enumerates=trace.enumerates)
             loss_value(objective, model, guide, *first)  # what it refuses, it refuses now
+            _check_scale_of_global_latents(trace, batches.num_data)
+            programs.bind(model, guide, store, trace)
+            parameters = programs.parameters(model, guide, trace)
         how = {"nonfinite_too": on_nonfinite == "raise"}
         try_sizes(model, guide, objective, batches, first, training=True, **how)
         if held_out is not None:
             try_sizes(model, guide, objective, held_out, first_held_out, training=False, **how)
-        _check_scale_of_global_latents(trace, batches.num_data)
-        programs.bind(model, guide, store, trace)
-        parameters = programs.parameters(model, guide, trace)
         trained = Trained(
             model,
             guide,

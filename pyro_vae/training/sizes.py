@@ -133,7 +133,7 @@ def _copies(model: Program, guide: Program, objective: pyro.infer.ELBO) -> Calla
         if isinstance(thing, Tensor) and not (thing.requires_grad or thing.is_inference()):
             if thing.layout == torch.strided and thing.numel() <= _LARGEST_COPIED:
                 found.setdefault(id(thing), thing)
-    saved = [(tensor, tensor._version, tensor.clone()) for tensor in found.values()]
+    saved = [(tensor, tensor.clone()) for tensor in found.values()]
     every = [inner for module in modules(model, guide) for inner in module.modules()]
     buffers = [(module, dict(module._buffers)) for module in every]  # which may be replaced
     remembered = {n: v for n, v in vars(objective).items() if isinstance(v, Tensor)}
@@ -142,8 +142,8 @@ def _copies(model: Program, guide: Program, objective: pyro.infer.ELBO) -> Calla
         for module, those in buffers:
             module._buffers.update(those)
         vars(objective).update(remembered)
-        for tensor, version, value in saved:
-            if tensor._version != version:
+        for tensor, value in saved:
+            if not torch.equal(tensor, value):
                 tensor.copy_(value)
 
     return restore
