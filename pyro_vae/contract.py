@@ -122,8 +122,8 @@ def _what_they_reach(model: Program, guide: Program, batch: Batch) -> str:
                 value = factor.log_prob[~finite][0].item()
                 return f"the log-density of the {role}'s site {factor.name!r} is {value} there"
     return (
-        "a site masks them, but its distribution is still given them: then its gradient is not "
-        "finite"
+        "a site masks them, but its distribution is still given them, and then its gradient is "
+        "not finite"
     )
 
 

@@ -157,7 +157,7 @@ def test_a_run_with_trials_is_that_without_them_bit_by_bit(rest, monkeypatch):
         result = fit(data, encoder, objective=objective, validation=data, epochs=2)
         losses = result.history[["loss", "validation_loss"]].to_numpy()
         state = [*result.guide.state_dict().values(), objective.average, objective.step]
-        found.append([torch.from_numpy(losses), *map(torch.clone, state)])
+        found.append([torch.tensor(losses), *map(torch.clone, state)])
     assert objective.step == 2 * (1 + (rest > 0))
     for with_trials, without in zip(*found, strict=True):
         assert torch.equal(with_trials, without)
