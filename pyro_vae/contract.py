@@ -6,9 +6,8 @@ data: which argument or site, what was expected, what came.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator
-from typing import Any
 
 import pyro
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor
 from pyro_vae import programs
 from pyro_vae.inputs import ShapeError
 from pyro_vae.minibatches import Batch, Minibatches, finite_rows
-from pyro_vae.sites import data_frame, support_bounds, values_outside_support
+from pyro_vae.sites import data_frame
+from pyro_vae.supports import check_supports
 from pyro_vae.traces import Factor, PairTrace, Program
 
 # What a program that meets data of another kind than it expects may raise somewhere inside.
@@ -44,9 +44,9 @@ def check_pair(
         guide: program of q(z|x).
         batch: x ``(B, *event)`` and any covariates.
         batches: the data that the batch is the first minibatch of. Rows with NaN or infinite
-            values are run too, those of a stream as they come. Every value of a column in memory is checked
-            against the support of the site that observes it. ``batches.values_checked`` tells whether this
-            was a check of all that is observed.
+            values are run too, those of a stream as they come; and every value of a column in
+            memory is checked against the support of the site that observes it.
+            ``batches.values_checked`` tells whether this was a check of all that is observed.
 
     Returns:
         The run.
@@ -60,7 +60,8 @@ def check_pair(
     trace = _run(model, guide, batch, torch.arange(len(batch[0])), name)
     if batches is not None:
         _check_nonfinite_rows(model, guide, batches)
-        batches.values_checked = _check_supports(model, guide, trace, batch, batches)
+        run = functools.partial(_run_on_numbers, model, guide)
+        batches.values_checked = check_supports(run, trace, batch, batches)
     return trace
 
 
@@ -84,7 +85,7 @@ def _run(model: Program, guide: Program, batch: Batch, rows: Tensor, name: str) 
     except ValueError as error:
         if all(finite_rows(column).all() for column in batch):
             raise
-        if not isinstance(error, _NonFiniteDensity):  # it may have an error of its own
+        if not isinstance(error, _NonFiniteDensityError):  # it may have an error of its own
             _run_on_numbers(model, guide, tuple(map(_with_zeros, batch)))
         where = next(i for i, c in enumerate(batch) if not finite_rows(c).all())
         bad = rows[(~finite_rows(batch[where])).nonzero()[:, 0].cpu()]
@@ -194,88 +195,11 @@ def _check_nonfinite_rows(model: Program, guide: Program, batches: Minibatches) 
             _run(model, guide, batches.prepare(some), some.cpu(), batches.name)
 
 
-def _check_supports(
-    model: Program, guide: Program, trace: PairTrace, batch: Batch, batches: Minibatches
-) -> bool:
-    """Check all values in memory that a site observes as they are, against its support.
-
-    A support whose bounds the program computes from the minibatch is not that of other rows.
-
-    Returns:
-        Whether that was a check of every local observed site.
-
-    Raises:
-        ValueError: a value is outside.
-    """
-    columns = batches.checked
-    if columns is None:
-        return False
-    extremes: _Extremes | None = None
-    checked = set()
-    finite = torch.stack([finite_rows(column) for column in columns]).all(0)
-    for factor, number in _observed_columns(trace, batch):
-        outside = values_outside_support(factor.site, columns[number], finite)
-        if (bounds := support_bounds(factor.site)) is not None:
-            extremes = extremes or _Extremes(model, guide, columns, batches)
-            others = [support_bounds(run.model[factor.name].site) for run in extremes.runs]
-            varies = not all(_same(bounds, other) for other in others)
-            if extremes.error is not None:
-                raise ValueError(extremes.error if varies else outside or extremes.error)
-            if varies:
-                continue
-        if outside is not None:
-            raise ValueError(outside)
-        checked.add(factor.name)
-    return all(
-        factor.name in checked or factor.is_factor
-        for factor in trace.model.values()
-        if factor.observed and factor.local
-    )
-
-
-class _Extremes:
-    """A pair run on the rows with the least and the largest sum of a column, each repeated.
-
-    Bounds that depend on the data differ there, if anywhere.
-
-    Attributes:
-        runs: those without an error.
-        error: of the first run that has one.
-    """
-
-    def __init__(self, model: Program, guide: Program, columns: Batch, batches: Minibatches):
-        self.runs: list[PairTrace] = []
-        self.error: str | None = None
-        size = min(batches.batch_size, len(columns[0]))
-        sums = [c.flatten(1).sum(1, dtype=torch.float64) if c.dim() > 1 else c for c in columns]
-        rows = [pick(each.nan_to_num(0.0)).item() for each in sums for pick in _PICKS]
-        with torch.random.fork_rng(_devices(batches)):
-            for row in dict.fromkeys(rows):
-                repeated = tuple(column[[row] * size] for column in columns)
-                numbers = torch.full((size,), row)
-                try:
-                    self.runs.append(_run(model, guide, repeated, numbers, batches.name))
-                except ValueError as error:
-                    text = str(error).replace("first in row 0", f"first in row {row}")
-                    self.error = self.error or text
-
-
-_PICKS = (torch.argmin, torch.argmax)
-
-
 def _devices(batches: Minibatches) -> list[torch.device]:
     return [batches.device] if batches.device.type == "cuda" else []
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return type(a) is type(b) and not isinstance(a, Tensor) and a == b
-
-
-class _NonFiniteDensity(ValueError):
+class _NonFiniteDensityError(ValueError):
     """A log-density that is NaN or infinite."""
 
 
@@ -291,7 +215,7 @@ def _check_trace(trace: PairTrace, x: Tensor) -> None:
         _check_observation(factor, x)
         if not torch.isfinite(factor.log_prob).all():
             row = (~torch.isfinite(factor.log_prob)).nonzero()[0, -1].item()
-            raise _NonFiniteDensity(
+            raise _NonFiniteDensityError(
                 f"site {factor.name!r} has a log-density of "
                 f"{factor.log_prob.flatten()[row].item()} at row {row} of the first minibatch. "
                 "Look for values outside its support, or a scale of zero or infinity."
@@ -310,18 +234,3 @@ def _check_observation(factor: Factor, x: Tensor) -> None:
             f"{tuple(x.shape)}: it should hold {x.shape[0]} data, each of event shape "
             f"{tuple(factor.site['fn'].event_shape)}."
         )
-
-
-def _observed_columns(trace: PairTrace, batch: tuple[Any, ...]) -> Iterator[tuple[Factor, int]]:
-    """Yield the observed sites whose value is a column of the batch, with the column's number.
-
-    Not masked ones: other rows of the column may be masked, and hold anything.
-    """
-    for factor in trace.model.values():
-        value = factor.site["value"]
-        if not factor.observed or isinstance(factor.site["mask"], Tensor):
-            continue
-        for number, column in enumerate(batch):
-            if column.shape == value.shape and torch.equal(column, value):
-                yield factor, number
-                break

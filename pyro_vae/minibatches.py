@@ -141,7 +141,9 @@ class Minibatches:
         """
         count, size, drop_last = self.num_data, self.batch_size, False
         if self.tensors is None:
-            sampler = next((s for s in _samplers(self._loader) if isinstance(s, BatchSampler)), None)
+            sampler = next(
+                (s for s in _samplers(self._loader) if isinstance(s, BatchSampler)), None
+            )
             try:
                 count = len(sampler.sampler)
             except (AttributeError, TypeError):
@@ -320,8 +322,8 @@ class _RowsOnDisk(Dataset):
 def _columns(data: Data, name: str) -> Sequence[Any]:
     if isinstance(data, list):
         raise ValueError(  # noqa: TRY004 - bad data are a ValueError throughout
-            f"{name} must be {_KINDS}, got a list. Of rows, pass torch.stack(rows); of minibatches, "
-            "torch.cat(minibatches); of columns, a tuple (x, *covariates)"
+            f"{name} must be {_KINDS}, got a list. Of rows, pass torch.stack(rows); of "
+            "minibatches, torch.cat(minibatches); of columns, a tuple (x, *covariates)"
         )
     columns = data.tensors if isinstance(data, TensorDataset) else data
     return columns if isinstance(columns, tuple) else (columns,)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
@@ -174,6 +175,31 @@ def _bounds(thing: Any) -> Any:
     return thing
 
 
+def inside_support(site: Site, values: Tensor) -> Tensor | None:
+    """Tell of each row of values whether a site's distribution supports it, shape (N,).
+
+    Where the bounds have a row for each of the site's data, more values are taken as so many
+    minibatches.
+
+    Args:
+        site: node of a trace.
+        values: ``(N, *event)``; None is returned for values that do not fit the site's shape.
+    """
+    support, frame = site["fn"].support, data_frame(site)
+    try:
+        inside = support.check(values)
+    except (RuntimeError, ValueError):
+        if frame is None or len(values) <= frame.size:
+            return None
+        missing = -len(values) % frame.size
+        filled = torch.cat([values, values[:missing]]).split(frame.size)
+        try:
+            inside = torch.cat([support.check(part) for part in filled])[: len(values)]
+        except (RuntimeError, ValueError):
+            return None
+    return inside.flatten(1).all(1) if inside.dim() > 1 else inside
+
+
 def values_outside_support(
     site: Site, values: Tensor, considered: Tensor | None = None
 ) -> str | None:
@@ -184,14 +210,11 @@ def values_outside_support(
         values: ``(N, *event)``; nothing is said of values that do not fit the site's shape.
         considered: of which rows to say it, of all if not given.
     """
-    support = site["fn"].support
-    try:
-        inside = support.check(values)
-    except (RuntimeError, ValueError):
+    support, inside = site["fn"].support, inside_support(site, values)
+    if inside is None:
         return None
-    inside = inside.flatten(1).all(1) if inside.dim() > 1 else inside
-    if considered is not None:
-        inside = inside | ~considered if inside.shape == considered.shape else inside
+    if considered is not None and inside.shape == considered.shape:
+        inside = inside | ~considered
     if inside.all():
         return None
     row = (~inside).nonzero()[0].item()

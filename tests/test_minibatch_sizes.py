@@ -53,8 +53,12 @@ def fit(data, encoder=None, **changes):
 
 ONE_MORE = torch.bernoulli(torch.full((41, 16), 0.5))
 EVEN = ONE_MORE[:40]
-LEFT = r"a minibatch of 1 row in training mode: .*41 rows of data come in minibatches of 20, the last "
-LEFT += r"of 1\. Choose another batch_size: 16 leaves 9 rows .* a torch DataLoader with drop_last=True"
+LEFT = (
+    r"a minibatch of 1 row in training mode: .*41 rows of data come in minibatches of 20, the last "
+)
+LEFT += (
+    r"of 1\. Choose another batch_size: 16 leaves 9 rows .* a torch DataLoader with drop_last=True"
+)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,7 @@ def test_a_last_minibatch_that_the_objective_cannot_take(objective):
     with pytest.raises(ValueError, match=LEFT):
         fit(ONE_MORE, objective=objective)
     assert fit.steps == 0
-    with pytest.raises(ValueError, match="a minibatch of 1 row in evaluation mode: .* validation"):
+    with pytest.raises(ValueError, match=r"a minibatch of 1 row in evaluation mode: .* validation"):
         fit(EVEN, objective=objective, validation=ONE_MORE)
     assert fit.steps == 0
 
@@ -175,7 +179,9 @@ def test_a_look_at_what_depends_on_a_parameter_moves_no_running_average():
             pyro.module("pair", self)
             with pyro.plate("data", len(x)):
                 z = pyro.sample("z", dist.Normal(0.0, 1.0))
-                pyro.sample("x", dist.Normal(z[..., None], 1.0).expand([len(x), 16]).to_event(1), obs=x)
+                pyro.sample(
+                    "x", dist.Normal(z[..., None], 1.0).expand([len(x), 16]).to_event(1), obs=x
+                )
 
         def guide(self, x):
             pyro.module("pair", self)

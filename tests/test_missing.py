@@ -45,9 +45,7 @@ def nan_masked(x):
 
 def nan_masked_jointly(x):
     with pyro.plate("data", len(x)):
-        likelihood = dist.NanMaskedMultivariateNormal(
-            location(latent()), NOISE**2 * torch.eye(D)
-        )
+        likelihood = dist.NanMaskedMultivariateNormal(location(latent()), NOISE**2 * torch.eye(D))
         pyro.sample("x", likelihood, obs=x)
 
 
@@ -98,9 +96,7 @@ def log_evidence(x):
     values = []
     for row in x:
         known = row.isfinite()
-        normal = torch.distributions.MultivariateNormal(
-            MEAN[known], covariance[known][:, known]
-        )
+        normal = torch.distributions.MultivariateNormal(MEAN[known], covariance[known][:, known])
         values.append(normal.log_prob(row[known]) if known.any() else torch.tensor(0.0))
     return torch.stack(values).double()
 
@@ -200,7 +196,8 @@ def test_what_is_not_kept_out_is_refused_with_its_rows(model, what, wrap):
         lambda: pv.compare({"a": (model, guide)}, ordered, num_particles=2),
     ):
         with pytest.raises(
-            ValueError, match=rf"NaN or infinite values, first in row 17, and .*{what}.*\. Rows .*{rows}"
+            ValueError,
+            match=rf"NaN or infinite values, first in row 17, and .*{what}.*\. Rows .*{rows}",
         ) as caught:
             call()
         assert "x.where(x.isfinite(), 0)" in str(caught.value)
@@ -221,11 +218,15 @@ def test_the_last_values_are_checked_as_well_as_the_first():
     guide = pv.guides.AmortizedNormal(model, First())
     x, c = sample(30), torch.randn(30)
     c[29] = torch.inf
-    with pytest.raises(ValueError, match="data covariate 1 has NaN or infinite values, first in row 29"):
+    with pytest.raises(
+        ValueError, match="data covariate 1 has NaN or infinite values, first in row 29"
+    ):
         pv.fit(model, guide, (x, c), **FIT)
     guide = pv.guides.AmortizedNormal(masked, pv.nets.MLP(D, [8]))
-    with pytest.raises(ValueError, match="first in row 0, and the log-density of the guide's site 'z'"):
-        x[0] = torch.nan
+    x[0] = torch.nan
+    with pytest.raises(
+        ValueError, match="first in row 0, and the log-density of the guide's site 'z'"
+    ):
         pv.fit(masked, guide, x, **FIT)
 
 
@@ -233,7 +234,9 @@ def test_the_last_values_are_checked_as_well_as_the_first():
 def test_a_gradient_that_is_not_finite_is_refused_before_the_first_step(on_nonfinite):
     model, guide = pair_of(chosen_too_late)
     x = data()
-    with pytest.raises(ValueError, match="first in row .*the gradient of the loss is not finite there"):
+    with pytest.raises(
+        ValueError, match=r"first in row .*the gradient of the loss is not finite there"
+    ):
         pv.fit(model, guide, x, on_nonfinite=on_nonfinite, **FIT)
     assert np.isfinite(pv.evidence(model, guide, x, num_particles=5).mean)
     with pytest.raises(pv.NonFiniteError, match="the gradient of parameter"):
@@ -242,7 +245,9 @@ def test_a_gradient_that_is_not_finite_is_refused_before_the_first_step(on_nonfi
 
 def test_other_mistakes_are_told_as_ever():
     model, guide = pair_of(masked)
-    with pytest.raises(ValueError, match=r"model and guide could not run on data x of shape \(10, 10\)"):
+    with pytest.raises(
+        ValueError, match=r"model and guide could not run on data x of shape \(10, 10\)"
+    ):
         pv.fit(model, guide, torch.cat([data(), data()], 1), **FIT)
     fixed = pv.fit(*pair_of(naked), data(), transform=present, **FIT)
     assert fixed.history.loss.notna().all()

@@ -134,7 +134,8 @@ def test_parameters_that_were_not_there_when_they_were_read_are_told(binary):
     late = o.ELBO()(*make_pair())
     list(late.parameters())
     (text,) = warnings_of(lambda: late(binary))
-    assert "'guide.built.head." in text and "Call this module once before" in text
+    assert "'guide.built.head." in text
+    assert "Call this module once before" in text
     assert warnings_of(lambda: late(binary)) == []  # told once
 
 

@@ -301,9 +301,7 @@ def fit(
         # Values that no look has seen yet are checked as they come, in the first pass over them.
         unseen, validator = not batches.values_checked, None
         if held_out is not None:
-            validator = Validation(
-                trainer, objective, held_out, unseen=not held_out.values_checked
-            )
+            validator = Validation(trainer, objective, held_out, unseen=not held_out.values_checked)
         stopped = False
         with (
             task(progress, description, epochs) as advance,

@@ -6,10 +6,10 @@ import pyro
 
 from pyro_vae.contract import nonfinite_data
 from pyro_vae.minibatches import Minibatches
+from pyro_vae.traces import Program
 from pyro_vae.training.gradients import all_finite
 from pyro_vae.training.sizes import put_back
 from pyro_vae.training.trainer import Trainer
-from pyro_vae.traces import Program
 
 
 def check_gradient_of_missing(

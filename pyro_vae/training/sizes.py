@@ -55,7 +55,8 @@ def try_sizes(
         return
     mode = contextlib.nullcontext() if training else programs.evaluation_mode(model, guide)
     with mode, torch.no_grad(), pyro.validation_enabled(False):
-        for size in dict.fromkeys(s for size in (whole, *rest) for s in _shares(size, batches)):
+        shares = [share for size in (whole, *rest) for share in _shares(size, batches)]
+        for size in dict.fromkeys(shares):
             with put_back(model, guide, objective, batches):
                 rows = tuple(column[:size].clone() for column in first)
                 try:
@@ -71,8 +72,8 @@ def smaller_minibatch(error: Exception, size: int, usual: int) -> ValueError:
     """Make the error of a run that meets a minibatch smaller than usual, and cannot take it."""
     return ValueError(
         f"model, guide and objective cannot take a minibatch of {_rows(size)}, where others have "
-        f"{usual}: {type(error).__name__}: {reason(error)}. Have the data give minibatches of one size: a DataLoader does "
-        "with drop_last=True"
+        f"{usual}: {type(error).__name__}: {reason(error)}. Have the data give minibatches of one "
+        "size: a DataLoader does with drop_last=True"
     )
 
 
@@ -130,9 +131,8 @@ def _copies(model: Program, guide: Program, objective: pyro.infer.ELBO) -> Calla
     """Copy what a run may change in place; return what puts it back."""
     found = {id(b): b for module in modules(model, guide) for b in module.buffers()}
     for _, thing in reach(model=model, guide=guide, objective=objective):
-        if isinstance(thing, Tensor) and not (thing.requires_grad or thing.is_inference()):
-            if thing.layout == torch.strided and thing.numel() <= _LARGEST_COPIED:
-                found.setdefault(id(thing), thing)
+        if isinstance(thing, Tensor) and _may_change(thing):
+            found.setdefault(id(thing), thing)
     saved = [(tensor, tensor.clone()) for tensor in found.values()]
     every = [inner for module in modules(model, guide) for inner in module.modules()]
     buffers = [(module, dict(module._buffers)) for module in every]  # which may be replaced
@@ -147,3 +147,9 @@ def _copies(model: Program, guide: Program, objective: pyro.infer.ELBO) -> Calla
                 tensor.copy_(value)
 
     return restore
+
+
+def _may_change(tensor: Tensor) -> bool:
+    """Tell whether a run may change a tensor in place, which is not so large that it is data."""
+    fixed = tensor.requires_grad or tensor.is_inference() or tensor.layout != torch.strided
+    return not fixed and tensor.numel() <= _LARGEST_COPIED
