@@ -79,10 +79,18 @@ def calls(model, columns):
     }
 
 
-@pytest.mark.parametrize("model", [total_of_minibatch, largest_of_minibatch])
+@pytest.mark.parametrize(
+    "model", [largest_of_minibatch, pytest.param(total_of_minibatch, marks=pytest.mark.slow)]
+)
 def test_bounds_that_come_of_the_minibatch(model):
     for call in calls(model, (counts(),)).values():
         call()
+
+
+def test_a_total_that_comes_of_the_minibatch():
+    found = calls(total_of_minibatch, (counts(),))
+    found["fit"]()
+    found["evidence"]()
 
 
 @pytest.mark.parametrize("model", [total_of_row, range_of_row])

@@ -20,9 +20,13 @@ def normalized_pair():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize(
-    "wrap", [lambda x: x, lambda x: DataLoader(TensorDataset(x), batch_size=20)]
+    ("capture", "wrap"),
+    [
+        (False, lambda x: x),
+        pytest.param(True, lambda x: x, marks=pytest.mark.slow),
+        (False, lambda x: DataLoader(TensorDataset(x), batch_size=20)),
+    ],
 )
 def test_a_fit_is_the_same_as_outside(mode, capture, wrap, binary, without_compiler):
     histories = []
