@@ -41,15 +41,15 @@ def check_supports(run: Run, trace: PairTrace, batch: Batch, batches: Minibatche
     checked = set()
     finite = torch.stack([finite_rows(column) for column in columns]).all(0)
     observed = [*_observed_columns(trace, batch)]
-    inside = {f.name: inside_support(f.site, columns[number]) for f, number in observed}
     for factor, number in observed:
-        if inside[factor.name] is None:
-            continue
         if (bounds := support_bounds(factor.site)) is not None:
+            if inside_support(factor.site, columns[number]) is None:
+                continue
             if extremes is None:
-                masks = [m for m in inside.values() if m is not None and m.shape == finite.shape]
+                masks = [inside_support(each.site, columns[n]) for each, n in observed]
+                masks = [m for m in masks if m is not None and m.shape == finite.shape]
                 extremes = _runs_on_extremes(run, columns, batches, finite, masks)
-            others = [support_bounds(run.model[factor.name].site) for run in extremes]
+            others = [support_bounds(each.model[factor.name].site) for each in extremes]
             if not others or not all(_same(bounds, other) for other in others):
                 continue
         if (outside := values_outside_support(factor.site, columns[number], finite)) is not None:
@@ -97,7 +97,7 @@ def _extreme_rows(columns: Batch, among: Tensor) -> list[int]:
     rows = among.nonzero()[:, 0]
     if not len(rows):
         return []
-    sums = [c.flatten(1).sum(1, dtype=torch.float64) if c.dim() > 1 else c for c in columns]
+    sums = [c.reshape(len(c), -1).sum(1, dtype=torch.float64) for c in columns]
     picks = (torch.argmin, torch.argmax)
     return list({rows[pick(each[rows])].item(): None for each in sums for pick in picks})
 

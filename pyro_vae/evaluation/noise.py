@@ -153,7 +153,8 @@ def gradient_noise(
 
     Raises:
         ValueError: no objectives, two of one name, fewer than two repeats; a pair or a site that
-            an objective refuses; a pair without parameters.
+            an objective refuses; a pair without parameters, or made under
+            ``torch.inference_mode``.
         TypeError: an objective is no ``pyro.infer.ELBO``.
 
     Example:

@@ -193,7 +193,10 @@ def fit(
 
     Raises:
         ValueError: bad data, arguments out of range, or a pair that breaks the contract, all
-            before the first step; no parameters to train.
+            before the first step; a minibatch of a size that the pair or the objective cannot
+            take, before the first step too, unless the data are a stream; NaN or infinite values
+            of the data that reach a density or a gradient; no parameters to train, or some that
+            were made under ``torch.inference_mode``; a learning rate beside an optimizer.
         TypeError: the objective is no ``pyro.infer.ELBO``; what ``optimizer`` or ``scheduler``
             makes is not torch's.
         NonFiniteError: a loss or a gradient is NaN or infinite: a FloatingPointError that names

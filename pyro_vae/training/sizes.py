@@ -45,7 +45,8 @@ def try_sizes(
         batches: the data.
         first: their first minibatch, whose rows are taken.
         training: whether to run the modules as they are, or in evaluation mode.
-        nonfinite_too: whether to refuse a size whose loss is NaN or infinite.
+        nonfinite_too: whether to refuse a size whose loss is NaN or infinite where that of a
+            larger one is not.
 
     Raises:
         ValueError: the programs or the objective cannot take a size.
@@ -56,6 +57,7 @@ def try_sizes(
     mode = contextlib.nullcontext() if training else programs.evaluation_mode(model, guide)
     with mode, torch.no_grad(), pyro.validation_enabled(False):
         shares = [share for size in (whole, *rest) for share in _shares(size, batches)]
+        were_finite = False
         for size in dict.fromkeys(shares):
             with put_back(model, guide, objective, batches):
                 rows = tuple(column[:size].clone() for column in first)
@@ -64,8 +66,10 @@ def try_sizes(
                 except (ValueError, *PROGRAM_ERRORS) as error:
                     told = f"{type(error).__name__}: {reason(error)}"
                     raise ValueError(_message(batches, size, training, told)) from error
-            if nonfinite_too and size < whole and not math.isfinite(loss):
+            is_finite = math.isfinite(loss)
+            if nonfinite_too and were_finite and not is_finite:
                 raise ValueError(_message(batches, size, training, f"the loss is {loss}"))
+            were_finite = is_finite
 
 
 def smaller_minibatch(error: Exception, size: int, usual: int) -> ValueError:

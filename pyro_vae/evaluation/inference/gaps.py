@@ -164,8 +164,9 @@ def inference_gaps(
         Stopped: a KeyboardInterrupt, with the gaps of the minibatches that were done.
         TypeError: the guide has no parameters of a datum that could be ascended; ``ascent`` is no
             :class:`pyro_vae.Ascent`, ``evidence`` no :class:`pyro_vae.Evidence`.
-        ValueError: bad data or arguments, or a pair that breaks the contract; a site is global or
-            scaled, or a point, or has no reparameterised sample; the evidence is of other data.
+        ValueError: bad data or arguments, or a pair that breaks the contract, or was made under
+            ``torch.inference_mode``; a site is global or scaled, or a point,
+            or has no reparameterised sample; the evidence is of other data.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
