@@ -144,9 +144,16 @@ def test_a_stream_is_told_at_the_time(encoder):
 def test_a_stream_with_a_bad_value_in_its_last_minibatch_is_not_told_of_its_size():
     x = ONE_MORE.clone()
     x[40, 3] = 0.5
-    with pytest.raises(ValueError, match="outside the support of site 'x'") as caught:
-        fit(Stream(x))
-    assert "others have" not in str(caught.value)
+    for options in ({"data": Stream(x)}, {"data": EVEN, "validation": Stream(x)}):
+        with pytest.raises(ValueError, match="outside the support of site 'x'") as caught:
+            fit(**options)
+        assert "others have" not in str(caught.value)
+
+
+def test_held_out_data_that_are_a_stream_are_told_of_at_the_time():
+    told = r"a minibatch of 1 row, where others have 20: .* two data in a minibatch"
+    with pytest.raises(ValueError, match=told):
+        fit(EVEN, objective=o.InfoVAE(), validation=Stream(ONE_MORE))
 
 
 @pytest.mark.parametrize("rest", [0, 5])

@@ -42,7 +42,7 @@ from pyro_vae.training.looking import (
     looked_at_step,
 )
 from pyro_vae.training.nonfinite import NonFiniteError
-from pyro_vae.training.sizes import smaller_minibatch
+from pyro_vae.training.sizes import repeated, smaller_minibatch
 from pyro_vae.training.trainer import Trainer
 from pyro_vae.training.validation import Validation
 
@@ -309,9 +309,8 @@ class Run:
         size, usual = len(selection[0]), self._most_rows
         if size >= usual or num_processes() > 1:
             return
-        rows = torch.arange(usual, device=selection[0].device) % size
         try:
-            self.trainer.run(tuple(column[rows] for column in selection))
+            self.trainer.run(repeated(selection, usual))
         except (ValueError, RuntimeError):
             return
         self._go_back(self._good)

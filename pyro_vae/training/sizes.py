@@ -81,6 +81,12 @@ def smaller_minibatch(error: Exception, size: int, usual: int) -> ValueError:
     )
 
 
+def repeated(columns: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
+    """Return so many rows, which are those of the columns over and over."""
+    rows = torch.arange(count, device=columns[0].device) % len(columns[0])
+    return tuple(column[rows] for column in columns)
+
+
 def _shares(size: int, batches: Minibatches) -> list[int]:
     """Return how many rows a process takes of a minibatch, whichever process it is."""
     if batches.is_share:

@@ -21,7 +21,7 @@ from pyro_vae.traces import Program
 from pyro_vae.training.gradients import all_finite, clipped, gradients_of, hides_gradients
 from pyro_vae.training.losses import differentiable_loss, loss_value
 from pyro_vae.training.sharing import SharedGradient, share_of
-from pyro_vae.training.sizes import smaller_minibatch
+from pyro_vae.training.sizes import repeated, smaller_minibatch
 from pyro_vae.training.trained import Trained
 
 BOTH = "model and guide"
@@ -143,7 +143,9 @@ class Trainer:
                     if interrupted():
                         raise KeyboardInterrupt
         except ValueError as error:
-            refused = smaller_minibatch(error, size, most) if size < most else error
+            refused = error
+            if size < most and self._takes(repeated(mine, most), objective):
+                refused = smaller_minibatch(error, size, most)
         refusals = torch.tensor([refused is not None], dtype=torch.int64)
         sum_over_processes([sums, refusals])
         if refused is not None:
@@ -266,6 +268,14 @@ class Trainer:
         with _DataScale() as data:
             loss = differentiable_loss(self._objective, *self._pair, *batch)
         return loss / (data.scale * batch[0].shape[0])
+
+    def _takes(self, batch: Batch, objective: pyro.infer.ELBO | None) -> bool:
+        with programs.evaluation_mode(*self._pair):
+            try:
+                self._value(batch, objective)
+            except ValueError:
+                return False
+        return True
 
     def _value(self, batch: Batch, objective: pyro.infer.ELBO | None = None) -> Tensor:
         with _DataScale() as data:

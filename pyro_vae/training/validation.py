@@ -100,7 +100,8 @@ class Validation:
         rows_before = 0
         with FirstNonFiniteSite() as site, pyro.validation_enabled(False):
             for batch in self._data:
-                self._trainer.run_held_out(batch)
+                with contextlib.suppress(ValueError):  # which has been met before
+                    self._trainer.run_held_out(batch)
                 if site.name is not None:
                     break
                 rows_before += len(batch[0])
