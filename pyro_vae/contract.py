@@ -17,7 +17,7 @@ from pyro_vae import programs
 from pyro_vae.inputs import ShapeError
 from pyro_vae.minibatches import Batch, Minibatches, finite_rows
 from pyro_vae.sites import data_frame
-from pyro_vae.supports import check_supports
+from pyro_vae.minibatch_supports import check_supports
 from pyro_vae.traces import Factor, PairTrace, Program
 
 # What a program that meets data of another kind than it expects may raise somewhere inside.
