@@ -6,22 +6,25 @@ data: which argument or site, what was expected, what came.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_vae import programs
 from pyro_vae.inputs import ShapeError
+from pyro_vae.minibatch_supports import check_supports
+from pyro_vae.minibatches import Batch, Minibatches, finite_rows
 from pyro_vae.modules import NAME_IT, remember_unnamed, unnamed
 from pyro_vae.positions import check_positions
-from pyro_vae.sites import data_frame, values_outside_support
+from pyro_vae.sites import data_frame
 from pyro_vae.traces import Factor, PairTrace, Program
 from pyro_vae.validating import values_checked
 
 # What a program that meets data of another kind than it expects may raise somewhere inside.
-_PROGRAM_ERRORS = (
+PROGRAM_ERRORS = (
     AssertionError,
     AttributeError,
     IndexError,
@@ -31,14 +34,11 @@ _PROGRAM_ERRORS = (
     TypeError,
     ZeroDivisionError,
 )
+_ROWS_SHOWN = 10
 
 
 def check_pair(
-    model: Program,
-    guide: Program,
-    batch: tuple[Any, ...],
-    all_data: tuple[Tensor, ...] | None = None,
-    num_data: int | None = None,
+    model: Program, guide: Program, batch: Batch, batches: Minibatches | None = None
 ) -> PairTrace:
     """Run a pair once, with validation on, and refuse what breaks the contract.
 
@@ -46,30 +46,111 @@ def check_pair(
         model: program of p(x, z).
         guide: program of q(z|x).
         batch: x ``(B, *event)`` and any covariates.
-        all_data: the columns that the batch comes from, to check every value against the support
-            of the site that observes it; only the batch is checked if they are not given.
-        num_data: how many data points there are, if ``all_data`` is not given.
+        batches: the data that the batch is the first minibatch of. Rows with NaN or infinite
+            values are run too, those of a stream as they come; and every value of a column in
+            memory is checked against the support of the site that observes it.
+            ``batches.values_checked`` tells whether this was a check of all that is observed.
 
     Returns:
         The run.
 
     Raises:
         ValueError: the pair cannot run on the batch; a site is missing, or stands in no plate
-            ``"data"``, or in one of another size; a value is outside a site's support; a parameter
-            belongs to a position in the minibatch.
+            ``"data"``, or in one of another size; a value is outside a site's support; NaN or
+            infinite values of the data reach a density; a parameter belongs to a position in the
+            minibatch.
     """
+    name = "data" if batches is None else batches.name
+    trace = _run(model, guide, batch, torch.arange(len(batch[0])), name)
+    if batches is not None:
+        if batches.num_data is not None:
+            check_positions(model, guide, batch, trace, batches.num_data)
+        _check_nonfinite_rows(model, guide, batches)
+        run = functools.partial(_run_on_numbers, model, guide)
+        batches.values_checked = check_supports(run, trace, batch, batches)
+    return trace
+
+
+def reason(error: Exception) -> str:
+    """Return what an error says, without the shapes of all sites that Pyro puts behind it."""
+    return str(error).split("Trace Shapes:")[0].strip()
+
+
+def _run(model: Program, guide: Program, batch: Batch, rows: Tensor, name: str) -> PairTrace:
+    """Run a pair on rows of the data.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        batch: the rows, and covariates.
+        rows: their numbers.
+        name: what messages call the data.
+    """
+    try:
+        return _run_on_numbers(model, guide, batch)
+    except ValueError as error:
+        if all(finite_rows(column).all() for column in batch):
+            raise
+        if not isinstance(error, _NonFiniteDensityError):  # it may have an error of its own
+            _run_on_numbers(model, guide, tuple(map(_with_zeros, batch)))
+        where = next(i for i, c in enumerate(batch) if not finite_rows(c).all())
+        bad = rows[(~finite_rows(batch[where])).nonzero()[:, 0].cpu()]
+        column = name if where == 0 else f"{name} covariate {where}"
+        raise nonfinite_data(column, bad, _what_they_reach(model, guide, batch)) from error
+
+
+def nonfinite_data(column: str, rows: Tensor, reached: str) -> ValueError:
+    """Make the error of NaN or infinite values that a pair does not keep out of its densities.
+
+    Args:
+        column: what messages call the data.
+        rows: which hold such values.
+        reached: what they make of the pair.
+    """
+    shown = ", ".join(map(str, rows[:_ROWS_SHOWN].tolist()))
+    return ValueError(
+        f"{column} has NaN or infinite values, first in row {rows[0].item()}, and {reached}. Rows "
+        f"with such values are [{shown}{', ...' if len(rows) > _ROWS_SHOWN else ''}]. Remove or "
+        "impute them. Or model them as missing: mask the site that observes them, by "
+        ".mask(x.isfinite()) of its distribution or by poutine.mask, and let it observe, and the "
+        "encoder take, x.where(x.isfinite(), 0) in place of x"
+    )
+
+
+def _what_they_reach(model: Program, guide: Program, batch: Batch) -> str:
+    with torch.no_grad(), values_checked(False):
+        try:
+            trace = PairTrace(model, guide, batch)
+        except (ValueError, *PROGRAM_ERRORS) as error:
+            return f"the pair cannot run on them: {type(error).__name__}: {reason(error)}"
+    for role, factors in (("guide", trace.guide), ("model", trace.model)):
+        for factor in factors.values():
+            if not (finite := torch.isfinite(factor.log_prob)).all():
+                value = factor.log_prob[~finite][0].item()
+                return f"the log-density of the {role}'s site {factor.name!r} is {value} there"
+    return (
+        "a site masks them, but its distribution is still given them, and then its gradient is "
+        "not finite"
+    )
+
+
+def _with_zeros(column: Tensor) -> Tensor:
+    return column.where(column.isfinite(), 0) if column.is_floating_point() else column
+
+
+def _run_on_numbers(model: Program, guide: Program, batch: Batch) -> PairTrace:
     x = batch[0]
     try:
         with torch.no_grad(), values_checked(True), remember_unnamed(model, guide):
             trace = PairTrace(model, guide, batch)
-    except _PROGRAM_ERRORS as error:
+    except PROGRAM_ERRORS as error:
         _refuse_other_devices(model, guide, x)
         rest = "" if len(batch) == 1 else f" and {len(batch) - 1} covariates"
-        reason = str(error).split("Trace Shapes:")[0].strip()  # Pyro appends its whole trace
         raise ValueError(
             f"model and guide could not run on data x of shape {tuple(x.shape)} and dtype "
-            f"{x.dtype}{rest}: {type(error).__name__}: {reason}. Are these the arguments, shapes "
-            "and dtypes that the programs and their networks expect?"
+            f"{x.dtype}{rest}: {type(error).__name__}: {reason(error)}. "
+            f"{_columns_not_taken(model, guide, batch)}Are these the arguments, shapes and dtypes "
+            "that the programs and their networks expect?"
         ) from error
     except ValueError as error:
         if "Shape mismatch inside plate" not in str(error):
@@ -80,14 +161,6 @@ def check_pair(
             "them with .to_event(n)."
         ) from error
     _check_trace(trace, x)
-    num_data = num_data if all_data is None else len(all_data[0])
-    if num_data is not None:
-        check_positions(model, guide, batch, trace, num_data)
-    if all_data is not None:
-        for factor, column in _observed_columns(trace, batch):
-            outside = values_outside_support(factor.site, all_data[column])
-            if outside is not None:
-                raise ValueError(outside)
     return trace
 
 
@@ -102,17 +175,50 @@ def _refuse_other_devices(model: Program, guide: Program, x: Tensor) -> None:
                 )
 
 
-def observes_columns_alone(trace: PairTrace, batch: tuple[Any, ...]) -> bool:
-    """Tell whether every local site observes a column of the data as it is.
+def _columns_not_taken(model: Program, guide: Program, batch: Batch) -> str:
+    """Say which program does not take as many arguments as the data have columns."""
+    for name, program in (("model", model), ("guide", guide)):
+        function = program.forward if isinstance(program, torch.nn.Module) else program
+        try:
+            inspect.signature(function).bind(*batch)
+        except TypeError:
+            return (
+                f"Each column of the data is an argument of both programs, and the {name} does not "
+                f"take {len(batch)}. Leave out the columns that are none, such as labels (of a "
+                "TensorDataset, pass its tensors[0]), or give both programs an argument for each. "
+            )
+        except ValueError:  # it has no signature
+            continue
+    return ""
 
-    Then the check of all columns before the first step was a check of all that is observed.
-    """
-    found = {factor.name for factor, _ in _observed_columns(trace, batch)}
-    return all(
-        factor.name in found or factor.is_factor
-        for factor in trace.model.values()
-        if factor.observed and factor.local
-    )
+
+def _check_nonfinite_rows(model: Program, guide: Program, batches: Minibatches) -> None:
+    """Refuse NaN and infinite values that reach a density; of a stream, as they come."""
+    rows = batches.nonfinite_rows()
+    if rows is None:
+
+        def check(batch: Batch, rows_before: int) -> None:
+            numbers = rows_before + torch.arange(len(batch[0]))
+            with programs.evaluation_mode(model, guide):
+                try:
+                    _run(model, guide, batch, numbers, batches.name)
+                except ValueError:
+                    if programs.has_finite_parameters(model, guide):  # else a step was to blame
+                        raise
+
+        batches.check_nonfinite = check
+        return
+    with torch.random.fork_rng(_devices(batches)):
+        for some in rows.split(batches.batch_size) if len(rows) else ():
+            _run(model, guide, batches.prepare(some), some.cpu(), batches.name)
+
+
+def _devices(batches: Minibatches) -> list[torch.device]:
+    return [batches.device] if batches.device.type == "cuda" else []
+
+
+class _NonFiniteDensityError(ValueError):
+    """A log-density that is NaN or infinite."""
 
 
 def _check_trace(trace: PairTrace, x: Tensor) -> None:
@@ -127,7 +233,7 @@ def _check_trace(trace: PairTrace, x: Tensor) -> None:
         _check_observation(factor, x)
         if not torch.isfinite(factor.log_prob).all():
             row = (~torch.isfinite(factor.log_prob)).nonzero()[0, -1].item()
-            raise ValueError(
+            raise _NonFiniteDensityError(
                 f"site {factor.name!r} has a log-density of "
                 f"{factor.log_prob.flatten()[row].item()} at row {row} of the first minibatch. "
                 "Look for values outside its support, or a scale of zero or infinity."
@@ -146,18 +252,3 @@ def _check_observation(factor: Factor, x: Tensor) -> None:
             f"{tuple(x.shape)}: it should hold {x.shape[0]} data, each of event shape "
             f"{tuple(factor.site['fn'].event_shape)}."
         )
-
-
-def _observed_columns(trace: PairTrace, batch: tuple[Any, ...]) -> Iterator[tuple[Factor, int]]:
-    """Yield the observed sites whose value is a column of the batch, with the column's number.
-
-    Not masked ones: other rows of the column may be masked, and hold anything.
-    """
-    for factor in trace.model.values():
-        value = factor.site["value"]
-        if not factor.observed or isinstance(factor.site["mask"], Tensor):
-            continue
-        for number, column in enumerate(batch):
-            if column.shape == value.shape and torch.equal(column, value):
-                yield factor, number
-                break

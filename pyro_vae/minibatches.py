@@ -23,12 +23,13 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from pyro_vae.arguments import positive_integer
-from pyro_vae.seeding import OwnSequence
+from pyro_vae.seeding import OwnSequence, random_state, set_random_state
 
 Batch: TypeAlias = tuple[Tensor, ...]
 Data: TypeAlias = Any  # Tensor | ndarray | tuple of these | Dataset | DataLoader
 
 _ROWS_OF_A_DIGEST = 1000
+_KINDS = "a tensor, a numpy array, a tuple of these, a torch Dataset or a DataLoader"
 
 
 class Minibatches:
@@ -45,11 +46,20 @@ class Minibatches:
         transform: applied to each x on the device, as dynamic binarisation needs it.
         name: what messages call the data.
 
+    Attributes:
+        values_checked: whether each value is known to lie in the support of the site that
+            observes it; ``contract.check_pair`` finds out.
+        check_nonfinite: called with each minibatch of a stream that holds NaN or infinite values,
+            and the number of rows before it; ``contract.check_pair`` sets it.
+
     Raises:
         TypeError: ``transform`` cannot be called.
-        ValueError: there is no row; the lengths differ; a value is NaN or infinite; the data are
-            of a kind that cannot be read.
+        ValueError: there is no row; the lengths differ; the data are of a kind that cannot be
+            read.
     """
+
+    values_checked = False
+    check_nonfinite: Callable[[Batch, int], None] | None = None
 
     def __init__(
         self,
@@ -69,7 +79,7 @@ class Minibatches:
         self.transform = transform
         self._shuffle = shuffle
         self._generator = generator
-        self._name = name
+        self.name = name
         self.tensors: Batch | None = None
         self._loader: DataLoader | None = None
         self._begun: _Begun | None = None
@@ -82,17 +92,17 @@ class Minibatches:
                 batch_size,
                 shuffle=None if streamed else shuffle,
             )
-        elif any(isinstance(column, np.memmap) for column in _columns(data)):
-            rows = _RowsOnDisk(_columns(data), name)
+        elif any(isinstance(column, np.memmap) for column in _columns(data, name)):
+            rows = _RowsOnDisk(_columns(data, name), name)
             shuffle = shuffle and self.batch_size < len(rows)
             order = RandomSampler(rows) if shuffle else SequentialSampler(rows)
             self._loader = DataLoader(
                 rows, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None
             )
         else:
-            columns = _columns(data)
+            columns = _columns(data, name)
             self.tensors = tuple(
-                as_tensor(column, name if i == 0 else f"{name} covariate {i}").to(self.device)
+                as_tensor(column, _column_name(name, i), finite=False).to(self.device)
                 for i, column in enumerate(columns)
             )
             if not columns:
@@ -123,6 +133,33 @@ class Minibatches:
     def num_batches(self) -> int | None:
         """Minibatches in a pass, None where that is not known beforehand."""
         return None if self.tensors is None else -(-self.num_data // self.batch_size)
+
+    @property
+    def sizes(self) -> list[int] | None:
+        """The usual number of rows of a minibatch, and that of the last one if it is another.
+
+        None where they are not known beforehand.
+        """
+        count, size, drop_last = self.num_data, self.batch_size, False
+        if self.tensors is None:
+            sampler = next(
+                (s for s in _samplers(self._loader) if isinstance(s, BatchSampler)), None
+            )
+            try:
+                count = len(sampler.sampler)
+            except (AttributeError, TypeError):
+                return None
+            size, drop_last = sampler.batch_size, sampler.drop_last
+        size = min(size, count)
+        rest = count % size if size else 0
+        return [size, rest] if rest and not drop_last else [size]
+
+    def nonfinite_rows(self) -> Tensor | None:
+        """Return the numbers of the rows with NaN or infinite values; None of a stream."""
+        if self.tensors is None:
+            return None
+        finite = [finite_rows(column) for column in self.tensors]
+        return (~torch.stack(finite).all(0)).nonzero()[:, 0]
 
     def in_memory(self) -> Batch:
         """Return all rows as tensors, read once from a stream."""
@@ -222,21 +259,45 @@ class Minibatches:
                     sampler.set_epoch(seed % 2**31)
         with sequence():
             stream = iter(self._loader)
-        empty = True
+        rows = 0
         while True:
             with sequence():
-                batch = next(stream, None)
+                batch = self._next(stream)
             if batch is None:
                 break
-            empty = False
             columns = batch if isinstance(batch, tuple | list) else (batch,)
-            columns = [as_tensor(column, self._name) for column in columns]
-            yield tuple(column.to(self.device, non_blocking=True) for column in columns)
-        if empty:
+            columns = [
+                as_tensor(column, _column_name(self.name, i), finite=False)
+                for i, column in enumerate(columns)
+            ]
+            found = tuple(column.to(self.device, non_blocking=True) for column in columns)
+            if self.check_nonfinite is not None and not _all_finite(columns):
+                self._check_nonfinite(found, rows)
+            rows += len(found[0])
+            yield found
+        if not rows:
             raise ValueError(
-                f"{self._name} is empty: its loader yields no minibatch. (A stream that can be "
+                f"{self.name} is empty: its loader yields no minibatch. (A stream that can be "
                 "read only once does not serve for several passes.)"
             )
+
+    def _next(self, stream: Iterator[Any]) -> Any:
+        try:
+            return next(stream, None)
+        except TypeError as error:
+            if "collate" not in str(error):
+                raise
+            raise ValueError(
+                f"{self.name} has items that torch's DataLoader cannot put together: {error}. Let "
+                "the Dataset give tensors or numpy arrays, or pass a DataLoader with a collate_fn"
+            ) from error
+
+    def _check_nonfinite(self, columns: Batch, rows_before: int) -> None:
+        noise = random_state(self.device)
+        try:
+            self.check_nonfinite(self._transformed(c.clone() for c in columns), rows_before)
+        finally:
+            set_random_state(noise, self.device)
 
     def _transformed(self, columns: Iterable[Tensor]) -> Batch:
         """Transform x, which may be written to."""
@@ -249,7 +310,7 @@ class _RowsOnDisk(Dataset):
 
     def __init__(self, columns: Sequence[Any], name: str):
         for i, column in enumerate(columns):
-            as_tensor(column[:1], name if i == 0 else f"{name} covariate {i}")
+            as_tensor(column[:1], _column_name(name, i), finite=False)
         _require_one_length(columns, name)
         self._columns = columns
 
@@ -260,9 +321,18 @@ class _RowsOnDisk(Dataset):
         return tuple(torch.as_tensor(_native(column[rows], "data")) for column in self._columns)
 
 
-def _columns(data: Data) -> Sequence[Any]:
+def _columns(data: Data, name: str) -> Sequence[Any]:
+    if isinstance(data, list):
+        raise ValueError(  # noqa: TRY004 - bad data are a ValueError throughout
+            f"{name} must be {_KINDS}, got a list. Of rows, pass torch.stack(rows); of "
+            "minibatches, torch.cat(minibatches); of columns, a tuple (x, *covariates)"
+        )
     columns = data.tensors if isinstance(data, TensorDataset) else data
-    return columns if isinstance(columns, tuple | list) else (columns,)
+    return columns if isinstance(columns, tuple) else (columns,)
+
+
+def _column_name(name: str, number: int) -> str:
+    return name if number == 0 else f"{name} covariate {number}"
 
 
 def _require_one_length(columns: Sequence[Any], name: str) -> None:
@@ -301,12 +371,13 @@ def _native(values: np.ndarray | Tensor, name: str) -> np.ndarray | Tensor:
     return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
 
 
-def as_tensor(values: Any, name: str) -> Tensor:
+def as_tensor(values: Any, name: str, *, finite: bool = True) -> Tensor:
     """Take one column of data as a tensor with N >= 1 rows and no NaN or infinity.
 
     Args:
         values: tensor or numpy array (N, ...).
         name: what messages call it.
+        finite: whether to refuse NaN and infinite values.
 
     Raises:
         ValueError: it is neither, holds no real numbers, has no rows, or is not finite.
@@ -315,8 +386,7 @@ def as_tensor(values: Any, name: str) -> Tensor:
         values = torch.from_numpy(np.array(_native(values, name)))  # a copy: it may be read-only
     if not isinstance(values, Tensor):
         raise ValueError(  # noqa: TRY004 - bad data are a ValueError throughout
-            f"{name} must be a tensor, a numpy array, a tuple of these, a torch Dataset or a "
-            f"DataLoader, got {type(values).__name__}"
+            f"{name} must be {_KINDS}, got {type(values).__name__}"
         )
     if values.layout != torch.strided or values.is_nested or values.is_quantized:
         raise ValueError(f"{name} must be dense, got layout {values.layout}: use to_dense()")
@@ -325,6 +395,8 @@ def as_tensor(values: Any, name: str) -> Tensor:
             f"{name} must hold real numbers, got dtype {values.dtype} on device {values.device}"
         )
     values = values.detach()
+    if values.is_inference() and not torch.is_inference_mode_enabled():
+        values = values.clone()  # which can take part in a gradient
     if values.dtype in (torch.uint16, torch.uint32, torch.uint64):  # few operations take them
         values = values.to(torch.int64)
         if (values < 0).any():
@@ -333,12 +405,21 @@ def as_tensor(values: Any, name: str) -> Tensor:
         raise ValueError(
             f"{name} is empty: expected shape (N, *event) with N >= 1, got {tuple(values.shape)}"
         )
-    if values.is_floating_point():
-        finite = torch.isfinite(values).flatten(1).all(1) if values.dim() > 1 else values.isfinite()
-        if not finite.all():
-            row = (~finite).nonzero()[0].item()
-            raise ValueError(
-                f"{name} has NaN or infinite values, first in row {row}: remove or impute them, or "
-                "model them as missing with poutine.mask"
-            )
+    if finite and not (rows := finite_rows(values)).all():
+        row = (~rows).nonzero()[0].item()
+        raise ValueError(
+            f"{name} has NaN or infinite values, first in row {row}: remove or impute them, or "
+            "model them as missing with poutine.mask"
+        )
     return values
+
+
+def _all_finite(columns: Sequence[Tensor]) -> bool:
+    return all(bool(finite_rows(column).all()) for column in columns)
+
+
+def finite_rows(values: Tensor) -> Tensor:
+    """Tell of each row whether all its numbers are finite, shape (N,)."""
+    if not values.is_floating_point():
+        return values.new_ones(len(values), dtype=torch.bool)
+    return torch.isfinite(values).flatten(1).all(1) if values.dim() > 1 else values.isfinite()

@@ -181,6 +181,31 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
 _RUNS_LOOKED_AT = 1000  # of modules: looks take a millisecond in all
 
 
+def has_finite_parameters(model: Program, guide: Program) -> bool:
+    """Tell whether no parameter of a pair is NaN or infinite, in the open store."""
+    found = [p for module in modules(model, guide) for p in module.parameters()]
+    found += [p for _, p in pyro.get_param_store().named_parameters()]
+    return all(bool(parameter.isfinite().all()) for parameter in found)
+
+
+def require_trainable_tensors(model: Program, guide: Program) -> None:
+    """Refuse parameters and buffers made under ``torch.inference_mode``, which have no gradient.
+
+    Raises:
+        ValueError: a tensor of a module is one of these; the message names it.
+    """
+    for role, program in (("model", model), ("guide", guide)):
+        for module in modules(program):
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if tensor.is_inference():
+                    raise ValueError(
+                        f"{name!r} of the {role} was made under torch.inference_mode(), where "
+                        "tensors can never take part in a gradient. Make model and guide outside "
+                        "of that block, and call them there once if they make parameters at their "
+                        "first call"
+                    )
+
+
 def require_programs(model: Program, guide: Program) -> None:
     """Refuse what cannot be called.
 

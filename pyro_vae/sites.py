@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
@@ -268,23 +269,73 @@ def closed_form_kl(guide_site: Site, model_site: Site) -> Tensor | None:
     return scale_and_mask(kl, scale, guide_site["mask"])
 
 
-def values_outside_support(site: Site, values: Tensor) -> str | None:
+def support_bounds(site: Site) -> tuple | None:
+    """Return what tells a site's support from others of its kind; None if there is one alone."""
+    support = site["fn"].support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if any(support is known for known in vars(constraints).values()):
+        return None
+    return _bounds(support)
+
+
+def _bounds(thing: Any) -> Any:
+    """Return numbers and tensors of a constraint, however nested."""
+    if isinstance(thing, Constraint):
+        return type(thing), *((name, _bounds(value)) for name, value in vars(thing).items())
+    if isinstance(thing, list | tuple):
+        return tuple(map(_bounds, thing))
+    return thing
+
+
+def inside_support(site: Site, values: Tensor) -> Tensor | None:
+    """Tell of each row of values whether a site's distribution supports it, shape (N,).
+
+    Where the bounds have a row for each of the site's data, more values are taken as so many
+    minibatches.
+
+    Args:
+        site: node of a trace.
+        values: ``(N, *event)``; None is returned for values that do not fit the site's shape.
+    """
+    frame = data_frame(site)
+    try:
+        support = site["fn"].support
+    except NotImplementedError:  # it states none
+        return None
+    try:
+        inside = support.check(values)
+    except (RuntimeError, ValueError):
+        if frame is None or len(values) <= frame.size:
+            return None
+        missing = -len(values) % frame.size
+        filled = torch.cat([values, values[:missing]]).split(frame.size)
+        try:
+            inside = torch.cat([support.check(part) for part in filled])[: len(values)]
+        except (RuntimeError, ValueError):
+            return None
+    return inside.flatten(1).all(1) if inside.dim() > 1 else inside
+
+
+def values_outside_support(
+    site: Site, values: Tensor, considered: Tensor | None = None
+) -> str | None:
     """Say which values a site's distribution does not support; None if it supports them all.
 
     Args:
         site: node of a trace.
         values: ``(N, *event)``; nothing is said of values that do not fit the site's shape.
+        considered: of which rows to say it, of all if not given.
     """
-    try:
-        support = site["fn"].support
-        inside = support.check(values)
-    except (NotImplementedError, RuntimeError, ValueError):  # it states none, or they do not fit
+    inside = inside_support(site, values)
+    if inside is None:
         return None
-    inside = inside.flatten(1).all(1) if inside.dim() > 1 else inside
+    if considered is not None and inside.shape == considered.shape:
+        inside = inside | ~considered
     if inside.all():
         return None
     row = (~inside).nonzero()[0].item()
-    each = support
+    each = support = site["fn"].support
     while isinstance(each, constraints.independent):
         each = each.base_constraint
     if any(isinstance(bound, Tensor) and bound.numel() > 1 for bound in vars(each).values()):

@@ -386,7 +386,7 @@ class PairTrace:
 
 def _gradients(values: list[Tensor], tensors: list[Tensor]) -> Sequence[Tensor | None]:
     total = sum(value.sum() for value in values)
-    if not total.requires_grad:
+    if not values or not total.requires_grad:
         return [None] * len(tensors)
     return torch.autograd.grad(total, tensors, retain_graph=True, allow_unused=True)
 

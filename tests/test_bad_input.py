@@ -69,7 +69,7 @@ def test_bad_data(name, function):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 31}, "batch_size 31 is larger than the data, 30 rows"),
+        ({"learning_rate": 0.1, "optimizer": torch.optim.Adam}, "is for the default optimizer"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),

@@ -36,7 +36,7 @@ def test_dynamic_binarisation(tmp_path):
     [
         (["--data", "mnits"], "expected one of digits, mnist"),
         (["--report", "/nowhere/page.html"], "cannot write --report"),
-        (["--batch-size", "100000"], "is larger than the data, 1297 rows"),
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--latents", "0"], "a size of event_shape must be at least 1"),
     ],
 )

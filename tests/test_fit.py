@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import make_pair
 from oracles import LinearGaussian
+from pyro.optim.adagrad_rmsprop import AdagradRMSProp
+from pyro.optim.clipped_adam import ClippedAdam
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -399,3 +401,170 @@ def test_bad_values_that_the_model_derives_from_its_data(binary):
         fit((model, guide), x)
     with pytest.raises(ValueError, match="outside the support of site 'x'"):
         pv.evidence(model, guide, x, num_particles=2, batch_size=20)
+
+
+def test_a_batch_size_beyond_the_data_takes_them_all(binary):
+    """The default of 100 too, for 50 rows."""
+    histories = [
+        pv.fit(*pair, binary, epochs=2, seed=0, progress=False, validation=binary[:7], **options)
+        for pair, options in zip(
+            same_pairs(3), [{}, {"batch_size": 50}, {"batch_size": 7000}], strict=True
+        )
+    ]
+    first, *others = (result.history.loss.tolist() for result in histories)
+    assert all(other == first for other in others)
+
+
+def same_pairs(count):
+    for _ in range(count):
+        torch.manual_seed(8)
+        yield make_pair()
+
+
+@pytest.mark.parametrize("make", [list, lambda x: list(x.split(20)), lambda x: [x], lambda x: []])
+def test_lists_are_refused_with_what_to_pass(make, binary):
+    told = r"data must be a tensor, .* got a list. Of rows, pass torch.stack\(rows\)"
+    with pytest.raises(ValueError, match=told):
+        fit(make_pair(), make(binary))
+    with pytest.raises(ValueError, match=told):
+        pv.evidence(*make_pair(), make(binary), num_particles=2)
+
+
+@pytest.mark.parametrize(
+    "wrap", [TensorDataset, lambda x, y: DataLoader(TensorDataset(x, y), batch_size=20)]
+)
+def test_labels_that_no_program_takes_are_refused_by_name(wrap, binary):
+    data = wrap(binary, torch.arange(50))
+    with pytest.raises(ValueError, match=r"the model does not take 2. Leave out .* such as labels"):
+        fit(make_pair(), data)
+    fit(make_pair(), TensorDataset(binary, torch.arange(50)).tensors[0])
+
+
+def test_items_that_cannot_be_put_together_are_refused_by_name(binary):
+    class Objects(Rows):
+        def __getitem__(self, i):
+            return object()
+
+    with pytest.raises(
+        ValueError, match="data has items that torch's DataLoader cannot put togeth"
+    ):
+        fit(make_pair(), Objects(binary))
+
+
+def test_a_learning_rate_beside_an_optimizer_is_refused(binary):
+    with pytest.raises(ValueError, match=r"learning_rate=0.001 is for the default optimizer, and"):
+        fit(make_pair(), binary, learning_rate=1e-3, optimizer=torch.optim.Adam)
+    result = fit(make_pair(), binary, optimizer=functools.partial(torch.optim.Adam, lr=0.3))
+    assert result.history.learning_rate.tolist() == [0.3, 0.3]
+    assert fit(make_pair(), binary).history.learning_rate.tolist() == [1e-3, 1e-3]
+
+
+def test_fewer_data_than_a_fit_takes_are_no_number_of_data(binary):
+    for num_data, call in {
+        49: lambda o: fit(make_pair(), binary, objective=o),
+        19: lambda o: fit(make_pair(), DataLoader(Rows(binary), batch_size=20), objective=o),
+        10: lambda o: o.loss(*make_pair(), binary),
+    }.items():
+        with pytest.raises(ValueError, match=f"BetaTCVAE was told num_data={num_data}, but it is"):
+            call(pv.objectives.BetaTCVAE(num_data=num_data))
+    fit(make_pair(), binary, objective=pv.objectives.BetaTCVAE(num_data=50))
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_an_optimizer_without_a_learning_rate(capture, binary, tmp_path, without_compiler):
+    """Pyro's AdagradRMSProp has eta; and a run with it can be resumed bit by bit."""
+    optimizer = functools.partial(AdagradRMSProp, eta=0.1)
+    pairs = same_pairs(2)
+    whole = fit(next(pairs), binary, optimizer=optimizer, epochs=4, capture=capture)
+    assert whole.history.learning_rate.isna().all()
+    assert whole.history.loss.iloc[-1] < whole.history.loss.iloc[0]
+    pair, options = next(pairs), {"checkpoint": tmp_path, "resume": True, "capture": capture}
+    fit(pair, binary, optimizer=optimizer, epochs=2, **options)
+    torch.manual_seed(8)
+    resumed = fit(make_pair(), binary, optimizer=optimizer, epochs=4, **options)
+    assert resumed.history.loss.tolist() == whole.history.loss.tolist()
+
+
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.Adafactor, functools.partial(ClippedAdam, lrd=0.9)]
+)
+def test_other_optimizers(optimizer, binary):
+    rates = fit(make_pair(), binary, optimizer=optimizer).history.learning_rate
+    assert rates.notna().all()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pyro.optim.Adam({"lr": 0.1}),
+        pyro.optim.Adam,
+        pyro.optim.ClippedAdam({"lr": 0.1}),
+        pyro.optim.ExponentialLR(
+            {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.1}
+        ),
+    ],
+)
+def test_optimizers_of_svi_are_refused_with_what_to_pass(optimizer, binary):
+    with pytest.raises(TypeError, match=r"must make a torch.optim.Optimizer .*Pyro's SVI takes"):
+        fit(make_pair(), binary, optimizer=optimizer)
+
+
+def test_schedulers_of_another_kind_are_refused(binary):
+    of_pyro = pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.1}
+    )
+    for scheduler in (of_pyro, lambda optimizer: None, 3):
+        with pytest.raises(TypeError, match="scheduler must make a learning rate scheduler of tor"):
+            fit(make_pair(), binary, scheduler=scheduler)
+    rms = functools.partial(AdagradRMSProp, eta=0.1)
+    decay = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
+    with pytest.raises(ValueError, match="the groups of AdagradRMSProp have no learning rate"):
+        fit(make_pair(), binary, optimizer=rms, scheduler=decay)
+
+
+class Classifier(nn.Module):
+    """A pair of methods without latents: a supervised loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(16, 2)
+
+    def model(self, x, y):
+        pyro.module("classifier", self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=self.net(x)), obs=y)
+
+    def guide(self, x, y):
+        pass
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize(
+    "objective", [pv.objectives.ELBO(2), pv.objectives.IWAE(2), pyro.infer.Trace_ELBO()]
+)
+def test_a_pair_without_latents_is_trained(objective, capture, binary, without_compiler):
+    """The loss is the cross-entropy; and so is minus the evidence."""
+    pair, y = Classifier(), (binary.sum(1) > 8).long()
+    fit((pair.model, pair.guide), (binary, y), objective=objective, epochs=40, learning_rate=0.1,
+        capture=capture)  # fmt: skip
+    entropy = nn.functional.cross_entropy(pair.net(binary), y).item()
+    assert entropy < 0.2
+    evidence = pv.evidence(pair.model, pair.guide, (binary, y), num_particles=2)
+    assert -evidence.mean == pytest.approx(entropy, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (pv.objectives.InfoVAE(), "InfoVAE compares the latents of guide and prior"),
+        (pv.objectives.ReweightedWakeSleep(2, sleep=1.0), "ReweightedWakeSleep with sleep trains"),
+        (pv.objectives.BetaTCVAE(num_data=50), "takes one latent site"),
+        (pv.objectives.CUBO(), "depends on no parameter"),
+    ],
+)
+def test_what_needs_latents_is_refused_without_them(objective, message, binary):
+    pair, y = Classifier(), torch.zeros(50, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        fit((pair.model, pair.guide), (binary, y), objective=objective)
+    with pytest.raises(ValueError, match="is about latents, and this pair has none"):
+        pv.elbo_surgery(pair.model, pair.guide, (binary, y), progress=False)

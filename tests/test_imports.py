@@ -66,7 +66,9 @@ ALLOWED = {
     "recipes": {"flows", "guides", "latents", "layers", "likelihoods", "making", "mappings",
                 "models", "nets", "priors"},
     "positions": {"runs", "seeding", "traces"},
-    "contract": {"inputs", "modules", "positions", "programs", "sites", "traces", "validating"},
+    "minibatch_supports": {"minibatches", "sites", "traces"},
+    "contract": {"inputs", "minibatch_supports", "minibatches", "modules", "positions", "programs",
+                 "sites", "traces", "validating"},
     "saving": {"guides", "mappings", "modules", "programs", "reach", "recipes", "state", "storage",
                "traces"},
     "training": {"arguments", "capture", "contract", "fits", "interrupts", "minibatches", "modules",
@@ -108,8 +110,8 @@ PYRO_AND_TORCH_ONLY = {
     "likelihoods",
     "real",
 }
-STANDARD = {"__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "functools",
-            "itertools", "math", "os", "typing"}  # fmt: skip
+STANDARD = {"__future__", "abc", "collections", "contextlib", "contextvars", "copy", "dataclasses",
+            "functools", "itertools", "math", "os", "typing", "warnings"}  # fmt: skip
 
 
 def files():

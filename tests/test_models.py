@@ -13,6 +13,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.contract import check_pair
+from pyro_vae.minibatches import Minibatches
 
 MLP, Joined = pv.nets.MLP, pv.nets.Joined
 
@@ -263,7 +264,7 @@ class TestSemiSupervisedModel:
         model, guide = semi_supervised()
         y = torch.tensor([0, 1, 2, 1, 0, -1, -1, -1, 2, -1])
         x = torch.rand(10, 16).round()
-        check_pair(model, guide, (x[:5], y[:5]), (x, y))
+        check_pair(model, guide, (x[:5], y[:5]), Minibatches((x, y), 5))
 
     def test_generated_labels_are_checked_too(self):
         model, _ = semi_supervised()

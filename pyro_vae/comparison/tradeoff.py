@@ -132,8 +132,8 @@ def rate_distortion(
     ):
         with programs.evaluation_mode(model, guide):
             trace = check_pair(model, guide, first)
-        programs.bind(model, guide, store, trace)
-        parameters = programs.parameters(model, guide, trace)
+            programs.bind(model, guide, store, trace)
+            parameters = programs.parameters(model, guide, trace)
         held = _held(parameters) if refit == "guide" else []
         seeds = torch.randint(2**62, (2,)).tolist()  # the same noise for every beta
         with _as_before(model, guide), _frozen(held):

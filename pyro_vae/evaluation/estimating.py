@@ -55,7 +55,7 @@ def estimating(
     ):
         first = batches.first()
         known = set(store["params"])
-        trace = check_pair(model, drawn_from, first, batches.checked)
+        trace = check_pair(model, drawn_from, first, batches)
         if fresh := sorted(programs.bare_parameter_names() - known):
             warnings.warn(
                 f"{who} found no value of pyro.param {fresh[0]!r} and takes its initial one: this "

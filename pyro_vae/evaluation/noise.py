@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,8 @@ class GradientNoise:
         return figure
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def gradient_noise(
     model: Program,
     guide: Program,
@@ -150,7 +153,8 @@ def gradient_noise(
 
     Raises:
         ValueError: no objectives, two of one name, fewer than two repeats; a pair or a site that
-            an objective refuses; a pair without parameters.
+            an objective refuses; a pair without parameters, or made under
+            ``torch.inference_mode``.
         TypeError: an objective is no ``pyro.infer.ELBO``.
 
     Example:
@@ -169,6 +173,8 @@ def gradient_noise(
         True
     """
     repeats = positive_integer("repeats", repeats, least=2)  # one has no variance
+    programs.require_programs(model, guide)
+    programs.require_trainable_tensors(model, guide)
     named = _named(objectives)
     taken = named if reference is None else {**named, **_named({None: reference})}
     columns = x if isinstance(x, (tuple, list)) else (x,)
@@ -185,16 +191,15 @@ def gradient_noise(
         parameters = {program: found for program, found in parameters.items() if found}
         if not parameters:
             raise ValueError("model and guide have no parameters that require a gradient")
+
+        def bound(objective: pyro.infer.ELBO) -> Tensor:
+            # At the weights of the moment: these losses are no steps of training.
+            with getattr(objective, "not_counting", contextlib.nullcontext)():
+                return -objective.differentiable_loss(model, guide, *batch) / count
+
         with task(progress, description, len(taken) * repeats) as advance:
             moments = {
-                name: _moments(
-                    lambda objective=objective: (
-                        -objective.differentiable_loss(model, guide, *batch) / count
-                    ),
-                    parameters,
-                    repeats,
-                    advance,
-                )
+                name: _moments(functools.partial(bound, objective), parameters, repeats, advance)
                 for name, objective in taken.items()
             }
     return GradientNoise({name: moments[name] for name in named}, moments.get(None))
@@ -205,13 +210,21 @@ def _as_before(model: Program, guide: Program, objectives: Mapping) -> Iterator[
     """Put back what runs change: buffers of modules, and what objectives remember."""
     tensors = [b for module in modules(model, guide) for b in module.buffers()]
     for objective in objectives.values():
+        for name, value in vars(objective).items():
+            if isinstance(value, Tensor) and value.is_inference():
+                setattr(objective, name, value.clone())
         tensors += [value for value in vars(objective).values() if isinstance(value, Tensor)]
     saved = [tensor.clone() for tensor in tensors]
+    averages = [(o, dict(o.averages)) for o in objectives.values() if hasattr(o, "averages")]
     try:
+        for objective, before in averages:
+            objective.averages = {name: value.clone() for name, value in before.items()}
         yield
     finally:
         for tensor, before in zip(tensors, saved, strict=True):
             tensor.copy_(before)
+        for objective, before in averages:
+            objective.averages = before
 
 
 def _moments(

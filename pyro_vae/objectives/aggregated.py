@@ -36,8 +36,8 @@ class BetaTCVAE(Objective):
 
     Raises:
         ValueError: a number out of range; in a loss, a site is global or scaled, or there are
-            several latents, or one of dependent dimensions, or N is not known, or a minibatch has
-            one datum.
+            several latents, or one of dependent dimensions, or N is not known or less than the
+            minibatch, or a minibatch has one datum.
         TypeError: in a loss, the latent is no Gaussian under the guide.
     """
 
@@ -68,6 +68,14 @@ class BetaTCVAE(Objective):
             - self.dimension_wise * dimension_wise
         ).mean(0)
 
+    def check_num_data(self, num_data: int) -> None:
+        """Refuse more data than ``num_data``."""
+        if self.num_data is not None and self.num_data < num_data:
+            raise ValueError(
+                f"BetaTCVAE was told num_data={self.num_data}, but it is given {num_data} data "
+                f"points. Pass the number of the training data, num_data={num_data} or more"
+            )
+
     def parts(self, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
         """Return the three parts of the KL, each (K, B), in nats."""
         pairs = terms.log_guide_of_pairs()
@@ -81,6 +89,7 @@ class BetaTCVAE(Objective):
             )
         if batch_size < 2 and num_data > 1:
             raise ValueError("BetaTCVAE compares the data of a minibatch, which has one")
+        self.check_num_data(max(batch_size, round(terms.scale * batch_size)))
         of_others = -math.inf
         if num_data > 1:
             of_others = math.log((num_data - 1) / num_data) - math.log(batch_size - 1)
@@ -135,6 +144,11 @@ class InfoVAE(Objective):
         bound = terms.log_likelihood.mean(0)
         if self.alpha != 1:
             bound = bound - (1 - self.alpha) * terms.kl.mean(0)
+        if not terms.samples:
+            raise ValueError(
+                "InfoVAE compares the latents of guide and prior, and this pair has none in the "
+                'plate "data": use objectives.ELBO'
+            )
         posterior, prior = terms.samples, terms.dream().latents
         prior = _flat(prior[name] for name in posterior)
         samples = [_flat(each) for each in zip(*posterior.values(), strict=True)]

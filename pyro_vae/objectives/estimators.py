@@ -336,6 +336,11 @@ class ReweightedWakeSleep(Objective):
         bound = log_mean_weight(log_weight, 0)
         bound = bound + gradient(terms, joint=weights, guide=-self.wake * weights)
         if self.sleep:
+            if not terms.samples:
+                raise ValueError(
+                    "ReweightedWakeSleep with sleep trains the guide on latents that the model "
+                    'draws, and this pair has none in the plate "data": use objectives.ELBO'
+                )
             dreamt = terms.dream().log_guide()
             bound = bound + self.sleep * (dreamt - dreamt.detach())
         return bound

@@ -6,7 +6,11 @@ well as in :func:`pyro_vae.fit`. A bound is maximised and a loss minimised; both
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import pyro.infer
@@ -14,8 +18,13 @@ import torch
 from torch import Tensor
 
 from pyro_vae.arguments import positive_integer
+from pyro_vae.objectives.loss_module import LossModule
+from pyro_vae.objectives.schedules import LAST_STEP, Constant, Schedule, schedules_in
 from pyro_vae.terms import Terms, find_plate_nesting, terms
 from pyro_vae.traces import Program
+
+# Not an attribute of the objective: a captured step watches those.
+_counting: ContextVar[bool] = ContextVar("counting", default=True)
 
 
 class Objective(pyro.infer.ELBO):
@@ -37,8 +46,9 @@ class Objective(pyro.infer.ELBO):
         hold_samples: whether the terms are taken at samples held fixed.
         takes_baselines: whether it uses the baselines that sites of the guide ask for by
             ``infer={"baseline": ...}``; others refuse them.
-        step: how many steps of training the objective has led; schedules are functions of it. A
-            second fit goes on counting: give it an objective of its own to begin anew.
+        step: how many steps of training the objective has led; schedules are functions of it.
+            Each loss that is taken while gradients are enabled counts as one. A second fit goes on
+            counting: give it an objective of its own to begin anew.
         averages: decaying averages, by guide site, of signals whose score has such a baseline. They
             change with each gradient that is taken.
 
@@ -58,6 +68,10 @@ class Objective(pyro.infer.ELBO):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_particles={self.num_particles})"
+
+    def __call__(self, model: Program, guide: Program) -> LossModule:
+        """Return a torch module that gives the loss of the pair when it is called with data."""
+        return LossModule(model, guide, self)
 
     @abstractmethod
     def bound(self, terms: Terms) -> Tensor:
@@ -79,29 +93,38 @@ class Objective(pyro.infer.ELBO):
             *args: the minibatch and any covariates.
             **kwargs: keyword arguments of both programs.
 
+        While gradients are enabled, each call counts as a step of training. So schedules advance
+        in every way to train: by :func:`pyro_vae.fit`, by Pyro's ``SVI``, and by
+        ``loss_fn = objective(model, guide)`` with ``loss_fn(x).backward()``.
+
         Returns:
             A scalar tensor, in nats.
 
         Raises:
             ValueError: the pair breaks the contract, or has a site the objective cannot take.
         """
-        t = terms(
-            model,
-            guide,
-            *args,
-            num_particles=self.num_particles,
-            vectorize_particles=self.vectorize_particles,
-            hold_samples=self.hold_samples,
-            **self._layout(model, guide, args, kwargs),
-            **kwargs,
-        )
-        if t.enumerates:
-            layout = {"plate_nesting": t.plate_nesting, "enumerates": True}
-            self._layout_of = (model, guide, layout)
-        if not self.takes_baselines:
-            t.require_no_baselines(type(self).__name__)
-        shared = self.shared(t)
-        return -(t.scale * self.bound(t).sum() + shared) + t.loss_of_guide()
+        with self.not_counting():  # of objectives that a subclass calls inside
+            t = terms(
+                model,
+                guide,
+                *args,
+                num_particles=self.num_particles,
+                vectorize_particles=self.vectorize_particles,
+                hold_samples=self.hold_samples,
+                **self._layout(model, guide, args, kwargs),
+                **kwargs,
+            )
+            if t.enumerates:
+                layout = {"plate_nesting": t.plate_nesting, "enumerates": True}
+                self._layout_of = (model, guide, layout)
+            if not self.takes_baselines:
+                t.require_no_baselines(type(self).__name__)
+            shared = self.shared(t)
+            loss = -(t.scale * self.bound(t).sum() + shared) + t.loss_of_guide()
+        if torch.is_grad_enabled() and _counting.get():
+            for each in self._with_inner():
+                each.step = each.step + 1  # not in place: the loss is yet to be differentiated
+        return loss
 
     @torch.no_grad()
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
@@ -110,7 +133,8 @@ class Objective(pyro.infer.ELBO):
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Accumulate the gradient of the loss and return the loss, detached and on its device."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        with self.not_counting():
+            loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
         self.advance()
@@ -120,12 +144,63 @@ class Objective(pyro.infer.ELBO):
         """Move what the objective remembers to a device; ``fit`` does, for captured steps."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
+                value = value.clone() if value.is_inference() else value
                 setattr(self, name, value.to(device))
+            elif isinstance(value, Objective):
+                value.to(device)
         self.averages = {name: value.to(device) for name, value in self.averages.items()}
 
+    @staticmethod
+    @contextlib.contextmanager
+    def not_counting() -> Iterator[None]:
+        """Take losses inside the block without counting them as steps of training."""
+        token = _counting.set(False)
+        try:
+            yield
+        finally:
+            _counting.reset(token)
+
     def advance(self) -> None:
-        """Count a step of training; ``fit`` and ``loss_and_grads`` do."""
-        self.step.add_(1)
+        """Count a step of training, in place; ``fit`` and ``loss_and_grads`` do."""
+        for each in self._with_inner():
+            each.step.add_(1)
+
+    @property
+    def has_schedules(self) -> bool:
+        """Whether a weight of the objective changes with the number of steps."""
+        return any(_has_schedules(value) for value in vars(self).values())
+
+    def with_last_values(self) -> Objective:
+        """Return the objective with each schedule at its last value, and the counter at its end.
+
+        Losses of different times of a run can be compared under it alone: ``fit`` takes it for
+        validation.
+
+        Raises:
+            ValueError: a schedule has no last value.
+        """
+        found = copy.copy(self)
+        for name, value in vars(self).items():
+            setattr(found, name, _at_last(value))
+        found.step = torch.full_like(self.step, LAST_STEP)
+        return found
+
+    def check_num_data(self, num_data: int) -> None:
+        """Refuse data of which the objective was told otherwise; ``fit`` calls it.
+
+        Args:
+            num_data: how many rows the training data have.
+
+        Raises:
+            ValueError: the objective was told of fewer.
+        """
+
+    def _with_inner(self) -> Iterator[Objective]:
+        """Yield the objective, and those that it holds."""
+        yield self
+        for value in vars(self).values():
+            if isinstance(value, Objective):
+                yield from value._with_inner()
 
     def less_baselines(self, bound: Tensor, terms: Terms, signal: Tensor) -> Tensor:
         """Return a bound whose score function gradient is less the baselines of the guide's sites.
@@ -160,6 +235,23 @@ class Objective(pyro.infer.ELBO):
         layout = {"plate_nesting": find_plate_nesting(model, guide, *args, **kwargs)}
         self._layout_of = (model, guide, layout)
         return layout
+
+
+def _has_schedules(value: Any) -> bool:
+    return value.has_schedules if isinstance(value, Objective) else any(schedules_in(value))
+
+
+def _at_last(value: Any) -> Any:
+    """Return an attribute of an objective with what it holds of schedules at their last values."""
+    if not _has_schedules(value):
+        return value
+    if isinstance(value, Objective):
+        return value.with_last_values()
+    if isinstance(value, Schedule):
+        return Constant(value.last_value())
+    if isinstance(value, dict):
+        return {name: _at_last(each) for name, each in value.items()}
+    return [_at_last(each) for each in value]
 
 
 def gradient(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vae.arguments import positive_integer, real_number
+
+LAST_STEP = float(2**24)  # float32 counts no further
+_SPACING = 0.6180339887  # of the golden ratio: steps so spaced miss no part of any period
 
 
 class Schedule(ABC):
@@ -16,6 +22,35 @@ class Schedule(ABC):
     @abstractmethod
     def __call__(self, step: Tensor) -> Tensor:
         """Return the value after so many steps, a scalar of a scalar."""
+
+    def last_value(self) -> float:
+        """Return the value after the schedule's end; the largest one of a schedule that repeats.
+
+        Validation takes the objective at this value. Here it is found by calling the schedule: at
+        steps up to 2^24, the last that the counter reaches, for its end; and at steps between 2^17
+        and 2^19 for its largest value. A subclass may state it instead.
+
+        Raises:
+            ValueError: the schedule neither ends nor repeats.
+        """
+        late = self._values_from(LAST_STEP / 4) + self._values_from(LAST_STEP / 2)
+        if max(late) - min(late) <= 1e-3 * (1 + max(map(abs, late))):
+            return late[-1]
+        before, after = self._values_from(2.0**17), self._values_from(2.0**18)
+        spread = max(before + after) - min(before + after)
+        if not abs(max(before) - max(after)) <= 0.02 * spread:  # NaN is refused too
+            raise ValueError(
+                f"the schedule {self!r} neither ends nor repeats: at steps {LAST_STEP / 2:g} and "
+                f"{LAST_STEP:g} it is {late[len(late) // 2 - 1]:g} and {late[-1]:g}. Give its "
+                "class a method last_value(self) that returns the value for validation"
+            )
+        return max(before + after)
+
+    @torch.no_grad()
+    def _values_from(self, first: float) -> list[float]:
+        """Return the values at steps spread from one step to its double, which comes last."""
+        steps = [first + float(int(first * (n * _SPACING % 1))) for n in range(256)]
+        return [float(self(torch.tensor(step))) for step in [*steps, 2 * first]]
 
 
 class Constant(Schedule):
@@ -34,6 +69,10 @@ class Constant(Schedule):
     def __call__(self, step: Tensor) -> Tensor:
         """Return the number."""
         return torch.full_like(step, self.value)
+
+    def last_value(self) -> float:
+        """Return the number."""
+        return self.value
 
 
 class Linear(Schedule):
@@ -64,6 +103,10 @@ class Linear(Schedule):
     def __call__(self, step: Tensor) -> Tensor:
         """Return the number after so many steps."""
         return self.start + (self.end - self.start) * (step / self.steps).clamp(max=1.0)
+
+    def last_value(self) -> float:
+        """Return the last number."""
+        return self.end if type(self).__call__ is Linear.__call__ else super().last_value()
 
 
 class Cyclical(Schedule):
@@ -97,7 +140,20 @@ class Cyclical(Schedule):
         done = (step % self.period) / (self.period * self.rise)
         return self.start + (self.end - self.start) * done.clamp(max=1.0)
 
+    def last_value(self) -> float:
+        """Return the number that it rises to."""
+        return self.end if type(self).__call__ is Cyclical.__call__ else super().last_value()
+
 
 def as_schedule(name: str, value: float | Schedule) -> Schedule:
     """Return a schedule as it is, and a number as one."""
     return value if isinstance(value, Schedule) else Constant(real_number(name, value))
+
+
+def schedules_in(value: Any) -> Iterator[Schedule]:
+    """Yield the schedules that a value is or holds, constants apart."""
+    if isinstance(value, Schedule) and not isinstance(value, Constant):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        parts = value.values() if isinstance(value, dict) else value
+        yield from itertools.chain.from_iterable(map(schedules_in, parts))

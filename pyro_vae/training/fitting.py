@@ -16,12 +16,11 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
 from pyro_vae import fits, programs
 from pyro_vae.arguments import positive_integer, positive_number, real_number
 from pyro_vae.capture import Capture, check_capture
-from pyro_vae.contract import check_pair, observes_columns_alone
+from pyro_vae.contract import check_pair
 from pyro_vae.interrupts import interrupts_at_ends
 from pyro_vae.minibatches import Data, Minibatches
 from pyro_vae.modules import modules
@@ -35,10 +34,15 @@ from pyro_vae.state import digests as digests_of_pair
 from pyro_vae.storage import UnreadableFile
 from pyro_vae.traces import PairTrace, Program
 from pyro_vae.training.checkpoints import Checkpoints
+from pyro_vae.training.losses import check_enumeration, check_objective, loss_value
+from pyro_vae.training.missing import check_gradient_of_missing
 from pyro_vae.training.run import AfterEpoch, OnNonFinite, Run, StoppedRun
+from pyro_vae.training.sizes import try_sizes
 from pyro_vae.training.trained import Trained
 from pyro_vae.training.trainer import BOTH, Trainer
 from pyro_vae.training.validation import Validation
+
+_LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,20 @@ class Fit:
     Args:
         model: program of p(x, z), its parameters fitted.
         guide: program of q(z|x), its parameters fitted.
-        history: a row for each epoch: ``loss`` and ``validation_loss`` (nats per datum, minus the
-            bound; the latter NaN without validation data), ``learning_rate``, ``skipped`` (steps
-            that were), ``seconds``, and what ``after_epoch`` returned.
+        history: a row for each epoch, whose columns are
+
+            - ``loss``: minus the bound, in nats per data point, averaged over the steps of the
+              epoch;
+            - ``validation_loss``: the same of the validation data, NaN without any. It is of one
+              bound over the whole run: the objective with each schedule at its last value (of one
+              that repeats, its largest);
+            - ``validation_loss_scheduled``: the same at the values that the schedules have at the
+              end of the epoch; only where the objective has schedules;
+            - ``learning_rate``: of the optimizer's first group, NaN where that has no ``"lr"``;
+            - ``skipped``: the steps that were;
+            - ``seconds``;
+
+            and what ``after_epoch`` returned.
         best_epoch: the epoch, from 1, whose parameters the pair holds.
         seconds: the time it all took.
         execution: how the steps ran in the end: ``"captured"`` (as compiled code), ``"captured,
@@ -80,6 +95,8 @@ class StoppedFit(KeyboardInterrupt):
         self.fit = fit
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit(
     model: Program,
     guide: Program,
@@ -89,7 +106,7 @@ def fit(
     validation: Data | None = None,
     epochs: int = 50,
     batch_size: int = 100,
-    learning_rate: float | Mapping[str, float] = 1e-3,
+    learning_rate: float | Mapping[str, float] | None = None,
     guide_steps: int | None = None,
     model_steps: int | None = None,
     optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
@@ -117,6 +134,9 @@ def fit(
     own (see :func:`pyro_vae.parameter_store`): two fits never touch each other's parameters, and a
     second fit of the same pair goes on from the first.
 
+    Gradients are enabled inside, whether it is called under ``torch.no_grad``,
+    ``torch.inference_mode`` or neither.
+
     In a ``torch.distributed`` group (``torchrun``), each process is called with the whole data and
     takes its rows of every minibatch; gradients are averaged, and all hold the parameters of the
     first one to begin with; see docs/scaling.md.
@@ -127,11 +147,14 @@ def fit(
         data: training data: a tensor or numpy array x ``(N, *event)``, a tuple
             ``(x, *covariates)``, a torch Dataset or a DataLoader.
         objective: what to maximise; ``objectives.ELBO()`` if not given.
-        validation: held-out data, on which the loss is taken after each epoch at the same noise.
+        validation: held-out data, on which the loss is taken after each epoch at the same noise,
+            and with the objective's schedules at their last values: so epochs can be compared.
         epochs: passes over the data.
-        batch_size: rows of a minibatch; a DataLoader brings its own.
-        learning_rate: of the default optimizer, Adam (fused); or ``{"model": ..., "guide": ...}``,
-            the model's being that of what both use, or make later.
+        batch_size: rows of a minibatch; all of them, where the data have fewer. A DataLoader
+            brings its own.
+        learning_rate: of the default optimizer, Adam (fused), 1e-3 if not given; or
+            ``{"model": ..., "guide": ...}``, the model's being that of what both use, or make
+            later. An optimizer of your own brings its own.
         guide_steps: alternate instead of moving all parameters in each step: so many steps of the
             guide alone (E-steps of variational EM; Neal & Hinton 1998), then ``model_steps`` of
             the model alone (M-steps). What both use moves in all of them, and so do parameters
@@ -174,8 +197,12 @@ def fit(
 
     Raises:
         ValueError: bad data, arguments out of range, or a pair that breaks the contract, all
-            before the first step; no parameters to train.
-        TypeError: the objective is no ``pyro.infer.ELBO``.
+            before the first step; a minibatch of a size that the pair or the objective cannot
+            take, before the first step too, unless the data are a stream; NaN or infinite values
+            of the data that reach a density or a gradient; no parameters to train, or some that
+            were made under ``torch.inference_mode``; a learning rate beside an optimizer.
+        TypeError: the objective is no ``pyro.infer.ELBO``; what ``optimizer`` or ``scheduler``
+            makes is not torch's.
         NonFiniteError: a loss or a gradient is NaN or infinite: a FloatingPointError that names
             the site or parameter, the epoch and the rows; the pair is as it was before that step.
         FloatingPointError: a validation loss is.
@@ -196,14 +223,13 @@ def fit(
         True
     """
     objective = ELBO() if objective is None else objective
-    if not isinstance(objective, pyro.infer.ELBO) or not hasattr(objective, "differentiable_loss"):
-        raise TypeError(
-            f"objective must be a pyro.infer.ELBO with a differentiable_loss, got {objective!r}"
-        )
+    check_objective(objective)
     _check_arguments(epochs, clip_norm, patience, validation, on_nonfinite, skip_limit, after_epoch)
-    _check_learning_rate(learning_rate, optimizer)
+    learning_rate = _learning_rate(learning_rate, optimizer)
     alternation = _alternation(guide_steps, model_steps)
     check_capture(capture)
+    programs.require_programs(model, guide)
+    programs.require_trainable_tensors(model, guide)
     device = _device(device)
     started = time.perf_counter()
     checkpoints = _checkpoints(checkpoint, checkpoint_seconds, checkpoints_kept, resume)
@@ -214,11 +240,6 @@ def fit(
         batches = Minibatches(
             data, batch_size, device=device, shuffle=True, generator=order, transform=transform
         )
-        own_batches = isinstance(data, DataLoader)
-        if not own_batches and batches.num_data is not None and batch_size > batches.num_data:
-            raise ValueError(
-                f"batch_size {batch_size} is larger than the data, {batches.num_data} rows"
-            )
         held_out = None
         if validation is not None:
             held_out = Minibatches(
@@ -232,12 +253,14 @@ def fit(
             module.to(device)
         if isinstance(objective, Objective):
             objective.to(device)
+            if batches.num_data is not None:
+                objective.check_num_data(batches.num_data)
         settings = _settings(batches, held_out, objective) | {
             "guide_steps": guide_steps,
             "model_steps": model_steps,
             "clip_norm": clip_norm,
             "an optimizer of its own": optimizer is not None,
-            "learning_rate": learning_rate if optimizer is None else None,
+            "learning_rate": learning_rate,
             "transform": transform is not None,
         }
         if going_on is not None:
@@ -247,13 +270,19 @@ def fit(
         order_of_pass = batches.order()
         first = batches.first()
         with programs.evaluation_mode(model, guide):  # a look must not move running averages
-            trace = check_pair(model, guide, first, batches.checked, batches.num_data)
+            trace = check_pair(model, guide, first, batches)
             if held_out is not None:
-                check_pair(model, guide, held_out.first(), held_out.checked)
-            objective.loss(model, guide, *first)  # what it refuses, it refuses now
-        _check_scale_of_global_latents(trace, batches.num_data)
-        programs.bind(model, guide, store, trace)
-        parameters = programs.parameters(model, guide, trace)
+                first_held_out = held_out.first()
+                check_pair(model, guide, first_held_out, held_out)
+            check_enumeration(objective, enumerates=trace.enumerates)
+            loss_value(objective, model, guide, *first)  # what it refuses, it refuses now
+            _check_scale_of_global_latents(trace, batches.num_data)
+            programs.bind(model, guide, store, trace)
+            parameters = programs.parameters(model, guide, trace)
+        how = {"nonfinite_too": on_nonfinite == "raise"}
+        try_sizes(model, guide, objective, batches, first, training=True, **how)
+        if held_out is not None:
+            try_sizes(model, guide, objective, held_out, first_held_out, training=False, **how)
         trained = Trained(
             model,
             guide,
@@ -275,13 +304,11 @@ def fit(
             alternation=alternation,
             capture=capture,
         )
+        check_gradient_of_missing(trainer, model, guide, objective, batches)
         # Values that no look has seen yet are checked as they come, in the first pass over them.
-        of_programs = not observes_columns_alone(trace, first)
-        unseen = of_programs or batches.checked is None
-        validator = None
+        unseen, validator = not batches.values_checked, None
         if held_out is not None:
-            unseen_held_out = of_programs or held_out.checked is None
-            validator = Validation(trainer, held_out, unseen=unseen_held_out)
+            validator = Validation(trainer, objective, held_out, unseen=not held_out.values_checked)
         stopped = False
         with (
             task(progress, description, epochs) as advance,
@@ -391,10 +418,18 @@ def _device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def _check_learning_rate(learning_rate, optimizer) -> None:
+def _learning_rate(learning_rate, optimizer) -> float | Mapping[str, float] | None:
+    """Return the learning rates of the default optimizer, None where there is another."""
+    if optimizer is not None and not isinstance(learning_rate, Mapping | None):
+        raise ValueError(
+            f"learning_rate={learning_rate!r} is for the default optimizer, and would not reach "
+            "the one that is passed as optimizer. Give it to that one, as in "
+            "optimizer=functools.partial(torch.optim.SGD, lr=0.1), and leave learning_rate out"
+        )
+    if learning_rate is None:
+        return _LEARNING_RATE if optimizer is None else None
     if not isinstance(learning_rate, Mapping):
-        positive_number("learning_rate", learning_rate)
-        return
+        return positive_number("learning_rate", learning_rate)
     if set(learning_rate) != {"model", "guide"}:
         raise ValueError(
             "learning_rate must be a number, or have one for 'model' and one for 'guide', got "
@@ -407,6 +442,7 @@ def _check_learning_rate(learning_rate, optimizer) -> None:
         )
     for name, value in learning_rate.items():
         positive_number(f"learning_rate[{name!r}]", value)
+    return learning_rate
 
 
 def _alternation(guide_steps: int | None, model_steps: int | None) -> list[str]:

@@ -11,7 +11,16 @@ from pyro_vae.training.adam import Adam
 
 
 def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """Differentiate, as ``backward`` does: frozen parameters have None, the others their layout."""
+    """Differentiate, as ``backward`` does: frozen parameters have None, the others their layout.
+
+    Raises:
+        ValueError: the loss depends on no parameter.
+    """
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss of this objective depends on no parameter of model and guide that requires a "
+            "gradient: there is nothing to train. Pass another objective"
+        )
     trained = [p for p in parameters if p.requires_grad]
     found = iter(torch.autograd.grad(loss, trained, allow_unused=True))
     gradients = [next(found) if p.requires_grad else None for p in parameters]

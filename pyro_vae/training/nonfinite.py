@@ -71,8 +71,8 @@ class FirstNonFiniteSite(Messenger):
         name: the site, None if there is none.
         what: what of it: a parameter of its distribution, its value or its log-density.
         bad: the rows, None if the site belongs to no datum.
-        has_nonfinite_numbers: whether it is not just its log-density: a value outside of a support
-            has none.
+        has_nonfinite_numbers: whether, there or at a later site, it is not just a log-density: that
+            of a value outside of a support is none.
     """
 
     def __init__(self):
@@ -99,17 +99,18 @@ class FirstNonFiniteSite(Messenger):
         return self
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if self.name is not None or type(msg["fn"]).__name__ == "_Subsample":
+        if self.has_nonfinite_numbers or type(msg["fn"]).__name__ == "_Subsample":
             return
         for what, values in _numbers(msg):
             # An infinite parameter may be meant, as a logit: what comes of it tells.
             parameter = what.startswith("parameter")
             finite = ~values.detach().isnan() if parameter else values.detach().isfinite()
             if not finite.all():
-                self.name = msg["name"]
-                self.what = f"{what} of site {self.name!r} is {values[~finite][0].item()}"
-                self.bad = _rows(msg, finite)
                 self.has_nonfinite_numbers = what != "the log-density"
+                if self.name is None:
+                    self.name = msg["name"]
+                    self.what = f"{what} of site {self.name!r} is {values[~finite][0].item()}"
+                    self.bad = _rows(msg, finite)
                 return
 
 
@@ -121,10 +122,11 @@ def _numbers(msg: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name in base.arg_constraints:
         if isinstance(parameter := vars(base).get(name), Tensor):
             yield f"parameter {name!r}", parameter
-    yield "the value", msg["value"]
     log_prob = msg["fn"].log_prob(msg["value"])
     if msg["mask"] is not None:
         log_prob = log_prob.where(torch.as_tensor(msg["mask"]), 0.0)
+    if not (msg["is_observed"] and log_prob.isfinite().all()):  # else missing data, kept out of it
+        yield "the value", msg["value"]
     yield "the log-density", log_prob
 
 

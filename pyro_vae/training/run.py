@@ -41,6 +41,7 @@ from pyro_vae.training.looking import (
     looked_at_step,
 )
 from pyro_vae.training.nonfinite import NonFiniteError
+from pyro_vae.training.sizes import repeated, smaller_minibatch
 from pyro_vae.training.trainer import Trainer
 from pyro_vae.training.validation import Validation
 from pyro_vae.validating import values_checked
@@ -51,6 +52,7 @@ STEPS_OF_A_STRETCH = 200
 STEPS_OF_A_STREAM = 20
 STEPS_BETWEEN_QUESTIONS = 10  # of processes to each other
 COLUMNS = ["epoch", "loss", "validation_loss", "learning_rate", "skipped", "seconds"]
+SCHEDULED = "validation_loss_scheduled"
 
 
 @dataclass
@@ -133,6 +135,7 @@ class Run:
         self._good: dict[str, Any] = {}
         self._resumed_at: Mapping[str, Tensor] | None = None
         self._shall_stop = self._shall_write = False
+        self._most_rows = 0
         self._steps_per_epoch = self.batches.num_batches
 
     @property
@@ -192,12 +195,13 @@ class Run:
             self._pass(validated)
         began = time.perf_counter()
         validation_loss = self._validation_loss()
+        scheduled = self._scheduled_validation_loss()
         position = self.position
         loss = position.total / position.rows if position.rows else math.nan
         self.trainer.end_epoch(loss if self.validation is None else validation_loss)
         seconds = position.seconds + time.perf_counter() - began
         values = [position.epoch, loss, validation_loss, learning_rate, position.skipped, seconds]
-        row = dict(zip(COLUMNS, values, strict=True))
+        row = dict(zip(COLUMNS, values, strict=True)) | scheduled
         position.history.append(row | self._after_epoch())
         shown = f"loss {loss:.2f}"
         if self.validation is not None:
@@ -223,6 +227,13 @@ class Run:
         position = self.position
         return self.validation.loss(position.epoch, position.validation_seed, self.interrupted)
 
+    def _scheduled_validation_loss(self) -> dict[str, float]:
+        """Return the validation loss at the schedules' values of now, if there are schedules."""
+        if self.validation is None or not self.validation.has_schedules:
+            return {}
+        seed = self.position.validation_seed
+        return {SCHEDULED: self.validation.loss_of_training(seed, self.interrupted)}
+
     def _after_epoch(self) -> dict[str, float]:
         if self.after_epoch is None:
             return {}
@@ -233,7 +244,7 @@ class Run:
             isinstance(n, str) and isinstance(v, numbers.Real) for n, v in found.items()
         ):
             raise TypeError(f"after_epoch must return numbers by name, or None; it gave {found!r}")
-        if taken := found.keys() & set(COLUMNS):
+        if taken := found.keys() & {*COLUMNS, SCHEDULED}:
             raise ValueError(f"after_epoch must not return {sorted(taken)}: the history has these")
         return {name: float(value) for name, value in found.items()}
 
@@ -264,11 +275,15 @@ class Run:
         length = STEPS_OF_A_STRETCH if self.batches.tensors is not None else STEPS_OF_A_STREAM
         for selection in itertools.islice(selections, length):
             taken.append(selection)
+            self._most_rows = max(self._most_rows, len(selection[0]))
             try:
                 losses.append(self.trainer.step(selection))
             except ValueError:  # by Pyro's validation, perhaps, of what is not finite
                 losses.append(torch.tensor(math.nan))
                 break
+            except RuntimeError as error:
+                self._refuse_smaller(selection, error)
+                raise
             if validated and not losses[-1].isfinite():  # another process may have seen an error
                 break
             if self._ends_here(len(taken)):
@@ -284,6 +299,22 @@ class Run:
             for selection in taken:
                 self._careful_step(selection)
         return len(taken)
+
+    def _refuse_smaller(self, selection: tuple[Tensor, ...], error: Exception) -> None:
+        """Tell an error that only the small number of rows can have caused, as of the last ones.
+
+        Raises:
+            ValueError: the same rows, repeated to the usual number, make no error.
+        """
+        size, usual = len(selection[0]), self._most_rows
+        if size >= usual or num_processes() > 1:
+            return
+        try:
+            self.trainer.run(repeated(selection, usual))
+        except (ValueError, RuntimeError):
+            return
+        self._go_back(self._good)
+        raise smaller_minibatch(error, size, usual) from error
 
     def _pause(self) -> None:
         """Write a checkpoint if it is due, and stop if somebody asked for it."""
@@ -326,6 +357,9 @@ class Run:
             self.position.skipped += 1
             self.position.skipped_in_all += 1
             return
+        except ValueError as error:
+            self._refuse_smaller(selection, error)
+            raise
         self._count(selection, loss.item())
 
     def _told(

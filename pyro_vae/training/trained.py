@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -49,7 +51,7 @@ class Trained:
         transform: Callable[[Tensor], Tensor] | None,
         parameters: Mapping[str, list[Tensor]],
         *,
-        learning_rate: float | Mapping[str, float] = 1e-3,
+        learning_rate: float | Mapping[str, float] | None = 1e-3,
         optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
         scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     ):
@@ -64,15 +66,13 @@ class Trained:
             self.optimizer = Adam(_groups(parameters, learning_rate), lr=rate)
         else:
             self.optimizer = _made(optimizer, self.parameters)
-        if scheduler is not None and not callable(scheduler):
-            raise TypeError(f"scheduler must make one from the optimizer, got {scheduler!r}")
-        self._scheduler = None if scheduler is None else scheduler(self.optimizer)
+        self._scheduler = _made_scheduler(scheduler, self.optimizer)
         self._named = self._named_tensors()
 
     @property
     def learning_rate(self) -> float:
-        """Of the first group of parameters."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """Of the first group of parameters, NaN where it has none by that name."""
+        return float(self.optimizer.param_groups[0].get("lr", math.nan))
 
     def named_parameters(self) -> dict[str, Tensor]:
         """Return what is trained, by name."""
@@ -251,14 +251,53 @@ def _groups(
 def _made(
     optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer], parameters: list[Tensor]
 ) -> torch.optim.Optimizer:
+    what = (
+        "optimizer must make a torch.optim.Optimizer from the parameters, such as "
+        "functools.partial(torch.optim.SGD, lr=0.1)"
+    )
+    if isinstance(optimizer, PyroOptim) or _makes_pyro_optimizers(optimizer):
+        raise TypeError(
+            f"{what}; got {optimizer!r}, which Pyro's SVI takes. Pass the optimizer of torch that "
+            "it makes, and a learning rate scheduler as scheduler="
+        )
     if not callable(optimizer):
-        raise TypeError(f"optimizer must make one from the parameters, got {optimizer!r}")
+        raise TypeError(f"{what}, got {optimizer!r}")
     made = optimizer(parameters)
     if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(
-            "optimizer must make a torch.optim.Optimizer from the parameters, such as "
-            f"functools.partial(torch.optim.SGD, lr=0.1); it made {made!r}"
-        )
+        raise TypeError(f"{what}; it made {made!r}")
+    return made
+
+
+def _makes_pyro_optimizers(optimizer: Any) -> bool:
+    """Tell Pyro's functions, such as ``pyro.optim.Adam``, from its classes of torch optimizers."""
+    module = getattr(optimizer, "__module__", None) or ""
+    return inspect.isfunction(optimizer) and module.startswith("pyro.optim")
+
+
+def _made_scheduler(
+    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None,
+    optimizer: torch.optim.Optimizer,
+) -> LRScheduler | None:
+    if scheduler is None:
+        return None
+    what = (
+        "scheduler must make a learning rate scheduler of torch from the optimizer, such as "
+        "functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)"
+    )
+    if not callable(scheduler) or isinstance(scheduler, PyroOptim):
+        raise TypeError(f"{what}, got {scheduler!r}")
+    try:
+        made = scheduler(optimizer)
+    except KeyError as error:
+        if "lr" in optimizer.param_groups[0]:
+            raise
+        raise ValueError(
+            f"scheduler could not be made, for the groups of {type(optimizer).__name__} have no "
+            f"learning rate 'lr': they have {sorted(optimizer.param_groups[0])}. Leave scheduler "
+            "out, or pass another optimizer"
+        ) from error
+    if not callable(getattr(made, "step", None)) or not hasattr(made, "state_dict"):
+        raise TypeError(f"{what}; it made {made!r}")
     return made
 
 

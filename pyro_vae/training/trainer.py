@@ -19,7 +19,9 @@ from pyro_vae.processes import num_processes, rank, sum_over_processes
 from pyro_vae.sites import data_frame
 from pyro_vae.traces import Program
 from pyro_vae.training.gradients import all_finite, clipped, gradients_of, hides_gradients
+from pyro_vae.training.losses import differentiable_loss, loss_value
 from pyro_vae.training.sharing import SharedGradient, share_of
+from pyro_vae.training.sizes import repeated, smaller_minibatch
 from pyro_vae.training.trained import Trained
 
 BOTH = "model and guide"
@@ -111,26 +113,39 @@ class Trainer:
         self.steps += 1
         return loss.detach()
 
-    def evaluate(self, batches: Minibatches, interrupted: Callable[[], bool]) -> float:
+    def evaluate(
+        self,
+        batches: Minibatches,
+        interrupted: Callable[[], bool],
+        objective: pyro.infer.ELBO | None = None,
+    ) -> float:
         """Return the loss per datum, averaged over the data.
+
+        Args:
+            batches: the data.
+            interrupted: whether to stop.
+            objective: whose loss it is; that of the training if not given.
 
         Raises:
             KeyboardInterrupt: it was interrupted.
             ValueError: the pair cannot take the data, in this process or in another.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=batches.device)
-        refused = None
+        refused, size, most = None, 0, 0
         try:
             with programs.evaluation_mode(*self._pair):
                 for batch in batches:
                     mine = batch if batches.is_share else share_of(batch)
+                    most = max(most, size)
                     if size := len(mine[0]):
-                        loss = self._loss(mine)
+                        loss = self._value(mine, objective)
                         sums += torch.stack([loss * size, torch.full_like(sums[0], size)])
                     if interrupted():
                         raise KeyboardInterrupt
         except ValueError as error:
             refused = error
+            if size < most and self._takes(repeated(mine, most), objective):
+                refused = smaller_minibatch(error, size, most)
         refusals = torch.tensor([refused is not None], dtype=torch.int64)
         sum_over_processes([sums, refusals])
         if refused is not None:
@@ -139,6 +154,10 @@ class Trainer:
             raise ValueError("another process cannot take its validation data: see its error")
         total, count = sums.tolist()
         return total / count
+
+    def gradient(self, *selection: Tensor) -> list[Tensor | None]:
+        """Return the loss per datum and the gradients at a minibatch, without a step."""
+        return self._loss_and_gradients(*selection)
 
     def minibatch(self, selection: tuple[Tensor, ...]) -> Batch:
         """Return a minibatch as a step would see it."""
@@ -149,13 +168,13 @@ class Trainer:
         """Run the pair as a step does, through Python, for handlers that look on."""
         mine = selection if self._batches.is_share else share_of(selection)
         if len(mine[0]):
-            self._loss(self.minibatch(mine))
+            self._value(self.minibatch(mine))
 
     @torch.no_grad()
     def run_held_out(self, batch: Batch) -> None:
         """Run the pair on validation data likewise."""
         with programs.evaluation_mode(*self._pair):
-            self._loss(batch)
+            self._value(batch)
 
     def rows_before(self, selection: tuple[Tensor, ...]) -> int:
         """Return how many rows of a minibatch are those of processes before this one."""
@@ -247,7 +266,21 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> Tensor:
         with _DataScale() as data:
-            loss = self._objective.differentiable_loss(*self._pair, *batch)
+            loss = differentiable_loss(self._objective, *self._pair, *batch)
+        return loss / (data.scale * batch[0].shape[0])
+
+    def _takes(self, batch: Batch, objective: pyro.infer.ELBO | None) -> bool:
+        with programs.evaluation_mode(*self._pair):
+            try:
+                self._value(batch, objective)
+            except ValueError:
+                return False
+        return True
+
+    def _value(self, batch: Batch, objective: pyro.infer.ELBO | None = None) -> Tensor:
+        with _DataScale() as data:
+            loss = loss_value(objective or self._objective, *self._pair, *batch)
+        loss = torch.as_tensor(loss, dtype=torch.float64, device=batch[0].device)
         return loss / (data.scale * batch[0].shape[0])
 
     def _capturable_gradient(self) -> Captured:

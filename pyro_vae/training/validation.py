@@ -6,7 +6,10 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 
+import pyro.infer
+
 from pyro_vae.minibatches import Minibatches
+from pyro_vae.objectives import Objective
 from pyro_vae.processes import rank
 from pyro_vae.seeding import seeded
 from pyro_vae.training.nonfinite import FirstNonFiniteSite, shown_rows
@@ -17,16 +20,28 @@ from pyro_vae.validating import values_checked
 class Validation:
     """Losses on data that are held out, at the same noise each time, so that they can be compared.
 
+    For the same reason they are of one bound over the whole run: the objective with each of its
+    schedules at its last value.
+
     Args:
         trainer: of the pair.
+        objective: that is trained.
         data: held out.
         unseen: whether they have values that nobody has checked: the first time, Pyro does.
+
+    Raises:
+        ValueError: a schedule of the objective has no last value.
     """
 
-    def __init__(self, trainer: Trainer, data: Minibatches, *, unseen: bool):
+    def __init__(
+        self, trainer: Trainer, objective: pyro.infer.ELBO, data: Minibatches, *, unseen: bool
+    ):
         self._trainer = trainer
+        self._objective = objective
         self._data = data
         self._unseen = unseen
+        self.has_schedules = isinstance(objective, Objective) and objective.has_schedules
+        self._at_last_values()
 
     def loss(self, epoch: int, seed: int, interrupted: Callable[[], bool]) -> float:
         """Return the loss per datum.
@@ -44,7 +59,7 @@ class Validation:
         refused = None
         with values_checked(self._unseen and epoch == 1), self._noise(seed):
             try:
-                loss = self._trainer.evaluate(self._data, interrupted)
+                loss = self._trainer.evaluate(self._data, interrupted, self._at_last_values())
             except ValueError as error:  # by Pyro's validation, perhaps, of what is not finite
                 loss, refused = math.nan, error
         if math.isfinite(loss):
@@ -61,6 +76,20 @@ class Validation:
             "clip_norm, or look for a scale that falls to zero."
         )
 
+    def loss_of_training(self, seed: int, interrupted: Callable[[], bool]) -> float:
+        """Return the loss per datum at the values that the schedules have now.
+
+        Args:
+            seed: of the noise.
+            interrupted: whether to stop.
+        """
+        with values_checked(False), self._noise(seed):
+            return self._trainer.evaluate(self._data, interrupted)
+
+    def _at_last_values(self) -> pyro.infer.ELBO:
+        objective = self._objective
+        return objective.with_last_values() if isinstance(objective, Objective) else objective
+
     @contextlib.contextmanager
     def _noise(self, seed: int) -> Iterator[None]:
         self._data.begin_from(seed)
@@ -72,7 +101,8 @@ class Validation:
         rows_before = 0
         with FirstNonFiniteSite() as site, values_checked(False):
             for batch in self._data:
-                self._trainer.run_held_out(batch)
+                with contextlib.suppress(ValueError):  # which has been met before
+                    self._trainer.run_held_out(batch)
                 if site.name is not None:
                     break
                 rows_before += len(batch[0])

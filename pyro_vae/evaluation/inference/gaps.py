@@ -93,6 +93,8 @@ class InferenceGaps:
         )
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def inference_gaps(
     model: Program,
     guide: Program,
@@ -162,8 +164,9 @@ def inference_gaps(
         Stopped: a KeyboardInterrupt, with the gaps of the minibatches that were done.
         TypeError: the guide has no parameters of a datum that could be ascended; ``ascent`` is no
             :class:`pyro_vae.Ascent`, ``evidence`` no :class:`pyro_vae.Evidence`.
-        ValueError: bad data or arguments, or a pair that breaks the contract; a site is global or
-            scaled, or a point, or has no reparameterised sample; the evidence is of other data.
+        ValueError: bad data or arguments, or a pair that breaks the contract, or was made under
+            ``torch.inference_mode``; a site is global or scaled, or a point,
+            or has no reparameterised sample; the evidence is of other data.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -187,6 +190,8 @@ def inference_gaps(
         raise TypeError(f"ascent must be a pyro_vae.Ascent, got {ascent!r}")
     check_resume(resume)
     _check_guide(guide)
+    programs.require_programs(model, guide)
+    programs.require_trainable_tensors(model, guide)
     settings = {"num_particles": num_particles, "ascent": ascent}
     with Together() as together:
         if resume is not None:

@@ -1,0 +1,160 @@
+"""Validation is of one bound over the whole run, whatever the schedules of the objective."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pair
+from oracles import LinearGaussian
+
+import pyro_vae as pv
+from pyro_vae import objectives as o
+
+
+class Sigmoid(o.Schedule):
+    def __call__(self, step):
+        return 1.5 * torch.sigmoid((step - 20.0) / 5.0)
+
+
+class Cosine(o.Schedule):
+    def __call__(self, step):
+        return 0.6 * (1 - torch.cos(step * torch.pi / 30))
+
+
+class Squared(o.Linear):
+    def __call__(self, step):
+        return super().__call__(step) ** 2
+
+
+class Rising(o.Schedule):
+    def __call__(self, step):
+        return step / 1000
+
+
+class Declared(Rising):
+    def last_value(self):
+        return 2.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "last"),
+    [
+        (o.Constant(0.3), 0.3),
+        (o.Linear(4, 1.0, 3.0), 3.0),
+        (o.Linear(2**25, 4.0, 1.0), 1.0),
+        (o.Cyclical(7, 1.0, 0.2, 0.9), 0.9),
+        (Sigmoid(), 1.5),
+        (Cosine(), 1.2),
+        (Squared(10, 0.0, 2.0), 4.0),
+        (Declared(), 2.0),
+    ],
+)
+def test_the_last_value_of_a_schedule(schedule, last):
+    assert schedule.last_value() == pytest.approx(last, rel=2e-4)
+
+
+def test_a_schedule_without_a_last_value_is_refused_for_validation_alone(pair, binary):
+    with pytest.raises(ValueError, match=r"neither ends nor repeats: .* a method last_value"):
+        pv.fit(*pair, binary, objective=o.BetaELBO(Rising()), validation=binary, progress=False)
+    pv.fit(*pair, binary, objective=o.BetaELBO(Rising()), epochs=1, progress=False)
+
+
+HELD = {"epochs": 4, "batch_size": 10, "learning_rate": 1e-9, "seed": 0, "progress": False}
+
+
+@pytest.mark.parametrize(
+    ("scheduled", "fixed"),
+    [
+        (lambda: o.BetaELBO(o.Linear(13)), lambda: o.BetaELBO(1.0)),
+        (lambda: o.BetaELBO(o.Cyclical(6, end=0.8), 2), lambda: o.BetaELBO(0.8, 2)),
+        (lambda: o.BetaELBO(Sigmoid()), lambda: o.BetaELBO(1.5)),
+        (lambda: o.BetaELBO(Cosine()), lambda: o.BetaELBO(1.2)),
+        (lambda: o.CapacityELBO(o.Linear(13, 0.0, 4.0)), lambda: o.CapacityELBO(4.0)),
+    ],
+)
+def test_validation_is_one_bound_over_the_whole_run(scheduled, fixed, binary):
+    """At a rate of nothing a loss changes with the weight alone: this one does not."""
+    check_validation(scheduled, fixed, binary, capture=False)
+
+
+def test_validation_beside_captured_steps(binary, without_compiler):
+    scheduled = functools.partial(o.BetaELBO, o.Linear(13))
+    check_validation(scheduled, o.BetaELBO, binary, capture=True)
+
+
+def check_validation(scheduled, fixed, binary, *, capture):
+    pair = make_pair()
+    pair[1](binary)  # makes its head, so that all fits draw the same noise
+    options = {**HELD, "validation": binary[:30], "capture": capture}
+    history = pv.fit(*pair, binary, objective=scheduled(), **options).history
+    expected = pv.fit(*pair, binary, objective=fixed(), **options).history
+    assert "validation_loss_scheduled" not in expected
+    losses = history.validation_loss.to_numpy()
+    np.testing.assert_allclose(losses, expected.validation_loss, rtol=1e-4)
+    assert np.ptp(losses) < 1e-4 < np.ptp(history.validation_loss_scheduled)
+
+
+def test_the_validation_loss_at_the_weight_of_the_moment(binary):
+    pair = make_pair()
+    pair[1](binary)  # makes its head, so that all fits draw the same noise
+    options = {**HELD, "validation": binary[:30], "capture": False}
+    free, whole = (
+        pv.fit(*pair, binary, objective=o.BetaELBO(beta), **options).history.validation_loss
+        for beta in (0.0, 1.0)
+    )
+    found = pv.fit(*pair, binary, objective=o.BetaELBO(o.Linear(16)), **options).history
+    weights = np.minimum(5 * np.arange(1, 5) / 16, 1.0)  # after each epoch of five steps
+    expected = free + weights * (whole - free)
+    np.testing.assert_allclose(found.validation_loss_scheduled, expected, rtol=1e-4)
+
+
+def test_patience_waits_for_the_end_of_a_warm_up():
+    """With a weight of nothing the likelihood is best; the bound itself is not."""
+    x = LinearGaussian(dtype=torch.float32).sample(60)
+    model = pv.LatentVariableModel(
+        pv.priors.StandardNormal(2), pv.likelihoods.Normal(pv.nets.MLP(2, [16], 5))
+    )
+    guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(5, [16]))
+    result = pv.fit(
+        model, guide, x[:40], objective=o.BetaELBO(o.Linear(steps=120), 4), validation=x[40:],
+        batch_size=20, epochs=90, patience=10, learning_rate=0.02, seed=0, capture=False,
+        progress=False,
+    )  # fmt: skip
+    losses, scheduled = (
+        result.history[name] for name in ("validation_loss", "validation_loss_scheduled")
+    )
+    assert result.best_epoch == losses.idxmin()
+    assert losses[result.best_epoch] < losses[scheduled.idxmin()] - 0.3
+
+
+def test_an_objective_inside_another_is_led_with_it(pair, binary):
+    class Half(o.ELBO):
+        def __init__(self):
+            super().__init__()
+            self.inner = o.BetaELBO(o.Linear(10))
+
+        def bound(self, terms):
+            return (super().bound(terms) + self.inner.bound(terms)) / 2
+
+    objective = Half()
+    result = pv.fit(*pair, binary, objective=objective, validation=binary, **HELD)
+    assert objective.step == objective.inner.step == 20
+    assert np.ptp(result.history.validation_loss) < 1e-4
+    assert "validation_loss_scheduled" in result.history
+    objective(*pair)(binary).backward()
+    assert objective.step == objective.inner.step == 21
+
+
+def test_a_run_that_is_resumed_ends_with_the_same_history(binary, tmp_path):
+    histories = []
+    for folder, legs in (("whole", [6]), ("parts", [2, 6])):
+        for epochs in legs:
+            torch.manual_seed(2)
+            result = pv.fit(
+                *make_pair(), binary[:40], objective=o.BetaELBO(o.Linear(12)), epochs=epochs,
+                validation=binary[40:], patience=4, batch_size=10, learning_rate=0.02, seed=0,
+                capture=False, progress=False, checkpoint=tmp_path / folder, resume=True,
+            )  # fmt: skip
+        histories.append(result.history.drop(columns="seconds"))
+    assert histories[0].equals(histories[1])
