@@ -38,7 +38,12 @@ _ROWS_SHOWN = 10
 
 
 def check_pair(
-    model: Program, guide: Program, batch: Batch, batches: Minibatches | None = None
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    batches: Minibatches | None = None,
+    *,
+    weighs: bool = False,
 ) -> PairTrace:
     """Run a pair once, with validation on, and refuse what breaks the contract.
 
@@ -50,6 +55,7 @@ def check_pair(
             values are run too, those of a stream as they come; and every value of a column in
             memory is checked against the support of the site that observes it.
             ``batches.values_checked`` tells whether this was a check of all that is observed.
+        weighs: whether draws of the guide may have a density of zero under the model.
 
     Returns:
         The run.
@@ -61,12 +67,13 @@ def check_pair(
             minibatch.
     """
     name = "data" if batches is None else batches.name
-    trace = _run(model, guide, batch, torch.arange(len(batch[0])), name)
+    rows = torch.arange(len(batch[0]))
+    trace = _run(model, guide, batch, rows, name, weighs=weighs)
     if batches is not None:
         if batches.num_data is not None:
             check_positions(model, guide, batch, trace, batches.num_data)
-        _check_nonfinite_rows(model, guide, batches)
-        run = functools.partial(_run_on_numbers, model, guide)
+        _check_nonfinite_rows(model, guide, batches, weighs=weighs)
+        run = functools.partial(_run_on_numbers, model, guide, weighs=weighs)
         batches.values_checked = check_supports(run, trace, batch, batches)
     return trace
 
@@ -76,7 +83,9 @@ def reason(error: Exception) -> str:
     return str(error).split("Trace Shapes:")[0].strip()
 
 
-def _run(model: Program, guide: Program, batch: Batch, rows: Tensor, name: str) -> PairTrace:
+def _run(
+    model: Program, guide: Program, batch: Batch, rows: Tensor, name: str, *, weighs: bool
+) -> PairTrace:
     """Run a pair on rows of the data.
 
     Args:
@@ -85,14 +94,15 @@ def _run(model: Program, guide: Program, batch: Batch, rows: Tensor, name: str) 
         batch: the rows, and covariates.
         rows: their numbers.
         name: what messages call the data.
+        weighs: see :func:`check_pair`.
     """
     try:
-        return _run_on_numbers(model, guide, batch)
+        return _run_on_numbers(model, guide, batch, weighs=weighs)
     except ValueError as error:
         if all(finite_rows(column).all() for column in batch):
             raise
         if not isinstance(error, _NonFiniteDensityError):  # it may have an error of its own
-            _run_on_numbers(model, guide, tuple(map(_with_zeros, batch)))
+            _run_on_numbers(model, guide, tuple(map(_with_zeros, batch)), weighs=weighs)
         where = next(i for i, c in enumerate(batch) if not finite_rows(c).all())
         bad = rows[(~finite_rows(batch[where])).nonzero()[:, 0].cpu()]
         column = name if where == 0 else f"{name} covariate {where}"
@@ -138,7 +148,7 @@ def _with_zeros(column: Tensor) -> Tensor:
     return column.where(column.isfinite(), 0) if column.is_floating_point() else column
 
 
-def _run_on_numbers(model: Program, guide: Program, batch: Batch) -> PairTrace:
+def _run_on_numbers(model: Program, guide: Program, batch: Batch, *, weighs: bool) -> PairTrace:
     x = batch[0]
     try:
         with torch.no_grad(), values_checked(True), remember_unnamed(model, guide):
@@ -160,7 +170,7 @@ def _run_on_numbers(model: Program, guide: Program, batch: Batch) -> PairTrace:
             f"shape must be ({x.shape[0]},): all other dimensions belong to the event, so declare "
             "them with .to_event(n)."
         ) from error
-    _check_trace(trace, x)
+    _check_trace(trace, x, weighs=weighs)
     return trace
 
 
@@ -192,7 +202,9 @@ def _columns_not_taken(model: Program, guide: Program, batch: Batch) -> str:
     return ""
 
 
-def _check_nonfinite_rows(model: Program, guide: Program, batches: Minibatches) -> None:
+def _check_nonfinite_rows(
+    model: Program, guide: Program, batches: Minibatches, *, weighs: bool
+) -> None:
     """Refuse NaN and infinite values that reach a density; of a stream, as they come."""
     rows = batches.nonfinite_rows()
     if rows is None:
@@ -201,7 +213,7 @@ def _check_nonfinite_rows(model: Program, guide: Program, batches: Minibatches) 
             numbers = rows_before + torch.arange(len(batch[0]))
             with programs.evaluation_mode(model, guide):
                 try:
-                    _run(model, guide, batch, numbers, batches.name)
+                    _run(model, guide, batch, numbers, batches.name, weighs=weighs)
                 except ValueError:
                     if programs.has_finite_parameters(model, guide):  # else a step was to blame
                         raise
@@ -210,7 +222,8 @@ def _check_nonfinite_rows(model: Program, guide: Program, batches: Minibatches) 
         return
     with torch.random.fork_rng(_devices(batches)):
         for some in rows.split(batches.batch_size) if len(rows) else ():
-            _run(model, guide, batches.prepare(some), some.cpu(), batches.name)
+            batch = batches.prepare(some)
+            _run(model, guide, batch, some.cpu(), batches.name, weighs=weighs)
 
 
 def _devices(batches: Minibatches) -> list[torch.device]:
@@ -221,7 +234,7 @@ class _NonFiniteDensityError(ValueError):
     """A log-density that is NaN or infinite."""
 
 
-def _check_trace(trace: PairTrace, x: Tensor) -> None:
+def _check_trace(trace: PairTrace, x: Tensor, *, weighs: bool) -> None:
     if trace.batch_size != x.shape[0]:
         raise ValueError(
             f'the plate "data" has size {trace.batch_size} for a minibatch of {x.shape[0]} rows. '
@@ -231,12 +244,21 @@ def _check_trace(trace: PairTrace, x: Tensor) -> None:
         )
     for factor in (*trace.guide.values(), *trace.guide_losses, *trace.model.values()):
         _check_observation(factor, x)
-        if not torch.isfinite(factor.log_prob).all():
-            row = (~torch.isfinite(factor.log_prob)).nonzero()[0, -1].item()
+        allowed = torch.isfinite(factor.log_prob)
+        if weighs and factor.name in trace.latents:
+            allowed = allowed | torch.isneginf(factor.log_prob)
+        if not allowed.all():
+            row = (~allowed).nonzero()[0, -1].item()
+            remedy = "Look for values outside its support, or a scale of zero or infinity."
+            if factor.name in trace.latents:
+                remedy += (
+                    " A guide that draws a latent outside the support of the model has no ELBO: "
+                    "take a distribution on that support, as the guides of the library do."
+                )
             raise _NonFiniteDensityError(
                 f"site {factor.name!r} has a log-density of "
                 f"{factor.log_prob.flatten()[row].item()} at row {row} of the first minibatch. "
-                "Look for values outside its support, or a scale of zero or infinity."
+                f"{remedy}"
             )
 
 

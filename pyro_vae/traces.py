@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_vae.dreams import Dream
 from pyro_vae.enumeration import Enumeration, SummedOut, even_where_masked, is_enumerated
+from pyro_vae.outside import log_prob_on, support_to_check
 from pyro_vae.rules import (
     check_agreement,
     check_event_shape,
@@ -353,7 +354,12 @@ class PairTrace:
 
     def _log_prob(self, site: Site) -> Tensor:
         fn, value = site["fn"], site["value"]
+        drawn_at = self._traces["guide"].nodes.get(site["name"])
         try:
+            if drawn_at is not None and drawn_at is not site and not site["is_observed"]:
+                support = support_to_check(site, drawn_at)
+                if support is not None:
+                    return log_prob_on(support, fn, value)
             return fn.log_prob(value, *site["args"], **site["kwargs"])
         except (KeyError, NotImplementedError):  # Pyro's flows without an inverse raise either
             if value is not self._samples.held.get(site["name"]):

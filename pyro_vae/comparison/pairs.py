@@ -311,6 +311,6 @@ def _check(model: Program, guide: Program, columns: tuple[Tensor, ...]) -> list[
     """Refuse a pair that breaks the contract; return its trainable parameters."""
     data = Minibatches(columns, 100, device=programs.device_of(model, guide))
     with programs.parameter_store(model, guide), programs.evaluation_mode(model, guide):
-        trace = check_pair(model, guide, data.first(), data)
+        trace = check_pair(model, guide, data.first(), data, weighs=True)
         both = programs.parameters(model, guide, trace).values()
         return list(dict.fromkeys(itertools.chain(*both)))

@@ -26,6 +26,7 @@ def estimating(
     seed: int | None,
     drawn_from: Program | None = None,
     needs_latents: bool = False,
+    weighs: bool = False,
 ) -> Iterator[int]:
     """Make a pair ready to be judged, datum by datum, without gradients.
 
@@ -39,6 +40,7 @@ def estimating(
         seed: of the draws inside the block.
         drawn_from: what takes the guide's place where nothing is drawn from it.
         needs_latents: whether the estimator is about latents.
+        weighs: whether draws may have a density of zero under the model, and so no weight.
 
     Yields:
         How many batch dimensions the programs use.
@@ -55,7 +57,7 @@ def estimating(
     ):
         first = batches.first()
         known = set(store["params"])
-        trace = check_pair(model, drawn_from, first, batches)
+        trace = check_pair(model, drawn_from, first, batches, weighs=weighs)
         if fresh := sorted(programs.bare_parameter_names() - known):
             warnings.warn(
                 f"{who} found no value of pyro.param {fresh[0]!r} and takes its initial one: this "

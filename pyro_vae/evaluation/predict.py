@@ -152,5 +152,7 @@ def _gathered(
         return {site["name"]: arranged(mean, site, None)[0].cpu() for site, mean in found}
     layout = Layout(x)
     for site, mean in found:
-        layout.add(site, mean, readings.places(site["infer"]["obs"]))
+        observed = site["infer"]["obs"]
+        computed = readings.are_computed(observed)
+        layout.add(site, mean, readings.places(observed), computed=computed)
     return layout.numbers()

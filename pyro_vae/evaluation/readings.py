@@ -24,7 +24,7 @@ _MOVES = frozenset({
     aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.squeeze, aten.t,
     aten.transpose, aten.unbind, aten.unfold, aten.unsqueeze,
 })  # fmt: skip
-_NOT_BY_NUMBER = frozenset({aten._to_copy, aten.copy_, aten.masked_fill})
+_NOT_BY_NUMBER = frozenset({aten._to_copy, aten.copy_, aten.masked_fill, aten.where})
 _RESHAPES = frozenset({
     aten._reshape_alias.default, aten._unsafe_view.default, aten.view.default,
 })  # fmt: skip
@@ -46,6 +46,7 @@ class Readings(TorchDispatchMode):
         self._as_given = True
         self._places = WeakIdKeyDictionary()
         self._places[x] = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+        self._computed = WeakIdKeyDictionary()  # tensors of other numbers than those of x
 
     def places(self, value: Any) -> Tensor | None:
         """Return the places of a tensor; None if they are not known."""
@@ -63,6 +64,10 @@ class Readings(TorchDispatchMode):
             return None
         return self._places[self._x].as_strided(value.shape, value.stride(), start)
 
+    def are_computed(self, value: Tensor) -> bool:
+        """Tell whether the numbers of a tensor were computed from those of x."""
+        return value in self._computed
+
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = operation(*args, **kwargs)
@@ -70,9 +75,14 @@ class Readings(TorchDispatchMode):
             self._forget(operation, args, kwargs)
         places = self._moved(operation, args, kwargs, result)
         if places is not None:
+            computed = _is_by_number(operation) or any(
+                isinstance(each, Tensor) and each in self._computed for each in tree_leaves(args)
+            )
             for tensor, its in zip(tree_leaves(result), tree_leaves(places), strict=True):
                 if isinstance(tensor, Tensor) and tensor.shape == its.shape:
                     self._places[tensor] = its
+                    if computed:
+                        self._computed[tensor] = True
         return result
 
     def _moved(self, operation, args: Sequence[Any], kwargs: Mapping, result: Any) -> Any:
@@ -86,7 +96,7 @@ class Readings(TorchDispatchMode):
         if kind is aten.copy_:
             places = self._places_of(args[1])
             return None if places is None else places.to(result.device).expand(result.shape)
-        if torch.Tag.pointwise in operation.tags and kind not in _MOVES | _NOT_BY_NUMBER:
+        if _is_by_number(operation):
             return self._by_number(args, result)
         if first is None:
             return None
@@ -154,15 +164,18 @@ class Layout:
     def __init__(self, x: Tensor):
         self._shape = x.shape
         self._sites: dict[str, tuple[int, ...]] = {}
-        self._reads: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._reads: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
-    def add(self, site: Site, numbers: Tensor, places: Tensor | None) -> None:
+    def add(
+        self, site: Site, numbers: Tensor, places: Tensor | None, *, computed: bool = False
+    ) -> None:
         """Take the numbers of a site.
 
         Args:
             site: any that was observed.
             numbers: one for each that the site observed, of the shape of its value.
             places: of what it observed, see :class:`Readings`; None where they are not known.
+            computed: whether it observed other numbers, each computed from one of x.
         """
         self._sites[site["name"]] = tuple(numbers.shape)
         if places is None:
@@ -177,29 +190,31 @@ class Layout:
             if mask is not None:  # it has the batch dimensions of its distribution
                 mask = torch.as_tensor(mask, device=numbers.device)
                 counts = counts & mask.reshape(*mask.shape, *(1,) * len(fn.event_shape))
-        read = (numbers, places, counts.expand(numbers.shape))
+        same = torch.full_like(counts, not computed)
+        read = (numbers, places, *(each.expand(numbers.shape) for each in (counts, same)))
         self._reads.append(tuple(tensor.flatten().cpu() for tensor in read))
 
     def numbers(self) -> Tensor:
         """Return the numbers in the layout of x, on the CPU.
 
-        A masked number is taken where no other was read from its place, as padding is.
+        A number that was computed is taken where none was read as it is. A masked number is taken
+        where no other was read from its place, as padding is.
 
         Raises:
             ValueError: some number of x was observed twice, or by none of the sites as it is.
         """
         total = self._shape.numel()
-        if not any((places != NOT_OF_X).any() for _, places, _ in self._reads):
+        if not any((places != NOT_OF_X).any() for _, places, *_ in self._reads):
             raise self._error(
                 f"no observed site of the model has the shape of x, {tuple(self._shape)}, and "
                 "observes numbers of x as they are"
             )
-        numbers, places, counts = map(torch.cat, zip(*self._of_one_type(), strict=True))
+        numbers, places, counts, same = map(torch.cat, zip(*self._of_one_type(), strict=True))
         whose = torch.where(places < NOT_OF_X, -2 - places, places)
         first = counts & (places >= 0)
         taken = torch.zeros(total, dtype=torch.bool)
         result = numbers.new_empty(total)
-        for chosen in (first, ~counts & (places != NOT_OF_X)):
+        for chosen in (first & same, first & ~same, ~counts & (places != NOT_OF_X)):
             chosen = chosen & ~taken[whose]
             if (whose[chosen].bincount(minlength=total) > 1).any():
                 raise self._error("some numbers of x are observed more than once")
@@ -211,7 +226,7 @@ class Layout:
             )
         return result.reshape(self._shape)
 
-    def _of_one_type(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _of_one_type(self) -> list[tuple[Tensor, ...]]:
         dtype = functools.reduce(torch.promote_types, [read[0].dtype for read in self._reads])
         return [(numbers.to(dtype), *rest) for numbers, *rest in self._reads]
 
@@ -220,6 +235,12 @@ class Layout:
             f"{reason}: the sites are {self._sites}. Pass by_site=True for the mean at each of "
             "them; pyro_vae.terms(...).predict() draws them."
         )
+
+
+def _is_by_number(operation) -> bool:
+    """Tell whether an operation computes each number of its result from one of each argument."""
+    moves = operation.overloadpacket in _MOVES | _NOT_BY_NUMBER
+    return torch.Tag.pointwise in operation.tags and not moves
 
 
 def _replaced(places: Tensor) -> Tensor:

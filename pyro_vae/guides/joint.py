@@ -14,7 +14,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_vae import flows
 from pyro_vae.latents import LatentSite, inside
-from pyro_vae.sites import DATA_PLATE, JOINT_DENSITY
+from pyro_vae.sites import DATA_PLATE, JOINT_DENSITY, ON_SUPPORT
 
 
 class JointDraw:
@@ -45,7 +45,8 @@ class JointDraw:
         values = {}
         for number, site in enumerate(self._sites):
             with inside(site, plates, {}):
-                values[site.name] = pyro.sample(site.name, _Part(self, site, number))
+                part = _Part(self, site, number)
+                values[site.name] = pyro.sample(site.name, part, infer={ON_SUPPORT: True})
         with plates[DATA_PLATE]:
             log_prob = self._log_prob([*values.values()])
             density = Unit(log_prob, has_rsample=True)

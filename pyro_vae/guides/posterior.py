@@ -20,6 +20,7 @@ from pyro_vae.circular import WrappedNormal, maps_onto_angles
 from pyro_vae.guides.families import Family
 from pyro_vae.guides.joint import JointDraw
 from pyro_vae.latents import LatentSite, inside
+from pyro_vae.sites import ON_SUPPORT
 
 
 class Posterior(nn.Module):
@@ -90,7 +91,8 @@ class Posterior(nn.Module):
         parts = parameters.split(self._sizes, -1)
         for site, family, rows in zip(self.sites, self.families, parts, strict=True):
             with inside(site, plates, masks):
-                values[site.name] = pyro.sample(site.name, _at_site(site, family, rows))
+                fn = _at_site(site, family, rows)
+                values[site.name] = pyro.sample(site.name, fn, infer={ON_SUPPORT: True})
         return values
 
 

@@ -20,6 +20,7 @@ from torch.distributions import Independent
 from pyro_vae.mixtures import EvenMixture, MixtureOfNormals
 from pyro_vae.rules import is_delta
 from pyro_vae.runs import trace_of
+from pyro_vae.seeding import restored_generators
 from pyro_vae.sites import Site, base_distribution, data_frame, random_sites
 
 Guide = Callable[..., Any]
@@ -73,8 +74,8 @@ def check_guide(guide: Guide, site: str, rows: Sequence[Tensor]) -> None:
         ValueError: the guide lacks the site, or gives it a point, or a density that it shares
             with others, or one that depends on what it drew before.
     """
-    with torch.random.fork_rng():  # a check that is made once must not move the noise
-        found = _sites(guide, rows)
+    with restored_generators():  # a check that is made once must not move the noise
+        found, once_more = _sites(guide, rows), _sites(guide, rows)
     if site not in found or data_frame(found[site]) is None:
         raise ValueError(
             f'the guide has no site {site!r} in the plate "data"; its sites are {[*found]}. Pass '
@@ -94,9 +95,9 @@ def check_guide(guide: Guide, site: str, rows: Sequence[Tensor]) -> None:
             f"the guide tells the density of latent site {site!r} together with others, at "
             f"{shared[0]!r}: build it with joint=False"
         )
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.no_grad():
         value = found[site]["value"].clone()  # not as drawn: caches would know it
-        again = _sites(guide, rows)[site]["fn"].log_prob(value)
+        again = once_more[site]["fn"].log_prob(value)
         if site != next(iter(found)) and not torch.equal(again, found[site]["fn"].log_prob(value)):
             raise ValueError(
                 f"the guide's distribution of latent site {site!r} depends on what it draws "

@@ -146,6 +146,7 @@ def evidence(
                 seed=seed,
                 drawn_from=drawn_from,
                 needs_latents=ais is not None,
+                weighs=ais is None,
             ) as plate_nesting,
             task(progress, description, batches.num_data, transient=True) as show,
         ):
