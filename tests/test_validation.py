@@ -124,9 +124,15 @@ def test_patience_waits_for_the_end_of_a_warm_up():
     losses, scheduled = (
         result.history[name] for name in ("validation_loss", "validation_loss_scheduled")
     )
-    assert result.best_epoch == losses.idxmin()
-    assert scheduled.idxmin() < result.best_epoch
-    assert losses[result.best_epoch] < losses[scheduled.idxmin()]
+    assert result.best_epoch == losses[60:].idxmin()  # the warm-up is over after 60 epochs
+    assert len(losses) >= 60 + 10
+    assert scheduled.idxmin() < 60
+    held_out = pv.terms(model, guide, x[40:], num_particles=500)
+    elbo = (held_out.log_likelihood - held_out.kl).mean(0)
+    found = -elbo.mean().item()  # of the pair that was restored, at the full weight
+    error = held_out.log_likelihood.var(0).sum().sqrt().item() / 20 / 500**0.5
+    noise = held_out.log_likelihood.var(0).sum().sqrt().item() / 20 / 4**0.5
+    assert abs(found - losses[result.best_epoch]) < 4 * (error + noise)
 
 
 def test_an_objective_inside_another_is_led_with_it(pair, binary):
@@ -159,3 +165,33 @@ def test_a_run_that_is_resumed_ends_with_the_same_history(binary, tmp_path):
             )  # fmt: skip
         histories.append(result.history.drop(columns="seconds"))
     assert histories[0].equals(histories[1])
+
+
+class Sigmoid(o.Schedule):
+    def __call__(self, step):
+        return ((step - 100) / 10).sigmoid()
+
+
+class Wave(o.Schedule):
+    def __call__(self, step):
+        return 0.5 - 0.5 * (step / 50).cos()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "before", "after"),
+    [
+        (o.Linear(100), 98, 100),
+        (o.Linear(100, 4.0, 1.0), 98, 100),
+        (o.Linear(100, 1.0, 0.0), 98, 100),
+        (o.Cyclical(100, rise=0.4), 39, 40),
+        (Sigmoid(), 140, 150),
+        (Wave(), 140, 200),
+    ],
+    ids=repr,
+)
+def test_a_schedule_has_settled_once_it_was_at_its_last_value(schedule, before, after):
+    objective = o.BetaELBO(schedule)
+    for step, expected in ((0, False), (before, False), (after, True), (10 * after, True)):
+        objective.step.fill_(step)
+        assert objective.has_settled() is expected, step
+    assert o.ELBO().has_settled()

@@ -185,6 +185,15 @@ class Objective(pyro.infer.ELBO):
         found.step = torch.full_like(self.step, LAST_STEP)
         return found
 
+    def has_settled(self) -> bool:
+        """Tell whether each schedule has reached its last value; patience counts from then on."""
+        return all(
+            schedule.has_settled(float(each.step))
+            for each in self._with_inner()
+            for value in vars(each).values()
+            for schedule in schedules_in(value)
+        )
+
     def check_num_data(self, num_data: int) -> None:
         """Refuse data of which the objective was told otherwise; ``fit`` calls it.
 

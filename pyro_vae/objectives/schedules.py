@@ -47,6 +47,25 @@ class Schedule(ABC):
         return max(before + after)
 
     @torch.no_grad()
+    def has_settled(self, step: float) -> bool:
+        """Tell whether the schedule has come to within 1% of its last value by a step.
+
+        A schedule that repeats has settled once it was there. Patience waits for that.
+        """
+        last, now = self.last_value(), float(self(torch.tensor(step)))
+        near = 0.01 * max(abs(last), abs(last - float(self(torch.zeros(())))))
+        if abs(now - last) <= near:
+            return True
+        late = float(self(torch.tensor(LAST_STEP)))
+        if (
+            abs(late - last) <= near
+            and abs(float(self(torch.tensor(LAST_STEP / 2))) - last) <= near
+        ):
+            return False  # it ends there, later
+        steps = torch.linspace(0.0, step, 256)[1:]
+        return any(abs(float(self(each)) - last) <= near for each in steps)
+
+    @torch.no_grad()
     def _values_from(self, first: float) -> list[float]:
         """Return the values at steps spread from one step to its double, which comes last."""
         steps = [first + float(int(first * (n * _SPACING % 1))) for n in range(256)]
@@ -143,6 +162,12 @@ class Cyclical(Schedule):
     def last_value(self) -> float:
         """Return the number that it rises to."""
         return self.end if type(self).__call__ is Cyclical.__call__ else super().last_value()
+
+    def has_settled(self, step: float) -> bool:
+        """Tell whether the first rise is over."""
+        if type(self).__call__ is Cyclical.__call__:
+            return step >= self.period * self.rise
+        return super().has_settled(step)
 
 
 def as_schedule(name: str, value: float | Schedule) -> Schedule:

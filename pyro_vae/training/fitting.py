@@ -164,7 +164,8 @@ def fit(
         scheduler: makes a learning rate scheduler from the optimizer; it steps once an epoch.
         clip_norm: bound on the norm of the whole gradient.
         patience: stop after this many epochs without a lower validation loss, and restore the
-            parameters and buffers of the best epoch.
+            parameters and buffers of the best epoch. If the objective has schedules, the epochs
+            count from where all have reached their last values.
         after_epoch: called with the number of each epoch, from 1, when it is over; what it
             returns, numbers by name, are columns of the history. It sees the pair as it is, with
             the same noise each time.
@@ -344,7 +345,9 @@ def fit(
         fits.find(model, guide).digests.update(digests)
     history = run.history.set_index("epoch")
     by_validation = patience is not None and len(history)
-    best = history["validation_loss"].idxmin() if by_validation else len(history)
+    best = len(history)
+    if by_validation:  # an older checkpoint does not say which epoch was the best
+        best = run.position.best_epoch or history["validation_loss"].idxmin()
     seconds = time.perf_counter() - started
     result = Fit(model, guide, history, int(best), seconds, trainer.execution, digests)
     if stopped:

@@ -66,7 +66,9 @@ class Position:
         skipped: how many of these steps were, and ``skipped_in_all``, how many in the run.
         seconds: how long they took.
         history: of the epochs before.
-        best_loss: the lowest validation loss so far, and the epochs without a gain since then.
+        best_loss: the lowest validation loss so far, of the epoch ``best_epoch``, and the epochs
+            without a gain since then. Where a schedule has settled, of the epochs since then.
+        settled: whether every schedule of the objective has reached its last value.
         validation_seed: of the noise of every validation.
     """
 
@@ -80,7 +82,9 @@ class Position:
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     best_loss: float = math.inf
+    best_epoch: int = 0
     epochs_without_gain: int = 0
+    settled: bool = False
 
 
 class StoppedRun(Exception):  # noqa: N818 - no error
@@ -208,10 +212,13 @@ class Run:
             shown += f", validation {validation_loss:.2f}"
         self.advance(1, shown)
         if self.patience is not None:
-            if validation_loss < position.best_loss:
-                position.best_loss, position.epochs_without_gain = validation_loss, 0
+            was_settled = position.settled
+            position.settled = was_settled or self.validation.has_settled()
+            if validation_loss < position.best_loss or position.settled > was_settled:
+                position.best_loss, position.best_epoch = validation_loss, position.epoch
+                position.epochs_without_gain = 0
                 self._best = self._trained.values()
-            else:
+            elif position.settled:
                 position.epochs_without_gain += 1
         self._trained.agree()
         self.order = self.batches.order()

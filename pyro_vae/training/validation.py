@@ -76,6 +76,10 @@ class Validation:
             "clip_norm, or look for a scale that falls to zero."
         )
 
+    def has_settled(self) -> bool:
+        """Tell whether all schedules of the objective have reached their last values."""
+        return not self.has_schedules or self._objective.has_settled()
+
     def loss_of_training(self, seed: int, interrupted: Callable[[], bool]) -> float:
         """Return the loss per datum at the values that the schedules have now.
 
