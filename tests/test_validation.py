@@ -167,7 +167,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_history(binary, tmp_path):
     assert histories[0].equals(histories[1])
 
 
-class Sigmoid(o.Schedule):
+class Rise(o.Schedule):
     def __call__(self, step):
         return ((step - 100) / 10).sigmoid()
 
@@ -184,7 +184,7 @@ class Wave(o.Schedule):
         (o.Linear(100, 4.0, 1.0), 98, 100),
         (o.Linear(100, 1.0, 0.0), 98, 100),
         (o.Cyclical(100, rise=0.4), 39, 40),
-        (Sigmoid(), 140, 150),
+        (Rise(), 140, 150),
         (Wave(), 140, 200),
     ],
     ids=repr,
