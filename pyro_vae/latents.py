@@ -20,7 +20,7 @@ from torch.distributions.transforms import Transform
 
 from pyro_vae.circular import maps_onto_angles
 from pyro_vae.enumeration import is_enumerated
-from pyro_vae.runs import plate_of_guide
+from pyro_vae.runs import outside_of_plates, plate_of_guide
 from pyro_vae.seeding import restored_generators
 from pyro_vae.sites import (
     DATA_PLATE,
@@ -168,7 +168,7 @@ def latents_of(model: Callable[..., Any], *arguments: Any) -> list[Site]:
 
 def _latents(model: Callable[..., Any], *arguments: Any) -> list[Site]:
     try:
-        with poutine.block(), poutine.trace() as tracer:
+        with outside_of_plates(), poutine.block(), poutine.trace() as tracer:
             model(*arguments)
     except NotImplementedError as error:  # of a distribution that cannot be drawn, or expanded
         seen = [name for name, node in tracer.trace.nodes.items() if node["type"] == "sample"]

@@ -120,6 +120,14 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and not isinstance(a, Tensor) and a == b
 
 
+def _is_same(column: Any, value: Tensor) -> bool:
+    """Tell whether a value is a column itself: one that is equal may be computed from it."""
+    if not isinstance(column, Tensor) or column.shape != value.shape:
+        return False
+    same_memory = column.data_ptr() == value.data_ptr() and column.stride() == value.stride()
+    return column is value or (same_memory and column.dtype == value.dtype)
+
+
 def _observed_columns(trace: PairTrace, batch: tuple[Any, ...]) -> Iterator[tuple[Factor, int]]:
     """Yield the observed sites whose value is a column of the batch, with the column's number.
 
@@ -130,6 +138,6 @@ def _observed_columns(trace: PairTrace, batch: tuple[Any, ...]) -> Iterator[tupl
         if not factor.observed or mask_of(factor.site) is not None:
             continue
         for number, column in enumerate(batch):
-            if column.shape == value.shape and torch.equal(column, value):
+            if _is_same(column, value):
                 yield factor, number
                 break

@@ -34,7 +34,7 @@ def check_positions(
         name: parameter
         for program in ("model", "guide")
         for name, parameter in trace.named_parameters(program).items()
-        if parameter.requires_grad and parameter.numel() % batch_size == 0
+        if parameter.requires_grad and parameter.numel() > 1
     }
     if not parameters or batch_size < 2 or num_data <= batch_size:
         return

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
+from pyro.distributions import ProjectedNormal, Unit, VonMises
 from torch import Tensor
 from torch.distributions import Categorical
 
 from pyro_vae.enumeration import SummedOut
-from pyro_vae.sites import Site, data_frame, placed, random_sites
+from pyro_vae.sites import Site, base_distribution, data_frame, placed, random_sites
 from pyro_vae.traces import PairTrace
 
 
@@ -58,7 +58,7 @@ def means(run: PairTrace) -> Iterator[tuple[Site, Tensor]]:
     enumerated = {site["name"]: site for site in drawn_observations(run.replay_unobserved(given))}
     for site in drawn:
         mean = _mean(enumerated[site["name"]])
-        if mean is None:
+        if mean is None or isinstance(base_distribution(site["fn"]), VonMises):  # no average there
             yield site, site["value"]
             continue
         for together in run.summed_out:
@@ -91,6 +91,8 @@ def _values(site: Site) -> Tensor:
 
 
 def _mean(site: Site) -> Tensor | None:
+    if isinstance(base_distribution(site["fn"]), ProjectedNormal):
+        return None  # what Pyro calls its mean is a direction
     try:
         mean = site["fn"].mean
     except NotImplementedError:

@@ -164,8 +164,7 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
 
     def evaluate(module: nn.Module) -> None:
         flags.extend((part, part.training) for part in module.modules())
-        for part in module.modules():
-            part.training = False
+        module.eval()
 
     found = modules(*programs)
     try:
@@ -175,6 +174,9 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
             yield
     finally:
         for module, training in reversed(flags):  # one that two modules share stands here twice
+            if type(module).train is not nn.Module.train:  # it may do more than to set the flag
+                module.train(training)
+        for module, training in reversed(flags):
             module.training = training
 
 

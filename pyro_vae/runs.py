@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine import indep_messenger
 from pyro.poutine.guide import GuideMessenger
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.messenger import Messenger, block_messengers
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK, get_plates
 from pyro.poutine.util import site_is_subsample
+from torch.distributions import Distribution
 
 from pyro_vae.sites import ROWS_WERE_DRAWN, Site
 
@@ -42,7 +45,7 @@ def as_guide(program: Program) -> Program:
 
 class _AsGuide(Messenger):
     def __enter__(self) -> _AsGuide:
-        self._plates: set[str] = set()
+        self._plates: dict[str, Site] = {}
         return super().__enter__()
 
     def _pyro_sample(self, msg: Site) -> None:
@@ -51,8 +54,28 @@ class _AsGuide(Messenger):
         elif site_is_subsample(msg):
             size, drawn = msg["fn"].size, msg["fn"].subsample_size
             msg["infer"][ROWS_WERE_DRAWN] = msg["value"] is None and drawn not in (None, size)
-            msg["stop"] = msg["name"] in self._plates  # guides side by side open one plate each
-            self._plates.add(msg["name"])
+            first = self._plates.setdefault(msg["name"], msg)
+            if first is not msg:  # guides side by side open one plate each
+                _share_rows(first, msg)
+
+
+def _share_rows(first: Site, msg: Site) -> None:
+    """Let a plate that is opened again have the rows of the first one; hide it from the trace."""
+    msg["stop"] = True
+    rows = first["value"]
+    if msg["value"] is None:
+        msg["value"] = rows
+    elif Distribution._validate_args and not _are_equal(rows, msg["value"]):
+        raise ValueError(
+            f"the guide opens the plate {msg['name']!r} twice, with different rows. Open it with "
+            "the same rows each time."
+        )
+
+
+def _are_equal(rows: Any, others: Any) -> bool:
+    return len(rows) == len(others) and bool(
+        torch.equal(torch.as_tensor(rows), torch.as_tensor(others))
+    )
 
 
 def replay(model: Program, guide_trace: poutine.Trace) -> Program:
@@ -93,3 +116,15 @@ def plate_of_guide(
         if full_size in (None, size):
             return pyro.plate(name, size, dim=dim)
         return pyro.plate(name, full_size, subsample=torch.arange(size), dim=dim)
+
+
+@contextlib.contextmanager
+def outside_of_plates() -> Iterator[None]:
+    """Run a program inside the block as if no plate were open around it."""
+    allocator = indep_messenger._DIM_ALLOCATOR
+    stack, allocator._stack = allocator._stack, []
+    try:
+        with block_messengers(lambda handler: isinstance(handler, IndepMessenger)):
+            yield
+    finally:
+        allocator._stack = stack

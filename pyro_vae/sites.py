@@ -27,7 +27,7 @@ PARTICLE_PLATE = "_particles"
 # Marks in the ``infer`` of a guide's site.
 JOINT_DENSITY = "_joint_density"  # a factor: the density of several latents
 ROWS_WERE_DRAWN = "_rows_were_drawn"  # a plate: a random subsample
-ON_SUPPORT = "_on_support"  # a latent: all that it can draw is in the model's support
+ON_SUPPORT = "_on_support"  # a latent: the bijection from which all draws are in the support
 
 
 def random_sites(trace: poutine.Trace) -> Iterator[Site]:

@@ -37,6 +37,19 @@ _OPEN_ABOVE = (constraints.greater_than, constraints.greater_than_eq)
 _BETWEEN = (constraints.interval, constraints.half_open_interval)
 
 
+def states_too_wide(fn: Any) -> bool:
+    """Tell whether a distribution may state more than its support, without a look at numbers."""
+    return isinstance(
+        fn,
+        torch_distributions.VonMises
+        | torch_distributions.MixtureSameFamily
+        | torch_distributions.TransformedDistribution
+        | dist.SineBivariateVonMises
+        | dist.SineSkewed
+        | dist.MaskedMixture,
+    )
+
+
 def support_of(fn: Any) -> Constraint:
     """Return the support of a distribution as far as its density is above zero.
 

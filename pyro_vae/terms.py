@@ -254,7 +254,8 @@ class Terms:
         """
         self.require_held_samples("Terms.path")
         zeros = self.log_weight.new_zeros(self.log_weight.shape[1])
-        return zeros + self._along((weights.detach() * self.log_weight).sum()) / len(zeros)
+        target = weighted(weights.detach(), self.log_weight).sum()
+        return zeros + self._along(target) / len(zeros)
 
     def _along(self, target: Tensor) -> Tensor | float:
         """Return zero, with the gradient of a scalar along the held samples."""
@@ -281,12 +282,14 @@ class Terms:
             return 0.0
         local = self._sum(lambda run: run.guide_losses)
         total = self.scale * local.mean(0).sum()
-        total = total + self._sum(lambda run: run.guide_losses, local=False).mean()
+        shared = self._sum(lambda run: run.guide_losses, local=False)
+        total = total + shared.mean()
         if self._first.holds_samples:
             total = total + self._along(total)
         if self.score is not None:
             score = self.score - self.score.detach()
-            total = total + self.scale * (local.detach() * score).mean(0).sum()
+            signal = self.scale * local.detach() + shared.detach().unsqueeze(1)
+            total = total + (signal * score).mean(0).sum()
         return total
 
     @cached_property
@@ -525,6 +528,11 @@ class Terms:
     def _names(self, condition: Callable) -> list[str]:
         factors = [*self._first.model.values(), *self._first.guide.values()]
         return list(dict.fromkeys(f.name for f in factors if condition(f)))
+
+
+def weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Multiply, where zero times anything is zero: that of minus infinity would be NaN."""
+    return weights * torch.where(weights == 0, 0.0, values)
 
 
 def _concatenate(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

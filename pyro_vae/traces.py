@@ -151,6 +151,7 @@ class PairTrace:
         self.batch_size = frame.size
         self.scale = (frame.full_size or frame.size) / frame.size
         self.averaged: list[str] = []
+        self.summed: list[str] = []  # enumerated sites of the model alone
         self.entangled: list[list[str]] = []
         self.summed_out: list[SummedOut] = []
         if enumerates:
@@ -279,7 +280,7 @@ class PairTrace:
         """Return the factors of both programs, summed and averaged over what is enumerated."""
         width = plate_nesting + (self.particle_dim is not None)
         enumeration = Enumeration(model, guide, width)
-        self.averaged = enumeration.in_guide
+        self.averaged, self.summed = enumeration.in_guide, enumeration.in_model
         tables, plain = [], []
         for sites in (model, guide):
             found, others = {}, {}
@@ -359,7 +360,7 @@ class PairTrace:
             if drawn_at is not None and drawn_at is not site and not site["is_observed"]:
                 support = support_to_check(site, drawn_at)
                 if support is not None:
-                    return log_prob_on(support, fn, value)
+                    return log_prob_on(support, site)
             return fn.log_prob(value, *site["args"], **site["kwargs"])
         except (KeyError, NotImplementedError):  # Pyro's flows without an inverse raise either
             if value is not self._samples.held.get(site["name"]):

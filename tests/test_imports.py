@@ -23,7 +23,7 @@ ALLOWED = {
     "closed_forms": {"tilted"},
     "sites": {"closed_forms"},
     "runs": {"sites"},
-    "outside": {"circular", "sites"},
+    "outside": {"sites", "supports"},
     "enumeration": {"sites"},
     "rules": {"enumeration", "sites"},
     "positive": set(),

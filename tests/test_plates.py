@@ -248,3 +248,40 @@ def test_guides_side_by_side():
         torch.testing.assert_close(t.log_prior, expected)
     fit = pv.fit(model, guide, x, epochs=2, batch_size=8, progress=False)
     assert fit.history.loss.notna().all()
+
+
+@pytest.mark.parametrize(
+    "name", ["normal", "multivariate normal", "hierarchical", "semi-amortized"]
+)
+def test_a_guide_first_called_inside_a_users_plate(name):
+    x, rows = data()
+    model = subsample_of_rows
+    inner = GUIDES[name](model, Encoder())
+
+    def guide(x, rows):
+        with pyro.plate("data", N, subsample=rows):
+            inner(x, rows)
+
+    for num_particles in (1, 5):
+        check(model, guide, x, rows, num_particles)
+
+
+def test_a_plate_that_a_guide_opens_twice_has_the_same_rows():
+    def model(x, rows):
+        with pyro.plate("data", N, subsample=rows):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(a + b, 1.0), obs=x[:, 0])
+
+    def guide_of(order):
+        def guide(x, rows):
+            with pyro.plate("data", N, subsample=rows):
+                pyro.sample("a", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", N, subsample=order(rows)):
+                pyro.sample("b", dist.Normal(0.0, 1.0))
+
+        return guide
+
+    pv.terms(model, guide_of(lambda rows: rows.clone()), *data())
+    with pytest.raises(ValueError, match="opens the plate 'data' twice"):
+        pv.terms(model, guide_of(lambda rows: rows.flip(0)), *data())

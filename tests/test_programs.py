@@ -425,3 +425,42 @@ def test_modes_stay_as_the_user_set_them():
     assert not frozen.training
     assert torch.equal(frozen[1].running_mean, before)
     assert frozen in modules(guide)
+
+
+def test_a_module_that_overrides_train_is_put_into_evaluation_mode_by_it():
+    class Noise(torch.nn.Module):
+        scale = 5.0
+
+        def train(self, mode=True):
+            self.scale = 5.0 if mode else 0.0
+            return super().train(mode)
+
+        def forward(self, z):
+            return z + self.scale
+
+    class Dropout(torch.nn.Module):
+        """Monte Carlo dropout, which stays on."""
+
+        def train(self, mode=True):
+            return super().train(True)
+
+        def forward(self, z):
+            return z + float(self.training)
+
+    x = torch.randn(50)
+    for net, shift in ((Noise(), 0.0), (Dropout(), 1.0)):
+
+        def model(x, net=net):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(net(z), 1.0), obs=x)
+
+        def guide(x, shift=shift):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal((x - shift) / 2, 0.5**0.5))
+
+        exact = dist.Normal(shift, 2**0.5).log_prob(x).mean().item()
+        found = pv.evidence(model, guide, x, num_particles=50, seed=0)
+        assert found.mean == pytest.approx(exact, abs=1e-4)
+        assert net.training
+        assert getattr(net, "scale", 5.0) == 5.0

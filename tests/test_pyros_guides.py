@@ -116,6 +116,27 @@ def test_parameters_of_positions_written_by_hand_are_refused():
         pv.evidence(of_model, amortized, x, num_particles=5, batch_size=4)
 
 
+def test_parameters_of_all_data_that_are_taken_by_position_are_refused():
+    x = torch.randn(40)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 3.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(40))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc[: len(x)], 0.95))
+
+    for batch_size in (10, 12, 30):
+        with pytest.raises(ValueError, match="'loc'.*each position"):
+            pv.fit(model, guide, x, epochs=1, batch_size=batch_size, progress=False)
+    pv.fit(model, guide, x, epochs=2, batch_size=40, progress=False)
+    with pytest.raises(ValueError, match="'loc'.*each position"):
+        pv.evidence(model, guide, x, num_particles=5, batch_size=12)
+
+
 def test_parameters_of_rows_and_networks_as_wide_as_the_batch_are_accepted():
     """What is looked up by row is no parameter of a position, nor is a layer of B units."""
     x, rows = torch.randn(N), torch.arange(N)

@@ -195,3 +195,32 @@ def test_a_schedule_has_settled_once_it_was_at_its_last_value(schedule, before, 
         objective.step.fill_(step)
         assert objective.has_settled() is expected, step
     assert o.ELBO().has_settled()
+
+
+@pytest.mark.parametrize("held", ["list", "dict", "tuple"])
+def test_objectives_in_a_container_count_and_are_validated(binary, held):
+    class Outer(o.Objective):
+        def __init__(self):
+            super().__init__()
+            inner = o.BetaELBO(o.Linear(10))
+            self.parts = {"list": [inner], "tuple": (inner,), "dict": {"a": inner}}[held]
+
+        @property
+        def inner(self):
+            return self.parts["a"] if held == "dict" else self.parts[0]
+
+        def bound(self, terms):
+            return self.inner.bound(terms)
+
+    pair, outer = make_pair(), Outer()
+    history = pv.fit(
+        *pair, binary, objective=outer, validation=binary, epochs=3, batch_size=20, progress=False
+    ).history
+    assert outer.inner.step == outer.step > 0
+    assert "validation_loss_scheduled" in history
+    assert outer.with_last_values().inner.beta.last_value() == 1.0
+
+
+def test_a_cycle_that_falls_is_validated_at_its_top():
+    assert o.Cyclical(100, start=4.0, end=1.0).last_value() == 4.0
+    assert o.BetaELBO(o.Cyclical(100, start=4.0, end=1.0)).has_settled()

@@ -179,7 +179,7 @@ def gradient_noise(
     taken = named if reference is None else {**named, **_named({None: reference})}
     columns = x if isinstance(x, (tuple, list)) else (x,)
     device = programs.device_of(model, guide)
-    batch = tuple(as_tensor(column, "x").to(device) for column in columns)
+    batch = tuple(as_tensor(column, "x", finite=False).to(device) for column in columns)
     with contextlib.ExitStack() as stack:
         stack.enter_context(seeded(seed))
         stack.enter_context(programs.parameter_store(model, guide))

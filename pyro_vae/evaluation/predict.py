@@ -70,7 +70,7 @@ def reconstruct(
         programs.parameter_store(model, guide),
         programs.evaluation_mode(model, guide),
     ):
-        check_pair(model, guide, (x, *covariates))
+        check_pair(model, guide, (x, *covariates), weighs=True)
         drawing = poutine.infer_config(guide, lambda site: {"enumerate": None})
         run = PairTrace(model, drawing, (x, *covariates))
         with Readings(x) as readings:
@@ -119,7 +119,8 @@ def generate(
 
 def _columns(model: Program, guide: Program, x: Tensor, *covariates: Tensor) -> list[Tensor]:
     device = programs.device_of(model, guide)
-    columns = [as_tensor(x, "x"), *(as_tensor(each, "a covariate") for each in covariates)]
+    named = [(x, "x"), *((each, "a covariate") for each in covariates)]
+    columns = [as_tensor(values, name, finite=False) for values, name in named]
     return [column.to(device).contiguous() for column in columns]
 
 

@@ -46,7 +46,8 @@ class JointDraw:
         for number, site in enumerate(self._sites):
             with inside(site, plates, {}):
                 part = _Part(self, site, number)
-                values[site.name] = pyro.sample(site.name, part, infer={ON_SUPPORT: True})
+                infer = {ON_SUPPORT: site.bijection}
+                values[site.name] = pyro.sample(site.name, part, infer=infer)
         with plates[DATA_PLATE]:
             log_prob = self._log_prob([*values.values()])
             density = Unit(log_prob, has_rsample=True)

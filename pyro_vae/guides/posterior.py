@@ -92,7 +92,7 @@ class Posterior(nn.Module):
         for site, family, rows in zip(self.sites, self.families, parts, strict=True):
             with inside(site, plates, masks):
                 fn = _at_site(site, family, rows)
-                values[site.name] = pyro.sample(site.name, fn, infer={ON_SUPPORT: True})
+                values[site.name] = pyro.sample(site.name, fn, infer={ON_SUPPORT: site.bijection})
         return values
 
 

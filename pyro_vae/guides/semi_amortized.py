@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyro_vae.guides.amortized import AmortizedGuide
 from pyro_vae.making import recorded
-from pyro_vae.runs import trace_of
+from pyro_vae.runs import outside_of_plates, trace_of
+from pyro_vae.seeding import restored_generators
 from pyro_vae.sites import data_frame, random_sites
 from pyro_vae.terms import terms
 
@@ -77,7 +78,7 @@ class SemiAmortized(PyroModule):
 
     def _check(self, x: Tensor, *covariates: Any) -> None:
         # What is drawn here is drawn once: it must not move the noise of this call alone.
-        with torch.random.fork_rng(), torch.no_grad(), poutine.block():
+        with restored_generators(), torch.no_grad(), outside_of_plates(), poutine.block():
             trace = trace_of(self.guide._model.program, x, *covariates)
         for site in random_sites(trace):
             if not site["is_observed"] and data_frame(site) is None:
@@ -102,7 +103,7 @@ class SemiAmortized(PyroModule):
         def guide(x: Tensor, *covariates: Any) -> dict[str, Tensor]:
             return self.guide.sample(parameters, x, *covariates)
 
-        with poutine.block():  # what is drawn here is nobody else's
+        with outside_of_plates(), poutine.block():  # what is drawn here is nobody else's
             t = terms(self.guide._model.program, guide, x, *covariates)
             elbo = (t.log_likelihood - t.kl).sum()
         (gradient,) = torch.autograd.grad(elbo, parameters, create_graph=self._through)

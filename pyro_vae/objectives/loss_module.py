@@ -33,6 +33,14 @@ class LossModule(ELBOModule):
         self._read = frozenset(id(parameter) for _, parameter in found)
         return iter(found)
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what the objective counts and remembers, for ``state_dict``."""
+        return {"step": self.elbo.step.clone(), "averages": dict(self.elbo.averages)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`get_extra_state` returned, for ``load_state_dict``."""
+        self.elbo.step, self.elbo.averages = state["step"].clone(), dict(state["averages"])
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of a minibatch, to be differentiated."""
         loss = super().forward(*args, **kwargs)

@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_vae.arguments import positive_integer
 from pyro_vae.objectives.loss_module import LossModule
 from pyro_vae.objectives.schedules import LAST_STEP, Constant, Schedule, schedules_in
-from pyro_vae.terms import Terms, find_plate_nesting, terms
+from pyro_vae.terms import Terms, find_plate_nesting, terms, weighted
 from pyro_vae.traces import Program
 
 # Not an attribute of the objective: a captured step watches those.
@@ -146,8 +146,8 @@ class Objective(pyro.infer.ELBO):
             if isinstance(value, Tensor):
                 value = value.clone() if value.is_inference() else value
                 setattr(self, name, value.to(device))
-            elif isinstance(value, Objective):
-                value.to(device)
+            for each in _objectives_in(value):
+                each.to(device)
         self.averages = {name: value.to(device) for name, value in self.averages.items()}
 
     @staticmethod
@@ -208,8 +208,8 @@ class Objective(pyro.infer.ELBO):
         """Yield the objective, and those that it holds."""
         yield self
         for value in vars(self).values():
-            if isinstance(value, Objective):
-                yield from value._with_inner()
+            for each in _objectives_in(value):
+                yield from each._with_inner()
 
     def less_baselines(self, bound: Tensor, terms: Terms, signal: Tensor) -> Tensor:
         """Return a bound whose score function gradient is less the baselines of the guide's sites.
@@ -246,8 +246,18 @@ class Objective(pyro.infer.ELBO):
         return layout
 
 
+def _objectives_in(value: Any) -> Iterator[Objective]:
+    """Yield the objectives that a value is or holds."""
+    if isinstance(value, Objective):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _objectives_in(each)
+
+
 def _has_schedules(value: Any) -> bool:
-    return value.has_schedules if isinstance(value, Objective) else any(schedules_in(value))
+    inner = any(each.has_schedules for each in _objectives_in(value))
+    return inner or any(schedules_in(value))
 
 
 def _at_last(value: Any) -> Any:
@@ -260,7 +270,10 @@ def _at_last(value: Any) -> Any:
         return Constant(value.last_value())
     if isinstance(value, dict):
         return {name: _at_last(each) for name, each in value.items()}
-    return [_at_last(each) for each in value]
+    parts = [_at_last(each) for each in value]
+    if hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*parts)
+    return type(value)(parts)
 
 
 def gradient(
@@ -294,9 +307,9 @@ def gradient(
     terms.require_held_samples("objectives.gradient")
     total = torch.zeros_like(terms.log_weight[0])
     if joint is not None:
-        total = total + _zero(_without_denormals(joint) * terms.log_joint)
+        total = total + _zero(weighted(_without_denormals(joint), terms.log_joint))
     if guide is not None:
-        total = total - _zero(_without_denormals(guide) * terms.log_guide)
+        total = total - _zero(weighted(_without_denormals(guide), terms.log_guide))
     if path is not None:
         total = total + terms.path(_without_denormals(path))
     return total

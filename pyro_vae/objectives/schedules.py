@@ -160,13 +160,15 @@ class Cyclical(Schedule):
         return self.start + (self.end - self.start) * done.clamp(max=1.0)
 
     def last_value(self) -> float:
-        """Return the number that it rises to."""
-        return self.end if type(self).__call__ is Cyclical.__call__ else super().last_value()
+        """Return the larger one of the two numbers."""
+        if type(self).__call__ is Cyclical.__call__:
+            return max(self.start, self.end)
+        return super().last_value()
 
     def has_settled(self, step: float) -> bool:
         """Tell whether the first rise is over."""
         if type(self).__call__ is Cyclical.__call__:
-            return step >= self.period * self.rise
+            return self.start >= self.end or step >= self.period * self.rise
         return super().has_settled(step)
 
 

@@ -275,7 +275,7 @@ def fit(
             if held_out is not None:
                 first_held_out = held_out.first()
                 check_pair(model, guide, first_held_out, held_out)
-            check_enumeration(objective, enumerates=trace.enumerates)
+            check_enumeration(objective, trace)
             loss_value(objective, model, guide, *first)  # what it refuses, it refuses now
             _check_scale_of_global_latents(trace, batches.num_data)
             programs.bind(model, guide, store, trace)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.objectives import Objective
-from pyro_vae.traces import Program
+from pyro_vae.traces import PairTrace, Program
 
 # Of Pyro's objectives without a loss that can be differentiated, what takes their place here.
 _INSTEAD = {
@@ -38,17 +38,25 @@ def check_objective(objective: Any) -> None:
     )
 
 
-def check_enumeration(objective: pyro.infer.ELBO, *, enumerates: bool) -> None:
-    """Refuse Pyro's tensor Monte Carlo for latents that are enumerated.
+def check_enumeration(objective: pyro.infer.ELBO, trace: PairTrace) -> None:
+    """Refuse objectives of Pyro that enumerated latents have no right loss under.
 
     Args:
         objective: passed by :func:`check_objective`.
-        enumerates: whether a latent of the pair is.
+        trace: a run of the pair.
 
     Raises:
-        ValueError: its loss would not be minus a sum of log-densities.
+        ValueError: Its loss would not be minus a sum of log-densities. Or it would draw a latent
+            from the prior that the model sums out.
     """
-    if enumerates and isinstance(objective, pyro.infer.TraceTMC_ELBO):
+    draws = isinstance(objective, pyro.infer.Trace_ELBO | pyro.infer.TraceMeanField_ELBO)
+    if draws and trace.summed:
+        raise ValueError(
+            f"pyro.infer.{type(objective).__name__} draws latent site {trace.summed[0]!r} from its "
+            "prior, which the guide does not sample: its loss is no bound. Pass "
+            "pyro_vae.objectives.ELBO or pyro.infer.TraceEnum_ELBO, which sum over its values"
+        )
+    if trace.enumerates and isinstance(objective, pyro.infer.TraceTMC_ELBO):
         raise ValueError(
             "pyro.infer.TraceTMC_ELBO gives a loss that is too large by the logarithm of the "
             "number of values of each enumerated latent, and takes that logarithm of scaled "
