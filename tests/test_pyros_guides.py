@@ -130,10 +130,10 @@ def test_parameters_of_all_data_that_are_taken_by_position_are_refused():
             pyro.sample("z", dist.Normal(loc[: len(x)], 0.95))
 
     for batch_size in (10, 12, 30):
-        with pytest.raises(ValueError, match="'loc'.*each position"):
+        with pytest.raises(ValueError, match=r"'loc'.*each position"):
             pv.fit(model, guide, x, epochs=1, batch_size=batch_size, progress=False)
     pv.fit(model, guide, x, epochs=2, batch_size=40, progress=False)
-    with pytest.raises(ValueError, match="'loc'.*each position"):
+    with pytest.raises(ValueError, match=r"'loc'.*each position"):
         pv.evidence(model, guide, x, num_particles=5, batch_size=12)
 
 
