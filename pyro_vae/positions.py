@@ -38,10 +38,16 @@ def check_positions(
     }
     if not parameters or batch_size < 2 or num_data <= batch_size:
         return
-    moved = tuple(c.roll(1, 0) if c.dim() and len(c) == batch_size else c for c in batch)
     with restored_generators():
-        before = _numbers_reached(model, guide, batch, list(parameters.values()))
-        after = _numbers_reached(model, guide, moved, list(parameters.values()))
+        # A network's gradient of one row reaches most of its numbers: few parameters are left.
+        first = _numbers_reached(model, guide, batch, [*parameters.values()], 1)
+        found = zip(parameters.items(), first, strict=True)
+        parameters = {n: p for (n, p), one in found if 0 < one.sum() * batch_size <= p.numel()}
+        if not parameters:
+            return
+        moved = tuple(c.roll(1, 0) if c.dim() and len(c) == batch_size else c for c in batch)
+        before = _numbers_reached(model, guide, batch, [*parameters.values()], 2)
+        after = _numbers_reached(model, guide, moved, [*parameters.values()], 2)
     for name, here, there in zip(parameters, before, after, strict=True):
         separate = here.flatten(1).any(1).all() and not (here[0] & here[1]).any()
         if separate and torch.equal(here, there):
@@ -57,9 +63,9 @@ def check_positions(
 
 
 def _numbers_reached(
-    model: Program, guide: Program, batch: tuple[Tensor, ...], parameters: list[Tensor]
+    model: Program, guide: Program, batch: tuple[Tensor, ...], parameters: list[Tensor], rows: int
 ) -> list[Tensor]:
-    """Return, for each parameter, which of its numbers the first two rows have a gradient to."""
+    """Return, for each parameter, which of its numbers the first rows have a gradient to."""
     with torch.enable_grad():
         trace = PairTrace(model, guide, batch)
         values = [f.log_prob for f in (*trace.model.values(), *trace.guide.values()) if f.local]
@@ -67,12 +73,12 @@ def _numbers_reached(
             values += [s.reshape(*s.shape[:2], -1).sum(2) for s in trace.samples().values()]
         total = sum(value.sum(0) for value in values)
         if not isinstance(total, Tensor) or not total.requires_grad:
-            return [p.new_zeros((2, *p.shape), dtype=torch.bool) for p in parameters]
-        rows = [
+            return [p.new_zeros((rows, *p.shape), dtype=torch.bool) for p in parameters]
+        found = [
             torch.autograd.grad(total[row], parameters, retain_graph=True, allow_unused=True)
-            for row in range(2)
+            for row in range(rows)
         ]
     return [
         torch.stack([torch.zeros_like(p) if g is None else g.detach() for g in gradients]) != 0
-        for p, gradients in zip(parameters, zip(*rows, strict=True), strict=True)
+        for p, gradients in zip(parameters, zip(*found, strict=True), strict=True)
     ]
