@@ -35,12 +35,8 @@ def support_to_check(model_site: Site, guide_site: Site) -> Constraint | None:
         model_site: of the latent.
         guide_site: that draws it.
     """
-    fn, bijection = model_site["fn"], guide_site["infer"].get(ON_SUPPORT)
-    if bijection is not None:
-        if Distribution._validate_args:
-            _require_same_support(model_site, bijection)
-        return None
-    if "_enumerate_dim" in guide_site["infer"]:
+    fn = model_site["fn"]
+    if guide_site["infer"].keys() & {ON_SUPPORT, "_enumerate_dim"}:
         return None
     try:
         support = _support(fn)
@@ -51,11 +47,20 @@ def support_to_check(model_site: Site, guide_site: Site) -> Constraint | None:
     return support
 
 
-def _require_same_support(site: Site, bijection: Transform) -> None:
-    """Refuse a latent whose support is not the one that its guide was made for."""
+def require_same_support(site: Site, guide_site: Site) -> None:
+    """Refuse a latent whose support is not the one that its guide was made for.
+
+    Guides of the library are looked at, and while torch validates distributions.
+
+    Raises:
+        ValueError: The supports differ.
+    """
+    bijection: Transform | None = guide_site["infer"].get(ON_SUPPORT)
+    if bijection is None or not Distribution._validate_args:
+        return
     value = site["value"].detach()
     try:
-        support = _support(site["fn"])
+        support = support_of(site["fn"])
         if is_real(support):
             return
         there = biject_to(support)(bijection.inv(value))

@@ -33,6 +33,8 @@ _NO_DENSITY = {
         "zero has a probability of its own. Sample its gate and its value at two sites"
     ),
 }
+# An interval that may have no end; older versions of torch lack it.
+_GENERALIZED_PARETO = getattr(torch_distributions, "GeneralizedPareto", torch_distributions.Pareto)
 _OPEN_ABOVE = (constraints.greater_than, constraints.greater_than_eq)
 _BETWEEN = (constraints.interval, constraints.half_open_interval)
 
@@ -46,7 +48,8 @@ def states_too_wide(fn: Any) -> bool:
         | torch_distributions.TransformedDistribution
         | dist.SineBivariateVonMises
         | dist.SineSkewed
-        | dist.MaskedMixture,
+        | dist.MaskedMixture
+        | _GENERALIZED_PARETO,
     )
 
 

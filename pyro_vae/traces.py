@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_vae.dreams import Dream
 from pyro_vae.enumeration import Enumeration, SummedOut, even_where_masked, is_enumerated
-from pyro_vae.outside import log_prob_on, support_to_check
+from pyro_vae.outside import log_prob_on, require_same_support, support_to_check
 from pyro_vae.rules import (
     check_agreement,
     check_event_shape,
@@ -341,8 +341,11 @@ class PairTrace:
     def _checked_log_prob(self, site: Site) -> Tensor:
         """Return a site's density, masked."""
         check_event_shape(site)
+        drawn_at = self._drawn_at(site)
+        if drawn_at is not None:
+            require_same_support(site, drawn_at)
         try:
-            log_prob = self._log_prob(site)
+            log_prob = self._log_prob(site, drawn_at)
         except ValueError as error:
             raise ValueError(
                 values_outside_support(site, site["value"])
@@ -353,11 +356,15 @@ class PairTrace:
             raise ValueError(cannot_score(site, error)) from error
         return torch.as_tensor(scale_and_mask(log_prob, mask=site["mask"]))
 
-    def _log_prob(self, site: Site) -> Tensor:
-        fn, value = site["fn"], site["value"]
+    def _drawn_at(self, site: Site) -> Site | None:
+        """Return the site of the guide that draws a latent of the model; None of other sites."""
         drawn_at = self._traces["guide"].nodes.get(site["name"])
+        return None if drawn_at is site or site["is_observed"] else drawn_at
+
+    def _log_prob(self, site: Site, drawn_at: Site | None) -> Tensor:
+        fn, value = site["fn"], site["value"]
         try:
-            if drawn_at is not None and drawn_at is not site and not site["is_observed"]:
+            if drawn_at is not None:
                 support = support_to_check(site, drawn_at)
                 if support is not None:
                     return log_prob_on(support, site)

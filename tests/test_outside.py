@@ -280,3 +280,25 @@ def test_weights_of_zero_leave_the_bound_and_its_gradient_finite(objective):
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
     losses[0].backward()
     assert loc.grad.isfinite()
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_an_interval_without_an_end(library):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.GeneralizedPareto(0.0, 1.0, 0.3))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def by_hand(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.5, 0.8))
+
+    encoder = torch.nn.Sequential(torch.nn.Unflatten(0, (-1, 1)), pv.nets.MLP(1, [4]))
+    guide = pv.guides.AmortizedNormal(model, encoder) if library else by_hand
+    x = torch.rand(5)
+    z = (torch.arange(200_000, dtype=torch.float64) + 0.5) * 1e-4
+    log_joint = dist.GeneralizedPareto(0.0, 1.0, 0.3).log_prob(z)
+    log_joint = log_joint + dist.Normal(z, 1.0).log_prob(x.double()[:, None])
+    exact = log_joint.logsumexp(-1) + torch.tensor(1e-4).log()
+    found = pv.evidence(model, guide, x, num_particles=5000, seed=0)
+    assert ((found.values - exact).abs() < 5 * found.monte_carlo_errors).all()
