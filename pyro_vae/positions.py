@@ -79,6 +79,9 @@ def _numbers_reached(
             for row in range(rows)
         ]
     return [
-        torch.stack([torch.zeros_like(p) if g is None else g.detach() for g in gradients]) != 0
+        torch.stack(
+            [torch.zeros_like(p) if g is None else g.detach().to_dense() for g in gradients]
+        )
+        != 0
         for p, gradients in zip(parameters, zip(*found, strict=True), strict=True)
     ]

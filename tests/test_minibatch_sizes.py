@@ -42,7 +42,8 @@ def fit(data, encoder=None, **changes):
     guide = pv.guides.AmortizedNormal(model, encoder or pv.nets.MLP(16, [8]))
     steps = []
     nn.Module.register_forward_pre_hook(
-        model.likelihood, lambda module, x: steps.append(torch.is_grad_enabled())
+        model.likelihood,
+        lambda module, x: steps.append(torch.is_grad_enabled() and module.training),
     )
     options = {"epochs": 1, "batch_size": 20, "seed": 0, "progress": False} | changes
     try:
