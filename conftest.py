@@ -1,12 +1,17 @@
 """Runs the Python code of README.md and docs/; seeds every test and docstring example."""
 
+import os
+
 import pyro
 import pytest
 import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
-torch.set_num_threads(1)  # tests are of small tensors: threads would wait for one another
+# Tests use small tensors, and several processes may run them: one thread each, and one for each
+# program that a test starts.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],

@@ -19,6 +19,8 @@ from pyro_vae.sites import DATA_PLATE, PARTICLE_PLATE, Site, mask_of_events
 
 Tables = dict[str, Tensor]  # log-densities by site, each (*enumerated dimensions, K, B)
 
+_LARGEST_TABLE = 2**28  # entries: 1 GiB in float32
+
 
 @dataclass(frozen=True)
 class SummedOut:
@@ -107,7 +109,8 @@ class Enumeration:
         summed_out: the sites of ``in_model``, those together that depend on each other.
 
     Raises:
-        ValueError: two sites share a dimension.
+        ValueError: Two sites share a dimension. :meth:`without` raises it too if a table of values
+            is too large.
     """
 
     def __init__(self, model: Mapping[str, Site], guide: Mapping[str, Site], width: int):
@@ -144,6 +147,7 @@ class Enumeration:
         model = self._summed_out(model)
         if not self.in_guide:
             return _flat(model), _flat(guide)
+        _check_size(self.in_guide, (guide[name] for name in self.in_guide))
         weights = sum(guide[name] for name in self.in_guide).exp()
 
         def expected(table: Tensor) -> Tensor:
@@ -166,6 +170,7 @@ class Enumeration:
             unobserved = [n for n in group if not self._model_sites[n]["is_observed"]]
             latents = [n for n in unobserved if n not in self.in_model]
             observed = [n for n in group if n not in unobserved]
+            _check_size(group, (tables[name] for name in group))
             joint = sum(tables[n] for n in unobserved)
             prior = self._log_sum([joint])
             dims = dict(zip(self.in_model, self._model_dims, strict=True))
@@ -198,6 +203,19 @@ class Enumeration:
                 dims, names = dims | other[0], other[1] + names
             groups.append((dims, names))
         return [sorted(names, key=[*tables].index) for _, names in groups]
+
+
+def _check_size(names: list[str], tables: Iterable[Tensor]) -> None:
+    """Raise ValueError if the sum of the tables has too many entries to be held in memory."""
+    shape = torch.broadcast_shapes(*(table.shape for table in tables))
+    if math.prod(shape) > _LARGEST_TABLE:
+        *values, particles, rows = shape
+        raise ValueError(
+            f"the table of all values of the sites {names} has {math.prod(values)} entries for "
+            f"each of {particles} particles and {rows} rows, more than {_LARGEST_TABLE} in all. "
+            "Enumerate fewer sites together, or take fewer rows or particles at a time. "
+            "pyro.infer.TraceEnum_ELBO sums out the sites of a chain one by one."
+        )
 
 
 def _flat(tables: Tables) -> Tables:

@@ -405,3 +405,33 @@ def test_a_sequential_plate_is_refused_by_name(infer):
     for call in (pv.terms, pv.objectives.ELBO().loss, pv.evidence, pv.elbo_surgery):
         with pytest.raises(ValueError, match="no site of the model stands in a vectorised plate"):
             call(model, guide, torch.randn(3))
+
+
+@pytest.mark.parametrize("in_guide", [False, True])
+def test_a_table_that_no_memory_holds_is_refused_by_name(in_guide):
+    torch.manual_seed(1)
+    start, step, mean = torch.randn(5), torch.randn(5, 5), torch.randn(5)
+    length = 13  # 5**13 entries: 5 GiB for each row
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c0", dist.Categorical(logits=start), infer=dict(ALL))
+            for t in range(1, length):
+                c = pyro.sample(f"c{t}", dist.Categorical(logits=step[c]), infer=dict(ALL))
+            pyro.sample("x", dist.Normal(mean[c], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            for t in range(length if in_guide else 0):
+                pyro.sample(f"c{t}", dist.Categorical(logits=start), infer=dict(ALL))
+
+    with pytest.raises(ValueError, match=r"'c0', .*'c12'.* has 1220703125 entries for each of 1 p"):
+        pv.terms(model, guide, torch.randn(2))
+    length = 5
+    exact = pv.terms(model, guide, x := torch.randn(3))
+    if not in_guide:
+        logits = start.log_softmax(-1)
+        for _ in range(1, length):
+            logits = (logits.unsqueeze(-1) + step.log_softmax(-1)).logsumexp(0)
+        expected = (logits + dist.Normal(mean, 1.0).log_prob(x.unsqueeze(-1))).logsumexp(-1)
+        torch.testing.assert_close(exact.log_weight.squeeze(0), expected)

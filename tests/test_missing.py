@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pyro_vae as pv
+from pyro_vae.minibatches import finite_rows
 
 D, NOISE = 5, 0.7
 WEIGHT = torch.randn(D, 2, generator=torch.Generator().manual_seed(1))
@@ -267,3 +268,15 @@ def test_missing_data_are_not_blamed_for_what_a_step_made_of_the_parameters():
     with pytest.raises(pv.NonFiniteError) as caught:
         pv.fit(model, guide, data(), optimizer=lambda p: torch.optim.SGD(p, lr=1e25), **FIT)
     assert "the value of site 'x'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rows_of_finite_numbers_are_told_from_others(dtype):
+    values = torch.randn(50, 7).to(dtype)
+    assert finite_rows(values).tolist() == [True] * 50
+    largest = torch.full((50, 7), torch.finfo(dtype).max, dtype=dtype)  # their sum is infinite
+    assert finite_rows(largest).all()
+    for bad in (torch.nan, torch.inf):
+        values[4, 2], values[9, 0] = bad, -bad
+        assert (~finite_rows(values)).nonzero().flatten().tolist() == [4, 9]
+        assert (~finite_rows(values[:, 2])).nonzero().flatten().tolist() == [4]

@@ -187,7 +187,7 @@ class Wave(o.Schedule):
         (Rise(), 140, 150),
         (Wave(), 140, 200),
     ],
-    ids=repr,
+    ids=lambda value: repr(value).partition(" object at ")[0],
 )
 def test_a_schedule_has_settled_once_it_was_at_its_last_value(schedule, before, after):
     objective = o.BetaELBO(schedule)
