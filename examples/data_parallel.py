@@ -13,9 +13,9 @@ import os
 import signal
 
 import torch
+import torch.distributed as dist
 
 import pyro_vae as pv
-from pyro_vae import processes
 
 
 def main():
@@ -26,12 +26,12 @@ def main():
     parser.add_argument("--die-at", type=int, default=None, help="epoch")
     arguments = parser.parse_args()
 
-    with processes.group_of_torchrun():
+    with pv.training.group_of_torchrun():
         run(arguments)
 
 
 def run(arguments):
-    first = processes.rank() == 0
+    first = not dist.is_initialized() or dist.get_rank() == 0
     starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
     def die(epoch):

@@ -23,7 +23,8 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae import flows
-from pyro_vae.guides import LocalGuide, families
+from pyro_vae.guides import LocalGuide
+from pyro_vae.guides import _families as families
 
 BATCH, STEPS_PER_EPOCH = 256, 100
 

@@ -10,7 +10,7 @@ import torch
 from torch.distributions.transforms import SigmoidTransform
 
 import pyro_vae as pv
-from pyro_vae import layers, likelihoods
+from pyro_vae import likelihoods, surjections
 from pyro_vae.nets import MLP
 
 
@@ -31,14 +31,16 @@ def dequantized(size, arguments):
     """A Gaussian VAE on the reals above a logit, above uniform noise: one model of four layers."""
     latents, width = arguments.latents, arguments.width
     scale = likelihoods.ScaleFromDecoder()
-    autoencoder = layers.Stochastic(
+    autoencoder = surjections.Stochastic(
         encoder=likelihoods.Normal(MLP(size, [width] * 2, 2 * latents), scale=scale),
         decoder=likelihoods.Normal(MLP(latents, [width] * 2, 2 * size), scale=scale),
     )
-    logit = layers.Bijection(SigmoidTransform().inv)
-    dequantize = layers.UniformDequantization(arguments.levels)
-    model = pv.FlowModel(pv.priors.StandardNormal(latents), [dequantize, logit, autoencoder])
-    return model, pv.guides.FlowGuide(model)
+    logit = surjections.Bijection(SigmoidTransform().inv)
+    dequantize = surjections.UniformDequantization(arguments.levels)
+    model = pv.surjections.FlowModel(
+        pv.priors.StandardNormal(latents), [dequantize, logit, autoencoder]
+    )
+    return model, pv.surjections.FlowGuide(model)
 
 
 PAIRS = {

@@ -56,7 +56,7 @@ def main():
                 guide,
                 x[: arguments.test],
                 num_particles=arguments.particles,
-                ascent=pv.Ascent(
+                ascent=pv.evaluation.Ascent(
                     learning_rate=arguments.learning_rate, patience=3, max_steps=arguments.steps
                 ),
                 seed=0,

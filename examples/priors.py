@@ -48,7 +48,7 @@ def two_layers(prior, size):
     )
     decoder = Joined(GatedMLP(2 * LATENTS, [WIDTH] * LAYERS, size))
     likelihood = pv.likelihoods.Bernoulli(decoder)
-    model = pv.HierarchicalModel(prior, [middle], likelihood, skip=True)
+    model = pv.models.HierarchicalModel(prior, [middle], likelihood, skip=True)
     encoder = GatedMLP(size, [WIDTH] * LAYERS)
     guide = pv.guides.HierarchicalGuide(model, encoder, order="top-down", hidden=[WIDTH])
     return model, guide, "z_2"

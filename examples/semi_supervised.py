@@ -57,7 +57,7 @@ def m2(x, y, likelihood, transform, arguments):
     """Fit M2; every minibatch has a tenth of its rows labelled: the few are there many times."""
     torch.manual_seed(0)
     size, net = transform(x[:1]).shape[1], functools.partial(network, arguments.width)
-    model = pv.SemiSupervisedModel(
+    model = pv.models.SemiSupervisedModel(
         CLASSES,
         prior=pv.priors.StandardNormal(arguments.latents),
         likelihood=likelihood(Joined, net, arguments.latents + CLASSES, size),

@@ -1,88 +1,48 @@
 """Variational autoencoders as pairs of Pyro programs: guides, objectives, honest evaluation."""
 
-from pyro_vae import datasets, flows, guides, layers, likelihoods, nets, objectives, priors
-from pyro_vae.comparison import (
-    Comparison,
-    RateDistortion,
-    compare,
-    rate_distortion,
-    to_arviz,
+from pyro_vae import (
+    datasets,
+    distributions,
+    evaluation,
+    flows,
+    guides,
+    likelihoods,
+    models,
+    nets,
+    objectives,
+    priors,
+    report,
+    serialization,
+    surjections,
+    training,
 )
+from pyro_vae._programs.parameters import parameter_store
+from pyro_vae._programs.terms import Terms, terms
 from pyro_vae.evaluation import (
-    AIS,
-    Ascent,
-    CollapseReport,
-    Estimate,
-    Evidence,
-    GradientNoise,
-    InferenceGaps,
-    PriorHoles,
-    Sandwich,
-    Stopped,
-    StoppedEvidence,
-    Surgery,
-    UnreliableEvidence,
     collapse_report,
     elbo_surgery,
     evidence,
     generate,
     gradient_noise,
     inference_gaps,
-    khat,
     prior_holes,
     reconstruct,
     sandwich,
 )
-from pyro_vae.mixtures import MixtureOfNormals
-from pyro_vae.models import (
-    ConditionalModel,
-    FlowModel,
-    HierarchicalModel,
-    LatentVariableModel,
-    MixtureModel,
-    SemiSupervisedModel,
-    SequenceModel,
-)
-from pyro_vae.programs import parameter_store
-from pyro_vae.saving import Saved, load, save
-from pyro_vae.storage import UnreadableFile
-from pyro_vae.terms import Terms, terms
-from pyro_vae.training import Fit, NonFiniteError, StoppedFit, fit, load_checkpoint
+from pyro_vae.models import LatentVariableModel
+from pyro_vae.report import compare, rate_distortion, to_arviz
+from pyro_vae.serialization import load, save
+from pyro_vae.training import fit, load_checkpoint
 
 __all__ = [
-    "AIS",
-    "Ascent",
-    "CollapseReport",
-    "Comparison",
-    "ConditionalModel",
-    "Estimate",
-    "Evidence",
-    "Fit",
-    "FlowModel",
-    "GradientNoise",
-    "HierarchicalModel",
-    "InferenceGaps",
     "LatentVariableModel",
-    "MixtureModel",
-    "MixtureOfNormals",
-    "NonFiniteError",
-    "PriorHoles",
-    "RateDistortion",
-    "Sandwich",
-    "Saved",
-    "SemiSupervisedModel",
-    "SequenceModel",
-    "Stopped",
-    "StoppedEvidence",
-    "StoppedFit",
-    "Surgery",
     "Terms",
-    "UnreadableFile",
-    "UnreliableEvidence",
     "collapse_report",
     "compare",
     "datasets",
+    "distributions",
     "elbo_surgery",
+    "evaluation",
     "evidence",
     "fit",
     "flows",
@@ -90,11 +50,10 @@ __all__ = [
     "gradient_noise",
     "guides",
     "inference_gaps",
-    "khat",
-    "layers",
     "likelihoods",
     "load",
     "load_checkpoint",
+    "models",
     "nets",
     "objectives",
     "parameter_store",
@@ -102,8 +61,12 @@ __all__ = [
     "priors",
     "rate_distortion",
     "reconstruct",
+    "report",
     "sandwich",
     "save",
+    "serialization",
+    "surjections",
     "terms",
     "to_arviz",
+    "training",
 ]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.capture import Captured
+from pyro_vae._capture import Captured
 
 DATA_FOLDER = os.environ.get("PYRO_VAE_DATA")  # before a test takes it away
 

@@ -8,7 +8,7 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae import flows, guides
-from pyro_vae.guides import families
+from pyro_vae.guides import _families as families
 
 
 def flow(layer, length=3, **options):

@@ -37,7 +37,7 @@ def evidence(x, **options):
 
 
 def quick_ais(**options):
-    return pv.AIS(
+    return pv.evaluation.AIS(
         **{"num_chains": 2, "num_temperatures": 3, "leapfrog_steps": 1, "pilot": 2} | options
     )
 
@@ -57,7 +57,7 @@ def surgery(x, **options):
 
 
 def gaps(x, **options):
-    ascent = pv.Ascent(num_particles=2, window=2, max_steps=4, patience=1)
+    ascent = pv.evaluation.Ascent(num_particles=2, window=2, max_steps=4, patience=1)
     options = {"ascent": ascent, "num_particles": 3, "capture": False} | options
     found = pv.inference_gaps(*make_pair(), x, **QUIET | options)
     return found.best_elbo.values, found.amortized_elbo.values
@@ -304,7 +304,7 @@ VALUES: dict[str, tuple[str, Callable[[Any], Any]]] = {
         for name in FLOWS
     },
     # NaN, where there are too few to tell.
-    "khat": ("log_weights", lambda x: torch.nan_to_num(pv.khat(x))),
+    "khat": ("log_weights", lambda x: torch.nan_to_num(pv.evaluation.khat(x))),
 }
 
 # By class: a way to make one with good arguments, by name, and what to try with it.
@@ -479,42 +479,42 @@ CLASSES: dict[str, tuple[Callable, dict[str, Any], Callable[[Any], Any]]] = {
         lambda made: made()(torch.ones(5, made.dim)),
     ),
     "layers.Absolute": (
-        pv.layers.Absolute,
+        pv.surjections.Absolute,
         {"signs": None, "event_dim": 1},
         lambda made: made.infer(X).sample(),
     ),
     "layers.GenerativeAbsolute": (
-        pv.layers.GenerativeAbsolute,
+        pv.surjections.GenerativeAbsolute,
         {"signs": None, "event_dim": 1},
         lambda made: made.infer(X).sample(),
     ),
     "layers.Augment": (
-        pv.layers.Augment,
+        pv.surjections.Augment,
         {"size": 4, "noise": pv.priors.StandardNormal(2), "conditional": False},
         lambda made: made.infer(X).sample(),
     ),
     "layers.Slice": (
-        pv.layers.Slice,
+        pv.surjections.Slice,
         {"size": 2, "noise": pv.priors.StandardNormal(2), "conditional": False},
         lambda made: made.infer(X).sample(),
     ),
     "layers.Maximum": (
-        pv.layers.Maximum,
+        pv.surjections.Maximum,
         {"noise": lambda: dist.HalfNormal(torch.ones(3)).to_event(1), "conditional": False},
         lambda made: made.infer(X).sample(),
     ),
     "layers.Bijection": (
-        pv.layers.Bijection,
+        pv.surjections.Bijection,
         {"transform": torch.distributions.transforms.ExpTransform(), "event_dim": 1},
         lambda made: made.infer(X + 1).sample(),
     ),
     "layers.UniformDequantization": (
-        pv.layers.UniformDequantization,
+        pv.surjections.UniformDequantization,
         {"levels": 2, "event_dim": 1},
         lambda made: made.infer(X).sample(),
     ),
     "layers.VariationalDequantization": (
-        pv.layers.VariationalDequantization,
+        pv.surjections.VariationalDequantization,
         {
             "levels": 2,
             "noise": lambda x: dist.Uniform(torch.zeros_like(x), 1.0).to_event(1),
@@ -523,7 +523,7 @@ CLASSES: dict[str, tuple[Callable, dict[str, Any], Callable[[Any], Any]]] = {
         lambda made: made.infer(X).sample(),
     ),
     "layers.Stochastic": (
-        pv.layers.Stochastic,
+        pv.surjections.Stochastic,
         {
             "encoder": lambda x: dist.Normal(x, 1.0).to_event(1),
             "decoder": lambda z: dist.Normal(z, 1.0).to_event(1),
@@ -536,7 +536,7 @@ CLASSES: dict[str, tuple[Callable, dict[str, Any], Callable[[Any], Any]]] = {
         None,
     ),
     "ConditionalModel": (
-        pv.ConditionalModel,
+        pv.models.ConditionalModel,
         {
             "prior": pv.priors.StandardNormal(2),
             "likelihood": pv.likelihoods.Bernoulli(MLP(4)),
@@ -545,7 +545,7 @@ CLASSES: dict[str, tuple[Callable, dict[str, Any], Callable[[Any], Any]]] = {
         None,
     ),
     "HierarchicalModel": (
-        pv.HierarchicalModel,
+        pv.models.HierarchicalModel,
         {
             "prior": pv.priors.StandardNormal(2),
             "layers": [pv.likelihoods.Normal(pv.nets.MLP(2, [3], 2))],
@@ -555,7 +555,7 @@ CLASSES: dict[str, tuple[Callable, dict[str, Any], Callable[[Any], Any]]] = {
         _guide,
     ),
     "MixtureModel": (
-        pv.MixtureModel,
+        pv.models.MixtureModel,
         {
             "prior": pv.priors.MixtureOfNormals(2, 3),
             "likelihood": pv.likelihoods.Bernoulli(pv.nets.MLP(2, [3], 4)),
@@ -563,7 +563,7 @@ CLASSES: dict[str, tuple[Callable, dict[str, Any], Callable[[Any], Any]]] = {
         _guide,
     ),
     "SemiSupervisedModel": (
-        pv.SemiSupervisedModel,
+        pv.models.SemiSupervisedModel,
         {
             "classes": 2,
             "prior": pv.priors.StandardNormal(2),
@@ -572,7 +572,7 @@ CLASSES: dict[str, tuple[Callable, dict[str, Any], Callable[[Any], Any]]] = {
         None,
     ),
     "SequenceModel": (
-        pv.SequenceModel,
+        pv.models.SequenceModel,
         {
             "prior": pv.priors.StandardNormal(2),
             "transition": lambda z: dist.Normal(z, 1.0).to_event(1),
@@ -581,10 +581,10 @@ CLASSES: dict[str, tuple[Callable, dict[str, Any], Callable[[Any], Any]]] = {
         None,
     ),
     "FlowModel": (
-        pv.FlowModel,
+        pv.surjections.FlowModel,
         {
             "prior": pv.priors.StandardNormal(4),
-            "layers": [pv.layers.Bijection(pv.flows.Composition(4, length=1))],
+            "layers": [pv.surjections.Bijection(pv.flows.Composition(4, length=1))],
         },
         _guide,
     ),
@@ -668,7 +668,7 @@ CLASSES: dict[str, tuple[Callable, dict[str, Any], Callable[[Any], Any]]] = {
         _call(torch.ones(())),
     ),
     "MixtureOfNormals": (
-        pv.MixtureOfNormals,
+        pv.distributions.MixtureOfNormals,
         {"logits": torch.zeros(3), "loc": torch.zeros(3, 2), "scale": torch.ones(3, 2)},
         lambda made: made.log_prob(torch.zeros(2)),
     ),
@@ -697,7 +697,7 @@ CLASSES: dict[str, tuple[Callable, dict[str, Any], Callable[[Any], Any]]] = {
         lambda made: pv.evidence(*make_pair(), X, method=made, capture=False, seed=0).values,
     ),
     "Ascent": (
-        pv.Ascent,
+        pv.evaluation.Ascent,
         {
             "learning_rate": 1e-3,
             "num_particles": 2,

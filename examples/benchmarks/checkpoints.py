@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 import pyro_vae as pv
-from pyro_vae.state import state
-from pyro_vae.training import checkpoints, run
-from pyro_vae.training.checkpoints import Checkpoints
+from pyro_vae._programs.pair_state import state
+from pyro_vae.training import _checkpoints as checkpoints
+from pyro_vae.training import _loop as run
+from pyro_vae.training._checkpoints import Checkpoints
 
 ROWS = 2000  # of the runs that are killed
 

@@ -44,7 +44,7 @@ def evidence(data, particles):
 def annealing(data, temperatures):
     model, guide = make_pair(10)
     x = torch.bernoulli(torch.full((data, FEATURES), 0.3))
-    ais = pv.AIS(num_chains=20, num_temperatures=temperatures, step_size=0.1)
+    ais = pv.evaluation.AIS(num_chains=20, num_temperatures=temperatures, step_size=0.1)
     return lambda: pv.evidence(model, guide, x, method=ais, capture=False)
 
 

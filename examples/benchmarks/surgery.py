@@ -20,8 +20,8 @@ import torch
 from torch.distributions import Normal
 
 import pyro_vae as pv
-from pyro_vae.evaluation.aggregated import pairs
-from pyro_vae.evaluation.aggregated.threads import in_threads
+from pyro_vae.evaluation._surgery import pairwise as pairs
+from pyro_vae.evaluation._surgery.threads import in_threads
 
 ROWS, COLUMNS = 128, 2048  # of a block, as the surgery has it on a CPU
 

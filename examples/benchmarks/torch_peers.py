@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import pyro_vae as pv
-from pyro_vae import programs
-from pyro_vae.contract import check_pair
-from pyro_vae.minibatches import Minibatches
-from pyro_vae.training.trained import Trained
-from pyro_vae.training.trainer import Trainer
+from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.validation import check_pair
+from pyro_vae.datasets._minibatches import Minibatches
+from pyro_vae.training._step import Trainer
+from pyro_vae.training._train_state import Trained
 
 PEER, HIDDEN, LATENTS, GATED, BATCH, OBJECTIVE, STEPS = settings()
 PARTICLES = 50 if OBJECTIVE == "iwae50" else 1

@@ -1,7 +1,7 @@
 """Guides: programs of q(z|x), built for any model by tracing it once."""
 
-from pyro_vae.guides import families
-from pyro_vae.guides.amortized import (
+from pyro_vae.guides import _families as families
+from pyro_vae.guides._amortized import (
     AmortizedDelta,
     AmortizedFlow,
     AmortizedGuide,
@@ -10,13 +10,12 @@ from pyro_vae.guides.amortized import (
     AmortizedMultivariateNormal,
     AmortizedNormal,
 )
-from pyro_vae.guides.families import Family
-from pyro_vae.guides.hierarchical import HierarchicalGuide
-from pyro_vae.guides.layered import FlowGuide
-from pyro_vae.guides.local import LocalGuide
-from pyro_vae.guides.semi_amortized import SemiAmortized
-from pyro_vae.guides.semi_supervised import SemiSupervisedGuide
-from pyro_vae.guides.sequence import SequenceGuide
+from pyro_vae.guides._families import Family
+from pyro_vae.guides._hierarchical import HierarchicalGuide
+from pyro_vae.guides._local import LocalGuide
+from pyro_vae.guides._semi_amortized import SemiAmortized
+from pyro_vae.guides._semi_supervised import SemiSupervisedGuide
+from pyro_vae.guides._sequence import SequenceGuide
 
 __all__ = [
     "AmortizedDelta",
@@ -27,7 +26,6 @@ __all__ = [
     "AmortizedMultivariateNormal",
     "AmortizedNormal",
     "Family",
-    "FlowGuide",
     "HierarchicalGuide",
     "LocalGuide",
     "SemiAmortized",

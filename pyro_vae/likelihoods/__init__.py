@@ -25,17 +25,17 @@ A scale is a number, or one of :class:`SharedScale`, :class:`ScalePerOutput`,
 :class:`ScaleFromDecoder` and, for :class:`Normal` and :class:`Laplace`, :class:`OptimalScale`.
 """
 
-from pyro_vae.likelihoods.bernoulli import Bernoulli
-from pyro_vae.likelihoods.continuous_bernoulli import ContinuousBernoulli
-from pyro_vae.likelihoods.counts import NegativeBinomial, Poisson
-from pyro_vae.likelihoods.discretized_logistic import (
+from pyro_vae.likelihoods._base import Likelihood
+from pyro_vae.likelihoods._bernoulli import Bernoulli
+from pyro_vae.likelihoods._continuous_bernoulli import ContinuousBernoulli
+from pyro_vae.likelihoods._counts import NegativeBinomial, Poisson
+from pyro_vae.likelihoods._discretized_logistic import (
     DiscretizedLogistic,
     DiscretizedLogisticMixture,
 )
-from pyro_vae.likelihoods.levels import Categorical, Levels
-from pyro_vae.likelihoods.likelihood import Likelihood
-from pyro_vae.likelihoods.location_scale import Laplace, Normal, StudentT
-from pyro_vae.likelihoods.scales import (
+from pyro_vae.likelihoods._levels import Categorical, Levels
+from pyro_vae.likelihoods._location_scale import Laplace, Normal, StudentT
+from pyro_vae.likelihoods._scales import (
     OptimalScale,
     Scale,
     ScaleFromDecoder,

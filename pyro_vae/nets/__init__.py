@@ -1,9 +1,9 @@
 """Networks: tensors in, tensors out. They know no site, no plate and no distribution."""
 
-from pyro_vae.nets.convolutional import ConvDecoder, ConvEncoder
-from pyro_vae.nets.dense import MLP, GatedMLP
-from pyro_vae.nets.joined import Joined
-from pyro_vae.nets.residual import ResidualBlock, ResidualDecoder, ResidualEncoder
+from pyro_vae.nets._convolutional import ConvDecoder, ConvEncoder
+from pyro_vae.nets._dense import MLP, GatedMLP
+from pyro_vae.nets._joined import Joined
+from pyro_vae.nets._residual import ResidualBlock, ResidualDecoder, ResidualEncoder
 
 __all__ = [
     "MLP",

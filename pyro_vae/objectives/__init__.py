@@ -1,8 +1,9 @@
 """Objectives: bounds on the evidence and their gradients, to be compared by changing one name."""
 
-from pyro_vae.objectives.aggregated import BetaTCVAE, InfoVAE
-from pyro_vae.objectives.bounds import CIWAE, ELBO, IWAE, MIWAE, MeanFieldELBO, Renyi
-from pyro_vae.objectives.estimators import (
+from pyro_vae.objectives._aggregated import BetaTCVAE, InfoVAE
+from pyro_vae.objectives._base import Objective, gradient
+from pyro_vae.objectives._bounds import CIWAE, ELBO, IWAE, MIWAE, MeanFieldELBO, Renyi
+from pyro_vae.objectives._estimators import (
     CUBO,
     PIWAE,
     TVO,
@@ -12,10 +13,9 @@ from pyro_vae.objectives.estimators import (
     ScoreFunction,
     StickingTheLanding,
 )
-from pyro_vae.objectives.objective import Objective, gradient
-from pyro_vae.objectives.schedules import Constant, Cyclical, Linear, Schedule
-from pyro_vae.objectives.semi_supervised import SemiSupervisedELBO
-from pyro_vae.objectives.weighted import BetaELBO, CapacityELBO, FreeBits
+from pyro_vae.objectives._schedules import Constant, Cyclical, Linear, Schedule
+from pyro_vae.objectives._semi_supervised import SemiSupervisedELBO
+from pyro_vae.objectives._weighted import BetaELBO, CapacityELBO, FreeBits
 
 __all__ = [
     "CIWAE",

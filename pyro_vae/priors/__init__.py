@@ -1,10 +1,10 @@
 """Priors: called without arguments, each gives the distribution p(z) of one datum."""
 
-from pyro_vae.priors.aggregated import AggregatedPosterior
-from pyro_vae.priors.flow import FlowPrior
-from pyro_vae.priors.mixture import MixtureOfNormals
-from pyro_vae.priors.standard_normal import StandardNormal
-from pyro_vae.priors.through_guide import ExemplarPrior, PriorThroughGuide, VampPrior
+from pyro_vae.priors._aggregated import AggregatedPosterior
+from pyro_vae.priors._flow import FlowPrior
+from pyro_vae.priors._guide_mixture import ExemplarPrior, PriorThroughGuide, VampPrior
+from pyro_vae.priors._mixture import MixtureOfNormals
+from pyro_vae.priors._standard_normal import StandardNormal
 
 __all__ = [
     "AggregatedPosterior",

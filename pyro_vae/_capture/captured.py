@@ -1,0 +1,346 @@
+"""A function that is replayed as a graph of operations, once that has been shown to be the same."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from pyro_vae._capture.comparing import disagreement
+from pyro_vae._capture.cuda import CudaGraph
+from pyro_vae._capture.guards import change, state_of, tensors_that_may_change
+from pyro_vae._capture.inductor import rewrite
+from pyro_vae._capture.policy import (
+    SECONDS_THAT_REPAY_COMPILING,
+    SECONDS_THAT_REPAY_TRACING,
+    Capture,
+    Pace,
+    check_capture,
+)
+from pyro_vae._capture.tracing import CaptureError, Outputs, Trace, trace
+from pyro_vae._utils.preserving import generator_state, kept, noise_from_elsewhere, same_noise
+
+# Rounding alone can move a value over a kink, a knot of a spline say, where the gradient jumps.
+_DISAGREEMENTS_THAT_ARE_NO_ACCIDENT = 3
+
+
+class Captured:
+    """A function of tensors that runs through Python a few times, and then is replayed.
+
+    The first two calls are written down as graphs of tensor operations, which must be equal. The
+    third runs the function and the graph, compiled if so wished, on the same noise: they must
+    agree, at the third attempt at the latest. From then on the graph stands for the function, until
+    a :meth:`recheck` has it compared once more. Each call gives what the function would have given:
+    the random numbers are those of torch's generators, in the same order.
+
+    What the function depends on besides tensors must not change. It is watched: numbers, strings
+    and containers that its code reaches by name must be the same before and after a run, and at
+    each recheck; tensors must stay the objects they are, and change in place. Where this does not
+    hold, or anything else forbids it, the function is called as it is, from then on, and a warning
+    says why. What is captured is the first shape of inputs that comes again; calls with others
+    always call the function.
+
+    Args:
+        function: of tensors; gives tensors or None, without gradients.
+        watch: what its code reaches, by name; see :func:`pyro_vae._utils.referenced_objects.reach`.
+        name: what warnings call it.
+        capture: True captures and compiles at once, False never. ``"auto"`` times the first calls
+            and does it if :attr:`calls_left` repay it; or captures without compiling.
+
+    Attributes:
+        calls_left: how many calls are to come, None while that is not known.
+        execution: how calls run now: ``"captured"`` (compiled), ``"captured, not compiled"``, or
+            ``"eager: "`` and why.
+        compiles: whether the graph is, or will be, compiled.
+
+    Raises:
+        ValueError: ``capture`` is something else.
+    """
+
+    compiles = True
+
+    def __init__(
+        self,
+        function: Callable[..., Outputs],
+        *,
+        watch: Mapping[str, Any],
+        name: str,
+        capture: Capture,
+    ):
+        check_capture(capture)
+        self._capture = capture
+        self._function = function
+        self._watch = watch
+        self._name = name
+        self._seen: set[tuple] = set()
+        self._signature: tuple | None = None  # of the calls that are captured
+        self._pace = Pace()
+        self._stage = {True: self._trace_first, False: function, "auto": self._wait}[capture]
+        self._first: Trace | None = None
+        self._sources: list[Tensor] = []  # what the graph reads and writes,
+        self._constants: list[Tensor] = []  # and aliases of it, which keep the memory
+        self._state: dict[str, Any] = {}
+        self._replay: Callable[..., Outputs] | None = None
+        self._disagreements = 0  # in a row
+        self._ahead: dict[str, Any] = {"stage": None}  # where a call shall take this
+        self.calls_left: int | None = None
+        too_few = "there were too few calls with inputs of one shape"
+        self.execution = f"eager: {too_few if capture else 'capture=False'}"
+
+    def __call__(self, *inputs: Tensor) -> Outputs:
+        """Give what the function gives."""
+        signature = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
+        if self._signature is None:
+            if signature in self._seen:
+                self._signature = signature
+            self._seen.add(signature)
+        if self.calls_left:
+            self.calls_left -= 1
+        if signature != self._signature:
+            return self._function(*inputs)
+        if self._stage is self._replay and self._moved():
+            self._give_up("a parameter was given other memory; change it in place")
+        return self._stage(*inputs)
+
+    def state(self) -> dict[str, Any]:
+        """Return how far the capture is, for :meth:`go_on_from`: plain values."""
+        if self._stage == self._catch_up:
+            return dict(self._ahead)
+        if self._replay is not None and self._stage == self._replay:
+            stage = "replay"
+        else:
+            stages = {"check": self._check, "trace again": self._trace_again}
+            stages |= {"trace": self._trace_first, "function": self._function}
+            stage = next((name for name, s in stages.items() if s == self._stage), "wait")
+        return {
+            "capture": self._capture,
+            "stage": stage,
+            "seen": [_described(signature) for signature in self._seen],
+            "signature": None if self._signature is None else _described(self._signature),
+            "compiles": self.compiles,
+            "disagreements": self._disagreements,
+            "execution": self.execution,
+        }
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Stand where another capture of the function stood, in another process it may be.
+
+        So that calls are run as they would have been there, eagerly or replayed, which differ by
+        rounding. The graph is made anew at the next call that needs it, aside: no random number
+        is used up, no buffer changed.
+
+        Args:
+            state: as :meth:`state` returned it.
+        """
+        if self._capture != state["capture"]:
+            return  # it is another mode that is wanted now
+        self._seen = {_signature_of(described) for described in state["seen"]}
+        if state["signature"] is not None:
+            self._signature = _signature_of(state["signature"])
+        self.compiles = state["compiles"]
+        if state["stage"] == "function":
+            self._stage, self.execution = self._function, state["execution"]
+        elif state["stage"] in ("trace again", "check", "replay"):
+            self._stage, self._ahead = self._catch_up, dict(state)
+        elif state["stage"] == "trace":
+            self._stage = self._trace_first
+
+    def here(self) -> dict[str, Any]:
+        """Return where the capture stands, for :meth:`go_back`."""
+        return vars(self) | {"_seen": set(self._seen), "_ahead": dict(self._ahead)}
+
+    def go_back(self, here: Mapping[str, Any]) -> None:
+        """Stand where :meth:`here` was called, as if there had been no call since then."""
+        vars(self).update(here, _seen=set(here["_seen"]), _ahead=dict(here["_ahead"]))
+
+    def recheck(self) -> None:
+        """Look again whether the graph still stands for the function.
+
+        If what the function depends on has changed, it is called as it is from now on. Else the
+        next call runs both, and compares them: not all that a function depends on has a name.
+        """
+        if self._state and (changed := change(self._state, state_of(self._watch))):
+            self._give_up(f"{changed} since the capture; a tensor changed in place would be seen")
+        elif self._replay is not None and self._stage == self._replay:
+            self._stage = self._check
+        elif self._ahead["stage"] == "replay":
+            self._ahead["stage"] = "check"
+
+    def _wait(self, *inputs: Tensor) -> Outputs:
+        seconds_a_call = self._pace.tick()
+        if seconds_a_call is None or self.calls_left is None:
+            return self._function(*inputs)
+        seconds = seconds_a_call * self.calls_left
+        self.compiles = seconds >= SECONDS_THAT_REPAY_COMPILING
+        if seconds >= SECONDS_THAT_REPAY_TRACING:
+            self._stage = self._trace_first
+        else:
+            self._stage = self._function
+            self.execution = f"eager: the {seconds:.1f} s of calls left would not repay a capture"
+        return self._stage(*inputs)
+
+    def _catch_up(self, *inputs: Tensor) -> Outputs:
+        state, self._stage = self._ahead, self._trace_first
+        until = self._trace_again if state["stage"] == "trace again" else None
+        with same_noise(inputs) as rewind, kept(tensors_that_may_change(self._watch)) as restore:
+            while self._stage not in (until, self._replay, self._function):
+                self._stage(*inputs)
+                restore()
+            rewind()
+        if state["stage"] == "check" and self._stage == self._replay:
+            self._stage = self._check
+            self._disagreements = state["disagreements"]
+        return self._stage(*inputs)
+
+    def _trace_first(self, *inputs: Tensor) -> Outputs:
+        try:
+            _require_device(inputs)
+            self._first = self._trace(inputs)
+        except CaptureError as error:
+            self._give_up(str(error))
+            return error.outputs or self._function(*inputs)
+        self._stage = self._trace_again
+        return self._first.outputs
+
+    def _trace_again(self, *inputs: Tensor) -> Outputs:
+        first, self._first = self._first, None
+        state, elsewhere = state_of(self._watch), noise_from_elsewhere()
+        try:
+            again = self._trace(inputs)
+        except CaptureError as error:
+            self._give_up(str(error))
+            return error.outputs or self._function(*inputs)
+        changed = change(state, state_of(self._watch))
+        difference = first.difference(again)
+        if changed:
+            self._give_up(f"it changes what it depends on: {changed}")
+        elif difference:
+            self._give_up(f"it does not do the same twice: {difference}")
+        elif elsewhere != noise_from_elsewhere():
+            self._give_up("it draws random numbers from Python or numpy: draw them from torch")
+        else:
+            self._state = state
+            self._prepare(again, inputs)
+        return again.outputs
+
+    def _prepare(self, traced: Trace, inputs: Sequence[Tensor]) -> None:
+        self._sources = traced.constants
+        self._constants = [tensor.detach() for tensor in traced.constants]
+        self._writable = [self._constants[number] for number in traced.more_than_gathered()]
+        self._graph = traced.graph
+        if self.compiles:
+            try:
+                self._graph = self._compile(traced.graph, inputs)
+            except Exception as error:  # whatever a compiler may raise: there is another way
+                warnings.warn(
+                    f"{self._name} is captured, but not compiled: {_first_line(error)}",
+                    stacklevel=2,
+                )
+                self.compiles = False
+        self._stage = self._check
+
+    def _compile(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Outputs]:
+        # The random numbers of torch's own generators, in the order of the program.
+        options: dict[str, Any] = {"fallback_random": True}
+        arguments = [*inputs, *self._constants]
+        with same_noise(inputs) as rewind, torch.no_grad():
+            if inputs[0].is_cpu:
+                graph = rewrite(graph, arguments)
+                options["cpp_wrapper"] = True  # the calls of the kernels in C++ as well
+            for node in graph.graph.nodes:
+                node.meta.clear()  # which speaks of tensors that the compiler cannot tell from its
+                if node.target is torch.ops.aten.view.default:
+                    # What was contiguous here need not be, as the compiler lays it out.
+                    node.target = torch.ops.aten.reshape.default
+            compiled = torch._inductor.compile(graph, arguments, options)
+            rewind()
+        return compiled
+
+    def _check(self, *inputs: Tensor) -> Outputs:
+        replay, failure = self._replay or self._run_graph, None
+        with same_noise(inputs) as rewind, kept(self._writable) as restore:
+            try:
+                if self._replay is None and inputs[0].device.type == "cuda":
+                    replay = CudaGraph(self._run_graph, inputs)
+                    rewind()
+                    restore()
+                # Of copies, for a function may write to its inputs.
+                replayed = [*replay(*(tensor.clone() for tensor in inputs))]
+                replayed += [
+                    tensor.clone() for tensor in (*self._writable, generator_state(inputs))
+                ]
+            except Exception as error:  # as above
+                failure = f"its graph fails: {_first_line(error)}"
+            rewind()
+            restore()
+            outputs = self._function(*inputs)
+        if failure is not None:
+            self._give_up(failure)
+            return outputs
+        done = [*outputs, *self._writable, generator_state(inputs)]
+        failure = disagreement(done, replayed)
+        self._disagreements = 0 if failure is None else self._disagreements + 1
+        if failure is None:
+            self._stage = self._replay = replay
+            self.execution = "captured" if self.compiles else "captured, not compiled"
+        elif self._disagreements == _DISAGREEMENTS_THAT_ARE_NO_ACCIDENT:
+            self._give_up(failure)
+        return outputs  # of the function; while the two disagree, the next call compares again
+
+    def _moved(self) -> bool:
+        return any(
+            source.data_ptr() != constant.data_ptr()
+            for source, constant in zip(self._sources, self._constants, strict=True)
+        )
+
+    def _run_graph(self, *inputs: Tensor) -> Outputs:
+        with torch.no_grad():
+            return self._graph(*inputs, *self._constants)
+
+    def _trace(self, inputs: Sequence[Tensor]) -> Trace:
+        with same_noise(inputs) as rewind, kept(tensors_that_may_change(self._watch)) as restore:
+            try:
+                return trace(self._function, inputs)
+            except CaptureError:
+                raise
+            except Exception as error:
+                rewind()  # for the function, which will be called instead
+                restore()
+                # An error of the function's own comes again when it is called.
+                raise CaptureError(f"it cannot be traced: {_first_line(error)}") from error
+
+    def _give_up(self, reason: str) -> None:
+        self.execution = f"eager: {reason}"
+        self._stage = self._function
+        self._sources, self._constants, self._state = [], [], {}
+        warnings.warn(f"{self._name} is not captured, and runs eagerly: {reason}", stacklevel=2)
+
+
+def _described(signature: tuple) -> list[list[Any]]:
+    """A signature in plain values."""
+    return [
+        [list(shape), list(stride), str(dtype), str(device)]
+        for shape, stride, dtype, device in signature
+    ]
+
+
+def _signature_of(described: Sequence[Sequence[Any]]) -> tuple:
+    inputs = []
+    for shape, stride, dtype, device in described:
+        kind = getattr(torch, dtype.removeprefix("torch."))
+        inputs.append((torch.Size(shape), tuple(stride), kind, torch.device(device)))
+    return tuple(inputs)
+
+
+def _require_device(inputs: Sequence[Tensor]) -> None:
+    device = inputs[0].device
+    if device.type not in ("cpu", "cuda"):
+        raise CaptureError(f"there is no capture for the device {str(device)!r}")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

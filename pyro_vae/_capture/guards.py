@@ -1,0 +1,86 @@
+"""What a function depends on besides its arguments, by name, and whether that has changed."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor, strided
+
+from pyro_vae._utils.modules import unnamed
+from pyro_vae._utils.referenced_objects import VALUES, reach
+
+_BYTES_LOOKED_AT = 1 << 20  # of an array; larger ones count as themselves
+
+State = dict[str, list[Any]]
+
+
+def tensors_that_may_change(watch: Mapping[str, Any]) -> list[Tensor]:
+    """Return what a call might change: running averages, say."""
+    reached = [thing for _, thing in _reached(watch) if isinstance(thing, Tensor)]
+    return [tensor for tensor in reached if not tensor.requires_grad]
+
+
+def state_of(watch: Mapping[str, Any]) -> State:
+    """Return marks of all that can be reached, which are equal while it is the same."""
+    state: State = {}
+    for name, thing in _reached(watch):
+        state.setdefault(name, []).append(_mark(thing))
+    return state
+
+
+def _reached(watch: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    met = {f"unnamed module {n}": m for n, m in enumerate(unnamed(*watch.values()), 1)}
+    return reach(**watch, **met)
+
+
+def change(before: State, after: State) -> str | None:
+    """Say what differs between two states, None if nothing does."""
+    for name in sorted(before.keys() | after.keys()):
+        if name not in after:
+            return f"{name} is gone"
+        if name not in before:
+            return f"{name} is new"
+        if before[name] != after[name]:
+            return f"{name} changed from {_shown(before[name])} to {_shown(after[name])}"
+    return None
+
+
+def _shown(marks: list[Any]) -> str:
+    return ", ".join(str(mark) for mark in marks)
+
+
+def _mark(thing: Any) -> Any:
+    """What must stay equal of a thing, parts apart; things that count as themselves, kept alive."""
+    if isinstance(thing, Tensor):
+        storage = thing.data_ptr() if thing.layout == strided else None
+        return _Same(thing), storage, thing.requires_grad
+    if isinstance(thing, float | complex | np.generic):
+        return repr(thing)  # NaN is equal to itself
+    if isinstance(thing, VALUES):
+        return thing
+    if isinstance(thing, np.ndarray) and thing.nbytes <= _BYTES_LOOKED_AT:
+        return thing.dtype, thing.shape, thing.tobytes()
+    if isinstance(thing, Mapping | list | tuple | set | deque):
+        return type(thing), len(thing)
+    if inspect.ismethod(thing):
+        return None  # made anew at each access; its function and its owner are parts of it
+    return _Same(thing)
+
+
+class _Same:
+    """A thing that is equal to itself alone."""
+
+    def __init__(self, thing: Any):
+        self._thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._thing is other._thing
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"{type(self._thing).__name__} object"

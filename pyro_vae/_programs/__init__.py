@@ -1,0 +1,1 @@
+"""A pair of Pyro programs, run and scored."""

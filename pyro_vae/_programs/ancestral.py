@@ -1,0 +1,123 @@
+"""What a model draws by itself: latents from the prior, and data from these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from pyro import poutine
+from pyro.distributions import Delta, Unit
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pyro_vae._programs.runs import as_guide, trace_of
+from pyro_vae._programs.sites import (
+    Site,
+    Unobserve,
+    arranged,
+    base_distribution,
+    data_frame,
+    is_loss_of_guide,
+    own_scale,
+    random_sites,
+    reduce_to_datum,
+)
+
+
+class Dream:
+    """Latents, or latents and data together, drawn by the model for each datum of a minibatch.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        args: what the programs are called with.
+        kwargs: likewise.
+    """
+
+    def __init__(self, model: Callable, guide: Callable, args: tuple, kwargs: dict):
+        self._model, self._guide = model, guide
+        self._args, self._kwargs = args, kwargs
+
+    @cached_property
+    def latents(self) -> dict[str, Tensor]:
+        """The latents of the plate ``"data"``, each ``(B, *inner plates, *event)``."""
+        return {
+            name: arranged(site["value"], site, None)[0]
+            for name, site in self._run(self._model).items()
+            if not site["is_observed"] and data_frame(site) is not None
+        }
+
+    @cached_property
+    def _sites(self) -> dict[str, Site]:
+        """Latents, and data from these."""
+        return self._run(Unobserve()(self._model))
+
+    def _run(self, model: Callable) -> dict[str, Site]:
+        trace = trace_of(model, *self._args, **self._kwargs)
+        return {site["name"]: site for site in random_sites(trace)}
+
+    def log_guide(self) -> Tensor:
+        r"""Return :math:`\log q(z|x)` of the latents, the guide seeing the data, shape (B,).
+
+        No gradient reaches the model.
+
+        Raises:
+            ValueError: the model observes anything but its arguments as they are, or the guide
+                cannot score latents that it did not draw.
+        """
+        latents = {
+            name: site["value"].detach()
+            for name, site in self._sites.items()
+            if not _was_observed(site)
+        }
+        guide = poutine.condition(as_guide(self._guide), data=latents)
+        trace = trace_of(guide, *self._dreamt_args(), **self._kwargs)
+        total = 0.0
+        for site in random_sites(trace):
+            if is_loss_of_guide(site) and site["name"] not in latents:
+                continue
+            if not site["is_observed"] or isinstance(base_distribution(site["fn"]), Delta):
+                raise ValueError(
+                    f"the guide is to score latents that the model drew, but its site "
+                    f"{site['name']!r} is a point, or drawn in their place, as in Pyro's AutoGuides"
+                )
+            if (frame := data_frame(site)) is not None:
+                log_prob = scale_and_mask(
+                    site["fn"].log_prob(site["value"]), own_scale(site), site["mask"]
+                )
+                total = total + reduce_to_datum(log_prob, site, frame.size, None, 1)[0]
+        return total
+
+    def _dreamt_args(self) -> list[Any]:
+        """The arguments, those that the model observes replaced by what it drew."""
+        args, taken = list(self._args), set()
+        observed = {
+            name: site
+            for name, site in self._sites.items()
+            if _was_observed(site) and not isinstance(site["fn"], Unit)
+        }
+        for name, site in observed.items():
+            for number, arg in enumerate(self._args):
+                if _is_same(site["infer"]["obs"], arg):
+                    args[number] = site["value"].detach().reshape(arg.shape)
+                    taken.add(name)
+        if missing := [name for name in observed if name not in taken]:
+            raise ValueError(
+                f"the guide is to see what the model draws at site {missing[0]!r}, but that site "
+                "observes no argument of the programs as it is: it cannot be shown a dream"
+            )
+        return args
+
+
+def _was_observed(site: Site) -> bool:
+    return site["infer"].get("was_observed", False)
+
+
+def _is_same(observation: Any, arg: Any) -> bool:
+    """Whether an observation is an argument, or a view of the whole of it, in the same order."""
+    if not isinstance(observation, Tensor) or not isinstance(arg, Tensor):
+        return False
+    in_order = observation.is_contiguous() and arg.is_contiguous()
+    whole = observation.numel() == arg.numel() and observation.dtype == arg.dtype and in_order
+    return observation is arg or (whole and observation.data_ptr() == arg.data_ptr())

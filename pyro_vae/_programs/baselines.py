@@ -1,0 +1,157 @@
+"""Baselines of score functions, which a guide site asks for by ``infer={"baseline": {...}}``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions.util import detach, scale_and_mask
+from torch import Tensor
+
+from pyro_vae._programs.pair_trace import PairTrace
+from pyro_vae._programs.sites import Site, data_frame, placed
+
+_OPTIONS = (
+    "nn_baseline",
+    "nn_baseline_input",
+    "baseline_value",
+    "use_decaying_avg_baseline",
+    "baseline_beta",
+)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The options of a guide site whose score function has a baseline.
+
+    Args:
+        network: predicts the signal that weights the score, and is trained to; None without one.
+        network_input: what it is called on.
+        value: a prediction that needs no network, trained as well; None without one.
+        decay: the share of an average of past signals that each step keeps; None without one.
+    """
+
+    network: Callable[[Any], Tensor] | None
+    network_input: Any
+    value: Tensor | None
+    decay: float | None
+
+    def predicted(self) -> Tensor | None:
+        """Return what network or value predict; None if there is neither."""
+        return self.value if self.network is None else self.network(detach(self.network_input))
+
+
+def baseline_of(site: Site) -> Baseline | None:
+    """Read the baseline that a site asks for; None if it asks for none.
+
+    Raises:
+        ValueError: an option is not known, or two contradict each other, or one is missing.
+        TypeError: an option is of another type than expected.
+    """
+    options = (site["infer"] or {}).get("baseline")
+    if options is None:
+        return None
+    where = f"guide site {site['name']!r} has infer={{'baseline': ...}}"
+    if not isinstance(options, dict):
+        raise TypeError(f"{where}, which must be a dictionary of options, got {options!r}")
+    if unknown := [name for name in options if name not in _OPTIONS]:
+        raise ValueError(
+            f"{where} with the unknown option {unknown[0]!r}: the options are {list(_OPTIONS)}"
+        )
+    network, value = options.get("nn_baseline"), options.get("baseline_value")
+    if network is not None and value is not None:
+        raise ValueError(f"{where} with both nn_baseline and baseline_value: leave one of them out")
+    if (network is None) != (options.get("nn_baseline_input") is None):
+        raise ValueError(
+            f"{where} with one of nn_baseline and nn_baseline_input: a network needs both, the "
+            "module and what it is called on"
+        )
+    if network is not None and not callable(network):
+        raise TypeError(f"{where} with an nn_baseline that cannot be called: {network!r}")
+    if "baseline_beta" in options and "use_decaying_avg_baseline" not in options:
+        raise ValueError(
+            f"{where} with baseline_beta, the decay of an average, and no average: add "
+            "use_decaying_avg_baseline=True"
+        )
+    decay = None
+    if options.get("use_decaying_avg_baseline"):
+        decay = options.get("baseline_beta", 0.9)
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
+            raise ValueError(f"{where}, where baseline_beta must be in [0, 1), got {decay!r}")
+    if network is None and value is None and decay is None:
+        return None
+    return Baseline(network, options.get("nn_baseline_input"), value, decay)
+
+
+def baselines_of(run: PairTrace) -> dict[str, Baseline]:
+    """Return the baselines that the guide's sites ask for, by site.
+
+    Raises:
+        ValueError: see :func:`baseline_of`.
+        TypeError: likewise.
+    """
+    found = {name: baseline_of(factor.site) for name, factor in run.guide.items()}
+    return {name: baseline for name, baseline in found.items() if baseline is not None}
+
+
+def less_baseline(
+    run: PairTrace, name: str, baseline: Baseline, signal: Tensor, average: Tensor | None
+) -> Tensor:
+    r"""Return zeros (K, B) whose gradient takes a baseline off a score function, and trains it.
+
+    .. math::
+        -b_k \nabla \log q(z_k|x) - \nabla (s_k - b_k)^2
+
+    summed over the elements of inner plates, for the signal s and the baseline b, the former
+    gradient with b held fixed, the latter with s.
+
+    Args:
+        run: of a pair.
+        name: of the guide's site.
+        baseline: what it asks for.
+        signal: s, shape (K, B).
+        average: of the signal in steps before, if the baseline has one.
+
+    Raises:
+        ValueError: the prediction is not of the site's batch shape.
+        TypeError: the prediction is no tensor.
+    """
+    site = run.guide[name].site
+    shape = site["fn"].batch_shape
+    signal = placed(signal.detach(), site, run.particle_dim)
+    value = torch.zeros((), dtype=signal.dtype, device=signal.device)
+    if average is not None:
+        value = value + average.to(signal.dtype)
+    if (predicted := baseline.predicted()) is not None:
+        value = value + _checked(predicted, site)
+    value = value.expand(shape)
+    log_prob = run.masked_log_prob(site)
+    result = -value.detach() * (log_prob - log_prob.detach())
+    if value.requires_grad:
+        error = scale_and_mask((signal - value).square(), mask=site["mask"])
+        result = result - (error - error.detach())
+    return run.reduced(result, site)
+
+
+def _checked(value: Any, site: Site) -> Tensor:
+    """Return a prediction that has a number for each of a site, or one for all of them."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"the baseline of guide site {site['name']!r} must be a tensor, got "
+            f"{type(value).__name__}"
+        )
+    shape, frame = tuple(site["fn"].batch_shape), data_frame(site)
+    if value.numel() == 1:
+        return value.reshape(())
+    fits = value.dim() <= len(shape) and all(
+        mine in (its, 1) for mine, its in zip(value.shape[::-1], shape[::-1], strict=False)
+    )
+    if not fits or value.dim() < -frame.dim or value.shape[frame.dim] != frame.size:
+        raise ValueError(
+            f"the baseline of guide site {site['name']!r} must be of the site's batch shape, "
+            f"{shape}, where only dimensions other than the data's may be left out or of size 1; "
+            f"got {tuple(value.shape)}. Remove its last dimension if the network gives (B, 1)."
+        )
+    return value

@@ -1,0 +1,222 @@
+"""Discrete latents that are summed over, all their values at once, instead of being sampled.
+
+A site asks for it by ``infer={"enumerate": "parallel"}``. Pyro's handler then gives it a dimension
+of its own, left of all plates, and every density that depends on its value has that dimension.
+Where the guide has the site, the terms are expectations under q; where only the model has it, it is
+summed out of p. In both cases what comes out has the shape that it has without enumeration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_vae._programs.sites import DATA_PLATE, PARTICLE_PLATE, Site, mask_of_events
+
+Tables = dict[str, Tensor]  # log-densities by site, each (*enumerated dimensions, K, B)
+
+_LARGEST_TABLE = 2**28  # entries: 1 GiB in float32
+
+
+@dataclass(frozen=True)
+class SummedOut:
+    r"""Sites that were summed out of the model together.
+
+    Args:
+        sites: by name, as the run with all values at once has them.
+        dims: by name, the dimension of ``log_joint`` that counts the values of a site.
+        log_joint: :math:`\log p(c, z)` of all values c of the sites, at the latents z that depend
+            on them, of shape (\*enumerated dimensions, K, B).
+    """
+
+    sites: dict[str, Site]
+    dims: dict[str, int]
+    log_joint: Tensor
+
+    @property
+    def log_prob(self) -> Tensor:
+        r""":math:`\log p(c|z)`, of the shape of ``log_joint``."""
+        return self.log_joint - self.log_joint.logsumexp([*self.dims.values()], keepdim=True)
+
+    @property
+    def width(self) -> int:
+        """How many batch dimensions the plates use, the particles' included."""
+        name, dim = next(iter(self.dims.items()))
+        return dim + 2 - self.sites[name]["infer"]["_enumerate_dim"]
+
+
+def is_enumerated(site: Site) -> bool:
+    """Whether a site asks to be enumerated.
+
+    Raises:
+        ValueError: in another way than in parallel and whole, or the site stands elsewhere than in
+            the plate ``"data"``.
+    """
+    how = (site["infer"] or {}).get("enumerate")
+    if site["is_observed"] or how is None:
+        return False
+    if how != "parallel":
+        raise ValueError(
+            f'site {site["name"]!r} asks for enumerate={how!r}: only "parallel" is known here'
+        )
+    if (site["infer"] or {}).get("num_samples") is not None:
+        raise ValueError(
+            f"site {site['name']!r} asks to be enumerated by num_samples draws; here all its "
+            "values are counted. Leave num_samples out, or enumerate out."
+        )
+    plates = [frame.name for frame in site["cond_indep_stack"] if frame.name != PARTICLE_PLATE]
+    if plates != [DATA_PLATE]:
+        raise ValueError(
+            f'an enumerated site must stand in the plate "data" and in no other, but '
+            f"{site['name']!r} stands in {plates}"
+        )
+    return True
+
+
+def even_where_masked(log_prob: Tensor, site: Site) -> Tensor:
+    """Return the density of a site, as that of an even choice where an enumerated one is masked.
+
+    It is summed over, and must sum to one there too.
+
+    Args:
+        log_prob: zero where it is masked.
+        site: any.
+    """
+    mask = mask_of_events(site)
+    if mask is None or not is_enumerated(site):
+        return log_prob
+    count = site["value"].shape[site["infer"]["_enumerate_dim"] - site["fn"].event_dim]
+    mask = torch.as_tensor(mask, device=log_prob.device)
+    return torch.where(mask, log_prob, -math.log(count))
+
+
+class Enumeration:
+    """The enumerated sites of one run, and densities without them.
+
+    Args:
+        model: the model's sites by name, after a run under Pyro's handler.
+        guide: the guide's.
+        width: how many batch dimensions the plates use, the particles' included.
+
+    Attributes:
+        in_guide: names of the enumerated sites that the guide has.
+        in_model: of those that it does not have.
+        entangled: groups of latents whose density depends on what was summed out of it.
+        summed_out: the sites of ``in_model``, those together that depend on each other.
+
+    Raises:
+        ValueError: Two sites share a dimension. :meth:`without` raises it too if a table of values
+            is too large.
+    """
+
+    def __init__(self, model: Mapping[str, Site], guide: Mapping[str, Site], width: int):
+        self._model_sites = model
+        self.in_guide = [name for name, site in guide.items() if is_enumerated(site)]
+        self.in_model = [n for n, site in model.items() if n not in guide and is_enumerated(site)]
+        dims = {
+            name: site["infer"]["_enumerate_dim"] + width - 2
+            for name, site in {**model, **guide}.items()
+            if is_enumerated(site)
+        }
+        if len(set(dims.values())) < len(dims):
+            raise ValueError(
+                f"enumerated sites {list(dims)} share a dimension, as under pyro.markov: they "
+                "cannot be told apart here. Use pyro.infer.TraceEnum_ELBO."
+            )
+        self._guide_dims = [dims[name] for name in self.in_guide]
+        self._model_dims = [dims[name] for name in self.in_model]
+        self.entangled: list[list[str]] = []
+        self.summed_out: list[SummedOut] = []
+        self.count = max((-2 - dim for dim in dims.values()), default=0)
+
+    def varies(self, table: Tensor) -> bool:
+        """Whether a density depends on an enumerated value."""
+        return any(table.shape[dim] > 1 for dim in (*self._guide_dims, *self._model_dims))
+
+    def without(self, model: Tables, guide: Tables) -> tuple[Tables, Tables]:
+        r"""Return the densities of both programs, each (K, B), nothing enumerated left in them.
+
+        Args:
+            model: by site, each (\*enumerated dimensions, K, B).
+            guide: likewise.
+        """
+        model = self._summed_out(model)
+        if not self.in_guide:
+            return _flat(model), _flat(guide)
+        _check_size(self.in_guide, (guide[name] for name in self.in_guide))
+        weights = sum(guide[name] for name in self.in_guide).exp()
+
+        def expected(table: Tensor) -> Tensor:
+            # A log-density of minus infinity where q is zero counts for nothing.
+            table = torch.where(weights > 0, table, 0.0) * weights
+            return table.sum(self._guide_dims, keepdim=True)
+
+        averaged = [{n: expected(t) for n, t in tables.items()} for tables in (model, guide)]
+        return _flat(averaged[0]), _flat(averaged[1])
+
+    def _summed_out(self, tables: Tables) -> Tables:
+        r"""Sum the model's own enumerated sites out of its densities.
+
+        Sites that depend on the same of them are taken together. Their latents' density,
+        :math:`\log p(z)`, is told at the first of these; that of their observations,
+        :math:`\log p(x, z) - \log p(z)`, at the first of those; the others have none left.
+        """
+        result = {name: table for name, table in tables.items() if name not in self.in_model}
+        for group in self._groups(tables):
+            unobserved = [n for n in group if not self._model_sites[n]["is_observed"]]
+            latents = [n for n in unobserved if n not in self.in_model]
+            observed = [n for n in group if n not in unobserved]
+            _check_size(group, (tables[name] for name in group))
+            joint = sum(tables[n] for n in unobserved)
+            prior = self._log_sum([joint])
+            dims = dict(zip(self.in_model, self._model_dims, strict=True))
+            dims = {name: dim for name, dim in dims.items() if name in group}
+            sites = {name: self._model_sites[name] for name in dims}
+            self.summed_out.append(SummedOut(sites, dims, joint))
+            if latents:
+                self.entangled.append(latents)
+                result.update(dict.fromkeys(latents, torch.zeros_like(prior)))
+                result[latents[0]] = prior
+            if observed:
+                whole = self._log_sum(tables[n] for n in group)
+                result.update(dict.fromkeys(observed, torch.zeros_like(whole)))
+                result[observed[0]] = whole - prior if latents else whole
+        return result
+
+    def _log_sum(self, tables: Iterable[Tensor]) -> Tensor:
+        return sum(tables).logsumexp(self._model_dims, keepdim=True)
+
+    def _groups(self, tables: Tables) -> list[list[str]]:
+        """Names of the sites that share the model's own enumerated sites, in their order."""
+        groups: list[tuple[set[int], list[str]]] = []
+        for name, table in tables.items():
+            dims = {dim for dim in self._model_dims if table.shape[dim] > 1}
+            if not dims:
+                continue
+            names = [name]
+            for other in [group for group in groups if group[0] & dims]:
+                groups.remove(other)
+                dims, names = dims | other[0], other[1] + names
+            groups.append((dims, names))
+        return [sorted(names, key=[*tables].index) for _, names in groups]
+
+
+def _check_size(names: list[str], tables: Iterable[Tensor]) -> None:
+    """Raise ValueError if the sum of the tables has too many entries to be held in memory."""
+    shape = torch.broadcast_shapes(*(table.shape for table in tables))
+    if math.prod(shape) > _LARGEST_TABLE:
+        *values, particles, rows = shape
+        raise ValueError(
+            f"the table of all values of the sites {names} has {math.prod(values)} entries for "
+            f"each of {particles} particles and {rows} rows, more than {_LARGEST_TABLE} in all. "
+            "Enumerate fewer sites together, or take fewer rows or particles at a time. "
+            "pyro.infer.TraceEnum_ELBO sums out the sites of a chain one by one."
+        )
+
+
+def _flat(tables: Tables) -> Tables:
+    return {name: table.reshape(table.shape[-2:]) for name, table in tables.items()}

@@ -1,0 +1,367 @@
+"""The latents of a model that belong to a datum: found by tracing it, laid out as rows."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import Transform
+
+from pyro_vae._programs.enumeration import is_enumerated
+from pyro_vae._programs.runs import outside_of_plates, plate_of_guide
+from pyro_vae._programs.sites import (
+    DATA_PLATE,
+    Site,
+    cannot_score,
+    data_frame,
+    is_real,
+    mask_of,
+    mask_of_events,
+    random_sites,
+)
+from pyro_vae._utils.random import restored_generators
+from pyro_vae.distributions._circular import maps_onto_angles
+from pyro_vae.distributions._supports import support_of
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    """What a guide must know of a latent site of the model that belongs to a datum.
+
+    Its values are laid out in two ways: as the site has them, ``(*outer, *batch dimensions,
+    *event)``, or as rows, ``(*outer, B, count)``, a row for each datum. The outer dimensions are
+    those left of all plates of the model: particles.
+
+    Args:
+        name: of the site.
+        plates: the frames of its vectorised plates, the plate ``"data"`` among them.
+        batch_shape: sizes of its plates, that of ``"data"`` left out.
+        event_shape: of its value, unconstrained.
+        bijection: maps the reals onto the site's support.
+        masked: whether the model masks it; the guide then asks the model for the mask.
+        nesting: how many batch dimensions the deepest latent of the model has.
+    """
+
+    name: str
+    plates: tuple[CondIndepStackFrame, ...]
+    batch_shape: torch.Size
+    event_shape: torch.Size
+    bijection: Transform
+    masked: bool
+    nesting: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of one datum's unconstrained value."""
+        return self.batch_shape + self.event_shape
+
+    @property
+    def data_dim(self) -> int:
+        """Which batch dimension is the data's, from the right."""
+        return next(frame.dim for frame in self.plates if frame.name == DATA_PLATE)
+
+    @property
+    def num_inputs(self) -> int:
+        """How many numbers :meth:`inputs_of` makes of a data point's value."""
+        return self.shape.numel() * (2 if maps_onto_angles(self.bijection) else 1)
+
+    def inputs_of(self, value: Tensor, batch_size: int) -> Tensor:
+        """Return a value as inputs of a network, ``(*outer, B, num_inputs)``.
+
+        They are the unconstrained numbers; of angles, cosine and sine, which know no cut.
+        """
+        if not maps_onto_angles(self.bijection):
+            return self.to_rows(self.bijection.inv(value), batch_size, len(self.event_shape))
+        angles = self.to_rows(value, batch_size, len(self.event_shape))
+        return torch.cat([angles.cos(), angles.sin()], -1)
+
+    def batch_dims(self, batch_size: int) -> torch.Size:
+        """Sizes of the batch dimensions for a batch of B data."""
+        dims = list(self.batch_shape)
+        dims.insert(len(dims) + 1 + self.data_dim, batch_size)
+        return torch.Size(dims)
+
+    def from_rows(self, rows: Tensor, event_shape: Sequence[int]) -> Tensor:
+        """Lay out rows as values.
+
+        Args:
+            rows: ``(*outer, B, count)``, where count is that of ``batch_shape + event_shape``.
+            event_shape: of the values.
+        """
+        value = rows.reshape(*rows.shape[:-1], *self.batch_shape, *event_shape)
+        dims = len(self.batch_shape) + 1
+        outer = value.dim() - dims - len(event_shape)
+        value = value.movedim(outer, value.dim() - len(event_shape) + self.data_dim)
+        if outer:
+            value = value[(slice(None),) * outer + (None,) * (self.nesting - dims)]
+        return value
+
+    def to_rows(self, value: Tensor, batch_size: int, event_dim: int) -> Tensor:
+        """Lay out values as rows, the inverse of :meth:`from_rows`.
+
+        Args:
+            value: ``(*outer, *batch dimensions, *event)``; what broadcasts to that will do.
+            batch_size: B.
+            event_dim: dimensions of the event.
+        """
+        event = value.shape[value.dim() - event_dim :]
+        inner = self.batch_dims(batch_size)
+        batch = torch.broadcast_shapes(value.shape[: value.dim() - event_dim], inner)
+        outer = batch[: max(0, len(batch) - self.nesting)]
+        value = value.expand(*batch, *event).reshape(*outer, *inner, *event)
+        value = value.movedim(value.dim() - event_dim + self.data_dim, len(outer))
+        return value.reshape(*outer, batch_size, -1)
+
+
+def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tuple[LatentSite, ...]:
+    """Trace the model once on x and describe its latent sites in the plate ``"data"``.
+
+    Args:
+        model: program of p(x, z).
+        x: minibatch ``(B, *event)``.
+        *covariates: further arguments of the program.
+
+    Raises:
+        ValueError: there is no such site, or one has a discrete support.
+    """
+    # The plates are read with one row less than there may be data in all: one that keeps its size
+    # subsamples. The supports are read with all rows.
+    rows = slice(0, max(1, x.shape[0] - 1))
+    fewer = [
+        a[rows] if isinstance(a, Tensor) and a.dim() and len(a) == len(x) else a
+        for a in (x, *covariates)
+    ]
+    with restored_generators(), torch.inference_mode(False):
+        latents = latents_of(model, x, *covariates)
+        try:
+            fewer_latents = latents_of(model, *fewer)
+        except (RuntimeError, ValueError):  # a program for batches of one size
+            fewer_latents = latents
+    plates = {site["name"]: site["cond_indep_stack"] for site in fewer_latents}
+    nesting = max(-f.dim for site in latents for f in site["cond_indep_stack"] if f.vectorized)
+    described = tuple(_describe(site, plates[site["name"]], nesting) for site in latents)
+    if any(next(_bounds(support_of(site["fn"])), None) is not None for site in latents):
+        _require_fixed_bounds(model, x, *covariates)
+    return described
+
+
+def latents_of(model: Callable[..., Any], *arguments: Any) -> list[Site]:
+    """Trace a model and return its latent sites in the plate ``"data"``, but enumerated ones.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with torch.no_grad():
+        return _latents(model, *arguments)
+
+
+def _latents(model: Callable[..., Any], *arguments: Any) -> list[Site]:
+    try:
+        with outside_of_plates(), poutine.block(), poutine.trace() as tracer:
+            model(*arguments)
+    except NotImplementedError as error:  # of a distribution that cannot be drawn, or expanded
+        seen = [name for name, node in tracer.trace.nodes.items() if node["type"] == "sample"]
+        raise ValueError(
+            "the model must be run by itself to make a guide, and its distribution at the site "
+            f"after {seen} cannot be: NotImplementedError {error}. Take a distribution that can "
+            "be drawn from and expanded in a plate."
+        ) from error
+    sites = list(random_sites(tracer.trace))
+    latents = [
+        site
+        for site in sites
+        if not site["is_observed"] and data_frame(site) is not None and not is_enumerated(site)
+    ]
+    if not latents:
+        raise ValueError(
+            'the model has no latent site in the plate "data"; its sites are '
+            f"{[site['name'] for site in sites]}. An amortized guide needs one: put "
+            'pyro.sample("z", ...) inside `with pyro.plate("data", x.shape[0]):`.'
+        )
+    return latents
+
+
+def _describe(site: Site, plates: tuple[CondIndepStackFrame, ...], nesting: int) -> LatentSite:
+    fn = site["fn"]
+    data_dim = data_frame(site).dim
+    mask, of_events = mask_of(site), mask_of_events(site)
+    if isinstance(mask, Tensor) and (mask != of_events[(..., *(None,) * fn.event_dim)]).any():
+        raise ValueError(
+            f"latent site {site['name']!r} masks single numbers of its event: a guide of the "
+            "library masks whole events. Put these numbers into a plate in place of .to_event(), "
+            "or write the guide yourself."
+        )
+    for frame in plates:
+        if frame.name != DATA_PLATE and frame.full_size not in (None, frame.size):
+            raise ValueError(
+                f"latent site {site['name']!r} stands in the plate {frame.name!r}, which "
+                f"subsamples {frame.size} of {frame.full_size}: an amortized guide needs all of a "
+                "datum's latents. Write its guide yourself."
+            )
+    bijection = _bijection_of(site, data_dim - fn.event_dim)
+    batch_shape = list(fn.batch_shape)
+    del batch_shape[data_dim]
+    return LatentSite(
+        name=site["name"],
+        plates=tuple(frame for frame in plates if frame.vectorized),
+        batch_shape=torch.Size(batch_shape),
+        event_shape=torch.Size(bijection.inverse_shape(fn.event_shape)),
+        bijection=bijection,
+        masked=mask_of(site) is not None,
+        nesting=nesting,
+    )
+
+
+def _bijection_of(site: Site, axis: int) -> Transform:
+    """Return a bijection from the reals onto the support of a site."""
+    name, fn = site["name"], site["fn"]
+    try:
+        support = support_of(fn)
+    except ValueError as error:
+        raise ValueError(
+            f"no guide can be made for latent site {name!r}, {type(fn).__name__}: {error}."
+        ) from error
+    try:
+        bijection = biject_to(constant_over_data(support, axis, name))
+    except NotImplementedError:
+        raise ValueError(
+            f"latent site {name!r} has the support {support}, onto which nothing maps "
+            "the reals: a continuous guide cannot sample it. Write its guide yourself, or sum it "
+            "out of the model."
+        ) from None
+    if 0 in fn.event_shape:
+        raise ValueError(
+            f"latent site {name!r} has the event shape {tuple(fn.event_shape)}, without a number "
+            "to sample. Observe it, or leave it out."
+        )
+    _require_score(site, support)
+    return bijection
+
+
+def _require_score(site: Site, support: Constraint) -> None:
+    """Refuse a distribution that cannot score a value, or that scores angles on the real line."""
+    fn, value = site["fn"], site["value"].detach().clone()
+    try:
+        with torch.no_grad():
+            log_prob = fn.log_prob(value)
+            if not is_real(support):
+                return
+            turned, moved = (fn.log_prob(value + by) for by in (2 * math.pi, 1.0))
+    except (AssertionError, KeyError, NotImplementedError) as error:
+        raise ValueError(cannot_score(site, error)) from error
+    periodic = torch.allclose(turned, log_prob, rtol=1e-5, atol=1e-5)
+    if periodic and not torch.allclose(moved, log_prob, rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"latent site {site['name']!r} has a density on the real line that repeats itself "
+            "every 2 pi, as of an angle: it has no integral there. Give the class of its "
+            "distribution `support = pyro_vae.distributions._circular.circle`, or "
+            "constraints.independent(circle, n) for n event dimensions."
+        )
+
+
+def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
+    """Return a support whose bounds have one row, for they must hold for batches of any size.
+
+    Args:
+        support: of a site.
+        axis: where the data's dimension stands in its bounds, from the right.
+        name: of the site, for the message.
+
+    Raises:
+        ValueError: The bounds differ from data point to data point.
+    """
+    support = copy.copy(support)
+    for attribute, value in vars(support).items():
+        if isinstance(value, Constraint):
+            setattr(support, attribute, constant_over_data(value, axis, name))
+        elif isinstance(value, Tensor) and (value == value.flatten()[0]).all():
+            setattr(support, attribute, value.flatten()[0].item())
+        elif isinstance(value, Tensor) and value.dim() >= -axis:
+            row = value.narrow(axis, 0, 1)
+            if not (value == row).all():
+                raise ValueError(
+                    f"the support of latent site {name!r} differs from datum to datum: an "
+                    "amortized guide needs one for all. Scale the latent inside the model instead."
+                )
+            # Without a dimension that would count as one of the event, where it is the first.
+            setattr(support, attribute, row.squeeze(axis) if axis == -row.dim() else row)
+    return support
+
+
+def _bounds(support: Constraint) -> Iterator[Tensor]:
+    """Yield the bounds of a support that are tensors."""
+    for value in vars(support).values():
+        if isinstance(value, Constraint):
+            yield from _bounds(value)
+        elif isinstance(value, Tensor):
+            yield value
+
+
+def _require_fixed_bounds(model: Callable[..., Any], *arguments: Any) -> None:
+    """Refuse a support that depends on parameters: it would move, and the guide would not."""
+    with restored_generators(), torch.inference_mode(False), torch.enable_grad():
+        sites = _latents(model, *arguments)
+    for site in sites:
+        if any(bound.requires_grad for bound in _bounds(support_of(site["fn"]))):
+            raise ValueError(
+                f"the support of latent site {site['name']!r} has a bound that depends on "
+                "parameters, so that it would move in training and the guide would not. Fix the "
+                "bound, or scale the latent inside the model instead."
+            )
+
+
+def surroundings(
+    sites: Sequence[LatentSite], model: Callable[..., Any], x: Tensor, *covariates: Any
+) -> tuple[dict[str, AbstractContextManager], dict[str, bool | Tensor | None]]:
+    """Return the plates and masks around latent sites of a model, for its guide.
+
+    Args:
+        sites: of the model.
+        model: program of p(x, z).
+        x: minibatch ``(B, *event)``.
+        *covariates: further arguments of the model.
+
+    Returns:
+        The plates by their names, that of the data for the batch at hand; the masks by site.
+    """
+    masks: dict[str, bool | Tensor | None] = {}
+    if masked := {site.name for site in sites if site.masked}:
+        latents = latents_of(model, x, *covariates)
+        masks = {site["name"]: mask_of_events(site) for site in latents if site["name"] in masked}
+    return _make_plates(sites, x), masks
+
+
+def _make_plates(sites: Sequence[LatentSite], x: Tensor) -> dict[str, AbstractContextManager]:
+    plates = {}
+    for frame in {frame.name: frame for site in sites for frame in site.plates}.values():
+        size, full_size = frame.size, frame.full_size
+        if frame.name == DATA_PLATE:
+            size, full_size = x.shape[0], None if full_size == size else full_size
+        plates[frame.name] = plate_of_guide(frame.name, size, frame.dim, full_size)
+    return plates
+
+
+@contextlib.contextmanager
+def inside(
+    site: LatentSite,
+    plates: Mapping[str, AbstractContextManager],
+    masks: Mapping[str, bool | Tensor | None],
+) -> Iterator[None]:
+    """Enter the plates of a site, and its mask if it has one."""
+    with contextlib.ExitStack() as stack:
+        for frame in site.plates:
+            stack.enter_context(plates[frame.name])
+        if masks.get(site.name) is not None:
+            stack.enter_context(poutine.mask(mask=masks[site.name]))
+        yield

@@ -1,0 +1,143 @@
+"""The values of the data, each held to the support of the site that observes it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pyro_vae._programs.pair_trace import Factor, PairTrace
+from pyro_vae._programs.sites import inside_support, mask_of, support_bounds, values_outside_support
+from pyro_vae.datasets._minibatches import Batch, Minibatches, finite_rows
+
+Run: TypeAlias = Callable[[Batch], PairTrace]
+
+
+def check_supports(run: Run, trace: PairTrace, batch: Batch, batches: Minibatches) -> bool:
+    """Check all values in memory that a site observes as they are, against its support.
+
+    A support whose bounds the program computes from the minibatch is not that of other rows: their
+    values are left to the check of each minibatch as it comes.
+
+    Args:
+        run: runs the pair on a minibatch, with validation on.
+        trace: of the first minibatch.
+        batch: it.
+        batches: the data.
+
+    Returns:
+        Whether that was a check of every local observed site.
+
+    Raises:
+        ValueError: a value is outside.
+    """
+    columns = batches.checked
+    if columns is None:
+        return False
+    extremes: list[PairTrace] | None = None
+    checked = set()
+    finite = torch.stack([finite_rows(column) for column in columns]).all(0)
+    observed = [*_observed_columns(trace, batch)]
+    for factor, number in observed:
+        if (bounds := support_bounds(factor.site)) is not None:
+            if inside_support(factor.site, columns[number]) is None:
+                continue
+            if extremes is None:
+                masks = [inside_support(each.site, columns[n]) for each, n in observed]
+                masks = [m for m in masks if m is not None and m.shape == finite.shape]
+                extremes = _runs_on_extremes(run, columns, batches, finite, masks)
+            others = [support_bounds(each.model[factor.name].site) for each in extremes]
+            if not others or not all(_same(bounds, other) for other in others):
+                continue
+        if (outside := values_outside_support(factor.site, columns[number], finite)) is not None:
+            raise ValueError(outside)
+        checked.add(factor.name)
+    return all(
+        factor.name in checked or factor.is_factor
+        for factor in trace.model.values()
+        if factor.observed and factor.local
+    )
+
+
+def _runs_on_extremes(
+    run: Run,
+    columns: Batch,
+    batches: Minibatches,
+    finite: Tensor,
+    inside: Sequence[Tensor],
+) -> list[PairTrace]:
+    """Run a pair on the rows with the least and the largest sum of a column, each repeated.
+
+    Bounds that depend on the data differ there, if anywhere. If such a row is outside of its own
+    bounds, those inside of the first minibatch's bounds take its place. A pair may fail on
+    minibatches that are none of the data's: there is nothing to compare then.
+
+    Args:
+        run: runs the pair on a minibatch, with validation on.
+        columns: all data.
+        batches: which they are of.
+        finite: the rows without NaN and infinite values.
+        inside: for each observed site, the rows that its support at the first minibatch holds.
+    """
+    try:
+        return _runs_on_copies(run, columns, batches, _extreme_rows(columns, finite))
+    except ValueError as error:
+        if "outside the support of site" not in str(error):
+            return []
+    rows = _extreme_rows(columns, torch.stack([finite, *inside]).all(0))
+    with contextlib.suppress(ValueError):
+        return _runs_on_copies(run, columns, batches, rows)
+    return []
+
+
+def _extreme_rows(columns: Batch, among: Tensor) -> list[int]:
+    rows = among.nonzero()[:, 0]
+    if not len(rows):
+        return []
+    sums = [c.reshape(len(c), -1).sum(1, dtype=torch.float64) for c in columns]
+    picks = (torch.argmin, torch.argmax)
+    return list({rows[pick(each[rows])].item(): None for each in sums for pick in picks})
+
+
+def _runs_on_copies(
+    run: Run, columns: Batch, batches: Minibatches, rows: Sequence[int]
+) -> list[PairTrace]:
+    """Run a pair on minibatches each of which is one row over and over."""
+    size = min(batches.batch_size, len(columns[0]))
+    devices = [batches.device] if batches.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        return [run(tuple(column[[row] * size] for column in columns)) for row in rows]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and not isinstance(a, Tensor) and a == b
+
+
+def _is_same(column: Any, value: Tensor) -> bool:
+    """Tell whether a value is a column itself: one that is equal may be computed from it."""
+    if not isinstance(column, Tensor) or column.shape != value.shape:
+        return False
+    same_memory = column.data_ptr() == value.data_ptr() and column.stride() == value.stride()
+    return column is value or (same_memory and column.dtype == value.dtype)
+
+
+def _observed_columns(trace: PairTrace, batch: tuple[Any, ...]) -> Iterator[tuple[Factor, int]]:
+    """Yield the observed sites whose value is a column of the batch, with the column's number.
+
+    Not masked ones: other rows of the column may be masked, and hold anything.
+    """
+    for factor in trace.model.values():
+        value = factor.site["value"]
+        if not factor.observed or mask_of(factor.site) is not None:
+            continue
+        for number, column in enumerate(batch):
+            if _is_same(column, value):
+                yield factor, number
+                break

@@ -1,0 +1,184 @@
+"""The tensors that a pair consists of, each by a name that outlasts the process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_vae._programs import fits
+from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._utils import mappings
+from pyro_vae._utils.modules import NAME_IT, modules, unnamed
+from pyro_vae._utils.referenced_objects import reach
+
+UNNAMED = "unnamed module"
+BARE = "param."  # what the names of pyro.param values begin with
+
+
+def state(model: Program, guide: Program) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a pair, as they are: not copies.
+
+    Those of modules are called by the way that leads to them, ``model.likelihood.net.0.weight``
+    say, and what both programs hold by the shortest; values of ``pyro.param`` that no module
+    holds by their own names after ``param.``, unconstrained. Modules that no name leads to are
+    numbered: ``unnamed module 1.weight``. Open the pair's
+    :func:`pyro_vae.parameter_store` around it, for these stand there.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> model = pv.LatentVariableModel(
+        ...     prior=pv.priors.StandardNormal(2),
+        ...     likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [], 4)),
+        ... )
+        >>> guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(4, [8]))
+        >>> sorted(name for name in state(model, guide) if name.startswith("guide"))
+        ['guide.encoder.0.bias', 'guide.encoder.0.weight']
+    """
+    of_modules = {
+        id(tensor)
+        for module in modules(model, guide)
+        for tensor in itertools.chain(module.parameters(), module.buffers())
+    }
+    found: dict[str, Tensor] = {}
+    for name, thing in reach(model=model, guide=guide):
+        if id(thing) in of_modules:
+            of_modules.remove(id(thing))
+            found[_unused(name, found)] = thing
+    for number, module in enumerate(unnamed(model, guide), 1):
+        for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+            found[f"{UNNAMED} {number}.{name}"] = tensor
+    named = dict(pyro.get_param_store().named_parameters())
+    found |= {BARE + name: named[name] for name in sorted(programs.bare_parameter_names())}
+    return found
+
+
+def digests(model: Program, guide: Program) -> dict[str, int]:
+    """Return a number for each tensor of a pair, by name, which is another for other values.
+
+    A type that holds the same values makes no difference, nor does the device. Open the pair's
+    store around it.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+    """
+    found = state(model, guide)
+    sums = [_digest(tensor).cpu() for tensor in found.values()]
+    return dict(zip(found, torch.stack(sums).tolist() if sums else [], strict=True))
+
+
+def changed(model: Program, guide: Program, before: Mapping[str, int]) -> list[str]:
+    """Return the names of the tensors that have other values than when digests were taken.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        before: as :func:`digests` returned it.
+    """
+    now = digests(model, guide) if before else {}
+    return [name for name, digest in before.items() if now.get(name) != digest]
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """Sum the bits of all entries modulo 2^64, each times an odd number of its own."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for number, part in enumerate(tensor.detach().flatten().split(_ENTRIES_AT_ONCE)):
+        real = part.is_floating_point()
+        bits = part.double().view(torch.int64) if real else part.long()
+        first = 2 * number * _ENTRIES_AT_ONCE + 1
+        odd = torch.arange(first, first + 2 * len(part), 2, device=tensor.device)
+        total += ((bits ^ (bits >> 32)) * (odd * _ODD)).sum()
+    return total
+
+
+_ENTRIES_AT_ONCE = 1 << 20
+_ODD = 0x1E3779B97F4A7C15
+
+
+def require_names(model: Program, guide: Program) -> None:
+    """Refuse a pair with tensors whose names another process would not know.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+
+    Raises:
+        ValueError: a module with tensors ran in the pair, and no name leads to it.
+    """
+    for module in unnamed(model, guide):
+        if any(True for _ in itertools.chain(module.parameters(), module.buffers())):
+            raise ValueError(
+                f"a {type(module).__name__} with parameters or buffers runs in model or guide, but "
+                f"no name leads to it, under which it could be written to disk: {NAME_IT}."
+            )
+
+
+def require_parameters(model: Program, guide: Program) -> None:
+    """Refuse a fitted pair with parameters of modules that the programs make at each run.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+
+    Raises:
+        ValueError: a parameter was met in the fit, and no module that a name leads to holds it.
+    """
+    fitted = fits.find(model, guide)
+    if fitted is None:
+        return
+    named = set(map(id, state(model, guide).values()))
+    for name in sorted(frozenset.union(*fitted.names.values())):
+        parameter = fitted.store["params"].get(name)
+        if isinstance(parameter, nn.Parameter) and id(parameter) not in named:
+            raise ValueError(
+                f"parameter {name!r} was fitted, but no module that a name leads to holds it, so "
+                f"that it would not be saved. Make its module once, before the fit, and {NAME_IT}."
+            )
+
+
+def _unused(name: str, names: dict[str, Tensor]) -> str:
+    """Number what code can reach by one name: an attribute and a global, say."""
+    candidates = itertools.chain([name], (f"{name}#{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in candidates if candidate not in names)
+
+
+def constraints_of_bare_parameters() -> dict[str, Any]:
+    """Return the constraints of ``pyro.param`` values that no module holds, by name.
+
+    Raises:
+        TypeError: a constraint is of a kind that cannot be written down.
+    """
+    constraints = pyro.get_param_store().get_state()["constraints"]
+    names = programs.bare_parameter_names()
+    return {BARE + name: mappings.describe(constraints[name]) for name in sorted(names)}
+
+
+def make_bare_parameters(constraints: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
+    """Register values in the open store that the programs have not come to ask for.
+
+    Args:
+        constraints: as :func:`constraints_of_bare_parameters` gave them.
+        values: unconstrained, by the same names.
+    """
+    store = pyro.get_param_store()
+    names = sorted(constraints.keys() - {BARE + known for known in store.keys()})  # noqa: SIM118
+    bare = [name.removeprefix(BARE) for name in names]
+    made = [values[name].detach().clone().requires_grad_() for name in names]
+    bounds = [mappings.restore(constraints[name]) for name in names]
+    store.set_state(
+        {
+            "params": dict(zip(bare, made, strict=True)),
+            "constraints": dict(zip(bare, bounds, strict=True)),
+        }
+    )

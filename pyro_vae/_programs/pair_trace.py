@@ -1,0 +1,428 @@
+"""One run of a pair of Pyro programs: the contract checked, every density reduced to its datum."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Tensor
+
+from pyro_vae._programs.agreement import (
+    check_agreement,
+    check_event_shape,
+    check_rows,
+    common_data_frame,
+)
+from pyro_vae._programs.ancestral import Dream
+from pyro_vae._programs.enumeration import Enumeration, SummedOut, even_where_masked, is_enumerated
+from pyro_vae._programs.held_samples import HeldSamples, log_prob_of_draw
+from pyro_vae._programs.outside import log_prob_on, require_same_support, support_to_check
+from pyro_vae._programs.runs import Program, as_guide, replay, trace_of
+from pyro_vae._programs.sites import (
+    PARTICLE_PLATE,
+    Site,
+    Unobserve,
+    arranged,
+    cannot_score,
+    data_frame,
+    is_loss_of_guide,
+    observed_value,
+    own_scale,
+    random_sites,
+    reduce_to_datum,
+    values_outside_support,
+)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One site's factor of p(x, z) or q(z|x).
+
+    ``log_prob`` has shape (K, B) for a local site, one inside the plate ``"data"``, and (K,) for a
+    global one. It is masked, and scaled by everything but the plate ``"data"``; ``unscaled`` is
+    masked alone.
+    """
+
+    site: Site
+    log_prob: Tensor
+    unscaled: Tensor
+    enumerated: bool = False
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.site["name"]
+
+    @property
+    def local(self) -> bool:
+        """Whether the site belongs to a datum."""
+        return data_frame(self.site) is not None
+
+    @property
+    def observed(self) -> bool:
+        """Whether the site's value is given."""
+        return self.site["is_observed"]
+
+    @property
+    def is_factor(self) -> bool:
+        """Whether the site is a pyro.factor: a density without a value."""
+        return isinstance(self.site["fn"], Unit)
+
+    @property
+    def reparameterized(self) -> bool:
+        """Whether gradients pass through the site's value, or need not, all being counted."""
+        given = self.observed or self.enumerated
+        return given or getattr(self.site["fn"], "has_rsample", False)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether anything but the plate ``"data"`` scales the site."""
+        scale = own_scale(self.site)
+        return isinstance(scale, Tensor) or scale != 1.0
+
+
+class PairTrace:
+    """One run of ``guide(*args)``, and of ``model(*args)`` replayed on what the guide drew.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        args: positional arguments of both.
+        kwargs: keyword arguments of both.
+        num_particles: K, drawn under an outer plate; that plate is left out when K is 1.
+        plate_nesting: how many batch dimensions the programs use themselves; needed if K > 1.
+        hold_samples: run both programs on copies of the guide's samples, see ``Terms.path``.
+        enumerates: whether some latent is known to ask for enumeration. If not, and one does, the
+            programs are run once more.
+
+    Raises:
+        ValueError: the pair breaks the contract for programs (docs/contract.md).
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple = (),
+        kwargs: dict | None = None,
+        *,
+        num_particles: int = 1,
+        plate_nesting: int | None = None,
+        hold_samples: bool = False,
+        enumerates: bool = False,
+    ):
+        kwargs = kwargs or {}
+        self._pair, self._arguments = (model, guide), (args, kwargs)
+        guide = as_guide(guide)
+        self.num_particles = num_particles
+        self.holds_samples = hold_samples
+        self.particle_dim = None if num_particles == 1 else -1 - plate_nesting
+        if self.particle_dim is not None:
+            particles = pyro.plate(PARTICLE_PLATE, num_particles, dim=self.particle_dim)
+            model, guide = particles(model), particles(guide)
+        run = functools.partial(self._run, model, guide, args, kwargs, hold_samples)
+        guide_trace, model_trace = run(-1 - plate_nesting) if enumerates else run(None)
+        if not enumerates and any(map(is_enumerated, _sites(guide_trace, model_trace))):
+            common_data_frame([*_sites(guide_trace, model_trace)])
+            enumerates, plate_nesting = True, _nesting(guide_trace, model_trace)
+            guide_trace, model_trace = run(-1 - plate_nesting)
+        self.enumerates = enumerates
+        unobserved = Unobserve()(model)
+        self.replay_unobserved = lambda given: trace_of(
+            replay(unobserved, _with(guide_trace, given)), *args, **kwargs
+        )
+        self._traces = {"model": model_trace, "guide": guide_trace}
+
+        model_sites = {site["name"]: site for site in random_sites(model_trace)}
+        guide_sites = {site["name"]: site for site in random_sites(guide_trace)}
+        check_rows(model_trace, guide_trace)
+        check_agreement(model_sites, guide_sites)
+        frame = common_data_frame([*model_sites.values(), *guide_sites.values()])
+        self.batch_size = frame.size
+        self.scale = (frame.full_size or frame.size) / frame.size
+        self.averaged: list[str] = []
+        self.summed: list[str] = []  # enumerated sites of the model alone
+        self.entangled: list[list[str]] = []
+        self.summed_out: list[SummedOut] = []
+        if enumerates:
+            self.model, of_guide = self._enumerated(model_sites, guide_sites, plate_nesting)
+        else:
+            self.model = {name: self._factor(site) for name, site in model_sites.items()}
+            of_guide = {name: self._factor(site) for name, site in guide_sites.items()}
+        # What the guide observes is no part of log q, but a loss that training adds.
+        self.guide = {n: f for n, f in of_guide.items() if not is_loss_of_guide(f.site)}
+        self.guide_losses = [f for f in of_guide.values() if is_loss_of_guide(f.site)]
+
+    def _run(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple,
+        kwargs: dict,
+        hold_samples: bool,
+        first_enumerated: int | None,
+    ) -> tuple[poutine.Trace, poutine.Trace]:
+        """Return the traces of guide and model."""
+        if first_enumerated is not None:
+            first_enumerated -= self.particle_dim is not None
+            guide = EnumMessenger(first_available_dim=first_enumerated)(guide)
+            model = EnumMessenger()(model)  # goes on where the guide's ended
+        self._samples = HeldSamples()
+        with self._samples if hold_samples else nullcontext():
+            guide_trace = trace_of(guide, *args, **kwargs)
+        return guide_trace, trace_of(replay(model, guide_trace), *args, **kwargs)
+
+    @property
+    def plate_nesting(self) -> int:
+        """How many batch dimensions the programs' plates use, the particles' plate apart."""
+        return _nesting(*self._traces.values())
+
+    @property
+    def plate_sizes(self) -> set[int]:
+        """The sizes of those plates."""
+        return {frame.size for frame in _plates(*self._traces.values())}
+
+    def parameters(self, program: str) -> list[Tensor]:
+        """Return the tensors behind the parameters that a program met, unconstrained.
+
+        Args:
+            program: ``"model"`` or ``"guide"``.
+        """
+        return [*self.named_parameters(program).values()]
+
+    def named_parameters(self, program: str) -> dict[str, Tensor]:
+        """Return :meth:`parameters` by their names."""
+        nodes = self._traces[program].nodes.items()
+        return {name: n["value"].unconstrained() for name, n in nodes if n["type"] == "param"}
+
+    def depends_on(self, tensors: list[Tensor]) -> dict[str, list[bool]]:
+        """Tell for each tensor whether the model depends on it, and whether the guide does."""
+        args, kwargs = self._arguments
+        with torch.random.fork_rng(), torch.enable_grad():
+            held = PairTrace(*self._pair, args, kwargs, hold_samples=True)
+            of_guide = [f.log_prob for f in (*held.guide.values(), *held.guide_losses)]
+            ends = {
+                "model": [f.log_prob for f in held.model.values()],
+                "guide": of_guide + [drawn for drawn, _ in held.held_samples()],
+            }
+            return {
+                program: [g is not None for g in _gradients(values, tensors)]
+                for program, values in ends.items()
+            }
+
+    def parameter_names(self, program: str) -> frozenset[str]:
+        """Return the names under which the ``"model"`` or the ``"guide"`` met parameters."""
+        nodes = self._traces[program].nodes.items()
+        return frozenset(name for name, node in nodes if node["type"] == "param")
+
+    @property
+    def latents(self) -> list[str]:
+        """Names of the model's latent sites, in the model's order."""
+        return [factor.name for factor in self.model.values() if not factor.observed]
+
+    def held_samples(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the guide's samples, each as it was drawn and as it was held."""
+        return [*zip(self._samples.drawn.values(), self._samples.held.values(), strict=True)]
+
+    def samples(self) -> dict[str, Tensor]:
+        """Return what the guide drew at the local latents: ``(K, B, *inner plates, *event)``."""
+        self.require_drawn()
+        sites = [self.guide[name].site for name in self.latents if self.model[name].local]
+        return {site["name"]: self._value(site) for site in sites}
+
+    def observations(self) -> dict[str, Tensor]:
+        """Return the values of the local observed sites: ``(B, *inner plates, *event)``."""
+        sites = [f.site for f in self.model.values() if f.observed and f.local and not f.is_factor]
+        return {site["name"]: observed_value(site) for site in sites}
+
+    def dream(self) -> Dream:
+        """Let the model draw latents and data together, as many as the minibatch has."""
+        return Dream(*self._pair, *self._arguments)
+
+    def total(self, factors: Iterable[Factor], *, local: bool) -> Tensor:
+        """Sum the log-densities of the local factors (K, B), or of the global ones (K,)."""
+        total = None
+        for factor in factors:
+            if factor.local is local:
+                total = factor.log_prob if total is None else total + factor.log_prob
+        return self.zeros(local) if total is None else total
+
+    def score(self) -> Tensor:
+        """Sum the unscaled log-densities of the local sites without a reparameterised sample."""
+        factors = [f for f in self.guide.values() if f.local and not f.reparameterized]
+        return sum((f.unscaled for f in factors), self.zeros(local=True))
+
+    def require_drawn(self) -> None:
+        """Refuse a run whose guide enumerates, which then draws no latents.
+
+        Raises:
+            ValueError: as said.
+        """
+        if self.averaged:
+            raise ValueError(
+                f"the guide enumerates site {self.averaged[0]!r}: what it draws has all its values "
+                "at once. Run the guide without infer={'enumerate': 'parallel'} there."
+            )
+
+    def _enumerated(
+        self, model: dict[str, Site], guide: dict[str, Site], plate_nesting: int
+    ) -> tuple[dict[str, Factor], dict[str, Factor]]:
+        """Return the factors of both programs, summed and averaged over what is enumerated."""
+        width = plate_nesting + (self.particle_dim is not None)
+        enumeration = Enumeration(model, guide, width)
+        self.averaged, self.summed = enumeration.in_guide, enumeration.in_model
+        tables, plain = [], []
+        for sites in (model, guide):
+            found, others = {}, {}
+            for name, site in sites.items():
+                table = self._table(site, width, enumeration.count)
+                if table is None or not (is_enumerated(site) or enumeration.varies(table)):
+                    others[name] = self._factor(site)
+                    continue
+                self._check_enumerated(site, of_guide=sites is guide)
+                found[name] = table
+            tables.append(found)
+            plain.append(others)
+        factors = []
+        for sites, found, others in zip(
+            (model, guide), enumeration.without(*tables), plain, strict=True
+        ):
+            for name, log_prob in found.items():
+                enumerated = name in enumeration.in_guide
+                others[name] = Factor(sites[name], log_prob, log_prob, enumerated)
+            factors.append({name: others[name] for name in sites if name in others})
+        self.entangled, self.summed_out = enumeration.entangled, enumeration.summed_out
+        return factors[0], factors[1]
+
+    def _table(self, site: Site, width: int, count: int) -> Tensor | None:
+        """Return a local site's densities by enumerated values, particle and datum."""
+        if data_frame(site) is None:
+            return None
+        log_prob = even_where_masked(self._checked_log_prob(site), site)
+        shape = torch.broadcast_shapes(log_prob.shape, (1,) * (width + count))
+        rows = log_prob.expand(shape).flatten(end_dim=count - 1)
+        reduced = torch.vmap(functools.partial(self.reduced, site=site))(rows)
+        return reduced.unflatten(0, shape[:count])
+
+    @staticmethod
+    def _check_enumerated(site: Site, *, of_guide: bool) -> None:
+        """Refuse what a sum over values cannot hold."""
+        scale = own_scale(site)
+        if isinstance(scale, Tensor) or scale != 1.0:
+            raise ValueError(
+                f"site {site['name']!r} is scaled and depends on an enumerated site: a sum over "
+                "values cannot hold a scale. Remove it."
+            )
+        sampled = of_guide and not site["is_observed"] and not is_enumerated(site)
+        if sampled and not getattr(site["fn"], "has_rsample", False):
+            raise ValueError(
+                f"site {site['name']!r} has no reparameterised sample and depends on an enumerated "
+                "site: enumerate it too"
+            )
+
+    def _factor(self, site: Site) -> Factor:
+        log_prob = self._checked_log_prob(site)
+        scaled = scale_and_mask(log_prob, own_scale(site))
+        unscaled = self.reduced(log_prob, site)
+        return Factor(
+            site, unscaled if scaled is log_prob else self.reduced(scaled, site), unscaled
+        )
+
+    def _checked_log_prob(self, site: Site) -> Tensor:
+        """Return a site's density, masked."""
+        check_event_shape(site)
+        drawn_at = self._drawn_at(site)
+        if drawn_at is not None:
+            require_same_support(site, drawn_at)
+        try:
+            log_prob = self._log_prob(site, drawn_at)
+        except ValueError as error:
+            raise ValueError(
+                values_outside_support(site, site["value"])
+                or f"site {site['name']!r}, of event shape {tuple(site['fn'].event_shape)}, cannot "
+                f"score its value of shape {tuple(site['value'].shape)}: {error}"
+            ) from error
+        except (KeyError, NotImplementedError) as error:
+            raise ValueError(cannot_score(site, error)) from error
+        return torch.as_tensor(scale_and_mask(log_prob, mask=site["mask"]))
+
+    def _drawn_at(self, site: Site) -> Site | None:
+        """Return the site of the guide that draws a latent of the model; None of other sites."""
+        drawn_at = self._traces["guide"].nodes.get(site["name"])
+        return None if drawn_at is site or site["is_observed"] else drawn_at
+
+    def _log_prob(self, site: Site, drawn_at: Site | None) -> Tensor:
+        fn, value = site["fn"], site["value"]
+        try:
+            if drawn_at is not None:
+                support = support_to_check(site, drawn_at)
+                if support is not None:
+                    return log_prob_on(support, site)
+            return fn.log_prob(value, *site["args"], **site["kwargs"])
+        except (KeyError, NotImplementedError):  # Pyro's flows without an inverse raise either
+            if value is not self._samples.held.get(site["name"]):
+                raise
+            return log_prob_of_draw(fn, self._samples.drawn[site["name"]], value)
+
+    def _value(self, site: Site) -> Tensor:
+        """Return a site's value with its dimensions in order: ``(K, B, *inner plates, *event)``."""
+        return self.arranged(site["value"], site)
+
+    def arranged(self, value: Tensor, site: Site) -> Tensor:
+        """Return what a site has for each number of its value, see ``sites.arranged``."""
+        return arranged(value, site, self.particle_dim)
+
+    def reduced(self, log_prob: Tensor, site: Site) -> Tensor:
+        """Sum a site's log-densities to those of particle and datum."""
+        return reduce_to_datum(
+            log_prob, site, self.batch_size, self.particle_dim, self.num_particles
+        )
+
+    def masked_log_prob(self, site: Site) -> Tensor:
+        """Return a site's log-density for each element of its plates, masked and not scaled."""
+        return self._checked_log_prob(site)
+
+    def zeros(self, local: bool) -> Tensor:
+        """Return zeros (K, B), or (K,) of what is global."""
+        some = next(iter(self.model.values())).log_prob
+        return some.new_zeros([self.num_particles, self.batch_size][: 2 if local else 1])
+
+
+def _gradients(values: list[Tensor], tensors: list[Tensor]) -> Sequence[Tensor | None]:
+    total = sum(value.sum() for value in values)
+    if not values or not total.requires_grad:
+        return [None] * len(tensors)
+    return torch.autograd.grad(total, tensors, retain_graph=True, allow_unused=True)
+
+
+def _sites(*traces: poutine.Trace) -> Iterator[Site]:
+    return itertools.chain(*map(random_sites, traces))
+
+
+def _plates(*traces: poutine.Trace) -> Iterator[CondIndepStackFrame]:
+    for site in _sites(*traces):
+        for frame in site["cond_indep_stack"]:
+            if frame.vectorized and frame.name != PARTICLE_PLATE:
+                yield frame
+
+
+def _nesting(*traces: poutine.Trace) -> int:
+    return -min(frame.dim for frame in _plates(*traces))
+
+
+def _with(trace: poutine.Trace, sites: Mapping[str, Site]) -> poutine.Trace:
+    """Return a trace with more sites, to be replayed."""
+    trace = trace.copy()
+    for name, site in sites.items():
+        trace.add_node(name, **site)
+    return trace

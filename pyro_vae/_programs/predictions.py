@@ -1,0 +1,111 @@
+"""Data given latents: the model of a run, run once more without its observations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from pyro import poutine
+from pyro.distributions import ProjectedNormal, Unit, VonMises
+from torch import Tensor
+from torch.distributions import Categorical
+
+from pyro_vae._programs.enumeration import SummedOut
+from pyro_vae._programs.pair_trace import PairTrace
+from pyro_vae._programs.sites import Site, base_distribution, data_frame, placed, random_sites
+
+
+def predict(run: PairTrace) -> dict[str, Tensor]:
+    r"""Draw the local observed sites anew, see ``Terms.predict``.
+
+    Sites c that were summed out of the model are drawn from :math:`p(c|z)` first.
+
+    Raises:
+        ValueError: the guide enumerates a site, and so draws no latents.
+    """
+    return {site["name"]: run.arranged(site["value"], site) for site in drawn_sites(run)}
+
+
+def drawn_sites(run: PairTrace) -> list[Site]:
+    """Return the local observed sites, drawn anew given the latents of a run.
+
+    Raises:
+        ValueError: the guide enumerates a site, and so draws no latents.
+    """
+    run.require_drawn()
+    given = {}
+    for together in run.summed_out:
+        log_prob = together.log_prob
+        drawn = Categorical(logits=log_prob.flatten(end_dim=-3).movedim(0, -1)).sample()
+        indices = torch.unravel_index(drawn, log_prob.shape[:-2])
+        for name, site in together.sites.items():
+            index = placed(indices[together.dims[name] + 2], site, run.particle_dim)
+            given[name] = site | {"value": _values(site)[index]}
+    return drawn_observations(run.replay_unobserved(given))
+
+
+def means(run: PairTrace) -> Iterator[tuple[Site, Tensor]]:
+    r"""Yield the local observed sites, drawn anew, and their means given the latents of a run.
+
+    The mean given sites c that were summed out is averaged over :math:`p(c|z)`. Where a site has
+    no mean, the values drawn stand in.
+    """
+    drawn = drawn_sites(run)
+    if not run.summed_out:
+        yield from ((site, mean_or_draw(site)) for site in drawn)
+        return
+    given = {name: site for group in run.summed_out for name, site in group.sites.items()}
+    enumerated = {site["name"]: site for site in drawn_observations(run.replay_unobserved(given))}
+    for site in drawn:
+        mean = _mean(enumerated[site["name"]])
+        if mean is None or isinstance(base_distribution(site["fn"]), VonMises):  # no average there
+            yield site, site["value"]
+            continue
+        for together in run.summed_out:
+            mean = _averaged(mean, together, site, run.particle_dim)
+        yield site, mean.reshape(mean.shape[mean.dim() - site["value"].dim() :])
+
+
+def mean_or_draw(site: Site) -> Tensor:
+    """Return the mean of a site's distribution; the value drawn, where it has none."""
+    mean = _mean(site)
+    return site["value"] if mean is None else mean
+
+
+def drawn_observations(trace: poutine.Trace) -> list[Site]:
+    """Return the sites of the plate ``"data"`` whose observations were taken away."""
+    return [
+        site
+        for site in random_sites(trace)
+        if site["infer"].get("was_observed")
+        and data_frame(site) is not None
+        and not isinstance(site["fn"], Unit)
+    ]
+
+
+def _values(site: Site) -> Tensor:
+    """Return the values of an enumerated site, one after another along the first dimension."""
+    event_dim = len(site["fn"].event_shape)
+    values = site["value"].movedim(site["infer"]["_enumerate_dim"] - event_dim, 0)
+    return values.flatten(1, values.dim() - event_dim - 1)[:, 0]
+
+
+def _mean(site: Site) -> Tensor | None:
+    if isinstance(base_distribution(site["fn"]), ProjectedNormal):
+        return None  # what Pyro calls its mean is a direction
+    try:
+        mean = site["fn"].mean
+    except NotImplementedError:
+        return None
+    return None if mean.isnan().any() else mean
+
+
+def _averaged(mean: Tensor, together: SummedOut, site: Site, particle_dim: int | None) -> Tensor:
+    """Average a mean, which may depend on sites that were summed out, over these."""
+    event_dim = len(site["fn"].event_shape)
+    dims = [each["infer"]["_enumerate_dim"] - event_dim for each in together.sites.values()]
+    if all(-dim > mean.dim() or mean.shape[dim] == 1 for dim in dims):
+        return mean
+    weights = placed(together.log_prob.exp(), site, particle_dim, together.width)
+    weights = weights.reshape(*weights.shape, *(1,) * event_dim)
+    return (mean * weights).sum(dims, keepdim=True)

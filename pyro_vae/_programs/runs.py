@@ -1,0 +1,130 @@
+"""Run one program of a pair under Pyro's handlers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine import indep_messenger
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.messenger import Messenger, block_messengers
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.runtime import _PYRO_STACK, get_plates
+from pyro.poutine.util import site_is_subsample
+from torch.distributions import Distribution
+
+from pyro_vae._programs.sites import ROWS_WERE_DRAWN, Site
+
+Program = Callable[..., Any]
+
+
+def trace_of(program: Program, *args: Any, **kwargs: Any) -> poutine.Trace:
+    """Run a program and return the trace of its sites.
+
+    The program's errors pass unchanged: ``poutine.trace(program).get_trace`` would append the
+    shapes of all sites to their messages.
+    """
+    with poutine.trace() as messenger:
+        program(*args, **kwargs)
+    return messenger.trace
+
+
+def as_guide(program: Program) -> Program:
+    """Return a guide that hides the model's observations and notes where it draws the rows.
+
+    A ``GuideMessenger``, such as ``AutoNormalMessenger``, runs the model to sample the latents. The
+    model's observed sites and factors are no part of log q. Pyro's ELBOs drop them, too.
+    """
+    return _AsGuide()(program)
+
+
+class _AsGuide(Messenger):
+    def __enter__(self) -> _AsGuide:
+        self._plates: dict[str, Site] = {}
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["is_observed"]:
+            msg["stop"] = any(isinstance(handler, GuideMessenger) for handler in _PYRO_STACK)
+        elif site_is_subsample(msg):
+            size, drawn = msg["fn"].size, msg["fn"].subsample_size
+            msg["infer"][ROWS_WERE_DRAWN] = msg["value"] is None and drawn not in (None, size)
+            first = self._plates.setdefault(msg["name"], msg)
+            if first is not msg:  # guides side by side open one plate each
+                _share_rows(first, msg)
+
+
+def _share_rows(first: Site, msg: Site) -> None:
+    """Let a plate that is opened again have the rows of the first one; hide it from the trace."""
+    msg["stop"] = True
+    rows = first["value"]
+    if msg["value"] is None:
+        msg["value"] = rows
+    elif Distribution._validate_args and not _are_equal(rows, msg["value"]):
+        raise ValueError(
+            f"the guide opens the plate {msg['name']!r} twice, with different rows. Open it with "
+            "the same rows each time."
+        )
+
+
+def _are_equal(rows: Any, others: Any) -> bool:
+    return len(rows) == len(others) and bool(
+        torch.equal(torch.as_tensor(rows), torch.as_tensor(others))
+    )
+
+
+def replay(model: Program, guide_trace: poutine.Trace) -> Program:
+    """Return the model with its latents at the values of a guide's trace.
+
+    Unlike ``poutine.replay``, it leaves rows to the model that the model itself states, as in
+    ``pyro.plate("data", N, subsample=rows)``. And it ignores what the guide observes.
+    """
+    return _Replay(guide_trace)(model)
+
+
+class _Replay(ReplayMessenger):
+    def _pyro_sample(self, msg: Site) -> None:
+        site = self.trace.nodes.get(msg["name"])
+        if site is None or site["is_observed"]:
+            return
+        if not (site_is_subsample(msg) and msg["value"] is not None):
+            super()._pyro_sample(msg)
+
+
+def plate_of_guide(
+    name: str, size: int, dim: int | None, full_size: int | None = None
+) -> contextlib.AbstractContextManager:
+    """Make a plate for a guide that does not know which rows the minibatch holds.
+
+    Its rows are not recorded. So the model keeps its own, and several guides side by side can each
+    open a plate of one name. Inside a plate of that name it does nothing.
+
+    Args:
+        name: of the plate.
+        size: number of rows of the minibatch.
+        dim: batch dimension of the plate, from the right.
+        full_size: number of rows that the minibatch stands for, if it subsamples.
+    """
+    if any(frame.name == name for frame in get_plates()):
+        return contextlib.nullcontext()
+    with poutine.block():
+        if full_size in (None, size):
+            return pyro.plate(name, size, dim=dim)
+        return pyro.plate(name, full_size, subsample=torch.arange(size), dim=dim)
+
+
+@contextlib.contextmanager
+def outside_of_plates() -> Iterator[None]:
+    """Run a program inside the block as if no plate were open around it."""
+    allocator = indep_messenger._DIM_ALLOCATOR
+    stack, allocator._stack = allocator._stack, []
+    try:
+        with block_messengers(lambda handler: isinstance(handler, IndepMessenger)):
+            yield
+    finally:
+        allocator._stack = stack

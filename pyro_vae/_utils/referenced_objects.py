@@ -1,0 +1,192 @@
+"""What a program's code can reach by name: closures, globals, attributes, containers.
+
+A plain function does not say which modules it runs or on which numbers it depends; this walk
+finds them, for whoever moves modules to a device or watches for numbers that change.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+import types
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from torch import nn
+from torch.distributions import Distribution, Transform
+
+from pyro_vae._utils.code_names import MACHINERY, PACKAGE, named_by, of_libraries, package
+
+
+def reach(**roots: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what the roots are, hold, or refer to by name, each once, with a name for it.
+
+    A function's names are looked up in its closure, its defaults, its globals and in the modules
+    that it imports, and so are those of the functions it calls, wraps or defines, and of the
+    methods of objects; lists, dictionaries, modules, classes and plain objects are looked into.
+
+    Args:
+        **roots: callables, by the name that their own names begin with.
+    """
+    waiting: deque[tuple[str, Any]] = deque(roots.items())
+    seen: dict[int, Any] = {}  # by id, and kept alive, so that no id is given to another thing
+    while waiting:
+        name, thing = waiting.popleft()
+        if isinstance(thing, VALUES):
+            yield name, thing
+            continue
+        if type(thing) in weakref.ProxyTypes:
+            thing = _behind(thing)
+        if id(thing) in seen:
+            continue
+        seen[id(thing)] = thing
+        yield name, thing
+        if type(thing) not in _BUILT_IN or thing:
+            waiting.extend((name + suffix, each) for suffix, each in _parts(thing))
+
+
+# Things without parts.
+VALUES = (str, bytes, bool, int, float, complex, type(None), torch.Tensor)
+_CONTAINERS = (Mapping, list, tuple, set, frozenset, deque)
+_BUILT_IN = {dict, list, tuple, set, frozenset, deque, OrderedDict}
+_BOUND = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
+_OF_C = (types.MemberDescriptorType, types.GetSetDescriptorType)
+_ITERATORS = (type(iter([])), type(iter(())))
+_OF_DISTRIBUTIONS = (nn.Module, Distribution, Transform, list, tuple)
+
+
+def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
+    if type(thing) in _BUILT_IN:
+        yield from _items(thing)
+    elif isinstance(thing, nn.Module):
+        yield from _parts_of_module(thing)
+    elif isinstance(thing, functools.partial):
+        yield "", thing.func
+        yield from _items(thing.args)
+        yield from _items(thing.keywords)
+    elif isinstance(thing, _BOUND):
+        if not isinstance(thing.__self__, types.ModuleType):
+            yield "", thing.__self__
+        if isinstance(thing, types.MethodType):
+            yield "", thing.__func__
+    elif inspect.isfunction(thing):
+        yield from named_by(thing)
+    elif isinstance(thing, weakref.ref):
+        yield "", thing()
+    elif isinstance(thing, contextvars.ContextVar):
+        yield "", thing.get(None)
+    elif isinstance(thing, type):
+        if not of_libraries(thing):
+            yield from _parts_of_class(thing, {})
+            yield from _parts_of_class(type(thing), {})
+    elif isinstance(thing, Distribution | Transform) and package(type(thing)) in MACHINERY:
+        # Their tensors come and go as they are computed.
+        found = vars(thing).items()
+        yield from ((f".{n}", v) for n, v in found if isinstance(v, _OF_DISTRIBUTIONS))
+    elif isinstance(thing, types.GeneratorType):
+        yield from _attributes(thing.gi_frame.f_locals if thing.gi_frame else {})
+    elif isinstance(thing, _ITERATORS):
+        yield from _items(thing.__reduce__()[1])  # what it iterates over
+    elif isinstance(thing, np.ndarray):
+        yield from _items(thing.flat if thing.dtype.hasobject else ())
+    else:
+        if isinstance(thing, _CONTAINERS):
+            yield from _items(thing)
+        if _is_plain_object(thing):
+            attributes = {**getattr(thing, "__dict__", {}), **_slots(thing)}
+            yield from _attributes(attributes)
+            yield from _parts_of_class(type(thing), attributes)
+        elif "__wrapped__" in getattr(thing, "__dict__", {}):
+            yield "", vars(thing)["__wrapped__"]
+
+
+def _items(things: Any) -> Iterator[tuple[str, Any]]:
+    pairs = things.items() if isinstance(things, Mapping) else enumerate(things)
+    for number, (key, value) in enumerate(pairs):
+        plain = isinstance(key, (*VALUES, tuple))
+        yield f"[{key!r}]" if plain else f".values()[{number}]", value
+        if not plain:
+            yield f".keys()[{number}]", key
+
+
+def _behind(proxy: Any) -> Any:
+    """Return what a weak proxy stands for, None if that is gone."""
+    try:
+        return proxy.__repr__.__self__
+    except ReferenceError:
+        return None
+
+
+def _attributes(things: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    return ((f".{name}", value) for name, value in things.items())
+
+
+def _slots(thing: Any) -> dict[str, Any]:
+    """Return what an object holds in slots, by name."""
+    cls = type(thing)
+    if cls not in _slots_of:
+        _slots_of[cls] = [
+            name
+            for base in cls.__mro__
+            if package(base) not in (*MACHINERY, PACKAGE)
+            for name, value in vars(base).items()
+            if isinstance(value, types.MemberDescriptorType)
+        ]
+    return {name: getattr(thing, name) for name in _slots_of[cls] if hasattr(thing, name)}
+
+
+_slots_of: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
+
+
+def _parts_of_module(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    attributes = dict(vars(module))
+    for kind in ("_parameters", "_buffers", "_modules"):
+        yield from _attributes(attributes.pop(kind))
+    if package(type(module)) in MACHINERY:  # its own affairs, but for what it was given
+        attributes = {
+            name: v
+            for name, v in attributes.items()
+            if isinstance(v, VALUES) or name in _GIVEN or not name.startswith("_")
+        }
+    # Transforms of Pyro keep their last input and output there.
+    yield from _attributes({n: v for n, v in attributes.items() if not n.startswith("_cached")})
+    yield "", getattr(type(module), "forward", None)
+    yield from _parts_of_class(type(module), vars(module))
+
+
+_GIVEN = {"_forward_hooks", "_forward_pre_hooks", "_pyro_samples"}
+
+
+def _parts_of_class(cls: type, hidden: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What its methods refer to, and its own values; not those of libraries' classes.
+
+    Args:
+        cls: a class, or that of an object.
+        hidden: the object's own attributes, behind which those of the class are not seen.
+    """
+    for base in cls.__mro__:
+        if of_libraries(base):
+            continue
+        for name, value in vars(base).items():
+            if isinstance(value, staticmethod | classmethod):
+                value = value.__func__
+            elif isinstance(value, property):
+                value = value.fget
+            if inspect.isfunction(value):
+                yield "", value
+            elif not (name.startswith("__") or name in hidden or isinstance(value, _OF_C)):
+                yield f".{name}", value
+
+
+def _is_plain_object(thing: Any) -> bool:
+    """Whether to look into an object's attributes: not into those of a library's own machinery."""
+    if isinstance(thing, types.ModuleType):
+        return False
+    known = isinstance(thing, types.SimpleNamespace | poutine.messenger.Messenger)
+    return known or package(type(thing)) not in MACHINERY

@@ -1,0 +1,209 @@
+"""Data sets by name: split, scaled to [0, 1] and binarised."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae._utils.signatures import checked
+from pyro_vae.datasets import _download as sources
+
+Binarization: TypeAlias = Literal["none", "fixed", "dynamic"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images as rows, float32.
+
+    Args:
+        name: of the data set.
+        train: (N, D).
+        validation: (N, D).
+        test: (N, D).
+        image_shape: (height, width) of a row, with D = height x width.
+        transform: what :func:`pyro_vae.fit` must do to each minibatch of ``train``:
+            ``torch.bernoulli`` where the binarisation is dynamic, else None.
+    """
+
+    name: str
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    image_shape: tuple[int, int]
+    transform: Callable[[Tensor], Tensor] | None = None
+
+
+@checked
+def load(
+    name: str,
+    *,
+    binarize: Binarization = "fixed",
+    seed: int = 0,
+    folder: str | Path | None = None,
+) -> Dataset:
+    r"""Load a data set.
+
+    ==============  ===========  =====  ======================  ==================================
+    name            N            D      train/validation/test   split
+    ==============  ===========  =====  ======================  ==================================
+    digits          1797         64     1297 / 200 / 300        permutation of seed 777
+    mnist           70,000       784    50,000 / 10,000 /       file order; the test files
+                                        10,000
+    fashion-mnist   70,000       784    50,000 / 10,000 /       file order; the test files
+                                        10,000
+    freyfaces       1965         560    1565 / 200 / 200        permutation of seed 777
+    ==============  ===========  =====  ======================  ==================================
+
+    digits (Alpaydin & Kaynak 1998, UCI, CC BY 4.0, as scikit-learn ships them) come with the
+    package. The others are fetched once and kept in the user's cache folder.
+
+    Args:
+        name: one of the names above.
+        binarize: ``"none"``: intensities in [0, 1]. ``"fixed"``: each pixel drawn once from
+            Bernoulli(intensity). ``"dynamic"``: ``train`` holds intensities, to be drawn anew for
+            each minibatch by ``fit(..., transform=data.transform)``; ``validation`` and ``test``
+            are fixed draws.
+        seed: of the fixed draws.
+        folder: a data folder to look in first, as ``FOLDER/mnist/train-images-idx3-ubyte.gz``; by
+            default the environment variable ``PYRO_VAE_DATA``.
+
+    Returns:
+        The :class:`Dataset`.
+
+    Raises:
+        ValueError: no such data set or binarisation; a file is truncated or has the wrong hash.
+        FileNotFoundError: a file is not in the data folder and cannot be fetched.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> data = pv.datasets.load("digits")
+        >>> data.train.shape, data.test.unique()
+        (torch.Size([1297, 64]), tensor([0., 1.]))
+    """
+    if name not in _LOADERS:
+        raise ValueError(f"no data set {name!r}: expected one of {', '.join(names())}")
+    if binarize not in get_args(Binarization):
+        raise ValueError(
+            f"binarize must be one of {', '.join(get_args(Binarization))}, got {binarize!r}"
+        )
+    splits, image_shape = _LOADERS[name](folder)
+    if binarize == "none":
+        return Dataset(name, *splits, image_shape)
+    generator = torch.Generator().manual_seed(seed)
+    validation, test, train = (
+        torch.bernoulli(split, generator=generator) for split in (splits[1], splits[2], splits[0])
+    )
+    if binarize == "dynamic":
+        return Dataset(name, splits[0], validation, test, image_shape, torch.bernoulli)
+    return Dataset(name, train, validation, test, image_shape)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a data set's rows, whole numbers 0 to 9, in the order of its rows.
+
+    Args:
+        train: (N,).
+        validation: (N,).
+        test: (N,).
+    """
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+@checked
+def load_labels(name: str, *, folder: str | Path | None = None) -> Labels:
+    """Load the classes of a data set: of digits, mnist or fashion-mnist.
+
+    Args:
+        name: of the data set.
+        folder: a data folder to look in first; see :func:`load`.
+
+    Raises:
+        ValueError: no such data set, or one without labels; a file that is not the right one.
+        FileNotFoundError: a file is not in the data folder and cannot be fetched.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> pv.datasets.load_labels("digits").test.shape
+        torch.Size([300])
+    """
+    if name not in _LABELS:
+        raise ValueError(f"no labels of {name!r}: expected one of {', '.join(_LABELS)}")
+    return Labels(*(torch.tensor(part).long() for part in _LABELS[name](folder)))
+
+
+def names() -> list[str]:
+    """Return the names that :func:`load` knows."""
+    return list(_LOADERS)
+
+
+Splits: TypeAlias = tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int]]
+
+
+def _digits(folder) -> Splits:
+    return _permuted(sources.load_digits(), levels=16, held_out=(200, 300)), (8, 8)
+
+
+def _freyfaces(folder) -> Splits:
+    images = sources.FREYFACES.load(folder)
+    return _permuted(images, levels=255, held_out=(200, 200)), (28, 20)
+
+
+def _mnist(folder) -> Splits:
+    return _idx(sources.MNIST, folder), (28, 28)
+
+
+def _fashion(folder) -> Splits:
+    return _idx(sources.FASHION, folder), (28, 28)
+
+
+def _idx(files: tuple[sources.SourceFile, sources.SourceFile], folder):
+    images, test = (_intensities(file.load(folder), 255) for file in files)
+    return images[:50_000], images[50_000:], test
+
+
+def _permuted(images: np.ndarray, levels: int, held_out: tuple[int, int]):
+    rows = _intensities(images[_order(len(images))], levels)
+    return rows.split([len(rows) - sum(held_out), *held_out])
+
+
+def _order(count: int) -> np.ndarray:
+    # RandomState is frozen for good, unlike default_rng: the split never changes.
+    return np.random.RandomState(777).permutation(count)
+
+
+def _intensities(images: np.ndarray, levels: int) -> Tensor:
+    return torch.tensor(images.reshape(len(images), -1)).float() / levels
+
+
+def _digit_labels(folder) -> list[np.ndarray]:
+    labels = sources.load_digits("labels")
+    return np.split(labels[_order(len(labels))], [1297, 1497])
+
+
+def _idx_labels(files: tuple[sources.SourceFile, sources.SourceFile], folder) -> list[np.ndarray]:
+    train, test = (file.load(folder) for file in files)
+    return [train[:50_000], train[50_000:], test]
+
+
+_LABELS: dict[str, Callable[[str | Path | None], list[np.ndarray]]] = {
+    "digits": _digit_labels,
+    "mnist": functools.partial(_idx_labels, sources.MNIST_LABELS),
+    "fashion-mnist": functools.partial(_idx_labels, sources.FASHION_LABELS),
+}
+_LOADERS: dict[str, Callable[[str | Path | None], Splits]] = {
+    "digits": _digits,
+    "mnist": _mnist,
+    "fashion-mnist": _fashion,
+    "freyfaces": _freyfaces,
+}

@@ -1,0 +1,5 @@
+"""Distributions that torch and Pyro lack, and facts about theirs that they do not state."""
+
+from pyro_vae.distributions._mixtures import MixtureOfNormals
+
+__all__ = ["MixtureOfNormals"]

@@ -1,0 +1,79 @@
+"""Distributions of real numbers that score numbers of any real type, truth values included."""
+
+from __future__ import annotations
+
+import math
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_vae._utils.inputs import require_tensor
+
+
+def value_for(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return a value to be scored: what is no floating-point number in a parameter's type.
+
+    torch takes no difference of truth values, and counts of ``uint8`` would wrap.
+
+    Raises:
+        TypeError: it is no dense tensor of real numbers.
+        ValueError: it is empty.
+    """
+    if 0 in require_tensor("the value to be scored", value).shape:
+        raise ValueError(f"the value to be scored is empty, of shape {tuple(value.shape)}")
+    return value if value.is_floating_point() else value.to(parameter.dtype)
+
+
+class _OfLocation:
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return log p(x)."""
+        return super().log_prob(value_for(self.loc, value))
+
+
+class Normal(_OfLocation, dist.Normal):
+    """Pyro's."""
+
+
+class Transformed(dist.TransformedDistribution):
+    """Pyro's."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return log p(x)."""
+        return super().log_prob(value_for(self.base_dist.mean, value))
+
+
+class Laplace(_OfLocation, dist.Laplace):
+    """Pyro's."""
+
+
+_LEAST_FOR_SERIES = 50.0
+
+
+class StudentT(dist.StudentT):
+    """Pyro's, without the difference of two large numbers where the degrees of freedom are many."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return log p(x)."""
+        value = value_for(self.loc, value)
+        if self._validate_args:
+            self._validate_sample(value)
+        half = self.df / 2
+        standard = (value - self.loc) / self.scale
+        log_kernel = -(half + 0.5) * torch.log1p(standard.square() / self.df)
+        return (
+            log_kernel + _log_half_step(half) - 0.5 * (math.pi * self.df).log() - self.scale.log()
+        )
+
+
+def _log_half_step(x: Tensor) -> Tensor:
+    r"""Return :math:`\log\Gamma(x + 1/2) - \log\Gamma(x)`.
+
+    Where x is large, by the series of its Gamma functions: the first term left out is below
+    :math:`1 / (400 x^7)`.
+    """
+    large = x.clamp(min=_LEAST_FOR_SERIES)
+    by_series = 0.5 * large.log() - 1 / (8 * large) + 1 / (192 * large**3) - 1 / (640 * large**5)
+    small = x.clamp(max=_LEAST_FOR_SERIES)
+    by_gammas = torch.lgamma(small + 0.5) - torch.lgamma(small)
+    return torch.where(x > _LEAST_FOR_SERIES, by_series, by_gammas)

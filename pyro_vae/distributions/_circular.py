@@ -1,0 +1,161 @@
+r"""Angles: their support, a map from the real numbers onto it, and a wrapped Gaussian.
+
+An angle and the same angle plus :math:`2\pi` are one value. A density of angles that is taken on
+the whole real line does not integrate, so values here lie in :math:`[-\pi, \pi]`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.transforms import IndependentTransform, Transform
+from torch.distributions.utils import broadcast_all
+from torch.nn import functional as F
+
+from pyro_vae._utils.mappings import register
+from pyro_vae.distributions._casting import value_for
+
+_TURN = 2 * math.pi
+# Up to this scale the density is a sum over windings, from it on a Fourier series. Of either, what
+# is left out is below 1e-15 of the density.
+_SWITCH, _WINDINGS, _WAVES = 1.8, 2, 4
+
+
+class _Circle(constraints.interval):
+    """Angles, in radians."""
+
+    def __init__(self):
+        super().__init__(-math.pi, math.pi)
+
+
+circle = _Circle()
+
+
+@register
+class CircleTransform(Transform):
+    r"""Map the real numbers onto the angles, :math:`y = \pi \tanh(x / 2)`.
+
+    It is cut at :math:`\pm\pi`: a density that it pushes forward vanishes there.
+    """
+
+    domain = constraints.real
+    codomain = circle
+    bijective = True
+    sign = +1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CircleTransform)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return math.pi * _inside(torch.tanh(x / 2))
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return 2 * torch.atanh(_inside(y / math.pi))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the logarithm of the slope."""
+        return math.log(_TURN) - F.softplus(x, threshold=40.0) - F.softplus(-x, threshold=40.0)
+
+
+@biject_to.register(_Circle)
+def _onto_circle(constraint: _Circle) -> CircleTransform:
+    return CircleTransform()
+
+
+def _inside(share: Tensor) -> Tensor:
+    least = torch.finfo(share.dtype).eps
+    return share.clamp(least - 1, 1 - least)
+
+
+def maps_onto_angles(bijection: Transform) -> bool:
+    """Tell whether a bijection maps the reals onto angles, each number for itself."""
+    while isinstance(bijection, IndependentTransform):
+        bijection = bijection.base_transform
+    return isinstance(bijection, CircleTransform)
+
+
+class WrappedNormal(TorchDistribution):
+    r"""A Gaussian wound around the circle (Mardia & Jupp 2000, section 3.5.7).
+
+    .. math::
+        q(\theta) = \sum_{k \in \mathbb{Z}} \mathcal{N}(\theta + 2 \pi k; \mu, \sigma^2)
+            = \frac{1}{2 \pi} \Bigl(1 + 2 \sum_{n \ge 1} e^{-n^2 \sigma^2 / 2}
+              \cos n (\theta - \mu)\Bigr)
+
+    The first sum is taken up to a scale of 1.8 and the second from there on, each of a fixed
+    number of terms. A sample is reparameterized: its gradient is that of an expectation of
+    functions that are continuous on the circle, such as functions of sine and cosine.
+
+    Args:
+        loc: :math:`\mu`, in radians.
+        scale: :math:`\sigma`, in radians.
+
+    Shape:
+        batch shape that of loc and scale, broadcast; scalar events in :math:`[-\pi, \pi]`.
+
+    Raises:
+        ValueError: Validation finds a scale that is not positive.
+
+    Example:
+        >>> import torch
+        >>> from pyro_vae.distributions._circular import WrappedNormal
+        >>> q = WrappedNormal(torch.tensor(3.0), torch.tensor(0.5))
+        >>> turned = 2 * torch.pi - 3.1  # as far from 3 as -3.1, on the other side
+        >>> mirrored = torch.tensor(6.0 - turned)
+        >>> torch.allclose(q.log_prob(torch.tensor(-3.1)), q.log_prob(mirrored), atol=1e-4)
+        True
+    """
+
+    arg_constraints = {  # noqa: RUF012 - as torch declares them
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
+    support = circle
+    has_rsample = True
+
+    def __init__(
+        self, loc: Tensor | float, scale: Tensor | float, validate_args: bool | None = None
+    ):
+        self.loc, self.scale = broadcast_all(loc, scale)
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None) -> WrappedNormal:
+        """Return the distribution with a larger batch shape."""
+        new = self._get_checked_instance(WrappedNormal, _instance)
+        batch_shape = torch.Size(batch_shape)
+        new.loc, new.scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
+        super(WrappedNormal, new).__init__(batch_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density of angles."""
+        value = value_for(self.loc, value)
+        if self._validate_args:
+            self._validate_sample(value)
+        offset = _wrapped(value - self.loc)
+        near, far = self.scale.clamp(max=_SWITCH), self.scale.clamp(min=_SWITCH)
+        numbers = torch.arange(-_WINDINGS, _WINDINGS + 1, dtype=near.dtype, device=near.device)
+        turns = (offset.unsqueeze(-1) + _TURN * numbers) / near.unsqueeze(-1)
+        windings = (-0.5 * turns.square()).logsumexp(-1) - near.log() - 0.5 * math.log(_TURN)
+        numbers = torch.arange(1, _WAVES + 1, dtype=far.dtype, device=far.device)
+        damping = torch.exp(-0.5 * (numbers * far.unsqueeze(-1)).square())
+        waves = (damping * torch.cos(numbers * offset.unsqueeze(-1))).sum(-1)
+        fourier = torch.log1p(2 * waves) - math.log(_TURN)
+        return torch.where(self.scale < _SWITCH, windings, fourier)
+
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
+        """Draw angles in [-pi, pi]."""
+        shape = self._extended_shape(sample_shape)
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        return _wrapped(self.loc + self.scale * noise)
+
+
+def _wrapped(angle: Tensor) -> Tensor:
+    """Return angles as numbers in [-pi, pi], with a gradient of one."""
+    return torch.remainder(angle + math.pi, _TURN) - math.pi

@@ -1,0 +1,319 @@
+"""The true support of a distribution: where its density lives.
+
+The support that a distribution states may be wider. A von Mises distribution states the real line
+and means angles; a transformed distribution states all that its last transform can give. A guide
+on too wide a support has no density that the model could be compared with.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.distributions.transforms import ELUTransform
+from torch import Tensor
+from torch import distributions as torch_distributions
+from torch.distributions import transforms
+from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import Transform
+
+from pyro_vae.distributions._circular import circle
+
+_TRANSFORMED = torch_distributions.TransformedDistribution
+_STATED = _TRANSFORMED.support  # as a class that says nothing else has it
+_NO_DENSITY = {
+    dist.Delta: "it has one value. Write pyro.deterministic in place of pyro.sample",
+    dist.Empirical: "its values are a finite set. Enumerate their numbers instead",
+    dist.ZeroInflatedDistribution: (
+        "zero has a probability of its own. Sample its gate and its value at two sites"
+    ),
+}
+# An interval that may have no end; older versions of torch lack it.
+_GENERALIZED_PARETO = getattr(torch_distributions, "GeneralizedPareto", torch_distributions.Pareto)
+_OPEN_ABOVE = (constraints.greater_than, constraints.greater_than_eq)
+_BETWEEN = (constraints.interval, constraints.half_open_interval)
+
+
+def states_too_wide(fn: Any) -> bool:
+    """Tell whether a distribution may state more than its support, without a look at numbers."""
+    return isinstance(
+        fn,
+        torch_distributions.VonMises
+        | torch_distributions.MixtureSameFamily
+        | torch_distributions.TransformedDistribution
+        | dist.SineBivariateVonMises
+        | dist.SineSkewed
+        | dist.MaskedMixture
+        | _GENERALIZED_PARETO,
+    )
+
+
+def support_of(fn: Any) -> Constraint:
+    """Return the support of a distribution as far as its density is above zero.
+
+    Raises:
+        ValueError: The distribution states no support. Or it is no density on an open set of
+            numbers. Or its support cannot be told from its parts.
+    """
+    support = _support_of(fn)
+    if missing := len(fn.event_shape) - support.event_dim:
+        support = constraints.independent(support, missing)
+    return support
+
+
+def _support_of(fn: Any) -> Constraint:
+    if isinstance(fn, torch_distributions.Independent):
+        return _independent(support_of(fn.base_dist), fn.reinterpreted_batch_ndims)
+    if isinstance(fn, dist.MaskedDistribution | ExpandedDistribution):
+        return support_of(fn.base_dist)
+    if isinstance(fn, torch_distributions.MixtureSameFamily):
+        return _of_components(fn)
+    if isinstance(fn, dist.MaskedMixture):
+        first, second = support_of(fn.component0), support_of(fn.component1)
+        if not _equal(first, second):
+            raise ValueError(f"its components have different supports, {first} and {second}")
+        return first
+    if isinstance(fn, dist.DiscreteHMM):
+        return _independent(support_of(fn.observation_dist), 1)
+    if isinstance(fn, dist.SineBivariateVonMises | dist.SineSkewed):
+        return constraints.independent(circle, 1)
+    if isinstance(fn, torch_distributions.VonMises):
+        return circle
+    if isinstance(fn, dist.GaussianScaleMixture):
+        return constraints.independent(constraints.real, 1)
+    if isinstance(fn, dist.FoldedDistribution):
+        return _folded(support_of(fn.base_dist))
+    if type(fn).support is _STATED and isinstance(fn, _TRANSFORMED):
+        support = support_of(fn.base_dist)
+        for transform in fn.transforms:
+            support = image(support, transform)
+        return support
+    _require_density(fn)
+    return _without_infinite_bounds(_stated(fn))
+
+
+def _stated(fn: Any) -> Constraint:
+    try:
+        return fn.support
+    except NotImplementedError:
+        raise ValueError(
+            f"{type(fn).__name__} states no support. Give its class one, such as "
+            "`support = constraints.real_vector` if all vectors have a density above zero"
+        ) from None
+
+
+def _require_density(fn: Any) -> None:
+    """Refuse a continuous support where there is mass at points, or none on one side."""
+    reason = next((why for cls, why in _NO_DENSITY.items() if isinstance(fn, cls)), None)
+    if reason is not None and not fn.support.is_discrete:
+        raise ValueError(f"{type(fn).__name__} has no density: {reason}")
+    if isinstance(fn, dist.Stable) and ((fn.stability < 1) & (fn.skew.abs() == 1)).any():
+        raise ValueError(
+            "Stable with a stability below 1 and a skew of -1 or 1 has a density on one side of "
+            "its location alone: take a skew between them"
+        )
+
+
+def _of_components(fn: torch_distributions.MixtureSameFamily) -> Constraint:
+    component = fn.component_distribution
+    support = support_of(component)
+    return _first_along(support, -1 - len(component.event_shape))
+
+
+def _first_along(support: Constraint, axis: int) -> Constraint:
+    """Take a dimension out of the bounds of a support that are equal along it."""
+    support = copy.copy(support)
+    for attribute, value in vars(support).items():
+        if isinstance(value, Constraint):
+            setattr(support, attribute, _first_along(value, axis))
+        elif isinstance(value, Tensor) and value.dim() >= -axis:
+            first = value.select(axis, 0)
+            if not (value == first.unsqueeze(axis)).all():
+                raise ValueError(
+                    "its components have different supports. Write a mixture of one support, or "
+                    "enumerate the component as a site of its own"
+                )
+            setattr(support, attribute, first)
+    return support
+
+
+def _folded(support: Constraint) -> Constraint:
+    lower, upper = _bounds(support) or (-math.inf, math.inf)
+    lower, upper = torch.as_tensor(lower), torch.as_tensor(upper)
+    lower, upper = torch.broadcast_tensors(lower.to(upper), upper)
+    nearest = torch.where((lower < 0) & (upper > 0), 0.0, torch.minimum(lower.abs(), upper.abs()))
+    return _between(nearest, torch.maximum(lower.abs(), upper.abs()))
+
+
+def image(support: Constraint, transform: Transform) -> Constraint:
+    """Return where a transform takes a support.
+
+    Raises:
+        ValueError: The transform is not one to one, or is not defined on all of the support, or
+            takes a part of its domain to a support that has no name.
+    """
+    name = type(transform).__name__
+    if isinstance(transform, transforms.ComposeTransform):
+        for part in transform.parts:
+            support = image(support, part)
+        return support
+    misstated = isinstance(transform, ELUTransform)
+    if misstated or not transform.bijective:
+        reason = (
+            "states positive values, but gives those from -1 on"
+            if misstated
+            else ("is not one to one, so that its values have no density")
+        )
+        raise ValueError(f"{name} {reason}")
+    scalar, scalar_support = _scalar(transform), _scalar_support(support)
+    if scalar is not None and scalar_support is not None:
+        return _independent(_scalar_image(scalar_support, scalar), support.event_dim)
+    if _fills(support, transform.domain):
+        extra = support.event_dim - transform.domain.event_dim
+        return _independent(transform.codomain, max(0, extra))
+    bounds = _bounds(scalar_support)
+    alike = bounds is not None and not any(isinstance(b, Tensor) and b.dim() for b in bounds)
+    if alike and isinstance(transform, transforms.ReshapeTransform):
+        extra = support.event_dim - len(transform.in_shape)
+        return _independent(scalar_support, max(0, extra) + len(transform.out_shape))
+    raise ValueError(
+        f"{name} maps its whole domain, {transform.domain}, onto {transform.codomain}, but the "
+        f"values before it are those of {support} alone, whose image has no name here. Sample the "
+        "values before the transform at a site, and apply the transform in the model"
+    )
+
+
+def _scalar(transform: Transform) -> Transform | None:
+    """Return a transform of each number for itself, None if it is of vectors."""
+    while isinstance(transform, transforms.IndependentTransform):
+        transform = transform.base_transform
+    affine = isinstance(transform, transforms.AffineTransform)  # may call its dimensions an event
+    return transform if affine or transform.domain.event_dim == 0 else None
+
+
+def _scalar_image(support: Constraint, transform: Transform) -> Constraint:
+    inside, outside = _bounds(support), _bounds(_scalar_support(transform.domain))
+    codomain = _bounds(_scalar_support(transform.codomain))
+    if inside is None or outside is None or codomain is None:
+        raise ValueError(f"the image of {support} under {type(transform).__name__} has no name")
+    (lower, upper), (least, most), (first, last) = (
+        [torch.as_tensor(bound).double() for bound in bounds]
+        for bounds in (inside, outside, codomain)
+    )
+    if (lower < least).any() or (upper > most).any():
+        raise ValueError(
+            f"{type(transform).__name__} is defined on {transform.domain}, but the values before "
+            f"it are those of {support}"
+        )
+    at_lower, at_upper = _at(transform, lower), _at(transform, upper)
+    rising = at_lower < at_upper
+    low = torch.where(rising, at_lower, at_upper)
+    high = torch.where(rising, at_upper, at_lower)
+    # At an end of its domain a transform may round, or be clamped.
+    low = torch.where(torch.where(rising, lower == least, upper == most), first, low)
+    high = torch.where(torch.where(rising, upper == most, lower == least), last, high)
+    used = [v for v in (*inside, *vars(transform).values()) if isinstance(v, Tensor) and v.dim()]
+    return _between(*(end.to(used[0].dtype) if used else end for end in (low, high)))
+
+
+def _at(transform: Transform, bound: Tensor) -> Tensor:
+    """Return a transform at a bound, without the parameters that do not matter there."""
+    if not isinstance(transform, transforms.AffineTransform):
+        return transform(bound)
+    loc, scale = (torch.as_tensor(v).to(bound) for v in (transform.loc, transform.scale))
+    if bound.isinf().all():
+        return torch.where(scale < 0, -bound, bound)
+    return loc.expand_as(loc + scale) if (bound == 0).all() else loc + scale * bound
+
+
+def _fills(support: Constraint, domain: Constraint) -> bool:
+    """Tell whether a support is all of a domain."""
+    if isinstance(domain, constraints.cat | constraints.stack):
+        return all(_fills(support, each) for each in domain.cseq)
+    real, whole = _scalar_support(support), _scalar_support(domain)
+    if real is not None and whole is not None:
+        return _equal(real, whole)
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    while isinstance(domain, constraints.independent):
+        domain = domain.base_constraint
+    return type(support) is type(domain) and not vars(support)
+
+
+def _scalar_support(support: Constraint) -> Constraint | None:
+    """Return the support of each number by itself, None if it is of vectors."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support is constraints.real_vector:
+        return constraints.real
+    return support if support.event_dim == 0 and _bounds(support) is not None else None
+
+
+def _bounds(support: Constraint | None) -> tuple[Any, Any] | None:
+    """Return the ends of an interval of real numbers, None for another support."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support is constraints.real:
+        return -math.inf, math.inf
+    if isinstance(support, _OPEN_ABOVE):
+        return support.lower_bound, math.inf
+    if isinstance(support, constraints.less_than):
+        return -math.inf, support.upper_bound
+    if isinstance(support, _BETWEEN):
+        return support.lower_bound, support.upper_bound
+    return None
+
+
+def _between(lower: Any, upper: Any) -> Constraint:
+    """Return the interval between two bounds, each of them a number or a tensor."""
+    no_lower, no_upper = _infinite(lower, -math.inf), _infinite(upper, math.inf)
+    if no_lower and no_upper:
+        return constraints.real
+    if no_upper:
+        return constraints.greater_than(lower)
+    if no_lower:
+        return constraints.less_than(upper)
+    return constraints.interval(lower, upper)
+
+
+def _infinite(bound: Any, value: float) -> bool:
+    infinite = torch.as_tensor(bound) == value
+    if infinite.any() and not infinite.all():
+        raise ValueError(
+            "its support is bounded for some numbers of the value and not for others. Sample the "
+            "two kinds at sites of their own"
+        )
+    return bool(infinite.all())
+
+
+def _without_infinite_bounds(support: Constraint) -> Constraint:
+    if isinstance(support, constraints.independent):
+        base = _without_infinite_bounds(support.base_constraint)
+        return constraints.independent(base, support.reinterpreted_batch_ndims)
+    bounds = _bounds(support)
+    if bounds is None or not any(torch.as_tensor(b).isinf().any() for b in vars(support).values()):
+        return support
+    return _between(*bounds)
+
+
+def _independent(support: Constraint, event_dim: int) -> Constraint:
+    return constraints.independent(support, event_dim) if event_dim else support
+
+
+def _equal(one: Constraint, other: Constraint) -> bool:
+    """Tell whether two supports are the same."""
+    if isinstance(one, constraints.independent) and isinstance(other, constraints.independent):
+        same = one.reinterpreted_batch_ndims == other.reinterpreted_batch_ndims
+        return same and _equal(one.base_constraint, other.base_constraint)
+    first, second = _bounds(one), _bounds(other)
+    if first is None or second is None:
+        return type(one) is type(other) and not vars(one)
+    return one.event_dim == other.event_dim and all(
+        bool((torch.as_tensor(a) == torch.as_tensor(b)).all())
+        for a, b in zip(first, second, strict=True)
+    )

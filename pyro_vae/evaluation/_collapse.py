@@ -1,0 +1,324 @@
+r"""Posterior collapse: latents that say nothing of their datum, unit by unit, and a verdict."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from pyro.distributions import VonMises
+from rich.progress import Progress
+from torch import Tensor
+
+from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.runs import trace_of
+from pyro_vae._programs.sites import Site, arranged, base_distribution, is_discrete, random_sites
+from pyro_vae._programs.terms import Terms, terms
+from pyro_vae._utils.arguments import positive_integer, positive_number
+from pyro_vae._utils.progress import task
+from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
+from pyro_vae.evaluation._estimating import estimating
+from pyro_vae.evaluation._log_evidence import standard_error
+from pyro_vae.evaluation._surgery.decomposition import Surgery
+from pyro_vae.evaluation._surgery.draws import Averages
+from pyro_vae.evaluation._surgery.subsets import Estimator, check_estimator
+from pyro_vae.evaluation._surgery.surgery import elbo_surgery
+
+LEAST_INFORMATION = 0.1  # nats
+
+
+@dataclass(frozen=True)
+class CollapseReport:
+    """How much each unit of the latents says of its datum, and all of them together.
+
+    Args:
+        units: a row for each number of each latent site, indexed by ``site`` and ``unit``:
+            ``activity`` and ``activity_error`` (its standard error, for the population of the
+            data), ``active``, ``posterior_variance`` (averaged over the data), ``prior_variance``,
+            ``kl`` (nats; NaN where it has no such parts).
+        rate: the average KL from guide to prior, in nats.
+        surgery: what :func:`pyro_vae.elbo_surgery` finds; None where it cannot be had.
+        note: why not.
+    """
+
+    units: pd.DataFrame
+    rate: float
+    surgery: Surgery | None
+    note: str = ""
+
+    @property
+    def num_active(self) -> int:
+        """How many units are active."""
+        return int(self.units["active"].sum())
+
+    @property
+    def information(self) -> float:
+        """The mutual information of datum and latents; the rate, its upper bound, without it.
+
+        The rate also where the prior depends on covariates, of which the latents may tell without
+        telling anything more of x.
+        """
+        return self.surgery.mutual_information if self._is_informed else self.rate
+
+    @property
+    def _is_informed(self) -> bool:
+        return self.surgery is not None and not math.isnan(self.surgery.marginal_kl)
+
+    @property
+    def state(self) -> str:
+        """``"collapsed"``, ``"partly collapsed"`` or ``"healthy"``.
+
+        Collapsed: the mutual information is below 0.1 nats; where it is not known, the rate, its
+        upper bound, is, or no unit is active. Partly collapsed: a latent site has no active unit.
+        Healthy: anything else; that a latent has units to spare is no fault.
+        """
+        if self.information < LEAST_INFORMATION:
+            return "collapsed"
+        if not self._is_informed and not self.num_active:
+            return "collapsed"
+        return "healthy" if self.units["active"].groupby("site").any().all() else "partly collapsed"
+
+    @property
+    def verdict(self) -> str:
+        """The state and its reasons, in a line; what decides comes first, where they disagree."""
+        little = self.information < LEAST_INFORMATION
+        name = "mutual information" if self._is_informed else "rate"
+        information = f"{name} {_nats(self.information)} nats"
+        if self._is_informed and self.surgery.saturated:
+            information += f" (saturated: log N is {self.surgery.log_n:.2f})"
+        if little and self.num_active:
+            found = self._active_units("pass the threshold of activity")
+            return f"{self.state}: {information}, below {LEAST_INFORMATION}, though {found}"
+        though = "though " if self._is_informed and not little and not self.num_active else ""
+        return f"{self.state}: {self._active_units('active')}, {though}{information}"
+
+    def _active_units(self, what: str) -> str:
+        active = self.units["active"].groupby("site", sort=False)
+        return ", ".join(
+            f"{found.sum()} of {len(found)} units {what}"
+            + (f" in {site}" if len(active) > 1 else "")
+            for site, found in active
+        )
+
+    def __str__(self) -> str:
+        lines = [self.verdict, self.units.to_string(float_format="{:.3f}".format)]
+        if self.note:
+            lines.append(f"no mutual information: {self.note}")
+        return "\n".join(lines)
+
+
+def collapse_report(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    threshold: float = 0.01,
+    num_particles: int = 50,
+    estimator: Estimator = "exact",
+    batch_size: int = 100,
+    vectorize_particles: bool = True,
+    seed: int | None = None,
+    progress: bool | Progress = False,
+    description: str = "collapse",
+) -> CollapseReport:
+    r"""Tell whether the latents are used, and which of their units are.
+
+    The activity of a unit (Burda et al. 2016, section 5.2) is how far the mean of its posterior
+    moves with the datum,
+
+    .. math::
+        A_d = \mathrm{Var}_{x}\bigl(\mathbb{E}_{q(z|x)}[z_d]\bigr)
+
+    It is active where that is above a share of the prior's variance of :math:`z_d`: for a standard
+    normal prior, above 0.01; and, where the prior has no variance, above that share of one. Its KL
+    (that of its site, or of all latents, where it has none of its own) must be above half the share
+    as well. A Gaussian of such an activity has no less under a normal prior that is one for all
+    data; a unit that follows its prior, as this moves with covariates or with latents above, has
+    none, and is not used. :math:`A_d` is estimated without bias: what the draws add to the
+    variance of their means is taken off, by the variance among draws of one datum. So it may come
+    out a little below zero.
+
+    Any guide will do: a unit is a number of what the guide draws, on the support of its site.
+    A unit that is not used has the prior's variance, a KL near zero and no activity. To see how
+    the units fare during training, call this between fits of a few epochs each.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        data: what :func:`pyro_vae.fit` takes, read twice; the training set as a rule.
+        threshold: that share of the prior's variance.
+        num_particles: draws of z for each datum, at least 2.
+        estimator: of the mutual information; see :func:`pyro_vae.elbo_surgery`.
+        batch_size: data points at a time.
+        vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
+        seed: fixes the draws and leaves the process's random numbers as they were.
+        progress: show bars; or a rich Progress to add them to.
+        description: text before the bars.
+
+    Returns:
+        The :class:`CollapseReport`.
+
+    Raises:
+        ValueError: bad data or arguments, fewer than two data, or a pair that breaks the contract;
+            a site is global or scaled; a likelihood of zero, or a rate that is NaN; a prior that
+            cannot be drawn from.
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...         pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+        >>> def guide(x):  # the posterior: the second unit is not used
+        ...     loc, scale = torch.stack([x / 2, 0 * x], -1), torch.tensor([0.5**0.5, 1.0])
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+        >>> report = pv.collapse_report(model, guide, 2**0.5 * torch.randn(500), seed=0)
+        >>> report.units["active"].tolist()
+        [True, False]
+        >>> report.verdict.split(",")[0]
+        'healthy: 1 of 2 units active'
+    """
+    num_particles = positive_integer("num_particles", num_particles, least=2)
+    positive_number("threshold", threshold)
+    check_estimator(estimator)
+    batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
+    moments: list[dict[str, Tensor]] = []
+    parts = []
+    with (
+        estimating(
+            "collapse_report",
+            model,
+            guide,
+            batches,
+            vectorize_particles=vectorize_particles,
+            seed=seed,
+            needs_latents=True,
+        ) as plate_nesting,
+        task(progress, description, batches.num_data, transient=True) as advance,
+    ):
+        for batch in batches:
+            t = terms(
+                model,
+                guide,
+                *batch,
+                num_particles=num_particles,
+                vectorize_particles=vectorize_particles,
+                plate_nesting=plate_nesting,
+            )
+            parts.append(tuple(part.cpu() for part in Averages.part(t)))
+            moments.append(_moments(t, model, batch))
+            advance(len(batch[0]))
+    surgery, note = _surgery_or_why_not(
+        model,
+        guide,
+        data,
+        batch_size=batch_size,
+        estimator=estimator,
+        vectorize_particles=vectorize_particles,
+        seed=seed,
+        progress=progress,
+        description=f"{description}: surgery",
+    )
+    averages = Averages.of_parts(parts)
+    rate = averages.rate.mean().item()
+    rows = []
+    for site in moments[0]:
+        found = torch.cat([each[site] for each in moments], 1).cpu()
+        if found.shape[1] < 2:
+            raise ValueError("collapse_report compares data with each other: got a single one")
+        kl = rate if averages.kl_of_sites is None else averages.kl_of_sites[site].item()
+        each = averages.kl_of_dimensions and averages.kl_of_dimensions[site].flatten()
+        rows += _rows(site, found, num_particles, threshold, kl, each)
+    return CollapseReport(
+        pd.DataFrame(rows).set_index(["site", "unit"]),
+        rate,
+        surgery,
+        note,
+    )
+
+
+def _moments(t: Terms, model: Program, batch: Batch) -> dict[str, Tensor]:
+    """Return means and variances of guide and prior by latent: (4, B, units)."""
+    found = {}
+    try:
+        sites = {s["name"]: s for s in random_sites(trace_of(model, *batch))}
+    except NotImplementedError as error:
+        raise ValueError(
+            f"collapse_report measures latents against what the model draws: {error or 'a prior'}"
+            " that cannot be drawn from, such as an improper one, has no variance to compare with"
+        ) from error
+    for name, draws in t.samples.items():
+        draws = draws.double().flatten(2) if draws.dim() > 2 else draws.double().unsqueeze(2)
+        site = sites[name]
+        of_prior = (arranged(v, site, None)[0].reshape(draws.shape[1:]) for v in _prior(site))
+        found[name] = torch.stack([draws.mean(0), draws.var(0), *of_prior])
+    return found
+
+
+def _prior(site: Site) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of a latent's prior; its draw and zero where it does not know them.
+
+    NaN where there are none, as of a Cauchy distribution.
+    """
+    fn, value = site["fn"], site["value"].double()
+    drawn = value, torch.zeros_like(value)
+    if isinstance(base_distribution(fn), VonMises):  # whose variance is that of an angle
+        return drawn
+    try:
+        known = fn.mean.double(), fn.variance.double()
+    except NotImplementedError:
+        return drawn
+    without = (known[0].isnan() | known[1].isnan()).any()
+    return drawn if without and is_discrete(fn) else known
+
+
+def _rows(
+    site: str,
+    moments: Tensor,
+    num_particles: int,
+    threshold: float,
+    kl_of_site: float,
+    kl_of_units: Tensor | None,
+) -> list[dict[str, object]]:
+    means, variances, prior_means, prior_variances = moments
+    count = len(means)
+    # What each datum adds to the variance between data, less the noise in its mean.
+    squares = (means - means.mean(0)).square() * count / (count - 1) - variances / num_particles
+    activity, prior = squares.mean(0), prior_variances.mean(0) + prior_means.var(0)
+    scale = torch.where(prior.isfinite(), prior, 1.0)
+    nan = torch.full_like(activity, math.nan)
+    kl = nan if kl_of_units is None else kl_of_units.to(activity)
+    tells = kl.nan_to_num(nan=kl_of_site, posinf=math.inf) > threshold / 2
+    active = (activity > threshold * scale) & tells
+    return [
+        {
+            "site": site,
+            "unit": unit,
+            "activity": activity[unit].item(),
+            "activity_error": standard_error(squares[:, unit]),
+            "active": active[unit].item(),
+            "posterior_variance": variances[:, unit].mean().item(),
+            "prior_variance": prior[unit].item(),
+            "kl": kl[unit].item(),
+        }
+        for unit in range(means.shape[1])
+    ]
+
+
+def _nats(information: float) -> str:
+    """Show a number of nats so that it is seen to be below the least information, if it is."""
+    shown = f"{max(information, 0.0):.2f}" if information == information else "nan"
+    if information < LEAST_INFORMATION <= float(shown):
+        return f"{math.floor(1e4 * information) / 1e4:.4f}"
+    return shown
+
+
+def _surgery_or_why_not(*args, **options) -> tuple[Surgery | None, str]:
+    try:
+        return elbo_surgery(*args, **options), ""
+    except ValueError as error:
+        return None, str(error)

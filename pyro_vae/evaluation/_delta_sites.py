@@ -1,0 +1,153 @@
+"""A model at given latents: drawn from its prior, or wherever a sampler wants to know p(x, z)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae._programs.enumeration import is_enumerated
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.runs import as_guide, plate_of_guide, replay, trace_of
+from pyro_vae._programs.sites import (
+    DATA_PLATE,
+    PARTICLE_PLATE,
+    Site,
+    data_frame,
+    mask_of_events,
+    random_sites,
+)
+from pyro_vae._programs.terms import Terms, terms
+
+
+def prior_sites(
+    model: Program, batch: tuple[Tensor, ...], num_particles: int, plate_nesting: int
+) -> dict[str, Site]:
+    """Run a model by itself and return its latents in the plate ``"data"``, but enumerated ones.
+
+    What is enumerated is drawn here, so that the others are draws of their marginal.
+
+    Args:
+        model: program of p(x, z).
+        batch: a minibatch x of B rows, and covariates.
+        num_particles: K, drawn under an outer plate; that plate is left out when K is 1.
+        plate_nesting: how many batch dimensions the program uses itself.
+    """
+    if num_particles > 1:
+        model = pyro.plate(PARTICLE_PLATE, num_particles, dim=-1 - plate_nesting)(model)
+    return {
+        site["name"]: site
+        for site in random_sites(trace_of(model, *batch))
+        if not site["is_observed"] and data_frame(site) is not None and not is_enumerated(site)
+    }
+
+
+def point(name: str, value: Tensor, event_dim: int) -> None:
+    """Give a latent site a value, at a density of one."""
+    pyro.sample(name, dist.Delta(value, event_dim=event_dim))
+
+
+def log_likelihood_at_prior_draws(
+    model: Program,
+    *batch: Tensor,
+    num_particles: int,
+    plate_nesting: int,
+    vectorize_particles: bool = True,
+) -> Tensor:
+    r"""Return :math:`\log p(x_b|z_{kb})` for :math:`z_{kb} \sim p(z)`, shape (K, B).
+
+    Args:
+        model: program of p(x, z).
+        *batch: a minibatch x of B rows, and covariates.
+        num_particles: K.
+        plate_nesting: how many batch dimensions the program uses.
+        vectorize_particles: draw them in one run; False runs the model K times.
+    """
+
+    def draw(count: int) -> Terms:
+        sites = prior_sites(model, batch, count, plate_nesting)
+        guide = _guide_to(sites)
+        return terms(model, guide, *batch, num_particles=count, plate_nesting=plate_nesting)
+
+    if vectorize_particles:
+        return draw(num_particles).log_likelihood
+    return torch.cat([draw(1).log_likelihood for _ in range(num_particles)])
+
+
+def has_one_prior(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> bool:
+    """Tell whether p(z) is the same for all data of a minibatch, at one and the same z.
+
+    It is not if it depends on covariates, or on x.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x), whose draws for the first datum are what the prior is asked for.
+        batch: a minibatch.
+    """
+    guide_trace = trace_of(as_guide(guide), *batch)
+    model_trace = trace_of(replay(model, guide_trace), *batch)
+    alike = {}
+    for site in random_sites(model_trace):
+        name, frame = site["name"], data_frame(site)
+        if site["is_observed"] or frame is None or name not in guide_trace:
+            continue
+        value = site["value"]
+        value = value.expand(site["fn"].batch_shape + site["fn"].event_shape)
+        axis = frame.dim - site["fn"].event_dim
+        alike[name] = {**site, "value": value.narrow(axis, 0, 1).expand_as(value)}
+    log_prior = terms(model, _guide_to(alike), *batch).log_prior[0]
+    return torch.allclose(log_prior, log_prior[:1], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def prior_guide(model: Program) -> Program:
+    """Make a guide that draws each latent as the model does, for who has no guide.
+
+    It is there to be checked beside the model: of two latents the second is drawn given another
+    draw of the first.
+    """
+
+    def guide(*batch: Tensor) -> None:
+        with poutine.block():
+            trace = trace_of(model, *batch)
+        sites = {
+            site["name"]: site
+            for site in random_sites(trace)
+            if not site["is_observed"] and not is_enumerated(site)
+        }
+        for name, site in _inside_all(sites, batch[0]):
+            pyro.sample(name, site["fn"])
+
+    return guide
+
+
+def _guide_to(sites: Mapping[str, Site]) -> Program:
+    """Make a guide to the values of a model's sites."""
+
+    def guide(*batch: Tensor) -> None:
+        for name, site in _inside_all(sites, batch[0]):
+            point(name, site["value"], site["fn"].event_dim)
+
+    return guide
+
+
+def _inside_all(sites: Mapping[str, Site], x: Tensor) -> Iterator[tuple[str, Site]]:
+    """Yield sites of a model, each inside of the plates and the mask that it stands in."""
+    plates: dict[str, contextlib.AbstractContextManager] = {}
+    for name, site in sites.items():
+        with contextlib.ExitStack() as stack:
+            for frame in site["cond_indep_stack"]:
+                if not frame.vectorized or frame.name == PARTICLE_PLATE:
+                    continue
+                if frame.name not in plates:
+                    size = len(x) if frame.name == DATA_PLATE else frame.size
+                    full_size = None if frame.size == frame.full_size else frame.full_size
+                    plates[frame.name] = plate_of_guide(frame.name, size, frame.dim, full_size)
+                stack.enter_context(plates[frame.name])
+            if (mask := mask_of_events(site)) is not None:
+                stack.enter_context(poutine.mask(mask=mask))
+            yield name, site

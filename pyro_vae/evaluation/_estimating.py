@@ -1,0 +1,78 @@
+"""What every estimator needs before its first draw: seed, parameters, mode, the contract kept."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.terms import Terms, find_plate_nesting
+from pyro_vae._programs.validation import check_pair
+from pyro_vae._utils.random import seeded
+from pyro_vae._utils.value_checks import values_checked
+from pyro_vae.datasets._minibatches import Minibatches
+
+
+@contextlib.contextmanager
+def estimating(
+    who: str,
+    model: Program,
+    guide: Program,
+    batches: Minibatches,
+    *,
+    vectorize_particles: bool,
+    seed: int | None,
+    drawn_from: Program | None = None,
+    needs_latents: bool = False,
+    weighs: bool = False,
+) -> Iterator[int]:
+    """Make a pair ready to be judged, datum by datum, without gradients.
+
+    Args:
+        who: the estimator; messages name it.
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        batches: the data, whose first minibatch the pair is checked on. Values that this look
+            does not reach are checked as they come: validation stays on in the block.
+        vectorize_particles: whether the programs must take the particles' dimension.
+        seed: of the draws inside the block.
+        drawn_from: what takes the guide's place where nothing is drawn from it.
+        needs_latents: whether the estimator is about latents.
+        weighs: whether draws may have a density of zero under the model, and so no weight.
+
+    Yields:
+        How many batch dimensions the programs use.
+
+    Raises:
+        ValueError: the pair breaks the contract; a site is global or scaled; there are no latents,
+            and the estimator needs some.
+    """
+    drawn_from = guide if drawn_from is None else drawn_from
+    with (
+        seeded(seed),
+        programs.parameter_store(model, guide) as store,
+        programs.evaluation_mode(model, guide),
+    ):
+        first = batches.first()
+        known = set(store["params"])
+        trace = check_pair(model, drawn_from, first, batches, weighs=weighs)
+        if fresh := sorted(programs.bare_parameter_names() - known):
+            warnings.warn(
+                f"{who} found no value of pyro.param {fresh[0]!r} and takes its initial one: this "
+                "pair was not fitted, nor do its programs wrap ones that were",
+                stacklevel=4,  # the caller of the estimator
+            )
+        Terms([trace]).require_independent_data(who)
+        if needs_latents and not trace.samples():
+            raise ValueError(
+                f"{who} is about latents, and this pair has none: its sites are "
+                f"{[*trace.model, *trace.guide]}. Let model and guide sample one in the plate "
+                '"data"'
+            )
+        with values_checked(True):
+            if vectorize_particles:
+                yield find_plate_nesting(model, drawn_from, *first)
+            else:
+                yield trace.plate_nesting

@@ -1,0 +1,349 @@
+r"""What inference loses: by the guide's family, and by one encoder for all data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from pyro_vae._capture import Capture, Captured, check_capture
+from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.terms import terms
+from pyro_vae._utils.arguments import positive_integer
+from pyro_vae._utils.progress import task
+from pyro_vae._utils.value_checks import values_checked
+from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
+from pyro_vae.evaluation._ascent import Ascent
+from pyro_vae.evaluation._estimating import estimating
+from pyro_vae.evaluation._gap_estimates import (
+    QUANTITIES,
+    SOURCES,
+    Estimate,
+    Weights,
+    gap_parts,
+)
+from pyro_vae.evaluation._log_evidence import Evidence, khat_share
+from pyro_vae.evaluation._stopping import Stopped, Unfinished, check_resume
+from pyro_vae.evaluation._together import Together
+from pyro_vae.evaluation._walking import minibatches, walk
+
+_MOST_FAILED = 0.02  # of the data; where all end at their start, chance alone makes it 0.001
+
+
+@dataclass(frozen=True)
+class InferenceGaps:
+    r"""The gap between log p(x) and the ELBO, in its two parts; each an :class:`Estimate`.
+
+    Args:
+        log_evidence: :math:`\log p(x)`.
+        best_elbo: of the best member of the guide's family for each datum.
+        amortized_elbo: of the guide.
+        approximation_gap: ``log_evidence`` less ``best_elbo``.
+        amortization_gap: ``best_elbo`` less ``amortized_elbo``.
+        parameters: of the best members, (N, P), what ``guide.sample`` takes; of the data's type.
+        sources: where log p(x) of each datum comes from, shape (N,): 0, importance sampling from
+            the guide; 1, from the best member; 2, the evidence that was given.
+        khat: Pareto diagnostic of those weights, shape (N,).
+        failed: whether the ascent of a datum ended below its start, by more than three standard
+            errors, or nowhere: the guide then stands for the best member, and the amortization gap
+            is told as zero; shape (N,).
+        steps: taken for each minibatch.
+        converged: whether the ascent of each minibatch ended by itself, at a finite ELBO.
+        num_particles: draws for each datum and guide.
+    """
+
+    log_evidence: Estimate
+    best_elbo: Estimate
+    amortized_elbo: Estimate
+    approximation_gap: Estimate
+    amortization_gap: Estimate
+    parameters: Tensor
+    sources: Tensor
+    khat: Tensor
+    failed: Tensor
+    steps: tuple[int, ...]
+    converged: tuple[bool, ...]
+    num_particles: int
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row for each quantity: mean, its standard error, and that of the draws alone."""
+        columns = ("mean", "standard_error", "monte_carlo_error")
+        rows = [[getattr(getattr(self, name), column) for column in columns] for name in QUANTITIES]
+        return pd.DataFrame(rows, index=pd.Index(QUANTITIES, name="quantity"), columns=columns)
+
+    def __str__(self) -> str:
+        counts = torch.bincount(self.sources, minlength=len(SOURCES)).tolist()
+        used = ", ".join(f"{name} {n}" for name, n in zip(SOURCES, counts, strict=True) if n)
+        count = int(self.failed.sum())
+        failed = f", {count} data below their start" if count else ""
+        return (
+            f"{self.table.to_string(float_format='{:.3f}'.format)}\n"
+            f"{len(self.sources)} data, {self.num_particles} particles; log p(x) from {used}; "
+            f"{khat_share(self.khat)}; "
+            f"{min(self.steps)} to {max(self.steps)} steps, "
+            f"{sum(self.converged)} of {len(self.converged)} ascents ended by themselves{failed}"
+        )
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def inference_gaps(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    num_particles: int = 5000,
+    ascent: Ascent | None = None,
+    evidence: Evidence | None = None,
+    batch_size: int = 100,
+    pairs_per_pass: int = 5_000,
+    vectorize_particles: bool = True,
+    capture: Capture = "auto",
+    seed: int | None = None,
+    resume: Stopped | None = None,
+    progress: bool | Progress = False,
+    description: str = "inference gaps",
+) -> InferenceGaps:
+    r"""Split the gap of the ELBO in two (Cremer, Li & Duvenaud 2018).
+
+    .. math::
+        \log p(x) - \mathcal{L}[q_{\lambda(x)}] =
+        \underbrace{\log p(x) - \mathcal{L}[q^*]}_{\text{approximation gap}}
+        + \underbrace{\mathcal{L}[q^*] - \mathcal{L}[q_{\lambda(x)}]}_{\text{amortization gap}},
+        \qquad q^* = q_{\lambda^*}, \quad \lambda^* = \arg\max_\lambda \mathcal{L}[q_\lambda]
+
+    for each datum. :math:`\lambda` are the numbers that an encoder gives for a datum. What the
+    guide shares between data besides (the networks of an autoregressive flow, a flow that is not
+    amortized, the offsets of a mixture) belongs to the family and stays as it is.
+
+    :math:`\lambda^*` is found by an ascent from :math:`\lambda(x)`, many data at once; see
+    :class:`Ascent`. Both ELBOs and log p(x) are then estimated with new draws from the
+    two guides, so that what an optimum owes to the noise of its ascent is not counted. Where the
+    ascent ended below its start, by more than three standard errors, the start is the best.
+
+    log p(x) is, of the estimates by importance sampling from either guide and the one given, that
+    of least standard error at most data; where another, of a k-hat below 0.7, is higher by more
+    than three standard errors, and than chance would make it at any of the data once in a hundred
+    calls, that other.
+
+    What an ascent leaves below its optimum, and that log p(x) is low by half of a squared error, no
+    standard error tells. The first makes the approximation gap too large, the second too small:
+    both weigh more the more data there are, and less with a longer ascent or more particles.
+
+    Args:
+        model: program of p(x, z).
+        guide: an :class:`pyro_vae.guides.AmortizedGuide`; or any program with ``parameters_of(x,
+            *covariates)``, which gives rows (B, P), and ``sample(parameters, x, *covariates)``,
+            which is the guide at those rows.
+        data: what :func:`pyro_vae.fit` takes; held-out data as a rule.
+        num_particles: draws for each datum from each of the two guides, at least 2.
+        ascent: how to find the best members; ``Ascent()`` by default.
+        evidence: another estimate of log p(x) for the same data, in the same order.
+        batch_size: data points at a time.
+        pairs_per_pass: (particle, datum) pairs in one run of the programs.
+        vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
+        capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
+        seed: fixes the draws and leaves the process's random numbers as they were.
+        resume: what a call of the same arguments raised when it was stopped (Ctrl-C).
+        progress: show a bar; or a rich Progress to add one to.
+        description: text before the bar.
+
+    Returns:
+        The :class:`InferenceGaps`. Processes of a group share the minibatches; each has the whole
+        of it.
+
+    Raises:
+        Stopped: a KeyboardInterrupt, with the gaps of the minibatches that were done.
+        TypeError: the guide has no parameters of a datum that could be ascended; ``ascent`` is no
+            :class:`Ascent`, ``evidence`` no :class:`Evidence`.
+        ValueError: bad data or arguments, or a pair that breaks the contract, or was made under
+            ``torch.inference_mode``; a site is global or scaled, or a point,
+            or has no reparameterised sample; the evidence is of other data.
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        ...         pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+        >>> guide = pv.guides.AmortizedNormal(model, encoder=torch.nn.Identity())  # not trained
+        >>> x = torch.tensor([[0.5], [-1.0]])
+        >>> ascent = pv.evaluation.Ascent(learning_rate=0.05, window=50, patience=2)
+        >>> gaps = pv.inference_gaps(model, guide, x, ascent=ascent, seed=0)
+        >>> gaps.approximation_gap.mean < 0.01 < gaps.amortization_gap.mean
+        True
+    """
+    num_particles = positive_integer("num_particles", num_particles, least=2)
+    pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
+    check_capture(capture)
+    ascent = Ascent() if ascent is None else ascent
+    if not isinstance(ascent, Ascent):
+        raise TypeError(f"ascent must be a pyro_vae.evaluation.Ascent, got {ascent!r}")
+    check_resume(resume)
+    _check_guide(guide)
+    programs.require_programs(model, guide)
+    programs.require_trainable_tensors(model, guide)
+    settings = {"num_particles": num_particles, "ascent": ascent}
+    with Together() as together:
+        if resume is not None:
+            seed = resume.unfinished.seed_again("inference_gaps", seed, **settings)
+        seed = together.common_seed(seed)
+        batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
+        given = None if evidence is None else _given(evidence, batches)
+        with (
+            estimating(
+                "inference_gaps",
+                model,
+                guide,
+                batches,
+                vectorize_particles=vectorize_particles,
+                seed=seed,
+            ) as plate_nesting,
+            task(progress, description, batches.num_data, transient=True) as show,
+        ):
+            advance = together.checked(show)
+
+            def run(parameters: Tensor, batch: tuple[Tensor, ...], count: int):
+                def member(*batch: Tensor) -> dict[str, Tensor]:
+                    return guide.sample(parameters, *batch)
+
+                return terms(
+                    model,
+                    member,
+                    *batch,
+                    num_particles=count,
+                    vectorize_particles=vectorize_particles,
+                    plate_nesting=plate_nesting,
+                )
+
+            def elbo_and_gradient(parameters: Tensor, *batch: Tensor) -> list[Tensor]:
+                with torch.enable_grad():
+                    parameters = parameters.detach().requires_grad_()
+                    t = run(parameters, batch, ascent.num_particles)
+                    t.require_reparameterized("inference_gaps")
+                    elbo = (t.log_likelihood - t.kl).mean(0)
+                    (gradient,) = torch.autograd.grad(elbo.sum(), parameters)
+                return [elbo.detach(), gradient]
+
+            passes = -(-num_particles // max(1, pairs_per_pass // len(batches.first()[0])))
+            particles_per_pass = -(-num_particles // passes)
+
+            def log_weights(parameters: Tensor, *batch: Tensor) -> list[Tensor]:
+                return [run(parameters, batch, particles_per_pass).log_weight]
+
+            watch = {"model": model, "guide": guide}
+            step = Captured(
+                elbo_and_gradient, watch=watch, name="a step of an ascent", capture=capture
+            )
+            draw = Captured(log_weights, watch=watch, name="a pass of these gaps", capture=capture)
+            if batches.num_batches:  # at the least
+                own = together.own(batches.num_batches)
+                step.calls_left = own * ascent.window * (1 + ascent.patience)
+                draw.calls_left = own * passes * 2
+
+            def judge(batch: Batch) -> tuple[Tensor, ...]:
+                terms(model, guide, *batch)  # values are validated with one particle
+                step.recheck()
+                draw.recheck()
+
+                def checked(run: Captured, parameters: Tensor) -> Sequence[Tensor]:
+                    together.check()
+                    return run(parameters, *batch)
+
+                with values_checked(False):
+                    start = guide.parameters_of(*batch)
+                    end = ascent(partial(checked, step), start)
+                    drawn = [
+                        Weights.of(lambda p=p: checked(draw, p)[0], num_particles)
+                        for p in (start, end.parameters)
+                    ]
+                advance(0, f"{end.steps} steps")
+                ended = (torch.tensor(end.steps), torch.tensor(end.converged))
+                return start, end.parameters, *drawn[0].columns, *drawn[1].columns, *ended
+
+            parts, _ = walk(
+                together,
+                minibatches(batches),
+                judge,
+                done=[] if resume is None else resume.unfinished.parts,
+                advance=advance,
+            )
+    gaps = _gaps(parts, given, num_particles)
+    if together.stopped:
+        unfinished = Unfinished("inference_gaps", len(gaps.sources), seed, settings, parts)
+        raise Stopped(gaps, unfinished)
+    _warn_of(gaps, ascent)
+    return gaps
+
+
+def _warn_of(gaps: InferenceGaps, ascent: Ascent) -> None:
+    """Warn the caller's caller of ascents that did not reach the best member."""
+    failed = gaps.failed.double().mean().item()
+    if failed > _MOST_FAILED:
+        warnings.warn(
+            f"inference_gaps: the ascents of {failed:.1%} of the data ended clearly below their "
+            "start. The guide stands for the best member there, so that the amortization gap is "
+            "too low and the approximation gap too high. Pass an Ascent of a smaller learning "
+            "rate, or of more particles.",
+            stacklevel=3,
+        )
+    elif not all(gaps.converged):
+        warnings.warn(
+            f"inference_gaps: {gaps.converged.count(False)} of {len(gaps.converged)} ascents were "
+            f"still gaining when they reached {ascent.max_steps} steps; their approximation gap is "
+            "an upper bound. Pass an Ascent of more steps, or of a larger learning rate.",
+            stacklevel=3,
+        )
+
+
+def _gaps(
+    minibatches_done: list[tuple[Tensor, ...]],
+    given: tuple[Tensor, Tensor, Tensor] | None,
+    num_particles: int,
+) -> InferenceGaps:
+    """Put together what was found of each minibatch."""
+    *columns, steps, converged = zip(*minibatches_done, strict=True)
+    starts, ends, *of_draws = map(torch.cat, columns)
+    count = len(of_draws) // 2
+    if given is not None:
+        given = tuple(column[: len(starts)] for column in given)
+    parts = gap_parts(Weights(*of_draws[:count]), Weights(*of_draws[count:]), given)
+    return InferenceGaps(
+        **{name: getattr(parts, name) for name in (*QUANTITIES, "sources", "khat", "failed")},
+        parameters=torch.where(parts.failed.unsqueeze(1), starts, ends),
+        steps=tuple(int(each) for each in steps),
+        converged=tuple(bool(each) for each in converged),
+        num_particles=num_particles,
+    )
+
+
+def _check_guide(guide: Program) -> None:
+    needed = ("parameters_of", "sample")
+    if missing := [name for name in needed if not callable(getattr(guide, name, None))]:
+        raise TypeError(
+            "inference_gaps ascends the parameters that a guide has for each datum: it needs a "
+            "guide with the methods parameters_of(x, *covariates) and sample(parameters, x, "
+            f"*covariates), such as any AmortizedGuide; {type(guide).__name__} lacks "
+            f"{' and '.join(missing)}"
+        )
+
+
+def _given(evidence: Evidence, batches: Minibatches) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what an evidence says of each datum, if it is of these data."""
+    if not isinstance(evidence, Evidence):
+        raise TypeError(f"evidence must be what pv.evidence gives, got {type(evidence).__name__}")
+    if batches.num_data != len(evidence.values):
+        raise ValueError(
+            f"evidence has {len(evidence.values)} values for {batches.num_data or 'streamed'} "
+            "data: estimate it for these data"
+        )
+    return evidence.values, evidence.monte_carlo_errors, evidence.khat

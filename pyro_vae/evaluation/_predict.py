@@ -1,0 +1,159 @@
+"""What a fitted pair shows: reconstructions of data, and data of its own."""
+
+from __future__ import annotations
+
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.pair_trace import PairTrace, Program
+from pyro_vae._programs.predictions import drawn_observations, mean_or_draw, means
+from pyro_vae._programs.runs import trace_of
+from pyro_vae._programs.sites import Site, Unobserve, arranged
+from pyro_vae._programs.validation import check_pair
+from pyro_vae._utils.random import seeded
+from pyro_vae.datasets._minibatches import as_tensor
+from pyro_vae.evaluation._layout import Layout, Readings
+
+
+def reconstruct(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    *covariates: Tensor,
+    seed: int | None = None,
+    by_site: bool = False,
+) -> Tensor | dict[str, Tensor]:
+    r"""Return :math:`E[x'|z]` for one :math:`z \sim q(z|x)`, the mean of the likelihood.
+
+    The numbers come in the layout of x, in whatever order and at however many sites the model
+    observes them: transposed, column by column, step by step. They have the units of the
+    observation: those of ``x / 255``, if the model observes that. Latents c that are summed out
+    of the model are averaged over :math:`p(c|z)`. A distribution without a mean gives a draw.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        x: data ``(B, *event)``.
+        *covariates: further arguments of the programs.
+        seed: fixes the draws of z.
+        by_site: return the mean at each observed site of the plate ``"data"``, by name.
+
+    Returns:
+        Shape ``(B, *event)``; by site, each ``(B, *inner plates, *event)``. On the CPU.
+
+    Raises:
+        ValueError: The pair breaks the contract. Or, without ``by_site``, the model observes a
+            sum or another mixture of numbers of x, observes a number of x twice, or does not
+            observe all of x.
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("second", dist.Normal(z + 5.0, 1.0), obs=x[:, 1])
+        ...         pyro.sample("first", dist.Normal(z, 1.0), obs=x[:, 0])
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x[:, 0], 0.1))
+        >>> means = pv.reconstruct(model, guide, torch.randn(3, 2), seed=0)
+        >>> (means[:, 1] - means[:, 0]).tolist()
+        [5.0, 5.0, 5.0]
+        >>> sorted(pv.reconstruct(model, guide, torch.randn(3, 2), by_site=True))
+        ['first', 'second']
+    """
+    x, *covariates = _columns(model, guide, x, *covariates)
+    with (
+        seeded(seed),
+        programs.parameter_store(model, guide),
+        programs.evaluation_mode(model, guide),
+    ):
+        check_pair(model, guide, (x, *covariates), weighs=True)
+        drawing = poutine.infer_config(guide, lambda site: {"enumerate": None})
+        run = PairTrace(model, drawing, (x, *covariates))
+        with Readings(x) as readings:
+            found = [*means(run)]
+    return _gathered(x, found, readings, by_site)
+
+
+def generate(
+    model: Program,
+    x: Tensor,
+    *covariates: Tensor,
+    guide: Program | None = None,
+    seed: int | None = None,
+    by_site: bool = False,
+) -> Tensor | dict[str, Tensor]:
+    r"""Return :math:`E[x'|z]` for one :math:`z \sim p(z)` for each row of x.
+
+    The numbers come in the layout of x, as those of :func:`reconstruct` do. All latents of the
+    model are drawn, those among them that are summed out elsewhere.
+
+    Args:
+        model: program of p(x, z).
+        x: any data of the right shape ``(B, *event)``: it says how many rows to generate, no more.
+        *covariates: further arguments of the program.
+        guide: program that the model was fitted with; needed for a model whose ``pyro.param``
+            values live in the store of the pair.
+        seed: fixes the draws of z.
+        by_site: return the mean at each observed site of the plate ``"data"``, by name.
+
+    Returns:
+        Shape ``(B, *event)``; by site, each ``(B, *inner plates, *event)``. On the CPU.
+
+    Raises:
+        ValueError: Without ``by_site``, the model observes a sum or another mixture of numbers of
+            x, observes a number of x twice, or does not observe all of x.
+    """
+    guide = model if guide is None else guide
+    x, *covariates = _columns(model, guide, x, *covariates)
+    with (
+        seeded(seed),
+        programs.parameter_store(model, guide),
+        programs.evaluation_mode(model),
+    ):
+        return mean_of_x(model, x, *covariates, by_site=by_site)
+
+
+def _columns(model: Program, guide: Program, x: Tensor, *covariates: Tensor) -> list[Tensor]:
+    device = programs.device_of(model, guide)
+    named = [(x, "x"), *((each, "a covariate") for each in covariates)]
+    columns = [as_tensor(values, name, finite=False) for values, name in named]
+    return [column.to(device).contiguous() for column in columns]
+
+
+def mean_of_x(
+    model: Program, x: Tensor, *covariates: Tensor, by_site: bool = False
+) -> Tensor | dict[str, Tensor]:
+    """Run a model without its observations; return the mean of what observed x, on the CPU.
+
+    Args:
+        model: program of p(x, z); its latents are drawn.
+        x: data ``(B, *event)``.
+        *covariates: further arguments of the program.
+        by_site: see :func:`generate`.
+
+    Raises:
+        ValueError: see :func:`generate`.
+    """
+    x = x.contiguous()
+    with Readings(x) as readings:
+        trace = trace_of(Unobserve()(model), x, *covariates)
+        found = [(site, mean_or_draw(site)) for site in drawn_observations(trace)]
+    return _gathered(x, found, readings, by_site)
+
+
+def _gathered(
+    x: Tensor, found: list[tuple[Site, Tensor]], readings: Readings, by_site: bool
+) -> Tensor | dict[str, Tensor]:
+    """Return the means of sites by name, or in the layout of x."""
+    if by_site:
+        return {site["name"]: arranged(mean, site, None)[0].cpu() for site, mean in found}
+    layout = Layout(x)
+    for site, mean in found:
+        observed = site["infer"]["obs"]
+        computed = readings.are_computed(observed)
+        layout.add(site, mean, readings.places(observed), computed=computed)
+    return layout.numbers()

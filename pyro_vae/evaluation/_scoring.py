@@ -1,0 +1,142 @@
+"""The density of a guide at latents that it did not draw itself."""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.runs import as_guide, trace_of
+from pyro_vae._programs.sites import (
+    PARTICLE_PLATE,
+    data_frame,
+    is_loss_of_guide,
+    own_scale,
+    random_sites,
+    reduce_to_datum,
+)
+
+_ROUNDING = 0.01  # nats, and of as many
+
+
+def guide_log_prob(
+    guide: Program,
+    args: tuple,
+    values: dict[str, Tensor],
+    *,
+    plate_nesting: int,
+    vectorize_particles: bool = True,
+) -> Tensor:
+    """Score given values under the guide: log q(z_m|x_b) for all M values and B data points.
+
+    Args:
+        guide: program of q(z|x).
+        args: a minibatch x of B rows, and covariates.
+        values: by latent site, ``(M, *inner plates, *event)``.
+        plate_nesting: how many batch dimensions the guide uses.
+        vectorize_particles: score all values in one run; False runs the guide M times.
+
+    Returns:
+        Shape (M, B), in nats.
+
+    Raises:
+        ValueError: the guide has auxiliary sites, or a density that cannot be had at a value the
+            guide did not draw.
+    """
+    if not vectorize_particles:
+        count = len(next(iter(values.values())))
+        rows = [{name: value[m : m + 1] for name, value in values.items()} for m in range(count)]
+        return torch.cat(
+            [_score(guide, args, row, plate_nesting, vectorize_particles) for row in rows]
+        )
+    return _score(guide, args, values, plate_nesting, vectorize_particles)
+
+
+def _score(guide, args, values, plate_nesting, vectorize_particles) -> Tensor:
+    sites = {s["name"]: s for s in random_sites(trace_of(as_guide(guide), *args))}
+    num_values = len(next(iter(values.values())))
+    given = {}
+    for name, value in values.items():
+        site = sites[name]
+        event = value.shape[value.dim() - site["fn"].event_dim :]
+        sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+        axis, batch_size = data_frame(site).dim, sizes.pop(data_frame(site).dim)
+        batch = [sizes.get(dim, 1) for dim in range(-plate_nesting, 0)]
+        value = value.reshape(num_values, *batch, *event)
+        batch[axis] = batch_size
+        given[name] = value.expand(num_values, *batch, *event)
+        if not vectorize_particles:
+            given[name] = given[name].reshape(sites[name]["value"].shape)
+    return log_prob_given(
+        guide, args, given, num_values if vectorize_particles else None, plate_nesting
+    )
+
+
+def require_one_density(drawn: Tensor, scored: Tensor) -> None:
+    """Refuse a guide that scores its own draws otherwise than when it drew them.
+
+    Args:
+        drawn: log q(z_b|x_b) as the guide drew z_b.
+        scored: the same, by running the guide on z_b and the datum once more.
+
+    Raises:
+        ValueError: they differ, by more than what the rounding of an inverse makes.
+    """
+    difference = (drawn.double() - scored.double()).abs().mean()
+    if not difference <= _ROUNDING * (1 + drawn.double().abs().mean()):
+        raise ValueError(
+            "the guide's density at its own draws differs from run to run, by "
+            f"{difference.item():.3g} nats on average, as of a guide that refines itself by random "
+            "steps, or draws noise which is no site: there is no aggregated posterior of it. Fix "
+            "what is random, or take the guide that it starts from"
+        )
+
+
+def log_prob_given(
+    guide: Program,
+    args: tuple,
+    given: dict[str, Tensor],
+    num_particles: int | None,
+    plate_nesting: int,
+) -> Tensor:
+    """Score values that are laid out as the guide's sites have them, shape (K, B).
+
+    Args:
+        guide: program of q(z|x).
+        args: a minibatch x of B rows, and covariates.
+        given: a value of each of its latents.
+        num_particles: K, in an outer plate; None where there is no such plate, and one value.
+        plate_nesting: how many batch dimensions the guide uses.
+
+    Raises:
+        ValueError: the guide has auxiliary sites, or a density that cannot be had at a value the
+            guide did not draw.
+    """
+    conditioned, particle_dim = poutine.condition(as_guide(guide), data=given), None
+    if num_particles is not None:
+        particle_dim = -1 - plate_nesting
+        conditioned = pyro.plate(PARTICLE_PLATE, num_particles, dim=particle_dim)(conditioned)
+    total = None
+    for site in random_sites(trace_of(conditioned, *args)):
+        if is_loss_of_guide(site) and site["name"] not in given:
+            continue
+        if not site["is_observed"]:
+            raise ValueError(
+                f"the guide has the auxiliary site {site['name']!r}: its density at given latents "
+                "is an integral over that site, which is not known"
+            )
+        try:
+            log_prob = site["fn"].log_prob(site["value"])
+        except (KeyError, NotImplementedError) as error:
+            raise ValueError(
+                f"guide site {site['name']!r} cannot be scored at a value that the guide did not "
+                f"draw: {site['fn']} has no inverse"
+            ) from error
+        log_prob = scale_and_mask(log_prob, own_scale(site), site["mask"])
+        batch_size = data_frame(site).size
+        log_prob = reduce_to_datum(log_prob, site, batch_size, particle_dim, num_particles or 1)
+        total = log_prob if total is None else total + log_prob
+    return total

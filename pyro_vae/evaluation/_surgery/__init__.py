@@ -1,0 +1,1 @@
+"""ELBO surgery: the aggregated posterior, and what it takes from the bound."""

@@ -1,0 +1,101 @@
+"""The density of the aggregated posterior at any latents, for any guide that can be scored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.runs import as_guide, trace_of
+from pyro_vae._programs.sites import is_loss_of_guide, mask_of, random_sites
+from pyro_vae.datasets._minibatches import Batch, Minibatches
+from pyro_vae.evaluation._scoring import guide_log_prob
+from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
+from pyro_vae.evaluation._surgery.pairwise import LOG_DENSITIES_AT_A_TIME, log_densities
+
+
+class Aggregate:
+    r""":math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)` of a guide and N data.
+
+    Args:
+        guide: program of q(z|x).
+        batches: the data, whose order must not change.
+        plate_nesting: how many batch dimensions the guide uses.
+        vectorize_particles: score many latents in one run of the guide.
+    """
+
+    def __init__(
+        self, guide: Program, batches: Minibatches, *, plate_nesting: int, vectorize_particles: bool
+    ):
+        self._guide, self._batches = guide, batches
+        self._how = {"plate_nesting": plate_nesting, "vectorize_particles": vectorize_particles}
+        self._gaussians: DiagonalGaussians | None = None
+        self.num_data = sum(len(batch[0]) for batch in batches)
+        first = batches.first()
+        if DiagonalGaussians.describe(guide, first) and DiagonalGaussians.read(guide, first).real:
+            parts = [DiagonalGaussians.read(guide, batch) for batch in batches]
+            self._gaussians = DiagonalGaussians.concatenate(parts)
+
+    def log_prob(
+        self,
+        values: dict[str, Tensor],
+        without: Tensor | None = None,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> Tensor:
+        """Return log q_agg of M values.
+
+        Args:
+            values: by latent site, ``(M, *inner plates, *event)``.
+            without: for each value, the number of a datum whose posterior is left out of q_agg,
+                which is then that of N - 1 data, (M,).
+            advance: called with the number of values that were scored.
+
+        Returns:
+            Shape (M,), in nats, float64.
+
+        Raises:
+            ValueError: the guide cannot be scored at values that it did not draw.
+        """
+        count = len(next(iter(values.values())))
+        at_once = self.num_data
+        if self._gaussians is None:  # the guide computes more than a density for each pair
+            at_once = max(at_once, 100 * self._batches.batch_size)
+        rows_at_a_time = max(1, LOG_DENSITIES_AT_A_TIME // at_once)
+        found = []
+        for start in range(0, count, rows_at_a_time):
+            rows = slice(start, start + rows_at_a_time)
+            scores = self._pairs({name: value[rows] for name, value in values.items()})
+            if without is not None:
+                scores = scores.scatter(1, without[rows].unsqueeze(1), -math.inf)
+            found.append(scores.logsumexp(1))
+            advance(len(found[-1]))
+        return torch.cat(found) - math.log(self.num_data - (without is not None))
+
+    def _pairs(self, values: dict[str, Tensor]) -> Tensor:
+        """Score values under the posterior of each datum, (M, N)."""
+        if (q := self._gaussians) is not None:
+            rows = [values[name].double().reshape(len(values[name]), -1) for name in q.sites]
+            return log_densities(q.loc, q.scale, torch.cat(rows, dim=1))
+        scores = [
+            guide_log_prob(self._guide, batch, values, **self._how) for batch in self._batches
+        ]
+        return torch.cat(scores, dim=1).double()
+
+
+def refuse_masks(guide: Program, batch: Batch) -> None:
+    """Refuse a guide whose masks differ from datum to datum: it has no aggregated posterior.
+
+    Raises:
+        ValueError: it has such a mask.
+    """
+    for site in random_sites(trace_of(as_guide(guide), *batch)):
+        mask = None if is_loss_of_guide(site) else mask_of(site)
+        if isinstance(mask, Tensor) and mask.numel() > 1:
+            raise ValueError(
+                f"guide site {site['name']!r} is masked, differently from datum to datum: a code "
+                "of one datum has no density under the posterior of another, so there is no "
+                "aggregated posterior"
+            )

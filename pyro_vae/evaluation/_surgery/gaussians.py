@@ -1,0 +1,142 @@
+"""The posteriors of a guide that are diagonal Gaussians, read off its run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from pyro.distributions.transforms import OrderedTransform
+from torch import Tensor
+from torch.distributions import Normal, TransformedDistribution
+from torch.distributions.transforms import (
+    AffineTransform,
+    ComposeTransform,
+    CorrCholeskyTransform,
+    ExpTransform,
+    IndependentTransform,
+    LowerCholeskyTransform,
+    PositiveDefiniteTransform,
+    SigmoidTransform,
+    SoftplusTransform,
+    StickBreakingTransform,
+    Transform,
+)
+
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.runs import as_guide, trace_of
+from pyro_vae._programs.sites import (
+    Site,
+    base_distribution,
+    data_frame,
+    is_loss_of_guide,
+    mask_of,
+    random_sites,
+)
+from pyro_vae.datasets._minibatches import Batch
+
+
+@dataclass(frozen=True)
+class DiagonalGaussians:
+    """q(z|x) for B data points, all latents of a datum in a row.
+
+    Args:
+        loc: means (B, d), float64.
+        scale: standard deviations (B, d), float64.
+        sites: names of the latent sites, in the order of the row.
+        real: whether the Gaussian is that of z itself, not of what a bijection maps onto z.
+    """
+
+    loc: Tensor
+    scale: Tensor
+    sites: tuple[str, ...]
+    real: bool
+
+    @classmethod
+    def read(cls, guide: Program, batch: Batch) -> DiagonalGaussians | None:
+        """Read them off one run of a guide; None if it is no diagonal Gaussian.
+
+        A Gaussian mapped onto a support by a bijection that is the same for all data counts: the
+        bijection leaves log q(z|x_n) - log q_agg(z) as it is.
+        """
+        trace = trace_of(as_guide(guide), *batch)
+        sites = [site for site in random_sites(trace) if not is_loss_of_guide(site)]
+        read = [_read_site(site) for site in sites]
+        if None in read:
+            return None
+        locs, scales, real = zip(*read, strict=True)
+        names = tuple(site["name"] for site in sites)
+        return cls(torch.cat(locs, dim=1), torch.cat(scales, dim=1), names, all(real))
+
+    @classmethod
+    def describe(cls, guide: Program, batch: Batch) -> bool:
+        """Tell whether a guide is a diagonal Gaussian, its parameters a function of x alone.
+
+        Those of a hierarchical guide change with what it drew above.
+        """
+        first, second = cls.read(guide, batch), cls.read(guide, batch)
+        if first is None or second is None:
+            return False
+        return torch.equal(first.loc, second.loc) and torch.equal(first.scale, second.scale)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[DiagonalGaussians]) -> DiagonalGaussians:
+        """Put those of several minibatches together."""
+        loc, scale = torch.cat([p.loc for p in parts]), torch.cat([p.scale for p in parts])
+        return cls(loc, scale, parts[0].sites, parts[0].real)
+
+    def none(self) -> DiagonalGaussians:
+        """Return those of no data."""
+        return replace(self, loc=self.loc[:0], scale=self.scale[:0])
+
+    def codes(self, samples: dict[str, Tensor]) -> Tensor:
+        """Put the guide's draws in a row, (K, B, d); draw anew where a bijection hides them."""
+        if self.real:
+            rows = [samples[name] for name in self.sites]
+            return torch.cat([r.reshape(*r.shape[:2], -1) for r in rows], dim=2).double()
+        num_particles = len(next(iter(samples.values())))
+        noise = torch.randn(
+            num_particles, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device
+        )
+        return self.loc + self.scale * noise
+
+
+def _read_site(site: Site) -> tuple[Tensor, Tensor, bool] | None:
+    fn, frame = site["fn"], data_frame(site)
+    if site["is_observed"] or site["infer"].get("is_auxiliary") or mask_of(site) is not None:
+        return None
+    base = base_distribution(fn)
+    real = not isinstance(base, TransformedDistribution)
+    if not real and all(map(_is_fixed, base.transforms)):
+        base = base_distribution(base.base_dist)
+    if not isinstance(base, Normal):
+        return None
+    event_dim = base.loc.dim() - len(fn.batch_shape)  # of what the bijection starts from
+    loc, scale = (
+        p.double().movedim(frame.dim - event_dim, 0).reshape(frame.size, -1)
+        for p in (base.loc, base.scale)
+    )
+    return loc, scale, real
+
+
+def _is_fixed(transform: Transform) -> bool:
+    """Whether a transform is known to have no parameters that differ from datum to datum."""
+    if isinstance(transform, ComposeTransform):
+        return all(map(_is_fixed, transform.parts))
+    if isinstance(transform, IndependentTransform):
+        return _is_fixed(transform.base_transform)
+    if isinstance(transform, AffineTransform):
+        return isinstance(transform.loc, int | float) and isinstance(transform.scale, int | float)
+    return type(transform) in _WITHOUT_PARAMETERS
+
+
+_WITHOUT_PARAMETERS = {
+    CorrCholeskyTransform,
+    ExpTransform,
+    LowerCholeskyTransform,
+    OrderedTransform,
+    PositiveDefiniteTransform,
+    SigmoidTransform,
+    SoftplusTransform,
+    StickBreakingTransform,
+}

@@ -1,0 +1,180 @@
+r"""How much a code tells about its datum: log q(z|x_n) - log q_agg(z) for codes z drawn for x_n.
+
+With q_agg(z) = (1/N) sum_j q(z|x_j), its average is the mutual information I_q[n, z] (Hoffman &
+Johnson 2016, sec. 3). Each code is scored under the posteriors of all N data points: by matrix
+products if they are diagonal Gaussians, else by running the guide on the given codes. Of several
+processes each scores the codes of its own data. The Gaussians travel to it from the processes that
+have them; where the guide is run, each runs it on all data, and nothing travels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._utils.random import seeded
+from pyro_vae.datasets._minibatches import Minibatches
+from pyro_vae.evaluation._scoring import guide_log_prob, require_one_density
+from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
+from pyro_vae.evaluation._surgery.pairwise import (
+    LOG_DENSITIES_AT_A_TIME,
+    Extent,
+    Gaussians,
+    log_sums,
+)
+from pyro_vae.evaluation._together import Together
+
+_GAUSSIANS_AT_A_TIME = 65_536  # between two interrupts, and in a message
+_CODES = 16_384  # so many that to have the Gaussians sent takes far less than to score with them
+_CODES_OF_A_THREAD = 4_096  # where nothing is sent: seconds, which are all that an interrupt loses
+
+
+@dataclass(frozen=True)
+class Block:
+    """How to score the codes of some of a process's data.
+
+    Args:
+        size: data of a block.
+        score: gives the information of those between two numbers, (size,).
+    """
+
+    size: int
+    score: Callable[[slice], Tensor]
+
+
+def of_gaussians(together: Together, q: DiagonalGaussians, codes: Tensor) -> Block:
+    """Score codes of diagonal Gaussians by matrix products.
+
+    Args:
+        together: the processes.
+        q: the posteriors of this process's n data points.
+        codes: draws from them, (K, n, d).
+    """
+    mine = vars(Extent.of(q.loc, q.scale, codes)).values() if len(q.loc) else ()
+    extents = together.gather([*mine])
+    counts = [int(extent[0]) if extent else 0 for extent in extents]
+    extent = Extent.of_all([Extent(*each) for each in extents if each])
+    extent = Extent(*(each.to(q.loc.device) for each in vars(extent).values()))
+    alone = together.num_processes == 1 and q.loc.device.type == "cpu"
+    size = _CODES_OF_A_THREAD * torch.get_num_threads() if alone else _CODES
+
+    blocks = zip(*(each.split(_GAUSSIANS_AT_A_TIME) for each in (q.loc, q.scale)), strict=True)
+    kept = [Gaussians(*some, extent.centre) for some in blocks]
+
+    def everyone() -> Iterator[Gaussians]:
+        for source, count in enumerate(counts):
+            for number in range(-(-count // _GAUSSIANS_AT_A_TIME)):
+                if together.num_processes == 1:
+                    yield kept[number]
+                    continue
+                sent = kept[number] if source == together.rank else None
+                received = together.broadcast(sent and [sent.loc, sent.scale], source)
+                received = (each.to(extent.centre.device) for each in received)
+                yield sent or Gaussians(*received, extent.centre)
+
+    def anywhere(here: bool) -> bool:
+        return bool(together.sum(torch.tensor(int(here))))
+
+    def score(rows: slice) -> Tensor:
+        z = codes[:, rows]
+        log_own = Normal(q.loc[rows], q.scale[rows]).log_prob(z).sum(2)
+        found = log_sums(
+            everyone, z.flatten(0, 1), log_own.flatten(), extent, anywhere, together.check
+        )
+        return math.log(sum(counts)) - found.reshape(log_own.shape).mean(0)
+
+    return Block(max(1, size // len(codes)), score)
+
+
+def of_guide(
+    together: Together,
+    guide: Program,
+    batches: Minibatches,
+    codes: dict[str, Tensor],
+    log_guide: Tensor,
+    *,
+    index: Tensor,
+    num_data: int,
+    plate_nesting: int,
+    vectorize_particles: bool,
+) -> Block:
+    """Score codes by running the guide on them.
+
+    Args:
+        together: the processes.
+        guide: program of q(z|x).
+        batches: all N data points, the same ones in the same order at each pass.
+        codes: those of n data by latent site, each ``(K, n, *inner plates, *event)``.
+        log_guide: log q(z|x_n) of each code under its own datum, (K, n).
+        index: the number of each of the n data among the N, (n,).
+        num_data: N.
+        plate_nesting: how many batch dimensions the guide uses.
+        vectorize_particles: score many codes in one run of the guide.
+    """
+    # The guide computes more than a density for each pair.
+    size = max(1, LOG_DENSITIES_AT_A_TIME // (100 * batches.batch_size) // len(log_guide))
+
+    def score(rows: slice) -> Tensor:
+        log_own = log_guide[:, rows].double()
+        if not log_own.numel():
+            return log_own.mean(0)
+        some = {name: value[:, rows].flatten(0, 1) for name, value in codes.items()}
+        total = torch.full_like(log_own.flatten(), -math.inf)
+        own = index[rows].to(log_own.device).repeat(len(log_own)).unsqueeze(1)
+        scored_own, start = torch.zeros_like(total), 0
+        for batch in batches:
+            together.check()
+            scores = guide_log_prob(
+                guide,
+                batch,
+                some,
+                plate_nesting=plate_nesting,
+                vectorize_particles=vectorize_particles,
+            )
+            total = torch.logaddexp(total, scores.double().logsumexp(1))
+            numbers = torch.arange(start, start + len(batch[0]), device=own.device)
+            scored_own += torch.where(own == numbers, scores.double(), 0.0).sum(1)
+            start += len(batch[0])
+        require_one_density(log_own.flatten(), scored_own)
+        return (log_own + math.log(num_data) - total.reshape(log_own.shape)).mean(0)
+
+    return Block(size, score)
+
+
+def score_all(
+    together: Together,
+    block: Block,
+    information: Tensor,
+    done: Tensor,
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Score the codes of all data, block by block, but those that are done in every process.
+
+    A block that is interrupted is left as it was. A block's random numbers, if scoring has any (the
+    order of a shuffled stream), are the same whether or not those before it are done.
+
+    Args:
+        together: the processes.
+        block: how to score.
+        information: what to write to, for each of this process's n data, (n,).
+        done: whether it is there already; written to as well, (n,).
+        advance: called with the number of data that were scored, in all processes.
+    """
+    starts = range(0, len(done), block.size)
+    to_do = torch.tensor([not done[start : start + block.size].all() for start in starts])
+    shares = together.gather([torch.tensor(len(done)), to_do])
+    counts = [int(count) for count, _ in shares]
+    for number in range(-(-max(counts) // block.size)):
+        seed = int(torch.randint(2**62, ()))
+        rows = slice(number * block.size, (number + 1) * block.size)
+        if any(bool(flags[number]) for _, flags in shares if number < len(flags)):
+            with seeded(seed):
+                information[rows] = block.score(rows).to(information)
+            done[rows] = True
+        advance(sum(len(range(*rows.indices(count))) for count in counts))

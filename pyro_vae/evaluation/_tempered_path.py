@@ -1,0 +1,247 @@
+r"""A path of densities from a distribution that can be drawn from to :math:`p(x, z)`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor
+
+from pyro_vae._programs.latent_sites import inside, latent_sites, surroundings
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.sites import arranged, is_discrete
+from pyro_vae._programs.terms import Terms, terms
+from pyro_vae.evaluation._delta_sites import point, prior_sites
+from pyro_vae.evaluation._scoring import log_prob_given
+
+Start = Literal["guide", "prior"]
+
+
+class State(NamedTuple):
+    """Where chains are, and what the path is there.
+
+    Args:
+        rows: the latents, unconstrained, ``(C, B, D)``.
+        start: log-density of the start, ``(C, B)``.
+        slope: log-density of the end less that of the start, ``(C, B)``.
+        gradient_of_start: with respect to the rows, ``(C, B, D)``.
+        gradient_of_slope: likewise.
+    """
+
+    rows: Tensor
+    start: Tensor
+    slope: Tensor
+    gradient_of_start: Tensor
+    gradient_of_slope: Tensor
+
+    def log_density(self, temperature: float) -> Tensor:
+        """Return the log-density of the path, not normalised, ``(C, B)``."""
+        return self.start + temperature * self.slope
+
+    def gradient(self, temperature: float) -> Tensor:
+        """Return its gradient, ``(C, B, D)``."""
+        return torch.add(self.gradient_of_start, self.gradient_of_slope, alpha=temperature)
+
+
+class TemperedPath:
+    r"""The geometric path between the start and the joint density, for every datum of a minibatch.
+
+    .. math::
+        \log p_b(z) = (1 - b) \log p_0(z) + b \log p(x, z), \qquad 0 \le b \le 1
+
+    with :math:`p_0` the guide's q(z|x), or the prior p(z), which makes it
+    :math:`p(z)\,p(x|z)^b`. Densities are those of the unconstrained numbers that the bijections
+    onto the latents' supports take, their Jacobian included.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x); not run where the path starts at the prior.
+        batch: the first minibatch, x and covariates, that the latents are found on.
+        start: where the path starts.
+        plate_nesting: how many batch dimensions the programs use.
+        vectorize_particles: whether the programs take the chains' dimension.
+
+    Raises:
+        ValueError: a latent is discrete, or of a support that gradients cannot move on; the guide
+            cannot score latents that it did not draw, or each time anew.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        batch: tuple[Tensor, ...],
+        *,
+        start: Start,
+        plate_nesting: int,
+        vectorize_particles: bool = True,
+    ):
+        self._model, self._guide = model, guide
+        self._from_prior = start == "prior"
+        self._nesting = plate_nesting
+        self._vectorize = vectorize_particles
+        self._enumerates = False
+        self._refuse_discrete(batch)
+        # Laid out for the pair: an observation may stand in more plates than any latent.
+        self._sites = tuple(
+            replace(site, nesting=plate_nesting) for site in latent_sites(model, *batch)
+        )
+        self._refuse_what_changes(batch)
+
+    @property
+    def num_dimensions(self) -> int:
+        """D, how many numbers a datum's latents are."""
+        return sum(site.shape.numel() for site in self._sites)
+
+    def draw(self, num_chains: int, *batch: Tensor) -> Tensor:
+        """Draw latents from the start of the path, as rows ``(C, B, D)``."""
+        if num_chains > 1 and not self._vectorize:
+            return torch.cat([self.draw(1, *batch) for _ in range(num_chains)])
+        if not self._from_prior:
+            return self.rows_of(self._terms(self._guide, batch, num_chains).samples)
+        particle_dim = None if num_chains == 1 else -1 - self._nesting
+        sites = prior_sites(self._model, batch, num_chains, self._nesting)
+        return self.rows_of({n: arranged(s["value"], s, particle_dim) for n, s in sites.items()})
+
+    def rows_of(self, values: dict[str, Tensor]) -> Tensor:
+        """Lay out latents, each ``(C, B, *inner plates, *event)``, as rows ``(C, B, D)``.
+
+        Raises:
+            ValueError: a value lies outside the support of its site in the model.
+        """
+        rows = []
+        for site in self._sites:
+            value = values[site.name]
+            num_chains, batch_size = value.shape[:2]
+            event_shape = site.bijection.forward_shape(site.event_shape)
+            value = _leading(value.reshape(num_chains, batch_size, -1))
+            unconstrained = site.bijection.inv(site.from_rows(value, event_shape))
+            each = site.to_rows(unconstrained, batch_size, len(site.event_shape))
+            if not each.isfinite().all():
+                raise ValueError(
+                    f"latent site {site.name!r} was drawn outside its support in the model, or on "
+                    "the edge of it: the chains cannot start there. Give the guide the support of "
+                    'the prior, or start from the prior: AIS(start="prior")'
+                )
+            rows.append(each.reshape(num_chains, batch_size, -1))
+        return torch.cat(rows, -1)
+
+    def moving(self, *batch: Tensor) -> Tensor | None:
+        """Tell which numbers of each datum are not masked, ``(B, D)``; None if no site is."""
+        _, masks = surroundings(self._sites, self._model, *batch)
+        if not masks:
+            return None
+        x, rows = batch[0], []
+        for site in self._sites:
+            mask = masks.get(site.name, torch.ones((), dtype=torch.bool, device=x.device))
+            mask = mask.reshape(mask.shape + (1,) * len(site.event_shape))
+            mask = mask.expand(mask.shape[: mask.dim() - len(site.event_shape)] + site.event_shape)
+            rows.append(site.to_rows(mask, len(x), len(site.event_shape)))
+        return torch.cat(rows, -1)
+
+    def evaluate(self, rows: Tensor, *batch: Tensor) -> list[Tensor]:
+        """Return the parts of a :class:`State` but its rows: operations of tensors alone."""
+        with torch.enable_grad():
+            rows = rows.detach().requires_grad_()
+            start, other = self._densities(rows, batch)
+            gradients = [_gradient(density, rows) for density in (start, other)]
+        start, other = start.detach(), other.detach()
+        if self._from_prior:  # the other is log p(x|z)
+            return [start, other, *gradients]
+        return [start, other - start, gradients[0], gradients[1] - gradients[0]]
+
+    def _densities(self, rows: Tensor, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return log p(z) and log p(x|z), or log q(z|x) and log p(x, z), each (C, B).
+
+        Each pair of them is a way to write the path in which no backward pass is done twice.
+        """
+        if len(rows) > 1 and not self._vectorize:
+            singles = [self._densities(row.unsqueeze(0), batch) for row in rows]
+            first, second = zip(*singles, strict=True)
+            return torch.cat(first), torch.cat(second)
+        plates, masks = surroundings(self._sites, self._model, *batch)
+        values, log_volume = self._values(rows)
+
+        def points(*_: Tensor) -> None:
+            for site in self._sites:
+                with inside(site, plates, masks):
+                    event_shape = site.bijection.forward_shape(site.event_shape)
+                    point(site.name, values[site.name], len(event_shape))
+
+        t = self._terms(points, batch, len(rows))
+        if self._from_prior:
+            return t.log_prior + log_volume, t.log_likelihood
+        return self._log_guide(values, batch, len(rows)) + log_volume, t.log_joint + log_volume
+
+    def _values(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Map rows onto the supports; return the values and the log of the Jacobians, (C, B).
+
+        That of a masked number stays what it is: the number does not move.
+        """
+        num_chains, batch_size = rows.shape[:2]
+        values, log_volume = {}, rows.new_zeros(num_chains, batch_size)
+        counts = [site.shape.numel() for site in self._sites]
+        for site, part in zip(self._sites, _leading(rows).split(counts, -1), strict=True):
+            numbers = site.from_rows(part, site.event_shape)
+            values[site.name] = value = site.bijection(numbers)
+            change = site.bijection.log_abs_det_jacobian(numbers, value)
+            change = sum_rightmost(change, len(site.event_shape) - site.bijection.domain.event_dim)
+            change = site.to_rows(change, batch_size, 0).sum(-1)
+            log_volume = log_volume + change.reshape(num_chains, batch_size)
+        return values, log_volume
+
+    def _log_guide(
+        self, values: dict[str, Tensor], batch: tuple[Tensor, ...], num_chains: int
+    ) -> Tensor:
+        in_plate = None if num_chains == 1 else num_chains
+        try:
+            return log_prob_given(self._guide, batch, values, in_plate, self._nesting)
+        except ValueError as error:
+            raise ValueError(f'{error}. Start from the prior: AIS(start="prior")') from error
+
+    def _terms(self, guide: Program, batch: tuple[Tensor, ...], num_chains: int) -> Terms:
+        t = terms(
+            self._model,
+            guide,
+            *batch,
+            num_particles=num_chains,
+            plate_nesting=self._nesting,
+            enumerates=self._enumerates,
+        )
+        self._enumerates = t.enumerates
+        return t
+
+    def _refuse_discrete(self, batch: tuple[Tensor, ...]) -> None:
+        for name, site in prior_sites(self._model, batch, 1, self._nesting).items():
+            if is_discrete(site["fn"]):
+                raise ValueError(
+                    f"AIS moves latents along gradients, but latent site {name!r} is discrete. "
+                    'Enumerate it in the model (infer={"enumerate": "parallel"}) and leave it out '
+                    'of the guide, or take evidence(method="importance")'
+                )
+
+    def _refuse_what_changes(self, batch: tuple[Tensor, ...]) -> None:
+        rows = self.draw(2, *batch)
+        first, second = (self.evaluate(rows, *batch)[:2] for _ in range(2))
+        for what, one, other in zip(("start", "target"), first, second, strict=True):
+            if not torch.allclose(one, other, rtol=1e-4, atol=1e-4, equal_nan=True):
+                raise ValueError(
+                    f"the density of the {what} of AIS differs from call to call at the same "
+                    "latents, as of a guide that refines itself by random steps, or a program that "
+                    "draws noise which is no site. Chains need one density: "
+                    'AIS(start="prior") leaves the guide out.'
+                )
+
+
+def _leading(rows: Tensor) -> Tensor:
+    """Take the chains' dimension away where there is one chain: the programs then have none."""
+    return rows.squeeze(0) if len(rows) == 1 else rows
+
+
+def _gradient(density: Tensor, rows: Tensor) -> Tensor:
+    if not density.requires_grad:
+        return torch.zeros_like(rows)
+    (gradient,) = torch.autograd.grad(density.sum(), rows, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(rows) if gradient is None else gradient

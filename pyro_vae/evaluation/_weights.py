@@ -1,0 +1,67 @@
+"""Importance weights, streamed: their mean, its error, and what tells whether to trust it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_vae.evaluation._psis import khat_of_tail, tail_length
+
+
+class WeightStream:
+    """Sums of weights and of their squares, and the largest weights, of chunks (K, B).
+
+    Args:
+        num_draws: how many weights there will be for each datum.
+    """
+
+    _ROWS_AT_A_TIME = 1000
+
+    def __init__(self, num_draws: int):
+        self.count = 0
+        self._num_draws = num_draws
+        self._waiting: list[Tensor] = []
+        self._log_sums: Tensor | None = None
+        self._largest: Tensor | None = None
+
+    def add(self, log_weights: Tensor) -> None:
+        """Take in log-weights, (K, B)."""
+        self._waiting.append(log_weights)
+        self.count += len(log_weights)
+        if sum(map(len, self._waiting)) >= self._ROWS_AT_A_TIME or self.count == self._num_draws:
+            self._take_in(torch.cat(self._waiting).double())
+            self._waiting = []
+
+    def _take_in(self, largest: Tensor) -> None:
+        sums = torch.stack([largest.logsumexp(0), (2 * largest).logsumexp(0)])
+        if self._log_sums is not None:
+            sums = torch.logaddexp(self._log_sums, sums)
+            largest = torch.cat([self._largest, largest])
+        self._log_sums = sums
+        self._largest = largest.topk(min(self._tail + 1, len(largest)), dim=0).values
+
+    @property
+    def _tail(self) -> int:
+        return tail_length(self._num_draws)
+
+    def log_mean(self) -> Tensor:
+        """Return the logarithm of the mean weight, (B,)."""
+        return self._log_sums[0] - math.log(self.count)
+
+    def effective_sample_size(self) -> Tensor:
+        r"""Return :math:`(\sum w)^2 / \sum w^2`, (B,): K for equal weights, 1 for a single one."""
+        return (2 * self._log_sums[0] - self._log_sums[1]).exp()
+
+    def error(self) -> Tensor:
+        """Return the standard error of log_mean: that of the mean weight, over the mean weight."""
+        if self.count == 1:
+            return torch.full_like(self._log_sums[0], math.nan)
+        # sum(w^2) / sum(w)^2 is one over the effective sample size: 1/K for equal weights.
+        inverse_size = (self._log_sums[1] - 2 * self._log_sums[0]).exp()
+        return ((self.count * inverse_size - 1).clamp(min=0) / (self.count - 1)).sqrt()
+
+    def khat(self) -> Tensor:
+        """Return the Pareto diagnostic of the weights, (B,)."""
+        return khat_of_tail(self._largest, self.count)

@@ -1,0 +1,65 @@
+"""Affine autoregressive flows: fast to sample from, or fast to score."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.distributions.transforms import Transform
+
+from pyro_vae._utils.init_args import recorded
+from pyro_vae.flows._base import Flow
+from pyro_vae.flows._conditioning import Autoregressive
+from pyro_vae.flows._elementwise import Affine
+from pyro_vae.flows._networks import AutoregressiveNetwork
+
+
+@recorded
+class InverseAutoregressive(Flow):
+    r"""Inverse autoregressive flow (Kingma et al. 2016, eq. 10), given a context.
+
+    .. math::
+        f(z)_d = \mu_d(z_{<d}, h) + \sigma_d(z_{<d}, h) z_d, \qquad
+        \log|\det J| = \sum_d \log\sigma_d
+
+    A masked network gives :math:`\mu` and :math:`\sigma` from z and the context h, which is what
+    the encoder gives. One pass maps; the inverse, for scoring what was not sampled here, takes D.
+    The order of dimensions is reversed from layer to layer.
+
+    Args:
+        dim: D, at least two.
+        context: numbers in h.
+        hidden: widths of the network, each at least D; one layer of max(64, 2D) if not given.
+    """
+
+    min_dim = 2
+
+    def __init__(self, dim: int, context: int = 16, hidden: Sequence[int] | None = None):
+        super().__init__(dim)
+        self.num_parameters = context
+        hidden = [max(64, 2 * dim)] if hidden is None else hidden
+        self._functions = Affine()
+        self.network = AutoregressiveNetwork(dim, context, hidden, self._functions.num_parameters)
+
+    def forward(self, parameters: Tensor) -> Transform:
+        """Return the transform, given the context."""
+        network = functools.partial(self.network, context=parameters)
+        return Autoregressive(self._functions, network)
+
+
+@recorded
+class MaskedAutoregressive(InverseAutoregressive):
+    r"""Masked autoregressive flow (Papamakarios et al. 2017, eq. 3-4), given a context.
+
+    The inverse of :class:`InverseAutoregressive`: one pass scores, D sample.
+
+    Args:
+        dim: D, at least two.
+        context: numbers in h.
+        hidden: widths of the network, each at least D; one layer of max(64, 2D) if not given.
+    """
+
+    def forward(self, parameters: Tensor) -> Transform:
+        """Return the transform, given the context."""
+        return super().forward(parameters).inv

@@ -1,0 +1,231 @@
+"""Families of distributions on R^D, as functions of unconstrained numbers.
+
+A guide is a family and a source of its parameters: an encoder, a table, a few gradient steps.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor, nn
+
+from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.scales import positive
+from pyro_vae.distributions._mixtures import MixtureOfNormals
+from pyro_vae.flows import Flow
+
+
+class Family(nn.Module):
+    """Distributions on R^D, given by P unconstrained numbers.
+
+    Args:
+        dim: D.
+
+    Attributes:
+        num_parameters: P.
+        independent: whether the dimensions are independent. Then a distribution of scalars is made
+            of P/D tensors.
+
+    Shape:
+        from ``(*batch, P)`` to batch shape ``batch`` and event shape ``(D,)``; if independent, from
+        P/D tensors of any shape to that batch shape and scalar events.
+    """
+
+    num_parameters: int
+    independent = False
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    @abstractmethod
+    def forward(self, parameters: Tensor | Sequence[Tensor]) -> TorchDistributionMixin:
+        """Return the distribution of these parameters."""
+
+
+@recorded
+class Normal(Family):
+    r"""Diagonal Gaussians: :math:`\mu`, and :math:`\sigma` by a softplus."""
+
+    independent = True
+
+    def __init__(self, dim: int):
+        super().__init__(dim)
+        self.num_parameters = 2 * dim
+
+    def forward(self, parameters: Sequence[Tensor]) -> TorchDistributionMixin:
+        """Return independent Gaussians."""
+        loc, raw_scale = parameters
+        return dist.Normal(loc, positive(raw_scale))
+
+
+@recorded
+class Delta(Family):
+    """Points, with a log-density that is a constant.
+
+    Args:
+        dim: D.
+        log_density: of each dimension; None makes it a free parameter of each datum.
+    """
+
+    independent = True
+
+    def __init__(self, dim: int, log_density: float | None = 0.0):
+        super().__init__(dim)
+        self._log_density = log_density
+        self.num_parameters = dim if log_density is not None else 2 * dim
+
+    def forward(self, parameters: Sequence[Tensor]) -> TorchDistributionMixin:
+        """Return independent points."""
+        if self._log_density is None:
+            point, log_density = parameters
+            return dist.Delta(point, log_density)
+        (point,) = parameters
+        return dist.Delta(point, torch.full_like(point, self._log_density))
+
+
+@recorded
+class MultivariateNormal(Family):
+    r"""Gaussians of any covariance :math:`LL^\top`, L lower triangular (Cholesky)."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim)
+        self._sizes = [dim, dim, dim * (dim - 1) // 2]
+        self.num_parameters = sum(self._sizes)
+
+    def forward(self, parameters: Tensor) -> TorchDistributionMixin:
+        """Return a Gaussian."""
+        loc, diagonal, below = parameters.split(self._sizes, -1)
+        rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=loc.device)
+        triangle = torch.diag_embed(positive(diagonal))
+        place = (rows * self.dim + columns).expand(below.shape)
+        # The rows of a fresh guide have next to no correlations, however many dimensions.
+        below = below / math.sqrt(self.dim)
+        triangle = triangle.flatten(-2).scatter(-1, place, below).unflatten(-1, (self.dim, -1))
+        return dist.MultivariateNormal(loc, scale_tril=triangle)
+
+
+@recorded
+class LowRankNormal(Family):
+    r"""Gaussians of covariance :math:`WW^\top + \mathrm{diag}(\sigma^2)`, W of some rank.
+
+    Args:
+        dim: D.
+        rank: columns of W; D, if that is less.
+
+    Raises:
+        ValueError: the rank is not positive.
+    """
+
+    def __init__(self, dim: int, rank: int = 4):
+        super().__init__(dim)
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        self._rank = rank = min(rank, dim)
+        self._sizes = [dim, dim, dim * rank]
+        self.num_parameters = sum(self._sizes)
+
+    def forward(self, parameters: Tensor) -> TorchDistributionMixin:
+        """Return a Gaussian."""
+        loc, diagonal, factor = parameters.split(self._sizes, -1)
+        factor = factor.unflatten(-1, (self.dim, self._rank)) / math.sqrt(self._rank)
+        return _LowRankNormal(loc, factor, positive(diagonal).square())
+
+
+class _LowRankNormal(dist.LowRankMultivariateNormal):
+    """torch's, but for a density without the difference of two large numbers."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        scale = self._unbroadcasted_cov_diag.sqrt()
+        factor = self._unbroadcasted_cov_factor / scale.unsqueeze(-1)
+        residual = ((value - self.loc) / scale).unsqueeze(-1)
+        # r'(I + AA')^-1 r is the least of |r - Ac|^2 + |c|^2: errors of c enter it squared.
+        c = torch.cholesky_solve(factor.mT @ residual, self._capacitance_tril)
+        square = (residual - factor @ c).square().sum((-1, -2)) + c.square().sum((-1, -2))
+        half_log_det = self._capacitance_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        half_log_det = half_log_det + scale.log().sum(-1)
+        dim = self.event_shape[0]
+        return -0.5 * (square + dim * math.log(2 * math.pi)) - half_log_det
+
+
+@recorded
+class Mixture(Family):
+    """Mixtures of diagonal Gaussians, see :class:`pyro_vae.distributions.MixtureOfNormals`.
+
+    Free offsets, the same for every datum, set the components apart from the beginning.
+
+    Args:
+        dim: D.
+        components: K.
+
+    Raises:
+        ValueError: there is no component.
+    """
+
+    def __init__(self, dim: int, components: int = 4):
+        super().__init__(dim)
+        if components < 1:
+            raise ValueError(f"components must be at least 1, got {components}")
+        self._components = components
+        self.offsets = nn.Parameter(0.5 * torch.randn(components, dim))
+        self.num_parameters = components * (2 * dim + 1)
+
+    def forward(self, parameters: Tensor) -> TorchDistributionMixin:
+        """Return a mixture."""
+        parameters = parameters.unflatten(-1, (self._components, -1))
+        logits, loc, raw_scale = parameters.split([1, self.dim, self.dim], -1)
+        return MixtureOfNormals(logits.squeeze(-1), loc + self.offsets, positive(raw_scale))
+
+
+@recorded
+class Transformed(Family):
+    r"""Diagonal Gaussians pushed through layers of a flow (Rezende & Mohamed 2015, eq. 7).
+
+    .. math::
+        z = f_L \circ \dots \circ f_1(\epsilon), \qquad
+        \log q(z) = \log\mathcal{N}(\epsilon; \mu, \sigma^2) - \sum_l \log|\det J_l|
+
+    Args:
+        dim: D.
+        flow: makes a layer from D, such as :class:`pyro_vae.flows.Planar`.
+        length: L.
+        amortized: whether the layers' parameters, or their context, are given like those of the
+            Gaussian. If not they are free: one flow for all data, and to score M values under N
+            Gaussians takes M inversions.
+
+    Raises:
+        ValueError: ``length`` is not positive, or the flow needs more dimensions.
+    """
+
+    def __init__(
+        self, dim: int, flow: Callable[[int], Flow], length: int = 8, amortized: bool = True
+    ):
+        super().__init__(dim)
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
+        self.layers = nn.ModuleList(flow(dim) for _ in range(length))
+        self._sizes = [layer.num_parameters for layer in self.layers]
+        self.free: nn.Parameter | None = None
+        self.num_parameters = 2 * dim
+        if amortized:
+            self.num_parameters += sum(self._sizes)
+        else:
+            self.free = nn.Parameter(0.1 * torch.randn(sum(self._sizes)))
+
+    def forward(self, parameters: Tensor) -> TorchDistributionMixin:
+        """Return a transformed Gaussian."""
+        loc, raw_scale, rest = parameters.tensor_split([self.dim, 2 * self.dim], -1)
+        rest = rest if self.free is None else self.free
+        transforms = [
+            layer(numbers)
+            for layer, numbers in zip(self.layers, rest.split(self._sizes, -1), strict=True)
+        ]
+        base = dist.Normal(loc, positive(raw_scale)).to_event(1)
+        return dist.TransformedDistribution(base, transforms)

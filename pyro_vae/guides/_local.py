@@ -1,0 +1,161 @@
+"""Guides without an encoder: free parameters for each datum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vae._programs.latent_sites import LatentSite, latent_sites, surroundings
+from pyro_vae._utils.inputs import require_batch
+from pyro_vae.guides import _families as families
+from pyro_vae.guides._families import Family
+from pyro_vae.guides._model_ref import Unowned
+from pyro_vae.guides._posterior import Posterior
+
+
+class LocalGuide(PyroModule):
+    r"""Classical variational inference: parameters of its own for each datum (Blei et al. 2017).
+
+    .. math:: q(z_n|x_n) = T_\# \, q_{\lambda_n}
+
+    The best that a family can do, against which an encoder's :math:`\lambda(x)` is measured. A
+    minibatch finds its parameters by its rows (x and covariates), wherever they stand; equal rows
+    share theirs.
+
+    Args:
+        model: program of p(x, z). It is traced, not kept as a submodule.
+        x: all data, ``(N, *event)``.
+        *covariates: further arguments of the model, for all data.
+        family: makes the family of D dimensions; see :mod:`pyro_vae.guides`.
+        joint: whether several latents are joint; see :class:`pyro_vae.guides.AmortizedGuide`.
+
+    Raises:
+        ValueError: the model has no latent site in the plate ``"data"``; the family cannot have
+            its dimensions; in a call, while values are validated: a row is none of the data.
+            (Parameters of such a row are NaN.)
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.tensor([-1.0, 0.5, 2.0])
+        >>> guide = pv.guides.LocalGuide(model, x)
+        >>> options = {"epochs": 400, "batch_size": 3, "learning_rate": 0.03, "seed": 0}
+        >>> elbo = pv.objectives.ELBO(100)
+        >>> fit = pv.fit(model, guide, x, objective=elbo, **options, progress=False)
+        >>> mean, _ = guide.parameters_of(x[[2]])[0]
+        >>> bool((mean - 1.0).abs() < 0.1)  # of the posterior N(x / 2, 1 / 2)
+        True
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        x: Tensor,
+        *covariates: Any,
+        family: Callable[[int], Family] = families.Normal,
+        joint: bool = True,
+    ):
+        super().__init__()
+        self._model = Unowned(model)
+        for number, column in enumerate((x, *covariates)):
+            _check("x" if number == 0 else f"covariate {number}", column)
+        rows = torch.unique(_flat(x, *covariates), dim=0)
+        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        sites = latent_sites(model, x, *covariates)
+        self._build(sites, family, joint, rows, torch.empty(0, dtype=dtype, device=x.device))
+
+    def _build(
+        self,
+        sites: Sequence[LatentSite],
+        family: Callable[[int], Family],
+        joint: bool,
+        rows: Tensor,
+        like: Tensor,
+    ) -> None:
+        self._family, self._joint = family, joint
+        self.posterior = Posterior(sites, family, joint).to(like)
+        direction = torch.randn(rows.shape[-1], dtype=torch.float64, device=like.device)
+        keys, order = (rows @ direction).sort()
+        # As integers, which a change of the module's dtype leaves alone.
+        for name, values in (("_rows", rows[order]), ("_direction", direction), ("_keys", keys)):
+            self.register_buffer(name, values.view(torch.int64))
+        # Not zeros, where all layers of a flow would stay alike.
+        shape = (len(rows), self.posterior.num_parameters)
+        self.table = nn.Parameter(0.1 * torch.randn(shape, dtype=like.dtype, device=like.device))
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Return what :meth:`of_arguments` makes such a guide of: none of the data."""
+        return {
+            "model": self._model.program,
+            "sites": self.posterior.sites,
+            "family": self._family,
+            "joint": self._joint,
+            "shape": tuple(self._rows.shape),
+        }
+
+    @classmethod
+    def of_arguments(
+        cls,
+        model: Callable[..., Any],
+        sites: Sequence[LatentSite],
+        family: Callable[[int], Family],
+        joint: bool,
+        shape: tuple[int, int],
+    ) -> LocalGuide:
+        """Make a guide for data that its buffers are to be loaded with."""
+        guide = cls.__new__(cls)
+        PyroModule.__init__(guide)
+        guide._model = Unowned(model)
+        guide._build(sites, family, joint, torch.zeros(shape, dtype=torch.double), torch.empty(0))
+        return guide
+
+    def forward(self, x: Tensor, *covariates: Any) -> dict[str, Tensor]:
+        """Sample the latents of the data plate given x."""
+        parameters = self.parameters_of(x, *covariates)
+        plates, masks = surroundings(self.posterior.sites, self._model.program, x, *covariates)
+        return self.posterior(parameters, plates, masks)
+
+    def parameters_of(self, x: Tensor, *covariates: Any) -> Tensor:
+        """Return the parameters of the family for each datum, ``(B, P)``."""
+        rows, direction, keys = (
+            values.view(torch.float64) for values in (self._rows, self._direction, self._keys)
+        )
+        x = _flat(x, *covariates)
+        # One number tells rows apart; the nearest is looked at, since it is subject to rounding.
+        key = x @ direction
+        above = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
+        below = (above - 1).clamp(min=0)
+        nearer = (key - keys[below]).abs() < (key - keys[above]).abs()
+        found = torch.where(nearer, below, above)
+        known = (rows[found] == x).all(-1)
+        if torch.distributions.Distribution._validate_args and not known.all():
+            row = (~known).nonzero()[0].item()
+            raise ValueError(
+                f"row {row} of x is none of the data that this LocalGuide was made for: it has "
+                "parameters for those alone. Make it for these data, without a transform that "
+                "draws them anew, or use an amortized guide."
+            )
+        return torch.where(known.unsqueeze(-1), self.table[found], torch.nan)
+
+
+def _check(name: str, column: Any) -> None:
+    if name != "x" and not (isinstance(column, Tensor) and column.dim()):
+        return
+    require_batch(name, column)
+    if not torch.isfinite(column).all():
+        raise ValueError(f"{name} has NaN or infinite values, whose rows could not be found again")
+
+
+def _flat(*columns: Any) -> Tensor:
+    """Lay columns side by side, one row of float64 for each datum."""
+    x, *others = columns
+    kept = [x, *(c for c in others if isinstance(c, Tensor) and c.dim() and len(c) == len(x))]
+    return torch.cat([column.reshape(len(x), -1).double() for column in kept], -1)

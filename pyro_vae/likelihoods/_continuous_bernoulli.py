@@ -1,0 +1,114 @@
+"""Data in [0, 1]."""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor
+from torch.distributions import register_kl
+
+from pyro_vae._utils.init_args import recorded
+from pyro_vae.distributions import _continuous_bernoulli as tilted
+from pyro_vae.distributions._casting import value_for
+from pyro_vae.distributions._continuous_bernoulli import log_mass
+from pyro_vae.likelihoods._base import Likelihood
+
+
+@recorded
+class ContinuousBernoulli(Likelihood):
+    r"""Continuous Bernoulli distributions for x in [0, 1] (Loaiza-Ganem & Cunningham 2019).
+
+    .. math::
+        p(x|z) = \prod_d C(l_d) \, \sigma(l_d)^{x_d} \, \sigma(-l_d)^{1 - x_d}, \qquad
+        C(l) = \frac{l}{\tanh(l / 2)}, \qquad l = f(z)
+
+    C makes it a density, which the Bernoulli likelihood of grey values is not.
+
+    Args:
+        decoder: network f from z, and any covariates, to the logits of x.
+        event_dim: how many of the rightmost dimensions of x make one datum.
+
+    Raises:
+        ValueError: ``event_dim`` is less than one.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> likelihood = pv.likelihoods.ContinuousBernoulli(torch.nn.Identity())
+        >>> likelihood(torch.tensor([0.0])).log_prob(torch.tensor([0.3]))  # uniform
+        tensor(0.)
+    """
+
+    def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
+        """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
+        (logits,) = self.outputs(1, *inputs)
+        return _ContinuousBernoulli(logits=logits).to_event(self.event_dim)
+
+
+# The shares of smaller logits are a series: what it leaves out is less than what the others cancel.
+_LEAST_OF_SHARES = 1e-3
+
+
+class _ContinuousBernoulli(dist.ContinuousBernoulli):
+    """torch's, with functions of the logits in place of clamped probabilities.
+
+    In float32 those end at logits of 16: beyond, there would be no density any more, and no mean
+    above 15/16. Where two branches meet, both are finite everywhere, in value and in gradient.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        r"""Return :math:`l x - \log((e^l - 1) / l)`."""
+        value = value_for(self.logits, value)
+        if self._validate_args:
+            self._validate_sample(value)
+        logits, value = torch.broadcast_tensors(self.logits, value.to(self.logits.dtype))
+        return logits * value - log_mass(logits)
+
+    @property
+    def mean(self) -> Tensor:
+        r"""The mean, :math:`1 / (1 - e^{-l}) - 1 / l`."""
+        return tilted.mean(self.logits)
+
+    @property
+    def variance(self) -> Tensor:
+        r"""The variance, :math:`1 / l^2 - e^{-l} / (1 - e^{-l})^2`."""
+        return tilted.variance(self.logits)
+
+    @property
+    def stddev(self) -> Tensor:
+        """The root of the variance."""
+        return self.variance.sqrt()
+
+    def entropy(self) -> Tensor:
+        """Return the differential entropy."""
+        return log_mass(self.logits) - self.logits * self.mean
+
+    def cdf(self, value: Tensor) -> Tensor:
+        r"""Return the share below x, :math:`(e^{l x} - 1) / (e^l - 1)`."""
+        logits, value = torch.broadcast_tensors(self.logits, value.to(self.logits.dtype))
+        size = logits.abs()
+        x = torch.where(logits < 0, value, 1 - value).clamp(0.0, 1.0)
+        safe = size.clamp(min=torch.finfo(size.dtype).tiny)
+        share = torch.expm1(-safe * x) / torch.expm1(-safe)
+        share = torch.where(size < torch.finfo(size.dtype).eps, x, share)
+        return torch.where(logits < 0, share, 1 - share)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        r"""Return the x below which lies a share u, :math:`\log(1 + u (e^l - 1)) / l`.
+
+        For l > 0 that is :math:`1 + \log(1 + (1 - u) (e^{-l} - 1)) / l`, where nothing overflows.
+        """
+        size = self.logits.abs()
+        share = torch.where(self.logits < 0, 1 - value, value)
+        share = share.clamp(min=torch.finfo(size.dtype).eps)
+        safe = size.clamp(min=_LEAST_OF_SHARES)
+        x = 1 + torch.log1p((1 - share) * torch.expm1(-safe)) / safe
+        x = x.clamp(0.0, 1.0)
+        x = torch.where(self.logits < 0, 1 - x, x)
+        near = value + 0.5 * self.logits * value * (1 - value)  # with its gradient at zero
+        return torch.where(size < _LEAST_OF_SHARES, near, x)
+
+
+@register_kl(_ContinuousBernoulli, _ContinuousBernoulli)
+def _kl(p: _ContinuousBernoulli, q: _ContinuousBernoulli) -> Tensor:
+    return (p.logits - q.logits) * p.mean - log_mass(p.logits) + log_mass(q.logits)

@@ -1,0 +1,127 @@
+"""Counts: Poisson and negative binomial likelihoods."""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor, nn
+
+from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.scales import positive, softplus
+from pyro_vae.distributions._casting import value_for
+from pyro_vae.likelihoods._base import Likelihood
+from pyro_vae.likelihoods._scales import Scale, SharedScale, as_scale
+
+
+@recorded
+class Poisson(Likelihood):
+    r""":math:`p(x|z) = \prod_d \mathrm{Poisson}(x_d; \lambda_d(z))` for x in {0, 1, 2, ...}.
+
+    Rates are a softplus of the decoder's numbers, moved so that zero becomes a rate of one.
+
+    Args:
+        decoder: network from z, and any covariates, to the numbers that make the rates of x.
+        event_dim: how many of the rightmost dimensions of x make one datum.
+
+    Raises:
+        ValueError: ``event_dim`` is less than one.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> likelihood = pv.likelihoods.Poisson(pv.nets.MLP(2, [8], 5))
+        >>> likelihood(torch.zeros(100, 2)).log_prob(torch.ones(100, 5)).shape
+        torch.Size([100])
+    """
+
+    def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
+        """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
+        (raw,) = self.outputs(1, *inputs)
+        return _Poisson(positive(raw)).to_event(self.event_dim)
+
+
+@recorded
+class NegativeBinomial(Likelihood):
+    r"""Negative binomial distributions of counts x, by mean and dispersion.
+
+    .. math::
+        p(x|z) = \prod_d \frac{\Gamma(x_d + r_d)}{\Gamma(r_d) \, x_d!}
+            \Bigl(\frac{r_d}{r_d + \mu_d}\Bigr)^{r_d}
+            \Bigl(\frac{\mu_d}{r_d + \mu_d}\Bigr)^{x_d}, \qquad r_d = 1 / \alpha_d
+
+    has the mean :math:`\mu` and the variance :math:`\mu + \alpha \mu^2`: a Poisson distribution
+    whose rate is drawn from a Gamma distribution. A dispersion :math:`\alpha` of zero is Poisson.
+
+    Args:
+        decoder: network from z, and any covariates, to the numbers that make the means: a
+            softplus of them, zero becoming one. With :class:`ScaleFromDecoder`, then to those that
+            make the dispersions.
+        dispersion: :math:`\alpha`: a positive number; or :class:`SharedScale`,
+            :class:`ScalePerOutput` or :class:`ScaleFromDecoder`; ``SharedScale()`` if not given.
+        event_dim: how many of the rightmost dimensions of x make one datum.
+
+    Raises:
+        ValueError: ``event_dim`` is less than one; the dispersion is no positive number.
+        TypeError: the dispersion is of another kind.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> dispersion = pv.likelihoods.ScalePerOutput(5)
+        >>> decoder = pv.nets.MLP(2, [8], 5)
+        >>> likelihood = pv.likelihoods.NegativeBinomial(decoder, dispersion)
+        >>> p = likelihood(torch.zeros(100, 2))
+        >>> torch.allclose(p.variance, p.mean + p.mean**2)
+        True
+    """
+
+    def __init__(
+        self, decoder: nn.Module, dispersion: float | Scale | None = None, event_dim: int = 1
+    ):
+        super().__init__(decoder, event_dim)
+        self.dispersion = as_scale(
+            "dispersion", SharedScale() if dispersion is None else dispersion
+        )
+
+    def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
+        """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
+        raw_mean, *raw = self.outputs(1 + self.dispersion.parts, *inputs)
+        dispersion = self.dispersion(raw_mean, *raw)
+        logits = positive(raw_mean).log() + dispersion.log()
+        return _NegativeBinomial(dispersion.reciprocal(), logits=logits).to_event(self.event_dim)
+
+
+class _Poisson(dist.Poisson):
+    """torch's, for counts of any dtype: there, 255 of uint8 would become 0."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value_for(self.rate, value))
+
+
+_LEAST_FOR_SERIES = 20.0
+
+
+class _NegativeBinomial(dist.NegativeBinomial):
+    """torch's, without the difference of two large numbers where the dispersion is small."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        value = value_for(self.logits, value)
+        if self._validate_args:
+            self._validate_sample(value)
+        r, logits, x = torch.broadcast_tensors(self.total_count, self.logits, value)
+        growth = x * logits - (r + x) * softplus(logits)
+        return growth + _log_rising(r, x) - torch.lgamma(x + 1)
+
+
+def _log_rising(r: Tensor, x: Tensor) -> Tensor:
+    r"""Return :math:`\log\Gamma(r + x) - \log\Gamma(r)`.
+
+    Where r is large, by Stirling's series for both: what they have in common cancels on paper. The
+    first term left out is :math:`1 / (1260 r^5)`.
+    """
+    large = r.clamp(min=_LEAST_FOR_SERIES)
+    whole = large + x
+    series = (1 / whole - 1 / large) / 12 - (whole**-3 - large**-3) / 360
+    by_series = (whole - 0.5) * torch.log1p(x / large) + x * (large.log() - 1) + series
+    small = r.clamp(max=_LEAST_FOR_SERIES)
+    by_gammas = torch.lgamma(small + x) - torch.lgamma(small)
+    return torch.where(r > _LEAST_FOR_SERIES, by_series, by_gammas)

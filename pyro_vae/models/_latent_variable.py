@@ -1,0 +1,55 @@
+"""The model of a VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyro
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_vae._programs.sites import DATA_PLATE
+from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.inputs import require_batch
+
+
+@recorded
+class LatentVariableModel(PyroModule):
+    r""":math:`p(x, z) = \prod_n p(z_n)\, p(x_n|z_n)`: the generative model of a VAE.
+
+    Args:
+        prior: called without arguments, gives p(z); see :mod:`pyro_vae.priors`.
+        likelihood: called on z, gives p(x|z); see :mod:`pyro_vae.likelihoods`.
+
+    Shape:
+        x is ``(B, *event)``, the event that of p(x|z).
+
+    Sites:
+        ``"z"`` latent and ``"x"`` observed, both in the plate ``"data"``.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> model = pv.LatentVariableModel(
+        ...     prior=pv.priors.StandardNormal(2),
+        ...     likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16)),
+        ... )
+        >>> pv.generate(model, torch.zeros(5, 16)).shape  # E[x|z] for five z from the prior
+        torch.Size([5, 16])
+    """
+
+    def __init__(
+        self,
+        prior: Callable[[], TorchDistributionMixin],
+        likelihood: Callable[[Tensor], TorchDistributionMixin],
+    ):
+        super().__init__()
+        self.prior = prior
+        self.likelihood = likelihood
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the program on a minibatch x and return it."""
+        p_z = self.prior()  # one for all data, outside of their plate
+        with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
+            z = pyro.sample("z", p_z)
+            return pyro.sample("x", self.likelihood(z), obs=x)

@@ -1,0 +1,132 @@
+"""A Markov chain of latents behind a sequence of observations."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_vae._programs.sites import DATA_PLATE
+from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.inputs import require_batch
+
+
+@recorded
+class SequenceModel(PyroModule):
+    r"""A Deep Markov Model (Krishnan, Shalit & Sontag 2017), of sequences of unequal lengths.
+
+    .. math::
+        p(x, z) = p(z_1) \prod_{t=2}^{\ell} p(z_t|z_{t-1}) \prod_{t=1}^{\ell} p(x_t|z_t)
+
+    for a sequence of length :math:`\ell`, padded at its end to the T steps of the minibatch.
+    Padded steps are masked: they add zero to every density and to every gradient, whatever the
+    padding holds, NaN included. Their latents are drawn, and mean nothing.
+
+    Args:
+        prior: called without arguments, gives p(z_1); see :mod:`pyro_vae.priors`.
+        transition: called on z_{t-1}, gives p(z_t|z_{t-1}), of the event shape of the prior.
+        likelihood: called on z_t, gives p(x_t|z_t); see :mod:`pyro_vae.likelihoods`.
+
+    Shape:
+        x is ``(B, T, *event)``, the event that of p(x_t|z_t), and T may differ from call to call.
+        lengths are whole numbers from 1 to T, ``(B,)``; without them all sequences have T steps.
+
+    Sites:
+        ``"z_1"`` to ``"z_T"`` latent and ``"x_1"`` to ``"x_T"`` observed, all in the plate
+        ``"data"``. Where lengths are given, those of step t are masked by :math:`t \le \ell`, and
+        padding is observed as the first step of its sequence, which the likelihood can score.
+
+    Raises:
+        ValueError: x has no steps; lengths are not of the shape ``(B,)``; while values are
+            validated: a length is not in 1 to T. To look at them waits for the device, so that it
+            is done where supports are checked too (``pyro.validation_enabled``): by
+            :func:`pyro_vae.fit` in the first epoch, by :func:`pyro_vae.evidence` once for each
+            minibatch.
+        TypeError: lengths are no tensor of whole numbers.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> model = pv.models.SequenceModel(
+        ...     prior=pv.priors.StandardNormal(2),
+        ...     transition=lambda z: dist.Normal(0.9 * z, 0.4).to_event(1),
+        ...     likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16)),
+        ... )
+        >>> guide = pv.guides.SequenceGuide(model)
+        >>> x, lengths = torch.bernoulli(torch.full((3, 5, 16), 0.5)), torch.tensor([5, 2, 4])
+        >>> t = pv.terms(model, guide, x, lengths, num_particles=7)
+        >>> t.log_weight.shape
+        torch.Size([7, 3])
+        >>> t.samples["z_5"].shape
+        torch.Size([7, 3, 2])
+    """
+
+    def __init__(
+        self,
+        prior: Callable[[], TorchDistributionMixin],
+        transition: Callable[[Tensor], TorchDistributionMixin],
+        likelihood: Callable[[Tensor], TorchDistributionMixin],
+    ):
+        super().__init__()
+        self.prior = prior
+        self.transition = transition
+        self.likelihood = likelihood
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Run the program on a minibatch and return its sequences, ``(..., B, T, *event)``.
+
+        They are x but for the padding; or, where the observations are taken away
+        (``poutine.uncondition``), what the model draws.
+        """
+        if x.dim() < 2 or not x.shape[1]:
+            raise ValueError(
+                f"x must be sequences (B, T, *event) with T >= 1, got shape {tuple(x.shape)}"
+            )
+        inside = None
+        if lengths is not None:
+            inside = _inside(x, lengths)
+            # Zero times the gradient of a density that is NaN is NaN: padding is not scored.
+            x = torch.where(inside.reshape(inside.shape + (1,) * (x.dim() - 2)), x, x[:, :1])
+        p_1, steps = self.prior(), []
+        with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
+            for t in range(x.shape[1]):
+                with _masked(None if inside is None else inside[:, t]):
+                    p_z = p_1 if t == 0 else self.transition(z)  # noqa: F821 - of t - 1
+                    z = pyro.sample(f"z_{t + 1}", p_z)
+                    p_x = self.likelihood(z)
+                    steps.append(pyro.sample(f"x_{t + 1}", p_x, obs=x[:, t]))
+        return torch.stack(torch.broadcast_tensors(*steps), -1 - len(p_x.event_shape))
+
+
+def _masked(mask: Tensor | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if mask is None else poutine.mask(mask=mask)
+
+
+def _inside(x: Tensor, lengths: Tensor) -> Tensor:
+    """Tell which steps are no padding, ``(B, T)``; refuse lengths that are none."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
+    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must be whole numbers, got {lengths.dtype}: use lengths.long()")
+    batch_size, num_steps = x.shape[:2]
+    if lengths.shape != (batch_size,):
+        raise ValueError(
+            f"lengths must have the shape ({batch_size},), one for each sequence of x, which has "
+            f"shape {tuple(x.shape)}; got {tuple(lengths.shape)}"
+        )
+    if torch.distributions.Distribution._validate_args:
+        outside = (lengths < 1) | (lengths > num_steps)
+        if outside.any():
+            row = outside.nonzero()[0].item()
+            raise ValueError(
+                f"lengths must lie in 1 to {num_steps}, the steps of x of shape {tuple(x.shape)}; "
+                f"got {lengths[row].item()} in row {row}. Drop empty sequences, and cut the "
+                "lengths where x was cut."
+            )
+    return torch.arange(num_steps, device=x.device) < lengths.unsqueeze(-1)

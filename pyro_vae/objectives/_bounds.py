@@ -1,0 +1,239 @@
+"""Bounds on the evidence that are differentiated as they stand."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from pyro_vae._programs.terms import Terms
+from pyro_vae._utils.arguments import positive_integer, real_number
+from pyro_vae.objectives._base import Objective
+
+
+class ELBO(Objective):
+    r"""The evidence lower bound, all terms sampled (Kingma & Welling 2014, eq. 2 and 7).
+
+    .. math::
+        \mathcal{L}(x) = \frac1K \sum_{k=1}^K \log p(x|z_k) + \log p(z_k) - \log q(z_k|x),
+        \qquad z_k \sim q(z|x)
+
+    The gradient is reparameterised. Guide sites without a reparameterised sample (discrete ones,
+    say) get the score function estimator (Ranganath et al. 2014, eq. 3), each datum weighted by
+    its own bound, less the baseline of the site where ``infer={"baseline": ...}`` asks for one.
+    Global sites are accepted.
+
+    Args:
+        num_particles: K.
+        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+
+    Raises:
+        ValueError: ``num_particles`` is less than one; in a loss, a guide site has no
+            reparameterised sample and some site is global.
+
+    Example:
+        >>> import pyro, torch, pyro_vae as pv
+        >>> model = pv.LatentVariableModel(
+        ...     prior=pv.priors.StandardNormal(2),
+        ...     likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16)),
+        ... )
+        >>> guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
+        >>> optimizer = pyro.optim.Adam({"lr": 1e-3})
+        >>> svi = pyro.infer.SVI(model, guide, optimizer, loss=pv.objectives.ELBO())
+        >>> loss = svi.step(torch.bernoulli(torch.full((10, 16), 0.5)))  # nats, over the batch
+    """
+
+    takes_baselines = True
+
+    def bound(self, terms: Terms) -> Tensor:
+        """Average the log-weights over the particles."""
+        terms.require_no_baselines(type(self).__name__, terms.not_reparameterized)
+        bound = _with_score_function(terms).mean(0)
+        return self.less_baselines(bound, terms, terms.log_weight)
+
+    def shared(self, terms: Terms) -> Tensor:
+        """Average the log-weight of the global sites over the particles."""
+        if terms.not_reparameterized and terms.global_sites:
+            raise ValueError(
+                f"guide site {terms.not_reparameterized[0]!r} has no reparameterised sample, and "
+                f'site {terms.global_sites[0]!r} stands outside the plate "data": the score '
+                "function would have to be weighted by the whole data set. Use "
+                "pyro.infer.Trace_ELBO."
+            )
+        return terms.log_weight_global.mean()
+
+
+class MeanFieldELBO(Objective):
+    r"""The evidence lower bound with the KL in closed form (Kingma & Welling 2014, eq. 3 and 8).
+
+    .. math::
+        \mathcal{L}(x) = \frac1K \sum_{k=1}^K \log p(x|z_k) - \mathrm{KL}(q(z|x) \| p(z)),
+        \qquad z_k \sim q(z|x)
+
+    At a site whose KL torch and Pyro do not know, the sampled difference stands in, so the bound
+    holds for any guide. Global sites are accepted.
+
+    Args:
+        num_particles: K.
+        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+
+    Raises:
+        ValueError: ``num_particles`` is less than one; in a loss, a guide site has no
+            reparameterised sample, or model and guide order their latents differently.
+    """
+
+    def bound(self, terms: Terms) -> Tensor:
+        """Average the likelihood over the particles, less the KL."""
+        terms.require_reparameterized("MeanFieldELBO")
+        return (terms.log_likelihood - terms.kl).mean(0)
+
+    def shared(self, terms: Terms) -> Tensor:
+        """The same of the global sites."""
+        return (terms.log_likelihood_global - terms.kl_global).mean()
+
+
+class IWAE(Objective):
+    r"""The importance-weighted bound (Burda et al. 2016, eq. 8).
+
+    .. math::
+        \mathcal{L}_K(x) = \log \frac1K \sum_{k=1}^K \frac{p(x, z_k)}{q(z_k|x)},
+        \qquad z_k \sim q(z|x)
+
+    It rises with K and tends to :math:`\log p(x)`. The weights are those of single data points:
+    the scale of a subsampled plate multiplies the bound and never enters the logarithm.
+
+    Args:
+        num_particles: K.
+        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+
+    Raises:
+        ValueError: ``num_particles`` is less than one; in a loss, a site is global or scaled, or a
+            guide site has no reparameterised sample.
+    """
+
+    def bound(self, terms: Terms) -> Tensor:
+        """Take the logarithm of the average weight."""
+        terms.require_reparameterized("IWAE")
+        return log_mean_weight(terms.log_weight, 0)
+
+
+class MIWAE(Objective):
+    r"""The average of M importance-weighted bounds (Rainforth et al. 2018).
+
+    .. math::
+        \mathcal{L}_{M,K}(x) = \frac1M \sum_{m=1}^M
+        \log \frac1K \sum_{k=1}^K \frac{p(x, z_{mk})}{q(z_{mk}|x)}, \qquad z_{mk} \sim q(z|x)
+
+    Its value is that of the bound with K; the guide's gradient has a variance M times smaller.
+
+    Args:
+        num_bounds: M.
+        num_particles: K, of each bound.
+        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+
+    Raises:
+        ValueError: a number is less than one; in a loss, what :class:`IWAE` refuses.
+    """
+
+    def __init__(self, num_bounds: int, num_particles: int, *, vectorize_particles: bool = True):
+        positive_integer("num_bounds", num_bounds)
+        positive_integer("num_particles", num_particles)
+        super().__init__(num_bounds * num_particles, vectorize_particles=vectorize_particles)
+        self.num_bounds = num_bounds
+
+    def __repr__(self) -> str:
+        name, each = type(self).__name__, self.num_particles // self.num_bounds
+        return f"{name}(num_bounds={self.num_bounds}, num_particles={each})"
+
+    def bound(self, terms: Terms) -> Tensor:
+        """Average the logarithms of the average weights."""
+        terms.require_reparameterized(type(self).__name__)
+        return log_mean_weight(terms.log_weight.unflatten(0, (self.num_bounds, -1)), 1).mean(0)
+
+
+class CIWAE(Objective):
+    r"""Between ELBO and IWAE, on the same particles (Rainforth et al. 2018).
+
+    .. math::
+        \beta \, \mathcal{L}_{\mathrm{ELBO}}(x) + (1 - \beta) \, \mathcal{L}_K(x)
+
+    Args:
+        beta: between 0 and 1, the weight of the ELBO.
+        num_particles: K.
+        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+
+    Raises:
+        ValueError: ``beta`` is not between 0 and 1; in a loss, what :class:`IWAE` refuses.
+    """
+
+    def __init__(self, beta: float, num_particles: int, *, vectorize_particles: bool = True):
+        super().__init__(num_particles, vectorize_particles=vectorize_particles)
+        self.beta = real_number("beta", beta)
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta must be between 0 and 1, got {beta}")
+
+    def bound(self, terms: Terms) -> Tensor:
+        """Mix the average log-weight with the logarithm of the average weight."""
+        terms.require_reparameterized("CIWAE")
+        log_weight = terms.log_weight
+        iwae = log_mean_weight(log_weight, 0)
+        return self.beta * log_weight.mean(0) + (1 - self.beta) * iwae
+
+
+class Renyi(Objective):
+    r"""The variational Renyi bound (Li & Turner 2016, eq. 5).
+
+    .. math::
+        \mathcal{L}_\alpha(x) = \frac{1}{1-\alpha} \log \frac1K \sum_{k=1}^K
+        \left( \frac{p(x, z_k)}{q(z_k|x)} \right)^{1-\alpha}, \qquad z_k \sim q(z|x)
+
+    At alpha = 0 it is the :class:`IWAE`; as alpha tends to 1, the :class:`ELBO`. For a negative
+    alpha it tends to an upper bound as K grows, but for any finite K lies below that limit.
+
+    Args:
+        alpha: any number but 1.
+        num_particles: K.
+        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+
+    Raises:
+        ValueError: ``alpha`` is 1 or not finite; in a loss, what :class:`IWAE` refuses.
+    """
+
+    def __init__(self, alpha: float, num_particles: int, *, vectorize_particles: bool = True):
+        super().__init__(num_particles, vectorize_particles=vectorize_particles)
+        self.alpha = real_number("alpha", alpha)
+        if alpha == 1:
+            raise ValueError("alpha must not be 1: take objectives.ELBO, the limit")
+
+    def bound(self, terms: Terms) -> Tensor:
+        """Take the logarithm of the average power of the weights."""
+        terms.require_reparameterized("Renyi")
+        power = 1 - self.alpha
+        return log_mean_weight(power * terms.log_weight, 0) / power
+
+
+def log_mean_weight(log_weight: Tensor, dim: int) -> Tensor:
+    """Return the logarithm of the average weight along a dimension."""
+    log_weight = _without_negligible(log_weight, dim)
+    return log_weight.logsumexp(dim) - math.log(log_weight.shape[dim])
+
+
+def _without_negligible(log_weight: Tensor, dim: int) -> Tensor:
+    """Raise each weight to at least e^-50 of the largest, below any rounding of their sum.
+
+    Their gradients become zero. As the denormal numbers that they would be, they would slow the
+    backward pass down by more than all other particles together.
+    """
+    return log_weight.maximum(log_weight.detach().amax(dim, keepdim=True) - 50.0)
+
+
+def _with_score_function(terms: Terms) -> Tensor:
+    """Leave the log-weight as it is; add to its gradient that of the score, weighted by it.
+
+    The log-weight holds log q of the same sites, whose expected gradient is zero: it is taken out.
+    """
+    value, score = terms.log_weight, terms.score
+    if score is None:
+        return value
+    own = terms.log_guide_of_score
+    return value + value.detach() * (score - score.detach()) + (own - own.detach())

@@ -1,0 +1,186 @@
+"""Weights that change as training goes on: functions of the number of steps taken."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae._utils.arguments import positive_integer, real_number
+
+LAST_STEP = float(2**24)  # float32 counts no further
+_SPACING = 0.6180339887  # of the golden ratio: steps so spaced miss no part of any period
+
+
+class Schedule(ABC):
+    """A number for each step. A subclass computes it by tensor operations, without branches."""
+
+    @abstractmethod
+    def __call__(self, step: Tensor) -> Tensor:
+        """Return the value after so many steps, a scalar of a scalar."""
+
+    def last_value(self) -> float:
+        """Return the value after the schedule's end; the largest one of a schedule that repeats.
+
+        Validation takes the objective at this value. Here it is found by calling the schedule: at
+        steps up to 2^24, the last that the counter reaches, for its end; and at steps between 2^17
+        and 2^19 for its largest value. A subclass may state it instead.
+
+        Raises:
+            ValueError: the schedule neither ends nor repeats.
+        """
+        late = self._values_from(LAST_STEP / 4) + self._values_from(LAST_STEP / 2)
+        if max(late) - min(late) <= 1e-3 * (1 + max(map(abs, late))):
+            return late[-1]
+        before, after = self._values_from(2.0**17), self._values_from(2.0**18)
+        spread = max(before + after) - min(before + after)
+        if not abs(max(before) - max(after)) <= 0.02 * spread:  # NaN is refused too
+            raise ValueError(
+                f"the schedule {self!r} neither ends nor repeats: at steps {LAST_STEP / 2:g} and "
+                f"{LAST_STEP:g} it is {late[len(late) // 2 - 1]:g} and {late[-1]:g}. Give its "
+                "class a method last_value(self) that returns the value for validation"
+            )
+        return max(before + after)
+
+    @torch.no_grad()
+    def has_settled(self, step: float) -> bool:
+        """Tell whether the schedule has come to within 1% of its last value by a step.
+
+        A schedule that repeats has settled once it was there. Patience waits for that.
+        """
+        last, now = self.last_value(), float(self(torch.tensor(step)))
+        near = 0.01 * max(abs(last), abs(last - float(self(torch.zeros(())))))
+        if abs(now - last) <= near:
+            return True
+        late = float(self(torch.tensor(LAST_STEP)))
+        if (
+            abs(late - last) <= near
+            and abs(float(self(torch.tensor(LAST_STEP / 2))) - last) <= near
+        ):
+            return False  # it ends there, later
+        steps = torch.linspace(0.0, step, 256)[1:]
+        return any(abs(float(self(each)) - last) <= near for each in steps)
+
+    @torch.no_grad()
+    def _values_from(self, first: float) -> list[float]:
+        """Return the values at steps spread from one step to its double, which comes last."""
+        steps = [first + float(int(first * (n * _SPACING % 1))) for n in range(256)]
+        return [float(self(torch.tensor(step))) for step in [*steps, 2 * first]]
+
+
+class Constant(Schedule):
+    """The same number at every step.
+
+    Args:
+        value: the number.
+    """
+
+    def __init__(self, value: float):
+        self.value = real_number("value", value)
+
+    def __repr__(self) -> str:
+        return f"{self.value:g}"
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """Return the number."""
+        return torch.full_like(step, self.value)
+
+    def last_value(self) -> float:
+        """Return the number."""
+        return self.value
+
+
+class Linear(Schedule):
+    """From one number to another at an even pace, then the latter (Bowman et al. 2016, sec. 3.1).
+
+    Args:
+        steps: how many the way takes.
+        start: the first number.
+        end: the last.
+
+    Raises:
+        ValueError: ``steps`` is less than one.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> warm_up = pv.objectives.Linear(steps=100)
+        >>> [warm_up(torch.tensor(float(step))).item() for step in (0, 50, 100, 200)]
+        [0.0, 0.5, 1.0, 1.0]
+    """
+
+    def __init__(self, steps: int, start: float = 0.0, end: float = 1.0):
+        self.steps = positive_integer("steps", steps)
+        self.start, self.end = real_number("start", start), real_number("end", end)
+
+    def __repr__(self) -> str:
+        return f"Linear(steps={self.steps}, start={self.start:g}, end={self.end:g})"
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """Return the number after so many steps."""
+        return self.start + (self.end - self.start) * (step / self.steps).clamp(max=1.0)
+
+    def last_value(self) -> float:
+        """Return the last number."""
+        return self.end if type(self).__call__ is Linear.__call__ else super().last_value()
+
+
+class Cyclical(Schedule):
+    """Rises linearly, stays, and begins again (Fu et al. 2019).
+
+    Args:
+        period: steps of a cycle.
+        rise: the share of it that rises.
+        start: the number at the beginning of a cycle.
+        end: the number that it rises to.
+
+    Raises:
+        ValueError: ``period`` is less than one, or ``rise`` not in (0, 1].
+    """
+
+    def __init__(self, period: int, rise: float = 0.5, start: float = 0.0, end: float = 1.0):
+        self.period = positive_integer("period", period)
+        self.rise = real_number("rise", rise)
+        if not 0 < rise <= 1:
+            raise ValueError(f"rise must be a share of the period, in (0, 1], got {rise}")
+        self.start, self.end = real_number("start", start), real_number("end", end)
+
+    def __repr__(self) -> str:
+        return (
+            f"Cyclical(period={self.period}, rise={self.rise:g}, start={self.start:g}, "
+            f"end={self.end:g})"
+        )
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """Return the number after so many steps."""
+        done = (step % self.period) / (self.period * self.rise)
+        return self.start + (self.end - self.start) * done.clamp(max=1.0)
+
+    def last_value(self) -> float:
+        """Return the larger one of the two numbers."""
+        if type(self).__call__ is Cyclical.__call__:
+            return max(self.start, self.end)
+        return super().last_value()
+
+    def has_settled(self, step: float) -> bool:
+        """Tell whether the first rise is over."""
+        if type(self).__call__ is Cyclical.__call__:
+            return self.start >= self.end or step >= self.period * self.rise
+        return super().has_settled(step)
+
+
+def as_schedule(name: str, value: float | Schedule) -> Schedule:
+    """Return a schedule as it is, and a number as one."""
+    return value if isinstance(value, Schedule) else Constant(real_number(name, value))
+
+
+def schedules_in(value: Any) -> Iterator[Schedule]:
+    """Yield the schedules that a value is or holds, constants apart."""
+    if isinstance(value, Schedule) and not isinstance(value, Constant):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        parts = value.values() if isinstance(value, dict) else value
+        yield from itertools.chain.from_iterable(map(schedules_in, parts))

@@ -1,0 +1,55 @@
+"""The objective for data of which some have labels."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._utils.arguments import positive_number
+from pyro_vae.objectives._bounds import ELBO
+
+
+class SemiSupervisedELBO(ELBO):
+    r"""The ELBO, and :math:`\alpha \log q(y|x)` of labelled data (Kingma et al. 2014).
+
+    In the ELBO a known class teaches the classifier q(y|x) nothing. What is added is no part of a
+    bound: the value is not one.
+
+    Args:
+        classification: :math:`\alpha`, for each labelled row of a minibatch.
+        num_particles: K.
+        vectorize_particles: see :func:`pyro_vae.terms`.
+
+    Raises:
+        ValueError: ``classification`` is not positive.
+        TypeError: when called: the guide does not classify, or there is no y.
+    """
+
+    def __init__(
+        self, classification: float, num_particles: int = 1, *, vectorize_particles: bool = True
+    ):
+        super().__init__(num_particles, vectorize_particles=vectorize_particles)
+        self.classification = positive_number("classification", classification)
+
+    def __repr__(self) -> str:
+        return f"SemiSupervisedELBO({self.classification:g}, num_particles={self.num_particles})"
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return the loss, to be differentiated."""
+        classifier = guide.func if isinstance(guide, functools.partial) else guide
+        if not hasattr(classifier, "classify") or len(args) != 2:
+            raise TypeError(
+                "SemiSupervisedELBO needs a guide with classify(x) and data (x, y), such as "
+                f"guides.SemiSupervisedGuide; got {guide!r} and {len(args)} columns"
+            )
+        x, y = args
+        loss = super().differentiable_loss(model, guide, x, y, **kwargs)
+        known = y >= 0
+        log_q = classifier.classify(x).log_prob(torch.where(known, y, 0))
+        return loss - self.classification * torch.where(known, log_q, 0.0).sum()

@@ -1,0 +1,222 @@
+"""Priors that the guide is a part of: mixtures of its posteriors of some rows, learned with it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor, nn
+
+from pyro_vae._programs import parameters as programs
+from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.scales import positive
+from pyro_vae._utils.signatures import checked
+from pyro_vae.datasets._minibatches import as_tensor
+from pyro_vae.distributions._mixtures import MixtureOfNormals
+from pyro_vae.priors._posteriors import (
+    check_guide,
+    diagonal_gaussian,
+    even_mixture,
+    posteriors,
+    stand_in,
+)
+
+
+class PriorThroughGuide(nn.Module):
+    """A prior that is a mixture of what the guide makes of some rows.
+
+    A guide is made for a model, and this prior is a part of the model: so it is told its guide
+    when that is made, by :meth:`through`. From then on the guide is a part of the model, too.
+
+    Args:
+        *event_shape: shape of z; most often one number, its dimension.
+
+    Raises:
+        ValueError: no size is given, or one is not positive; when called: no guide was told, or
+            one whose posterior of the latent is not known from x alone.
+    """
+
+    @checked
+    def __init__(self, *event_shape: int):
+        super().__init__()
+        if not event_shape or min(event_shape) < 1:
+            raise ValueError(
+                f"{type(self).__name__} needs event_shape, positive sizes of z, got {event_shape}"
+            )
+        self.event_shape = torch.Size(event_shape)
+        self.guide: Callable[..., Any] | None = None
+        self._site = "z"
+        self._checked = self._runs = False
+
+    def through(self, guide: Callable[..., Any], site: str = "z") -> None:
+        """Tell the prior its guide.
+
+        Args:
+            guide: program of q(z|x).
+            site: the latent that this is the prior of.
+        """
+        if not callable(guide):
+            raise TypeError(f"guide must be a Pyro program, called with a minibatch; got {guide!r}")
+        self.guide, self._site = guide, site
+        self._checked = False
+
+    @abstractmethod
+    def rows(self) -> Tensor:
+        """Return the rows that the guide is to see, ``(K, *event of x)``."""
+
+    def mix(self, posteriors: TorchDistributionMixin) -> TorchDistributionMixin:
+        """Make the prior of the guide's posteriors of the rows, batch shape (K,)."""
+        return even_mixture([posteriors])
+
+    def forward(self) -> TorchDistributionMixin:
+        """Return p(z): batch shape (), event shape ``event_shape``."""
+        if self.guide is None:
+            raise ValueError(
+                f"{type(self).__name__} is a mixture of the guide's posteriors, and was told no "
+                "guide: make the guide for the model, then call prior.through(guide)"
+            )
+        rows = self.rows()
+        if self._runs:
+            return stand_in(self.event_shape, rows)
+        self._runs = True
+        try:
+            if not self._checked:
+                with programs.evaluation_mode(self.guide):
+                    check_guide(self.guide, self._site, [rows])
+                self._checked = True
+            found = posteriors(self.guide, self._site, [rows])
+        finally:
+            self._runs = False
+        if found.event_shape != self.event_shape:
+            raise ValueError(
+                f"{type(self).__name__} is of z of shape {tuple(self.event_shape)}, but the guide "
+                f"gives site {self._site!r} the shape {tuple(found.event_shape)}"
+            )
+        return self.mix(found)
+
+
+@recorded
+class VampPrior(PriorThroughGuide):
+    r"""Variational mixture of posteriors (Tomczak & Welling 2018, eq. 9).
+
+    .. math:: p(z) = \frac1K \sum_k q(z|u_k)
+
+    with pseudo-inputs u learned by the model's gradient. The aggregated posterior is the best
+    prior; this is one of K learned data. It is a fair prior for any guide whose density can be had
+    anywhere: with a flow's, K inversions are taken for each z.
+
+    Args:
+        *event_shape: shape of z; most often one number, its dimension.
+        pseudo_inputs: what they begin with, ``(K, *event of x)``, within the bounds: rows of the
+            data, say.
+        bounds: what they are clamped to; None for data without bounds.
+
+    Raises:
+        ValueError: there are no pseudo-inputs, or some outside of the bounds, or bounds that are
+            none; what :class:`PriorThroughGuide` refuses.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> prior = pv.priors.VampPrior(2, pseudo_inputs=torch.rand(10, 16))
+        >>> likelihood = pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16))
+        >>> model = pv.LatentVariableModel(prior, likelihood)
+        >>> guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
+        >>> prior.through(guide)
+        >>> prior().log_prob(torch.zeros(5, 2)).shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        *event_shape: int,
+        pseudo_inputs: Tensor,
+        bounds: tuple[float, float] | None = (0.0, 1.0),
+    ):
+        super().__init__(*event_shape)
+        if bounds is not None and not (len(bounds) == 2 and bounds[0] < bounds[1]):
+            raise ValueError(f"bounds must be a lower and an upper one, got {bounds}")
+        self.pseudo_inputs = nn.Parameter(_rows("pseudo_inputs", pseudo_inputs))
+        self.bounds = bounds
+        low, high = self.pseudo_inputs.min().item(), self.pseudo_inputs.max().item()
+        if bounds is not None and not bounds[0] <= low <= high <= bounds[1]:
+            raise ValueError(
+                f"pseudo_inputs lie in [{low:g}, {high:g}], but the bounds are {bounds}: those "
+                "outside would never move. Clamp them, or pass other bounds, None for no bounds."
+            )
+
+    def rows(self) -> Tensor:
+        """Return the pseudo-inputs."""
+        return self.pseudo_inputs if self.bounds is None else self.pseudo_inputs.clamp(*self.bounds)
+
+
+class ExemplarPrior(PriorThroughGuide):
+    r"""A Gaussian around the code of each exemplar (Norouzi et al. 2020).
+
+    .. math:: p(z) = \frac1M \sum_m \mathcal{N}(z; \mu(x_m), \sigma^2 I)
+
+    with the mean :math:`\mu(x)` of the guide's Gaussian, and one learned :math:`\sigma` for all.
+    In training a new M of the exemplars is drawn at each call; in evaluation all of them count. A
+    datum is not kept from being its own exemplar, so let M be a small part of the data.
+
+    Args:
+        dim: of z.
+        exemplars: rows of the data, ``(N, *event of x)``.
+        num_drawn: M; all of them, if not given.
+
+    Raises:
+        ValueError: there are no exemplars, or fewer than are to be drawn; the guide is no
+            diagonal Gaussian; what :class:`PriorThroughGuide` refuses.
+    """
+
+    @checked
+    def __init__(self, dim: int, *, exemplars: Tensor, num_drawn: int | None = None):
+        super().__init__(dim)
+        self.register_buffer("exemplars", _rows("exemplars", exemplars), persistent=False)
+        if num_drawn is not None and not 1 <= num_drawn <= len(self.exemplars):
+            raise ValueError(
+                f"num_drawn must be between 1 and the {len(self.exemplars)} exemplars, got "
+                f"{num_drawn}"
+            )
+        self.num_drawn = num_drawn
+        self.raw_scale = nn.Parameter(torch.tensor(0.0))
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Return the arguments that such a prior is made of."""
+        return {
+            "dim": self.event_shape[0],
+            "exemplars": self.exemplars,
+            "num_drawn": self.num_drawn,
+        }
+
+    def rows(self) -> Tensor:
+        """Return all exemplars; in training, some of them, drawn anew."""
+        if not self.training or self.num_drawn is None:
+            return self.exemplars
+        count = len(self.exemplars)
+        index = torch.randint(count, (self.num_drawn,), device=self.exemplars.device)
+        return self.exemplars[index]
+
+    def mix(self, posteriors: TorchDistributionMixin) -> TorchDistributionMixin:
+        """Put a Gaussian around each mean."""
+        gaussian = diagonal_gaussian(posteriors)
+        if gaussian is None:
+            raise ValueError(
+                "ExemplarPrior takes the means of a guide that is a diagonal Gaussian, such as "
+                f"AmortizedNormal; the guide's posterior is {posteriors}"
+            )
+        loc = gaussian[0]
+        scale = positive(self.raw_scale).to(loc).expand(loc.shape)
+        return MixtureOfNormals(loc.new_zeros(len(loc)), loc, scale)
+
+
+def _rows(name: str, rows: Tensor) -> Tensor:
+    rows = as_tensor(rows, name).detach().clone()
+    if rows.dim() < 2 or not rows.is_floating_point():
+        raise ValueError(
+            f"{name} must be rows of x, floating-point numbers of shape (K, *event), got "
+            f"{rows.dtype} of shape {tuple(rows.shape)}"
+        )
+    return rows

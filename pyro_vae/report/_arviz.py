@@ -1,0 +1,103 @@
+"""A fitted pair as an ArviZ object, for the plots and diagnostics of that library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.terms import terms
+from pyro_vae._utils.arguments import positive_integer
+from pyro_vae.datasets._minibatches import Data, Minibatches
+from pyro_vae.evaluation._estimating import estimating
+
+
+def to_arviz(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    num_draws: int = 500,
+    vectorize_particles: bool = True,
+    seed: int | None = None,
+) -> Any:
+    """Draw from a pair and put the draws into ArviZ's container.
+
+    Groups, each with the dimensions ``chain`` (of one), ``draw`` and ``datum`` first:
+
+    - ``posterior``: the latents, drawn from the guide;
+    - ``sample_stats``: ``log_weight``, log p(x, z) - log q(z|x), to weigh those draws;
+    - ``posterior_predictive``: the observed sites, drawn given the latents;
+    - ``observed_data``: x, dimension ``datum`` first.
+
+    There is no ``log_likelihood`` group: leave-one-out on log p(x|z) would judge how z explains a
+    datum that z has seen. Compare models by :func:`pyro_vae.compare`.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        data: what :func:`pyro_vae.fit` takes; all draws are held in memory.
+        num_draws: for each datum.
+        vectorize_particles: draw them in one run; see :func:`pyro_vae.terms`.
+        seed: fixes the draws.
+
+    Returns:
+        ``arviz.InferenceData`` (ArviZ 0.x) or ``xarray.DataTree`` (ArviZ 1.x).
+
+    Raises:
+        ValueError: bad data or arguments, or a pair that breaks the contract; a site is global or
+            scaled.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> model = pv.LatentVariableModel(
+        ...     prior=pv.priors.StandardNormal(2),
+        ...     likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16)),
+        ... )
+        >>> guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
+        >>> container = pv.to_arviz(model, guide, torch.ones(3, 16), num_draws=7)
+        >>> container["posterior"]["z"].shape  # chain, draw, datum, the event
+        (1, 7, 3, 2)
+    """
+    num_draws = positive_integer("num_draws", num_draws)
+    batches = Minibatches(data, 2**31, device=programs.device_of(model, guide))
+    with estimating(
+        "to_arviz", model, guide, batches, vectorize_particles=vectorize_particles, seed=seed
+    ) as plate_nesting:
+        t = terms(
+            model,
+            guide,
+            *batches.in_memory(),
+            num_particles=num_draws,
+            vectorize_particles=vectorize_particles,
+            plate_nesting=plate_nesting,
+        )
+        predictive = t.predict()
+    return make_container(
+        posterior={name: _chain(value) for name, value in t.samples.items()},
+        sample_stats={"log_weight": _chain(t.log_weight)},
+        posterior_predictive={name: _chain(value) for name, value in predictive.items()},
+        observed_data={name: value.cpu().numpy() for name, value in t.observations.items()},
+    )
+
+
+def make_container(**groups: dict[str, np.ndarray]) -> Any:
+    """Make ArviZ's container of groups of arrays; its version decides which."""
+    import arviz
+
+    dims = {
+        name: ["datum", *(f"{name}_dim_{i}" for i in range(value.ndim - leading))]
+        for group, values in groups.items()
+        for leading in (1 if group == "observed_data" else 3,)
+        for name, value in values.items()
+    }
+    if int(arviz.__version__.split(".")[0]) < 1:
+        return arviz.from_dict(**groups, dims=dims)
+    return arviz.from_dict(groups, dims=dims)
+
+
+def _chain(draws: torch.Tensor) -> np.ndarray:
+    return draws.unsqueeze(0).cpu().numpy()

@@ -1,0 +1,317 @@
+"""Compare fitted pairs on the same held-out data, with paired differences."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.validation import check_pair
+from pyro_vae._utils.arguments import positive_integer
+from pyro_vae._utils.progress import task
+from pyro_vae.datasets._minibatches import Data, Minibatches
+from pyro_vae.evaluation import Evidence, Surgery, elbo_surgery, evidence, generate, reconstruct
+from pyro_vae.evaluation._log_evidence import standard_error
+from pyro_vae.report._distinct import Candidate, require_distinct
+from pyro_vae.training import Fit
+
+PICTURES = 10
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One pair of a comparison.
+
+    Args:
+        name: of the pair.
+        evidence: log p(x) of the held-out data.
+        surgery: the terms of its ELBO; None where they cannot be had.
+        note: why not.
+        fit: how the pair was fitted; None if that is not known.
+        num_parameters: trainable numbers in model and guide.
+        pictures: a few held-out x, their reconstructions (E[x|z] for z from the guide) and as
+            many samples (for z from the prior); None where the model observes nothing like x.
+    """
+
+    name: str
+    evidence: Evidence
+    surgery: Surgery | None
+    note: str
+    fit: Fit | None
+    num_parameters: int
+    pictures: tuple[Tensor, Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Pairs on the same held-out data, the highest evidence first.
+
+    Shown in a terminal by ``rich.print(comparison)`` or ``print(comparison)``.
+
+    Args:
+        entries: one for each pair.
+        num_train: how many data points the surgery is over.
+        image_shape: (height, width) of a row of data, if it is an image.
+    """
+
+    entries: tuple[Entry, ...]
+    num_train: int
+    image_shape: tuple[int, int] | None = None
+
+    def difference(self, name: str) -> tuple[float, float]:
+        r"""Return a pair's log p(x) less that of the best, and its standard error.
+
+        The difference is taken datum by datum, so what makes a datum hard for both cancels:
+        :math:`\bar d` and :math:`s_d / \sqrt N` of :math:`d_n = \log \hat p(x_n) - \log
+        \hat p_{best}(x_n)`. Nats per datum; zero for the best itself.
+
+        Raises:
+            ValueError: no pair of that name.
+        """
+        for entry in self.entries:
+            if entry.name == name:
+                paired = entry.evidence.values - self.entries[0].evidence.values
+                return paired.mean().item(), standard_error(paired)
+        raise ValueError(f"no pair {name!r}: they are {[entry.name for entry in self.entries]}")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return a row for each pair; nats per datum where no other unit is named."""
+        return pd.DataFrame([self._row(entry) for entry in self.entries]).set_index("name")
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained HTML page: table, curves, reconstructions, samples."""
+        from pyro_vae.report._html import render  # matplotlib only when a page is drawn
+
+        path = Path(path)
+        path.write_text(render(self), encoding="utf-8")
+        return path
+
+    def _row(self, entry: Entry) -> dict[str, object]:
+        difference, difference_error = self.difference(entry.name)
+        surgery, fit = entry.surgery, entry.fit
+        return {
+            "name": entry.name,
+            "log_evidence": entry.evidence.mean,
+            "standard_error": entry.evidence.standard_error,
+            "difference": difference,
+            "difference_error": difference_error,
+            "unreliable_share": entry.evidence.unreliable_share,
+            **{
+                term: getattr(surgery, term, float("nan"))
+                for term in ("elbo", "distortion", "rate", "mutual_information", "marginal_kl")
+            },
+            "log_n": getattr(surgery, "log_n", float("nan")),
+            "num_parameters": entry.num_parameters,
+            "epochs": len(fit.history) if fit else 0,
+            "seconds": fit.seconds if fit else float("nan"),
+        }
+
+    def __rich__(self) -> Table:
+        table = Table(
+            title=f"{len(self.entries[0].evidence.values)} held-out data, nats per datum",
+            caption=f"over {self.num_train} training data: -ELBO = distortion + rate, "
+            "rate = mutual information + marginal KL",
+            box=None,  # eight columns have to fit eighty characters
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("pair", no_wrap=True)
+        for header in ("log p(x)", "less the best", "k̂>0.7", "dist.", "rate", "MI", "mKL"):
+            table.add_column(header, justify="right", no_wrap=True)
+        for row in self.to_dataframe().itertuples():
+            best = row.Index == self.entries[0].name
+            table.add_row(
+                Text(row.Index),
+                f"{row.log_evidence:.2f}±{row.standard_error:.2f}",
+                "best" if best else f"{row.difference:.2f}±{row.difference_error:.2f}",
+                f"{row.unreliable_share:.1%}",
+                *(
+                    "-" if math.isnan(value) else f"{value:.2f}"
+                    for value in (row.distortion, row.rate, row.mutual_information, row.marginal_kl)
+                ),
+            )
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def compare(
+    pairs: Mapping[str, Fit | tuple[Program, Program]],
+    data: Data,
+    *,
+    train: Data | None = None,
+    num_particles: int = 1000,
+    vectorize_particles: bool = True,
+    image_shape: tuple[int, int] | None = None,
+    seed: int | None = 0,
+    progress: bool | Progress = False,
+) -> Comparison:
+    r"""Judge fitted pairs on the same held-out data.
+
+    The target is the marginal log p(x) of each datum, an importance-sampling estimate whose
+    reliability is told datum by datum (k-hat): two ELBOs, each below its own evidence by its own
+    gap, cannot be compared. Beside it stand the terms of ELBO surgery, which say why.
+
+    A fit trains its pair in place, so that two fits of one pair, or of two pairs with a common
+    network, are two views of the last values. They are refused, unless what is common is frozen
+    or was trained by one of the fits alone.
+
+    Args:
+        pairs: by name, (model, guide), or a :class:`pyro_vae.training.Fit`, which brings its
+            history.
+        data: held-out data; what :func:`pyro_vae.fit` takes.
+        train: data for the surgery, the training set as a rule; the held-out data by default.
+        num_particles: draws for each datum.
+        vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
+        image_shape: (height, width) of a row of data, to draw it in the report.
+        seed: fixes all draws.
+        progress: show bars; or a rich Progress to add them to.
+
+    Returns:
+        The :class:`Comparison`, the best first.
+
+    Raises:
+        ValueError: no pairs; bad data; a pair that breaks the contract; pairs that share trained
+            parameters, or a Fit whose pair another fit has changed since. All before any work.
+        TypeError: the pairs are no dictionary.
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def good_model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z + 5.0, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(0.0, 1.5))
+        >>> x = 5 + 2**0.5 * torch.randn(100)
+        >>> comparison = pv.compare({"at 0": (model, guide), "at 5": (good_model, guide)}, x)
+        >>> comparison.entries[0].name
+        'at 5'
+    """
+    if not isinstance(pairs, Mapping):
+        raise TypeError(
+            f"pairs must be a dictionary of name to pair or Fit, got {type(pairs).__name__}"
+        )
+    if not pairs:
+        raise ValueError("compare needs at least one pair, got none")
+    num_particles = positive_integer("num_particles", num_particles)
+    if image_shape is not None:
+        image_shape = _checked_shape(image_shape)
+    pairs = {str(name): pair for name, pair in pairs.items()}
+    held_out = Minibatches(data, 100).in_memory()
+    surgery_data = held_out if train is None else Minibatches(train, 100, name="train").in_memory()
+    fits = {name: pair if isinstance(pair, Fit) else None for name, pair in pairs.items()}
+    programs_of = {
+        name: (pair.model, pair.guide) if isinstance(pair, Fit) else _unpack(name, pair)
+        for name, pair in pairs.items()
+    }
+    if image_shape is not None and math.prod(image_shape) != held_out[0][0].numel():
+        raise ValueError(
+            f"image_shape {image_shape} does not fit data of shape {tuple(held_out[0].shape)}"
+        )
+    candidates, num_parameters = [], {}
+    for name, (model, guide) in programs_of.items():
+        for each in (surgery_data, held_out):
+            parameters = _check(model, guide, each)
+        num_parameters[name] = sum(p.numel() for p in parameters)
+        candidates.append(Candidate(name, model, guide, fits[name], parameters))
+    require_distinct(candidates)
+    entries = []
+    with task(progress, "evaluate", len(pairs)) as advance:
+        for name, (model, guide) in programs_of.items():
+            estimate = evidence(
+                model,
+                guide,
+                held_out,
+                num_particles=num_particles,
+                vectorize_particles=vectorize_particles,
+                seed=seed,
+                progress=progress,
+                description=f"{name}: evidence",
+            )
+            surgery, note = _surgery_or_why_not(
+                model,
+                guide,
+                surgery_data,
+                vectorize_particles=vectorize_particles,
+                seed=seed,
+                progress=progress,
+                description=f"{name}: surgery",
+            )
+            entries.append(
+                Entry(
+                    name,
+                    estimate,
+                    surgery,
+                    note,
+                    fits[name],
+                    num_parameters[name],
+                    _pictures(model, guide, held_out, seed),
+                )
+            )
+            advance(1)
+    entries.sort(key=lambda entry: -entry.evidence.mean)
+    return Comparison(tuple(entries), len(surgery_data[0]), image_shape)
+
+
+def _checked_shape(image_shape: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(image_shape, tuple | list) or len(image_shape) != 2:
+        raise TypeError(f"image_shape must be (height, width), got {image_shape!r}")
+    return tuple(positive_integer("each of image_shape", size) for size in image_shape)
+
+
+def _surgery_or_why_not(*args, **options) -> tuple[Surgery | None, str]:
+    try:
+        return elbo_surgery(*args, **options), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def _pictures(
+    model: Program, guide: Program, columns: tuple[Tensor, ...], seed: int | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    x, *covariates = (column[:PICTURES] for column in columns)
+    try:
+        reconstructions = reconstruct(model, guide, x, *covariates, seed=seed)
+        return x, reconstructions, generate(model, x, *covariates, guide=guide, seed=seed)
+    except ValueError:  # it observes no x, or its programs want another number of rows
+        return None
+
+
+def _unpack(name: str, pair) -> tuple[Program, Program]:
+    try:
+        model, guide = pair
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"pair {name!r} must be (model, guide) or a Fit, got {type(pair).__name__}"
+        ) from None
+    return model, guide
+
+
+def _check(model: Program, guide: Program, columns: tuple[Tensor, ...]) -> list[Tensor]:
+    """Refuse a pair that breaks the contract; return its trainable parameters."""
+    data = Minibatches(columns, 100, device=programs.device_of(model, guide))
+    with programs.parameter_store(model, guide), programs.evaluation_mode(model, guide):
+        trace = check_pair(model, guide, data.first(), data, weighs=True)
+        both = programs.parameters(model, guide, trace).values()
+        return list(dict.fromkeys(itertools.chain(*both)))

@@ -1,0 +1,180 @@
+"""Dequantisation: data on a grid as cells of a continuous space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import SigmoidTransform
+
+from pyro_vae._utils.arguments import positive_integer
+from pyro_vae._utils.init_args import recorded
+from pyro_vae.surjections._images import Split
+from pyro_vae.surjections._surjection import (
+    GenerativeSurjection,
+    all_of_event,
+    positive_event_dim,
+)
+
+
+@recorded
+class UniformDequantization(GenerativeSurjection):
+    r"""x on a grid of L levels is the cell in [0, 1) that z lies in, and z is uniform in it.
+
+    With k the level number of x, :math:`z = (k + u) / L` for :math:`u \sim U(0, 1)^D`; and the
+    other way round, :math:`P(x|z) = 1` where :math:`k = \lfloor L z \rfloor`. So
+    :math:`q(z|x) = q(u|x) L^D`, and
+
+    .. math:: V(x, z) = \log P(x|z) - \log q(z|x) = -\log q(u|x) - D \log L
+
+    with :math:`\log q(u|x) = 0` here. The probability of x is the prior's mass in its cell, so that
+    the ELBO in nats, divided by :math:`-D \log 2`, is at least the bits per dimension. A prior with
+    mass outside the cube gives it to the nearest level, where the guide never looks: put a
+    ``Bijection(SigmoidTransform().inv)`` above.
+
+    Args:
+        levels: L, at least 2.
+        event_dim: how many of the rightmost dimensions of x make one datum.
+
+    Shape:
+        x and z are ``(*batch, *event)``. x is 0, 1/(L-1), ..., 1; or 0, ..., L-1 if it is of an
+        integer type. What is generated is of the former kind.
+
+    Raises:
+        ValueError: ``levels`` is less than two, or ``event_dim`` less than one.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> layer = pv.surjections.UniformDequantization(levels=256)
+        >>> x = torch.tensor([[0.0, 7 / 255, 1.0]])
+        >>> z = layer.infer(x).sample()
+        >>> torch.allclose(layer.generate(z).sample(), x)
+        True
+        >>> layer.infer(x).log_prob(z) / 3  # 256 times as dense as in [0, 1)
+        tensor([5.5452])
+    """
+
+    def __init__(self, levels: int, event_dim: int = 1):
+        super().__init__()
+        self.levels = positive_integer("levels", levels, least=2)
+        self.whole_event_dim = self.part_event_dim = positive_event_dim(event_dim)
+        self.rest_event_dim = event_dim
+
+    @property
+    def part_support(self) -> Constraint:
+        """The grid."""
+        return constraints.independent(_Grid(self), self.part_event_dim)
+
+    def split(self, whole: Tensor) -> Split:
+        """Return x and u of z."""
+        scaled = self.levels * whole
+        number = scaled.floor().clamp(0, self.levels - 1)
+        u = scaled - number
+        inside = all_of_event((u >= 0) & (u <= 1), self.rest_event_dim)
+        log_volume = torch.where(inside, self.log_volume(u), whole.new_full((), -torch.inf))
+        return Split(number / (self.levels - 1), u, log_volume)
+
+    def join(self, part: Tensor, rest: Tensor) -> Tensor:
+        """Return z of x and u."""
+        # Rounding must not move a z out of its cell.
+        least = 2 * self.levels * torch.finfo(rest.dtype).eps
+        return (self.numbers(part).to(rest.dtype) + rest.clamp(least, 1 - least)) / self.levels
+
+    def rest(self, part: Tensor) -> TorchDistribution:
+        """Return q(u|x)."""
+        zeros = torch.zeros_like(self.on_grid(part))
+        return dist.Uniform(zeros, 1.0, validate_args=False).to_event(self.rest_event_dim)
+
+    def whole_shape(self, part_shape: torch.Size, rest_shape: torch.Size) -> torch.Size:
+        """Return the shape of x."""
+        return part_shape
+
+    def log_volume(self, rest: Tensor) -> float:
+        """Return D log L."""
+        return rest.shape[rest.dim() - self.rest_event_dim :].numel() * math.log(self.levels)
+
+    def same(self, value: Tensor, part: Tensor) -> Tensor:
+        """Tell whether two x are of the same levels, both on the grid."""
+        same = self.numbers(value) == self.numbers(part)
+        return all_of_event(same & self.is_level(value) & self.is_level(part), self.part_event_dim)
+
+    def numbers(self, x: Tensor) -> Tensor:
+        """Return the level numbers of x, of a floating type."""
+        return (self.on_grid(x) * (self.levels - 1)).round()
+
+    def on_grid(self, x: Tensor) -> Tensor:
+        """Return x in [0, 1], given so or by level numbers."""
+        if x.dtype.is_floating_point:
+            return x
+        return x.to(torch.get_default_dtype()) / (self.levels - 1)
+
+    def is_level(self, x: Tensor) -> Tensor:
+        """Tell which numbers of x lie on the grid, up to the rounding of float32."""
+        number = self.numbers(x)
+        eps = max(torch.finfo(each).eps for each in (torch.float32, number.dtype))
+        near = (self.on_grid(x) * (self.levels - 1) - number).abs() <= 4 * eps * (1 + number)
+        return near & (number >= 0) & (number < self.levels)
+
+
+@recorded
+class VariationalDequantization(UniformDequantization):
+    r"""Dequantisation with a noise that is learned (Ho et al. 2019).
+
+    As :class:`UniformDequantization`, with :math:`u = \sigma(v)` for :math:`v \sim q(v|x)`:
+
+    .. math::
+        V(x, z) = -\log q(u|x) - D \log L, \qquad
+        \log q(u|x) = \log q(v|x) - \sum_d \log \sigma'(v_d)
+
+    Args:
+        levels: L, at least 2.
+        noise: called on x, numbers in [0, 1], gives q(v|x) on the reals, of the event shape of x: a
+            Gaussian, or a flow.
+        event_dim: how many of the rightmost dimensions of x make one datum.
+
+    Raises:
+        ValueError: ``levels`` is less than two, or ``event_dim`` less than one; at a call: the
+            noise has another event or batch shape than x.
+    """
+
+    def __init__(
+        self, levels: int, noise: Callable[[Tensor], TorchDistribution], event_dim: int = 1
+    ):
+        super().__init__(levels, event_dim)
+        self.noise = noise
+
+    def rest(self, part: Tensor) -> TorchDistribution:
+        """Return q(u|x)."""
+        x = self.on_grid(part)
+        noise = self.noise(x)
+        event = x.shape[x.dim() - self.part_event_dim :]
+        if noise.event_shape != event:
+            raise ValueError(
+                f"the noise must have the event shape of x, {tuple(event)}, got "
+                f"{tuple(noise.event_shape)} with batch shape {tuple(noise.batch_shape)}: declare "
+                f"its dimensions with .to_event({self.part_event_dim})"
+            )
+        # The cache gives the very draw back, which a flow may need to score it.
+        squashed = SigmoidTransform(cache_size=1)
+        return dist.TransformedDistribution(noise, squashed, validate_args=False)
+
+
+class _Grid(Constraint):
+    """Numbers on the grid of a dequantisation."""
+
+    def __init__(self, layer: UniformDequantization):
+        self._layer = layer
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        return self._layer.is_level(value)
+
+    def __repr__(self) -> str:
+        levels = self._layer.levels
+        return f"Grid({levels} levels, 0 to 1; or their numbers, 0 to {levels - 1})"

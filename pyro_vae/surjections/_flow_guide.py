@@ -1,0 +1,62 @@
+"""The guide of a model made of layers: the same layers, the other way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_vae._programs.runs import plate_of_guide
+from pyro_vae._programs.sites import DATA_PLATE
+from pyro_vae._utils.init_args import recorded
+from pyro_vae.surjections._surjection import check_batch
+
+
+@recorded
+class FlowGuide(PyroModule):
+    r"""The inference direction of a :class:`FlowModel`, layer by layer upwards.
+
+    .. math:: q(h|x) = \prod_{l=1}^L q(h_l|h_{l-1}), \qquad h_0 = x
+
+    It holds the very layers of the model, and no parameters of its own. To copy the pair, copy both
+    at once: ``copy.deepcopy((model, guide))``.
+
+    Args:
+        model: the :class:`pyro_vae.surjections.FlowModel`.
+
+    Shape:
+        x is ``(B, *event)``.
+
+    Raises:
+        TypeError: the model has no layers.
+        ValueError: at a call: the shapes of x or of two layers do not fit.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> model = pv.surjections.FlowModel(pv.priors.StandardNormal(3), pv.flows.Composition(3))
+        >>> pv.surjections.FlowGuide(model)(torch.randn(5, 3))["z"].shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        if not hasattr(model, "layers") or not hasattr(model, "latents"):
+            raise TypeError(
+                f"FlowGuide takes a FlowModel, whose layers infer, got {type(model).__name__}"
+            )
+        self.layers = model.layers
+        self.latents = model.latents
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Sample the latents of a minibatch x and return them by name."""
+        values: dict[str, Tensor] = {}
+        below, event_dim = x, x.dim() - 1
+        with plate_of_guide(DATA_PLATE, x.shape[0], dim=-1):
+            for name, layer in zip(self.latents, self.layers, strict=True):
+                q = layer.infer(below)
+                check_batch(layer, below, event_dim, q)
+                below = values[name] = pyro.sample(name, q)
+                event_dim = len(q.event_shape)
+        return values

@@ -1,0 +1,123 @@
+"""Normalizing flows, VAEs and mixtures of both, as one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions.transforms import Transform
+
+from pyro_vae._programs.sites import DATA_PLATE
+from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.inputs import require_batch
+from pyro_vae.surjections._bijection import Bijection
+from pyro_vae.surjections._surjection import Layer, check_batch, check_support
+
+
+@recorded
+class FlowModel(PyroModule):
+    r"""A prior and layers below it, each of which generates downwards and infers upwards.
+
+    With :math:`x = h_0, h_1, \dots, h_L = z`,
+
+    .. math:: p(x, h) = p(h_L) \prod_{l=1}^L p(h_{l-1}|h_l)
+
+    (Nielsen et al. 2020). Its guide is :class:`FlowGuide`, which samples the other
+    way by the same layers. Where all of them are bijections, the ELBO of one particle is the flow's
+
+    .. math:: \log p(x) = \log p(f(x)) + \log|\det J_f(x)|
+
+    to rounding: fitting the pair by a lower bound is maximum likelihood. Another guide proposes
+    latents that are not the image of x, which have a density of zero.
+
+    Args:
+        prior: called without arguments, gives p(z); see :mod:`pyro_vae.priors`.
+        layers: a layer, or a sequence of them, from the data to the latent; see
+            :mod:`pyro_vae.surjections`. A torch ``Transform`` that maps data to latent, or a module
+            that gives one, stands for a :class:`Bijection` of vectors.
+
+    Shape:
+        x is ``(B, *event)``.
+
+    Sites:
+        ``"x"`` observed; latent ``"z"`` for one layer, for several ``"z_1"``, next to the data, to
+        ``"z_L"``, that of the prior. All in the plate ``"data"``.
+
+    Attributes:
+        latents: the names of the latent sites, from the data upwards.
+
+    Raises:
+        TypeError: an entry of ``layers`` is none of these.
+        ValueError: there are no layers; a transform acts on more than vectors; at a call: the
+            shapes of two layers, of the prior or of x do not fit.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> flow = pv.flows.Composition(3, length=2)
+        >>> model = pv.surjections.FlowModel(pv.priors.StandardNormal(3), flow)
+        >>> guide = pv.surjections.FlowGuide(model)
+        >>> x = torch.randn(5, 3)
+        >>> f = model.layers[0].transform
+        >>> z = f(x)
+        >>> log_p = model.prior().log_prob(z) + f.log_abs_det_jacobian(x, z)
+        >>> torch.allclose(pv.terms(model, guide, x).log_weight[0], log_p)
+        True
+    """
+
+    def __init__(
+        self,
+        prior: Callable[[], TorchDistributionMixin],
+        layers: Any | Sequence[Any],
+    ):
+        super().__init__()
+        if isinstance(layers, Transform) or not isinstance(layers, Sequence | nn.ModuleList):
+            layers = [layers]
+        if not len(layers):
+            raise ValueError("FlowModel needs at least one layer, got none")
+        self.prior = prior
+        self.layers = nn.ModuleList(_as_layer(layer) for layer in layers)
+        count = len(self.layers)
+        self.latents = ("z",) if count == 1 else tuple(f"z_{n}" for n in range(1, count + 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the program on a minibatch x and return it."""
+        p = self.prior()
+        with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
+            for name, layer in zip(self.latents[::-1], [*self.layers][::-1], strict=True):
+                check_support(layer, p)
+                z = pyro.sample(name, p)
+                event = p.event_shape
+                if z.shape[z.dim() - len(event) :] != event:
+                    raise ValueError(
+                        f"the latent {name!r} is of shape {tuple(z.shape)}, but the prior, or the "
+                        f"layer above, has events of shape {tuple(event)}: both must have the size "
+                        "that the layers make of x"
+                    )
+                p = layer.generate(z)
+                check_batch(layer, z, len(event), p)
+            if p.event_shape != x.shape[1:]:
+                raise ValueError(
+                    f"x has events of shape {tuple(x.shape[1:])}, but prior and layers make such "
+                    f"of shape {tuple(p.event_shape)}"
+                )
+            return pyro.sample("x", p, obs=x)
+
+
+def _as_layer(layer: Any) -> Layer:
+    if isinstance(layer, Layer):
+        return layer
+    if isinstance(layer, Transform):
+        return Bijection(layer)
+    if isinstance(layer, nn.Module) and not hasattr(layer, "generate"):
+        try:
+            return Bijection(layer)
+        except TypeError as error:
+            raise TypeError(f"{type(layer).__name__} is no layer: {error}") from error
+    raise TypeError(
+        "FlowModel takes layers, torch Transforms, or modules that give a Transform when called "
+        f"without arguments; got {type(layer).__name__}"
+    )

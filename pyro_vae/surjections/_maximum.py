@@ -1,0 +1,130 @@
+"""The greatest of several numbers, as a way up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_vae._programs.sites import is_real
+from pyro_vae._utils.init_args import recorded
+from pyro_vae.surjections._images import Split
+from pyro_vae.surjections._surjection import InferenceSurjection
+
+
+@recorded
+class Maximum(InferenceSurjection):
+    r""":math:`z = \max_d x_d`; which it is and how far the others lie below are drawn.
+
+    .. math::
+        V(x, z) = -\log D + \log p(g|z), \qquad g_d = z - x_d \text{ for the others, in their order}
+
+    (Nielsen et al. 2020). It is exact, for the map from x to (z, k, g) keeps volumes.
+
+    Where the gaps are not alike in law, p(x|z) jumps as another number becomes the greatest, and
+    reparameterised gradients do not see jumps: below this layer, train a :class:`Stochastic` one
+    with :class:`pyro_vae.objectives.ScoreFunction`.
+
+    Args:
+        noise: gives :math:`p(g)` or :math:`p(g|z)`, a distribution of vectors of D - 1 positive
+            numbers.
+        conditional: whether the noise is called on z, as a likelihood; if not, without arguments,
+            as a prior.
+
+    Shape:
+        x is ``(*batch, D)`` and z ``(*batch, 1)``.
+
+    Raises:
+        ValueError: at a call: the noise is no distribution of vectors, or may be negative, or z is
+            not one number.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> layer = pv.surjections.Maximum(lambda: dist.Exponential(torch.ones(3)).to_event(1))
+        >>> x = torch.randn(5, 4)
+        >>> z = layer.infer(x).sample()
+        >>> z.shape, layer.generate(z).sample().shape
+        (torch.Size([5, 1]), torch.Size([5, 4]))
+    """
+
+    def __init__(self, noise: Callable[..., TorchDistribution], conditional: bool = False):
+        super().__init__()
+        self.noise = noise
+        self.conditional = conditional
+
+    def split(self, whole: Tensor) -> Split:
+        """Return the greatest number; and its place, with the gaps below it."""
+        z, place = whole.max(-1, keepdim=True)
+        gaps = z - whole.gather(-1, _others(place, whole.shape[-1]))
+        return Split(z, torch.cat([place.to(gaps.dtype), gaps], -1))
+
+    def join(self, part: Tensor, rest: Tensor) -> Tensor:
+        """Put the numbers in their places."""
+        place, gaps = rest[..., :1].long(), rest[..., 1:]
+        whole = part.expand(rest.shape)
+        return whole.scatter(-1, _others(place, rest.shape[-1]), part - gaps)
+
+    def rest(self, part: Tensor) -> TorchDistribution:
+        """Return the distribution of the place and the gaps."""
+        if part.shape[-1] != 1:
+            raise ValueError(
+                f"Maximum takes one number z, got a value of shape {tuple(part.shape)}: the prior, "
+                "or the layer above, must have events of shape (1,)"
+            )
+        gaps = self.noise(part) if self.conditional else self.noise()
+        if len(gaps.event_shape) != 1:
+            return gaps  # refused with what was expected
+        if is_real(gaps.support):
+            raise ValueError(
+                f"Maximum needs a noise of positive numbers, the gaps below z, got {gaps} on the "
+                "reals: take Exponential, HalfNormal or LogNormal, say"
+            )
+        return _PlaceAndGaps(gaps)
+
+    def whole_shape(self, part_shape: torch.Size, rest_shape: torch.Size) -> torch.Size:
+        """Return the shape of place and gaps."""
+        return rest_shape
+
+
+class _PlaceAndGaps(TorchDistribution):
+    """A place among D, all alike, and before D - 1 gaps, in one vector."""
+
+    arg_constraints = {}  # noqa: RUF012 - as torch declares them
+    support = constraints.real_vector
+
+    def __init__(self, gaps: TorchDistribution):
+        self._gaps = gaps
+        event_shape = torch.Size([gaps.event_shape[0] + 1])
+        super().__init__(gaps.batch_shape, event_shape, validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:
+        return self._gaps.has_rsample  # the place depends on no parameter
+
+    def expand(self, batch_shape, _instance=None) -> _PlaceAndGaps:
+        return _PlaceAndGaps(self._gaps.expand(torch.Size(batch_shape)))
+
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
+        return self._with_place(self._gaps.rsample(sample_shape))
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
+        return self._with_place(self._gaps.sample(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self._gaps.log_prob(value[..., 1:]) - math.log(self.event_shape[0])
+
+    def _with_place(self, gaps: Tensor) -> Tensor:
+        shape = (*gaps.shape[:-1], 1)
+        place = torch.randint(self.event_shape[0], shape, device=gaps.device)
+        return torch.cat([place.to(gaps.dtype), gaps], -1)
+
+
+def _others(place: Tensor, count: int) -> Tensor:
+    """Return the places but one, in their order, ``(..., count - 1)``."""
+    places = torch.arange(count - 1, device=place.device)
+    return places + (places >= place)

@@ -1,0 +1,103 @@
+"""The pair of a run that was not finished, or of one that was."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae.serialization._files import RECORD, UnreadableFile
+from pyro_vae.serialization._frames import of_frame, to_frame
+from pyro_vae.serialization._pair import Saved, check_folder, made
+from pyro_vae.serialization._reading import read
+from pyro_vae.training._checkpoints import KIND, last_whole
+
+_TRIES = 5  # of reading
+
+
+def load_checkpoint(
+    folder: str | Path,
+    model: Program | None = None,
+    guide: Program | None = None,
+    *,
+    device: str | torch.device = "cpu",
+) -> Saved:
+    """Load the pair of a fit from its last checkpoint, as the fit would leave it if it ended there.
+
+    With ``patience``, that is as it was in the best epoch so far. The run itself goes on by
+    ``fit(..., resume=True)``.
+
+    Args:
+        folder: what ``fit`` was given as ``checkpoint``; or one of the checkpoints in it.
+        model: see :func:`pyro_vae.load`.
+        guide: see :func:`pyro_vae.load`.
+        device: where the parameters go.
+
+    Returns:
+        The pair, with the history of the epochs that were done.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        UnreadableFile: there are some, but none that can be read. It is a ValueError.
+        ValueError: a program must be given, or has other parameters than the one that was fitted.
+
+    Example:
+        >>> import tempfile, torch, pyro_vae as pv
+        >>> model = pv.LatentVariableModel(
+        ...     prior=pv.priors.StandardNormal(2),
+        ...     likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16)),
+        ... )
+        >>> guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
+        >>> x = torch.bernoulli(torch.full((50, 16), 0.5))
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     fit = pv.fit(
+        ...         model, guide, x, batch_size=10, epochs=2, checkpoint=run, progress=False
+        ...     )
+        ...     saved = pv.load_checkpoint(run)
+        >>> torch.equal(saved.model.likelihood.decoder[0].bias, model.likelihood.decoder[0].bias)
+        True
+        >>> len(saved.history)
+        2
+    """
+    check_folder(folder)
+    return made(lambda: _content(Path(folder)), folder, model, guide, device)
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """Return what saving the pair would have written."""
+    path, checkpoint = _read(folder)
+    try:
+        history = to_frame(checkpoint["history"]).set_index("epoch")
+        tensors = checkpoint["trainer"]["tensors"]
+        return {
+            **checkpoint["pair"],
+            "tensors": tensors if checkpoint["best"] is None else checkpoint["best"],
+            "history": of_frame(history),
+            "notes": {},
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnreadableFile(f"{path} holds no checkpoint with a pair: {error!r}") from error
+
+
+def _read(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the last checkpoint, while a run may be replacing it."""
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(UnreadableFile, FileNotFoundError):
+            return _read_once(folder)
+        time.sleep(0.02)
+    return _read_once(folder)
+
+
+def _read_once(folder: Path) -> tuple[Path, dict[str, Any]]:
+    if (folder / RECORD).exists():  # one of a run
+        return folder, read(folder, kind=KIND)
+    path, checkpoint, _ = last_whole(folder) if folder.is_dir() else (None, None, {})
+    if path is None:
+        raise FileNotFoundError(
+            f"the folder {folder} has no checkpoint of a fit, or does not exist: is the name right?"
+        )
+    return path, checkpoint

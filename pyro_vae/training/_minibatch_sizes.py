@@ -1,0 +1,169 @@
+"""The numbers of rows that minibatches have, each tried before the first step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import pyro.infer
+import torch
+from torch import Tensor
+
+from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.validation import PROGRAM_ERRORS, reason
+from pyro_vae._utils.distributed import num_processes
+from pyro_vae._utils.modules import modules
+from pyro_vae._utils.random import random_state, set_random_state
+from pyro_vae._utils.referenced_objects import reach
+from pyro_vae._utils.value_checks import values_checked
+from pyro_vae.datasets._minibatches import Batch, Minibatches
+from pyro_vae.training._losses import loss_value
+
+_LARGEST_COPIED = 2**22  # numbers of a tensor that no module holds as a buffer
+
+
+def try_sizes(
+    model: Program,
+    guide: Program,
+    objective: pyro.infer.ELBO,
+    batches: Minibatches,
+    first: Batch,
+    *,
+    training: bool,
+    nonfinite_too: bool,
+) -> None:
+    """Take the loss on a minibatch of each size that a pass will bring, and put all back.
+
+    Running averages, random numbers and what the objective remembers are afterwards as before.
+    Sizes that are not known, as those of a stream, are not tried.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        objective: whose loss it is.
+        batches: the data.
+        first: their first minibatch, whose rows are taken.
+        training: whether to run the modules as they are, or in evaluation mode.
+        nonfinite_too: whether to refuse a size whose loss is NaN or infinite where that of a
+            larger one is not.
+
+    Raises:
+        ValueError: the programs or the objective cannot take a size.
+    """
+    whole, *rest = batches.sizes or [None]
+    if whole != len(first[0]):
+        return
+    mode = contextlib.nullcontext() if training else programs.evaluation_mode(model, guide)
+    with mode, torch.no_grad(), values_checked(False):
+        shares = [share for size in (whole, *rest) for share in _shares(size, batches)]
+        were_finite = False
+        for size in dict.fromkeys(shares):
+            with put_back(model, guide, objective, batches):
+                rows = tuple(column[:size].clone() for column in first)
+                try:
+                    loss = float(loss_value(objective, model, guide, *rows))
+                except (ValueError, *PROGRAM_ERRORS) as error:
+                    told = f"{type(error).__name__}: {reason(error)}"
+                    raise ValueError(_message(batches, size, training, told)) from error
+            is_finite = math.isfinite(loss)
+            if nonfinite_too and were_finite and not is_finite:
+                raise ValueError(_message(batches, size, training, f"the loss is {loss}"))
+            were_finite = is_finite
+
+
+def smaller_minibatch(error: Exception, size: int, usual: int) -> ValueError:
+    """Make the error of a run that meets a minibatch smaller than usual, and cannot take it."""
+    return ValueError(
+        f"model, guide and objective cannot take a minibatch of {_rows(size)}, where others have "
+        f"{usual}: {type(error).__name__}: {reason(error)}. Have the data give minibatches of one "
+        "size: a DataLoader does with drop_last=True"
+    )
+
+
+def repeated(columns: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
+    """Return so many rows, which are those of the columns over and over."""
+    rows = torch.arange(count, device=columns[0].device) % len(columns[0])
+    return tuple(column[rows] for column in columns)
+
+
+def _shares(size: int, batches: Minibatches) -> list[int]:
+    """Return how many rows a process takes of a minibatch, whichever process it is."""
+    if batches.is_share:
+        return [size]
+    each, more = divmod(size, num_processes())
+    return [share for share in ([each + 1] if more else []) + [each] if share]
+
+
+def _message(batches: Minibatches, size: int, training: bool, told: str) -> str:
+    whole, *rest = batches.sizes
+    mode = "training" if training else "evaluation"
+    text = (
+        f"model, guide and objective cannot take a minibatch of {_rows(size)} in {mode} mode: "
+        f"{told}. The {_rows(batches.num_data)} of {batches.name} come in minibatches of {whole}"
+    )
+    text += "".join(f", the last of {left}" for left in rest)
+    if num_processes() > 1 and not batches.is_share:
+        text += f", of which each of {num_processes()} processes takes its share"
+    if not rest or size > rest[0]:
+        return f"{text}. Choose a larger batch_size"
+    if (other := _other_size(batches.num_data, whole)) is not None:
+        left = batches.num_data % other
+        leaves = f"leaves {left} rows for the last" if left else "divides their number"
+        text += f". Choose another batch_size: {other} {leaves}"
+    return f"{text}. Or leave the last one out: pass a torch DataLoader with drop_last=True"
+
+
+def _other_size(num_data: int, size: int) -> int | None:
+    """Return a batch size below the given one that leaves a last minibatch of half as many rows."""
+    sizes = range(size - 1, 1, -1)
+    return next((s for s in sizes if num_data % s == 0 or 2 * (num_data % s) >= s), None)
+
+
+def _rows(size: int) -> str:
+    return f"{size} row" if size == 1 else f"{size} rows"
+
+
+@contextlib.contextmanager
+def put_back(
+    model: Program, guide: Program, objective: pyro.infer.ELBO, batches: Minibatches
+) -> Iterator[None]:
+    """Undo what a run changes: tensors that are not trained, and random numbers."""
+    noise, restore = random_state(batches.device), _copies(model, guide, objective)
+    try:
+        yield
+    finally:
+        set_random_state(noise, batches.device)
+        restore()
+
+
+def _copies(model: Program, guide: Program, objective: pyro.infer.ELBO) -> Callable[[], None]:
+    """Copy what a run may change in place; return what puts it back."""
+    found = {id(b): b for module in modules(model, guide) for b in module.buffers()}
+    for _, thing in reach(model=model, guide=guide, objective=objective):
+        if isinstance(thing, Tensor) and _may_change(thing):
+            found.setdefault(id(thing), thing)
+    saved = [(tensor, tensor.clone()) for tensor in found.values()]
+    every = [inner for module in modules(model, guide) for inner in module.modules()]
+    buffers = [(module, dict(module._buffers)) for module in every]  # which may be replaced
+    remembered = {n: v for n, v in vars(objective).items() if isinstance(v, Tensor)}
+    averages = dict(getattr(objective, "averages", {}))  # by site, made when first met
+
+    def restore() -> None:
+        for module, those in buffers:
+            module._buffers.update(those)
+        vars(objective).update(remembered)
+        if hasattr(objective, "averages"):
+            objective.averages = averages
+        for tensor, value in saved:
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
+
+    return restore
+
+
+def _may_change(tensor: Tensor) -> bool:
+    """Tell whether a run may change a tensor in place, which is not so large that it is data."""
+    fixed = tensor.requires_grad or tensor.is_inference() or tensor.layout != torch.strided
+    return not fixed and tensor.numel() <= _LARGEST_COPIED

@@ -1,0 +1,155 @@
+"""The first value of a run that is not finite: where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_vae._programs.sites import data_frame
+from pyro_vae._utils.distributed import gather_all
+from pyro_vae.training._gradients import numbers_of
+
+_ROWS_SHOWN = 10
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient of a fit is NaN or infinite; the pair is as it was before that step.
+
+    With patience, it is as it was in the best epoch so far.
+
+    Args:
+        what: what is not finite.
+        epoch: the epoch, from 1.
+        step: the step in it, from 1.
+        site: the first site whose value or log-density is not finite, None if all are.
+        parameter: the first parameter whose gradient is not finite, or which the step made so.
+        rows: the minibatch: numbers of its rows, None where the data are a stream.
+        bad: which of its rows are not finite at the site, counted from 0 in the minibatch.
+        folder: holds the run up to the step, and the minibatch: ``fit`` with the same arguments,
+            ``checkpoint=folder`` and ``resume=True`` meets the same value again.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        epoch: int,
+        step: int,
+        site: str | None,
+        parameter: str | None,
+        rows: Tensor | None,
+        bad: Tensor | None,
+        folder: Path | None = None,
+    ):
+        self.epoch, self.step, self.site, self.parameter = epoch, step, site, parameter
+        self.rows, self.bad, self.folder = rows, bad, folder
+        lines = [f"{what} in epoch {epoch}, step {step}"]
+        if bad is not None and len(bad):
+            lines.append(f"rows {shown_rows(bad)} of the minibatch")
+            if rows is not None:
+                lines[-1] += f", which are rows {shown_rows(rows[bad])} of the data"
+        elif rows is not None:
+            lines.append(f"the minibatch is rows {shown_rows(rows)} of the data")
+        lines.append(
+            "the parameters are those before that step. Lower the learning rate, set clip_norm, "
+            'look for a scale that falls to zero, or pass on_nonfinite="skip"'
+        )
+        if folder is not None:
+            lines.append(f"to meet it again: checkpoint={str(folder)!r}, resume=True")
+        super().__init__("; ".join(lines) + ".")
+
+
+class FirstNonFiniteSite(Messenger):
+    """Notes the first sample site with a NaN or an infinity, and at which rows of the minibatch.
+
+    Attributes:
+        name: the site, None if there is none.
+        what: what of it: a parameter of its distribution, its value or its log-density.
+        bad: the rows, None if the site belongs to no datum.
+        has_nonfinite_numbers: whether, there or at a later site, it is not just a log-density: that
+            of a value outside of a support is none.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.name: str | None = None
+        self.what = ""
+        self.bad: Tensor | None = None
+        self.has_nonfinite_numbers = False
+
+    def of_all(self, rows_before: int) -> FirstNonFiniteSite:
+        """Learn what the first process with such a site has found.
+
+        Args:
+            rows_before: how many rows of the minibatch other processes had before this one.
+        """
+        texts = [self.name or "", self.what]
+        mine = [torch.tensor(list(text.encode()), dtype=torch.uint8) for text in texts]
+        rows = torch.tensor([-1]) if self.bad is None else self.bad + rows_before
+        for name, what, bad in gather_all([*mine, rows]):
+            if len(name):
+                self.name, self.what = (bytes(text.tolist()).decode() for text in (name, what))
+                self.bad = None if bad.tolist() == [-1] else bad
+                break
+        return self
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if self.has_nonfinite_numbers or type(msg["fn"]).__name__ == "_Subsample":
+            return
+        for what, values in _numbers(msg):
+            # An infinite parameter may be meant, as a logit: what comes of it tells.
+            parameter = what.startswith("parameter")
+            finite = ~values.detach().isnan() if parameter else values.detach().isfinite()
+            if not finite.all():
+                self.has_nonfinite_numbers = what != "the log-density"
+                if self.name is None:
+                    self.name = msg["name"]
+                    self.what = f"{what} of site {self.name!r} is {values[~finite][0].item()}"
+                    self.bad = _rows(msg, finite)
+                return
+
+
+def _numbers(msg: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a site has of numbers, what comes first first."""
+    base = msg["fn"]
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    for name in base.arg_constraints:
+        if isinstance(parameter := vars(base).get(name), Tensor):
+            yield f"parameter {name!r}", parameter
+    log_prob = msg["fn"].log_prob(msg["value"])
+    if msg["mask"] is not None:
+        log_prob = log_prob.where(torch.as_tensor(msg["mask"]), 0.0)
+    if not (msg["is_observed"] and log_prob.isfinite().all()):  # else missing data, kept out of it
+        yield "the value", msg["value"]
+    yield "the log-density", log_prob
+
+
+def _rows(msg: dict[str, Any], finite: Tensor) -> Tensor | None:
+    """Return the positions along the plate of the data at which something is not finite."""
+    frame, batch = data_frame(msg), len(msg["fn"].batch_shape)
+    if frame is None or finite.dim() < batch or batch < -frame.dim:
+        return None
+    along = batch + frame.dim
+    if finite.shape[along] != frame.size:
+        return None
+    return (~finite.movedim(along, 0).reshape(frame.size, -1).all(1)).nonzero()[:, 0].cpu()
+
+
+def first_non_finite(tensors: Mapping[str, Tensor | None]) -> str | None:
+    """Return the name of the first tensor with a NaN or an infinity, None if there is none."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not numbers_of(tensor).isfinite().all():
+            return name
+    return None
+
+
+def shown_rows(numbers: Tensor) -> str:
+    """Show numbers of rows, but not too many."""
+    shown = ", ".join(map(str, numbers[:_ROWS_SHOWN].tolist()))
+    return f"[{shown}{', ...' if len(numbers) > _ROWS_SHOWN else ''}]"

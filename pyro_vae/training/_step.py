@@ -1,0 +1,319 @@
+"""The steps of a fit, captured or not."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_vae._capture import Capture, Captured
+from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.sites import data_frame
+from pyro_vae._utils.distributed import num_processes, rank, sum_over_processes
+from pyro_vae.datasets._minibatches import Batch, Minibatches
+from pyro_vae.training._gradients import all_finite, clipped, gradients_of, hides_gradients
+from pyro_vae.training._losses import differentiable_loss, loss_value
+from pyro_vae.training._minibatch_sizes import repeated, smaller_minibatch
+from pyro_vae.training._sharing import SharedGradient, share_of
+from pyro_vae.training._train_state import Trained
+
+BOTH = "model and guide"
+
+
+class Trainer:
+    """Takes the steps of one fit.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        objective: what to maximise.
+        batches: the training data.
+        trained: what the steps change.
+        parameters: of ``"model"`` and of ``"guide"``, where they take turns.
+        clip_norm: bound on the norm of the whole gradient.
+        alternation: whose parameters each step moves, over and over.
+        capture: whether to capture the step.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        objective: pyro.infer.ELBO,
+        batches: Minibatches,
+        trained: Trained,
+        parameters: Mapping[str, list[Tensor]],
+        *,
+        clip_norm: float | None = None,
+        alternation: Sequence[str] = (BOTH,),
+        capture: Capture = "auto",
+    ):
+        self._pair = (model, guide)
+        self._objective = objective
+        self._batches = batches
+        self._clip_norm = clip_norm
+        self.trained = trained
+        self._alternation = _held_in_turns(parameters, alternation)
+        self._in_turns = len(set(alternation)) > 1
+        self._shared = None
+        if num_processes() > 1:
+            self._shared = SharedGradient(trained.parameters, is_share=batches.is_share)
+        # The norm is that of what moves, of the whole minibatch.
+        self._clips_within = self._shared is None and not self._in_turns
+        self._hides_gradients = hides_gradients(trained.optimizer)
+        self.steps = 0
+        self._advance = getattr(objective, "advance", lambda: None)  # Pyro's own count nothing
+        self._capture = capture
+        self._gradient = self._capturable_gradient()
+        self._validated = False
+
+    @property
+    def execution(self) -> str:
+        """How the steps run now; see :class:`pyro_vae._capture.Captured`."""
+        return self._gradient.execution
+
+    def begin(self, steps: int | None, *, validated: bool = False) -> None:
+        """Get ready for steps of one epoch.
+
+        Args:
+            steps: how many are to come until the end of the fit, None if that is not known.
+            validated: whether Pyro validates values in these, which only Python can.
+        """
+        self._gradient.calls_left = steps
+        self._validated = validated
+
+    def recheck(self) -> None:
+        """Have the next step look whether a capture still stands for the programs."""
+        self._gradient.recheck()
+
+    def step(
+        self, selection: tuple[Tensor, ...], look: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        """Take a step; return the loss per datum before it, on its device.
+
+        Args:
+            selection: of the data.
+            look: called with the loss when the gradients are there, and nothing has moved yet.
+        """
+        held = self._alternation[self.steps % len(self._alternation)]
+        loss = self.trained.optimizer.step(functools.partial(self._closure, selection, held, look))
+        if loss is None:
+            raise TypeError(
+                f"{type(self.trained.optimizer).__name__}.step must return what its closure gives, "
+                "as torch's optimizers do; it returned None"
+            )
+        self._advance()
+        self.steps += 1
+        return loss.detach()
+
+    def evaluate(
+        self,
+        batches: Minibatches,
+        interrupted: Callable[[], bool],
+        objective: pyro.infer.ELBO | None = None,
+    ) -> float:
+        """Return the loss per datum, averaged over the data.
+
+        Args:
+            batches: the data.
+            interrupted: whether to stop.
+            objective: whose loss it is; that of the training if not given.
+
+        Raises:
+            KeyboardInterrupt: it was interrupted.
+            ValueError: the pair cannot take the data, in this process or in another.
+        """
+        sums = torch.zeros(2, dtype=torch.float64, device=batches.device)
+        refused, size, most = None, 0, 0
+        try:
+            with programs.evaluation_mode(*self._pair):
+                for batch in batches:
+                    mine = batch if batches.is_share else share_of(batch)
+                    most = max(most, size)
+                    if size := len(mine[0]):
+                        loss = self._value(mine, objective)
+                        sums += torch.stack([loss * size, torch.full_like(sums[0], size)])
+                    if interrupted():
+                        raise KeyboardInterrupt
+        except ValueError as error:
+            refused = error
+            if size < most and self._takes(repeated(mine, most), objective):
+                refused = smaller_minibatch(error, size, most)
+        refusals = torch.tensor([refused is not None], dtype=torch.int64)
+        sum_over_processes([sums, refusals])
+        if refused is not None:
+            raise refused
+        if refusals.item():
+            raise ValueError("another process cannot take its validation data: see its error")
+        total, count = sums.tolist()
+        return total / count
+
+    def gradient(self, *selection: Tensor) -> list[Tensor | None]:
+        """Return the loss per datum and the gradients at a minibatch, without a step."""
+        return self._loss_and_gradients(*selection)
+
+    def minibatch(self, selection: tuple[Tensor, ...]) -> Batch:
+        """Return a minibatch as a step would see it."""
+        return self._batches.prepare(*selection)
+
+    @torch.no_grad()
+    def run(self, selection: tuple[Tensor, ...]) -> None:
+        """Run the pair as a step does, through Python, for handlers that look on."""
+        mine = selection if self._batches.is_share else share_of(selection)
+        if len(mine[0]):
+            self._value(self.minibatch(mine))
+
+    @torch.no_grad()
+    def run_held_out(self, batch: Batch) -> None:
+        """Run the pair on validation data likewise."""
+        with programs.evaluation_mode(*self._pair):
+            self._value(batch)
+
+    def rows_before(self, selection: tuple[Tensor, ...]) -> int:
+        """Return how many rows of a minibatch are those of processes before this one."""
+        if self._batches.is_share:
+            return 0
+        shares = selection[0].tensor_split(num_processes())
+        return sum(len(share) for share in shares[: rank()])
+
+    @property
+    def error(self) -> ValueError | None:
+        """Of the last step, in one process of several: the others saw a loss that is NaN."""
+        return None if self._shared is None else self._shared.error
+
+    def end_epoch(self, loss: float) -> None:
+        """Let scheduler and programs do what they do after an epoch."""
+        if self.trained.end_epoch(loss):
+            self._gradient = self._capturable_gradient()
+
+    def state(self, *, to_write: bool = False) -> dict[str, Any]:
+        """Copy all that the next step depends on, but random numbers.
+
+        Args:
+            to_write: for another process: with what this one has without a copy.
+        """
+        state = {"steps": self.steps, **self.trained.state(to_write=to_write)}
+        if to_write:
+            return state | {"capture": self._gradient.state()}
+        return state | {"gradient": self._gradient, "capture": self._gradient.here()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state` copied, in this process."""
+        self.steps = state["steps"]
+        self.trained.set_state(state)
+        self._gradient = state["gradient"]
+        self._gradient.go_back(state["capture"])
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Put in place what :meth:`state` gave to write, in a run that has not begun.
+
+        Raises:
+            ValueError: it is that of another pair, objective, optimizer or scheduler.
+        """
+        if self.trained.go_on_from(state):
+            self._gradient = self._capturable_gradient()
+        self.steps = state["steps"]
+        self._gradient.go_on_from(state["capture"])
+
+    def _closure(
+        self,
+        selection: tuple[Tensor, ...],
+        held: set[int],
+        look: Callable[[Tensor], None] | None,
+    ) -> Tensor:
+        """Leave the gradients where the optimizer looks for them; return the loss.
+
+        Args:
+            selection: of the data.
+            held: ids of the parameters that shall stay where they are.
+            look: see :meth:`step`.
+        """
+        for parameter in self.trained.parameters:
+            parameter.grad = None  # its memory, still in the cache, serves the next gradient
+        gradient = self._loss_and_gradients if self._validated else self._gradient
+        if self._shared is None:
+            loss, *gradients = gradient(*selection)
+        else:
+            loss, *gradients = self._shared(gradient, selection)
+        if self._in_turns:
+            moving = [id(parameter) not in held for parameter in self.trained.parameters]
+            gradients = [g if m else None for g, m in zip(gradients, moving, strict=True)]
+        if self._clip_norm is not None and not self._clips_within:
+            gradients = clipped(gradients, self._clip_norm)
+        for parameter, value in zip(self.trained.parameters, gradients, strict=True):
+            parameter.grad = value
+        if look is not None:
+            look(loss)
+        elif self._hides_gradients:  # the losses are read in any case
+            loss = loss.where(all_finite(gradients).to(loss.device), math.nan)
+        return loss
+
+    def _loss_and_gradients(self, *selection: Tensor) -> list[Tensor | None]:
+        """The whole step but the optimizer's part: of tensors alone, so that it can be captured."""
+        with torch.enable_grad():
+            loss = self._loss(self._batches.prepare(*selection))
+            gradients = gradients_of(loss, self.trained.parameters)
+        if self._clip_norm is not None and self._clips_within:
+            gradients = clipped(gradients, self._clip_norm)
+        return [loss.detach(), *gradients]
+
+    def _loss(self, batch: Batch) -> Tensor:
+        with _DataScale() as data:
+            loss = differentiable_loss(self._objective, *self._pair, *batch)
+        return loss / (data.scale * batch[0].shape[0])
+
+    def _takes(self, batch: Batch, objective: pyro.infer.ELBO | None) -> bool:
+        with programs.evaluation_mode(*self._pair):
+            try:
+                self._value(batch, objective)
+            except ValueError:
+                return False
+        return True
+
+    def _value(self, batch: Batch, objective: pyro.infer.ELBO | None = None) -> Tensor:
+        with _DataScale() as data:
+            loss = loss_value(objective or self._objective, *self._pair, *batch)
+        loss = torch.as_tensor(loss, dtype=torch.float64, device=batch[0].device)
+        return loss / (data.scale * batch[0].shape[0])
+
+    def _capturable_gradient(self) -> Captured:
+        model, guide = self._pair
+        objective, transform = self._objective, self._batches.transform
+        watch = {"model": model, "guide": guide, "objective": objective, "transform": transform}
+        return Captured(
+            self._loss_and_gradients,
+            watch=watch,
+            name="the step of this fit",
+            capture=self._capture,
+        )
+
+
+def _held_in_turns(
+    parameters: dict[str, list[Tensor]], alternation: Sequence[str]
+) -> list[set[int]]:
+    """Return, for each step of one cycle, which parameters do not move."""
+    ids = {name: set(map(id, found)) for name, found in parameters.items()}
+    held = {
+        BOTH: set(),
+        "model": ids["guide"] - ids["model"],
+        "guide": ids["model"] - ids["guide"],
+    }
+    return [held[name] for name in alternation]
+
+
+class _DataScale(Messenger):
+    """Notes for how many data points a row stands, N/B, by which every objective scales."""
+
+    scale = 1.0
+
+    def _pyro_post_sample(self, msg) -> None:
+        frame = data_frame(msg)
+        if frame is not None and frame.full_size is not None:
+            self.scale = frame.full_size / frame.size

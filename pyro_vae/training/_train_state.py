@@ -1,0 +1,342 @@
+"""What a fit changes, and how it is copied, put back, and shared by processes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.pair_state import BARE, constraints_of_bare_parameters, make_bare_parameters
+from pyro_vae._programs.pair_state import state as tensors_of_pair
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._utils.distributed import broadcast_from_first, num_processes
+from pyro_vae._utils.modules import modules
+from pyro_vae._utils.referenced_objects import VALUES, reach
+from pyro_vae.training._adam import Adam
+
+
+class Trained:
+    """Tensors of the pair and of its objective, optimizer and scheduler: all that steps change.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        objective: what is maximised; it may count steps, or remember.
+        transform: of the minibatches; its modules may remember too.
+        parameters: of ``"model"`` and of ``"guide"``, trained by one optimizer.
+        learning_rate: of the default optimizer, Adam; or one for each of the two.
+        optimizer: makes another from the parameters.
+        scheduler: makes a learning rate scheduler from the optimizer.
+
+    Raises:
+        ValueError: there are no parameters.
+        TypeError: what ``optimizer`` makes is no torch optimizer.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        objective: pyro.infer.ELBO,
+        transform: Callable[[Tensor], Tensor] | None,
+        parameters: Mapping[str, list[Tensor]],
+        *,
+        learning_rate: float | Mapping[str, float] | None = 1e-3,
+        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
+        scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    ):
+        self._pair = (model, guide)
+        self._objective = objective
+        self._transform = transform
+        self.parameters = list(dict.fromkeys(itertools.chain(*parameters.values())))
+        if not self.parameters:
+            raise ValueError("model and guide have no parameters that require a gradient")
+        if optimizer is None:
+            rate = learning_rate["model"] if isinstance(learning_rate, Mapping) else learning_rate
+            self.optimizer = Adam(_groups(parameters, learning_rate), lr=rate)
+        else:
+            self.optimizer = _made(optimizer, self.parameters)
+        self._scheduler = _made_scheduler(scheduler, self.optimizer)
+        self._named = self._named_tensors()
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first group of parameters, NaN where it has none by that name."""
+        return float(self.optimizer.param_groups[0].get("lr", math.nan))
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        """Return what is trained, by name."""
+        trained = set(map(id, self.parameters))
+        return {name: tensor for name, tensor in self._named.items() if id(tensor) in trained}
+
+    def named_gradients(self) -> dict[str, Tensor | None]:
+        """Return the gradients of the last step, by name."""
+        return {name: parameter.grad for name, parameter in self.named_parameters().items()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return what is not trained, as it is: each process has its own running averages."""
+        trained = set(map(id, self.parameters))
+        return {name: tensor for name, tensor in self._named.items() if id(tensor) not in trained}
+
+    def agree(self) -> None:
+        """Have all processes hold what the first one does: parameters, buffers, the objective's."""
+        if num_processes() > 1:
+            for tensor in (*self._named.values(), *self._tensors_of_objective().values()):
+                broadcast_from_first(tensor)
+
+    def end_epoch(self, loss: float) -> bool:
+        """Step the scheduler, and take up parameters that the programs made since they began.
+
+        Returns:
+            Whether there were any.
+        """
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            if math.isfinite(loss):  # NaN, where every step was skipped
+                self._scheduler.step(loss)
+        elif self._scheduler is not None:
+            self._scheduler.step()
+        known = set(map(id, self.parameters))
+        registered = [p for _, p in pyro.get_param_store().named_parameters()]
+        new = [p for p in registered if p.requires_grad and id(p) not in known]
+        if new:
+            self._train_too(new)
+        self._named = self._named_tensors()
+        return bool(new)
+
+    def values(self) -> dict[str, Tensor]:
+        """Copy parameters and buffers, by name."""
+        return {name: tensor.detach().clone() for name, tensor in self._named.items()}
+
+    def set_values(self, values: Mapping[str, Tensor]) -> None:
+        """Give parameters and buffers the values that :meth:`values` copied."""
+        with torch.no_grad():
+            for name, value in values.items():
+                self._named[name].copy_(value)
+
+    def state(self, *, to_write: bool = False) -> dict[str, Any]:
+        """Copy all.
+
+        Args:
+            to_write: for another process: with what this one has without a copy.
+        """
+        if to_write or programs.bare_parameter_names() != self._bare_names():
+            self._named = self._named_tensors()
+        state = {
+            "tensors": self.values(),
+            "objective": {n: t.clone() for n, t in self._tensors_of_objective().items()},
+            "optimizer": _copied(self.optimizer.state_dict()),
+            "scheduler": None if self._scheduler is None else _copied(self._scheduler.state_dict()),
+        }
+        if to_write:
+            names = {id(tensor): name for name, tensor in self._named.items()}
+            groups = self.optimizer.param_groups
+            if any(id(p) not in names for group in groups for p in group["params"]):
+                raise ValueError("the optimizer has parameters that are not the pair's")
+            state["kinds"] = self._kinds()
+            state["groups"] = [[names[id(p)] for p in group["params"]] for group in groups]
+            state["constraints"] = constraints_of_bare_parameters()
+        return state
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state` copied, in this process."""
+        self._forget_later_parameters(state)
+        self.set_values(state["tensors"])
+        with torch.no_grad():
+            for name, tensor in self._tensors_of_objective().items():
+                tensor.copy_(state["objective"][name])
+        self.optimizer.load_state_dict(_copied(state["optimizer"]))
+        self._undo_casts(state["optimizer"]["state"])
+        if self._scheduler is not None:
+            live = self._scheduler.state_dict()
+            self._scheduler.load_state_dict(_like(live, _copied(state["scheduler"])))
+
+    def go_on_from(self, state: Mapping[str, Any]) -> bool:
+        """Put in place what :meth:`state` gave to write, in a run that has not begun.
+
+        Returns:
+            Whether there are parameters that the programs have not come to make yet.
+
+        Raises:
+            ValueError: it is that of another pair, objective, optimizer or scheduler.
+        """
+        make_bare_parameters(state["constraints"], state["tensors"])
+        self._named = self._named_tensors()
+        _require_same("tensors of the pair", _shapes(state["tensors"]), _shapes(self._named))
+        of_objective = _shapes(self._tensors_of_objective())
+        _require_same("tensors of the objective", _shapes(state["objective"]), of_objective)
+        names = {id(tensor): name for name, tensor in self._named.items()}
+        groups = [[names[id(p)] for p in g["params"]] for g in self.optimizer.param_groups]
+        later = state["groups"][len(groups) :]
+        for group in later:
+            self._train_too([self._named[name] for name in group])
+        _require_same("groups of parameters", state["groups"], groups + later)
+        _require_same("optimizer and scheduler", state["kinds"], self._kinds())
+        self.set_state(state)
+        return bool(later)
+
+    def _undo_casts(self, saved: Mapping[int, Mapping[str, Any]]) -> None:
+        """Give the optimizer's state the types that it had: torch makes them the parameters'."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, values in saved.items():
+            live = self.optimizer.state[parameters[number]]
+            for name, value in values.items():
+                if isinstance(value, Tensor) and live[name].dtype != value.dtype:
+                    live[name] = value.clone().to(live[name].device)
+
+    def _forget_later_parameters(self, state: Mapping[str, Any]) -> None:
+        """Remove parameters that the programs made after a state, so that they make them again."""
+        store = pyro.get_param_store()
+        for name in programs.bare_parameter_names():
+            if BARE + name not in state["tensors"]:
+                del store[name]
+        self._named = {name: self._named[name] for name in state["tensors"]}
+        for group in self.optimizer.param_groups[len(state["optimizer"]["param_groups"]) :]:
+            for parameter in group["params"]:
+                self.optimizer.state.pop(parameter, None)
+                self.parameters[:] = [p for p in self.parameters if p is not parameter]
+        del self.optimizer.param_groups[len(state["optimizer"]["param_groups"]) :]
+
+    def _bare_names(self) -> set[str]:
+        return {name.removeprefix(BARE) for name in self._named if name.startswith(BARE)}
+
+    def _kinds(self) -> list[str]:
+        defaults = self.optimizer.defaults.items()
+        plain = {name: value for name, value in defaults if isinstance(value, VALUES)}
+        return [
+            f"{type(self.optimizer).__qualname__} of {plain}",
+            type(self._scheduler).__qualname__,
+        ]
+
+    def _train_too(self, parameters: list[Tensor]) -> None:
+        self.optimizer.add_param_group({"params": parameters})
+        self.parameters += parameters  # in place: others hold this list
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        named = tensors_of_pair(*self._pair)
+        known = set(map(id, named.values()))
+        unnamed = [p for p in self.parameters if id(p) not in known]  # reached by no name
+        return named | {f"parameter {i}": p for i, p in enumerate(unnamed)}
+
+    def _tensors_of_objective(self) -> dict[str, Tensor]:
+        """What it counts or remembers, and modules of the transform; they may have met the pair."""
+        of_pair = set(map(id, self._named.values()))
+        found = [pair for pair in reach(objective=self._objective) if isinstance(pair[1], Tensor)]
+        for number, module in enumerate(modules(self._transform)):
+            found += [(f"transform {number}.{n}", t) for n, t in module.state_dict().items()]
+        return {name: tensor for name, tensor in found if id(tensor) not in of_pair}
+
+
+def _groups(
+    parameters: dict[str, list[Tensor]], learning_rate: float | Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Make the optimizer's groups: one, or one for each program; what both use is the model's."""
+    if not isinstance(learning_rate, Mapping):
+        both = dict.fromkeys(itertools.chain(*parameters.values()))
+        return [{"params": list(both), "lr": learning_rate}]
+    shared = set(map(id, parameters["model"]))
+    groups = {**parameters, "guide": [p for p in parameters["guide"] if id(p) not in shared]}
+    return [{"params": found, "lr": learning_rate[name]} for name, found in groups.items() if found]
+
+
+def _made(
+    optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer], parameters: list[Tensor]
+) -> torch.optim.Optimizer:
+    what = (
+        "optimizer must make a torch.optim.Optimizer from the parameters, such as "
+        "functools.partial(torch.optim.SGD, lr=0.1)"
+    )
+    if isinstance(optimizer, PyroOptim) or _makes_pyro_optimizers(optimizer):
+        raise TypeError(
+            f"{what}; got {optimizer!r}, which Pyro's SVI takes. Pass the optimizer of torch that "
+            "it makes, and a learning rate scheduler as scheduler="
+        )
+    if not callable(optimizer):
+        raise TypeError(f"{what}, got {optimizer!r}")
+    made = optimizer(parameters)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"{what}; it made {made!r}")
+    return made
+
+
+def _makes_pyro_optimizers(optimizer: Any) -> bool:
+    """Tell Pyro's functions, such as ``pyro.optim.Adam``, from its classes of torch optimizers."""
+    module = getattr(optimizer, "__module__", None) or ""
+    return inspect.isfunction(optimizer) and module.startswith("pyro.optim")
+
+
+def _made_scheduler(
+    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None,
+    optimizer: torch.optim.Optimizer,
+) -> LRScheduler | None:
+    if scheduler is None:
+        return None
+    what = (
+        "scheduler must make a learning rate scheduler of torch from the optimizer, such as "
+        "functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)"
+    )
+    if not callable(scheduler) or isinstance(scheduler, PyroOptim):
+        raise TypeError(f"{what}, got {scheduler!r}")
+    try:
+        made = scheduler(optimizer)
+    except KeyError as error:
+        if "lr" in optimizer.param_groups[0]:
+            raise
+        raise ValueError(
+            f"scheduler could not be made, for the groups of {type(optimizer).__name__} have no "
+            f"learning rate 'lr': they have {sorted(optimizer.param_groups[0])}. Leave scheduler "
+            "out, or pass another optimizer"
+        ) from error
+    if not callable(getattr(made, "step", None)) or not hasattr(made, "state_dict"):
+        raise TypeError(f"{what}; it made {made!r}")
+    return made
+
+
+def _copied(state: Any) -> Any:
+    """Copy the tensors of a nested structure."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, Mapping):
+        found = copy.copy(state)  # of its own type: a Counter, say
+        for key, value in state.items():
+            found[key] = _copied(value)
+        return found
+    if isinstance(state, list | tuple):
+        return type(state)(_copied(value) for value in state)
+    return state
+
+
+def _like(live: Any, state: Any) -> Any:
+    """Give dictionaries that were read the types of those that are there."""
+    if isinstance(live, list) and isinstance(state, list) and len(live) == len(state):
+        return [_like(mine, its) for mine, its in zip(live, state, strict=True)]
+    if not isinstance(live, dict) or not isinstance(state, dict):
+        return state
+    state = {key: _like(live.get(key), value) for key, value in state.items()}
+    return state if type(live) is dict else type(live)(state)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _require_same(what: str, saved: Any, here: Any) -> None:
+    if saved == here:
+        return
+    if isinstance(saved, dict):
+        names = sorted(saved.keys() | here.keys())
+        name = next(name for name in names if saved.get(name) != here.get(name))
+        saved, here = ({name: each[name]} if name in each else "none" for each in (saved, here))
+    raise ValueError(
+        f"the checkpoint is of another run: its {what} are {saved}, here they are {here}. Pass the "
+        "pair, objective and optimizer that it was written with"
+    )

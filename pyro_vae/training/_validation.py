@@ -1,0 +1,113 @@
+"""The loss on data that are held out, after each epoch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import pyro.infer
+
+from pyro_vae._utils.distributed import rank
+from pyro_vae._utils.random import seeded
+from pyro_vae._utils.value_checks import values_checked
+from pyro_vae.datasets._minibatches import Minibatches
+from pyro_vae.objectives import Objective
+from pyro_vae.training._nonfinite import FirstNonFiniteSite, shown_rows
+from pyro_vae.training._step import Trainer
+
+
+class Validation:
+    """Losses on data that are held out, at the same noise each time, so that they can be compared.
+
+    For the same reason they are of one bound over the whole run: the objective with each of its
+    schedules at its last value.
+
+    Args:
+        trainer: of the pair.
+        objective: that is trained.
+        data: held out.
+        unseen: whether they have values that nobody has checked: the first time, Pyro does.
+
+    Raises:
+        ValueError: a schedule of the objective has no last value.
+    """
+
+    def __init__(
+        self, trainer: Trainer, objective: pyro.infer.ELBO, data: Minibatches, *, unseen: bool
+    ):
+        self._trainer = trainer
+        self._objective = objective
+        self._data = data
+        self._unseen = unseen
+        self.has_schedules = isinstance(objective, Objective) and objective.has_schedules
+        self._at_last_values()
+
+    def loss(self, epoch: int, seed: int, interrupted: Callable[[], bool]) -> float:
+        """Return the loss per datum.
+
+        Args:
+            epoch: that is over, from 1.
+            seed: of the noise.
+            interrupted: whether to stop.
+
+        Raises:
+            FloatingPointError: it is not finite; the message names site and rows.
+            ValueError: the pair cannot take the data.
+            KeyboardInterrupt: it was interrupted.
+        """
+        refused = None
+        with values_checked(self._unseen and epoch == 1), self._noise(seed):
+            try:
+                loss = self._trainer.evaluate(self._data, interrupted, self._at_last_values())
+            except ValueError as error:  # by Pyro's validation, perhaps, of what is not finite
+                loss, refused = math.nan, error
+        if math.isfinite(loss):
+            return loss
+        with self._noise(seed):
+            site, rows_before = self._first_site()
+        if refused is not None and not site.has_nonfinite_numbers:
+            raise refused
+        what = "" if site.name is None else f": {site.what}"
+        if site.bad is not None:
+            what += f" at rows {shown_rows(site.bad + rows_before)} of the validation data"
+        raise FloatingPointError(
+            f"the validation loss is {loss} in epoch {epoch}{what}. Lower the learning rate, set "
+            "clip_norm, or look for a scale that falls to zero."
+        )
+
+    def has_settled(self) -> bool:
+        """Tell whether all schedules of the objective have reached their last values."""
+        return not self.has_schedules or self._objective.has_settled()
+
+    def loss_of_training(self, seed: int, interrupted: Callable[[], bool]) -> float:
+        """Return the loss per datum at the values that the schedules have now.
+
+        Args:
+            seed: of the noise.
+            interrupted: whether to stop.
+        """
+        with values_checked(False), self._noise(seed):
+            return self._trainer.evaluate(self._data, interrupted)
+
+    def _at_last_values(self) -> pyro.infer.ELBO:
+        objective = self._objective
+        return objective.with_last_values() if isinstance(objective, Objective) else objective
+
+    @contextlib.contextmanager
+    def _noise(self, seed: int) -> Iterator[None]:
+        self._data.begin_from(seed)
+        with seeded(seed + rank()):
+            yield
+
+    def _first_site(self) -> tuple[FirstNonFiniteSite, int]:
+        """Find the first site that is not finite, and how many rows came before its minibatch."""
+        rows_before = 0
+        with FirstNonFiniteSite() as site, values_checked(False):
+            for batch in self._data:
+                with contextlib.suppress(ValueError):  # which has been met before
+                    self._trainer.run_held_out(batch)
+                if site.name is not None:
+                    break
+                rows_before += len(batch[0])
+        return site, rows_before

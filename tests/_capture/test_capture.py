@@ -1,0 +1,423 @@
+"""A captured step is the eager step: the same parameters, whatever the program."""
+
+import functools
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from capturing import check_same, distance, fitted, needs_compiler
+from conftest import make_pair
+from guide_table import DENSITIES
+from pyro.distributions import constraints
+from torch import nn
+
+import pyro_vae as pv
+
+
+class Transformed(pyro.nn.PyroModule):
+    """A guide with a normalizing flow: an inverse autoregressive transform of a Gaussian."""
+
+    def __init__(self, latent, data):
+        super().__init__()
+        self.encoder = nn.Linear(data, 2 * latent)
+        self.flow = dist.transforms.affine_autoregressive(latent, hidden_dims=[6])
+
+    def forward(self, x):
+        loc, raw = self.encoder(x).chunk(2, -1)
+        base = dist.Normal(loc, nn.functional.softplus(raw)).to_event(1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.TransformedDistribution(base, [self.flow]))
+
+
+class NormalisedDecoder(nn.Module):
+    """Running averages, changed in place by each step."""
+
+    def __init__(self, latent, data):
+        super().__init__()
+        # Without a bias: its gradient would be zero but for rounding, which Adam makes into steps.
+        self.first, self.norm = nn.Linear(latent, 6, bias=False), nn.BatchNorm1d(6)
+        self.last = nn.Linear(6, data)
+
+    def forward(self, z):
+        return self.last(torch.tanh(self.norm(self.first(z))))
+
+
+class DroppingDecoder(nn.Sequential):
+    """Noise of its own, in training."""
+
+    def __init__(self, latent, data):
+        super().__init__(nn.Linear(latent, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, data))
+
+
+def with_decoder(decoder):
+    def make():
+        model = pv.LatentVariableModel(
+            prior=pv.priors.StandardNormal(2), likelihood=pv.likelihoods.Bernoulli(decoder(2, 16))
+        )
+        return model, pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
+
+    return make
+
+
+def flow_pair():
+    model, _ = make_pair()
+    return model, Transformed(2, 16)
+
+
+def functions():
+    """Plain functions with pyro.param, constrained ones too, and a subsampling plate."""
+
+    def model(x):
+        weight = pyro.param("weight", lambda: 0.3 * torch.randn(2, 16))
+        scale = pyro.param("scale", lambda: torch.ones(2), constraint=constraints.positive)
+        with pyro.plate("data", 500, subsample=x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), scale).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=z @ weight).to_event(1), obs=x)
+
+    def guide(x):
+        loc = pyro.param("encoder", lambda: 0.1 * torch.randn(16, 2))
+        scale = pyro.param("guide_scale", lambda: torch.ones(2), constraint=constraints.positive)
+        with pyro.plate("data", 500, subsample=x):
+            pyro.sample("z", dist.Normal(x @ loc, scale).to_event(1))
+
+    return model, guide
+
+
+def discrete():
+    """A latent without a reparameterised sample: the score function estimator."""
+
+    def model(x):
+        weight = pyro.param("weight", lambda: torch.randn(3, 16))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(3) / 3))
+            pyro.sample("x", dist.Bernoulli(logits=weight[k]).to_event(1), obs=x)
+
+    def guide(x):
+        logits = pyro.param("logits", lambda: 0.1 * torch.randn(16, 3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Categorical(logits=x @ logits))
+
+    return model, guide
+
+
+def positive_latent():
+    """A latent whose gradient is implicit, on another support."""
+
+    def model(x):
+        rate = pyro.param("rate", lambda: torch.rand(16) + 0.5, constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(2.0, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None] * rate, 1.0).to_event(1), obs=x)
+
+    guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
+    return model, guide
+
+
+OBJECTIVES = [
+    pv.objectives.ELBO(),
+    pv.objectives.ELBO(3),
+    pv.objectives.ELBO(2, vectorize_particles=False),
+    pv.objectives.MeanFieldELBO(),
+    pv.objectives.IWAE(4),
+]
+PAIRS = {
+    "normal": make_pair,
+    "flow": flow_pair,
+    "batch-norm": with_decoder(NormalisedDecoder),
+    "dropout": with_decoder(DroppingDecoder),
+    "functions": functions,
+    "gamma": positive_latent,
+    "discrete": discrete,
+}
+
+
+def fits(pair, objective):
+    """Whether an objective serves a pair."""
+    if pair == "batch-norm":  # takes the particles' dimension for channels (docs/contract.md)
+        return objective.num_particles == 1 or not objective.vectorize_particles
+    if pair == "discrete":  # which others have no estimator for
+        return type(objective) is pv.objectives.ELBO
+    return True
+
+
+# Whose gradients are not those of their values, or whose weights change.
+MORE_OBJECTIVES = [
+    pv.objectives.StickingTheLanding(2),
+    pv.objectives.DReG(3),
+    pv.objectives.MIWAE(2, 2),
+    pv.objectives.PIWAE(2, 2),
+    pv.objectives.CIWAE(0.5, 2),
+    pv.objectives.Renyi(0.5, 2),
+    pv.objectives.CUBO(2, 2),
+    pv.objectives.TVO(2),
+    pv.objectives.ScoreFunction(2, "others"),
+    pv.objectives.ScoreFunction(1, "average"),
+    pv.objectives.ReweightedWakeSleep(2, wake=1.0, sleep=1.0),
+    pv.objectives.FreeBits(0.1, per="dimension"),
+    pv.objectives.BetaTCVAE(num_data=50),
+    pv.objectives.InfoVAE(0.5),
+]
+CASES = [(pair, objective) for pair in PAIRS for objective in OBJECTIVES if fits(pair, objective)]
+
+
+def every_case():
+    """Each pair and each objective by default, both types too; the slow tests: each with each."""
+    for pair, objective in CASES:
+        with_each_pair = objective in (OBJECTIVES[2], OBJECTIVES[-1])
+        for double in (False, True):
+            default = pair == "normal" or with_each_pair if double else objective is OBJECTIVES[0]
+            marks = () if default else pytest.mark.slow
+            yield pytest.param(pair, objective, double, marks=marks)
+
+
+@pytest.mark.parametrize(("pair", "objective", "double"), list(every_case()), ids=str)
+def test_captured_steps_are_eager_steps(pair, objective, double, binary, without_compiler):
+    check_same(PAIRS[pair], binary, double=double, objective=objective,
+               execution="captured, not compiled")  # fmt: skip
+
+
+def starting_anew(make, objective):
+    """Objectives remember: their step and their averages begin at nothing in each fit."""
+
+    def begin():
+        for value in vars(objective).values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+        return make()
+
+    return begin
+
+
+@pytest.mark.parametrize("objective", MORE_OBJECTIVES, ids=str)
+def test_captured_steps_of_every_objective(objective, binary, without_compiler):
+    check_same(starting_anew(make_pair, objective), binary, double=True, objective=objective,
+               execution="captured, not compiled")  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", MORE_OBJECTIVES, ids=str)
+def test_compiled_steps_of_every_objective(objective, binary):
+    check_same(starting_anew(make_pair, objective), binary, double=True, objective=objective)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("pair", "objective", "double"),
+    [
+        ("normal", pv.objectives.IWAE(4), True),
+        ("batch-norm", pv.objectives.ELBO(), False),
+        ("functions", pv.objectives.ELBO(2), False),
+    ],
+)
+def test_compiled_steps_are_eager_steps(pair, objective, double, binary):
+    check_same(PAIRS[pair], binary, double=double, objective=objective)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("pair", "objective"), CASES, ids=str)
+def test_every_compiled_step_is_the_eager_step(pair, objective, double, binary):
+    check_same(PAIRS[pair], binary, double=double, objective=objective)
+
+
+# Of which another is captured with amortized parameters, or of another kind.
+VARIANTS = ["planar, shared", "inverse autoregressive, shared", "sylvester, orthogonal",
+            "sylvester, triangular"]  # fmt: skip
+GUIDES = [
+    pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ())
+    for name in [*DENSITIES, "delta", "semi-amortized", "local"]
+]
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_captured_steps_of_every_guide(name, binary, without_compiler):
+    check_same(lambda: guided(name, binary), binary, double=True,
+               execution="captured, not compiled")  # fmt: skip
+
+
+def guided(name, x):
+    model, guide = make_pair()
+    if name == "semi-amortized":
+        return model, pv.guides.SemiAmortized(guide, steps=2)
+    if name == "local":
+        return model, pv.guides.LocalGuide(model, x.to(torch.get_default_dtype()))
+    make = pv.guides.AmortizedDelta if name == "delta" else DENSITIES[name]
+    return model, make(model, pv.nets.MLP(16, [8]))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*DENSITIES, "delta", "semi-amortized", "local"])
+def test_compiled_steps_of_every_guide(name, binary):
+    check_same(lambda: guided(name, binary), binary, double=True)
+
+
+OPTIONS = {
+    "clipping": {"clip_norm": 0.5},
+    "schedule": {"scheduler": functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1)},
+    "SGD": {"optimizer": functools.partial(torch.optim.SGD, lr=0.01)},
+    "L-BFGS": {"optimizer": functools.partial(torch.optim.LBFGS, lr=0.01, max_iter=3), "epochs": 2},
+    "binarisation": {"transform": lambda x: (torch.rand_like(x) < 0.9 * x).to(x.dtype)},
+    "bernoulli": {"transform": lambda x: torch.bernoulli(0.9 * x)},
+    "short last batch": {"batch_size": 12},
+    "one batch": {"batch_size": 50, "epochs": 8},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_settings_of_the_fit_hold_under_capture(options, binary, without_compiler):
+    check_same(make_pair, binary, execution="captured, not compiled", **options)
+
+
+def test_streams_are_captured(binary, without_compiler):
+    for loader in (
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(binary), batch_size=10),
+        torch.utils.data.DataLoader(binary, batch_size=10),
+    ):
+        torch.manual_seed(7)
+        fits = [
+            pv.fit(*make_pair(), loader, epochs=3, seed=1, capture=c, progress=False)
+            for c in (True, False)
+        ]
+        assert fits[0].execution == "captured, not compiled"
+
+
+def test_early_stopping_stops_at_the_same_epoch(binary, without_compiler):
+    options = {"validation": binary[:20], "patience": 1, "epochs": 40, "learning_rate": 0.3}
+    fit = check_same(make_pair, binary, execution="captured, not compiled", **options)
+    assert len(fit.history) < 40
+    assert fit.best_epoch < len(fit.history)
+
+
+class Warming(pv.objectives.Objective):
+    """An objective that warms up: its weight is a tensor, which it changes in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.tensor(0.0)
+
+    def bound(self, terms):
+        self.weight.add_(0.05).clamp_(max=1.0)
+        return (terms.log_likelihood - self.weight * (terms.log_guide - terms.log_prior)).mean(0)
+
+
+def test_a_weight_that_is_a_tensor_warms_up_under_capture(binary, without_compiler):
+    weights = []
+    for capture in (False, True):
+        objective = Warming()
+        fit, tensors = fitted(make_pair, binary, objective=objective, capture=capture, epochs=2)
+        weights.append((objective.weight.item(), tensors))
+    assert fit.execution == "captured, not compiled"
+    assert weights[0][0] == pytest.approx(weights[1][0]) == pytest.approx(0.05 * 11)  # one look
+    assert distance(weights[1][1], weights[0][1]) < 1e-5
+
+
+def test_a_second_fit_never_replays_the_graph_of_the_first(binary, without_compiler):
+    wide = functools.partial(make_pair, hidden=13)
+    for make, batch_size in ((make_pair, 10), (make_pair, 25), (wide, 10), (make_pair, 10)):
+        check_same(make, binary, batch_size=batch_size, execution="captured, not compiled")
+
+
+def test_gradients_that_lie_otherwise_than_their_parameters(binary, without_compiler):
+    """einsum's gradient is transposed, and sum's is expanded: a fused update would misread both."""
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.shift = (nn.Parameter(torch.randn(*s)) for s in ((16, 2), (8,)))
+
+        def forward(self, z):
+            return torch.einsum("...i,ji->...j", z, self.weight) + self.shift.sum()
+
+    plain = functools.partial(torch.optim.Adam, lr=1e-3, foreach=False)
+    make = with_decoder(lambda latent, data: Decoder())
+    _, expected = fitted(make, binary, capture=False, optimizer=plain)
+    for capture in (False, True):
+        _, tensors = fitted(make, binary, capture=capture)
+        assert distance(tensors, expected) < 1e-5
+
+
+def test_a_parameter_may_be_frozen_during_a_fit(binary, without_compiler):
+    def run(capture):
+        class Freeze(torch.optim.lr_scheduler.LambdaLR):
+            def step(self, *args):
+                self.optimizer.param_groups[0]["params"][0].requires_grad_(False)
+                super().step(*args)
+
+        scheduler = functools.partial(Freeze, lr_lambda=lambda epoch: 1.0)
+        return fitted(make_pair, binary, capture=capture, epochs=5, scheduler=scheduler)
+
+    _, expected = run(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, tensors = run(True)
+    assert distance(tensors, expected) < 1e-5
+
+
+def test_the_shape_that_comes_again_is_captured(binary, without_compiler):
+    batches = [binary[:5], *binary[5:].split(9)]
+
+    class Stream(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(batches)
+
+        def __getitem__(self, number):
+            return batches[number]
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    for capture in (False, True):
+        torch.manual_seed(7)
+        fit = pv.fit(*make_pair(), loader, epochs=3, seed=1, capture=capture, progress=False)
+    assert fit.execution == "captured, not compiled"
+
+
+def test_nan_in_a_buffer_is_captured(binary, without_compiler):
+    class Decoder(nn.Linear):
+        def __init__(self, latent, data):
+            super().__init__(latent, data)
+            self.register_buffer("missing", torch.tensor([torch.nan] + [1.0] * (data - 1)))
+
+        def forward(self, z):
+            return super().forward(z) * self.missing.nan_to_num(0.5)
+
+    _, expected = fitted(with_decoder(Decoder), binary, capture=False)
+    fit, tensors = fitted(with_decoder(Decoder), binary, capture=True)
+    assert fit.execution == "captured, not compiled"
+    torch.testing.assert_close(tensors, expected, equal_nan=True)
+
+
+def test_a_pair_fitted_twice_goes_on(binary, without_compiler):
+    results = []
+    for capture in (False, True):
+        torch.manual_seed(7)
+        pair = make_pair()
+        for batch_size in (10, 25):
+            pv.fit(*pair, binary, batch_size=batch_size, epochs=4, seed=2, capture=capture,
+                   progress=False)  # fmt: skip
+        results.append(torch.cat([p.detach().flatten() for m in pair for p in m.parameters()]))
+    assert distance(results[1], results[0]) < 1e-5
+
+
+@pytest.mark.parametrize("capture", ["yes", None, 1, 0])
+def test_other_values_of_capture_are_refused(capture, binary):
+    with pytest.raises(ValueError, match="capture must be True, False or"):
+        pv.fit(*make_pair(), binary, capture=capture, progress=False)
+    with pytest.raises(ValueError, match="capture must be True, False or"):
+        pv.evidence(*make_pair(), binary, capture=capture)
+
+
+def test_short_runs_are_not_captured_by_themselves(binary):
+    fit = pv.fit(*make_pair(), binary, epochs=3, batch_size=10, progress=False)
+    assert "would not repay a capture" in fit.execution
+    fit = pv.fit(*make_pair(), binary, epochs=1, batch_size=50, progress=False)
+    assert "too few calls" in fit.execution
+
+
+def test_long_runs_are_captured_by_themselves(binary, monkeypatch):
+    monkeypatch.setattr("pyro_vae._capture.captured.SECONDS_THAT_REPAY_TRACING", 1e-6)
+    fit = pv.fit(*make_pair(), binary, epochs=5, batch_size=10, progress=False)
+    assert fit.execution == "captured, not compiled"

@@ -1,0 +1,184 @@
+"""Checks of values are put back as they were, and stop no capture of distributions made before."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import make_pair
+from pyro import infer, poutine
+from torch.distributions import Distribution
+
+import pyro_vae as pv
+from pyro_vae._utils.value_checks import values_checked
+
+
+def switches():
+    modules = (dist, infer, poutine)
+    return [Distribution._validate_args, *(m.is_validation_enabled() for m in modules)]
+
+
+@pytest.fixture(params=[(False, True), (True, False)], ids=str)
+def before(request):
+    """Torch's switch, as the user or another library left it, and Pyro's."""
+    pyro.enable_validation(request.param[1])
+    Distribution.set_default_validate_args(request.param[0])
+    yield switches()
+    pyro.enable_validation(True)
+
+
+def failing(x):
+    raise ArithmeticError
+
+
+JUDGES = {
+    "fit": lambda m, g, x: pv.fit(m, g, x, validation=x, epochs=2, batch_size=25, progress=False),
+    "evidence": lambda m, g, x: pv.evidence(m, g, x, num_particles=3),
+    "surgery": pv.elbo_surgery,
+    "compare": lambda m, g, x: pv.compare({"a": (m, g)}, x, num_particles=3),
+    "reconstruct": pv.reconstruct,
+    "generate": lambda m, g, x: pv.generate(m, x),
+    "to_arviz": lambda m, g, x: pv.to_arviz(m, g, x, num_draws=2),
+}
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_the_switches_are_as_they_were(judge, before, binary):
+    JUDGES[judge](*make_pair(), binary)
+    assert switches() == before
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_the_switches_are_as_they_were_after_an_error(judge, before, binary):
+    model, guide = make_pair()
+    guide(binary)
+    model.likelihood.decoder.register_forward_hook(lambda *_: failing(None))
+    with pytest.raises(ArithmeticError):
+        JUDGES[judge](model, guide, binary)
+    assert switches() == before
+
+
+def test_blocks_within_blocks(before):
+    with values_checked(False):
+        assert switches() == [False] * 4
+        with values_checked(True):
+            assert switches() == [True] * 4
+            with pytest.raises(ArithmeticError), values_checked(False):
+                failing(None)
+            assert switches() == [True] * 4
+        assert switches() == [False] * 4
+    assert switches() == before
+
+
+def test_a_distribution_made_before_does_not_check_and_one_that_asks_to_does():
+    prior = dist.Normal(torch.zeros(2), 1.0).expand([3, 2]).to_event(1)
+    outside = torch.full((2,), torch.nan)
+    with values_checked(False):
+        prior.log_prob(outside)
+        dist.Normal(torch.zeros(2), -torch.ones(2))
+        asks = dist.Normal(torch.zeros(2), 1.0, validate_args=True)
+        for each in (asks, asks.expand([3, 2])):
+            with pytest.raises(ValueError, match="within the support"):
+                each.log_prob(outside)
+    with pytest.raises(ValueError, match="within the support"):
+        prior.log_prob(outside)
+    unchecked = dist.Normal(0.0, 1.0, validate_args=False)
+    with values_checked(True):
+        unchecked.log_prob(torch.tensor(torch.nan))
+
+
+def by_expand():
+    return dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+
+
+def by_argument():
+    return dist.Normal(torch.zeros(2), torch.ones(2), validate_args=True).to_event(1)
+
+
+def mixture():
+    kinds = dist.Categorical(torch.ones(3)).expand([])
+    return dist.MixtureSameFamily(kinds, dist.Normal(0.0, 1.0).expand([3, 2]).to_event(1))
+
+
+def transformed():
+    transform = torch.distributions.AffineTransform(0.5, 2.0)
+    return dist.TransformedDistribution(by_expand().base_dist.expand([2]), [transform]).to_event(1)
+
+
+class WithPyroSample(pyro.nn.PyroModule):
+    def __init__(self, prior):
+        super().__init__()
+        self.z = pyro.nn.PyroSample(prior)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.z, 1.0).to_event(1), obs=x)
+
+
+def with_a_function(prior):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    return model
+
+
+def with_a_factor(prior):
+    """The density is taken in the program, and is no site's."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.factor("prior", prior.log_prob(z))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    return model
+
+
+def guide(x):
+    slope = pyro.param("slope", torch.ones(2))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(slope * x, 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("make", [with_a_function, WithPyroSample, with_a_factor])
+@pytest.mark.parametrize("prior", [by_expand, by_argument, mixture, transformed])
+def test_a_prior_made_once_is_captured(make, prior, without_compiler):
+    def run(capture):
+        torch.manual_seed(0)
+        model, x = make(prior()), torch.randn(60, 2)
+        fit = pv.fit(model, guide, x, epochs=4, batch_size=20, seed=0, capture=capture,
+                     progress=False)  # fmt: skip
+        evidence = pv.evidence(model, guide, x, num_particles=20, seed=0, capture=capture)
+        return fit, evidence
+
+    (fit, evidence), (eager, expected) = run(True), run(False)
+    assert fit.execution == "captured, not compiled"
+    assert fit.history.loss.values == pytest.approx(eager.history.loss.values, rel=1e-5)
+    assert evidence.mean == pytest.approx(expected.mean, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x_given", "reason"),
+    [
+        (
+            lambda z: dist.Poisson(z.exp(), is_sparse=True),
+            r"a shape depends on values of tensors \(site 'x', test_validating.py, line \d+\)",
+        ),
+        (
+            lambda z: dist.Poisson(z.exp(), validate_args=True),
+            r"control flow depends on values of tensors \(test_validating.py, line \d+\)",
+        ),
+    ],
+    ids=["in a density", "in the program"],
+)
+def test_a_refused_capture_names_the_line_of_the_program(x_given, reason, without_compiler):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", x_given(z).to_event(1), obs=x)
+
+    guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(2, [4]))
+    with pytest.warns(UserWarning, match=reason):
+        pv.fit(model, guide, torch.ones(60, 2), epochs=3, batch_size=20, capture=True,
+               progress=False)  # fmt: skip

@@ -1,0 +1,289 @@
+"""Models that nobody prepared for a guide: one name changes the posterior family in each."""
+
+import functools
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from guide_table import DENSITIES
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+
+import pyro_vae as pv
+from pyro_vae import guides
+from pyro_vae.evaluation._scoring import guide_log_prob
+from pyro_vae.guides import _families as families
+
+
+def two_supports(x):
+    """A rate and a composition."""
+    with pyro.plate("data", len(x)):
+        rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+        mean = rate.unsqueeze(-1) * weights.cumsum(-1)
+        pyro.sample("x", dist.Normal(mean, 0.5).to_event(1), obs=x)
+
+
+def nested_plate(x):
+    """A latent of the datum, and one for each of its three parts."""
+    with pyro.plate("data", len(x), dim=-2):
+        level = pyro.sample("level", dist.Normal(torch.zeros(1), 1.0))
+        with pyro.plate("parts", 3, dim=-1):
+            part = pyro.sample("part", dist.Gamma(2.0, 2.0))
+            pyro.sample("x", dist.Normal(level + part, 0.5), obs=x)
+
+
+def plate_outside(x):
+    """The parts' plate to the left of the data's."""
+    with pyro.plate("data", len(x), dim=-1):
+        level = pyro.sample("level", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("parts", 3, dim=-2):
+            part = pyro.sample("part", dist.Normal(level.sum(-1), 1.0))
+            pyro.sample("x", dist.Normal(part, 0.5), obs=x.T)
+
+
+def sequence(x):
+    """A Markov chain of latents, one for each of three observations (Krishnan et al. 2017)."""
+    weight = torch.tensor([[0.8, -0.4], [0.4, 0.8]])
+    z = torch.zeros(2)
+    with pyro.plate("data", len(x)):
+        for t in pyro.markov(range(3)):
+            z = pyro.sample(f"z_{t}", dist.Normal(torch.tanh(z @ weight), 1.0).to_event(1))
+            pyro.sample(f"x_{t}", dist.Normal(z.sum(-1), 0.5), obs=x[:, t])
+
+
+MODELS = {f.__name__: f for f in (two_supports, nested_plate, plate_outside, sequence)}
+NAMES = [*DENSITIES, "normal, per site", "multivariate normal, per site", "top-down"]
+
+
+def make(name, model):
+    encoder = pv.nets.MLP(3, [8])
+    if name == "top-down":
+        return guides.HierarchicalGuide(model, encoder, order="top-down", history=1)
+    if name.endswith(", per site"):
+        family = getattr(families, name.split(",")[0].title().replace(" ", ""))
+        return guides.AmortizedGuide(model, encoder, family, joint=False)
+    return DENSITIES[name](model, encoder)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("name", NAMES)
+def test_any_family_for_any_model(name, model):
+    torch.manual_seed(0)
+    x = torch.randn(8, 3).abs()
+    guide = make(name, model)
+    pv.objectives.ELBO(4).loss_and_grads(model, guide, x)
+    t = pv.terms(model, guide, x, num_particles=6)
+    assert t.log_weight.shape == (6, 8)
+    assert t.log_weight.isfinite().all()
+    for parameter in guide.parameters():
+        assert parameter.grad is not None
+    # What was drawn for the third datum, scored under every datum's posterior.
+    drawn = {site: values[:, 2] for site, values in t.samples.items()}
+    nesting = 2 if "plate" in model.__name__ else 1
+    given = guide_log_prob(guide, (x,), drawn, plate_nesting=nesting)
+    assert given.shape == (6, 8)
+    torch.testing.assert_close(given[:, 2], t.log_guide[:, 2], rtol=1e-3, atol=2e-3)
+    loss = pyro.infer.Trace_ELBO(num_particles=2, vectorize_particles=True)
+    assert torch.isfinite(torch.tensor(loss.loss(model, guide, x)))
+
+
+@pytest.mark.parametrize("name", ["multivariate normal", "planar", "mixture"])
+def test_a_joint_density_integrates_to_one(name):
+    """Over a positive site and a real one."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.LogNormal(0.0, 1.0))
+            b = pyro.sample("b", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            mean = (a.unsqueeze(-1) + b).expand(*a.shape, 3)
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(2, 3)
+    guide = make(name, model)
+    guide(x)
+    log_a, b = torch.linspace(-9, 9, 301), torch.linspace(-9, 9, 301)
+    points = torch.cartesian_prod(log_a, b)
+    values = {"a": points[:, 0].exp(), "b": points[:, 1:]}
+    with pyro.validation_enabled(False):
+        log_q = guide_log_prob(guide, (x,), values, plate_nesting=1)
+    total = (log_q + points[:, :1]).exp().sum(0) * (log_a[1] - log_a[0]) ** 2  # da = a dlog a
+    torch.testing.assert_close(total, torch.ones(2), rtol=2e-3, atol=0)
+
+
+def test_sites_of_a_joint_draw_are_correlated():
+    torch.manual_seed(0)
+    guide = guides.AmortizedMultivariateNormal(two_supports, pv.nets.MLP(3, [8]))
+    x = torch.ones(1, 3)
+    guide(x)
+    with torch.no_grad():
+        guide.built["head"].bias[6:] = 5.0  # the lower triangle
+    draws = pv.terms(two_supports, guide, x, num_particles=4000).samples
+    both = torch.stack([draws["rate"].log().flatten(), draws["weights"][..., 0].logit().flatten()])
+    assert torch.corrcoef(both)[0, 1] > 0.5
+
+
+def test_joint_latents_are_given_all_or_none():
+    guide = guides.AmortizedMultivariateNormal(two_supports, pv.nets.MLP(3, [8]))
+    x = torch.ones(2, 3)
+    guide(x)
+    with pytest.raises(ValueError, match=r"'rate' is given and 'weights' is drawn.*joint=False"):
+        poutine.condition(guide, data={"rate": torch.ones(2)})(x)
+    apart = guides.AmortizedMultivariateNormal(two_supports, pv.nets.MLP(3, [8]), joint=False)
+    values = poutine.condition(apart, data={"rate": torch.ones(2)})(x)
+    assert torch.equal(values["rate"], torch.ones(2))
+
+
+def test_masked_latents_are_not_joint():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=x[:, 0] > 0):
+                b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            mean = (a + b).unsqueeze(-1).expand(-1, 3)
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(5, 3)
+    with pytest.raises(ValueError, match=r"'b' is masked.*joint=False"):
+        guides.AmortizedMultivariateNormal(model, pv.nets.MLP(3, [8]))(x)
+
+
+def test_a_global_weight_is_left_to_an_autoguide():
+    def model(x):
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weight, 0.5).to_event(1), obs=x)
+
+    x = torch.randn(40, 2) @ torch.randn(2, 3)
+    for family in (guides.AmortizedNormal, guides.AmortizedFlow):
+        local = family(model, pv.nets.MLP(3, [8]))
+        weights = AutoNormal(poutine.block(model, expose=["weight"]))
+
+        def guide(x, local=local, weights=weights):
+            return {**weights(x), **local(x)}
+
+        fit = pv.fit(model, guide, x, epochs=40, batch_size=40, learning_rate=0.02, seed=0,
+                     progress=False)  # fmt: skip
+        losses = fit.history.loss.values
+        assert losses[-5:].mean() < losses[:5].mean() - 1
+
+
+@pytest.mark.parametrize("order", ["top-down", "bottom-up", ["z_1", "z_0", "z_2"]])
+def test_a_hierarchical_guide_depends_on_what_came_before(order):
+    guide = guides.HierarchicalGuide(sequence, pv.nets.MLP(3, [8]), order=order)
+    x = torch.randn(4, 3)
+    trace = poutine.trace(guide).get_trace(x)
+    names = [n for n, s in trace.nodes.items() if s["type"] == "sample" and n.startswith("z")]
+    wanted = {"top-down": ["z_0", "z_1", "z_2"], "bottom-up": ["z_2", "z_1", "z_0"]}
+    assert names == (wanted[order] if isinstance(order, str) else order)
+    given = poutine.condition(guide, data={names[0]: torch.full((4, 2), 3.0)})
+    moved = poutine.trace(given).get_trace(x)
+    locs = [t.nodes[names[1]]["fn"].base_dist.loc for t in (trace, moved)]
+    assert not torch.allclose(*locs)
+
+
+def test_orders_that_are_none_are_refused():
+    x = torch.randn(4, 3)
+    for order in ("sideways", ["z_0"]):
+        with pytest.raises(ValueError, match="order must be"):
+            guides.HierarchicalGuide(sequence, pv.nets.MLP(3, [8]), order=order)(x)
+    with pytest.raises(ValueError, match="history must be"):
+        guides.HierarchicalGuide(sequence, pv.nets.MLP(3, [8]), history=-1)
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_refining_raises_the_elbo_of_an_untrained_guide(through):
+    torch.manual_seed(0)
+    x = torch.randn(20, 3).abs()
+    start = guides.AmortizedMultivariateNormal(two_supports, pv.nets.MLP(3, [8]))
+    start(x)
+    refined = guides.SemiAmortized(start, steps=30, step_size=0.1, through=through)
+    elbo = [
+        pv.terms(two_supports, g, x, num_particles=50).log_weight.mean().item()
+        for g in (start, refined)
+    ]
+    assert elbo[1] > elbo[0] + 1
+    pv.objectives.ELBO().loss_and_grads(two_supports, refined, x)
+    assert all(p.grad is not None for p in start.parameters())
+    with torch.no_grad():
+        assert not refined(x)["rate"].requires_grad
+
+
+def test_a_family_may_be_any_function():
+    x = torch.randn(4, 3).abs()
+    guide = guides.AmortizedGuide(two_supports, pv.nets.MLP(3, [8]), lambda d: families.Normal(d))
+    assert pv.terms(two_supports, guide, x).log_weight.isfinite().all()
+
+
+def test_bounds_of_each_dimension():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            prior = dist.Pareto(torch.tensor([1.0, 2.0]), 3.0).expand([len(x), 2]).to_event(1)
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), 1.0).to_event(1), obs=x)
+
+    guide = guides.AmortizedMultivariateNormal(model, pv.nets.MLP(1, [8]))
+    z = pv.terms(model, guide, torch.randn(5, 1), num_particles=3).samples["z"]
+    assert z.shape == (3, 5, 2)
+    assert (z[..., 1] >= 2).all()
+
+
+def test_a_bottom_up_guide_is_judged_by_every_estimator():
+    torch.manual_seed(0)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            b = pyro.sample("b", dist.Normal(a, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(b, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(30, 2)
+    guide = guides.HierarchicalGuide(model, pv.nets.MLP(2, [8]))
+    pv.fit(model, guide, x, epochs=3, batch_size=30, progress=False)
+    surgery = pv.elbo_surgery(model, guide, x, seed=0)
+    elbo = pv.terms(model, guide, x, num_particles=2000).log_weight.mean().item()
+    assert surgery.elbo == pytest.approx(elbo, abs=1.0)
+
+
+def test_what_cannot_be_refined_is_refused():
+    def with_a_global_weight(x):
+        weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(weight * z, 1.0), obs=x[:, 0])
+
+    local = guides.AmortizedNormal(with_a_global_weight, pv.nets.MLP(3, [8]))
+    with pytest.raises(ValueError, match="latent site 'weight' outside the plate"):
+        guides.SemiAmortized(local)(torch.randn(4, 3))
+    local = guides.LocalGuide(two_supports, torch.randn(3, 3).abs())
+    with pytest.raises(TypeError, match="must be an AmortizedGuide"):
+        guides.SemiAmortized(local)
+    amortized = guides.AmortizedNormal(two_supports, pv.nets.MLP(3, [8]))
+    with pytest.raises(ValueError, match="must be positive"):
+        guides.SemiAmortized(amortized, steps=0)
+
+
+def test_a_delta_guide_is_an_autoencoder():
+    def model(x):
+        weight = pyro.param("decoder", lambda: torch.randn(2, 3))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weight, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(30, 3)
+    guide = guides.AmortizedDelta(model, nn_identity())
+    t = pv.terms(model, guide, x)
+    assert torch.equal(t.log_guide, torch.zeros(1, 30))
+    assert torch.equal(guide(x)["z"], guide(x)["z"])
+    learned = guides.AmortizedDelta(model, nn_identity(), log_density=None)
+    learned(x)
+    pv.objectives.ELBO().loss_and_grads(model, learned, x)
+    assert learned.built["head"].bias.grad.abs().min() > 0
+    constant = guides.AmortizedDelta(model, nn_identity(), log_density=-0.5)
+    torch.testing.assert_close(pv.terms(model, constant, x).log_guide, torch.full((1, 30), -1.0))
+
+
+def nn_identity():
+    return functools.partial(torch.mul, other=1.0)

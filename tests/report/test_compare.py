@@ -1,0 +1,356 @@
+import base64
+import html.parser
+import math
+import re
+import warnings
+
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import make_pair
+
+import pyro_vae as pv
+from pyro_vae._programs.pair_state import changed, digests
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    torch.manual_seed(0)
+    left = torch.arange(16) < 8
+    rows = torch.where(torch.rand(160, 1) < 0.5, left, ~left)
+    x = torch.bernoulli(torch.where(rows, 0.9, 0.1))
+    train, test = x[:100], x[100:]
+    fits = {}
+    for name, epochs in (("short", 1), ("long", 60)):
+        torch.manual_seed(1)
+        fits[name] = pv.fit(
+            *make_pair(), train, validation=test, epochs=epochs, batch_size=20,
+            learning_rate=0.02, seed=0, progress=False,
+        )  # fmt: skip
+    pairs = {**fits, "as programs": (fits["long"].model, fits["long"].guide)}
+    return pv.compare(pairs, test, train=train, num_particles=200, image_shape=(4, 4))
+
+
+def test_the_best_comes_first_and_differences_are_paired(comparison):
+    assert [e.name for e in comparison.entries] == ["long", "as programs", "short"]
+    assert comparison.difference("long") == (0.0, 0.0)
+    assert comparison.difference("as programs") == (0.0, 0.0)  # the same draws
+    difference, error = comparison.difference("short")
+    values = {e.name: e.evidence.values for e in comparison.entries}
+    paired = values["short"] - values["long"]
+    assert difference == pytest.approx(paired.mean().item())
+    assert error == pytest.approx((paired.std() / math.sqrt(60)).item())
+    assert difference < -4 * error
+    with pytest.raises(ValueError, match="no pair 'nobody'"):
+        comparison.difference("nobody")
+
+
+def test_dataframe_holds_what_the_results_say(comparison):
+    frame = comparison.to_dataframe()
+    assert isinstance(frame, pd.DataFrame)
+    entry = comparison.entries[0]
+    row = frame.loc[entry.name]
+    assert row.log_evidence == entry.evidence.mean
+    assert row.standard_error == entry.evidence.standard_error
+    assert row.unreliable_share == entry.evidence.unreliable_share
+    assert row.mutual_information == entry.surgery.mutual_information
+    assert row.log_n == pytest.approx(math.log(100))
+    assert row.epochs == 60
+    assert row.num_parameters == sum(
+        p.numel() for m in (entry.fit.model, entry.fit.guide) for p in m.parameters()
+    )
+    assert frame.loc["as programs"].epochs == 0
+    assert math.isnan(frame.loc["as programs"].seconds)
+
+
+def test_table_in_eighty_columns(comparison):
+    text = str(comparison)
+    for entry in comparison.entries:
+        assert f"{entry.evidence.mean:.2f}±{entry.evidence.standard_error:.2f}" in text
+        assert f"{entry.surgery.mutual_information:.2f}" in text
+    assert "…" not in text
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.images, self.cells, self.addresses, self.open = [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.open.append(tag)
+        if tag == "img":
+            self.images.append(attributes["src"])
+        self.addresses += [attributes[k] for k in ("href", "src") if k in attributes]
+
+    def handle_endtag(self, tag):
+        while self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "td":
+            self.cells.append(data)
+
+
+def test_page_is_self_contained(comparison, tmp_path):
+    path = comparison.to_html(tmp_path / "page.html")
+    page = Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    assert len(page.images) == 5  # differences, surgery, curves, reconstructions, samples
+    for source in page.images:
+        prefix, content = source.split(",")
+        assert prefix == "data:image/png;base64"
+        assert base64.b64decode(content).startswith(b"\x89PNG")
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert not re.search(r"url\(|@import|<script", path.read_text(encoding="utf-8"))
+    entry = comparison.entries[-1]
+    assert page.cells.count(entry.name) == 1
+    assert f"{entry.surgery.distortion:.2f}" in page.cells
+
+
+def test_names_are_escaped(binary, tmp_path):
+    comparison = pv.compare({"<b>&": make_pair()}, binary, num_particles=3)
+    text = comparison.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;&amp;" in text
+    assert "<b>" not in text
+
+
+def test_markup_in_names_is_printed_as_it_is(binary):
+    assert "[red]x" in str(pv.compare({"[red]x": make_pair()}, binary, num_particles=3))
+
+
+def test_a_pair_without_surgery_is_told_and_the_rest_compared(tmp_path):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    radial = dist.transforms.Radial(1)
+
+    def guide(x):  # a flow that Pyro can only score where it sampled
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(x / 2, 0.7).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [radial]))
+
+    def plain(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(1))
+
+    comparison = pv.compare(
+        {"radial": (model, guide), "plain": (model, plain)}, torch.randn(30, 1), num_particles=50
+    )
+    (entry,) = (e for e in comparison.entries if e.name == "radial")
+    assert entry.surgery is None
+    assert "guide site 'z' cannot be scored" in entry.note
+    assert math.isnan(comparison.to_dataframe().loc["radial"].rate)
+    text = comparison.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "radial has no surgery" in text
+    assert "-" in str(comparison)
+
+
+def test_a_page_of_data_that_are_no_images(tmp_path):
+    x = torch.bernoulli(torch.full((20, 16), 0.5))
+    page = pv.compare({"a": make_pair()}, x, num_particles=3).to_html(tmp_path / "p.html")
+    assert page.read_text(encoding="utf-8").count("<img") == 2
+
+
+def test_every_pair_is_checked_before_any_is_judged(binary, monkeypatch):
+    judged = []
+    monkeypatch.setattr("pyro_vae.report._compare.evidence", lambda *a, **k: judged.append(a))
+    with pytest.raises(ValueError, match="could not run on data x"):
+        pv.compare({"good": make_pair(), "bad": make_pair(data=9)}, binary)
+    assert judged == []
+
+
+def test_parameters_are_counted_of_the_pair_alone():
+    linear = torch.nn.Linear(1, 4)
+
+    def model(x):
+        pyro.module("linear", linear)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pyro.param("l", torch.zeros(1)), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(linear(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, :1], 1.0).to_event(1))
+
+    pyro.param("unrelated", torch.zeros(1000))
+    comparison = pv.compare({"a": (model, guide)}, torch.randn(5, 4), num_particles=3)
+    assert comparison.entries[0].num_parameters == 9
+
+
+def test_bad_arguments(binary):
+    with pytest.raises(TypeError, match="pairs must be a dictionary"):
+        pv.compare([make_pair()], binary)
+    with pytest.raises(ValueError, match=r"image_shape \(3, 3\) does not fit"):
+        pv.compare({"a": make_pair()}, binary, image_shape=(3, 3))
+    assert pv.compare({1: make_pair()}, binary, num_particles=2).entries[0].name == "1"
+
+
+def test_a_model_that_observes_nothing_like_x_is_compared_without_pictures(tmp_path):
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(z + x[:, :2], 1.0).to_event(1), obs=y)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((y - x[:, :2]) / 2, 1.0).to_event(1))
+
+    data = (torch.randn(20, 4), torch.randn(20, 2))
+    comparison = pv.compare({"a": (model, guide)}, data, num_particles=50, image_shape=(2, 2))
+    assert comparison.entries[0].pictures is None
+    assert comparison.to_html(tmp_path / "p.html").read_text(encoding="utf-8").count("<img") == 2
+
+
+def options(**changes):
+    return {"epochs": 2, "batch_size": 25, "learning_rate": 0.02, "seed": 0, "progress": False} | (
+        changes
+    )
+
+
+def other_guide(model, encoder=None):
+    return pv.guides.AmortizedNormal(model, encoder or pv.nets.MLP(16, [4]))
+
+
+def test_two_fits_of_one_pair_are_refused(binary):
+    model, guide = make_pair()
+    first = pv.fit(model, guide, binary, **options())
+    later = pv.fit(model, guide, binary, objective=pv.objectives.IWAE(3), **options())
+    with pytest.raises(ValueError, match=r"'first' is not as its fit left it: .* 'later' shares"):
+        pv.compare({"first": first, "later": later}, binary, num_particles=3)
+    with pytest.raises(ValueError, match=r"weight has changed since\. A fit trains its pair"):
+        pv.compare({"first": first}, binary, num_particles=3)
+    pv.compare({"later": later, "again": later, "now": (model, guide)}, binary, num_particles=3)
+
+
+@pytest.mark.parametrize("as_fits", [True, False], ids=["fits", "programs"])
+def test_one_model_under_two_guides_is_refused_unless_it_is_frozen(as_fits, binary):
+    def pairs():
+        found = {"a": pv.fit(model, guide, binary, **options())}
+        if frozen:
+            model.requires_grad_(False)
+        found["b"] = pv.fit(model, other_guide(model), binary, **options())
+        return found if as_fits else {n: (fit.model, fit.guide) for n, fit in found.items()}
+
+    frozen = False
+    model, guide = make_pair()
+    with pytest.raises(ValueError, match=r"'a' is not .*: model\.\S+ has changed .* 'b' shares it"):
+        pv.compare(pairs(), binary, num_particles=3)
+    frozen = True
+    model, guide = make_pair()
+    pv.compare(pairs(), binary, num_particles=3)
+
+
+def test_one_encoder_in_two_guides_is_refused(binary):
+    first, second, encoder = make_pair()[0], make_pair()[0], pv.nets.MLP(16, [4])
+    fits = {
+        name: pv.fit(model, other_guide(model, encoder), binary, **options())
+        for name, model in (("a", first), ("b", second))
+    }
+    with pytest.raises(ValueError, match=r"'a' is not .*: guide\.encoder\.\S+ has changed"):
+        pv.compare(fits, binary, num_particles=3)
+
+
+def bare_pair():
+    def model(x):
+        loc = pyro.param("loc", torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None].expand(*z.shape, 16), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(-1), 0.5))
+
+    return model, guide
+
+
+def test_pyro_param_values_of_one_store_are_refused_and_those_of_two_are_not(binary):
+    model, guide = bare_pair()
+    fits = {name: pv.fit(model, guide, binary, **options()) for name in "ab"}
+    with pytest.raises(ValueError, match=r"'a' is not .*: param\.loc has changed since, and 'b'"):
+        pv.compare(fits, binary, num_particles=3)
+    apart = {name: pv.fit(*bare_pair(), binary, **options()) for name in "ab"}
+    pv.compare(apart, binary, num_particles=3)
+
+    def prior(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 2.0))
+
+    fit = apart["a"]
+    pv.compare({"fitted": fit, "naive": (fit.model, prior)}, binary, num_particles=3)
+
+
+def test_running_averages_that_a_later_fit_moved_are_refused(binary):
+    """The model's parameters are frozen, but not what its batch norm remembers."""
+    decoder = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.BatchNorm1d(8, affine=False))
+    decoder.append(torch.nn.Linear(8, 16)).requires_grad_(False)
+    likelihood = pv.likelihoods.Bernoulli(decoder)
+    model = pv.LatentVariableModel(pv.priors.StandardNormal(2), likelihood)
+    fits = {name: pv.fit(model, other_guide(model), binary, **options()) for name in "ab"}
+    with pytest.raises(ValueError, match=r"running_mean has changed since, and 'b' shares it"):
+        pv.compare(fits, binary, num_particles=3, vectorize_particles=False)
+
+
+def test_pairs_that_pyro_trained_must_not_share_parameters(binary):
+    model, guide = make_pair()
+    pairs = {"a": (model, guide), "b": (model, other_guide(model))}
+    for pair in pairs.values():
+        svi = pyro.infer.SVI(*pair, pyro.optim.Adam({"lr": 0.01}), pv.objectives.ELBO())
+        svi.step(binary)
+    with pytest.raises(ValueError, match=r"'a' and 'b' share model\.\S+, which both may have"):
+        pv.compare(pairs, binary, num_particles=3)
+    model.requires_grad_(False)
+    pv.compare(pairs, binary, num_particles=3)
+
+
+def test_a_fit_that_pyro_went_on_from_is_told(binary):
+    fit = pv.fit(*make_pair(), binary, **options())
+    svi = pyro.infer.SVI(fit.model, fit.guide, pyro.optim.Adam({}), pv.objectives.ELBO())
+    svi.step(binary)
+    with pytest.warns(UserWarning, match="'a' is not as its fit left it: .* as it stands"):
+        pv.compare({"a": fit}, binary, num_particles=3)
+
+
+def test_buffers_that_runs_change_are_no_news(binary):
+    def count(module):
+        module.runs += 1
+
+    model, guide = make_pair()
+    guide.encoder.register_buffer("runs", torch.zeros(()))
+    guide.encoder.register_forward_hook(lambda module, *_: count(module))
+    pairs = {"a": pv.fit(model, guide, binary, **options())}
+    pv.evidence(model, guide, binary, num_particles=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pv.compare(pairs, binary, num_particles=100)
+
+
+def test_a_fitted_pair_may_move_change_its_type_and_be_evaluated(binary):
+    fit = pv.fit(*make_pair(), binary, **options())
+    pv.evidence(fit.model, fit.guide, binary, num_particles=3)
+    fit.model.double(), fit.guide.double()
+    pv.compare({"a": fit}, binary.double(), num_particles=3)
+
+
+def test_any_single_change_is_seen():
+    """Of one entry by its last bit, of two entries that change places, of a shape."""
+    values = torch.randn(50, 3)
+    model, guide = make_pair()
+    encoder = guide.encoder
+    encoder.register_buffer("values", values.clone())
+    before = digests(model, guide)
+    assert changed(model, guide, before) == []
+    for number in torch.randint(150, (20,)).tolist():
+        flat = values.clone().flatten()
+        flat[number] = torch.nextafter(flat[number], torch.tensor(10.0))
+        encoder.values = flat.reshape(50, 3)
+        assert changed(model, guide, before) == ["guide.encoder.values"]
+    encoder.values = values[torch.tensor([1, 0, *range(2, 50)])]
+    assert changed(model, guide, before) == ["guide.encoder.values"]
+    encoder.values = values.clone()
+    assert changed(model, guide, before) == []

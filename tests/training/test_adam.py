@@ -1,0 +1,44 @@
+"""The default optimizer is torch's Adam."""
+
+import copy
+
+import torch
+
+from pyro_vae.training._adam import Adam
+
+
+def closure_of(parameters, gradients):
+    def closure():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        return torch.tensor(0.0)
+
+    return closure
+
+
+def test_adam_is_torchs_adam():
+    ours = [torch.randn(5, 3), torch.randn(4), torch.randn(2, dtype=torch.double)]
+    theirs = [p.clone().requires_grad_() for p in ours]
+    ours = [p.requires_grad_() for p in ours]
+    mine, reference = Adam(ours, lr=0.01), torch.optim.Adam(theirs, lr=0.01)
+    calls = []
+    for optimizer in (mine, reference):  # hooks see the same
+        optimizer.register_step_pre_hook(lambda self, args, kwargs: calls.append(len(args)))
+        optimizer.register_step_post_hook(lambda self, args, kwargs: calls.append(len(args)))
+    for step in range(60):
+        gradients = [torch.randn_like(p) for p in ours]
+        if step % 5 == 3:
+            gradients[1] = None
+        if step == 20:
+            mine.load_state_dict(copy.deepcopy(reference.state_dict()))
+        if step == 30:
+            for optimizer in (mine, reference):
+                optimizer.state.clear()
+        if step == 40:
+            for optimizer in (mine, reference):
+                optimizer.param_groups[0].update(lr=0.003, maximize=True, weight_decay=0.1)
+        mine.step(closure_of(ours, gradients))
+        reference.step(closure_of(theirs, gradients))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    assert calls == [2] * 240

@@ -1,0 +1,917 @@
+"""A run that was stopped, at whatever instant, and resumed is the run that was never stopped."""
+
+import errno
+import functools
+import os
+import random
+import signal
+import threading
+import types
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import make_pair
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import pyro_vae as pv
+from pyro_vae import objectives
+from pyro_vae._programs.pair_state import state
+from pyro_vae.datasets._minibatches import Minibatches
+from pyro_vae.serialization import _files as files
+from pyro_vae.serialization import _writing as writing
+from pyro_vae.serialization._reading import read
+from pyro_vae.serialization._writing import write
+from pyro_vae.training import _checkpoints as checkpoints
+from pyro_vae.training import _loading as loading
+from pyro_vae.training._loop import Run
+from pyro_vae.training._step import Trainer
+
+SHARE_OF_TIME = checkpoints._SHARE_OF_TIME  # before every test sets it
+
+
+class Killed(BaseException):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture(autouse=True)
+def at_every_step(monkeypatch):
+    """Write as often as asked for, whatever it costs."""
+    monkeypatch.setattr(checkpoints, "_SHARE_OF_TIME", float("inf"))
+
+
+class Noisy(nn.Module):
+    """An encoder with a running average and noise of its own."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Linear(size, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.2)
+        )
+
+    def forward(self, x):
+        return self.features(x)
+
+
+def noisy_pair():
+    torch.manual_seed(3)
+    model, _ = make_pair()
+    return model, pv.guides.AmortizedNormal(model, encoder=Noisy(16, 7))
+
+
+def bare_pair():
+    """Functions, with parameters that Pyro's store alone holds, one of them made later."""
+    calls = []
+
+    def model(x):
+        scale = pyro.param("scale", torch.tensor(0.7), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, torch.ones(2)).to_event(1))
+            if x.requires_grad or len(calls) > 0:
+                z = z + pyro.param("shift", lambda: torch.randn(2))
+            calls.append(1)
+            loc = z.sum(-1, keepdim=True).expand(x.shape)
+            pyro.sample("x", dist.Normal(loc, scale).to_event(1), obs=x)
+
+    def guide(x):
+        weight = pyro.param("weight", torch.full((16, 2), 0.01))
+        spread = pyro.param(
+            "spread", torch.tensor([0.3, 0.2]), constraint=dist.constraints.interval(0.01, 2.0)
+        )
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ weight, spread).to_event(1))
+
+    return model, guide
+
+
+class Rows(Dataset):
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i].roll(random.randrange(3) + np.random.randint(3))  # noqa: NPY002, S311
+
+
+class Shuffled(IterableDataset):
+    """A stream with a buffer, whose order depends on all that was drawn before."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __iter__(self):
+        buffer = []
+        for row in self.x:
+            buffer.append(row)
+            if len(buffer) > 7:
+                yield buffer.pop(int(torch.randint(len(buffer), ())))
+        yield from buffer
+
+
+def on_disk(x, folder):
+    rows = np.memmap(folder / "rows.bin", dtype="float32", mode="w+", shape=tuple(x.shape))
+    rows[:] = x.numpy()
+    rows.flush()
+    return np.memmap(folder / "rows.bin", dtype="float32", mode="r", shape=tuple(x.shape))
+
+
+def own_generator(x):
+    return DataLoader(
+        TensorDataset(x), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(5)
+    )
+
+
+CASES = {
+    "modules": {},
+    "noise of their own": {"pair": noisy_pair},
+    "bare parameters": {"pair": bare_pair},
+    "binarised": {"transform": torch.bernoulli},
+    "a Dataset": {"wrap": Rows},
+    "a stream": {"wrap": Shuffled},
+    "a loader": {"wrap": own_generator},
+    "patience": {"patience": 1, "learning_rate": 0.3, "epochs": 5},
+    "momentum": {"optimizer": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)},
+    "closures": {"optimizer": functools.partial(torch.optim.LBFGS, lr=0.01, max_iter=3)},
+    "a schedule of rates": {
+        "scheduler": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=5)
+    },
+    "a plateau": {"scheduler": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0)},
+    "turns": {"guide_steps": 2, "model_steps": 1},
+    "turns, bounded": {"guide_steps": 2, "clip_norm": 1.0},
+    "a schedule of weights": {
+        "objective": lambda: objectives.BetaELBO(objectives.Linear(steps=20)),
+    },
+    "many particles": {"objective": lambda: objectives.DReG(num_particles=3)},
+}
+
+CAPTURED = {
+    "modules": {},
+    "noise of their own": {"pair": noisy_pair},
+    "bare parameters": {"pair": bare_pair},
+    "a loader": {"wrap": own_generator},
+    "turns": {"guide_steps": 2, "model_steps": 1},
+}
+
+
+def run(x, folder=None, killed_after=None, **case):
+    """Fit a new pair; die in some step, if so wished. Return its tensors and its history."""
+    torch.manual_seed(11)
+    random.seed(12)
+    np.random.seed(13)  # noqa: NPY002
+    case = {"pair": make_pair, "wrap": lambda x: x, "epochs": 2, "capture": False} | case
+    model, guide = case.pop("pair")()
+    data, transform = case.pop("wrap")(x), case.pop("transform", None)
+    if "objective" in case:
+        case["objective"] = case["objective"]()
+    steps, take_a_step = 0, Trainer.step
+
+    def step(trainer, *args, **options):
+        nonlocal steps
+        steps += 1
+        loss = take_a_step(trainer, *args, **options)
+        if steps == killed_after:
+            raise Killed
+        return loss
+
+    defaults = {"batch_size": 8, "seed": 0, "progress": False, "validation": x[:9]}
+    if folder is not None:
+        defaults |= {"checkpoint": folder, "checkpoint_seconds": 0.0, "resume": True}
+    with mock.patch.object(Trainer, "step", step):
+        result = pv.fit(model, guide, data, transform=transform, **(defaults | case))
+    with pv.parameter_store(model, guide):
+        found = {name: tensor.detach().clone() for name, tensor in state(model, guide).items()}
+    return found, result.history.drop(columns="seconds"), steps
+
+
+def assert_same(found, expected):
+    tensors, history, _ = found
+    assert tensors.keys() == expected[0].keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[0][name]), name
+    pd.testing.assert_frame_equal(history, expected[1], check_exact=True)
+
+
+def some_of(last, name):
+    """Two steps, the same for a name each time."""
+    generator = np.random.default_rng(list(name.encode()))
+    return 1 + generator.choice(last, 2, replace=False)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_resumed_run_ends_as_if_it_had_not_been_killed(name, binary, tmp_path):
+    expected = run(binary, **CASES[name])
+    last = expected[2]
+    steps = some_of(last, name)
+    for number, step in enumerate(steps):
+        folder = tmp_path / str(number)
+        with pytest.raises(Killed):
+            run(binary, folder, step, **CASES[name])
+        assert_same(run(binary, folder, **CASES[name]), expected)
+
+
+def test_a_captured_run_is_resumed_at_the_stage_it_had(binary, tmp_path, without_compiler):
+    case = {"capture": True, "epochs": 3, "batch_size": 20}  # two whole minibatches, and a rest
+    expected = run(binary, **case)
+    for step in (1, 4, 5, 7):
+        with pytest.raises(Killed):
+            run(binary, tmp_path / str(step), step, **case)
+        assert_same(run(binary, tmp_path / str(step), **case), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_compiled_run_is_resumed_bit_by_bit(name, binary, tmp_path):
+    case = {"capture": True, "epochs": 3} | CAPTURED[name]
+    expected = run(binary, **case)
+    for number, step in enumerate(some_of(expected[2], name)):
+        folder = tmp_path / str(number)
+        with pytest.raises(Killed):
+            run(binary, folder, step, **case)
+        assert_same(run(binary, folder, **case), expected)
+
+
+def fit(x, folder=None, pair=make_pair, **changes):
+    torch.manual_seed(11)
+    programs = pair()
+    defaults = {"epochs": 3, "batch_size": 10, "seed": 0, "progress": False, "capture": False}
+    if folder is not None:
+        defaults |= {"checkpoint": folder, "checkpoint_seconds": 0.0}
+    result = pv.fit(*programs, x, **(defaults | changes))
+    return result, tensors(*programs)
+
+
+def tensors(model, guide):
+    with pv.parameter_store(model, guide):
+        return {name: tensor.detach().clone() for name, tensor in state(model, guide).items()}
+
+
+def equal(some, others):
+    return some.keys() == others.keys() and all(torch.equal(others[n], t) for n, t in some.items())
+
+
+class At:
+    """A transform that does something at one of its calls."""
+
+    def __init__(self, call, action):
+        self.call, self.action, self.calls = call, action, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        if self.calls == self.call:
+            self.action()
+        return torch.bernoulli(x)
+
+
+def test_rows_on_disk_are_streamed_and_resumed(binary, tmp_path):
+    rows = on_disk(binary, tmp_path)
+    expected, straight = fit(rows)
+    with mock.patch.object(Trainer, "end_epoch", side_effect=Killed), pytest.raises(Killed):
+        fit(rows, tmp_path / "run")
+    result, resumed = fit(rows, tmp_path / "run", resume=True)
+    assert equal(straight, resumed)
+    assert result.history.loss.tolist() == expected.history.loss.tolist()
+
+
+def test_a_run_that_was_over_goes_on_for_more_epochs(binary, tmp_path):
+    expected, straight = fit(binary, epochs=4)
+    fit(binary, tmp_path, epochs=2)
+    result, resumed = fit(binary, tmp_path, epochs=4, resume=True)
+    assert equal(straight, resumed)
+    assert result.history.loss.tolist() == expected.history.loss.tolist()
+    again, same = fit(binary, tmp_path, epochs=4, resume=True)
+    assert equal(straight, same)
+    assert again.history.loss.tolist() == expected.history.loss.tolist()
+
+
+def test_ctrl_c_ends_the_run_after_the_step_and_it_can_be_resumed(binary, tmp_path):
+    _, straight = fit(binary, transform=torch.bernoulli)
+    press = At(9, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(pv.training.StoppedFit) as stopped:
+        fit(binary, tmp_path, transform=press)
+    assert press.calls == 9  # one by the fit's first look, then that step's and no other
+    assert len(stopped.value.fit.history) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    _, resumed = fit(binary, tmp_path, transform=torch.bernoulli, resume=True)
+    assert equal(straight, resumed)
+
+
+def test_a_second_ctrl_c_does_not_wait_and_leaves_a_whole_state(binary, tmp_path):
+    _, straight = fit(binary, transform=torch.bernoulli)
+
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(pv.training.StoppedFit):
+        fit(binary, tmp_path, transform=At(9, twice))
+    _, resumed = fit(binary, tmp_path, transform=torch.bernoulli, resume=True)
+    assert equal(straight, resumed)
+
+
+def test_ctrl_c_during_validation(binary, tmp_path):
+    _, straight = fit(binary, validation=binary)
+    evaluate = Trainer.evaluate
+
+    def pressed(*args):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*args)
+
+    with mock.patch.object(Trainer, "evaluate", pressed), pytest.raises(pv.training.StoppedFit):
+        fit(binary, tmp_path, validation=binary)
+    _, resumed = fit(binary, tmp_path, validation=binary, resume=True)
+    assert equal(straight, resumed)
+
+
+def test_a_fit_in_a_thread_leaves_signals_alone(binary):
+    thread = threading.Thread(target=fit, args=(binary,))
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it(binary, tmp_path):
+    _, straight = fit(binary)
+    written = 0
+
+    def full(descriptor, sync=os.fsync):
+        nonlocal written
+        written += 1
+        if written > 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with mock.patch("os.fsync", full), pytest.raises(OSError, match=r"step-\d+: No space left"):
+        fit(binary, tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    _, resumed = fit(binary, tmp_path, resume=True)
+    assert equal(straight, resumed)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(binary, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        fit(binary, tmp_path / "file" / "run")
+
+
+def test_a_damaged_checkpoint_is_passed_over(binary, tmp_path):
+    _, straight = fit(binary, transform=torch.bernoulli)
+    with pytest.raises(pv.training.StoppedFit):
+        fit(binary, tmp_path, transform=At(9, lambda: signal.raise_signal(signal.SIGINT)))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 3
+    record = tmp_path / names[-1] / "record.json"
+    record.write_bytes(record.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="earlier checkpoint"):
+        _, resumed = fit(binary, tmp_path, resume=True, transform=torch.bernoulli)
+    assert equal(straight, resumed)
+    assert (tmp_path / f"unreadable-{names[-1]}").exists()
+    for path in tmp_path.glob("step-*"):
+        (path / "tensors.safetensors").write_bytes(b"nothing")
+    with pytest.raises(pv.serialization.UnreadableFile):
+        fit(binary, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 5}, "batch_size 10, here it is 5"),
+        ({"objective": objectives.IWAE(num_particles=2)}, "objective ELBO"),
+        ({"clip_norm": 1.0}, "clip_norm None"),
+        ({"pair": lambda: make_pair(hidden=9)}, "tensors of the pair"),
+        ({"pair": noisy_pair}, "tensors of the pair"),
+        ({"optimizer": functools.partial(torch.optim.SGD, lr=0.1)}, "optimizer of its own False"),
+        ({"scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1)}, "scheduler"),
+        ({"learning_rate": {"model": 0.1, "guide": 0.2}}, "learning_rate 0.001"),
+        ({"objective": objectives.FreeBits(0.5)}, "objective ELBO"),
+        ({"validation": torch.ones(3, 16)}, "validation None"),
+        ({"transform": torch.bernoulli}, "transform False"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(changes, message, binary, tmp_path):
+    fit(binary, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        fit(binary, tmp_path, resume=True, **changes)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        (
+            {"optimizer": functools.partial(torch.optim.SGD, lr=0.1)},
+            {"optimizer": functools.partial(torch.optim.RMSprop, lr=0.1)},
+            "optimizer and scheduler",
+        ),
+        (
+            {"scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1)},
+            {"scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)},
+            "optimizer and scheduler",
+        ),
+        (
+            {"objective": objectives.FreeBits(0.5)},
+            {"objective": objectives.FreeBits(0.6)},
+            "numbers of the objective",
+        ),
+        (
+            {"objective": objectives.BetaELBO(objectives.Linear(10))},
+            {"objective": objectives.BetaELBO(objectives.Linear(20))},
+            "numbers of the objective",
+        ),
+    ],
+)
+def test_a_run_with_other_parts_is_refused(first, then, message, binary, tmp_path):
+    fit(binary, tmp_path, **first)
+    with pytest.raises(ValueError, match=message):
+        fit(binary, tmp_path, resume=True, **then)
+
+
+def test_a_finished_run_that_is_called_again_keeps_its_random_numbers(binary, tmp_path):
+    options = {"pair": noisy_pair, "transform": torch.bernoulli}
+    _, straight = fit(binary, epochs=4, **options)
+    for epochs in (2, 2, 4):
+        _, resumed = fit(binary, tmp_path, epochs=epochs, resume=True, **options)
+    assert equal(straight, resumed)
+
+
+class Drawn(Dataset):
+    """Rows that are drawn anew each time they are read."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return torch.bernoulli(0.8 * self.x[i] + 0.1)
+
+
+def shuffled_loader(x):
+    return DataLoader(Drawn(x), 10, shuffle=True, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("wrap", [Drawn, shuffled_loader])
+def test_streams_are_validated_on_the_same_numbers_each_time(wrap, binary, tmp_path):
+    result, _ = fit(binary, validation=wrap(binary), learning_rate=1e-12)
+    assert result.history["validation_loss"].nunique() == 1
+    _, straight = fit(binary, epochs=3, **plateau(wrap(binary)))
+    fit(binary, tmp_path, epochs=1, **plateau(wrap(binary)))
+    _, resumed = fit(binary, tmp_path, epochs=3, resume=True, **plateau(wrap(binary)))
+    assert equal(straight, resumed)
+
+
+def plateau(validation):
+    return {
+        "validation": validation,
+        "scheduler": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    }
+
+
+def test_an_interrupt_while_the_last_checkpoint_of_an_epoch_is_written(binary, tmp_path):
+    _, straight = fit(binary, transform=torch.bernoulli)
+    write, times = Run._note, 0
+
+    def interrupted(self, **options):
+        nonlocal times
+        if self.position.epoch == 2 and self.position.step == 0 and times == 0:
+            times += 1
+            raise KeyboardInterrupt
+        write(self, **options)
+
+    with mock.patch.object(Run, "_note", interrupted), pytest.raises(pv.training.StoppedFit):
+        fit(binary, tmp_path, transform=torch.bernoulli)
+    _, resumed = fit(binary, tmp_path, transform=torch.bernoulli, resume=True)
+    assert equal(straight, resumed)
+
+
+def test_schedulers_within_a_scheduler(binary, tmp_path):
+    def scheduler(optimizer):
+        rates = torch.optim.lr_scheduler
+        first = rates.LinearLR(optimizer, total_iters=2)
+        then = rates.MultiStepLR(optimizer, [1, 2], gamma=0.5)
+        return rates.SequentialLR(optimizer, [first, then], [2])
+
+    _, straight = fit(binary, epochs=5, scheduler=scheduler)
+    fit(binary, tmp_path, epochs=2, scheduler=scheduler)
+    _, resumed = fit(binary, tmp_path, epochs=5, scheduler=scheduler, resume=True)
+    assert equal(straight, resumed)
+
+
+class Exact(torch.optim.Optimizer):
+    """Adds gradients up in another type than the parameters'."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self, closure):
+        loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                total = self.state[p].setdefault("total", torch.zeros_like(p, dtype=torch.float64))
+                total.add_(p.grad)
+                p.sub_((total / 3).to(p.dtype), alpha=group["lr"])
+        return loss
+
+
+def test_the_types_of_an_optimizers_state_are_kept(binary, tmp_path):
+    _, straight = fit(binary, optimizer=Exact)
+    fit(binary, tmp_path, epochs=1, optimizer=Exact)
+    _, resumed = fit(binary, tmp_path, optimizer=Exact, resume=True)
+    assert equal(straight, resumed)
+
+
+def test_ctrl_c_in_the_last_epochs_callback(binary):
+    def press(epoch):
+        if epoch == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(pv.training.StoppedFit) as stopped:
+        fit(binary, after_epoch=press)
+    assert len(stopped.value.fit.history) == 3
+
+
+def test_what_a_killed_writer_leaves_is_removed(binary, tmp_path):
+    left = files.hidden(tmp_path / "step-000000000003", files.WRITING)
+    left = left.with_name(left.name.replace(f".{os.getpid()}.", ".99999999."))
+    left.mkdir(parents=True)
+    (tmp_path / "step-notes.txt").write_text("mine")
+    fit(binary, tmp_path)
+    assert not left.exists()
+    assert (tmp_path / "step-notes.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_with_other_content_is_refused(binary, tmp_path):
+    fit(binary, tmp_path)
+    last = sorted(tmp_path.iterdir())[-1]
+    content = read(last, kind=checkpoints.KIND)
+    for broken in ({}, content | {"position": {"epoch": 1}}, content | {"trainer": "none"}):
+        write(last, broken, kind=checkpoints.KIND, overwrite=True)
+        with pytest.raises(pv.serialization.UnreadableFile, match="no checkpoint that"):
+            fit(binary, tmp_path, epochs=5, resume=True)
+
+
+@pytest.mark.parametrize("found", [3, {"loss": 1.0}, {"kl": "much"}])
+def test_what_after_epoch_must_not_return(found, binary):
+    with pytest.raises((TypeError, ValueError), match="after_epoch must"):
+        fit(binary, after_epoch=lambda epoch: found)
+
+
+def test_numbers_of_numpy_are_numbers(binary, tmp_path):
+    numbers = {"a": np.float32(1.5), "b": np.int64(2)}
+    result, _ = fit(binary, tmp_path, after_epoch=lambda epoch: numbers)
+    assert result.history["a"].tolist() == [1.5] * 3
+
+
+def test_other_data_are_refused(binary, tmp_path):
+    fit(binary, tmp_path)
+    with pytest.raises(ValueError, match="with data "):
+        fit(1 - binary, tmp_path, resume=True)
+
+
+def test_a_folder_in_use_and_a_resume_without_folder_are_refused(binary, tmp_path):
+    fit(binary, tmp_path)
+    with pytest.raises(ValueError, match="resume=True"):
+        fit(binary, tmp_path)
+    with pytest.raises(ValueError, match="checkpoint="):
+        fit(binary, resume=True)
+    with pytest.raises(ValueError, match="checkpoints_kept"):
+        fit(binary, tmp_path / "other", checkpoints_kept=0)
+
+
+def test_what_cannot_be_written_is_told_before_the_first_step(binary, tmp_path):
+    class Odd(torch.optim.SGD):
+        def state_dict(self):
+            return super().state_dict() | {"callback": print}
+
+    with pytest.raises(TypeError, match="callback"):
+        fit(binary, tmp_path, optimizer=functools.partial(Odd, lr=0.1), epochs=10**6)
+
+
+def test_the_last_few_stay(binary, tmp_path):
+    fit(binary, tmp_path, checkpoints_kept=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "step-000000000014",
+        "step-000000000015",
+    ]
+
+
+def test_what_after_epoch_returns_are_columns(binary):
+    seen = []
+
+    def kl_of_units(epoch):
+        seen.append(epoch)
+        report = pv.collapse_report(*programs, binary, num_particles=5)
+        return {f"kl of unit {unit}": kl for unit, kl in enumerate(report.units["kl"])}
+
+    torch.manual_seed(11)
+    programs = make_pair()
+    options = {"epochs": 3, "batch_size": 10, "seed": 0, "progress": False, "capture": False}
+    result = pv.fit(*programs, binary, after_epoch=kl_of_units, **options)
+    assert seen == [1, 2, 3]
+    assert result.history[["kl of unit 0", "kl of unit 1"]].notna().all(axis=None)
+    assert equal(tensors(*programs), fit(binary)[1])  # it does not touch the run's noise
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("modules", tuple), ("noise of their own", noisy_pair)]
+)
+def test_the_pair_of_a_run_that_was_killed_is_loaded(name, given, binary, tmp_path):
+    with pytest.raises(Killed):
+        run(binary, tmp_path, 9, **CASES[name])
+    saved = pv.load_checkpoint(tmp_path, *given())
+    assert len(saved.history) == 1
+    content = read(max(tmp_path.iterdir()), kind=checkpoints.KIND)
+    assert equal(tensors(saved.model, saved.guide), content["trainer"]["tensors"])
+    assert len(pv.evidence(saved.model, saved.guide, binary, num_particles=2).values) == len(binary)
+    assert len(pv.load_checkpoint(min(tmp_path.iterdir()), *given()).history) <= 1
+    for folder in (tmp_path, max(tmp_path.iterdir())):
+        with pytest.raises(pv.serialization.UnreadableFile, match="load_checkpoint"):
+            pv.load(folder)
+
+
+def test_the_pair_of_a_run_over_functions_is_given(binary, tmp_path):
+    _, fitted = fit(binary, tmp_path, pair=bare_pair)
+    with pytest.raises(ValueError, match="pass model and guide"):
+        pv.load_checkpoint(tmp_path)
+    saved = pv.load_checkpoint(tmp_path, *bare_pair())
+    assert equal(tensors(saved.model, saved.guide), fitted)
+    assert {"param.scale", "param.shift", "param.weight"} <= fitted.keys()
+
+
+def test_the_pair_of_the_best_epoch_is_loaded(binary, tmp_path):
+    options = {"patience": 5, "validation": binary[:9], "learning_rate": 0.3, "epochs": 6}
+    result, fitted = fit(binary, tmp_path, **options)
+    assert result.best_epoch < 6
+    saved = pv.load_checkpoint(tmp_path)
+    assert equal(tensors(saved.model, saved.guide), fitted)
+    pd.testing.assert_frame_equal(saved.history, result.history)
+
+
+def test_a_folder_without_a_checkpoint_has_no_pair(binary, tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match="no checkpoint"):
+            pv.load_checkpoint(folder)
+    fit(binary, tmp_path, epochs=1)
+    names = sorted(tmp_path.iterdir())
+    (names[-1] / "tensors.safetensors").write_bytes(b"nothing")
+    pv.load_checkpoint(tmp_path)  # of the one before it
+    assert sorted(tmp_path.iterdir()) == names  # reading changes nothing
+    write(names[-1], {"trainer": {}}, kind=checkpoints.KIND, overwrite=True)
+    with pytest.raises(pv.serialization.UnreadableFile, match="no checkpoint with a pair"):
+        pv.load_checkpoint(tmp_path)
+
+
+def test_a_long_history_is_resumed(binary, tmp_path, monkeypatch):
+    fit(binary, tmp_path, epochs=1, after_epoch=lambda epoch: {"kl": 0.5})
+    path = max(tmp_path.iterdir())
+    content = read(path, kind=checkpoints.KIND)
+    columns = [(name, np.resize(values, 5_000)) for name, values in content["history"]["columns"]]
+    content["history"] |= {"columns": columns, "rows": 5_000}
+    content["position"]["epoch"] = 5_001
+    write(path, content, kind=checkpoints.KIND, overwrite=True)
+    monkeypatch.setattr(writing, "MAX_RECORD", 100_000)  # 20 for each row
+    result, _ = fit(binary, tmp_path, epochs=5_001, resume=True)
+    assert len(result.history) == 5_001
+    assert result.history["kl"].notna().sum() == 5_000
+
+
+def test_a_best_epoch_before_the_resume_is_gone_back_to(binary, tmp_path):
+    """Steps that are 1000 times as long from the second epoch on make the first the best."""
+    options = {
+        "validation": binary,
+        "patience": 5,
+        "scheduler": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda n: 1000.0 if n else 1.0),
+    }
+    _, best = fit(binary, epochs=1, **options)
+    fit(binary, tmp_path, epochs=2, **options)
+    result, resumed = fit(binary, tmp_path, epochs=4, resume=True, **options)
+    assert result.best_epoch == 1
+    assert len(result.history) == 4
+    assert equal(best, resumed)
+
+
+def test_checkpoints_that_the_run_went_back_from_are_removed(binary, tmp_path):
+    """Ctrl-C twice, between a checkpoint and the removal of the one before it."""
+    _, straight = fit(binary)
+    remove, names = checkpoints.shutil.rmtree, []
+
+    def pressed(path, **options):
+        if path.name.startswith("step-"):
+            names.append(path.name)
+            if len(names) == 7:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+        remove(path, **options)
+
+    with mock.patch("shutil.rmtree", pressed), pytest.raises(pv.training.StoppedFit):
+        fit(binary, tmp_path, checkpoints_kept=1)
+    assert names[-2:] == ["step-000000000006", "step-000000000007"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000000006"]
+    _, resumed = fit(binary, tmp_path, checkpoints_kept=1, resume=True)
+    assert equal(straight, resumed)
+
+
+@pytest.mark.parametrize(("took", "wait"), [(0.1, 10.0), (3.0, 150.0)])
+def test_writing_takes_a_fiftieth_of_the_time_at_most(took, wait, tmp_path, monkeypatch):
+    """Ten seconds from checkpoint to checkpoint, or fifty times as long as the last one took."""
+    now = 1000.0
+
+    def content():
+        nonlocal now
+        now += took
+        return {}
+
+    monkeypatch.setattr(checkpoints, "_SHARE_OF_TIME", SHARE_OF_TIME)
+    monkeypatch.setattr(checkpoints, "time", types.SimpleNamespace(monotonic=lambda: now))
+    folder = checkpoints.Checkpoints(tmp_path, 10.0, kept=1)
+    assert folder.due
+    folder.write(content, 0)
+    end = now
+    now = end + 0.999 * wait
+    assert not folder.due
+    now = end + 1.001 * wait
+    assert folder.due
+
+
+def own_scale():
+    """A pair with numbers and parts that a callback may change."""
+    model = pv.LatentVariableModel(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(pv.nets.MLP(2, [7], 16), scale=1.0),
+    )
+    return model, pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [7]))
+
+
+def test_a_pair_whose_numbers_were_changed_on_the_way(binary, tmp_path):
+    torch.manual_seed(11)
+    programs = own_scale()
+    options = {"batch_size": 10, "seed": 0, "progress": False, "capture": False}
+    options |= {"checkpoint": tmp_path, "checkpoint_seconds": 0.0}
+
+    def sharpen(epoch):
+        programs[0].likelihood.scale.value = 1 / (1 + epoch)
+
+    pv.fit(*programs, binary, epochs=2, after_epoch=sharpen, **options)
+    with pytest.raises(ValueError, match="pass model and guide"):  # not made as it is now
+        pv.load_checkpoint(tmp_path)
+    with pytest.warns(UserWarning, match=r"scale.value was 0.333\d*, here 1.0"):
+        pv.fit(*own_scale(), binary, epochs=3, resume=True, **options)
+    other, _ = own_scale()
+    other.likelihood.decoder[1] = nn.ReLU()
+    guide = pv.guides.AmortizedNormal(other, encoder=pv.nets.MLP(16, [7]))
+    with pytest.raises(ValueError, match="was Tanh, here ReLU"):
+        pv.fit(other, guide, binary, epochs=4, resume=True, **options)
+
+
+def test_what_was_frozen_on_the_way_stays_so(binary, tmp_path):
+    def run(folder, pressed):
+        torch.manual_seed(11)
+        model, guide = make_pair()
+
+        def freeze(epoch):
+            if epoch == 1:
+                model.likelihood.requires_grad_(False)
+                model.likelihood.eval()
+            if epoch == pressed:
+                raise KeyboardInterrupt
+
+        options = {"batch_size": 10, "epochs": 4, "seed": 0, "progress": False, "capture": False}
+        if folder is not None:
+            options |= {"checkpoint": folder, "resume": True}
+        pv.fit(model, guide, binary, after_epoch=freeze, **options)
+        return model, tensors(model, guide)
+
+    _, straight = run(None, None)
+    with pytest.raises(pv.training.StoppedFit):
+        run(tmp_path, 2)
+    model, resumed = run(tmp_path, None)
+    assert equal(straight, resumed)
+    assert not model.likelihood.training
+
+
+def late_pair(noisy):
+    """A parameter that is made in the seventh call of the model."""
+    calls = torch.zeros(())
+    register = nn.Module()
+    register.register_buffer("calls", calls)
+
+    def model(x):
+        register.calls.add_(register.training)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, torch.ones(2)).to_event(1))
+            loc = z.sum(-1, keepdim=True).expand(x.shape)
+            if register.calls > 6:
+                loc = loc + pyro.param("late", lambda: torch.randn(16) if noisy else torch.ones(16))
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        weight = pyro.param("weight", torch.full((16, 2), 0.01))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ weight, 0.5).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("stops", ["at the end of the epoch", "in a later step"])
+def test_an_interrupt_after_a_parameter_was_made(stops, binary, tmp_path):
+    pair = functools.partial(late_pair, noisy=True)
+    straight = fit(binary, pair=pair, epochs=4)[1]
+    assert "param.late" in straight
+
+    def press(epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    step, taken = Trainer.step, 0
+
+    def stopped(*args, **options):
+        nonlocal taken
+        taken += 1
+        if taken == 9:
+            raise KeyboardInterrupt
+        return step(*args, **options)
+
+    at_end = stops == "at the end of the epoch"
+    options = {"after_epoch": press} if at_end else {}
+    with (
+        mock.patch.object(Trainer, "step", step if at_end else stopped),
+        pytest.raises(pv.training.StoppedFit),
+    ):
+        fit(binary, tmp_path, pair=pair, epochs=4, checkpoint_seconds=60.0, **options)
+    resumed = fit(binary, tmp_path, pair=pair, epochs=4, resume=True, checkpoint_seconds=60.0)[1]
+    assert equal(straight, resumed)
+
+
+def test_a_run_that_goes_back_over_its_capture_begins_it_anew(binary, tmp_path, without_compiler):
+    step, taken = Trainer.step, 0
+
+    def stopped(*args, **options):
+        nonlocal taken
+        taken += 1
+        if taken == 5:
+            assert args[0].execution == "captured, not compiled"
+            raise KeyboardInterrupt
+        return step(*args, **options)
+
+    options = {"capture": True, "checkpoint_seconds": 60.0}
+    with mock.patch.object(Trainer, "step", stopped), pytest.raises(pv.training.StoppedFit):
+        fit(binary, tmp_path, **options)
+    content = read(max(tmp_path.iterdir()), kind=checkpoints.KIND)
+    assert content["trainer"]["steps"] == 0
+    assert content["trainer"]["capture"]["stage"] == "trace"
+    _, resumed = fit(binary, tmp_path, resume=True, **options)
+    assert equal(fit(binary, capture=True)[1], resumed)
+
+
+def test_another_rate_of_ones_own_optimizer_is_refused(binary, tmp_path):
+    fit(binary, tmp_path, optimizer=functools.partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(ValueError, match=r"'lr': 0.1.*'lr': 0.5"):
+        fit(binary, tmp_path, optimizer=functools.partial(torch.optim.SGD, lr=0.5), resume=True)
+
+
+def test_a_checkpoint_that_a_run_takes_away_is_read_anew(binary, tmp_path):
+    fit(binary, tmp_path, epochs=1)
+    read, times = loading.last_whole, 0
+
+    def gone(folder):
+        nonlocal times
+        times += 1
+        if times < 3:
+            raise pv.serialization.UnreadableFile("it is gone")
+        return read(folder)
+
+    with mock.patch.object(loading, "last_whole", gone):
+        assert len(pv.load_checkpoint(tmp_path).history) == 1
+
+
+def test_a_best_epoch_that_was_undone_is_no_longer_the_best(binary, tmp_path):
+    """A second Ctrl-C after the epoch, before the next has begun, undoes its last steps."""
+    options = {"patience": 5, "validation": binary[:9], "epochs": 4}
+    _, straight = fit(binary, **options)
+    order, calls = Minibatches.order, 0
+
+    def interrupted(batches):
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # one before the first epoch
+            raise KeyboardInterrupt
+        return order(batches)
+
+    with (
+        mock.patch.object(Minibatches, "order", interrupted),
+        pytest.raises(pv.training.StoppedFit),
+    ):
+        fit(binary, tmp_path, **options)
+    content = read(max(tmp_path.iterdir()), kind=checkpoints.KIND)
+    assert content["position"]["epoch"] == 2
+    first = read(min(tmp_path.iterdir()), kind=checkpoints.KIND)["best"]
+    assert first is None or equal(first, content["best"])
+    _, resumed = fit(binary, tmp_path, resume=True, **options)
+    assert equal(straight, resumed)

@@ -1,0 +1,323 @@
+"""Two processes that share every minibatch train as one does."""
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.distributed
+from capturing import needs_compiler
+from new_processes import join_two, start_two
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+import pyro_vae as pv
+from pyro_vae._capture import Captured
+from pyro_vae._programs.pair_state import state
+from pyro_vae.training import _checkpoints as checkpoints
+from pyro_vae.training._step import Trainer
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "data_parallel.py"
+ROWS = 51  # the last minibatch of 10 has one row, and a process none
+
+
+class Pair(nn.Module):
+    """A Gaussian pair whose noise comes with the data: a row of x and a row of noise."""
+
+    def __init__(self, batch_norm=False):
+        super().__init__()
+        torch.manual_seed(2)
+        layers = [nn.Linear(6, 5), nn.BatchNorm1d(5)] if batch_norm else [nn.Linear(6, 5)]
+        self.encoder = nn.Sequential(*layers, nn.Tanh(), nn.Linear(5, 4))
+        self.decoder = nn.Linear(2, 6)
+        self.spread = nn.Parameter(torch.zeros(()))
+        self.double()
+
+    def model(self, x, noise):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(noise), 1.0).to_event(1))
+            scale = self.spread.exp()
+            pyro.sample("x", dist.Normal(self.decoder(z), scale).to_event(1), obs=x)
+
+    def guide(self, x, noise):
+        loc, scale = self.encoder(x).chunk(2, -1)
+        q = dist.Normal(loc, scale.exp()).to_event(1)
+        z = loc + scale.exp() * noise
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(z, log_density=q.log_prob(z), event_dim=1))
+
+
+def data(rows=ROWS):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(rows, 6, generator=generator, dtype=torch.float64)
+    return x, torch.randn(rows, 2, generator=generator, dtype=torch.float64)
+
+
+def logs(x, noise, bad=(27,)):
+    """Rows of which some are not a number once their logarithm is taken."""
+    x = x.abs() + 0.1
+    x[list(bad), 2] = 0.0
+    return x, noise
+
+
+class Logarithm(Pair):
+    def guide(self, x, noise):
+        super().guide(x * x.log(), noise)
+
+
+class Sometimes(Pair):
+    """Has a parameter that large rows alone need: not every share has one, nor every minibatch."""
+
+    def __init__(self):
+        super().__init__()
+        self.raised = nn.Parameter(torch.zeros(6, dtype=torch.float64))
+
+    def model(self, x, noise):
+        large = x[:, :1] > 1.5
+        super().model(x - large * self.raised if large.any() else x, noise)
+
+
+class Labelled(Pair):
+    """Observes whether rows are large as 0 or 1; where they are very large, as 2."""
+
+    def model(self, x, noise):
+        super().model(x, noise)
+        label = (x[:, 0] > 1.0).double() + (x[:, 0] > 50.0)
+        with pyro.plate("labels", len(x)):
+            pyro.sample("label", dist.Bernoulli(0.5 * torch.ones_like(label)), obs=label)
+
+
+class Rows(Dataset):
+    def __init__(self, columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(self.columns[0])
+
+    def __getitem__(self, i):
+        return tuple(column[i] for column in self.columns)
+
+
+def trained(kind=Pair, columns=None, killed_after=None, own_noise=False, frozen=None, **options):
+    pair = kind()
+
+    def freeze(epoch):
+        pair.get_parameter(frozen).requires_grad_(False)
+
+    if frozen is not None:
+        options["after_epoch"] = freeze
+    columns = data() if columns is None else columns
+    defaults = {"batch_size": 10, "epochs": 3, "seed": 0, "progress": False, "capture": False}
+    programs = (pair.model, pair.guide)
+    if own_noise:
+        model = pv.LatentVariableModel(
+            pv.priors.StandardNormal(2), pv.likelihoods.Normal(pv.nets.MLP(2, [5], 6))
+        ).double()
+        programs = (model, pv.guides.AmortizedNormal(model, pv.nets.MLP(6, [5]).double()))
+        columns = columns[0]
+        programs[1](columns)
+        programs[1].double()
+    take_a_step, steps = Trainer.step, 0
+
+    def step(trainer, *args, **more):
+        nonlocal steps
+        steps += 1
+        if steps == killed_after:
+            raise KeyboardInterrupt
+        return take_a_step(trainer, *args, **more)
+
+    Trainer.step = step
+    try:
+        result = pv.fit(*programs, columns, **(defaults | options))
+    except KeyboardInterrupt:
+        return {}
+    finally:
+        Trainer.step = take_a_step
+    found = {name: tensor.detach().clone() for name, tensor in state(*programs).items()}
+    found["history"] = torch.tensor(result.history[["loss", "validation_loss"]].to_numpy())
+    found["skipped"] = torch.tensor(result.history["skipped"].to_numpy())
+    return found
+
+
+def runs(folder):
+    """What is trained, by name: each a function of nothing."""
+    columns = data()
+    loader = functools.partial(DataLoader, TensorDataset(*columns), batch_size=10)
+    written = {"checkpoint": folder, "checkpoint_seconds": 0.0}
+    small = written | {"checkpoint": f"{folder}-small"}
+    return {
+        "plain": lambda: trained(epochs=9),  # 54 steps
+        "straight": lambda: trained(),
+        "captured": lambda: trained(capture=True),
+        "bounded": lambda: trained(clip_norm=0.1),
+        "turns": lambda: trained(guide_steps=1, clip_norm=0.1),
+        "validation": lambda: trained(validation=columns, patience=2),
+        "a Dataset": lambda: trained(columns=Rows(columns)),
+        "a loader": lambda: trained(columns=loader(shuffle=True)),
+        "skipped": lambda: trained(Logarithm, logs(*columns), on_nonfinite="skip"),
+        "needed by some": lambda: trained(Sometimes),
+        "frozen": lambda: trained(frozen="decoder.weight"),
+        # In the first epoch, whose values are validated: errors of both, of the second alone, and,
+        # in a minibatch of which the second has no row, of the first.
+        "errors": lambda: trained(
+            Logarithm,
+            DataLoader(TensorDataset(*logs(*columns, bad=(22, 27, 47, 50))), batch_size=10),
+            on_nonfinite="skip",
+            clip_norm=1.0,
+        ),
+        "killed": lambda: trained(killed_after=11, **written),
+        "resumed": lambda: trained(resume=True, **written),
+        "killed before a single row": lambda: trained(columns=data(101), killed_after=11, **small),
+        "a single row": lambda: trained(columns=data(101), resume=True, **small),
+        "single rows": lambda: trained(batch_size=1, epochs=1),
+    }
+
+
+def one_of_two(rank, folder):
+    """What one process does: everything, and each run's tensors into a file."""
+    join_two(rank, folder)
+    checkpoints._SHARE_OF_TIME = float("inf")
+    Captured.compiles = False
+    found = {name: run() for name, run in runs(f"{folder}/run").items()}
+    drawn = []
+
+    def draw(x):
+        drawn.append(torch.randn(3))
+        return x
+
+    found["own noise"] = trained(own_noise=True, transform=draw)
+    found["drawn"] = drawn
+    sampler = DistributedSampler(TensorDataset(*data()), seed=1)
+    loader = DataLoader(TensorDataset(*data()), batch_size=5, sampler=sampler)
+    found["own rows"] = trained(columns=loader)
+    with pytest.raises(pv.training.NonFiniteError) as raised:
+        trained(Logarithm, logs(*data()))
+    found["told"] = [str(raised.value), raised.value.rows[raised.value.bad]]
+    x, noise = data()
+    x[27, 0] = 100.0  # in the half of its minibatch that is the second process's
+    with pytest.raises(ValueError, match=r"support|process 1") as raised:
+        trained(Labelled, DataLoader(TensorDataset(x, noise), batch_size=10), on_nonfinite="skip")
+    found["refused"] = str(raised.value)
+    with pytest.raises(ValueError, match=r"support|another process cannot take its validation"):
+        trained(Labelled, validation=DataLoader(TensorDataset(x, noise), batch_size=10))
+    found["noise and averages"] = trained(functools.partial(Pair, batch_norm=True), batch_size=13)
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def compiled(rank, folder):
+    """The captured run once more, compiled."""
+    join_two(rank, folder)
+    torch._inductor.config.compile_threads = 1
+    torch.save({"captured": trained(capture=True)}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def found_by_two(work, folder):
+    start_two(work, folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return found_by_two(one_of_two, tmp_path_factory.mktemp("two"))
+
+
+EQUAL = [
+    "single rows",
+    "plain",
+    "bounded",
+    "turns",
+    "validation",
+    "a Dataset",
+    "captured",
+    "skipped",
+    "needed by some",
+    "frozen",
+    "errors",
+]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_two_find_what_one_finds(name, found, tmp_path, without_compiler):
+    require_equal(name, found, tmp_path)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_two_that_compile_find_what_one_finds(tmp_path):
+    require_equal("captured", found_by_two(compiled, tmp_path), tmp_path)
+
+
+def require_equal(name, found, folder):
+    expected = runs(folder)[name]()
+    for share in found:
+        assert share[name].keys() == expected.keys()
+        for key, tensor in share[name].items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*EQUAL, "a single row", "a loader", "own rows", "own noise", "noise and averages", "resumed"],
+)
+def test_both_hold_the_same(name, found):
+    first, second = (share[name] for share in found)
+    for key, tensor in first.items():
+        assert torch.equal(tensor, second[key]) or key == "history", key
+
+
+def test_the_noise_of_each_is_its_own(found):
+    first, second = (share["drawn"] for share in found)
+    assert not torch.equal(first[-1], second[-1])
+
+
+@pytest.mark.parametrize("name", ["a loader", "own rows"])
+def test_every_row_counts_whatever_brings_it(name, found):
+    """In another order than that of a tensor: the losses of the epochs differ, but by little."""
+    history, expected = (found[0][n]["history"][:, 0] for n in (name, "straight"))
+    assert not torch.equal(history, expected)
+    torch.testing.assert_close(history, expected, rtol=0.05, atol=0.0)
+
+
+def test_both_name_the_row_that_is_not_a_number(found):
+    for share in found:
+        message, bad = share["told"]
+        assert bad.tolist() == [27]
+        assert "site 'z'" in message
+
+
+def test_data_that_one_cannot_take_are_refused_by_both(found):
+    """Not skipped: such a value is finite."""
+    first, second = (share["refused"] for share in found)
+    assert "values outside the support of site 'label'" in second
+    assert first == "process 1 cannot take its rows of the minibatch: see its error"
+
+
+def test_a_group_is_resumed_bit_by_bit(found):
+    for share in found:
+        assert share["killed"] == {}
+        for key, tensor in share["resumed"].items():
+            assert torch.equal(tensor, share["straight"][key]) or key == "history", key
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_what_was_killed(tmp_path):
+    def printed(folder, *arguments):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+        command += ["--standalone", "--max-restarts=2", str(EXAMPLE), "--checkpoint", folder]
+        result = subprocess.run(  # noqa: S603
+            [*command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return [line for line in result.stdout.splitlines() if not line.startswith("fit")]
+
+    *expected, last = printed("straight")
+    *found, last_of_killed = printed("killed", "--die-at", "3")
+    assert found == expected
+    assert last.endswith("0 restarts")
+    assert last_of_killed == last.replace("0 restarts", "1 restarts")
