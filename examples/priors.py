@@ -68,8 +68,8 @@ def train(make, make_prior, data, arguments):
     size = data.train.shape[1]
     prior = make_prior(size)
     model, guide, top = make(prior, size)
-    if isinstance(prior, pv.priors.PriorThroughGuide):
-        prior.through(guide, site=top)
+    if isinstance(prior, pv.priors.GuideMixturePrior):
+        prior.bind_guide(guide, site=top)
     steps_of_epoch = -(-len(data.train) // 100)
     warm_up = Linear(steps=max(1, arguments.epochs // 3) * steps_of_epoch)
     fit = pv.fit(

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 import pyro_vae as pv
-from pyro_vae._utils.arguments import positive_integer
+from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.distributed import group_of_torchrun, rank
 from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.random import seeded

@@ -130,7 +130,7 @@ def vamp(x, **options):
     torch.manual_seed(0)
     prior = pv.priors.VampPrior(2, pseudo_inputs=x, **options)
     model = pv.LatentVariableModel(prior, pv.likelihoods.Bernoulli(pv.nets.MLP(2, [3], 4)))
-    prior.through(pv.guides.AmortizedNormal(model, pv.nets.MLP(4, [3])))
+    prior.bind_guide(pv.guides.AmortizedNormal(model, pv.nets.MLP(4, [3])))
     return prior().log_prob(torch.zeros(2)).detach()
 
 
@@ -138,7 +138,7 @@ def exemplars(x, **options):
     torch.manual_seed(0)
     prior = pv.priors.ExemplarPrior(2, exemplars=x, **options)
     model = pv.LatentVariableModel(prior, pv.likelihoods.Bernoulli(pv.nets.MLP(2, [3], 4)))
-    prior.through(pv.guides.AmortizedNormal(model, pv.nets.MLP(4, [3])))
+    prior.bind_guide(pv.guides.AmortizedNormal(model, pv.nets.MLP(4, [3])))
     torch.manual_seed(0)
     return prior().log_prob(torch.zeros(2)).detach()
 
@@ -668,7 +668,7 @@ CLASSES: dict[str, tuple[Callable, dict[str, Any], Callable[[Any], Any]]] = {
         _call(torch.ones(())),
     ),
     "MixtureOfNormals": (
-        pv.distributions.MixtureOfNormals,
+        pv.distributions.MixtureOfDiagNormals,
         {"logits": torch.zeros(3), "loc": torch.zeros(3, 2), "scale": torch.ones(3, 2)},
         lambda made: made.log_prob(torch.zeros(2)),
     ),

@@ -44,7 +44,7 @@ def make_pair(features, hidden, latents):
 
 def cost(arguments):
     """Print medians of seconds for a step, and their ratios to that of bare steps."""
-    take_stretch, due = run.Run._stretch, Checkpoints.due
+    take_stretch, due = run.TrainingLoop._stretch, Checkpoints.due
 
     def bare(self, selections, validated):
         for selection in selections:
@@ -68,12 +68,12 @@ def cost(arguments):
             times[turns[number]].append((time.perf_counter() - began[0]) / steps)
             busy[turns[number]].append((time.process_time() - began[1]) / steps)
         if 0 <= number + 1 < len(turns):
-            run.Run._stretch, Checkpoints.due = modes[turns[number + 1]]
+            run.TrainingLoop._stretch, Checkpoints.due = modes[turns[number + 1]]
         began = time.perf_counter(), time.process_time()
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(run.Run, _stretch=take_stretch),
+        mock.patch.multiple(run.TrainingLoop, _stretch=take_stretch),
     ):
         pv.fit(
             *make_pair(784, [200, 200], 50),

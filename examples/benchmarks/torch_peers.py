@@ -15,8 +15,8 @@ import pyro_vae as pv
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.validation import check_pair
 from pyro_vae.datasets._minibatches import Minibatches
-from pyro_vae.training._step import Trainer
-from pyro_vae.training._train_state import Trained
+from pyro_vae.training._step import TrainStep
+from pyro_vae.training._train_state import TrainState
 
 PEER, HIDDEN, LATENTS, GATED, BATCH, OBJECTIVE, STEPS = settings()
 PARTICLES = 50 if OBJECTIVE == "iwae50" else 1
@@ -143,8 +143,8 @@ def ours(capture):
     trace = check_pair(model, guide, batches.first())
     objective.loss(model, guide, *batches.first())
     parameters = programs.parameters(model, guide, trace)
-    trained = Trained(model, guide, objective, binarise, parameters)
-    trainer = Trainer(model, guide, objective, batches, trained, parameters, capture=capture)
+    trained = TrainState(model, guide, objective, binarise, parameters)
+    trainer = TrainStep(model, guide, objective, batches, trained, parameters, capture=capture)
     pyro.enable_validation(False)
 
     def epoch():

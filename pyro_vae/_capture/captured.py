@@ -22,7 +22,12 @@ from pyro_vae._capture.policy import (
     check_capture,
 )
 from pyro_vae._capture.tracing import CaptureError, Outputs, Trace, trace
-from pyro_vae._utils.preserving import generator_state, kept, noise_from_elsewhere, same_noise
+from pyro_vae._utils.random import (
+    generator_state,
+    noise_from_elsewhere,
+    preserve_rng_state,
+    preserve_tensors,
+)
 
 # Rounding alone can move a value over a kink, a knot of a spline say, where the gradient jumps.
 _DISAGREEMENTS_THAT_ARE_NO_ACCIDENT = 3
@@ -186,7 +191,10 @@ class Captured:
     def _catch_up(self, *inputs: Tensor) -> Outputs:
         state, self._stage = self._ahead, self._trace_first
         until = self._trace_again if state["stage"] == "trace again" else None
-        with same_noise(inputs) as rewind, kept(tensors_that_may_change(self._watch)) as restore:
+        with (
+            preserve_rng_state(inputs) as rewind,
+            preserve_tensors(tensors_that_may_change(self._watch)) as restore,
+        ):
             while self._stage not in (until, self._replay, self._function):
                 self._stage(*inputs)
                 restore()
@@ -247,7 +255,7 @@ class Captured:
         # The random numbers of torch's own generators, in the order of the program.
         options: dict[str, Any] = {"fallback_random": True}
         arguments = [*inputs, *self._constants]
-        with same_noise(inputs) as rewind, torch.no_grad():
+        with preserve_rng_state(inputs) as rewind, torch.no_grad():
             if inputs[0].is_cpu:
                 graph = rewrite(graph, arguments)
                 options["cpp_wrapper"] = True  # the calls of the kernels in C++ as well
@@ -262,7 +270,7 @@ class Captured:
 
     def _check(self, *inputs: Tensor) -> Outputs:
         replay, failure = self._replay or self._run_graph, None
-        with same_noise(inputs) as rewind, kept(self._writable) as restore:
+        with preserve_rng_state(inputs) as rewind, preserve_tensors(self._writable) as restore:
             try:
                 if self._replay is None and inputs[0].device.type == "cuda":
                     replay = CudaGraph(self._run_graph, inputs)
@@ -302,7 +310,10 @@ class Captured:
             return self._graph(*inputs, *self._constants)
 
     def _trace(self, inputs: Sequence[Tensor]) -> Trace:
-        with same_noise(inputs) as rewind, kept(tensors_that_may_change(self._watch)) as restore:
+        with (
+            preserve_rng_state(inputs) as rewind,
+            preserve_tensors(tensors_that_may_change(self._watch)) as restore,
+        ):
             try:
                 return trace(self._function, inputs)
             except CaptureError:

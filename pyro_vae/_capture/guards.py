@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, strided
 
 from pyro_vae._utils.modules import unnamed
-from pyro_vae._utils.referenced_objects import VALUES, reach
+from pyro_vae._utils.referenced_objects import VALUES, referenced_objects
 
 _BYTES_LOOKED_AT = 1 << 20  # of an array; larger ones count as themselves
 
@@ -34,7 +34,7 @@ def state_of(watch: Mapping[str, Any]) -> State:
 
 def _reached(watch: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     met = {f"unnamed module {n}": m for n, m in enumerate(unnamed(*watch.values()), 1)}
-    return reach(**watch, **met)
+    return referenced_objects(**watch, **met)
 
 
 def change(before: State, after: State) -> str | None:

@@ -1,4 +1,4 @@
-"""What a model draws by itself: latents from the prior, and data from these."""
+"""Ancestral samples: latents drawn from the prior of a model, and data from these."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pyro_vae._programs.runs import as_guide, trace_of
 from pyro_vae._programs.sites import (
     Site,
     Unobserve,
-    arranged,
     base_distribution,
     data_frame,
     is_loss_of_guide,
     own_scale,
     random_sites,
     reduce_to_datum,
+    to_particle_layout,
 )
 
 
-class Dream:
+class JointSample:
     """Latents, or latents and data together, drawn by the model for each datum of a minibatch.
 
     Args:
@@ -43,7 +43,7 @@ class Dream:
     def latents(self) -> dict[str, Tensor]:
         """The latents of the plate ``"data"``, each ``(B, *inner plates, *event)``."""
         return {
-            name: arranged(site["value"], site, None)[0]
+            name: to_particle_layout(site["value"], site, None)[0]
             for name, site in self._run(self._model).items()
             if not site["is_observed"] and data_frame(site) is not None
         }
@@ -72,7 +72,7 @@ class Dream:
             if not _was_observed(site)
         }
         guide = poutine.condition(as_guide(self._guide), data=latents)
-        trace = trace_of(guide, *self._dreamt_args(), **self._kwargs)
+        trace = trace_of(guide, *self._args_with_samples(), **self._kwargs)
         total = 0.0
         for site in random_sites(trace):
             if is_loss_of_guide(site) and site["name"] not in latents:
@@ -89,7 +89,7 @@ class Dream:
                 total = total + reduce_to_datum(log_prob, site, frame.size, None, 1)[0]
         return total
 
-    def _dreamt_args(self) -> list[Any]:
+    def _args_with_samples(self) -> list[Any]:
         """The arguments, those that the model observes replaced by what it drew."""
         args, taken = list(self._args), set()
         observed = {
@@ -105,7 +105,7 @@ class Dream:
         if missing := [name for name in observed if name not in taken]:
             raise ValueError(
                 f"the guide is to see what the model draws at site {missing[0]!r}, but that site "
-                "observes no argument of the programs as it is: it cannot be shown a dream"
+                "observes no argument of the programs as it is: nothing can be put in its place"
             )
         return args
 

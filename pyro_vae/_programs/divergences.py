@@ -65,7 +65,7 @@ def kl_of_dimensions(run: PairTrace) -> dict[str, Tensor]:
             known = known_kl(each, of_model) if _in_order(run) else None
             if known is not None:
                 difference = known
-            found[name] = run.arranged(difference, q.site)
+            found[name] = run.to_particle_layout(difference, q.site)
     return found
 
 
@@ -91,7 +91,7 @@ def log_guide_of_pairs(run: PairTrace) -> Tensor:
             "AmortizedNormal"
         )
     value, loc, scale = (
-        run.arranged(v, q.site).reshape(run.num_particles, run.batch_size, -1)
+        run.to_particle_layout(v, q.site).reshape(run.num_particles, run.batch_size, -1)
         for v in (q.site["value"], each.loc, each.scale)
     )
     return Normal(loc.unsqueeze(1), scale.unsqueeze(1)).log_prob(value.unsqueeze(2))

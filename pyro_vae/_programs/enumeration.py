@@ -77,7 +77,7 @@ def is_enumerated(site: Site) -> bool:
     return True
 
 
-def even_where_masked(log_prob: Tensor, site: Site) -> Tensor:
+def uniform_where_masked(log_prob: Tensor, site: Site) -> Tensor:
     """Return the density of a site, as that of an even choice where an enumerated one is masked.
 
     It is summed over, and must sum to one there too.

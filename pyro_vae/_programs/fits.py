@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._utils.identity import function_of, method_of, owner_of
-from pyro_vae._utils.referenced_objects import reach
+from pyro_vae._utils.referenced_objects import referenced_objects
 
 Store = dict[str, dict[str, Any]]  # as in pyro.get_param_store().get_state()
 ROLES = ("model", "guide")
@@ -31,7 +31,7 @@ class Fitted:
     names: dict[str, frozenset[str]]
     digests: dict[str, int] = field(default_factory=dict)
 
-    def bare_names(self, role: str) -> list[str]:
+    def free_param_names(self, role: str) -> list[str]:
         """Names of a program's pyro.param values, which no module holds."""
         params = self.store["params"]
         return sorted(
@@ -86,7 +86,7 @@ def borrowed(model: Program, guide: Program) -> Store:
     borrowed: Store = {"params": {}, "constraints": {}}
     for role in ROLES:
         for fitted in of_both or found[role]:
-            for name in fitted.bare_names(role):
+            for name in fitted.free_param_names(role):
                 value = fitted.store["params"][name]
                 if borrowed["params"].setdefault(name, value) is not value:
                     raise _ambiguous(role, name, found[role])
@@ -112,7 +112,7 @@ def _ambiguous(role: str, name: str, found: list[Fitted]) -> ValueError:
 
 def _fits_of(program: Program, role: str) -> list[Fitted]:
     """Return the fits in which a program takes part, of those with values of its role."""
-    kept = [each for each in _all(role) if each[2].bare_names(role)]
+    kept = [each for each in _all(role) if each[2].free_param_names(role)]
     if not kept:
         return []
     owner, method = owner_of(program), method_of(program)
@@ -125,13 +125,13 @@ def _fits_of(program: Program, role: str) -> list[Fitted]:
         return found
     if of_function:
         return [fitted for _, fitted in of_function]
-    within = {id(thing) for _, thing in reach(program=program)}
+    within = {id(thing) for _, thing in referenced_objects(program=program)}
     if found := [fitted for its_owner, _, fitted in kept if id(its_owner) in within]:
         return found
     return [
         fitted
         for its_owner, its_method, fitted in kept
-        if any(thing is owner for _, thing in reach(program=(its_owner, its_method)))
+        if any(thing is owner for _, thing in referenced_objects(program=(its_owner, its_method)))
     ]
 
 

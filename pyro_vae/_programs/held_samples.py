@@ -19,7 +19,7 @@ from torch.distributions import TransformedDistribution
 from torch.distributions.transforms import Transform
 
 from pyro_vae._programs.sites import Site, base_distribution
-from pyro_vae._utils.implicit import implicit
+from pyro_vae._utils.numerics import implicit
 
 
 class HeldSamples(Messenger):

@@ -34,7 +34,7 @@ def check_supports(run: Run, trace: PairTrace, batch: Batch, batches: Minibatche
     Raises:
         ValueError: a value is outside.
     """
-    columns = batches.checked
+    columns = batches.columns_to_validate
     if columns is None:
         return False
     extremes: list[PairTrace] | None = None

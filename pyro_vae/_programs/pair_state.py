@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from pyro_vae._programs import fits
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils import mappings
+from pyro_vae._utils import transform_config as mappings
 from pyro_vae._utils.modules import NAME_IT, modules, unnamed
-from pyro_vae._utils.referenced_objects import reach
+from pyro_vae._utils.referenced_objects import referenced_objects
 
 UNNAMED = "unnamed module"
-BARE = "param."  # what the names of pyro.param values begin with
+FREE_PARAM = "param."  # what the names of pyro.param values begin with
 
 
 def state(model: Program, guide: Program) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ def state(model: Program, guide: Program) -> dict[str, Tensor]:
         for tensor in itertools.chain(module.parameters(), module.buffers())
     }
     found: dict[str, Tensor] = {}
-    for name, thing in reach(model=model, guide=guide):
+    for name, thing in referenced_objects(model=model, guide=guide):
         if id(thing) in of_modules:
             of_modules.remove(id(thing))
             found[_unused(name, found)] = thing
@@ -58,7 +58,7 @@ def state(model: Program, guide: Program) -> dict[str, Tensor]:
         for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
             found[f"{UNNAMED} {number}.{name}"] = tensor
     named = dict(pyro.get_param_store().named_parameters())
-    found |= {BARE + name: named[name] for name in sorted(programs.bare_parameter_names())}
+    found |= {FREE_PARAM + name: named[name] for name in sorted(programs.free_param_names())}
     return found
 
 
@@ -153,29 +153,29 @@ def _unused(name: str, names: dict[str, Tensor]) -> str:
     return next(candidate for candidate in candidates if candidate not in names)
 
 
-def constraints_of_bare_parameters() -> dict[str, Any]:
+def constraints_of_free_params() -> dict[str, Any]:
     """Return the constraints of ``pyro.param`` values that no module holds, by name.
 
     Raises:
         TypeError: a constraint is of a kind that cannot be written down.
     """
     constraints = pyro.get_param_store().get_state()["constraints"]
-    names = programs.bare_parameter_names()
-    return {BARE + name: mappings.describe(constraints[name]) for name in sorted(names)}
+    names = programs.free_param_names()
+    return {FREE_PARAM + name: mappings.to_config(constraints[name]) for name in sorted(names)}
 
 
-def make_bare_parameters(constraints: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
+def make_free_params(constraints: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
     """Register values in the open store that the programs have not come to ask for.
 
     Args:
-        constraints: as :func:`constraints_of_bare_parameters` gave them.
+        constraints: as :func:`constraints_of_free_params` gave them.
         values: unconstrained, by the same names.
     """
     store = pyro.get_param_store()
-    names = sorted(constraints.keys() - {BARE + known for known in store.keys()})  # noqa: SIM118
-    bare = [name.removeprefix(BARE) for name in names]
+    names = sorted(constraints.keys() - {FREE_PARAM + known for known in store.keys()})  # noqa: SIM118
+    bare = [name.removeprefix(FREE_PARAM) for name in names]
     made = [values[name].detach().clone().requires_grad_() for name in names]
-    bounds = [mappings.restore(constraints[name]) for name in names]
+    bounds = [mappings.from_config(constraints[name]) for name in names]
     store.set_state(
         {
             "params": dict(zip(bare, made, strict=True)),

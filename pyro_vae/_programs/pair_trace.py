@@ -23,8 +23,13 @@ from pyro_vae._programs.agreement import (
     check_rows,
     common_data_frame,
 )
-from pyro_vae._programs.ancestral import Dream
-from pyro_vae._programs.enumeration import Enumeration, SummedOut, even_where_masked, is_enumerated
+from pyro_vae._programs.ancestral import JointSample
+from pyro_vae._programs.enumeration import (
+    Enumeration,
+    SummedOut,
+    is_enumerated,
+    uniform_where_masked,
+)
 from pyro_vae._programs.held_samples import HeldSamples, log_prob_of_draw
 from pyro_vae._programs.outside import log_prob_on, require_same_support, support_to_check
 from pyro_vae._programs.runs import Program, as_guide, replay, trace_of
@@ -32,7 +37,6 @@ from pyro_vae._programs.sites import (
     PARTICLE_PLATE,
     Site,
     Unobserve,
-    arranged,
     cannot_score,
     data_frame,
     is_loss_of_guide,
@@ -40,6 +44,7 @@ from pyro_vae._programs.sites import (
     own_scale,
     random_sites,
     reduce_to_datum,
+    to_particle_layout,
     values_outside_support,
 )
 
@@ -245,9 +250,9 @@ class PairTrace:
         sites = [f.site for f in self.model.values() if f.observed and f.local and not f.is_factor]
         return {site["name"]: observed_value(site) for site in sites}
 
-    def dream(self) -> Dream:
+    def sample_joint(self) -> JointSample:
         """Let the model draw latents and data together, as many as the minibatch has."""
-        return Dream(*self._pair, *self._arguments)
+        return JointSample(*self._pair, *self._arguments)
 
     def total(self, factors: Iterable[Factor], *, local: bool) -> Tensor:
         """Sum the log-densities of the local factors (K, B), or of the global ones (K,)."""
@@ -308,7 +313,7 @@ class PairTrace:
         """Return a local site's densities by enumerated values, particle and datum."""
         if data_frame(site) is None:
             return None
-        log_prob = even_where_masked(self._checked_log_prob(site), site)
+        log_prob = uniform_where_masked(self._checked_log_prob(site), site)
         shape = torch.broadcast_shapes(log_prob.shape, (1,) * (width + count))
         rows = log_prob.expand(shape).flatten(end_dim=count - 1)
         reduced = torch.vmap(functools.partial(self.reduced, site=site))(rows)
@@ -376,11 +381,11 @@ class PairTrace:
 
     def _value(self, site: Site) -> Tensor:
         """Return a site's value with its dimensions in order: ``(K, B, *inner plates, *event)``."""
-        return self.arranged(site["value"], site)
+        return self.to_particle_layout(site["value"], site)
 
-    def arranged(self, value: Tensor, site: Site) -> Tensor:
-        """Return what a site has for each number of its value, see ``sites.arranged``."""
-        return arranged(value, site, self.particle_dim)
+    def to_particle_layout(self, value: Tensor, site: Site) -> Tensor:
+        """Return what a site has for each number of its value, see ``sites.to_particle_layout``."""
+        return to_particle_layout(value, site, self.particle_dim)
 
     def reduced(self, log_prob: Tensor, site: Site) -> Tensor:
         """Sum a site's log-densities to those of particle and datum."""

@@ -110,12 +110,12 @@ def bind_names(
     fits.keep(model, guide, fits.Fitted(store, names))
 
 
-def names_met(model: Program, guide: Program) -> dict[str, list[str]]:
+def param_names_used(model: Program, guide: Program) -> dict[str, list[str]]:
     """Return the ``pyro.param`` values that no module holds, by the program that met them in a fit.
 
     Open the pair's store around it. Of a pair that was not fitted, each program may have met all.
     """
-    fitted, bare = fits.find(model, guide), bare_parameter_names()
+    fitted, bare = fits.find(model, guide), free_param_names()
     return {
         program: sorted(bare if fitted is None else bare & fitted.names[program])
         for program in ("model", "guide")
@@ -233,14 +233,14 @@ def device_of(model: Program, guide: Program) -> torch.device:
     return torch.device("cpu")
 
 
-def bare_parameter_names() -> set[str]:
+def free_param_names() -> set[str]:
     """Return the names of the open store's ``pyro.param`` values, which no module holds."""
     named = pyro.get_param_store().named_parameters()
     return {name for name, p in named if not isinstance(p, nn.Parameter)}
 
 
 def _bare_store() -> Store:
-    names = bare_parameter_names()
+    names = free_param_names()
     state = pyro.get_param_store().get_state()
     return {kind: {name: values[name] for name in names} for kind, values in state.items()}
 

@@ -23,7 +23,7 @@ def predict(run: PairTrace) -> dict[str, Tensor]:
     Raises:
         ValueError: the guide enumerates a site, and so draws no latents.
     """
-    return {site["name"]: run.arranged(site["value"], site) for site in drawn_sites(run)}
+    return {site["name"]: run.to_particle_layout(site["value"], site) for site in drawn_sites(run)}
 
 
 def drawn_sites(run: PairTrace) -> list[Site]:

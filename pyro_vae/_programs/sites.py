@@ -163,7 +163,7 @@ def reduce_to_datum(
     return log_prob.expand(sizes)
 
 
-def arranged(values: Tensor, site: Site, particle_dim: int | None) -> Tensor:
+def to_particle_layout(values: Tensor, site: Site, particle_dim: int | None) -> Tensor:
     """Return what a site has for each number of its value, with the dimensions in order.
 
     Args:

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from pyro_vae._programs import divergences, predictions
 from pyro_vae._programs.agreement import is_delta
-from pyro_vae._programs.ancestral import Dream
+from pyro_vae._programs.ancestral import JointSample
 from pyro_vae._programs.baselines import Baseline, baselines_of, less_baseline
 from pyro_vae._programs.held_samples import path_adjoints
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.sites import require_one_observation
-from pyro_vae._utils.arguments import positive_integer
+from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.random import restored_generators
 
 
@@ -84,7 +84,7 @@ def terms(
     """
     num_particles = positive_integer("num_particles", num_particles)
     if plate_nesting is not None:
-        plate_nesting = positive_integer("plate_nesting", plate_nesting, least=0)
+        plate_nesting = positive_integer("plate_nesting", plate_nesting, minimum=0)
     if num_particles == 1 or not vectorize_particles:
         runs = [
             _run(
@@ -395,9 +395,9 @@ class Terms:
         """
         return _concatenate([predictions.predict(run) for run in self._runs])
 
-    def dream(self) -> Dream:
+    def sample_joint(self) -> JointSample:
         """Let the model draw latents and data together, one for each of the minibatch."""
-        return self._first.dream()
+        return self._first.sample_joint()
 
     @property
     def scale(self) -> float:

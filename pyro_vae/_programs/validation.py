@@ -18,7 +18,7 @@ from pyro_vae._programs.minibatch_supports import check_supports
 from pyro_vae._programs.pair_trace import Factor, PairTrace, Program
 from pyro_vae._programs.positions import check_positions
 from pyro_vae._programs.sites import data_frame
-from pyro_vae._utils.inputs import ShapeError
+from pyro_vae._utils.checks import ShapeError
 from pyro_vae._utils.modules import NAME_IT, remember_unnamed, unnamed
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Minibatches, finite_rows
@@ -209,8 +209,8 @@ def _check_nonfinite_rows(
     rows = batches.nonfinite_rows()
     if rows is None:
 
-        def check(batch: Batch, rows_before: int) -> None:
-            numbers = rows_before + torch.arange(len(batch[0]))
+        def check(batch: Batch, row_offset: int) -> None:
+            numbers = row_offset + torch.arange(len(batch[0]))
             with programs.evaluation_mode(model, guide):
                 try:
                     _run(model, guide, batch, numbers, batches.name, weighs=weighs)

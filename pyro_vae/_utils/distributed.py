@@ -164,15 +164,15 @@ def broadcast_all(tensors: Sequence[Tensor] | None, source: int) -> list[Tensor]
     return _tensors(header.cpu(), payload, payload.device)
 
 
-def in_turn(shares: Sequence[Sequence]) -> list:
+def interleave(shares: Sequence[Sequence]) -> list:
     """Put together what processes did of a row of things, thing i done by process i mod R.
 
     A process may have been stopped early: things behind the first that is missing are left out.
 
     Example:
-        >>> in_turn([["a", "c", "e"], ["b", "d"]])
+        >>> interleave([["a", "c", "e"], ["b", "d"]])
         ['a', 'b', 'c', 'd', 'e']
-        >>> in_turn([["a", "c", "e"], ["b"]])
+        >>> interleave([["a", "c", "e"], ["b"]])
         ['a', 'b', 'c']
     """
     together, number = [], 0

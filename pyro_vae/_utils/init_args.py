@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.distributions.transforms import Transform
 
-from pyro_vae._utils import mappings
-from pyro_vae._utils.signatures import checked
+from pyro_vae._utils import transform_config as mappings
+from pyro_vae._utils.checks import checked
 
 Class = TypeVar("Class", bound=type)
-_MAKING = "_making"
+_INIT_ARGS = "_making"
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Unknown:
 
 @dataclass(frozen=True)
 class Described:
-    """In place of a transform: what :mod:`pyro_vae._utils.mappings` says of it."""
+    """In place of a transform: what :mod:`pyro_vae._utils.transform_config` says of it."""
 
     structure: Any
 
 
-class Making:
+class InitArgs:
     """The call that made an object.
 
     It holds the arguments by reference. Walks over the object's attributes do not look into it:
@@ -50,24 +50,24 @@ class Making:
     def __init__(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.cls, self.args, self.kwargs = cls, args, kwargs
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Making:
+    def __deepcopy__(self, memo: dict[int, Any]) -> InitArgs:
         """Refer to the copies of what was copied with the object, before, and to all else as is."""
 
         def copied(leaf: Any) -> Any:
             return memo.get(id(leaf), leaf)
 
-        return Making(self.cls, _map(copied, self.args), _map(copied, self.kwargs))
+        return InitArgs(self.cls, _map(copied, self.args), _map(copied, self.kwargs))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave functions out that cannot be pickled: the object may well be without them."""
-        return Making, (self.cls, _map(_picklable, self.args), _map(_picklable, self.kwargs))
+        return InitArgs, (self.cls, _map(_picklable, self.args), _map(_picklable, self.kwargs))
 
 
-def recorded(cls: Class) -> Class:
+def records_init_args(cls: Class) -> Class:
     """Let the objects of a class remember the arguments that they were made with.
 
     Its constructor refuses arguments that its annotations rule out; see
-    :func:`pyro_vae._utils.signatures.checked`. Nothing else changes: neither the signature nor what
+    :func:`pyro_vae._utils.checks.checked`. Nothing else changes: neither the signature nor what
     a ``state_dict`` holds. A subclass remembers its own arguments if it is recorded, too.
     """
     original = checked(cls.__init__)
@@ -75,14 +75,16 @@ def recorded(cls: Class) -> Class:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it becomes it
         original(self, *args, **kwargs)
-        making = Making(cls, _map(_kept, args), _map(_kept, kwargs))
-        object.__setattr__(self, _MAKING, making)  # the last attribute, so that it is copied last
+        making = InitArgs(cls, _map(_kept, args), _map(_kept, kwargs))
+        object.__setattr__(
+            self, _INIT_ARGS, making
+        )  # the last attribute, so that it is copied last
 
     cls.__init__ = __init__
     return cls
 
 
-def arguments_of(thing: Any) -> dict[str, Any] | None:
+def init_args_of(thing: Any) -> dict[str, Any] | None:
     """Return the arguments that an object is made of, by name; None if it does not tell.
 
     A class may tell others than it was made with, by a method ``as_arguments``; what makes an
@@ -90,7 +92,7 @@ def arguments_of(thing: Any) -> dict[str, Any] | None:
     """
     if hasattr(type(thing), "as_arguments"):
         return _map(_kept, thing.as_arguments())
-    making = getattr(thing, "__dict__", {}).get(_MAKING)
+    making = getattr(thing, "__dict__", {}).get(_INIT_ARGS)
     if making is None or making.cls is not type(thing):
         return None
     return inspect.signature(making.cls).bind(*making.args, **making.kwargs).arguments
@@ -108,7 +110,7 @@ def _kept(leaf: Any) -> Any:
         return leaf.detach()
     if isinstance(leaf, Transform) and not isinstance(leaf, nn.Module):  # inverses are not copied
         try:
-            return Described(mappings.describe(leaf))
+            return Described(mappings.to_config(leaf))
         except TypeError as error:
             return Unknown(str(error))
     return leaf

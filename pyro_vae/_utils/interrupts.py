@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def interrupts_at_ends() -> Iterator[Callable[[], bool]]:
+def defer_keyboard_interrupt() -> Iterator[Callable[[], bool]]:
     """Hold the first Ctrl-C back, and yield what tells whether it came; a second one comes through.
 
     Only where Ctrl-C would raise a KeyboardInterrupt, in the main thread: handlers of somebody

@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_vae._utils.identity import owner_of
-from pyro_vae._utils.referenced_objects import reach
+from pyro_vae._utils.referenced_objects import referenced_objects
 
 NAME_IT = (
     "let the program's code name it, by a closure, a global, a default argument, an attribute or a "
@@ -104,7 +104,7 @@ def remember_unnamed(model: Any, guide: Any) -> Iterator[None]:
 
 def _named(*programs: Any) -> list[nn.Module]:
     roots = {f"program {number}": program for number, program in enumerate(programs)}
-    found = [thing for _, thing in reach(**roots) if isinstance(thing, nn.Module)]
+    found = [thing for _, thing in referenced_objects(**roots) if isinstance(thing, nn.Module)]
     inner = {id(child) for module in found for child in module.modules() if child is not module}
     return [module for module in found if id(module) not in inner]
 

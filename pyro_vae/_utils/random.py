@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 import random
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyro_vae._utils.checks import is_whole_number
 
 
 @contextlib.contextmanager
@@ -24,7 +25,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+    if not is_whole_number(seed):
         raise TypeError(f"seed must be a whole number or None, got {seed!r}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError("seed must be a number of 64 bits")
@@ -123,3 +124,43 @@ class OwnSequence:
         finally:
             self._state = random_state(cpu)
             set_random_state(outside, cpu)
+
+
+@contextlib.contextmanager
+def preserve_rng_state(inputs: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
+    """Yield what puts torch's generators back to where they are now."""
+    device = inputs[0].device
+    state = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def rewind() -> None:
+        torch.set_rng_state(state)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+
+    yield rewind
+
+
+def generator_state(inputs: Sequence[Tensor]) -> Tensor:
+    """Return where torch's generator of the inputs' device stands."""
+    device = inputs[0].device
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def noise_from_elsewhere() -> list[list[int]]:
+    """Return where the generators of Python and numpy stand."""
+    state = random_state(torch.device("cpu"))
+    return [state[name].tolist() for name in ("python", "numpy")]
+
+
+@contextlib.contextmanager
+def preserve_tensors(tensors: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
+    """Yield what gives tensors the values back that they have now."""
+    saved = [tensor.clone() for tensor in tensors]
+
+    def restore() -> None:
+        for tensor, value in zip(tensors, saved, strict=True):
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
+
+    yield restore

@@ -24,7 +24,7 @@ from torch.distributions import Distribution, Transform
 from pyro_vae._utils.code_names import MACHINERY, PACKAGE, named_by, of_libraries, package
 
 
-def reach(**roots: Any) -> Iterator[tuple[str, Any]]:
+def referenced_objects(**roots: Any) -> Iterator[tuple[str, Any]]:
     """Yield what the roots are, hold, or refer to by name, each once, with a name for it.
 
     A function's names are looked up in its closure, its defaults, its globals and in the modules

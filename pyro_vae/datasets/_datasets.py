@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.signatures import checked
+from pyro_vae._utils.checks import checked
 from pyro_vae.datasets import _download as sources
 
 Binarization: TypeAlias = Literal["none", "fixed", "dynamic"]

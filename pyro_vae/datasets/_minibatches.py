@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from pyro_vae._utils.arguments import positive_integer
+from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.random import OwnSequence, random_state, set_random_state
 
 Batch: TypeAlias = tuple[Tensor, ...]
@@ -120,12 +120,12 @@ class Minibatches:
             return None
 
     @property
-    def is_share(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether each process of a group is given rows of its own: by a DistributedSampler."""
         return any(isinstance(s, DistributedSampler) for s in _samplers(self._loader))
 
     @property
-    def checked(self) -> Batch | None:
+    def columns_to_validate(self) -> Batch | None:
         """All columns, as the programs will see them; None if streamed or transformed."""
         return self.tensors if self.transform is None else None
 
@@ -292,10 +292,10 @@ class Minibatches:
                 "the Dataset give tensors or numpy arrays, or pass a DataLoader with a collate_fn"
             ) from error
 
-    def _check_nonfinite(self, columns: Batch, rows_before: int) -> None:
+    def _check_nonfinite(self, columns: Batch, row_offset: int) -> None:
         noise = random_state(self.device)
         try:
-            self.check_nonfinite(self._transformed(c.clone() for c in columns), rows_before)
+            self.check_nonfinite(self._transformed(c.clone() for c in columns), row_offset)
         finally:
             set_random_state(noise, self.device)
 

@@ -1,5 +1,5 @@
 """Distributions that torch and Pyro lack, and facts about theirs that they do not state."""
 
-from pyro_vae.distributions._mixtures import MixtureOfNormals
+from pyro_vae.distributions._mixtures import MixtureOfDiagNormals
 
-__all__ = ["MixtureOfNormals"]
+__all__ = ["MixtureOfDiagNormals"]

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.inputs import require_tensor
+from pyro_vae._utils.checks import require_tensor
 
 
 def value_for(parameter: Tensor, value: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.distributions.transforms import IndependentTransform, Transform
 from torch.distributions.utils import broadcast_all
 from torch.nn import functional as F
 
-from pyro_vae._utils.mappings import register
+from pyro_vae._utils.transform_config import register
 from pyro_vae.distributions._casting import value_for
 
 _TURN = 2 * math.pi

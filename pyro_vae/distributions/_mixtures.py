@@ -11,14 +11,14 @@ from pyro.distributions.torch_distribution import TorchDistribution, TorchDistri
 from torch import Tensor
 from torch.distributions import Categorical
 
-from pyro_vae._utils.implicit import implicit
-from pyro_vae._utils.inputs import require_floats
+from pyro_vae._utils.checks import require_floats
+from pyro_vae._utils.numerics import implicit
 from pyro_vae.distributions._casting import value_for
 
 _LOG_DENSITIES_AT_A_TIME = 4_000_000  # 32 MB of float64
 
 
-class MixtureOfNormals(TorchDistribution):
+class MixtureOfDiagNormals(TorchDistribution):
     r"""A mixture of K diagonal Gaussians in D dimensions.
 
     .. math:: q(z) = \sum_k \pi_k \prod_d \mathcal{N}(z_d; \mu_{kd}, \sigma_{kd}^2)
@@ -51,7 +51,7 @@ class MixtureOfNormals(TorchDistribution):
     Example:
         >>> import torch, pyro_vae as pv
         >>> locs, scales = torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1)
-        >>> q = pv.distributions.MixtureOfNormals(torch.zeros(2), locs, scales)
+        >>> q = pv.distributions.MixtureOfDiagNormals(torch.zeros(2), locs, scales)
         >>> q.rsample((5,)).shape, q.log_prob(torch.zeros(5, 1)).shape
         (torch.Size([5, 1]), torch.Size([5]))
     """
@@ -84,12 +84,14 @@ class MixtureOfNormals(TorchDistribution):
         self.logits, self.loc, self.scale = logits.log_softmax(-1), loc, scale
         super().__init__(batch, loc.shape[-1:], validate_args=validate_args)
 
-    def expand(self, batch_shape, _instance=None) -> MixtureOfNormals:
+    def expand(self, batch_shape, _instance=None) -> MixtureOfDiagNormals:
         """Return the mixture with a larger batch shape."""
-        new = self._get_checked_instance(MixtureOfNormals, _instance)
+        new = self._get_checked_instance(MixtureOfDiagNormals, _instance)
         new.logits, new.loc, new.scale = self.logits, self.loc, self.scale
         batch_shape = torch.Size(batch_shape)
-        super(MixtureOfNormals, new).__init__(batch_shape, self.event_shape, validate_args=False)
+        super(MixtureOfDiagNormals, new).__init__(
+            batch_shape, self.event_shape, validate_args=False
+        )
         new._validate_args = self._validate_args
         return new
 
@@ -187,7 +189,7 @@ class MixtureOfNormals(TorchDistribution):
         return implicit(value, uniform, solve)
 
 
-class EvenMixture(TorchDistribution):
+class UniformMixture(TorchDistribution):
     r""":math:`\frac1N \sum_n q_n(z)` of distributions that are rows of one or of several batches.
 
     Args:
@@ -217,12 +219,12 @@ class EvenMixture(TorchDistribution):
         """That of the parts."""
         return self.parts[0].support
 
-    def expand(self, batch_shape, _instance=None) -> EvenMixture:
+    def expand(self, batch_shape, _instance=None) -> UniformMixture:
         """Return the mixture with a larger batch shape."""
-        new = self._get_checked_instance(EvenMixture, _instance)
+        new = self._get_checked_instance(UniformMixture, _instance)
         new.parts = self.parts
         batch_shape = torch.Size(batch_shape)
-        super(EvenMixture, new).__init__(batch_shape, self.event_shape, validate_args=False)
+        super(UniformMixture, new).__init__(batch_shape, self.event_shape, validate_args=False)
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae._capture import Capture, Captured
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.arguments import positive_integer, positive_number
+from pyro_vae._utils.checks import positive_integer, positive_number
 from pyro_vae.evaluation._hamiltonian import transition
 from pyro_vae.evaluation._tempered_path import Start, State, TemperedPath
 from pyro_vae.evaluation._weights import WeightStream

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.arguments import positive_integer, positive_number
+from pyro_vae._utils.checks import positive_integer, positive_number
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -50,7 +50,7 @@ class Ascent:
         positive_number("learning_rate", self.learning_rate)
         for name in ("num_particles", "window", "patience"):
             object.__setattr__(self, name, positive_integer(name, getattr(self, name)))
-        positive_integer("max_steps", self.max_steps, least=self.window)
+        positive_integer("max_steps", self.max_steps, minimum=self.window)
 
     def __call__(self, step: Step, start: Tensor) -> Ascended:
         """Ascend.

@@ -14,15 +14,21 @@ from torch import Tensor
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.runs import trace_of
-from pyro_vae._programs.sites import Site, arranged, base_distribution, is_discrete, random_sites
+from pyro_vae._programs.sites import (
+    Site,
+    base_distribution,
+    is_discrete,
+    random_sites,
+    to_particle_layout,
+)
 from pyro_vae._programs.terms import Terms, terms
-from pyro_vae._utils.arguments import positive_integer, positive_number
+from pyro_vae._utils.checks import positive_integer, positive_number
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation._estimating import estimating
 from pyro_vae.evaluation._log_evidence import standard_error
+from pyro_vae.evaluation._surgery.codes import TermAverages
 from pyro_vae.evaluation._surgery.decomposition import Surgery
-from pyro_vae.evaluation._surgery.draws import Averages
 from pyro_vae.evaluation._surgery.subsets import Estimator, check_estimator
 from pyro_vae.evaluation._surgery.surgery import elbo_surgery
 
@@ -182,7 +188,7 @@ def collapse_report(
         >>> report.verdict.split(",")[0]
         'healthy: 1 of 2 units active'
     """
-    num_particles = positive_integer("num_particles", num_particles, least=2)
+    num_particles = positive_integer("num_particles", num_particles, minimum=2)
     positive_number("threshold", threshold)
     check_estimator(estimator)
     batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
@@ -209,7 +215,7 @@ def collapse_report(
                 vectorize_particles=vectorize_particles,
                 plate_nesting=plate_nesting,
             )
-            parts.append(tuple(part.cpu() for part in Averages.part(t)))
+            parts.append(tuple(part.cpu() for part in TermAverages.part(t)))
             moments.append(_moments(t, model, batch))
             advance(len(batch[0]))
     surgery, note = _surgery_or_why_not(
@@ -223,7 +229,7 @@ def collapse_report(
         progress=progress,
         description=f"{description}: surgery",
     )
-    averages = Averages.of_parts(parts)
+    averages = TermAverages.of_parts(parts)
     rate = averages.rate.mean().item()
     rows = []
     for site in moments[0]:
@@ -254,7 +260,9 @@ def _moments(t: Terms, model: Program, batch: Batch) -> dict[str, Tensor]:
     for name, draws in t.samples.items():
         draws = draws.double().flatten(2) if draws.dim() > 2 else draws.double().unsqueeze(2)
         site = sites[name]
-        of_prior = (arranged(v, site, None)[0].reshape(draws.shape[1:]) for v in _prior(site))
+        of_prior = (
+            to_particle_layout(v, site, None)[0].reshape(draws.shape[1:]) for v in _prior(site)
+        )
         found[name] = torch.stack([draws.mean(0), draws.var(0), *of_prior])
     return found
 

@@ -58,7 +58,7 @@ def estimating(
         first = batches.first()
         known = set(store["params"])
         trace = check_pair(model, drawn_from, first, batches, weighs=weighs)
-        if fresh := sorted(programs.bare_parameter_names() - known):
+        if fresh := sorted(programs.free_param_names() - known):
             warnings.warn(
                 f"{who} found no value of pyro.param {fresh[0]!r} and takes its initial one: this "
                 "pair was not fitted, nor do its programs wrap ones that were",

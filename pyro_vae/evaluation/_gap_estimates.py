@@ -57,7 +57,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightSummary:
     """Of log-weights w of one guide: log mean w and mean log w, and how their errors covary."""
 
     log_evidence: Tensor
@@ -73,7 +73,7 @@ class Weights:
         return [getattr(self, field.name) for field in fields(self)]
 
     @classmethod
-    def of(cls, draw: Callable[[], Tensor], num_particles: int) -> Weights:
+    def of(cls, draw: Callable[[], Tensor], num_particles: int) -> WeightSummary:
         """Draw as many log-weights (K, B) as are wanted, and summarise them."""
         chunks, count = [], 0
         while count < num_particles:
@@ -97,7 +97,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class GapParts:
+class GapEstimates:
     """What :class:`InferenceGaps` says of each datum, and where ascents have failed."""
 
     log_evidence: Estimate
@@ -110,9 +110,9 @@ class GapParts:
     failed: Tensor
 
 
-def gap_parts(
-    amortized: Weights, best: Weights, given: tuple[Tensor, Tensor, Tensor] | None
-) -> GapParts:
+def estimate_gaps(
+    amortized: WeightSummary, best: WeightSummary, given: tuple[Tensor, Tensor, Tensor] | None
+) -> GapEstimates:
     """Return all quantities, with their Monte Carlo errors.
 
     Where the best member is clearly worse than the guide, its ascent has failed, and the guide
@@ -136,7 +136,7 @@ def gap_parts(
     if given is not None:
         estimates.append((given[0], given[1].square(), given[2]))
     values, variances, khats = map(torch.stack, zip(*estimates, strict=True))
-    sources = surest(values, variances, khats)
+    sources = select_estimator(values, variances, khats)
     log_evidence, evidence_variance, khat_of_it = (
         each.gather(0, sources.unsqueeze(0))[0] for each in (values, variances, khats)
     )
@@ -153,10 +153,10 @@ def gap_parts(
         "amortization_gap": (best_elbo - amortized.elbo, of_amortization),
     }
     estimates = {name: Estimate(value, v.clamp(min=0).sqrt()) for name, (value, v) in found.items()}
-    return GapParts(**estimates, failed=failed, sources=sources, khat=khat_of_it)
+    return GapEstimates(**estimates, failed=failed, sources=sources, khat=khat_of_it)
 
 
-def surest(values: Tensor, variances: Tensor, khats: Tensor) -> Tensor:
+def select_estimator(values: Tensor, variances: Tensor, khats: Tensor) -> Tensor:
     """Choose among S estimates of log p(x) of each datum.
 
     The one of least error at most data: not datum by datum, where an error that is too small comes

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import PairTrace, Program
-from pyro_vae._utils.arguments import positive_integer
+from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.modules import modules, remember_unnamed
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
@@ -172,7 +172,7 @@ def gradient_noise(
         >>> bool(ratios[first, "guide"] > 5 * ratios[second, "guide"])  # the noise of scores
         True
     """
-    repeats = positive_integer("repeats", repeats, least=2)  # one has no variance
+    repeats = positive_integer("repeats", repeats, minimum=2)  # one has no variance
     programs.require_programs(model, guide)
     programs.require_trainable_tensors(model, guide)
     named = _named(objectives)

@@ -16,7 +16,7 @@ from pyro_vae._capture import Capture, Captured, check_capture
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
-from pyro_vae._utils.arguments import positive_integer
+from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
@@ -26,8 +26,8 @@ from pyro_vae.evaluation._gap_estimates import (
     QUANTITIES,
     SOURCES,
     Estimate,
-    Weights,
-    gap_parts,
+    WeightSummary,
+    estimate_gaps,
 )
 from pyro_vae.evaluation._log_evidence import Evidence, khat_share
 from pyro_vae.evaluation._stopping import Stopped, Unfinished, check_resume
@@ -182,7 +182,7 @@ def inference_gaps(
         >>> gaps.approximation_gap.mean < 0.01 < gaps.amortization_gap.mean
         True
     """
-    num_particles = positive_integer("num_particles", num_particles, least=2)
+    num_particles = positive_integer("num_particles", num_particles, minimum=2)
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)
     ascent = Ascent() if ascent is None else ascent
@@ -263,7 +263,7 @@ def inference_gaps(
                     start = guide.parameters_of(*batch)
                     end = ascent(partial(checked, step), start)
                     drawn = [
-                        Weights.of(lambda p=p: checked(draw, p)[0], num_particles)
+                        WeightSummary.of(lambda p=p: checked(draw, p)[0], num_particles)
                         for p in (start, end.parameters)
                     ]
                 advance(0, f"{end.steps} steps")
@@ -316,7 +316,7 @@ def _gaps(
     count = len(of_draws) // 2
     if given is not None:
         given = tuple(column[: len(starts)] for column in given)
-    parts = gap_parts(Weights(*of_draws[:count]), Weights(*of_draws[count:]), given)
+    parts = estimate_gaps(WeightSummary(*of_draws[:count]), WeightSummary(*of_draws[count:]), given)
     return InferenceGaps(
         **{name: getattr(parts, name) for name in (*QUANTITIES, "sources", "khat", "failed")},
         parameters=torch.where(parts.failed.unsqueeze(1), starts, ends),

@@ -9,7 +9,7 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.predictions import drawn_observations, mean_or_draw, means
 from pyro_vae._programs.runs import trace_of
-from pyro_vae._programs.sites import Site, Unobserve, arranged
+from pyro_vae._programs.sites import Site, Unobserve, to_particle_layout
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import as_tensor
@@ -150,7 +150,7 @@ def _gathered(
 ) -> Tensor | dict[str, Tensor]:
     """Return the means of sites by name, or in the layout of x."""
     if by_site:
-        return {site["name"]: arranged(mean, site, None)[0].cpu() for site, mean in found}
+        return {site["name"]: to_particle_layout(mean, site, None)[0].cpu() for site, mean in found}
     layout = Layout(x)
     for site, mean in found:
         observed = site["infer"]["obs"]

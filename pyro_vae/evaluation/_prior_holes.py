@@ -14,10 +14,10 @@ from torch import Tensor
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.runs import trace_of
-from pyro_vae._programs.sites import Unobserve, arranged, data_frame, random_sites
+from pyro_vae._programs.sites import Unobserve, data_frame, random_sites, to_particle_layout
 from pyro_vae._programs.terms import terms
-from pyro_vae._utils.arguments import positive_integer, real_number
-from pyro_vae._utils.interrupts import interrupts_at_ends
+from pyro_vae._utils.checks import positive_integer, real_number
+from pyro_vae._utils.interrupts import defer_keyboard_interrupt
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation._estimating import estimating
@@ -145,7 +145,7 @@ def prior_holes(
     batch_size = positive_integer("batch_size", batch_size)
     batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
     with (
-        interrupts_at_ends() as interrupted,
+        defer_keyboard_interrupt() as interrupted,
         estimating(
             "prior_holes",
             model,
@@ -224,7 +224,9 @@ def _dream(
     """Return latents drawn by the model, their log p(z) (B,), and the means of x, if it has any."""
     trace = trace_of(Unobserve()(model), *batch)
     sites = {site["name"]: site for site in random_sites(trace)}
-    latents = {name: arranged(sites[name]["value"], sites[name], None)[0] for name in names}
+    latents = {
+        name: to_particle_layout(sites[name]["value"], sites[name], None)[0] for name in names
+    }
     for name, site in sites.items():
         if site["infer"].get("was_observed") or data_frame(site) is None:
             trace.remove_node(name)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.runs import trace_of
-from pyro_vae._programs.sites import Unobserve, arranged, data_frame, random_sites
+from pyro_vae._programs.sites import Unobserve, data_frame, random_sites, to_particle_layout
 from pyro_vae.datasets._minibatches import Batch
 
 
@@ -33,7 +33,7 @@ def simulate(model: Program, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
     for site in random_sites(trace):
         if not site["infer"].get("was_observed", False):
             if data_frame(site) is not None:
-                latents[site["name"]] = arranged(site["value"], site, None)
+                latents[site["name"]] = to_particle_layout(site["value"], site, None)
             continue
         if isinstance(site["fn"], Unit):
             raise ValueError(  # noqa: TRY004 - of the model, not of an argument

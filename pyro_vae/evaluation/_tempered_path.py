@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae._programs.latent_sites import inside, latent_sites, surroundings
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._programs.sites import arranged, is_discrete
+from pyro_vae._programs.sites import is_discrete, to_particle_layout
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae.evaluation._delta_sites import point, prior_sites
 from pyro_vae.evaluation._scoring import log_prob_given
@@ -103,7 +103,9 @@ class TemperedPath:
             return self.rows_of(self._terms(self._guide, batch, num_chains).samples)
         particle_dim = None if num_chains == 1 else -1 - self._nesting
         sites = prior_sites(self._model, batch, num_chains, self._nesting)
-        return self.rows_of({n: arranged(s["value"], s, particle_dim) for n, s in sites.items()})
+        return self.rows_of(
+            {n: to_particle_layout(s["value"], s, particle_dim) for n, s in sites.items()}
+        )
 
     def rows_of(self, values: dict[str, Tensor]) -> Tensor:
         """Lay out latents, each ``(C, B, *inner plates, *event)``, as rows ``(C, B, D)``.

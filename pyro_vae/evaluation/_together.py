@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._utils import distributed as processes
-from pyro_vae._utils.interrupts import interrupts_at_ends
+from pyro_vae._utils.interrupts import defer_keyboard_interrupt
 
 
 class _Status(IntEnum):
@@ -41,7 +41,7 @@ class Together:
         self.rank, self.num_processes = processes.rank(), processes.num_processes()
         self._expected = self.num_processes > 1  # at an exchange still to come
         self._stopping = False
-        self._held = interrupts_at_ends()
+        self._held = defer_keyboard_interrupt()
         self._interrupted: Callable[[], bool] = lambda: False
 
     def __enter__(self) -> Together:

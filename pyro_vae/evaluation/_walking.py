@@ -157,7 +157,7 @@ def walk(
         shares, stopped = _gathered(together, share, met, steps, last)
     else:
         shares = [share]
-    parts = [*done, *processes.in_turn(shares)]
+    parts = [*done, *processes.interleave(shares)]
     if stopped and not parts:
         raise KeyboardInterrupt
     return parts, stopped

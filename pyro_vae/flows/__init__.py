@@ -1,7 +1,7 @@
 """Normalizing flows: layers whose parameters, or whose context, come from an encoder."""
 
 from pyro_vae.flows._autoregressive import InverseAutoregressive, MaskedAutoregressive
-from pyro_vae.flows._base import Flow, FlowTransform, without_repetitions
+from pyro_vae.flows._base import Flow, FlowTransform, collapse_expanded_dims
 from pyro_vae.flows._composition import Composition
 from pyro_vae.flows._coupling import AffineCoupling
 from pyro_vae.flows._householder import Householder
@@ -22,5 +22,5 @@ __all__ = [
     "Planar",
     "Radial",
     "Sylvester",
-    "without_repetitions",
+    "collapse_expanded_dims",
 ]

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.flows._base import Flow
 from pyro_vae.flows._conditioning import Autoregressive
 from pyro_vae.flows._elementwise import Affine
 from pyro_vae.flows._networks import AutoregressiveNetwork
 
 
-@recorded
+@records_init_args
 class InverseAutoregressive(Flow):
     r"""Inverse autoregressive flow (Kingma et al. 2016, eq. 10), given a context.
 
@@ -48,7 +48,7 @@ class InverseAutoregressive(Flow):
         return Autoregressive(self._functions, network)
 
 
-@recorded
+@records_init_args
 class MaskedAutoregressive(InverseAutoregressive):
     r"""Masked autoregressive flow (Papamakarios et al. 2017, eq. 3-4), given a context.
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
 
-from pyro_vae._utils.inputs import require_floats
-from pyro_vae._utils.signatures import checked
+from pyro_vae._utils.checks import checked, require_floats
 
 
 class Flow(nn.Module):
@@ -93,7 +92,7 @@ class FlowTransform(Transform):
 
     def _inverse(self, y: Tensor) -> Tensor:
         self._log_det = None
-        x = self.unmap(without_repetitions(self._checked("y", y)))
+        x = self.unmap(collapse_expanded_dims(self._checked("y", y)))
         return x.expand(torch.broadcast_shapes(x.shape, y.shape))
 
     def _checked(self, name: str, value: Tensor) -> Tensor:
@@ -103,12 +102,12 @@ class FlowTransform(Transform):
         """Return log|det df/dx| at x."""
         known = self._cached_x_y[0] is x and self._cached_x_y[1] is y
         if not known or self._log_det is None:
-            log_det = self.map(without_repetitions(x))[1]
+            log_det = self.map(collapse_expanded_dims(x))[1]
             return log_det.expand(torch.broadcast_shapes(log_det.shape, x.shape[:-1]))
         return self._log_det
 
 
-def without_repetitions(values: Tensor, event_dim: int = 1) -> Tensor:
+def collapse_expanded_dims(values: Tensor, event_dim: int = 1) -> Tensor:
     """Leave values out that are mere repetitions, made by expanding a batch dimension.
 
     So one z that is scored under many x is inverted once, where the flow does not depend on x.

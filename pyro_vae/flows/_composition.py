@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.distributions.transforms import ComposeTransform
 
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.flows._base import Flow
 from pyro_vae.flows._coupling import AffineCoupling
 
 
-@recorded
+@records_init_args
 class Composition(nn.Module):
     r"""The bijection :math:`f_L \circ \dots \circ f_1` of R^D, its numbers free parameters.
 

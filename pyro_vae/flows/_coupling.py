@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.flows._base import Flow
 from pyro_vae.flows._conditioning import Coupling
 from pyro_vae.flows._elementwise import Affine
 from pyro_vae.flows._networks import CouplingNetwork
 
 
-@recorded
+@records_init_args
 class AffineCoupling(Flow):
     r"""Affine coupling (Dinh et al. 2017, eq. 4-8), given a context.
 

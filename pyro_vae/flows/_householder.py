@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.flows._base import Flow, FlowTransform
 
 
-@recorded
+@records_init_args
 class Householder(Flow):
     r"""A reflection (Tomczak & Welling 2016, eq. 7): D parameters v.
 

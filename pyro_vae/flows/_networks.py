@@ -8,7 +8,7 @@ import torch
 from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
-from pyro_vae._utils.inputs import require_same_type
+from pyro_vae._utils.checks import require_same_type
 from pyro_vae.nets import MLP
 
 
@@ -26,7 +26,7 @@ class AutoregressiveNetwork(nn.Module):
 
     def __init__(self, dim: int, context: int, hidden: Sequence[int], num_parameters: int):
         super().__init__()
-        _check(context, hidden, least=dim)
+        _check(context, hidden, minimum=dim)
         self.network = ConditionalAutoRegressiveNN(
             dim, context, list(hidden), [num_parameters], torch.arange(dim), nonlinearity=nn.Tanh()
         )
@@ -53,7 +53,7 @@ class CouplingNetwork(nn.Module):
         self, inputs: int, outputs: int, context: int, hidden: Sequence[int], num_parameters: int
     ):
         super().__init__()
-        _check(context, hidden, least=1)
+        _check(context, hidden, minimum=1)
         self._shape = (outputs, num_parameters)
         self.network = MLP(inputs + context, hidden, outputs * num_parameters)
         first, *_, last = (m for m in self.network.modules() if isinstance(m, nn.Linear))
@@ -68,11 +68,11 @@ class CouplingNetwork(nn.Module):
         return self.network(torch.cat(_broadcast(x, context), -1)).unflatten(-1, self._shape)
 
 
-def _check(context: int, hidden: Sequence[int], least: int) -> None:
+def _check(context: int, hidden: Sequence[int], minimum: int) -> None:
     if context < 0:
         raise ValueError(f"context must not be negative, got {context}")
-    if not hidden or min(hidden) < least:
-        raise ValueError(f"hidden must hold widths of at least {least}, got {list(hidden)}")
+    if not hidden or min(hidden) < minimum:
+        raise ValueError(f"hidden must hold widths of at least {minimum}, got {list(hidden)}")
 
 
 def _broadcast(x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.roots import increasing_root
+from pyro_vae._utils.init_args import records_init_args
+from pyro_vae._utils.numerics import increasing_root
 from pyro_vae.flows._base import Flow, FlowTransform
 
 _LEAST_SLOPE = 1e-3
 
 
-@recorded
+@records_init_args
 class Planar(Flow):
     r"""A planar flow (Rezende & Mohamed 2015, eq. 10-12): D+D+1 parameters u, w, b.
 

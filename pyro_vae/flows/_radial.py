@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.flows._base import Flow, FlowTransform
 
 
-@recorded
+@records_init_args
 class Radial(Flow):
     r"""A radial flow (Rezende & Mohamed 2015, eq. 14): D+2 parameters, a centre c, alpha and beta.
 

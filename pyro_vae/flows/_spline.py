@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.flows._base import Flow
 from pyro_vae.flows._conditioning import Autoregressive, Coupling
 from pyro_vae.flows._elementwise import RationalQuadratic
 from pyro_vae.flows._networks import AutoregressiveNetwork, CouplingNetwork
 
 
-@recorded
+@records_init_args
 class NeuralSpline(Flow):
     r"""Neural spline flow (Durkan et al. 2019), given a context.
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.implicit import implicit
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.inputs import require_same_type
-from pyro_vae._utils.roots import increasing_root
+from pyro_vae._utils.checks import require_same_type
+from pyro_vae._utils.init_args import records_init_args
+from pyro_vae._utils.numerics import implicit, increasing_root
 from pyro_vae.flows._base import Flow, FlowTransform
 from pyro_vae.flows._householder import reflect
 
 _KINDS = ("orthogonal", "householder", "triangular")
 
 
-@recorded
+@records_init_args
 class Sylvester(Flow):
     r"""A Sylvester flow (van den Berg et al. 2018, eq. 13, 8): M planar directions in one layer.
 

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from pyro_vae import flows
 from pyro_vae._programs.latent_sites import LatentSite, latent_sites, surroundings
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.guides import _families as families
 from pyro_vae.guides._encoding import features_of
 from pyro_vae.guides._families import Family
-from pyro_vae.guides._lazy_modules import Later
-from pyro_vae.guides._model_ref import Unowned
+from pyro_vae.guides._lazy_modules import LazyModules
+from pyro_vae.guides._model_ref import ModelRef
 from pyro_vae.guides._posterior import Posterior
 
 
-@recorded
+@records_init_args
 class AmortizedGuide(PyroModule):
     r"""q(z|x) of any family, for the latents of any model.
 
@@ -65,10 +65,10 @@ class AmortizedGuide(PyroModule):
         joint: bool = True,
     ):
         super().__init__()
-        self._model = Unowned(model)
+        self._model = ModelRef(model)
         self._family, self._joint = family, joint
         self.encoder = encoder
-        self.built = Later()  # the head and the posterior, made at the first call
+        self.built = LazyModules()  # the head and the posterior, made at the first call
 
     def forward(self, x: Tensor, *covariates: Any) -> dict[str, Tensor]:
         """Sample the latents of the data plate given x."""
@@ -104,7 +104,7 @@ class AmortizedGuide(PyroModule):
         return posterior(parameters, plates, masks)
 
 
-@recorded
+@records_init_args
 class AmortizedNormal(AmortizedGuide):
     r"""Diagonal Gaussians (Kingma & Welling 2014, eq. 9).
 
@@ -135,7 +135,7 @@ class AmortizedNormal(AmortizedGuide):
         super().__init__(model, encoder, families.Normal)
 
 
-@recorded
+@records_init_args
 class AmortizedDelta(AmortizedGuide):
     r"""A point for each datum: an autoencoder, or a most probable z.
 
@@ -158,7 +158,7 @@ class AmortizedDelta(AmortizedGuide):
         super().__init__(model, encoder, family)
 
 
-@recorded
+@records_init_args
 class AmortizedMultivariateNormal(AmortizedGuide):
     r"""Gaussians of full covariance :math:`L(x) L(x)^\top`, over all latents.
 
@@ -172,7 +172,7 @@ class AmortizedMultivariateNormal(AmortizedGuide):
         super().__init__(model, encoder, families.MultivariateNormal, joint)
 
 
-@recorded
+@records_init_args
 class AmortizedLowRankNormal(AmortizedGuide):
     r"""Gaussians of covariance :math:`W(x) W(x)^\top + \mathrm{diag}\,\sigma^2(x)`.
 
@@ -190,13 +190,13 @@ class AmortizedLowRankNormal(AmortizedGuide):
         super().__init__(model, encoder, family, joint)
 
 
-@recorded
+@records_init_args
 class AmortizedMixture(AmortizedGuide):
     r"""Mixtures of diagonal Gaussians, with gradients to the weights.
 
     .. math:: q(z|x) = T_\# \sum_k \pi_k(x) \, \mathcal{N}(\mu_k(x), \mathrm{diag}\,\sigma_k^2(x))
 
-    See :class:`pyro_vae.distributions.MixtureOfNormals`.
+    See :class:`pyro_vae.distributions.MixtureOfDiagNormals`.
 
     Args:
         model: program of p(x, z).
@@ -212,7 +212,7 @@ class AmortizedMixture(AmortizedGuide):
         super().__init__(model, encoder, family, joint)
 
 
-@recorded
+@records_init_args
 class AmortizedFlow(AmortizedGuide):
     r"""A Gaussian pushed through a normalizing flow (Rezende & Mohamed 2015, eq. 7).
 

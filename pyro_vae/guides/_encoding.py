@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_vae._utils.inputs import require_batch
+from pyro_vae._utils.checks import require_batch
 
 
 def features_of(encoder: Callable[..., Tensor], x: Tensor, *covariates: Any) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.scales import positive
-from pyro_vae.distributions._mixtures import MixtureOfNormals
+from pyro_vae._utils.init_args import records_init_args
+from pyro_vae._utils.numerics import softplus_scale
+from pyro_vae.distributions._mixtures import MixtureOfDiagNormals
 from pyro_vae.flows import Flow
 
 
@@ -48,7 +48,7 @@ class Family(nn.Module):
         """Return the distribution of these parameters."""
 
 
-@recorded
+@records_init_args
 class Normal(Family):
     r"""Diagonal Gaussians: :math:`\mu`, and :math:`\sigma` by a softplus."""
 
@@ -61,10 +61,10 @@ class Normal(Family):
     def forward(self, parameters: Sequence[Tensor]) -> TorchDistributionMixin:
         """Return independent Gaussians."""
         loc, raw_scale = parameters
-        return dist.Normal(loc, positive(raw_scale))
+        return dist.Normal(loc, softplus_scale(raw_scale))
 
 
-@recorded
+@records_init_args
 class Delta(Family):
     """Points, with a log-density that is a constant.
 
@@ -89,7 +89,7 @@ class Delta(Family):
         return dist.Delta(point, torch.full_like(point, self._log_density))
 
 
-@recorded
+@records_init_args
 class MultivariateNormal(Family):
     r"""Gaussians of any covariance :math:`LL^\top`, L lower triangular (Cholesky)."""
 
@@ -102,7 +102,7 @@ class MultivariateNormal(Family):
         """Return a Gaussian."""
         loc, diagonal, below = parameters.split(self._sizes, -1)
         rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=loc.device)
-        triangle = torch.diag_embed(positive(diagonal))
+        triangle = torch.diag_embed(softplus_scale(diagonal))
         place = (rows * self.dim + columns).expand(below.shape)
         # The rows of a fresh guide have next to no correlations, however many dimensions.
         below = below / math.sqrt(self.dim)
@@ -110,7 +110,7 @@ class MultivariateNormal(Family):
         return dist.MultivariateNormal(loc, scale_tril=triangle)
 
 
-@recorded
+@records_init_args
 class LowRankNormal(Family):
     r"""Gaussians of covariance :math:`WW^\top + \mathrm{diag}(\sigma^2)`, W of some rank.
 
@@ -134,7 +134,7 @@ class LowRankNormal(Family):
         """Return a Gaussian."""
         loc, diagonal, factor = parameters.split(self._sizes, -1)
         factor = factor.unflatten(-1, (self.dim, self._rank)) / math.sqrt(self._rank)
-        return _LowRankNormal(loc, factor, positive(diagonal).square())
+        return _LowRankNormal(loc, factor, softplus_scale(diagonal).square())
 
 
 class _LowRankNormal(dist.LowRankMultivariateNormal):
@@ -155,9 +155,9 @@ class _LowRankNormal(dist.LowRankMultivariateNormal):
         return -0.5 * (square + dim * math.log(2 * math.pi)) - half_log_det
 
 
-@recorded
+@records_init_args
 class Mixture(Family):
-    """Mixtures of diagonal Gaussians, see :class:`pyro_vae.distributions.MixtureOfNormals`.
+    """Mixtures of diagonal Gaussians, see :class:`pyro_vae.distributions.MixtureOfDiagNormals`.
 
     Free offsets, the same for every datum, set the components apart from the beginning.
 
@@ -181,10 +181,12 @@ class Mixture(Family):
         """Return a mixture."""
         parameters = parameters.unflatten(-1, (self._components, -1))
         logits, loc, raw_scale = parameters.split([1, self.dim, self.dim], -1)
-        return MixtureOfNormals(logits.squeeze(-1), loc + self.offsets, positive(raw_scale))
+        return MixtureOfDiagNormals(
+            logits.squeeze(-1), loc + self.offsets, softplus_scale(raw_scale)
+        )
 
 
-@recorded
+@records_init_args
 class Transformed(Family):
     r"""Diagonal Gaussians pushed through layers of a flow (Rezende & Mohamed 2015, eq. 7).
 
@@ -227,5 +229,5 @@ class Transformed(Family):
             layer(numbers)
             for layer, numbers in zip(self.layers, rest.split(self._sizes, -1), strict=True)
         ]
-        base = dist.Normal(loc, positive(raw_scale)).to_event(1)
+        base = dist.Normal(loc, softplus_scale(raw_scale)).to_event(1)
         return dist.TransformedDistribution(base, transforms)

@@ -10,17 +10,17 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae._programs.latent_sites import LatentSite, latent_sites, surroundings
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.guides import _families as families
 from pyro_vae.guides._encoding import features_of
 from pyro_vae.guides._families import Family
-from pyro_vae.guides._lazy_modules import Later
-from pyro_vae.guides._model_ref import Unowned
+from pyro_vae.guides._lazy_modules import LazyModules
+from pyro_vae.guides._model_ref import ModelRef
 from pyro_vae.guides._posterior import Posterior
 from pyro_vae.nets import MLP
 
 
-@recorded
+@records_init_args
 class HierarchicalGuide(PyroModule):
     r"""One latent after another, each given x and those before it.
 
@@ -57,11 +57,13 @@ class HierarchicalGuide(PyroModule):
         super().__init__()
         if history is not None and history < 0:
             raise ValueError(f"history must be 0 or more, or None, got {history}")
-        self._model = Unowned(model)
+        self._model = ModelRef(model)
         self._family, self._order, self._hidden = family, order, tuple(hidden)
         self._history = history
         self.encoder = encoder
-        self.built = Later()  # a network and a posterior for each site, made at the first call
+        self.built = (
+            LazyModules()
+        )  # a network and a posterior for each site, made at the first call
         self._sites: tuple[LatentSite, ...] = ()
 
     def forward(self, x: Tensor, *covariates: Any) -> dict[str, Tensor]:

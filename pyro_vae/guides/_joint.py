@@ -81,7 +81,7 @@ class JointDraw:
             event_dim = len(site.event_shape)
             if not all(drawn):
                 on_support = event_dim - bijection.domain.event_dim + bijection.codomain.event_dim
-                value = flows.without_repetitions(value, on_support)
+                value = flows.collapse_expanded_dims(value, on_support)
             unconstrained = bijection.inv(value)
             rows.append(site.to_rows(unconstrained, self.batch_size, event_dim))
             change = bijection.log_abs_det_jacobian(unconstrained, value)
@@ -98,7 +98,7 @@ class JointDraw:
 
 def _concatenate(rows: list[Tensor]) -> Tensor:
     whole = torch.broadcast_shapes(*(each.shape[:-1] for each in rows))
-    rows = [flows.without_repetitions(each) for each in rows]  # they may be one for all data
+    rows = [flows.collapse_expanded_dims(each) for each in rows]  # they may be one for all data
     batch = torch.broadcast_shapes(*(each.shape[:-1] for each in rows))
     return torch.cat([each.expand(*batch, -1) for each in rows], -1).expand(*whole, -1)
 

@@ -11,7 +11,7 @@ from pyro_vae._programs.latent_sites import LatentSite
 from pyro_vae._utils.random import separate_draws
 
 
-class Later(nn.ModuleDict):
+class LazyModules(nn.ModuleDict):
     """Modules that a guide makes at its first call, when it has seen the model and an x.
 
     Values that are loaded before wait until then.
@@ -28,7 +28,7 @@ class Later(nn.ModuleDict):
         self._waiting: dict[str, Tensor] = {}
 
     @property
-    def waits(self) -> bool:
+    def has_pending_state(self) -> bool:
         """Whether values that were loaded wait."""
         return bool(self._waiting)
 

@@ -10,10 +10,10 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae._programs.latent_sites import LatentSite, latent_sites, surroundings
-from pyro_vae._utils.inputs import require_batch
+from pyro_vae._utils.checks import require_batch
 from pyro_vae.guides import _families as families
 from pyro_vae.guides._families import Family
-from pyro_vae.guides._model_ref import Unowned
+from pyro_vae.guides._model_ref import ModelRef
 from pyro_vae.guides._posterior import Posterior
 
 
@@ -64,7 +64,7 @@ class LocalGuide(PyroModule):
         joint: bool = True,
     ):
         super().__init__()
-        self._model = Unowned(model)
+        self._model = ModelRef(model)
         for number, column in enumerate((x, *covariates)):
             _check("x" if number == 0 else f"covariate {number}", column)
         rows = torch.unique(_flat(x, *covariates), dim=0)
@@ -113,7 +113,7 @@ class LocalGuide(PyroModule):
         """Make a guide for data that its buffers are to be loaded with."""
         guide = cls.__new__(cls)
         PyroModule.__init__(guide)
-        guide._model = Unowned(model)
+        guide._model = ModelRef(model)
         guide._build(sites, family, joint, torch.zeros(shape, dtype=torch.double), torch.empty(0))
         return guide
 

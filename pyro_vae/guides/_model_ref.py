@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class Unowned:
+class ModelRef:
     """A program that is neither a submodule nor copied with what holds it.
 
     Args:
@@ -16,6 +16,6 @@ class Unowned:
     def __init__(self, program: Callable[..., Any]):
         self.program = program
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Unowned:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelRef:
         """Hold the same program; or its copy, if both are copied at once, the program first."""
-        return Unowned(memo.get(id(self.program), self.program))
+        return ModelRef(memo.get(id(self.program), self.program))

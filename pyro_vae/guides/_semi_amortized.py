@@ -12,12 +12,12 @@ from torch import Tensor
 from pyro_vae._programs.runs import outside_of_plates, trace_of
 from pyro_vae._programs.sites import data_frame, random_sites
 from pyro_vae._programs.terms import terms
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae._utils.random import restored_generators
 from pyro_vae.guides._amortized import AmortizedGuide
 
 
-@recorded
+@records_init_args
 class SemiAmortized(PyroModule):
     r"""An amortized guide refined for each datum by gradient steps (Kim et al. 2018, algorithm 1).
 

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from pyro_vae._programs.latent_sites import LatentSite, latent_sites, surroundings
 from pyro_vae._programs.sites import DATA_PLATE
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.guides import _families as families
 from pyro_vae.guides._families import Family
-from pyro_vae.guides._lazy_modules import Later
-from pyro_vae.guides._model_ref import Unowned
+from pyro_vae.guides._lazy_modules import LazyModules
+from pyro_vae.guides._model_ref import ModelRef
 from pyro_vae.guides._posterior import Posterior
 from pyro_vae.models import SemiSupervisedModel
 from pyro_vae.models._semi_supervised import UNKNOWN, check_labels, one_hot
 
 
-@recorded
+@records_init_args
 class SemiSupervisedGuide(PyroModule):
     r""":math:`q(y|x)\, q(z|x, y)` for M2 (Kingma et al. 2014), y only where it is not known.
 
@@ -68,11 +68,11 @@ class SemiSupervisedGuide(PyroModule):
         family: Callable[[int], Family] = families.Normal,
     ):
         super().__init__()
-        self._model = Unowned(model)
+        self._model = ModelRef(model)
         self._family = family
         self.classifier = classifier
         self.encoder = encoder
-        self.built = Later()  # the head and the posterior of z, made at the first call
+        self.built = LazyModules()  # the head and the posterior of z, made at the first call
 
     def classify(self, x: Tensor) -> dist.Categorical:
         """Return q(y|x), batch shape (B,)."""

@@ -13,17 +13,17 @@ from torch.distributions.transforms import IndependentTransform
 
 from pyro_vae._programs.latent_sites import LatentSite, latent_sites, latents_of, surroundings
 from pyro_vae._programs.sites import Site, mask_of_events
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.guides import _families as families
 from pyro_vae.guides._encoding import features_of
 from pyro_vae.guides._families import Family
-from pyro_vae.guides._lazy_modules import Later
-from pyro_vae.guides._model_ref import Unowned
+from pyro_vae.guides._lazy_modules import LazyModules
+from pyro_vae.guides._model_ref import ModelRef
 from pyro_vae.guides._posterior import Posterior
 from pyro_vae.nets import MLP
 
 
-@recorded
+@records_init_args
 class SequenceGuide(PyroModule):
     r"""A structured inference network (Krishnan, Shalit & Sontag 2017), from the future backwards.
 
@@ -85,10 +85,10 @@ class SequenceGuide(PyroModule):
         super().__init__()
         if recurrent < 1:
             raise ValueError(f"recurrent must be at least 1, got {recurrent}")
-        self._model = Unowned(model)
+        self._model = ModelRef(model)
         self._family, self._recurrent, self._hidden = family, recurrent, tuple(hidden)
         self.encoder = encoder
-        self.built = Later()  # the networks and the family, made at the first call
+        self.built = LazyModules()  # the networks and the family, made at the first call
         self._site: LatentSite | None = None  # what the latents have in common
 
     def forward(self, x: Tensor, *covariates: Any) -> dict[str, Tensor]:

@@ -7,8 +7,7 @@ from abc import abstractmethod
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
-from pyro_vae._utils.inputs import ShapeError
-from pyro_vae._utils.signatures import checked
+from pyro_vae._utils.checks import ShapeError, checked
 
 
 class Likelihood(nn.Module):

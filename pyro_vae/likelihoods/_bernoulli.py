@@ -8,12 +8,12 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.distributions._casting import value_for
 from pyro_vae.likelihoods._base import Likelihood
 
 
-@recorded
+@records_init_args
 class Bernoulli(Likelihood):
     r""":math:`p(x|z) = \prod_d \mathrm{Bernoulli}(x_d; \sigma(f_d(z)))` for x in {0, 1}.
 

@@ -8,14 +8,14 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import register_kl
 
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.distributions import _continuous_bernoulli as tilted
 from pyro_vae.distributions._casting import value_for
 from pyro_vae.distributions._continuous_bernoulli import log_mass
 from pyro_vae.likelihoods._base import Likelihood
 
 
-@recorded
+@records_init_args
 class ContinuousBernoulli(Likelihood):
     r"""Continuous Bernoulli distributions for x in [0, 1] (Loaiza-Ganem & Cunningham 2019).
 

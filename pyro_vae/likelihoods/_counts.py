@@ -7,14 +7,14 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.scales import positive, softplus
+from pyro_vae._utils.init_args import records_init_args
+from pyro_vae._utils.numerics import softplus, softplus_scale
 from pyro_vae.distributions._casting import value_for
 from pyro_vae.likelihoods._base import Likelihood
 from pyro_vae.likelihoods._scales import Scale, SharedScale, as_scale
 
 
-@recorded
+@records_init_args
 class Poisson(Likelihood):
     r""":math:`p(x|z) = \prod_d \mathrm{Poisson}(x_d; \lambda_d(z))` for x in {0, 1, 2, ...}.
 
@@ -37,10 +37,10 @@ class Poisson(Likelihood):
     def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
         """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
         (raw,) = self.outputs(1, *inputs)
-        return _Poisson(positive(raw)).to_event(self.event_dim)
+        return _Poisson(softplus_scale(raw)).to_event(self.event_dim)
 
 
-@recorded
+@records_init_args
 class NegativeBinomial(Likelihood):
     r"""Negative binomial distributions of counts x, by mean and dispersion.
 
@@ -56,7 +56,7 @@ class NegativeBinomial(Likelihood):
         decoder: network from z, and any covariates, to the numbers that make the means: a
             softplus of them, zero becoming one. With :class:`ScaleFromDecoder`, then to those that
             make the dispersions.
-        dispersion: :math:`\alpha`: a positive number; or :class:`SharedScale`,
+        dispersion: :math:`\alpha`: a softplus_scale number; or :class:`SharedScale`,
             :class:`ScalePerOutput` or :class:`ScaleFromDecoder`; ``SharedScale()`` if not given.
         event_dim: how many of the rightmost dimensions of x make one datum.
 
@@ -86,7 +86,7 @@ class NegativeBinomial(Likelihood):
         """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
         raw_mean, *raw = self.outputs(1 + self.dispersion.parts, *inputs)
         dispersion = self.dispersion(raw_mean, *raw)
-        logits = positive(raw_mean).log() + dispersion.log()
+        logits = softplus_scale(raw_mean).log() + dispersion.log()
         return _NegativeBinomial(dispersion.reciprocal(), logits=logits).to_event(self.event_dim)
 
 

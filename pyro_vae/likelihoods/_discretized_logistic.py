@@ -8,14 +8,14 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_vae._utils.arguments import positive_integer
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.scales import positive
+from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.init_args import records_init_args
+from pyro_vae._utils.numerics import softplus_scale
 from pyro_vae.likelihoods._base import Likelihood
 from pyro_vae.likelihoods._levels import OnLevels
 
 
-@recorded
+@records_init_args
 class DiscretizedLogistic(Likelihood):
     r"""Logistic distributions cut into L levels (Kingma et al. 2016; Salimans et al. 2017).
 
@@ -50,7 +50,7 @@ class DiscretizedLogistic(Likelihood):
 
     def __init__(self, decoder: nn.Module, levels: int = 256, event_dim: int = 1):
         super().__init__(decoder, event_dim)
-        self.levels = positive_integer("levels", levels, least=2)
+        self.levels = positive_integer("levels", levels, minimum=2)
 
     def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
         """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
@@ -58,7 +58,7 @@ class DiscretizedLogistic(Likelihood):
         return _of_numbers(torch.zeros_like(loc), loc, raw_scale, self)
 
 
-@recorded
+@records_init_args
 class DiscretizedLogisticMixture(Likelihood):
     r"""Mixtures of discretised logistics, one for each number of x (Salimans et al. 2017).
 
@@ -90,7 +90,7 @@ class DiscretizedLogisticMixture(Likelihood):
         self, decoder: nn.Module, levels: int = 256, components: int = 5, event_dim: int = 1
     ):
         super().__init__(decoder, event_dim)
-        self.levels = positive_integer("levels", levels, least=2)
+        self.levels = positive_integer("levels", levels, minimum=2)
         self.components = positive_integer("components", components)
 
     def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
@@ -105,7 +105,9 @@ def _of_numbers(
     raw_scale: Tensor,
     likelihood: DiscretizedLogistic | DiscretizedLogisticMixture,
 ) -> TorchDistributionMixin:
-    mixture = _Logistics(logits, 0.5 * (1 + loc), 0.5 * positive(raw_scale), likelihood.levels)
+    mixture = _Logistics(
+        logits, 0.5 * (1 + loc), 0.5 * softplus_scale(raw_scale), likelihood.levels
+    )
     return mixture.to_event(likelihood.event_dim)
 
 

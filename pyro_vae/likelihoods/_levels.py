@@ -9,9 +9,8 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution, TorchDistributionMixin
 from torch import Tensor, nn
 
-from pyro_vae._utils.arguments import positive_integer
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.inputs import require_tensor
+from pyro_vae._utils.checks import positive_integer, require_tensor
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.likelihoods._base import Likelihood
 
 
@@ -34,7 +33,7 @@ class Levels(constraints.Constraint):
     event_dim = 0
 
     def __init__(self, levels: int):
-        self.levels = positive_integer("levels", levels, least=2)
+        self.levels = positive_integer("levels", levels, minimum=2)
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
@@ -94,7 +93,7 @@ class OnLevels(TorchDistribution):
             return self.sample_level(torch.Size(sample_shape)) / (self.levels - 1)
 
 
-@recorded
+@records_init_args
 class Categorical(Likelihood):
     r""":math:`p(x|z) = \prod_d \mathrm{softmax}(f_d(z))_{x_d}` over L levels of each number.
 
@@ -121,7 +120,7 @@ class Categorical(Likelihood):
 
     def __init__(self, decoder: nn.Module, levels: int, event_dim: int = 1):
         super().__init__(decoder, event_dim)
-        self.levels = positive_integer("levels", levels, least=2)
+        self.levels = positive_integer("levels", levels, minimum=2)
 
     def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
         """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""

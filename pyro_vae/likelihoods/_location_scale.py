@@ -9,8 +9,8 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution, TorchDistributionMixin
 from torch import Tensor, nn
 
-from pyro_vae._utils.arguments import positive_number
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.checks import positive_number
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.distributions import _casting as real
 from pyro_vae.likelihoods._base import Likelihood
 from pyro_vae.likelihoods._scales import OptimalScale, Scale, SharedScale, as_scale
@@ -86,7 +86,7 @@ class _WithOptimalScale(LocationScale):
         """Return the scale that is best for a mean deviation."""
 
 
-@recorded
+@records_init_args
 class Normal(_WithOptimalScale):
     r""":math:`p(x|z) = \prod_d \mathcal{N}(x_d; f_d(z), \sigma_d^2)` for real x.
 
@@ -124,7 +124,7 @@ class Normal(_WithOptimalScale):
         return deviation.sqrt()
 
 
-@recorded
+@records_init_args
 class Laplace(_WithOptimalScale):
     r""":math:`p(x|z) = \prod_d \frac1{2 b_d} e^{-|x_d - f_d(z)| / b_d}` for real x.
 
@@ -155,7 +155,7 @@ class Laplace(_WithOptimalScale):
         return deviation
 
 
-@recorded
+@records_init_args
 class StudentT(LocationScale):
     r""":math:`p(x|z) = \prod_d t_\nu(x_d; f_d(z), \sigma_d)` for real x (Takahashi et al. 2018).
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.arguments import positive_number
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.scales import LEAST, positive, raw_of
+from pyro_vae._utils.checks import positive_number
+from pyro_vae._utils.init_args import records_init_args
+from pyro_vae._utils.numerics import MIN_SCALE, inverse_softplus_scale, softplus_scale
 
 
 class Scale(nn.Module):
@@ -32,7 +32,7 @@ class Scale(nn.Module):
         """
 
 
-@recorded
+@records_init_args
 class FixedScale(Scale):
     """One number, not learned; a number given as a scale becomes this.
 
@@ -58,7 +58,7 @@ class FixedScale(Scale):
         return f"{self.value:g}"
 
 
-@recorded
+@records_init_args
 class SharedScale(Scale):
     r"""One learned number for all outputs.
 
@@ -78,10 +78,10 @@ class SharedScale(Scale):
 
     def forward(self, outputs: Tensor, *raw: Tensor) -> Tensor:
         """Return the scale, shape ()."""
-        return positive(self.raw)
+        return softplus_scale(self.raw)
 
 
-@recorded
+@records_init_args
 class ScalePerOutput(Scale):
     """A learned number for each output, or for each of several groups of them.
 
@@ -112,10 +112,10 @@ class ScalePerOutput(Scale):
                 f"ScalePerOutput has scales of shape {tuple(shape)}, but the decoder gives outputs "
                 f"of shape {tuple(outputs.shape)}: pass the shape of x"
             )
-        return positive(self.raw)
+        return softplus_scale(self.raw)
 
 
-@recorded
+@records_init_args
 class ScaleFromDecoder(Scale):
     """A number for each output and datum: the decoder gives twice as many numbers as x has.
 
@@ -128,10 +128,10 @@ class ScaleFromDecoder(Scale):
 
     def forward(self, outputs: Tensor, *raw: Tensor) -> Tensor:
         """Return the scales, of the shape of x."""
-        return positive(raw[0])
+        return softplus_scale(raw[0])
 
 
-@recorded
+@records_init_args
 class OptimalScale(nn.Module):
     r"""The best scale for each minibatch, in closed form (Rybkin, Daniilidis & Levine 2021).
 
@@ -185,7 +185,7 @@ class OptimalScale(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the settings."""
-        return f"momentum={self.momentum:g}, least={self.least:g}"
+        return f"momentum={self.momentum:g}, minimum={self.least:g}"
 
 
 def as_scale(name: str, value: Any) -> Scale:
@@ -206,7 +206,7 @@ def as_scale(name: str, value: Any) -> Scale:
 
 
 def _raw_of(value: float) -> float:
-    """Return the number that ``positive`` maps to an initial scale."""
-    if positive_number("initial", value) <= LEAST:
-        raise ValueError(f"initial must be above {LEAST:g}, got {value}")
-    return raw_of(value)
+    """Return the number that ``softplus_scale`` maps to an initial scale."""
+    if positive_number("initial", value) <= MIN_SCALE:
+        raise ValueError(f"initial must be above {MIN_SCALE:g}, got {value}")
+    return inverse_softplus_scale(value)

@@ -10,11 +10,11 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vae._programs.sites import DATA_PLATE
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.inputs import require_batch
+from pyro_vae._utils.checks import require_batch
+from pyro_vae._utils.init_args import records_init_args
 
 
-@recorded
+@records_init_args
 class ConditionalModel(PyroModule):
     r""":math:`p(x, z|y) = \prod_n p(z_n)\, p(x_n|z_n, y_n)`, a conditional VAE (Sohn et al. 2015).
 

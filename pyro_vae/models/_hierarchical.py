@@ -10,11 +10,11 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae._programs.sites import DATA_PLATE
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.inputs import require_batch
+from pyro_vae._utils.checks import require_batch
+from pyro_vae._utils.init_args import records_init_args
 
 
-@recorded
+@records_init_args
 class HierarchicalModel(PyroModule):
     r"""L layers of latents (Rezende et al. 2014; Sønderby et al. 2016, eq. 1-3).
 

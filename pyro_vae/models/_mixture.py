@@ -12,11 +12,11 @@ from torch import Tensor
 
 from pyro_vae import priors
 from pyro_vae._programs.sites import DATA_PLATE
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.inputs import require_batch
+from pyro_vae._utils.checks import require_batch
+from pyro_vae._utils.init_args import records_init_args
 
 
-@recorded
+@records_init_args
 class MixtureModel(PyroModule):
     r"""The Gaussian-mixture VAE (Dilokthanakul et al. 2016; Jiang et al. 2017).
 

@@ -13,13 +13,13 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae._programs.sites import DATA_PLATE
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.inputs import require_batch
+from pyro_vae._utils.checks import require_batch
+from pyro_vae._utils.init_args import records_init_args
 
 UNKNOWN = -1  # the label of a datum that has none
 
 
-@recorded
+@records_init_args
 class SemiSupervisedModel(PyroModule):
     r"""M2 of Kingma et al. (2014): the class is a latent where it is not known.
 

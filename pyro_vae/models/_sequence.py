@@ -13,11 +13,11 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vae._programs.sites import DATA_PLATE
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.inputs import require_batch
+from pyro_vae._utils.checks import require_batch
+from pyro_vae._utils.init_args import records_init_args
 
 
-@recorded
+@records_init_args
 class SequenceModel(PyroModule):
     r"""A Deep Markov Model (Krishnan, Shalit & Sontag 2017), of sequences of unequal lengths.
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.nets._images import ImageDecoder, ImageEncoder, checked_image_shape, enlargements
 
 
-@recorded
+@records_init_args
 class ConvEncoder(ImageEncoder):
     r"""Strided convolutions, each of which halves height and width, rounded up.
 
@@ -54,7 +54,7 @@ class ConvEncoder(ImageEncoder):
         super().__init__(image_shape, channels, nn.Sequential(*layers))
 
 
-@recorded
+@records_init_args
 class ConvDecoder(ImageDecoder):
     r"""A dense layer, then transposed convolutions, each of which doubles height and width.
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.inputs import require_floats, require_same_type
+from pyro_vae._utils.checks import require_floats, require_same_type
+from pyro_vae._utils.init_args import records_init_args
 
 
 class _Dense(nn.Sequential):
@@ -26,7 +26,7 @@ class _Dense(nn.Sequential):
             raise
 
 
-@recorded
+@records_init_args
 class MLP(_Dense):
     r"""A multilayer perceptron over the last dimension.
 
@@ -67,7 +67,7 @@ class MLP(_Dense):
         super().__init__(*layers)
 
 
-@recorded
+@records_init_args
 class GatedMLP(_Dense):
     r"""A multilayer perceptron of gated layers (Dauphin et al. 2017; Tomczak & Welling 2018).
 

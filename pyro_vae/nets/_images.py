@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.inputs import require_floats, require_same_type, require_tensor
+from pyro_vae._utils.checks import require_floats, require_same_type, require_tensor
 
 
 class ImageEncoder(nn.Module):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.inputs import require_tensor
+from pyro_vae._utils.checks import require_tensor
+from pyro_vae._utils.init_args import records_init_args
 
 
-@recorded
+@records_init_args
 class Joined(nn.Module):
     """Calls a network on several tensors, one behind the other in the last dimension.
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.inputs import require_floats, require_same_type, require_tensor
+from pyro_vae._utils.checks import require_floats, require_same_type, require_tensor
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.nets._images import ImageDecoder, ImageEncoder, checked_image_shape, enlargements
 
 
-@recorded
+@records_init_args
 class ResidualBlock(nn.Module):
     r"""A block whose way around is the identity (He et al. 2016, "Identity mappings").
 
@@ -49,7 +49,7 @@ class ResidualBlock(nn.Module):
         return x + self.branch(x)
 
 
-@recorded
+@records_init_args
 class ResidualEncoder(ImageEncoder):
     r"""Strided convolutions, each halving height and width, with residual blocks behind each.
 
@@ -93,7 +93,7 @@ class ResidualEncoder(ImageEncoder):
         super().__init__(image_shape, channels, nn.Sequential(*layers, activation()))
 
 
-@recorded
+@records_init_args
 class ResidualDecoder(ImageDecoder):
     r"""A dense layer, then residual blocks, enlargement and a convolution, over and over.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._programs.terms import Terms
-from pyro_vae._utils.arguments import positive_integer, positive_number, real_number
+from pyro_vae._utils.checks import positive_integer, positive_number, real_number
 from pyro_vae.objectives._base import Objective
 
 
@@ -149,7 +149,7 @@ class InfoVAE(Objective):
                 "InfoVAE compares the latents of guide and prior, and this pair has none in the "
                 'plate "data": use objectives.ELBO'
             )
-        posterior, prior = terms.samples, terms.dream().latents
+        posterior, prior = terms.samples, terms.sample_joint().latents
         prior = _flat(prior[name] for name in posterior)
         samples = [_flat(each) for each in zip(*posterior.values(), strict=True)]
         distances = [squared_mmd(each, prior) for each in samples]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import Terms, find_plate_nesting, terms, weighted
-from pyro_vae._utils.arguments import positive_integer
+from pyro_vae._utils.checks import positive_integer
 from pyro_vae.objectives._loss_module import LossModule
 from pyro_vae.objectives._schedules import LAST_STEP, Constant, Schedule, schedules_in
 

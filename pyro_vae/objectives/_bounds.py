@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from pyro_vae._programs.terms import Terms
-from pyro_vae._utils.arguments import positive_integer, real_number
+from pyro_vae._utils.checks import positive_integer, real_number
 from pyro_vae.objectives._base import Objective
 
 

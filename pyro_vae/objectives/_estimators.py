@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._programs.terms import Terms
-from pyro_vae._utils.arguments import positive_integer, real_number
+from pyro_vae._utils.checks import positive_integer, real_number
 from pyro_vae.objectives._base import Objective, gradient
 from pyro_vae.objectives._bounds import MIWAE, log_mean_weight
 
@@ -308,7 +308,7 @@ class ReweightedWakeSleep(Objective):
 
     Raises:
         ValueError: numbers out of range; in a loss, a site is global or scaled, or the model
-            cannot dream.
+            does not observe its arguments as they are.
     """
 
     hold_samples = True
@@ -341,6 +341,6 @@ class ReweightedWakeSleep(Objective):
                     "ReweightedWakeSleep with sleep trains the guide on latents that the model "
                     'draws, and this pair has none in the plate "data": use objectives.ELBO'
                 )
-            dreamt = terms.dream().log_guide()
+            dreamt = terms.sample_joint().log_guide()
             bound = bound + self.sleep * (dreamt - dreamt.detach())
         return bound

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.arguments import positive_integer, real_number
+from pyro_vae._utils.checks import positive_integer, real_number
 
 LAST_STEP = float(2**24)  # float32 counts no further
 _SPACING = 0.6180339887  # of the golden ratio: steps so spaced miss no part of any period

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.arguments import positive_number
+from pyro_vae._utils.checks import positive_number
 from pyro_vae.objectives._bounds import ELBO
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from pyro_vae._programs.terms import Terms
-from pyro_vae._utils.arguments import positive_number
+from pyro_vae._utils.checks import positive_number
 from pyro_vae.objectives._base import Objective
 from pyro_vae.objectives._schedules import Schedule, as_schedule
 

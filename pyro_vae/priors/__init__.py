@@ -2,7 +2,7 @@
 
 from pyro_vae.priors._aggregated import AggregatedPosterior
 from pyro_vae.priors._flow import FlowPrior
-from pyro_vae.priors._guide_mixture import ExemplarPrior, PriorThroughGuide, VampPrior
+from pyro_vae.priors._guide_mixture import ExemplarPrior, GuideMixturePrior, VampPrior
 from pyro_vae.priors._mixture import MixtureOfNormals
 from pyro_vae.priors._standard_normal import StandardNormal
 
@@ -10,8 +10,8 @@ __all__ = [
     "AggregatedPosterior",
     "ExemplarPrior",
     "FlowPrior",
+    "GuideMixturePrior",
     "MixtureOfNormals",
-    "PriorThroughGuide",
     "StandardNormal",
     "VampPrior",
 ]

@@ -11,10 +11,9 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_vae._programs import parameters as programs
-from pyro_vae._utils.arguments import positive_integer
-from pyro_vae._utils.signatures import checked
+from pyro_vae._utils.checks import checked, positive_integer
 from pyro_vae.datasets._minibatches import as_tensor
-from pyro_vae.distributions._mixtures import EvenMixture, MixtureOfNormals
+from pyro_vae.distributions._mixtures import MixtureOfDiagNormals, UniformMixture
 from pyro_vae.priors._posteriors import check_guide, diagonal_gaussian, posteriors, stand_in
 
 _ROWS_AT_A_TIME = 500
@@ -107,14 +106,14 @@ class AggregatedPosterior(nn.Module):
         columns = [getattr(self, name) for name in self._names]
         if self.guide is None:
             loc, scale = columns
-            return MixtureOfNormals(loc.new_zeros(len(loc)), loc, scale)
+            return MixtureOfDiagNormals(loc.new_zeros(len(loc)), loc, scale)
         if self._runs:
             return stand_in(self._event_shape, next(self.guide.parameters()))
         guide = self.guide if self._method is None else getattr(self.guide, self._method)
         self._runs = True
         try:
             with torch.no_grad():
-                return EvenMixture([posteriors(guide, self._site, b) for b in _blocks(columns)])
+                return UniformMixture([posteriors(guide, self._site, b) for b in _blocks(columns)])
         finally:
             self._runs = False
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.distributions.transforms import Transform
 
 from pyro_vae._programs.sites import is_real
-from pyro_vae._utils.arguments import positive_integer
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.distributions._casting import Normal, Transformed
 
 
-@recorded
+@records_init_args
 class FlowPrior(nn.Module):
     r""":math:`p(z) = \mathcal{N}(f^{-1}(z); 0, I)\,|\det \partial f^{-1} / \partial z|`, f learned.
 

@@ -11,21 +11,21 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_vae._programs import parameters as programs
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.scales import positive
-from pyro_vae._utils.signatures import checked
+from pyro_vae._utils.checks import checked
+from pyro_vae._utils.init_args import records_init_args
+from pyro_vae._utils.numerics import softplus_scale
 from pyro_vae.datasets._minibatches import as_tensor
-from pyro_vae.distributions._mixtures import MixtureOfNormals
+from pyro_vae.distributions._mixtures import MixtureOfDiagNormals
 from pyro_vae.priors._posteriors import (
     check_guide,
     diagonal_gaussian,
-    even_mixture,
     posteriors,
     stand_in,
+    uniform_mixture,
 )
 
 
-class PriorThroughGuide(nn.Module):
+class GuideMixturePrior(nn.Module):
     """A prior that is a mixture of what the guide makes of some rows.
 
     A guide is made for a model, and this prior is a part of the model: so it is told its guide
@@ -51,7 +51,7 @@ class PriorThroughGuide(nn.Module):
         self._site = "z"
         self._checked = self._runs = False
 
-    def through(self, guide: Callable[..., Any], site: str = "z") -> None:
+    def bind_guide(self, guide: Callable[..., Any], site: str = "z") -> None:
         """Tell the prior its guide.
 
         Args:
@@ -69,14 +69,14 @@ class PriorThroughGuide(nn.Module):
 
     def mix(self, posteriors: TorchDistributionMixin) -> TorchDistributionMixin:
         """Make the prior of the guide's posteriors of the rows, batch shape (K,)."""
-        return even_mixture([posteriors])
+        return uniform_mixture([posteriors])
 
     def forward(self) -> TorchDistributionMixin:
         """Return p(z): batch shape (), event shape ``event_shape``."""
         if self.guide is None:
             raise ValueError(
                 f"{type(self).__name__} is a mixture of the guide's posteriors, and was told no "
-                "guide: make the guide for the model, then call prior.through(guide)"
+                "guide: make the guide for the model, then call prior.bind_guide(guide)"
             )
         rows = self.rows()
         if self._runs:
@@ -98,8 +98,8 @@ class PriorThroughGuide(nn.Module):
         return self.mix(found)
 
 
-@recorded
-class VampPrior(PriorThroughGuide):
+@records_init_args
+class VampPrior(GuideMixturePrior):
     r"""Variational mixture of posteriors (Tomczak & Welling 2018, eq. 9).
 
     .. math:: p(z) = \frac1K \sum_k q(z|u_k)
@@ -116,7 +116,7 @@ class VampPrior(PriorThroughGuide):
 
     Raises:
         ValueError: there are no pseudo-inputs, or some outside of the bounds, or bounds that are
-            none; what :class:`PriorThroughGuide` refuses.
+            none; what :class:`GuideMixturePrior` refuses.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -124,7 +124,7 @@ class VampPrior(PriorThroughGuide):
         >>> likelihood = pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16))
         >>> model = pv.LatentVariableModel(prior, likelihood)
         >>> guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
-        >>> prior.through(guide)
+        >>> prior.bind_guide(guide)
         >>> prior().log_prob(torch.zeros(5, 2)).shape
         torch.Size([5])
     """
@@ -152,7 +152,7 @@ class VampPrior(PriorThroughGuide):
         return self.pseudo_inputs if self.bounds is None else self.pseudo_inputs.clamp(*self.bounds)
 
 
-class ExemplarPrior(PriorThroughGuide):
+class ExemplarPrior(GuideMixturePrior):
     r"""A Gaussian around the code of each exemplar (Norouzi et al. 2020).
 
     .. math:: p(z) = \frac1M \sum_m \mathcal{N}(z; \mu(x_m), \sigma^2 I)
@@ -168,7 +168,7 @@ class ExemplarPrior(PriorThroughGuide):
 
     Raises:
         ValueError: there are no exemplars, or fewer than are to be drawn; the guide is no
-            diagonal Gaussian; what :class:`PriorThroughGuide` refuses.
+            diagonal Gaussian; what :class:`GuideMixturePrior` refuses.
     """
 
     @checked
@@ -208,8 +208,8 @@ class ExemplarPrior(PriorThroughGuide):
                 f"AmortizedNormal; the guide's posterior is {posteriors}"
             )
         loc = gaussian[0]
-        scale = positive(self.raw_scale).to(loc).expand(loc.shape)
-        return MixtureOfNormals(loc.new_zeros(len(loc)), loc, scale)
+        scale = softplus_scale(self.raw_scale).to(loc).expand(loc.shape)
+        return MixtureOfDiagNormals(loc.new_zeros(len(loc)), loc, scale)
 
 
 def _rows(name: str, rows: Tensor) -> Tensor:

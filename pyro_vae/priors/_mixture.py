@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.scales import positive
+from pyro_vae._utils.init_args import records_init_args
+from pyro_vae._utils.numerics import softplus_scale
 from pyro_vae.distributions import _mixtures as mixtures
 
 
-@recorded
+@records_init_args
 class MixtureOfNormals(nn.Module):
     r"""A mixture of K diagonal Gaussians: weights, means and scales are learned.
 
@@ -39,9 +39,9 @@ class MixtureOfNormals(nn.Module):
         self.loc = nn.Parameter(0.5 * torch.randn(components, dim))
         self.raw_scale = nn.Parameter(torch.zeros(components, dim))
 
-    def forward(self) -> mixtures.MixtureOfNormals:
+    def forward(self) -> mixtures.MixtureOfDiagNormals:
         """Return p(z): batch shape (), event shape (D,)."""
-        return mixtures.MixtureOfNormals(self.logits, self.loc, positive(self.raw_scale))
+        return mixtures.MixtureOfDiagNormals(self.logits, self.loc, softplus_scale(self.raw_scale))
 
     def responsibilities(self, z: Tensor) -> Tensor:
         r"""Return :math:`p(k|z)`, shape ``(..., K)``, for z of shape ``(..., D)``."""

@@ -21,7 +21,7 @@ from pyro_vae._programs.agreement import is_delta
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.sites import Site, base_distribution, data_frame, random_sites
 from pyro_vae._utils.random import restored_generators
-from pyro_vae.distributions._mixtures import EvenMixture, MixtureOfNormals
+from pyro_vae.distributions._mixtures import MixtureOfDiagNormals, UniformMixture
 
 Guide = Callable[..., Any]
 
@@ -45,7 +45,7 @@ def posteriors(guide: Guide, site: str, rows: Sequence[Tensor]) -> TorchDistribu
     raise ValueError(f"the guide has no site {site!r}")
 
 
-def even_mixture(parts: Sequence[TorchDistributionMixin]) -> TorchDistributionMixin:
+def uniform_mixture(parts: Sequence[TorchDistributionMixin]) -> TorchDistributionMixin:
     """Mix distributions with equal weights, Gaussians by matrix products.
 
     Args:
@@ -53,9 +53,9 @@ def even_mixture(parts: Sequence[TorchDistributionMixin]) -> TorchDistributionMi
     """
     gaussians = [diagonal_gaussian(part) for part in parts]
     if None in gaussians:
-        return EvenMixture(parts)
+        return UniformMixture(parts)
     loc, scale = (torch.cat(each) for each in zip(*gaussians, strict=True))
-    return MixtureOfNormals(loc.new_zeros(len(loc)), loc, scale)
+    return MixtureOfDiagNormals(loc.new_zeros(len(loc)), loc, scale)
 
 
 def diagonal_gaussian(distribution: TorchDistributionMixin) -> tuple[Tensor, Tensor] | None:

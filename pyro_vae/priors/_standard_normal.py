@@ -6,12 +6,12 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import nn
 
-from pyro_vae._utils.arguments import positive_integer
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.distributions._casting import Normal
 
 
-@recorded
+@records_init_args
 class StandardNormal(nn.Module):
     r""":math:`p(z) = \mathcal{N}(z; 0, I)` (Kingma & Welling 2014).
 

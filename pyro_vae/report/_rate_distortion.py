@@ -18,7 +18,7 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._programs.validation import check_pair
-from pyro_vae._utils.arguments import positive_integer, positive_number
+from pyro_vae._utils.checks import positive_integer, positive_number
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded

@@ -13,13 +13,13 @@ from typing import Any
 from torch import nn
 
 from pyro_vae._programs import parameters as programs
-from pyro_vae._programs.pair_state import constraints_of_bare_parameters, require_names, state
+from pyro_vae._programs.pair_state import constraints_of_free_params, require_names, state
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.referenced_objects import reach
-from pyro_vae.serialization import _filling as filling
-from pyro_vae.serialization import _sites as sites
-from pyro_vae.serialization._describing import recipe
-from pyro_vae.serialization._rebuilding import rebuild
+from pyro_vae._utils.referenced_objects import referenced_objects
+from pyro_vae.serialization import _load_state as filling
+from pyro_vae.serialization import _site_config as sites
+from pyro_vae.serialization._rebuild import rebuild
+from pyro_vae.serialization._recipe import recipe
 
 
 def state_of(model: Program, guide: Program) -> dict[str, Any]:
@@ -34,8 +34,8 @@ def state_of(model: Program, guide: Program) -> dict[str, Any]:
     named_modules = filling.named_modules(model, guide)
     with programs.parameter_store(model, guide):
         tensors = state(model, guide)
-        constraints = constraints_of_bare_parameters()
-        met = programs.names_met(model, guide)
+        constraints = constraints_of_free_params()
+        met = programs.param_names_used(model, guide)
     return {
         "tensors": tensors,
         "frozen": [
@@ -106,7 +106,7 @@ def _changed(saved: Mapping[str, str], here: Mapping[str, str]) -> str:
 
 def parts_of(model: Program, guide: Program) -> dict[str, dict[str, str]]:
     """Return what a pair has besides tensors: kinds of modules, numbers and words, by name."""
-    reached = [*reach(model=model, guide=guide)]
+    reached = [*referenced_objects(model=model, guide=guide)]
     kinds = {name: type(module).__qualname__ for name, module in filling.modules_in(reached)}
     return {"modules": kinds, "values": filling.settings_in(reached)}
 
@@ -115,14 +115,14 @@ def _heads(owners: list[tuple[str, nn.Module]]) -> dict[str, Any]:
     """Return what guides made at their first call, by the names of the guides."""
     found = {}
     for name, owner in owners:
-        if owner.built.waits:
+        if owner.built.has_pending_state:
             raise ValueError(
                 f"{name} has loaded values that wait for its first call: call it on a minibatch, "
                 "then save it"
             )
         if len(owner.built):
             with contextlib.suppress(TypeError):  # a support without a name: call it before loading
-                described = [sites.describe(site) for site in owner.built.sites]
+                described = [sites.to_config(site) for site in owner.built.sites]
                 found[name] = {"sites": described, "width": owner.built.width}
     return found
 
@@ -132,7 +132,7 @@ def recipe_of(model: Program, guide: Program, content: Mapping[str, Any]) -> dic
     structure = recipe(model=model, guide=guide)
     reasons, pair = structure["given"], {"model": model, "guide": guide}
     for name, other in (("guide", "model"), ("model", "guide")):
-        within = reach(**{name: pair[name]})
+        within = referenced_objects(**{name: pair[name]})
         if name in reasons and any(thing is pair[other] for _, thing in within):
             reasons.setdefault(other, f"the {name} has that {other} within")
     given = {name: pair[name] for name in reasons}

@@ -15,11 +15,11 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import require_parameters
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae.serialization import _contents as contents
-from pyro_vae.serialization import _filling as filling
+from pyro_vae.serialization import _load_state as filling
+from pyro_vae.serialization._dataframes import dataframe_to_dict, dict_to_dataframe
 from pyro_vae.serialization._files import UnreadableFile
-from pyro_vae.serialization._frames import of_frame, to_frame
 from pyro_vae.serialization._reading import read
-from pyro_vae.serialization._rebuilding import rebuild
+from pyro_vae.serialization._rebuild import rebuild
 from pyro_vae.serialization._writing import write
 
 KIND = "pair"
@@ -101,7 +101,7 @@ def save(
     content |= {
         "versions": contents.versions(),
         "notes": dict(notes or {}),
-        "history": None if history is None else of_frame(history),
+        "history": None if history is None else dataframe_to_dict(history),
         "recipe": contents.recipe_of(model, guide, content),
     }
     write(folder, content, kind=KIND, overwrite=overwrite)
@@ -212,12 +212,12 @@ def _loaded(content: Mapping[str, Any], given: dict[str, Program], device: torch
         if not given:
             raise ValueError(message)
         raise _NotGivenError(f"{message}. Make them as they were then.")
-    filling.fill(model, guide, content, device)
+    filling.load_state(model, guide, content, device)
     history = content["history"]
     return Saved(
         model=model,
         guide=guide,
-        history=None if history is None else to_frame(history),
+        history=None if history is None else dict_to_dataframe(history),
         notes=content["notes"],
         versions=content["versions"],
     )

@@ -12,8 +12,8 @@ from pyro_vae.surjections._stochastic import Stochastic
 from pyro_vae.surjections._surjection import (
     GenerativeSurjection,
     InferenceSurjection,
-    Layer,
     Surjection,
+    SurVAELayer,
     check_batch,
     check_support,
 )
@@ -28,12 +28,12 @@ __all__ = [
     "GenerativeSurjection",
     "Image",
     "InferenceSurjection",
-    "Layer",
     "Maximum",
     "Preimage",
     "Slice",
     "Split",
     "Stochastic",
+    "SurVAELayer",
     "Surjection",
     "UniformDequantization",
     "VariationalDequantization",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.surjections._images import Split
 from pyro_vae.surjections._surjection import (
     GenerativeSurjection,
@@ -71,7 +71,7 @@ class _Magnitude(Surjection):
         return part_shape
 
 
-@recorded
+@records_init_args
 class Absolute(_Magnitude, InferenceSurjection):
     r""":math:`z = |x|`, number by number; the signs are drawn (Nielsen et al. 2020).
 
@@ -105,7 +105,7 @@ class Absolute(_Magnitude, InferenceSurjection):
         super().__init__(signs, event_dim)
 
 
-@recorded
+@records_init_args
 class GenerativeAbsolute(_Magnitude, GenerativeSurjection):
     r""":math:`x = |z|`, number by number; the guide draws the signs (Nielsen et al. 2020).
 

@@ -12,8 +12,8 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ComposeTransform, Transform, _InverseTransform
 
 from pyro_vae._programs.sites import is_real
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.inputs import ShapeError
+from pyro_vae._utils.checks import ShapeError
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.surjections._images import Split
 from pyro_vae.surjections._surjection import (
     InferenceSurjection,
@@ -23,7 +23,7 @@ from pyro_vae.surjections._surjection import (
 )
 
 
-@recorded
+@records_init_args
 class Bijection(InferenceSurjection):
     r""":math:`z = f(x)`: the transform f leads from data to latent, and :math:`f^{-1}` generates.
 

@@ -13,8 +13,8 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import SigmoidTransform
 
-from pyro_vae._utils.arguments import positive_integer
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.surjections._images import Split
 from pyro_vae.surjections._surjection import (
     GenerativeSurjection,
@@ -23,7 +23,7 @@ from pyro_vae.surjections._surjection import (
 )
 
 
-@recorded
+@records_init_args
 class UniformDequantization(GenerativeSurjection):
     r"""x on a grid of L levels is the cell in [0, 1) that z lies in, and z is uniform in it.
 
@@ -62,7 +62,7 @@ class UniformDequantization(GenerativeSurjection):
 
     def __init__(self, levels: int, event_dim: int = 1):
         super().__init__()
-        self.levels = positive_integer("levels", levels, least=2)
+        self.levels = positive_integer("levels", levels, minimum=2)
         self.whole_event_dim = self.part_event_dim = positive_event_dim(event_dim)
         self.rest_event_dim = event_dim
 
@@ -122,7 +122,7 @@ class UniformDequantization(GenerativeSurjection):
         return near & (number >= 0) & (number < self.levels)
 
 
-@recorded
+@records_init_args
 class VariationalDequantization(UniformDequantization):
     r"""Dequantisation with a noise that is learned (Ho et al. 2019).
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from pyro_vae._programs.runs import plate_of_guide
 from pyro_vae._programs.sites import DATA_PLATE
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.surjections._surjection import check_batch
 
 
-@recorded
+@records_init_args
 class FlowGuide(PyroModule):
     r"""The inference direction of a :class:`FlowModel`, layer by layer upwards.
 

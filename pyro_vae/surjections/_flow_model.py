@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.distributions.transforms import Transform
 
 from pyro_vae._programs.sites import DATA_PLATE
-from pyro_vae._utils.init_args import recorded
-from pyro_vae._utils.inputs import require_batch
+from pyro_vae._utils.checks import require_batch
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.surjections._bijection import Bijection
-from pyro_vae.surjections._surjection import Layer, check_batch, check_support
+from pyro_vae.surjections._surjection import SurVAELayer, check_batch, check_support
 
 
-@recorded
+@records_init_args
 class FlowModel(PyroModule):
     r"""A prior and layers below it, each of which generates downwards and infers upwards.
 
@@ -107,8 +107,8 @@ class FlowModel(PyroModule):
             return pyro.sample("x", p, obs=x)
 
 
-def _as_layer(layer: Any) -> Layer:
-    if isinstance(layer, Layer):
+def _as_layer(layer: Any) -> SurVAELayer:
+    if isinstance(layer, SurVAELayer):
         return layer
     if isinstance(layer, Transform):
         return Bijection(layer)

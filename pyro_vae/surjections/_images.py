@@ -9,7 +9,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_vae.flows import without_repetitions
+from pyro_vae.flows import collapse_expanded_dims
 
 if TYPE_CHECKING:
     from pyro_vae.surjections._surjection import Surjection
@@ -63,7 +63,7 @@ class Image(TorchDistribution):
     ):
         self.surjection, self.whole = surjection, whole
         if split is None:
-            split = surjection.split(without_repetitions(whole, surjection.whole_event_dim))
+            split = surjection.split(collapse_expanded_dims(whole, surjection.whole_event_dim))
         self.split = split
         if batch_shape is None:
             batch_shape = whole.shape[: whole.dim() - surjection.whole_event_dim]
@@ -108,7 +108,7 @@ class Image(TorchDistribution):
         """Tell where a part is one that this whole would be made of, ``(*batch)``."""
         with torch.no_grad():
             try:
-                whole = self.surjection.join(without_repetitions(value, self.event_dim), None)
+                whole = self.surjection.join(collapse_expanded_dims(value, self.event_dim), None)
             except (KeyError, NotImplementedError):  # as Pyro's flows without an inverse raise
                 return torch.zeros((), dtype=torch.bool, device=value.device)
             eps = torch.finfo(whole.dtype).eps
@@ -184,7 +184,7 @@ class Preimage(TorchDistribution):
         batch, join = torch.Size(sample_shape) + self.batch_shape, self.surjection.join
         dims = self.surjection.part_event_dim
         if self.rest is None:
-            whole = join(without_repetitions(self.part, dims), None)
+            whole = join(collapse_expanded_dims(self.part, dims), None)
             return whole.expand(batch + self.event_shape)
         draw = self.rest.rsample if self.rest.has_rsample else self.rest.sample
         rest = draw(torch.Size(sample_shape))
@@ -201,7 +201,7 @@ class Preimage(TorchDistribution):
         known = surjection is self.surjection and whole is value
         if known and with_gradient >= torch.is_grad_enabled():
             return self._density(split)
-        split = self.surjection.split(without_repetitions(value, self.event_dim))
+        split = self.surjection.split(collapse_expanded_dims(value, self.event_dim))
         density = self._density(split)
         same = self.surjection.same(split.part, self.part)
         batch = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], density.shape)

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae._programs.sites import is_real
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.surjections._images import Split
 from pyro_vae.surjections._surjection import InferenceSurjection
 
 
-@recorded
+@records_init_args
 class Maximum(InferenceSurjection):
     r""":math:`z = \max_d x_d`; which it is and how far the others lie below are drawn.
 

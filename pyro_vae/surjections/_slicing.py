@@ -8,8 +8,8 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
-from pyro_vae._utils.arguments import positive_integer
-from pyro_vae._utils.init_args import recorded
+from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.surjections._images import Split
 from pyro_vae.surjections._surjection import GenerativeSurjection, InferenceSurjection, Surjection
 
@@ -45,7 +45,7 @@ class _FirstNumbers(Surjection):
         return torch.Size([part_shape[-1] + rest_shape[-1]])
 
 
-@recorded
+@records_init_args
 class Slice(_FirstNumbers, InferenceSurjection):
     r"""z is the first numbers of x; those left out are noise (Nielsen et al. 2020).
 
@@ -79,7 +79,7 @@ class Slice(_FirstNumbers, InferenceSurjection):
         super().__init__(size, noise, conditional)
 
 
-@recorded
+@records_init_args
 class Augment(_FirstNumbers, GenerativeSurjection):
     r"""z is x and some numbers more, which the layers above may use (Huang et al. 2020).
 

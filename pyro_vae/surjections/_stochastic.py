@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
-from pyro_vae._utils.init_args import recorded
-from pyro_vae.surjections._surjection import Layer
+from pyro_vae._utils.init_args import records_init_args
+from pyro_vae.surjections._surjection import SurVAELayer
 
 
-@recorded
-class Stochastic(Layer):
+@records_init_args
+class Stochastic(SurVAELayer):
     r"""A layer of a VAE: both directions are noisy (Kingma & Welling 2014).
 
     .. math:: V(x, z) = \log p(x|z) - \log q(z|x), \qquad z \sim q(z|x)

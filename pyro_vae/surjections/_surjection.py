@@ -14,7 +14,7 @@ from pyro_vae._programs.sites import is_real
 from pyro_vae.surjections._images import Image, Preimage, Split
 
 
-class Layer(nn.Module):
+class SurVAELayer(nn.Module):
     r"""One layer of a :class:`FlowModel`: p(x|z), and q(z|x) (Nielsen et al. 2020).
 
     A datum passes the layers upwards by ``infer`` and is generated downwards by ``generate``. What
@@ -36,7 +36,7 @@ class Layer(nn.Module):
         """Return q(z|x) for x ``(*batch, *event)``: batch shape ``batch``."""
 
 
-class Surjection(Layer):
+class Surjection(SurVAELayer):
     r"""A layer made of a map from a whole to a part of it, or to its image.
 
     The map leaves a rest, so that a whole and (part, rest) are two ways to say the same. The rest

@@ -11,7 +11,7 @@ from pyro_vae._utils.distributed import gather, num_processes
 from pyro_vae._utils.random import random_state, set_random_state
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.training._nonfinite import FirstNonFiniteSite, first_non_finite
-from pyro_vae.training._step import Trainer
+from pyro_vae.training._step import TrainStep
 
 
 class NonFiniteStepError(Exception):
@@ -27,7 +27,7 @@ class NonFiniteStepError(Exception):
         self.what, self.parameter = what, parameter
 
 
-def looked_at_step(trainer: Trainer, selection: tuple[Tensor, ...], device: torch.device) -> Tensor:
+def checked_step(trainer: TrainStep, selection: tuple[Tensor, ...], device: torch.device) -> Tensor:
     """Take a step, and return the loss before it.
 
     Args:
@@ -56,7 +56,7 @@ def looked_at_step(trainer: Trainer, selection: tuple[Tensor, ...], device: torc
     return loss
 
 
-def _refuse(trainer: Trainer, selection: tuple[Tensor, ...], error: ValueError | None) -> None:
+def _refuse(trainer: TrainStep, selection: tuple[Tensor, ...], error: ValueError | None) -> None:
     """Raise an error of this process or of another, unless it is of what is not finite."""
     stands = error is not None and not first_site(trainer, selection).has_nonfinite_numbers
     standing = torch.stack(gather(torch.tensor(stands))).nonzero()
@@ -68,14 +68,14 @@ def _refuse(trainer: Trainer, selection: tuple[Tensor, ...], error: ValueError |
         )
 
 
-def first_site(trainer: Trainer, selection: tuple[Tensor, ...]) -> FirstNonFiniteSite:
+def first_site(trainer: TrainStep, selection: tuple[Tensor, ...]) -> FirstNonFiniteSite:
     """Run the pair as a step would, to find the first site that is not finite."""
     with FirstNonFiniteSite() as site, values_checked(False):
         trainer.run(selection)
     return site
 
 
-def _look(trainer: Trainer, loss: Tensor) -> None:
+def _look(trainer: TrainStep, loss: Tensor) -> None:
     if not loss.isfinite():
         raise NonFiniteStepError(f"the loss is {loss.item()}", None)
     if name := first_non_finite(trainer.trained.named_gradients()):

@@ -23,24 +23,24 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import digests as digests_of_pair
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.validation import check_pair
-from pyro_vae._utils.arguments import positive_integer, positive_number, real_number
+from pyro_vae._utils.checks import positive_integer, positive_number, real_number
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes, rank
-from pyro_vae._utils.interrupts import interrupts_at_ends
+from pyro_vae._utils.interrupts import defer_keyboard_interrupt
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
-from pyro_vae._utils.referenced_objects import reach
+from pyro_vae._utils.referenced_objects import referenced_objects
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.serialization._contents import Description
 from pyro_vae.serialization._files import UnreadableFile
 from pyro_vae.training._checkpoints import Checkpoints
-from pyro_vae.training._loop import AfterEpoch, OnNonFinite, Run, StoppedRun
+from pyro_vae.training._loop import AfterEpoch, OnNonFinite, StoppedRun, TrainingLoop
 from pyro_vae.training._losses import check_enumeration, check_objective, loss_value
 from pyro_vae.training._minibatch_sizes import try_sizes
 from pyro_vae.training._missing import check_gradient_of_missing
-from pyro_vae.training._step import BOTH, Trainer
-from pyro_vae.training._train_state import Trained
+from pyro_vae.training._step import BOTH, TrainStep
+from pyro_vae.training._train_state import TrainState
 from pyro_vae.training._validation import Validation
 
 _LEARNING_RATE = 1e-3
@@ -285,7 +285,7 @@ def fit(
         try_sizes(model, guide, objective, batches, first, training=True, **how)
         if held_out is not None:
             try_sizes(model, guide, objective, held_out, first_held_out, training=False, **how)
-        trained = Trained(
+        trained = TrainState(
             model,
             guide,
             objective,
@@ -295,7 +295,7 @@ def fit(
             optimizer=optimizer,
             scheduler=scheduler,
         )
-        trainer = Trainer(
+        trainer = TrainStep(
             model,
             guide,
             objective,
@@ -314,10 +314,10 @@ def fit(
         stopped = False
         with (
             task(progress, description, epochs) as advance,
-            interrupts_at_ends() as interrupted,
+            defer_keyboard_interrupt() as interrupted,
             seeded(noise_seed + rank() if num_processes() > 1 else None),
         ):
-            run = Run(
+            run = TrainingLoop(
                 trainer,
                 batches,
                 validator,
@@ -374,7 +374,7 @@ def _settings(
     """What a run must have in common with the one that it goes on with."""
     of_objective = {
         name: repr(value)
-        for name, value in reach(objective=objective)
+        for name, value in referenced_objects(objective=objective)
         if isinstance(value, bool | int | float | str) and "._" not in name
     }
     return {

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae.serialization._dataframes import dataframe_to_dict, dict_to_dataframe
 from pyro_vae.serialization._files import RECORD, UnreadableFile
-from pyro_vae.serialization._frames import of_frame, to_frame
 from pyro_vae.serialization._pair import Saved, check_folder, made
 from pyro_vae.serialization._reading import read
 from pyro_vae.training._checkpoints import KIND, last_whole
@@ -71,12 +71,12 @@ def _content(folder: Path) -> dict[str, Any]:
     """Return what saving the pair would have written."""
     path, checkpoint = _read(folder)
     try:
-        history = to_frame(checkpoint["history"]).set_index("epoch")
+        history = dict_to_dataframe(checkpoint["history"]).set_index("epoch")
         tensors = checkpoint["trainer"]["tensors"]
         return {
             **checkpoint["pair"],
             "tensors": tensors if checkpoint["best"] is None else checkpoint["best"],
-            "history": of_frame(history),
+            "history": dataframe_to_dict(history),
             "notes": {},
         }
     except (KeyError, TypeError, ValueError) as error:

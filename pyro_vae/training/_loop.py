@@ -33,17 +33,17 @@ from pyro_vae._utils.random import random_state, seeded, set_random_state
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Minibatches
 from pyro_vae.serialization._contents import Description
-from pyro_vae.serialization._frames import of_frame, to_frame
+from pyro_vae.serialization._dataframes import dataframe_to_dict, dict_to_dataframe
 from pyro_vae.training._checked_step import (
     NonFiniteStepError,
+    checked_step,
     first_site,
-    looked_at_step,
 )
 from pyro_vae.training._checkpoints import Checkpoints
 from pyro_vae.training._gradients import all_finite
 from pyro_vae.training._minibatch_sizes import repeated, smaller_minibatch
 from pyro_vae.training._nonfinite import NonFiniteError
-from pyro_vae.training._step import Trainer
+from pyro_vae.training._step import TrainStep
 from pyro_vae.training._validation import Validation
 
 OnNonFinite = Literal["raise", "skip"]
@@ -56,7 +56,7 @@ SCHEDULED = "validation_loss_scheduled"
 
 
 @dataclass
-class Position:
+class LoopState:
     """Where a run stands: what of it is neither tensor nor random number.
 
     Args:
@@ -92,7 +92,7 @@ class StoppedRun(Exception):  # noqa: N818 - no error
 
 
 @dataclass
-class Run:
+class TrainingLoop:
     """A fit at work.
 
     Args:
@@ -114,7 +114,7 @@ class Run:
         order: of the first pass, which has been begun.
     """
 
-    trainer: Trainer
+    trainer: TrainStep
     batches: Minibatches
     validation: Validation | None
     device: torch.device
@@ -133,7 +133,7 @@ class Run:
 
     def __post_init__(self):
         seed = broadcast_from_first(torch.randint(2**62, ()))
-        self.position = Position(validation_seed=seed.item())
+        self.position = LoopState(validation_seed=seed.item())
         self._trained = self.trainer.trained
         self._best: dict[str, Tensor] | None = None
         self._good: dict[str, Any] = {}
@@ -152,8 +152,8 @@ class Run:
         """Stand where a checkpoint was written; its pass over the data has been begun."""
         self.trainer.go_on_from(checkpoint["trainer"])
         self.description.go_on_from(checkpoint["pair"])
-        history = to_frame(checkpoint["history"]).to_dict("records")
-        self.position = Position(**checkpoint["position"] | {"history": history})
+        history = dict_to_dataframe(checkpoint["history"]).to_dict("records")
+        self.position = LoopState(**checkpoint["position"] | {"history": history})
         self.order = checkpoint["order"]
         self._best = checkpoint["best"]
         self._steps_per_epoch = checkpoint["steps_per_epoch"]
@@ -346,7 +346,7 @@ class Run:
         return self._shall_stop or self._shall_write
 
     def _count(self, selection: tuple[Tensor, ...], loss: float) -> None:
-        size = selection[0].shape[0] * (num_processes() if self.batches.is_share else 1)
+        size = selection[0].shape[0] * (num_processes() if self.batches.is_sharded else 1)
         self.position.step += 1
         self.position.rows += size
         self.position.total += loss * size
@@ -354,7 +354,7 @@ class Run:
     def _careful_step(self, selection: tuple[Tensor, ...]) -> None:
         before = self._state()
         try:
-            loss = looked_at_step(self.trainer, selection, self.device)
+            loss = checked_step(self.trainer, selection, self.device)
         except NonFiniteStepError as trouble:
             self.trainer.set_state(before["trainer"])
             if self.on_nonfinite == "raise" or self.position.skipped_in_all >= self.skip_limit:
@@ -374,7 +374,7 @@ class Run:
     ) -> NonFiniteError:
         """Make the error, and the folder that it can be met again from."""
         self._go_back(before)
-        site = first_site(self.trainer, selection).of_all(self.trainer.rows_before(selection))
+        site = first_site(self.trainer, selection).of_all(self.trainer.row_offset(selection))
         self._go_back(before)
         what = trouble.what if site.name is None else f"{trouble.what}: {site.what}"
         if self.on_nonfinite == "skip":
@@ -416,7 +416,7 @@ class Run:
         return {
             **self._state(to_write=True),
             "position": asdict(replace(self.position, history=[])),
-            "history": of_frame(self.history),
+            "history": dataframe_to_dict(self.history),
             "processes": self._of_processes(),
             "steps_per_epoch": self._steps_per_epoch,
             "settings": dict(self.settings),

@@ -16,7 +16,7 @@ from pyro_vae._programs.validation import PROGRAM_ERRORS, reason
 from pyro_vae._utils.distributed import num_processes
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.random import random_state, set_random_state
-from pyro_vae._utils.referenced_objects import reach
+from pyro_vae._utils.referenced_objects import referenced_objects
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Minibatches
 from pyro_vae.training._losses import loss_value
@@ -90,7 +90,7 @@ def repeated(columns: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
 
 def _shares(size: int, batches: Minibatches) -> list[int]:
     """Return how many rows a process takes of a minibatch, whichever process it is."""
-    if batches.is_share:
+    if batches.is_sharded:
         return [size]
     each, more = divmod(size, num_processes())
     return [share for share in ([each + 1] if more else []) + [each] if share]
@@ -104,7 +104,7 @@ def _message(batches: Minibatches, size: int, training: bool, told: str) -> str:
         f"{told}. The {_rows(batches.num_data)} of {batches.name} come in minibatches of {whole}"
     )
     text += "".join(f", the last of {left}" for left in rest)
-    if num_processes() > 1 and not batches.is_share:
+    if num_processes() > 1 and not batches.is_sharded:
         text += f", of which each of {num_processes()} processes takes its share"
     if not rest or size > rest[0]:
         return f"{text}. Choose a larger batch_size"
@@ -141,7 +141,7 @@ def put_back(
 def _copies(model: Program, guide: Program, objective: pyro.infer.ELBO) -> Callable[[], None]:
     """Copy what a run may change in place; return what puts it back."""
     found = {id(b): b for module in modules(model, guide) for b in module.buffers()}
-    for _, thing in reach(model=model, guide=guide, objective=objective):
+    for _, thing in referenced_objects(model=model, guide=guide, objective=objective):
         if isinstance(thing, Tensor) and _may_change(thing):
             found.setdefault(id(thing), thing)
     saved = [(tensor, tensor.clone()) for tensor in found.values()]

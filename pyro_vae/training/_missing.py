@@ -10,11 +10,11 @@ from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Minibatches
 from pyro_vae.training._gradients import all_finite
 from pyro_vae.training._minibatch_sizes import put_back
-from pyro_vae.training._step import Trainer
+from pyro_vae.training._step import TrainStep
 
 
 def check_gradient_of_missing(
-    trainer: Trainer,
+    trainer: TrainStep,
     model: Program,
     guide: Program,
     objective: pyro.infer.ELBO,

@@ -82,15 +82,15 @@ class FirstNonFiniteSite(Messenger):
         self.bad: Tensor | None = None
         self.has_nonfinite_numbers = False
 
-    def of_all(self, rows_before: int) -> FirstNonFiniteSite:
+    def of_all(self, row_offset: int) -> FirstNonFiniteSite:
         """Learn what the first process with such a site has found.
 
         Args:
-            rows_before: how many rows of the minibatch other processes had before this one.
+            row_offset: how many rows of the minibatch other processes had before this one.
         """
         texts = [self.name or "", self.what]
         mine = [torch.tensor(list(text.encode()), dtype=torch.uint8) for text in texts]
-        rows = torch.tensor([-1]) if self.bad is None else self.bad + rows_before
+        rows = torch.tensor([-1]) if self.bad is None else self.bad + row_offset
         for name, what, bad in gather_all([*mine, rows]):
             if len(name):
                 self.name, self.what = (bytes(text.tolist()).decode() for text in (name, what))

@@ -17,7 +17,7 @@ from pyro_vae._utils.distributed import num_processes, rank, sum_over_processes
 Selection = tuple[Tensor, ...]
 
 
-def share_of(selection: Selection) -> Selection:
+def local_rows(selection: Selection) -> Selection:
     """Return the rows of a minibatch that are this process's: none, if there are too few."""
     return tuple(column.tensor_split(num_processes())[rank()] for column in selection)
 
@@ -27,16 +27,16 @@ class SharedGradient:
 
     Args:
         parameters: what the gradients are of.
-        is_share: whether minibatches are shares already.
+        is_sharded: whether minibatches are shares already.
 
     Attributes:
         error: a ValueError of this process's share in the last step: the others learn of it by a
             loss that is NaN.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], *, is_share: bool):
+    def __init__(self, parameters: Sequence[Tensor], *, is_sharded: bool):
         self._parameters = parameters
-        self._is_share = is_share
+        self._is_sharded = is_sharded
         self.error: ValueError | None = None
 
     def __call__(
@@ -49,7 +49,7 @@ class SharedGradient:
             selection: the whole minibatch.
         """
         self.error = None
-        mine = selection if self._is_share else share_of(selection)
+        mine = selection if self._is_sharded else local_rows(selection)
         rows = len(mine[0])
         if rows:
             loss, *gradients = self._of_share(gradient, mine)

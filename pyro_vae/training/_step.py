@@ -21,13 +21,13 @@ from pyro_vae.datasets._minibatches import Batch, Minibatches
 from pyro_vae.training._gradients import all_finite, clipped, gradients_of, hides_gradients
 from pyro_vae.training._losses import differentiable_loss, loss_value
 from pyro_vae.training._minibatch_sizes import repeated, smaller_minibatch
-from pyro_vae.training._sharing import SharedGradient, share_of
-from pyro_vae.training._train_state import Trained
+from pyro_vae.training._sharing import SharedGradient, local_rows
+from pyro_vae.training._train_state import TrainState
 
 BOTH = "model and guide"
 
 
-class Trainer:
+class TrainStep:
     """Takes the steps of one fit.
 
     Args:
@@ -48,7 +48,7 @@ class Trainer:
         guide: Program,
         objective: pyro.infer.ELBO,
         batches: Minibatches,
-        trained: Trained,
+        trained: TrainState,
         parameters: Mapping[str, list[Tensor]],
         *,
         clip_norm: float | None = None,
@@ -64,7 +64,7 @@ class Trainer:
         self._in_turns = len(set(alternation)) > 1
         self._shared = None
         if num_processes() > 1:
-            self._shared = SharedGradient(trained.parameters, is_share=batches.is_share)
+            self._shared = SharedGradient(trained.parameters, is_sharded=batches.is_sharded)
         # The norm is that of what moves, of the whole minibatch.
         self._clips_within = self._shared is None and not self._in_turns
         self._hides_gradients = hides_gradients(trained.optimizer)
@@ -135,7 +135,7 @@ class Trainer:
         try:
             with programs.evaluation_mode(*self._pair):
                 for batch in batches:
-                    mine = batch if batches.is_share else share_of(batch)
+                    mine = batch if batches.is_sharded else local_rows(batch)
                     most = max(most, size)
                     if size := len(mine[0]):
                         loss = self._value(mine, objective)
@@ -166,7 +166,7 @@ class Trainer:
     @torch.no_grad()
     def run(self, selection: tuple[Tensor, ...]) -> None:
         """Run the pair as a step does, through Python, for handlers that look on."""
-        mine = selection if self._batches.is_share else share_of(selection)
+        mine = selection if self._batches.is_sharded else local_rows(selection)
         if len(mine[0]):
             self._value(self.minibatch(mine))
 
@@ -176,9 +176,9 @@ class Trainer:
         with programs.evaluation_mode(*self._pair):
             self._value(batch)
 
-    def rows_before(self, selection: tuple[Tensor, ...]) -> int:
+    def row_offset(self, selection: tuple[Tensor, ...]) -> int:
         """Return how many rows of a minibatch are those of processes before this one."""
-        if self._batches.is_share:
+        if self._batches.is_sharded:
             return 0
         shares = selection[0].tensor_split(num_processes())
         return sum(len(share) for share in shares[: rank()])

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae._programs import parameters as programs
-from pyro_vae._programs.pair_state import BARE, constraints_of_bare_parameters, make_bare_parameters
+from pyro_vae._programs.pair_state import FREE_PARAM, constraints_of_free_params, make_free_params
 from pyro_vae._programs.pair_state import state as tensors_of_pair
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes
 from pyro_vae._utils.modules import modules
-from pyro_vae._utils.referenced_objects import VALUES, reach
+from pyro_vae._utils.referenced_objects import VALUES, referenced_objects
 from pyro_vae.training._adam import Adam
 
 
-class Trained:
+class TrainState:
     """Tensors of the pair and of its objective, optimizer and scheduler: all that steps change.
 
     Args:
@@ -129,7 +129,7 @@ class Trained:
         Args:
             to_write: for another process: with what this one has without a copy.
         """
-        if to_write or programs.bare_parameter_names() != self._bare_names():
+        if to_write or programs.free_param_names() != self._bare_names():
             self._named = self._named_tensors()
         state = {
             "tensors": self.values(),
@@ -144,7 +144,7 @@ class Trained:
                 raise ValueError("the optimizer has parameters that are not the pair's")
             state["kinds"] = self._kinds()
             state["groups"] = [[names[id(p)] for p in group["params"]] for group in groups]
-            state["constraints"] = constraints_of_bare_parameters()
+            state["constraints"] = constraints_of_free_params()
         return state
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -169,7 +169,7 @@ class Trained:
         Raises:
             ValueError: it is that of another pair, objective, optimizer or scheduler.
         """
-        make_bare_parameters(state["constraints"], state["tensors"])
+        make_free_params(state["constraints"], state["tensors"])
         self._named = self._named_tensors()
         _require_same("tensors of the pair", _shapes(state["tensors"]), _shapes(self._named))
         of_objective = _shapes(self._tensors_of_objective())
@@ -196,8 +196,8 @@ class Trained:
     def _forget_later_parameters(self, state: Mapping[str, Any]) -> None:
         """Remove parameters that the programs made after a state, so that they make them again."""
         store = pyro.get_param_store()
-        for name in programs.bare_parameter_names():
-            if BARE + name not in state["tensors"]:
+        for name in programs.free_param_names():
+            if FREE_PARAM + name not in state["tensors"]:
                 del store[name]
         self._named = {name: self._named[name] for name in state["tensors"]}
         for group in self.optimizer.param_groups[len(state["optimizer"]["param_groups"]) :]:
@@ -207,7 +207,9 @@ class Trained:
         del self.optimizer.param_groups[len(state["optimizer"]["param_groups"]) :]
 
     def _bare_names(self) -> set[str]:
-        return {name.removeprefix(BARE) for name in self._named if name.startswith(BARE)}
+        return {
+            name.removeprefix(FREE_PARAM) for name in self._named if name.startswith(FREE_PARAM)
+        }
 
     def _kinds(self) -> list[str]:
         defaults = self.optimizer.defaults.items()
@@ -230,7 +232,11 @@ class Trained:
     def _tensors_of_objective(self) -> dict[str, Tensor]:
         """What it counts or remembers, and modules of the transform; they may have met the pair."""
         of_pair = set(map(id, self._named.values()))
-        found = [pair for pair in reach(objective=self._objective) if isinstance(pair[1], Tensor)]
+        found = [
+            pair
+            for pair in referenced_objects(objective=self._objective)
+            if isinstance(pair[1], Tensor)
+        ]
         for number, module in enumerate(modules(self._transform)):
             found += [(f"transform {number}.{n}", t) for n, t in module.state_dict().items()]
         return {name: tensor for name, tensor in found if id(tensor) not in of_pair}

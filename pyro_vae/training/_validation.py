@@ -14,7 +14,7 @@ from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Minibatches
 from pyro_vae.objectives import Objective
 from pyro_vae.training._nonfinite import FirstNonFiniteSite, shown_rows
-from pyro_vae.training._step import Trainer
+from pyro_vae.training._step import TrainStep
 
 
 class Validation:
@@ -34,7 +34,7 @@ class Validation:
     """
 
     def __init__(
-        self, trainer: Trainer, objective: pyro.infer.ELBO, data: Minibatches, *, unseen: bool
+        self, trainer: TrainStep, objective: pyro.infer.ELBO, data: Minibatches, *, unseen: bool
     ):
         self._trainer = trainer
         self._objective = objective
@@ -65,12 +65,12 @@ class Validation:
         if math.isfinite(loss):
             return loss
         with self._noise(seed):
-            site, rows_before = self._first_site()
+            site, row_offset = self._first_site()
         if refused is not None and not site.has_nonfinite_numbers:
             raise refused
         what = "" if site.name is None else f": {site.what}"
         if site.bad is not None:
-            what += f" at rows {shown_rows(site.bad + rows_before)} of the validation data"
+            what += f" at rows {shown_rows(site.bad + row_offset)} of the validation data"
         raise FloatingPointError(
             f"the validation loss is {loss} in epoch {epoch}{what}. Lower the learning rate, set "
             "clip_norm, or look for a scale that falls to zero."
@@ -102,12 +102,12 @@ class Validation:
 
     def _first_site(self) -> tuple[FirstNonFiniteSite, int]:
         """Find the first site that is not finite, and how many rows came before its minibatch."""
-        rows_before = 0
+        row_offset = 0
         with FirstNonFiniteSite() as site, values_checked(False):
             for batch in self._data:
                 with contextlib.suppress(ValueError):  # which has been met before
                     self._trainer.run_held_out(batch)
                 if site.name is not None:
                     break
-                rows_before += len(batch[0])
-        return site, rows_before
+                row_offset += len(batch[0])
+        return site, row_offset

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae._utils.scales import LEAST
+from pyro_vae._utils.numerics import MIN_SCALE
 
 L = pv.likelihoods
 
@@ -26,7 +26,7 @@ class Fixed(nn.Module):
 
 def log_softplus(raw):
     return mpmath.log(
-        mpmath.log1p(mpmath.exp(raw + mpmath.log(mpmath.expm1(1)))) + mpmath.mpf(LEAST)
+        mpmath.log1p(mpmath.exp(raw + mpmath.log(mpmath.expm1(1)))) + mpmath.mpf(MIN_SCALE)
     )
 
 

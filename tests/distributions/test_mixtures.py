@@ -16,7 +16,7 @@ def random_mixture(k, d, batch=(), dtype=torch.float64):
 @pytest.mark.parametrize(("k", "d"), [(1, 1), (3, 1), (2, 4)])
 def test_the_density_is_the_sum_by_hand(k, d):
     logits, loc, scale = random_mixture(k, d, (5,))
-    q = pv.distributions.MixtureOfNormals(logits, loc, scale)
+    q = pv.distributions.MixtureOfDiagNormals(logits, loc, scale)
     z = torch.randn(7, 5, d, dtype=torch.float64)
     by_hand = sum(
         logits.softmax(-1)[:, i] * dist.Normal(loc[:, i], scale[:, i]).log_prob(z).sum(-1).exp()
@@ -27,7 +27,7 @@ def test_the_density_is_the_sum_by_hand(k, d):
 
 
 def test_moments_of_samples():
-    q = pv.distributions.MixtureOfNormals(*random_mixture(3, 2))
+    q = pv.distributions.MixtureOfDiagNormals(*random_mixture(3, 2))
     z = q.sample((200_000,))
     error = (z.var(0) / 200_000).sqrt()
     assert ((z.mean(0) - q.mean).abs() < 5 * error).all()
@@ -44,14 +44,14 @@ def test_the_gradient_of_samples_is_that_of_the_expectation(d):
 
     axis = torch.linspace(-12, 12, 1201 if d == 2 else 20_001, dtype=torch.float64)
     points = torch.cartesian_prod(*[axis] * d).reshape(-1, d)
-    q = pv.distributions.MixtureOfNormals(*parameters)
+    q = pv.distributions.MixtureOfDiagNormals(*parameters)
     exact = (q.log_prob(points).exp() * f(points)).sum() * (axis[1] - axis[0]) ** d
     expected = torch.autograd.grad(exact, parameters)
 
     repeats, count = 40, 5000
     drawn = []
     for _ in range(repeats):
-        q = pv.distributions.MixtureOfNormals(*parameters)
+        q = pv.distributions.MixtureOfDiagNormals(*parameters)
         drawn.append(torch.autograd.grad(f(q.rsample((count,))).mean(), parameters))
     for number, gradient in enumerate(expected):
         estimates = torch.stack([each[number] for each in drawn])
@@ -62,7 +62,7 @@ def test_the_gradient_of_samples_is_that_of_the_expectation(d):
 
 def test_one_component_is_a_normal_and_its_gradient_pathwise():
     loc, scale = torch.randn(1, 3).requires_grad_(), (torch.rand(1, 3) + 0.5).requires_grad_()
-    z = pv.distributions.MixtureOfNormals(torch.zeros(1), loc, scale).rsample()
+    z = pv.distributions.MixtureOfDiagNormals(torch.zeros(1), loc, scale).rsample()
     assert z.shape == (3,)
     gradients = torch.autograd.grad(z.sum(), [loc, scale])
     torch.testing.assert_close(gradients[0], torch.ones(1, 3))
@@ -71,8 +71,8 @@ def test_one_component_is_a_normal_and_its_gradient_pathwise():
 
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"logits \(..., K\)"):
-        pv.distributions.MixtureOfNormals(torch.zeros(2), torch.zeros(3, 4), torch.ones(3, 4))
+        pv.distributions.MixtureOfDiagNormals(torch.zeros(2), torch.zeros(3, 4), torch.ones(3, 4))
     with pytest.raises(ValueError, match="scale"):
-        pv.distributions.MixtureOfNormals(
+        pv.distributions.MixtureOfDiagNormals(
             torch.zeros(2), torch.zeros(2, 4), -torch.ones(2, 4), validate_args=True
         )

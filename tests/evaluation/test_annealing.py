@@ -260,7 +260,7 @@ def test_a_bent_posterior_against_quadrature(prior, guide):
     x = torch.bernoulli(torch.full((30, 3), 0.5, dtype=torch.float64))
     q = BENT_GUIDES[guide](model, pv.nets.MLP(3, [5]).double())
     if prior == "vamp":
-        model.prior.through(q)
+        model.prior.bind_guide(q)
     q(x)
     ais = pv.evaluation.AIS(100, 5, leapfrog_steps=3, step_size=0.3)
     options = {"method": ais, "capture": False, "seed": 0}

@@ -15,8 +15,8 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import flows, guides
-from pyro_vae._utils.scales import positive, raw_of
-from pyro_vae.evaluation._gap_estimates import surest
+from pyro_vae._utils.numerics import inverse_softplus_scale, softplus_scale
+from pyro_vae.evaluation._gap_estimates import select_estimator
 
 AT_ONCE = pv.evaluation.Ascent(learning_rate=1e-6, window=1, patience=1)  # stays where it begins
 QUICK = pv.evaluation.Ascent(learning_rate=0.02, num_particles=20, window=50, patience=2)
@@ -31,7 +31,7 @@ def mean_field(oracle, shift=0.0, stretch=1.0):
     with torch.no_grad():
         head = guide.built["head"]
         head.weight.copy_(torch.cat([oracle.v, torch.zeros_like(oracle.v)]))
-        raw = torch.tensor([raw_of(scale) for scale in scales.tolist()])
+        raw = torch.tensor([inverse_softplus_scale(scale) for scale in scales.tolist()])
         head.bias.copy_(torch.cat([shift - oracle.v @ oracle.mu, raw]))
     return guide
 
@@ -75,7 +75,7 @@ def test_gaps_of_a_perturbed_mean_field_encoder():
     assert gaps.converged == (True, True)
     # What was found is the closed form: the posterior's mean, and the diagonal of its precision.
     loc, raw = gaps.parameters.split(2, -1)
-    scale = positive(raw)
+    scale = softplus_scale(raw)
     torch.testing.assert_close(loc, (x - oracle.mu) @ oracle.v.T, atol=0.03, rtol=0.03)
     expected = oracle.s.diagonal().sqrt().expand_as(scale)
     torch.testing.assert_close(scale, expected, atol=0.03, rtol=0.03)
@@ -351,14 +351,20 @@ def test_which_estimate_is_taken():
     ]
     values, errors, khats, choice = zip(*rows, strict=True)
     values, errors, khats = (torch.tensor(each).T for each in (values, errors, khats))
-    assert surest(values, errors.square(), khats).tolist() == list(choice)
+    assert select_estimator(values, errors.square(), khats).tolist() == list(choice)
     # At most data, which a single wild error does not change.
     wild = torch.tensor([[0.1, 0.1, 9.0], [0.2, 0.2, 0.2]])
-    assert surest(torch.zeros(2, 3), wild.square(), torch.zeros(2, 3)).tolist() == [0, 0, 0]
-    swapped = surest(values.flip(0), errors.square().flip(0), khats.flip(0))
+    assert select_estimator(torch.zeros(2, 3), wild.square(), torch.zeros(2, 3)).tolist() == [
+        0,
+        0,
+        0,
+    ]
+    swapped = select_estimator(values.flip(0), errors.square().flip(0), khats.flip(0))
     assert swapped.tolist() == [1 - number for number in choice]
     unknown = torch.full((1, len(rows)), nan)  # the error of a single draw
-    assert surest(values, torch.cat([unknown, errors[1:]]), khats).tolist() == [1] * len(rows)
+    assert select_estimator(values, torch.cat([unknown, errors[1:]]), khats).tolist() == [1] * len(
+        rows
+    )
 
 
 def test_captured_is_eager(without_compiler):
@@ -494,7 +500,7 @@ def test_no_estimate_is_taken_because_chance_made_it_higher():
         values = torch.zeros(2, count)
         values[1, 0], values[1, 1] = 3.5 * 5**0.5, 6 * 5**0.5
         variances = torch.tensor([1.0, 4.0]).unsqueeze(1).expand(2, count)
-        sources = surest(values, variances, torch.zeros(2, count))
+        sources = select_estimator(values, variances, torch.zeros(2, count))
         assert sources[:2].tolist() == [taken, 1]
         assert sources.sum() == taken + 1
 

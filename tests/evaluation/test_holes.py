@@ -84,7 +84,7 @@ def test_what_lies_in_a_hole():
     assert z.shape == (count, 2)
     assert 0 < count < 900
     torch.testing.assert_close(holes.decoded, 2 * z)
-    q = pv.distributions.MixtureOfNormals(
+    q = pv.distributions.MixtureOfDiagNormals(
         torch.zeros(500), 0.5 * x, torch.full((500, 2), 0.75**0.5)
     )
     log_q = q.log_prob(z.double())

@@ -106,7 +106,7 @@ def test_matrix_products_equal_the_scored_pairs():
     # The same density, in a form that is not read as a Gaussian.
     masked = pyro.poutine.mask(guide, mask=torch.tensor(True))
     masked_model = pyro.poutine.mask(model, mask=torch.tensor(True))
-    assert not DiagonalGaussians.describe(masked, (x,))
+    assert not DiagonalGaussians.is_diagonal_gaussian(masked, (x,))
     slow = pv.elbo_surgery(masked_model, masked, x, num_particles=200, seed=0)
     # The same data: only the draws differ, 200 of them for each of 60 data points.
     assert fast.mutual_information == pytest.approx(slow.mutual_information, abs=0.05)
@@ -129,7 +129,7 @@ def test_hierarchical_guides_are_scored_and_not_taken_for_mean_field():
             pyro.sample("z1", dist.Normal((x + z2) / 2, 0.5**0.5))
 
     x = (torch.randn(1500) * 3**0.5).double()
-    assert not DiagonalGaussians.describe(guide, (x,))
+    assert not DiagonalGaussians.is_diagonal_gaussian(guide, (x,))
     surgery = pv.elbo_surgery(model, guide, x, num_particles=2, seed=0)
     # I[x, (z1, z2)] = h(x) - h(x|z1) = log(3) / 2, and with the exact posterior q_agg is p.
     errors = surgery.standard_errors

@@ -53,7 +53,7 @@ def make_pair(d, guide_name, prior_name):
     model = pv.LatentVariableModel(prior, pv.likelihoods.Bernoulli(pv.nets.MLP(d, [7], 6)))
     guide = GUIDES[guide_name](model, pv.nets.MLP(6, [9]))
     if prior_name == "Vamp":
-        prior.through(guide)
+        prior.bind_guide(guide)
     model, guide = model.double(), guide.double()
     x = torch.bernoulli(torch.full((COUNT, 6), 0.5, dtype=torch.float64))
     guide(x)

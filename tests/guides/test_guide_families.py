@@ -13,7 +13,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import flows, guides
-from pyro_vae._utils.roots import increasing_root
+from pyro_vae._utils.numerics import increasing_root
 from pyro_vae.evaluation._scoring import guide_log_prob
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}

@@ -10,7 +10,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae._programs.latent_sites import latent_sites
-from pyro_vae._utils.scales import raw_of
+from pyro_vae._utils.numerics import inverse_softplus_scale
 from pyro_vae.evaluation._scoring import guide_log_prob
 from pyro_vae.guides import AmortizedNormal
 
@@ -371,7 +371,7 @@ def test_an_observation_that_is_partly_missing():
     guide(x, seen)
     with torch.no_grad():  # all of N(0, 2^2): twice the prior's width, for weights of some variance
         guide.built["head"].weight.zero_()
-        guide.built["head"].bias.copy_(torch.tensor([0.0, raw_of(2.0)] * 2))
+        guide.built["head"].bias.copy_(torch.tensor([0.0, inverse_softplus_scale(2.0)] * 2))
     estimate = pv.evidence(model, guide, (x, seen), num_particles=20_000, seed=0)
     exact = seen * dist.Normal(0.0, 2**0.5).log_prob(x[:, 0])
     assert ((estimate.values - exact).abs() < 4.5 * estimate.monte_carlo_errors).all()

@@ -300,7 +300,7 @@ def test_a_dream_is_not_shown_with_its_columns_mixed_up():
             pyro.sample("z", dist.Normal(x.mean(1), 0.5))
 
     with pytest.raises(ValueError, match="observes no argument of the programs as it is"):
-        pv.terms(model, guide, torch.randn(5, 3)).dream().log_guide()
+        pv.terms(model, guide, torch.randn(5, 3)).sample_joint().log_guide()
 
 
 def test_gradients_of_their_own_need_held_samples(pair, binary):

@@ -19,8 +19,8 @@ from torch.distributions import (
 )
 
 import pyro_vae as pv
-from pyro_vae._utils.scales import positive
-from pyro_vae.distributions._mixtures import EvenMixture
+from pyro_vae._utils.numerics import softplus_scale
+from pyro_vae.distributions._mixtures import UniformMixture
 
 
 def model_with(prior, latent=2, data=16):
@@ -38,22 +38,22 @@ def flow_guide(model, joint=True):
     )
 
 
-def through(prior, make=amortized):
+def bind_guide(prior, make=amortized):
     """A pair whose prior is told its guide."""
     model = model_with(prior)
     guide = make(model)
-    prior.through(guide)
+    prior.bind_guide(guide)
     guide(torch.rand(3, 16))
     return model, guide
 
 
 def vamp(make=amortized):
-    model, guide = through(pv.priors.VampPrior(2, pseudo_inputs=torch.rand(7, 16)), make)
+    model, guide = bind_guide(pv.priors.VampPrior(2, pseudo_inputs=torch.rand(7, 16)), make)
     return model.prior, guide
 
 
 def exemplar():
-    model, guide = through(pv.priors.ExemplarPrior(2, exemplars=torch.rand(9, 16)))
+    model, guide = bind_guide(pv.priors.ExemplarPrior(2, exemplars=torch.rand(9, 16)))
     return model.prior, guide
 
 
@@ -113,7 +113,7 @@ def test_a_mixture_of_two_is_the_sum_by_hand():
     prior = randomised(pv.priors.MixtureOfNormals(3, components=2)).double()
     z = torch.randn(4, 5, 3, dtype=torch.float64)
     weight = prior.logits.softmax(0)
-    scale = positive(prior.raw_scale)
+    scale = softplus_scale(prior.raw_scale)
     parts = [
         weight[k]
         * torch.exp(
@@ -144,14 +144,14 @@ def test_exemplars_are_gaussians_around_their_codes():
     with torch.no_grad():
         prior.raw_scale += 0.4
         means = pyro.poutine.trace(guide).get_trace(prior.exemplars).nodes["z"]["fn"].base_dist.loc
-    scale = positive(prior.raw_scale)
+    scale = softplus_scale(prior.raw_scale)
     z = torch.randn(6, 2)
     by_hand = dist.Normal(means, scale).to_event(1).log_prob(z.unsqueeze(1)).exp().mean(1).log()
     torch.testing.assert_close(prior().log_prob(z), by_hand)
 
 
 def test_exemplars_are_drawn_anew_in_training_and_all_count_in_evaluation():
-    model, _ = through(pv.priors.ExemplarPrior(2, exemplars=torch.rand(9, 16), num_drawn=3))
+    model, _ = bind_guide(pv.priors.ExemplarPrior(2, exemplars=torch.rand(9, 16), num_drawn=3))
     assert len(model.prior().loc) == 3
     z = torch.randn(2)
     assert len({model.prior().log_prob(z).item() for _ in range(5)}) > 1
@@ -161,9 +161,9 @@ def test_exemplars_are_drawn_anew_in_training_and_all_count_in_evaluation():
 def test_a_float_prior_of_thousands_of_components_loses_no_digits():
     loc, scale = 5 * torch.randn(3000, 20), 0.01 + 0.1 * torch.rand(3000, 20)
     z = loc[:10] + scale[:10] * torch.randn(7, 10, 20)
-    single = pv.distributions.MixtureOfNormals(torch.zeros(3000), loc, scale).log_prob(z)
+    single = pv.distributions.MixtureOfDiagNormals(torch.zeros(3000), loc, scale).log_prob(z)
     parts = dist.Normal(loc.double(), scale.double()).to_event(1)
-    exact = EvenMixture([parts]).log_prob(z.double())
+    exact = UniformMixture([parts]).log_prob(z.double())
     torch.testing.assert_close(single.double(), exact, rtol=1e-6, atol=1e-5)
 
 
@@ -174,7 +174,7 @@ OBJECTIVES = [pv.objectives.ELBO(), pv.objectives.IWAE(3), pv.objectives.DReG(2)
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_vamp_trains_with_every_guide(make, objective, binary):
     prior = pv.priors.VampPrior(2, pseudo_inputs=torch.rand(5, 16))
-    model, guide = through(prior, make)
+    model, guide = bind_guide(prior, make)
     before = copy.deepcopy(prior.pseudo_inputs)
     fit = pv.fit(model, guide, binary, objective=objective, epochs=2, batch_size=25,
                  progress=False)  # fmt: skip
@@ -186,10 +186,10 @@ def test_vamp_trains_with_every_guide(make, objective, binary):
 def captured(name):
     def make():
         if name == "Vamp":
-            return through(pv.priors.VampPrior(2, pseudo_inputs=torch.rand(5, 16)))
+            return bind_guide(pv.priors.VampPrior(2, pseudo_inputs=torch.rand(5, 16)))
         if name == "exemplar":
             prior = pv.priors.ExemplarPrior(2, exemplars=torch.rand(9, 16), num_drawn=3)
-            return through(prior)
+            return bind_guide(prior)
         if name == "mixture model":
             prior = pv.priors.MixtureOfNormals(2, components=3)
             model = pv.models.MixtureModel(prior, pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16)))
@@ -270,7 +270,7 @@ def test_the_aggregated_posterior_stays_when_the_guide_moves_on():
 
 
 def test_a_copied_pair_is_of_its_own():
-    model, guide = through(pv.priors.VampPrior(2, pseudo_inputs=torch.rand(5, 16)))
+    model, guide = bind_guide(pv.priors.VampPrior(2, pseudo_inputs=torch.rand(5, 16)))
     twins = copy.deepcopy((model, guide))
     assert twins[0].prior.guide is twins[1]
     z = torch.randn(4, 2)
@@ -281,11 +281,11 @@ def test_a_copied_pair_is_of_its_own():
 
 
 def test_a_loaded_pair_makes_the_same_prior():
-    model, _ = through(pv.priors.VampPrior(2, pseudo_inputs=torch.rand(5, 16)))
+    model, _ = bind_guide(pv.priors.VampPrior(2, pseudo_inputs=torch.rand(5, 16)))
     prior = pv.priors.VampPrior(2, pseudo_inputs=torch.rand(5, 16))
     other = model_with(prior)
     guide = amortized(other)
-    prior.through(guide)
+    prior.bind_guide(guide)
     other.load_state_dict(model.state_dict())
     z = torch.randn(4, 2)
     torch.testing.assert_close(prior().log_prob(z), model.prior().log_prob(z))
@@ -308,7 +308,7 @@ def test_a_vamp_prior_on_the_top_of_a_hierarchy():
                 pyro.sample("x", likelihood(pyro.sample("z_1", layer(z))), obs=x)
 
         guide = pv.guides.HierarchicalGuide(model, pv.nets.MLP(16, [8]), order=order)
-        prior.through(guide, site="z_2")
+        prior.bind_guide(guide, site="z_2")
         x = torch.rand(10, 16).round()
         if order == "top-down":
             assert pv.evidence(model, guide, x, num_particles=5).values.shape == (10,)
@@ -329,10 +329,10 @@ def test_what_makes_no_prior_is_refused():
         pv.priors.VampPrior(2, pseudo_inputs=rows, bounds=(1.0, 0.0))
     with pytest.raises(ValueError, match="between 1 and the 5 exemplars"):
         pv.priors.ExemplarPrior(2, exemplars=rows, num_drawn=6)
-    with pytest.raises(ValueError, match=r"call prior\.through"):
+    with pytest.raises(ValueError, match=r"call prior\.bind_guide"):
         pv.priors.VampPrior(2, pseudo_inputs=rows)()
     with pytest.raises(TypeError, match="must be a Pyro program"):
-        pv.priors.VampPrior(2, pseudo_inputs=rows).through(3)
+        pv.priors.VampPrior(2, pseudo_inputs=rows).bind_guide(3)
     with pytest.raises(ValueError, match="bijection of R\\^2"):
         pv.priors.FlowPrior(2, pv.flows.Composition(3))
     with pytest.raises(ValueError, match="bijection of R\\^2"):
@@ -346,29 +346,29 @@ def test_what_makes_no_prior_is_refused():
     with pytest.raises(ValueError, match="length must be"):
         pv.flows.Composition(2, length=0)
     with pytest.raises(ValueError, match="parts of batch shape"):
-        EvenMixture([])
+        UniformMixture([])
 
 
 def test_guides_whose_posterior_is_not_known_are_refused():
     rows = torch.rand(5, 16)
     prior = pv.priors.VampPrior(3, pseudo_inputs=rows)
     guide = amortized(model_with(pv.priors.StandardNormal(2)))
-    prior.through(guide)
+    prior.bind_guide(guide)
     with pytest.raises(ValueError, match=r"of z of shape \(3,\)"):
         prior()
-    prior.through(guide, site="w")
+    prior.bind_guide(guide, site="w")
     with pytest.raises(ValueError, match="no site 'w'"):
         prior()
     prior = pv.priors.VampPrior(2, pseudo_inputs=rows)
     model = model_with(prior)
-    prior.through(pv.guides.AmortizedDelta(model, pv.nets.MLP(16, [8])))
+    prior.bind_guide(pv.guides.AmortizedDelta(model, pv.nets.MLP(16, [8])))
     with pytest.raises(ValueError, match="a point"):
         prior()
-    prior.through(pv.guides.SemiAmortized(amortized(model), steps=1))
+    prior.bind_guide(pv.guides.SemiAmortized(amortized(model), steps=1))
     with pytest.raises(ValueError, match="the guide runs the model"):
         prior()
     prior = pv.priors.ExemplarPrior(2, exemplars=rows)
-    prior.through(flow_guide(model_with(prior)))
+    prior.bind_guide(flow_guide(model_with(prior)))
     with pytest.raises(ValueError, match="takes the means of a guide"):
         prior()
 
@@ -412,7 +412,7 @@ def test_the_guide_learns_from_the_prior_that_it_is_a_part_of():
     parameters = [*guide.parameters(), prior.pseudo_inputs]
     found = torch.autograd.grad(prior().log_prob(z).sum(), parameters)
     loc, raw = guide.parameters_of(prior.pseudo_inputs.clamp(0, 1)).split(2, -1)
-    q = dist.Normal(loc, positive(raw)).to_event(1)
+    q = dist.Normal(loc, softplus_scale(raw)).to_event(1)
     by_hand = q.log_prob(z.unsqueeze(1)).logsumexp(1).sum()
     torch.testing.assert_close(found, torch.autograd.grad(by_hand, parameters))
     prior, guide = exemplar()
@@ -423,7 +423,7 @@ def test_the_guide_learns_from_the_prior_that_it_is_a_part_of():
 def test_an_even_mixture_of_several_blocks():
     loc = torch.tensor([[-30.0], [-10.0], [0.0], [10.0], [30.0]])
     parts = [dist.Normal(part, 1.0).to_event(1) for part in loc.split([3, 2])]
-    q = EvenMixture(parts)
+    q = UniformMixture(parts)
     z = torch.randn(4, 1)
     expected = dist.Normal(loc, 1.0).to_event(1).log_prob(z.unsqueeze(1)).exp().mean(1).log()
     torch.testing.assert_close(q.log_prob(z), expected)
@@ -433,12 +433,12 @@ def test_an_even_mixture_of_several_blocks():
 
 
 def test_a_batch_of_mixtures_expands():
-    q = pv.distributions.MixtureOfNormals(
+    q = pv.distributions.MixtureOfDiagNormals(
         torch.zeros(5, 2), torch.randn(5, 2, 3), torch.ones(5, 2, 3)
     )
     z = torch.randn(5, 3)
     assert q.expand((4, 5)).log_prob(z).shape == (4, 5)
-    assert pv.distributions.MixtureOfNormals(
+    assert pv.distributions.MixtureOfDiagNormals(
         torch.zeros(2), torch.randn(2, 3), torch.ones(2, 3)
     ).expand((4, 5)).log_prob(z).shape == (4, 5)
 

@@ -214,7 +214,7 @@ def test_a_prior_that_runs_the_guide(binary):
         prior=vamp, likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16))
     )
     guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
-    vamp.through(guide)
+    vamp.bind_guide(guide)
     with pytest.raises(ValueError, match="share parameters"):
         pv.rate_distortion(model, guide, binary, [1.0], epochs=1, batch_size=10)
     options = {"epochs": 1, "batch_size": 10, "capture": False, "seed": 0}

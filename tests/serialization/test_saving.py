@@ -20,13 +20,13 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae import flows, guides, likelihoods, nets, priors
 from pyro_vae._programs.pair_state import state
-from pyro_vae._utils.init_args import arguments_of
+from pyro_vae._utils.init_args import init_args_of
 from pyro_vae.guides import _families as families
-from pyro_vae.serialization import _filling as filling
+from pyro_vae.serialization import _load_state as filling
 from pyro_vae.serialization import _registry as vocabulary
-from pyro_vae.serialization._describing import recipe
 from pyro_vae.serialization._reading import read
-from pyro_vae.serialization._rebuilding import rebuild
+from pyro_vae.serialization._rebuild import rebuild
+from pyro_vae.serialization._recipe import recipe
 from pyro_vae.serialization._writing import write
 
 ROWS = 8
@@ -119,7 +119,7 @@ def vamp():
     prior = priors.VampPrior(2, pseudo_inputs=torch.rand(4, 6))
     model = plain_model(prior)
     guide = guides.AmortizedNormal(model, encoder())
-    prior.through(guide)
+    prior.bind_guide(guide)
     return model, guide, (binary(),)
 
 
@@ -127,7 +127,7 @@ def exemplars():
     prior = priors.ExemplarPrior(2, exemplars=binary(5), num_drawn=3)
     model = plain_model(prior)
     guide = guides.AmortizedNormal(model, encoder())
-    prior.through(guide)
+    prior.bind_guide(guide)
     return model, guide, (binary(),)
 
 
@@ -548,8 +548,8 @@ def test_a_pair_before_its_first_call_is_saved(tmp_path):
 def public_classes():
     abstract = {
         flows.Flow, guides.Family, pv.surjections.GenerativeSurjection,
-        pv.surjections.InferenceSurjection, pv.surjections.Layer, pv.surjections.Surjection,
-        likelihoods.Likelihood, likelihoods.Scale, priors.PriorThroughGuide, families.Family,
+        pv.surjections.InferenceSurjection, pv.surjections.SurVAELayer, pv.surjections.Surjection,
+        likelihoods.Likelihood, likelihoods.Scale, priors.GuideMixturePrior, families.Family,
     }  # fmt: skip
     names = {name: cls for name, cls in vocabulary.classes().items() if cls not in abstract}
     return {name: cls for name, cls in names.items() if not name.startswith("torch.")}
@@ -622,7 +622,7 @@ def test_every_public_component_tells_how_it_was_made(name):
         assert repr(told["things"]) == repr(structure["things"])
         if cls.__name__ not in vars(guides):
             inner = {id(m) for m in thing.modules()}
-            held = [v for v in (arguments_of(twin) or {}).values() if isinstance(v, nn.Module)]
+            held = [v for v in (init_args_of(twin) or {}).values() if isinstance(v, nn.Module)]
             assert not any(id(module) in inner for module in held)
 
 

@@ -890,7 +890,7 @@ def test_a_flow_scores_what_the_model_dreams():
     model = pv.surjections.FlowModel(pv.priors.StandardNormal(4), [logit, steep.inv])
     guide = pv.surjections.FlowGuide(model)
     x = torch.rand(2000, 4).clamp(0.01, 0.99)
-    assert pv.terms(model, guide, x).dream().log_guide().isfinite().double().mean() > 0.99
+    assert pv.terms(model, guide, x).sample_joint().log_guide().isfinite().double().mean() > 0.99
 
 
 def test_an_image_taken_without_gradients_does_not_hide_them():

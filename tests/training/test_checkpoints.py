@@ -29,8 +29,8 @@ from pyro_vae.serialization._reading import read
 from pyro_vae.serialization._writing import write
 from pyro_vae.training import _checkpoints as checkpoints
 from pyro_vae.training import _loading as loading
-from pyro_vae.training._loop import Run
-from pyro_vae.training._step import Trainer
+from pyro_vae.training._loop import TrainingLoop
+from pyro_vae.training._step import TrainStep
 
 SHARE_OF_TIME = checkpoints._SHARE_OF_TIME  # before every test sets it
 
@@ -170,7 +170,7 @@ def run(x, folder=None, killed_after=None, **case):
     data, transform = case.pop("wrap")(x), case.pop("transform", None)
     if "objective" in case:
         case["objective"] = case["objective"]()
-    steps, take_a_step = 0, Trainer.step
+    steps, take_a_step = 0, TrainStep.step
 
     def step(trainer, *args, **options):
         nonlocal steps
@@ -183,7 +183,7 @@ def run(x, folder=None, killed_after=None, **case):
     defaults = {"batch_size": 8, "seed": 0, "progress": False, "validation": x[:9]}
     if folder is not None:
         defaults |= {"checkpoint": folder, "checkpoint_seconds": 0.0, "resume": True}
-    with mock.patch.object(Trainer, "step", step):
+    with mock.patch.object(TrainStep, "step", step):
         result = pv.fit(model, guide, data, transform=transform, **(defaults | case))
     with pv.parameter_store(model, guide):
         found = {name: tensor.detach().clone() for name, tensor in state(model, guide).items()}
@@ -272,7 +272,7 @@ class At:
 def test_rows_on_disk_are_streamed_and_resumed(binary, tmp_path):
     rows = on_disk(binary, tmp_path)
     expected, straight = fit(rows)
-    with mock.patch.object(Trainer, "end_epoch", side_effect=Killed), pytest.raises(Killed):
+    with mock.patch.object(TrainStep, "end_epoch", side_effect=Killed), pytest.raises(Killed):
         fit(rows, tmp_path / "run")
     result, resumed = fit(rows, tmp_path / "run", resume=True)
     assert equal(straight, resumed)
@@ -317,13 +317,13 @@ def test_a_second_ctrl_c_does_not_wait_and_leaves_a_whole_state(binary, tmp_path
 
 def test_ctrl_c_during_validation(binary, tmp_path):
     _, straight = fit(binary, validation=binary)
-    evaluate = Trainer.evaluate
+    evaluate = TrainStep.evaluate
 
     def pressed(*args):
         signal.raise_signal(signal.SIGINT)
         return evaluate(*args)
 
-    with mock.patch.object(Trainer, "evaluate", pressed), pytest.raises(pv.training.StoppedFit):
+    with mock.patch.object(TrainStep, "evaluate", pressed), pytest.raises(pv.training.StoppedFit):
         fit(binary, tmp_path, validation=binary)
     _, resumed = fit(binary, tmp_path, validation=binary, resume=True)
     assert equal(straight, resumed)
@@ -475,7 +475,7 @@ def plateau(validation):
 
 def test_an_interrupt_while_the_last_checkpoint_of_an_epoch_is_written(binary, tmp_path):
     _, straight = fit(binary, transform=torch.bernoulli)
-    write, times = Run._note, 0
+    write, times = TrainingLoop._note, 0
 
     def interrupted(self, **options):
         nonlocal times
@@ -484,7 +484,10 @@ def test_an_interrupt_while_the_last_checkpoint_of_an_epoch_is_written(binary, t
             raise KeyboardInterrupt
         write(self, **options)
 
-    with mock.patch.object(Run, "_note", interrupted), pytest.raises(pv.training.StoppedFit):
+    with (
+        mock.patch.object(TrainingLoop, "_note", interrupted),
+        pytest.raises(pv.training.StoppedFit),
+    ):
         fit(binary, tmp_path, transform=torch.bernoulli)
     _, resumed = fit(binary, tmp_path, transform=torch.bernoulli, resume=True)
     assert equal(straight, resumed)
@@ -829,7 +832,7 @@ def test_an_interrupt_after_a_parameter_was_made(stops, binary, tmp_path):
         if epoch == 2:
             raise KeyboardInterrupt
 
-    step, taken = Trainer.step, 0
+    step, taken = TrainStep.step, 0
 
     def stopped(*args, **options):
         nonlocal taken
@@ -841,7 +844,7 @@ def test_an_interrupt_after_a_parameter_was_made(stops, binary, tmp_path):
     at_end = stops == "at the end of the epoch"
     options = {"after_epoch": press} if at_end else {}
     with (
-        mock.patch.object(Trainer, "step", step if at_end else stopped),
+        mock.patch.object(TrainStep, "step", step if at_end else stopped),
         pytest.raises(pv.training.StoppedFit),
     ):
         fit(binary, tmp_path, pair=pair, epochs=4, checkpoint_seconds=60.0, **options)
@@ -850,7 +853,7 @@ def test_an_interrupt_after_a_parameter_was_made(stops, binary, tmp_path):
 
 
 def test_a_run_that_goes_back_over_its_capture_begins_it_anew(binary, tmp_path, without_compiler):
-    step, taken = Trainer.step, 0
+    step, taken = TrainStep.step, 0
 
     def stopped(*args, **options):
         nonlocal taken
@@ -861,7 +864,7 @@ def test_a_run_that_goes_back_over_its_capture_begins_it_anew(binary, tmp_path, 
         return step(*args, **options)
 
     options = {"capture": True, "checkpoint_seconds": 60.0}
-    with mock.patch.object(Trainer, "step", stopped), pytest.raises(pv.training.StoppedFit):
+    with mock.patch.object(TrainStep, "step", stopped), pytest.raises(pv.training.StoppedFit):
         fit(binary, tmp_path, **options)
     content = read(max(tmp_path.iterdir()), kind=checkpoints.KIND)
     assert content["trainer"]["steps"] == 0

@@ -20,7 +20,7 @@ import pyro_vae as pv
 from pyro_vae._capture import Captured
 from pyro_vae._programs.pair_state import state
 from pyro_vae.training import _checkpoints as checkpoints
-from pyro_vae.training._step import Trainer
+from pyro_vae.training._step import TrainStep
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "data_parallel.py"
 ROWS = 51  # the last minibatch of 10 has one row, and a process none
@@ -122,7 +122,7 @@ def trained(kind=Pair, columns=None, killed_after=None, own_noise=False, frozen=
         columns = columns[0]
         programs[1](columns)
         programs[1].double()
-    take_a_step, steps = Trainer.step, 0
+    take_a_step, steps = TrainStep.step, 0
 
     def step(trainer, *args, **more):
         nonlocal steps
@@ -131,13 +131,13 @@ def trained(kind=Pair, columns=None, killed_after=None, own_noise=False, frozen=
             raise KeyboardInterrupt
         return take_a_step(trainer, *args, **more)
 
-    Trainer.step = step
+    TrainStep.step = step
     try:
         result = pv.fit(*programs, columns, **(defaults | options))
     except KeyboardInterrupt:
         return {}
     finally:
-        Trainer.step = take_a_step
+        TrainStep.step = take_a_step
     found = {name: tensor.detach().clone() for name, tensor in state(*programs).items()}
     found["history"] = torch.tensor(result.history[["loss", "validation_loss"]].to_numpy())
     found["skipped"] = torch.tensor(result.history["skipped"].to_numpy())

@@ -35,7 +35,10 @@ class Aggregate:
         self._gaussians: DiagonalGaussians | None = None
         self.num_data = sum(len(batch[0]) for batch in batches)
         first = batches.first()
-        if DiagonalGaussians.describe(guide, first) and DiagonalGaussians.read(guide, first).real:
+        if (
+            DiagonalGaussians.is_diagonal_gaussian(guide, first)
+            and DiagonalGaussians.read(guide, first).real
+        ):
             parts = [DiagonalGaussians.read(guide, batch) for batch in batches]
             self._gaussians = DiagonalGaussians.concatenate(parts)
 

@@ -69,7 +69,7 @@ class DiagonalGaussians:
         return cls(torch.cat(locs, dim=1), torch.cat(scales, dim=1), names, all(real))
 
     @classmethod
-    def describe(cls, guide: Program, batch: Batch) -> bool:
+    def is_diagonal_gaussian(cls, guide: Program, batch: Batch) -> bool:
         """Tell whether a guide is a diagonal Gaussian, its parameters a function of x alone.
 
         Those of a hierarchical guide change with what it drew above.

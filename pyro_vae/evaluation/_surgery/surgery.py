@@ -10,14 +10,14 @@ from torch import Tensor
 
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.arguments import positive_integer
+from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.evaluation._estimating import estimating
 from pyro_vae.evaluation._log_evidence import standard_error
 from pyro_vae.evaluation._stopping import Stopped, Unfinished, check_resume
+from pyro_vae.evaluation._surgery.code_scores import CodeScorer, CodeScores
 from pyro_vae.evaluation._surgery.decomposition import Surgery
-from pyro_vae.evaluation._surgery.scored import Scored, Scoring
 from pyro_vae.evaluation._surgery.subsets import Estimator, check_estimator
 from pyro_vae.evaluation._together import Together
 
@@ -130,7 +130,7 @@ def elbo_surgery(
             ) as plate_nesting,
             task(progress, description, steps, transient=True) as show,
         ):
-            scoring = Scoring(
+            scoring = CodeScorer(
                 together,
                 model,
                 guide,
@@ -152,7 +152,7 @@ def elbo_surgery(
     return surgery
 
 
-def _surgery(scored: Scored, estimator: Estimator) -> Surgery:
+def _surgery(scored: CodeScores, estimator: Estimator) -> Surgery:
     """Put together what is known of the data that are done."""
     averages, done = scored.averages, scored.done
     rate, log_likelihood = averages.rate[done], averages.log_likelihood[done]

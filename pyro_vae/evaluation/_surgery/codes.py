@@ -37,7 +37,7 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class Averages:
+class TermAverages:
     """What runs of a pair give for N data, averaged over particles; float64 on the CPU.
 
     Args:
@@ -70,7 +70,7 @@ class Averages:
         )
 
     @classmethod
-    def of_parts(cls, parts: Sequence[tuple[Tensor, ...]]) -> Averages:
+    def of_parts(cls, parts: Sequence[tuple[Tensor, ...]]) -> TermAverages:
         """Put minibatches together.
 
         Raises:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 
-def of_frame(frame: pd.DataFrame) -> dict[str, Any]:
+def dataframe_to_dict(frame: pd.DataFrame) -> dict[str, Any]:
     """Return the structure of a data frame.
 
     Raises:
@@ -28,7 +28,7 @@ def of_frame(frame: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def to_frame(structure: dict[str, Any]) -> pd.DataFrame:
+def dict_to_dataframe(structure: dict[str, Any]) -> pd.DataFrame:
     """Return the data frame of a structure."""
     rows, index = structure["rows"], structure["index"]
     index = pd.RangeIndex(rows) if index is None else pd.Index(index)

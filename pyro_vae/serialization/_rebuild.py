@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_vae._utils import mappings
-from pyro_vae.priors import PriorThroughGuide
+from pyro_vae._utils import transform_config as mappings
+from pyro_vae.priors import GuideMixturePrior
 from pyro_vae.serialization import _registry as vocabulary
-from pyro_vae.serialization import _sites as sites
-from pyro_vae.serialization._allowance import MAX_PARTS, Allowance
+from pyro_vae.serialization import _site_config as sites
+from pyro_vae.serialization._memory_limit import MAX_PARTS, MemoryLimit
 
 
 def rebuild(structure: dict[str, Any], *, memory: int, **given: Any) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def rebuild(structure: dict[str, Any], *, memory: int, **given: Any) -> dict[str
         See :func:`recipe`.
     """
     try:
-        with torch.random.fork_rng(devices=[]), Allowance(memory):
+        with torch.random.fork_rng(devices=[]), MemoryLimit(memory):
             return _Builder(structure, given).build()
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"this is no recipe: {error!r}") from error
@@ -57,12 +57,12 @@ class _Builder:
         }
         # A program that is given takes the place of what the recipe says, wherever it stands.
         for entry in self._structure["through"]:
-            if isinstance(prior := self._made.get(entry["prior"]["thing"]), PriorThroughGuide):
+            if isinstance(prior := self._made.get(entry["prior"]["thing"]), GuideMixturePrior):
                 guide = next((programs[n] for n, v in roots.items() if v == entry["guide"]), None)
                 guide = self._make(entry["guide"]) if guide is None else guide
                 if isinstance(guide, nn.Module) and any(each is prior for each in guide.modules()):
                     raise ValueError("a prior is a mixture of what it is itself a part of")
-                prior.through(guide, site=entry["site"])
+                prior.bind_guide(guide, site=entry["site"])
         return programs
 
     def _make(self, value: Any, before: int | None = None) -> Any:
@@ -81,9 +81,9 @@ class _Builder:
         if value.keys() == {"class"}:
             return vocabulary.find(value["class"])
         if value.keys() == {"mapping"}:
-            return mappings.restore(value["mapping"])
+            return mappings.from_config(value["mapping"])
         if value.keys() == {"site"}:
-            return sites.restore(value["site"])
+            return sites.from_config(value["site"])
         if value.keys() == {"dictionary"}:
             return {key: self._make(each, before) for key, each in value["dictionary"].items()}
         if value.keys() == {"partial", "args", "keywords"}:

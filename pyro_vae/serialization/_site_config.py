@@ -9,7 +9,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch.distributions.transforms import Transform
 
 from pyro_vae._programs.latent_sites import LatentSite
-from pyro_vae._utils import mappings
+from pyro_vae._utils import transform_config as mappings
 
 _TYPES = {
     "name": str,
@@ -22,7 +22,7 @@ _TYPES = {
 }
 
 
-def describe(site: LatentSite) -> dict[str, Any]:
+def to_config(site: LatentSite) -> dict[str, Any]:
     """Return the structure of a site.
 
     Raises:
@@ -33,13 +33,13 @@ def describe(site: LatentSite) -> dict[str, Any]:
         "plates": tuple(tuple(frame) for frame in site.plates),
         "batch_shape": tuple(site.batch_shape),
         "event_shape": tuple(site.event_shape),
-        "bijection": mappings.describe(site.bijection),
+        "bijection": mappings.to_config(site.bijection),
         "masked": site.masked,
         "nesting": site.nesting,
     }
 
 
-def restore(structure: Any) -> LatentSite:
+def from_config(structure: Any) -> LatentSite:
     """Return the site of a structure.
 
     Raises:
@@ -47,7 +47,7 @@ def restore(structure: Any) -> LatentSite:
     """
     if not isinstance(structure, dict) or structure.keys() != _TYPES.keys():
         raise ValueError(f"a latent site has {[*_TYPES]}")
-    bijection = mappings.restore(structure["bijection"])
+    bijection = mappings.from_config(structure["bijection"])
     wrong = [name for name, kind in _TYPES.items() if not isinstance(structure[name], kind)]
     if wrong or not isinstance(bijection, Transform):
         raise ValueError(f"this is no latent site: {structure}")

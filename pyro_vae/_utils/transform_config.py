@@ -70,7 +70,7 @@ def register(cls: Class) -> Class:
     return cls
 
 
-def describe(mapping: Mapping) -> list[Any]:
+def to_config(mapping: Mapping) -> list[Any]:
     """Return the structure of a constraint or a transform.
 
     Raises:
@@ -85,7 +85,7 @@ def describe(mapping: Mapping) -> list[Any]:
         if mapping is value:
             return [name]
     if isinstance(mapping, transforms._InverseTransform):
-        return [_INVERSE, describe(mapping.inv)]
+        return [_INVERSE, to_config(mapping.inv)]
     if type(mapping) not in _BY_TYPE:
         raise TypeError(f"{type(mapping).__name__} is no constraint or transform that has a name")
     name, attributes = _BY_TYPE[type(mapping)]
@@ -95,7 +95,7 @@ def describe(mapping: Mapping) -> list[Any]:
     return structure
 
 
-def restore(structure: Any) -> Mapping:
+def from_config(structure: Any) -> Mapping:
     """Return the constraint or transform of a structure.
 
     Raises:
@@ -107,7 +107,7 @@ def restore(structure: Any) -> Mapping:
     if name in _NAMED and not arguments:
         return _NAMED[name]
     if name == _INVERSE and len(arguments) == 1:
-        inner = restore(arguments[0])
+        inner = from_config(arguments[0])
         if isinstance(inner, Transform):
             return inner.inv
     if name not in _MADE:
@@ -124,7 +124,7 @@ def restore(structure: Any) -> Mapping:
 
 def _value(value: Any) -> Any:
     if isinstance(value, Constraint | Transform):
-        return describe(value)
+        return to_config(value)
     if isinstance(value, list):  # the parts of a composition
         return tuple(_value(each) for each in value)
     if isinstance(value, torch.Size):
@@ -138,7 +138,7 @@ def _value(value: Any) -> Any:
 
 def _restored(value: Any) -> Any:
     if isinstance(value, list):
-        return restore(value)
+        return from_config(value)
     if isinstance(value, tuple) and all(isinstance(each, list) for each in value):
-        return [restore(each) for each in value]
+        return [from_config(each) for each in value]
     return value

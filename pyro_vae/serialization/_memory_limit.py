@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 MAX_PARTS = 10_000  # modules and parameters
 
 
-class Allowance(TorchDispatchMode):
+class MemoryLimit(TorchDispatchMode):
     """Refuses operations of torch before they take too much memory, and endless lists of modules.
 
     Each operation is first made without data, on the device ``"meta"``, to see how much it would
@@ -35,7 +35,7 @@ class Allowance(TorchDispatchMode):
         super().__init__()
         self._memory, self._left, self._parts = memory, memory, 0
 
-    def __enter__(self) -> Allowance:
+    def __enter__(self) -> MemoryLimit:
         """Begin."""
         self._hooks = [
             register_module_module_registration_hook(self._count),

@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from pyro_vae._programs.latent_sites import LatentSite
-from pyro_vae._utils.init_args import Described, Unknown, arguments_of, kind_of
-from pyro_vae.priors import PriorThroughGuide
+from pyro_vae._utils.init_args import Described, Unknown, init_args_of, kind_of
+from pyro_vae.priors import GuideMixturePrior
 from pyro_vae.serialization import _registry as vocabulary
-from pyro_vae.serialization import _sites as sites
+from pyro_vae.serialization import _site_config as sites
 
 
 def recipe(**programs: Any) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def recipe(**programs: Any) -> dict[str, Any]:
 
     Example:
         >>> import pyro_vae as pv
-        >>> from pyro_vae.serialization._describing import recipe
-        >>> from pyro_vae.serialization._rebuilding import rebuild
+        >>> from pyro_vae.serialization._recipe import recipe
+        >>> from pyro_vae.serialization._rebuild import rebuild
         >>> structure = recipe(net=pv.nets.MLP(2, [3]))
         >>> structure["things"]
         [{'class': 'nets.MLP', 'arguments': {'in_features': 2, 'hidden': [3]}}]
@@ -84,7 +84,7 @@ class _Describer:
         self._programs, self._given = programs, given
         self._things: list[dict[str, Any]] = []
         self._numbers: dict[int, int] = {}  # of modules, by id: the programs keep them alive
-        self._through: list[tuple[str, PriorThroughGuide]] = []
+        self._through: list[tuple[str, GuideMixturePrior]] = []
 
     def describe(self) -> dict[str, Any]:
         roots = {name: self._tell(name, name, thing) for name, thing in self._programs.items()}
@@ -114,7 +114,7 @@ class _Describer:
             return {"mapping": value.structure}
         if isinstance(value, LatentSite):
             try:
-                return {"site": sites.describe(value)}
+                return {"site": sites.to_config(value)}
             except TypeError as error:
                 raise _CannotTellError(root, f"{path} is {value.name}: {error}") from error
         if type(value) is functools.partial:
@@ -139,7 +139,7 @@ class _Describer:
             thing = self._describe_module(root, path, module)
             self._numbers[id(module)] = len(self._things)
             self._things.append(thing)
-            if isinstance(module, PriorThroughGuide) and module.guide is not None:
+            if isinstance(module, GuideMixturePrior) and module.guide is not None:
                 self._through.append((root, module))
         return self._numbers[id(module)]
 
@@ -151,7 +151,7 @@ class _Describer:
                 return {"class": name, "children": self._tell_all(root, path, module._modules)}
         arguments = vocabulary.arguments_of_layer(module)
         if arguments is None:
-            arguments = arguments_of(module)
+            arguments = init_args_of(module)
         name = vocabulary.names().get(type(module))
         if name is None or arguments is None:
             raise _CannotTellError(root, f"{path} is {kind_of(module)}, a class of your own")

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import (
-    BARE,
+    FREE_PARAM,
     state,
 )
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils import mappings
+from pyro_vae._utils import transform_config as mappings
 from pyro_vae._utils.modules import modules
-from pyro_vae._utils.referenced_objects import VALUES, reach
-from pyro_vae.guides._lazy_modules import Later
-from pyro_vae.serialization import _sites as sites
-from pyro_vae.serialization._allowance import Allowance
+from pyro_vae._utils.referenced_objects import VALUES, referenced_objects
+from pyro_vae.guides._lazy_modules import LazyModules
+from pyro_vae.serialization import _site_config as sites
+from pyro_vae.serialization._memory_limit import MemoryLimit
 
 
 def make_heads(model: Program, guide: Program, found: Mapping[str, Any], memory: int) -> None:
@@ -30,10 +30,10 @@ def make_heads(model: Program, guide: Program, found: Mapping[str, Any], memory:
         ValueError: it cannot be made so, or takes more bytes than ``memory``.
     """
     of_pair = owners(named_modules(model, guide))
-    with torch.random.fork_rng(devices=[]), Allowance(memory):
+    with torch.random.fork_rng(devices=[]), MemoryLimit(memory):
         for name, owner in of_pair:
             if name in found and not len(owner.built):
-                of_model = [sites.restore(structure) for structure in found[name]["sites"]]
+                of_model = [sites.from_config(structure) for structure in found[name]["sites"]]
                 width = found[name]["width"]
                 if not isinstance(width, int) or width < 1 or not of_model:
                     raise ValueError(f"{name} has no head of width {width!r}")
@@ -47,12 +47,12 @@ def module_tensors(model: Program, guide: Program) -> dict[str, Tensor]:
     """Return the parameters and buffers of a pair's modules, as they are."""
     with programs.parameter_store(model, guide):
         found = state(model, guide)
-    return {name: tensor for name, tensor in found.items() if not name.startswith(BARE)}
+    return {name: tensor for name, tensor in found.items() if not name.startswith(FREE_PARAM)}
 
 
 def settings(model: Program, guide: Program) -> dict[str, str]:
     """Return numbers and words that the programs hold by public names."""
-    return settings_in(reach(model=model, guide=guide))
+    return settings_in(referenced_objects(model=model, guide=guide))
 
 
 def settings_in(reached: Iterable[tuple[str, Any]]) -> dict[str, str]:
@@ -68,7 +68,7 @@ def settings_in(reached: Iterable[tuple[str, Any]]) -> dict[str, str]:
 
 def differences(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
     """Tell how the tensors of programs differ from those of a file; nothing if they fit."""
-    wanted = [name for name in tensors if not name.startswith(BARE)]
+    wanted = [name for name in tensors if not name.startswith(FREE_PARAM)]
     shapes = [
         f"{name} (saved {tuple(tensors[name].shape)}, here {tuple(live[name].shape)})"
         for name in wanted
@@ -82,12 +82,20 @@ def differences(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> st
     return "; ".join(f"{what}: {_some(names)}" for what, names in parts.items() if names)
 
 
-def fill(model: Program, guide: Program, content: Mapping[str, Any], device: torch.device) -> None:
+def load_state(
+    model: Program, guide: Program, content: Mapping[str, Any], device: torch.device
+) -> None:
     """Put a saved state into programs whose tensors have the names and shapes of those saved."""
     tensors = content["tensors"]
     frozen, evaluating = set(content["frozen"]), set(content["evaluating"])
-    bare = {name.removeprefix(BARE): t for name, t in tensors.items() if name.startswith(BARE)}
-    constraints = {name: mappings.restore(content["constraints"][BARE + name]) for name in bare}
+    bare = {
+        name.removeprefix(FREE_PARAM): t
+        for name, t in tensors.items()
+        if name.startswith(FREE_PARAM)
+    }
+    constraints = {
+        name: mappings.from_config(content["constraints"][FREE_PARAM + name]) for name in bare
+    }
     met = {program: frozenset(content["met"][program]) for program in ("model", "guide")}
     # All is read: from here on nothing is refused.
     live = module_tensors(model, guide)
@@ -100,7 +108,7 @@ def fill(model: Program, guide: Program, content: Mapping[str, Any], device: tor
         params = {name: tensor.to(device).requires_grad_() for name, tensor in bare.items()}
         with programs.parameter_store(model, guide, fresh=True) as store:
             live = pyro.get_param_store()
-            for name in programs.bare_parameter_names():
+            for name in programs.free_param_names():
                 del live[name]
             live.set_state({"params": params, "constraints": constraints})
         programs.bind_names(model, guide, store, met)
@@ -122,7 +130,7 @@ def set_modes(
 
 def named_modules(model: Program, guide: Program) -> list[tuple[str, nn.Module]]:
     """Return the modules of a pair, by the ways that lead to them."""
-    return modules_in(reach(model=model, guide=guide))
+    return modules_in(referenced_objects(model=model, guide=guide))
 
 
 def modules_in(reached: Iterable[tuple[str, Any]]) -> list[tuple[str, nn.Module]]:
@@ -135,7 +143,7 @@ def owners(named_modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Mod
     return [
         (n, module)
         for n, module in named_modules
-        if isinstance(getattr(module, "built", None), Later)
+        if isinstance(getattr(module, "built", None), LazyModules)
     ]
 
 

@@ -16,8 +16,8 @@ from pyro_vae.datasets._minibatches import Batch, Minibatches
 from pyro_vae.evaluation._delta_sites import has_one_prior
 from pyro_vae.evaluation._scoring import guide_log_prob, require_one_density
 from pyro_vae.evaluation._surgery.aggregate import refuse_masks
+from pyro_vae.evaluation._surgery.codes import Codes, TermAverages
 from pyro_vae.evaluation._surgery.dimensions import dimension_wise_kl, independent_prior
-from pyro_vae.evaluation._surgery.draws import Averages, Codes
 from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
 from pyro_vae.evaluation._surgery.information import Block, of_gaussians, of_guide, score_all
 from pyro_vae.evaluation._surgery.pairwise import log_densities
@@ -29,7 +29,7 @@ Part = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Scored:
+class CodeScores:
     """What was drawn and scored for N data, float64 on the CPU.
 
     Args:
@@ -43,7 +43,7 @@ class Scored:
         parts: if so, what to go on from.
     """
 
-    averages: Averages
+    averages: TermAverages
     information: Tensor
     done: Tensor
     of_dimensions: Tensor | None
@@ -53,7 +53,7 @@ class Scored:
     parts: list[Part]
 
 
-class Scoring:
+class CodeScorer:
     """Draws codes for a process's share of the data, and scores them.
 
     Args:
@@ -84,7 +84,7 @@ class Scoring:
         self._num_particles, self._how, self._advance = num_particles, how, advance
         self._first = batches.first()
         refuse_masks(guide, self._first)
-        self._gaussian = DiagonalGaussians.describe(guide, self._first)
+        self._gaussian = DiagonalGaussians.is_diagonal_gaussian(guide, self._first)
         self._one_prior = has_one_prior(model, guide, batches.spread())
         if not self._gaussian and batches.tensors is None:
             # The guide is run on all data for each block of codes: a stream might draw them anew.
@@ -95,7 +95,7 @@ class Scoring:
         if self._gaussian:  # those of no data, lest a process have no part
             self._posteriors.append(DiagonalGaussians.read(guide, self._first).none())
 
-    def exact(self, known: Sequence[Part]) -> Scored:
+    def exact(self, known: Sequence[Part]) -> CodeScores:
         """Score each code under the posteriors of all data.
 
         An interrupt while codes are drawn, which takes far less time, leaves nothing.
@@ -111,7 +111,7 @@ class Scoring:
         if stopped:
             raise KeyboardInterrupt
         index = self._own_data(parts)
-        averages = Averages.of_parts(parts)
+        averages = TermAverages.of_parts(parts)
         num_data = len(averages.rate)
         information = torch.zeros(num_data, dtype=torch.float64)
         done = torch.zeros(num_data, dtype=torch.bool)
@@ -132,9 +132,9 @@ class Scoring:
             raise KeyboardInterrupt
         state = [(information, done)]
         found = (averages, information, done, of_dimensions, self._one_prior, num_data)
-        return Scored(*found, stopped, state)
+        return CodeScores(*found, stopped, state)
 
-    def of_subsets(self, estimator: Estimator, size: int, known: Sequence[Part]) -> Scored:
+    def of_subsets(self, estimator: Estimator, size: int, known: Sequence[Part]) -> CodeScores:
         """Score the codes of random minibatches under the posteriors of each.
 
         Args:
@@ -157,7 +157,7 @@ class Scoring:
             codes = Codes.of(t, self._read(batch))
             self._keep(codes.posteriors)
             pairs = self._pairs(batch, codes)
-            return *Averages.part(t), subset_information(pairs, num_data, estimator)
+            return *TermAverages.part(t), subset_information(pairs, num_data, estimator)
 
         for number, rows in enumerate(all_rows[: len(known)]):
             if number % self._together.num_processes == self._together.rank:
@@ -174,10 +174,10 @@ class Scoring:
             index = self._own_data(parts, len(known))
             _, of_dimensions, stopped = self._gathered(index, [], of_dimensions)
         information = torch.cat([part[-1] for part in parts])
-        averages = Averages.of_parts([part[:-1] for part in parts])
+        averages = TermAverages.of_parts([part[:-1] for part in parts])
         done = torch.ones(len(information), dtype=torch.bool)
         found = (averages, information, done, of_dimensions, self._one_prior, num_data)
-        return Scored(*found, stopped, parts)
+        return CodeScores(*found, stopped, parts)
 
     def _walk(
         self,
@@ -203,7 +203,7 @@ class Scoring:
         t = self._run(batch)
         self._codes.append(Codes.of(t, self._read(batch)))
         self._keep(self._codes[-1].posteriors)
-        return Averages.part(t)
+        return TermAverages.part(t)
 
     def _read(self, batch: Batch) -> DiagonalGaussians | None:
         return DiagonalGaussians.read(self._guide, batch) if self._gaussian else None

@@ -1,0 +1,300 @@
+"""Checks of arguments and tensors, whose errors name the argument."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import numbers
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # of float32
+_TOO_LARGE = 2**63  # for an integer of torch
+_FULL = (RuntimeError, MemoryError, OverflowError)  # what torch raises for sizes beyond memory
+_LONGEST = 60  # characters of a value in a message
+
+
+# Numbers
+
+
+def is_whole_number(value: Any) -> bool:
+    """Tell whether a value is an integer of Python or numpy, and not a truth value."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a real number of Python or numpy, and not a truth value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_finite(value: numbers.Real) -> bool:
+    """Tell whether an integer, or a float in float32, of torch can hold a number."""
+    # NaN compares as False.
+    return abs(value) < _TOO_LARGE if is_whole_number(value) else abs(value) <= _LARGEST
+
+
+def positive_integer(name: str, value: Any, minimum: int = 1) -> int:
+    """Return an integer of at least one, or of at least another minimum.
+
+    Raises:
+        TypeError: The value is not an integer.
+        ValueError: The value is below the minimum, or at least 2**63.
+    """
+    if not is_whole_number(value):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value >= _TOO_LARGE:
+        raise ValueError(f"{name} must be below 2**63, got {shown(int(value))}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def positive_number(name: str, value: Any) -> float:
+    """Return a finite number above zero.
+
+    Raises:
+        TypeError: The value is not a number.
+        ValueError: The value is not above zero, or is infinite, or NaN.
+    """
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < (number := _in_float32(value)) < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return number
+
+
+def real_number(name: str, value: Any) -> float:
+    """Return a finite number.
+
+    Raises:
+        TypeError: The value is not a number.
+        ValueError: The value is infinite or NaN.
+    """
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(number := _in_float32(value)):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return number
+
+
+def _in_float32(value: numbers.Real) -> float:
+    """Return zero or infinity where a number is too small or too large for float32."""
+    if abs(value) < _SMALLEST:
+        return 0.0
+    if abs(value) > _LARGEST:
+        return math.inf if value > 0 else -math.inf
+    return float(value)
+
+
+# Tensors. These checks read types and shapes and never values, so that they do not wait for a
+# device. A captured step runs without them.
+
+
+class ShapeError(ValueError):
+    """A tensor of another shape than a component takes."""
+
+
+def require_tensor(name: str, value: Any) -> Tensor:
+    """Return a dense tensor of real numbers or truth values.
+
+    Raises:
+        TypeError: The value is not such a tensor.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested or value.is_complex() or value.is_quantized:
+        raise TypeError(
+            f"{name} must be a dense tensor of real numbers, got layout {value.layout} and dtype "
+            f"{value.dtype}"
+        )
+    return value
+
+
+def require_batch(name: str, value: Any) -> int:
+    """Return the number of rows of a minibatch.
+
+    Raises:
+        TypeError: The value is not a dense tensor of real numbers.
+        ShapeError: The minibatch is empty.
+    """
+    shape = require_tensor(name, value).shape
+    if not shape or 0 in shape:
+        raise ShapeError(
+            f"{name} must be of shape (B, *event) and not empty, got shape {tuple(shape)}"
+        )
+    return shape[0]
+
+
+def require_floats(name: str, value: Any, last: tuple[int, ...]) -> Tensor:
+    """Return a floating-point tensor that ends in given sizes.
+
+    Args:
+        name: the argument, as messages name it.
+        value: the tensor.
+        last: sizes of its last dimensions.
+
+    Raises:
+        TypeError: The value is not a dense tensor of floating-point numbers.
+        ShapeError: The tensor ends in other sizes.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of floating-point numbers, got {kind}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.shape[max(0, value.dim() - len(last)) :] != last:
+        sizes = ", ".join(map(str, last))
+        raise ShapeError(f"{name} must be of shape (..., {sizes}), got {tuple(value.shape)}")
+    return value
+
+
+def require_same_type(name: str, value: Tensor, parameter: Tensor) -> None:
+    """Raise TypeError if the dtype or device of a value differs from the parameters'."""
+    if value.dtype != parameter.dtype or value.device != parameter.device:
+        raise TypeError(
+            f"{name} must be of the parameters' {parameter.dtype} and on their "
+            f"{parameter.device}, got {value.dtype} on {value.device}"
+        )
+
+
+# Signatures
+
+
+def checked(function: Function) -> Function:
+    """Check the arguments of each call against the annotations of a function.
+
+    ``int`` is an integer and ``float`` a finite number, of Python or numpy; neither is a truth
+    value. ``bool`` is a truth value. A module or ``Callable`` can be called. A ``Sequence`` of
+    numbers or names holds these and is not a string. Other classes, and the range of a number, are
+    left to the function.
+
+    Raises:
+        TypeError: An argument is of another kind.
+        ValueError: A number is NaN or infinite, or sizes are beyond the memory of the machine.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def held(*args: Any, **kwargs: Any) -> Any:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # Python says what is wrong
+        given = bound.arguments
+        for name, value in given.items():
+            given[name] = value = _plain(value)
+            several = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+            for each in value if several else (value,):
+                _check(name, each, _annotations(function).get(name, Any))
+        try:
+            return function(*bound.args, **bound.kwargs)
+        except _FULL as error:
+            sizes = {name: value for name, value in given.items() if _holds_numbers(value)}
+            if not sizes:
+                raise
+            text = ", ".join(f"{name}={shown(value)}" for name, value in sizes.items())
+            raise ValueError(f"nothing can be made with {text}: {error}") from error
+
+    return typing.cast(Function, held)
+
+
+def shown(value: Any) -> str:
+    """Show an argument in a message, by its kind if it is long."""
+    if hasattr(value, "shape"):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"an object of {type(value).__name__}"
+
+
+@functools.cache
+def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
+    return typing.get_type_hints(function)
+
+
+def _check(name: str, value: Any, wanted: Any) -> None:
+    if not _fits(value, wanted):
+        raise TypeError(f"{name} must be {_described(wanted)}, got {shown(value)}")
+    limited = wanted in (int, float, int | None, float | None)
+    if limited and value is not None and not is_finite(value):
+        raise ValueError(f"{name} must be finite, got {shown(value)}")
+    if _may_hold_floats(wanted) and not isinstance(value, str) and isinstance(value, Iterable):
+        for each in value:
+            if not is_finite(each):
+                raise ValueError(f"{name} must hold finite numbers, got {shown(value)}")
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    origin, inside = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in inside)
+    if wanted is Any:  # a class, in some Pythons
+        return True
+    if wanted is None or wanted is type(None):
+        return value is None
+    if wanted is bool:
+        return isinstance(value, bool)
+    if wanted in (int, float):
+        return is_whole_number(value) if wanted is int else is_number(value)
+    if Callable in (wanted, origin) or wanted is nn.Module:
+        return callable(value)
+    if origin in (Sequence, tuple) and inside[0] in _KINDS:
+        each = inside[0]
+        rows = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        return rows and all(_fits(one, each) for one in value)
+    return wanted is not str or isinstance(value, str)
+
+
+def _may_hold_floats(wanted: Any) -> bool:
+    each = typing.get_args(wanted)
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+        return any(map(_may_hold_floats, each))
+    return typing.get_origin(wanted) in (Sequence, tuple) and float in each
+
+
+def _plain(value: Any) -> Any:
+    """Return numpy's numbers as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    return value
+
+
+def _holds_numbers(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return bool(value) and all(map(_holds_numbers, value))
+    return is_number(value)
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    type(None): "None",
+}
+_EXAMPLES = {int: ", such as [8]", float: ", such as [0.5]"}
+
+
+def _described(wanted: Any) -> str:
+    origin, inside = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_described, inside))
+    if wanted is nn.Module:
+        return "a module, or a function of tensors"
+    if Callable in (wanted, origin):
+        return "something to call"
+    if origin in (Sequence, tuple):
+        return f"a sequence{_EXAMPLES.get(inside[0], '')}"
+    return _KINDS.get(wanted, getattr(wanted, "__name__", str(wanted)))
