@@ -21,6 +21,8 @@ from pyro_vae.serialization import _site_config as sites
 from pyro_vae.serialization._rebuild import rebuild
 from pyro_vae.serialization._recipe import recipe
 
+_FORMER = {"Later": "LazyModules"}  # classes by the names that older checkpoints have
+
 
 def state_of(model: Program, guide: Program) -> dict[str, Any]:
     """Return all of a pair's state: its tensors, and what else is needed to use them.
@@ -79,7 +81,8 @@ class Description:
             ValueError: the pair has modules of other kinds.
         """
         saved, here = content["parts"], parts_of(*self._pair)
-        if changed := _changed(saved["modules"], here["modules"]):
+        kinds = {name: _FORMER.get(kind, kind) for name, kind in saved["modules"].items()}
+        if changed := _changed(kinds, here["modules"]):
             raise ValueError(f"the checkpoint is of another pair: {changed}")
         if changed := _changed(saved["values"], here["values"]):
             warnings.warn(
