@@ -111,8 +111,8 @@ class Captured:
             self._give_up("a parameter was given other memory; change it in place")
         return self._stage(*inputs)
 
-    def state(self) -> dict[str, Any]:
-        """Return how far the capture is, for :meth:`go_on_from`: plain values."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far the capture is, for :meth:`load_state_dict`: plain values."""
         if self._stage == self._catch_up:
             return dict(self._ahead)
         if self._replay is not None and self._stage == self._replay:
@@ -131,7 +131,7 @@ class Captured:
             "execution": self.execution,
         }
 
-    def go_on_from(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Stand where another capture of the function stood, in another process it may be.
 
         So that calls are run as they would have been there, eagerly or replayed, which differ by
@@ -139,7 +139,7 @@ class Captured:
         is used up, no buffer changed.
 
         Args:
-            state: as :meth:`state` returned it.
+            state: as :meth:`state_dict` returned it.
         """
         if self._capture != state["capture"]:
             return  # it is another mode that is wanted now
@@ -154,13 +154,13 @@ class Captured:
         elif state["stage"] == "trace":
             self._stage = self._trace_first
 
-    def here(self) -> dict[str, Any]:
-        """Return where the capture stands, for :meth:`go_back`."""
+    def snapshot(self) -> dict[str, Any]:
+        """Return where the capture stands, for :meth:`restore`."""
         return vars(self) | {"_seen": set(self._seen), "_ahead": dict(self._ahead)}
 
-    def go_back(self, here: Mapping[str, Any]) -> None:
-        """Stand where :meth:`here` was called, as if there had been no call since then."""
-        vars(self).update(here, _seen=set(here["_seen"]), _ahead=dict(here["_ahead"]))
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Stand where :meth:`snapshot` was called, as if there had been no call since then."""
+        vars(self).update(snapshot, _seen=set(snapshot["_seen"]), _ahead=dict(snapshot["_ahead"]))
 
     def recheck(self) -> None:
         """Look again whether the graph still stands for the function.

@@ -201,15 +201,15 @@ class TrainStep:
         """
         state = {"steps": self.steps, **self.trained.state(to_write=to_write)}
         if to_write:
-            return state | {"capture": self._gradient.state()}
-        return state | {"gradient": self._gradient, "capture": self._gradient.here()}
+            return state | {"capture": self._gradient.state_dict()}
+        return state | {"gradient": self._gradient, "capture": self._gradient.snapshot()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Put back what :meth:`state` copied, in this process."""
         self.steps = state["steps"]
         self.trained.set_state(state)
         self._gradient = state["gradient"]
-        self._gradient.go_back(state["capture"])
+        self._gradient.restore(state["capture"])
 
     def go_on_from(self, state: Mapping[str, Any]) -> None:
         """Put in place what :meth:`state` gave to write, in a run that has not begun.
@@ -220,7 +220,7 @@ class TrainStep:
         if self.trained.go_on_from(state):
             self._gradient = self._capturable_gradient()
         self.steps = state["steps"]
-        self._gradient.go_on_from(state["capture"])
+        self._gradient.load_state_dict(state["capture"])
 
     def _closure(
         self,
