@@ -51,7 +51,7 @@ class Captured:
 
     Args:
         function: of tensors; gives tensors or None, without gradients.
-        watch: what its code reaches, by name; see :func:`pyro_vae._utils.referenced_objects.referenced_objects`.
+        watch: the objects that its code can reach, by name.
         name: what warnings call it.
         capture: True captures and compiles at once, False never. ``"auto"`` times the first calls
             and does it if :attr:`calls_left` repay it; or captures without compiling.
