@@ -1,4 +1,4 @@
-"""Save a pair in a folder, and load it."""
+"""`save` and `load`: a pair of programs in one folder."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import require_parameters
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae.serialization import _contents as contents
-from pyro_vae.serialization import _load_state as filling
-from pyro_vae.serialization._dataframes import dataframe_to_dict, dict_to_dataframe
-from pyro_vae.serialization._files import UnreadableFile
-from pyro_vae.serialization._reading import read
-from pyro_vae.serialization._rebuild import rebuild
-from pyro_vae.serialization._writing import write
+from pyro_vae.serialization._folder import UnreadableFile, read, write
+from pyro_vae.serialization._pair_state import (
+    differences,
+    load_state,
+    make_heads,
+    memory_of,
+    module_tensors,
+    recipe_of,
+    state_of,
+    versions,
+)
+from pyro_vae.serialization._recipe import rebuild
 
 KIND = "pair"
 
@@ -97,12 +103,12 @@ def save(
     programs.require_programs(model, guide)
     with programs.parameter_store(model, guide):
         require_parameters(model, guide)
-    content = contents.state_of(model, guide)
+    content = state_of(model, guide)
     content |= {
-        "versions": contents.versions(),
+        "versions": versions(),
         "notes": dict(notes or {}),
         "history": None if history is None else dataframe_to_dict(history),
-        "recipe": contents.recipe_of(model, guide, content),
+        "recipe": recipe_of(model, guide, content),
     }
     write(folder, content, kind=KIND, overwrite=overwrite)
 
@@ -202,17 +208,17 @@ def _loaded(content: Mapping[str, Any], given: dict[str, Program], device: torch
     wanted = {n: why for n, why in content["recipe"]["given"].items() if n not in given}
     if wanted:
         raise _NotGivenError(f"pass {' and '.join(wanted)} to load: {'; '.join(wanted.values())}")
-    tensors, memory = content["tensors"], filling.memory_of(content["tensors"])
+    tensors, memory = content["tensors"], memory_of(content["tensors"])
     pair = rebuild(content["recipe"], memory=memory, **given)
     model, guide = pair["model"], pair["guide"]
     programs.require_programs(model, guide)
-    filling.make_heads(model, guide, content["heads"], memory)
-    if found := filling.differences(filling.module_tensors(model, guide), tensors):
+    make_heads(model, guide, content["heads"], memory)
+    if found := differences(module_tensors(model, guide), tensors):
         message = f"the programs have other parameters than were saved. {found}"
         if not given:
             raise ValueError(message)
         raise _NotGivenError(f"{message}. Make them as they were then.")
-    filling.load_state(model, guide, content, device)
+    load_state(model, guide, content, device)
     history = content["history"]
     return Saved(
         model=model,
@@ -221,3 +227,37 @@ def _loaded(content: Mapping[str, Any], given: dict[str, Program], device: torch
         notes=content["notes"],
         versions=content["versions"],
     )
+
+
+def dataframe_to_dict(frame: pd.DataFrame) -> dict[str, Any]:
+    """Return the structure of a data frame.
+
+    Raises:
+        ValueError: two columns have one name.
+    """
+    if not frame.columns.is_unique:
+        twice = frame.columns[frame.columns.duplicated()].to_list()
+        raise ValueError(f"history must have a name for each column, got {twice} twice")
+    default = isinstance(frame.index, pd.RangeIndex) and frame.index.equals(
+        pd.RangeIndex(len(frame))
+    )
+    return {
+        "columns": [(name, _of_values(frame[name])) for name in frame.columns],
+        "rows": len(frame),
+        "index": None if default else _of_values(frame.index),
+        "index_name": frame.index.name,
+    }
+
+
+def dict_to_dataframe(structure: dict[str, Any]) -> pd.DataFrame:
+    """Return the data frame of a structure."""
+    rows, index = structure["rows"], structure["index"]
+    index = pd.RangeIndex(rows) if index is None else pd.Index(index)
+    columns = {name: pd.Series(values, index=index) for name, values in structure["columns"]}
+    frame = pd.DataFrame(columns, index=index)
+    frame.index.name = structure["index_name"]
+    return frame
+
+
+def _of_values(values: pd.Series | pd.Index) -> np.ndarray | list[Any]:
+    return values.to_list() if values.dtype.kind not in "biufc" else values.to_numpy()

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 
 from pyro_vae._utils.distributed import broadcast_from_first, rank
-from pyro_vae.serialization._files import UnreadableFile, clear
-from pyro_vae.serialization._reading import read
-from pyro_vae.serialization._writing import write
+from pyro_vae.serialization._folder import UnreadableFile, clear, read, write
 
 KIND = "checkpoint of a fit"
 _SHARE_OF_TIME = 0.02  # that writing may take

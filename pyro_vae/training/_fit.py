@@ -32,8 +32,8 @@ from pyro_vae._utils.random import seeded
 from pyro_vae._utils.referenced_objects import referenced_objects
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.objectives import ELBO, Objective
-from pyro_vae.serialization._contents import Description
-from pyro_vae.serialization._files import UnreadableFile
+from pyro_vae.serialization._folder import UnreadableFile
+from pyro_vae.serialization._pair_state import Description
 from pyro_vae.training._checkpoints import Checkpoints
 from pyro_vae.training._loop import AfterEpoch, OnNonFinite, StoppedRun, TrainingLoop
 from pyro_vae.training._losses import check_enumeration, check_objective, loss_value

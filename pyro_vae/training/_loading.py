@@ -10,10 +10,14 @@ from typing import Any
 import torch
 
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae.serialization._dataframes import dataframe_to_dict, dict_to_dataframe
-from pyro_vae.serialization._files import RECORD, UnreadableFile
-from pyro_vae.serialization._pair import Saved, check_folder, made
-from pyro_vae.serialization._reading import read
+from pyro_vae.serialization._folder import RECORD, UnreadableFile, read
+from pyro_vae.serialization._pair import (
+    Saved,
+    check_folder,
+    dataframe_to_dict,
+    dict_to_dataframe,
+    made,
+)
 from pyro_vae.training._checkpoints import KIND, last_whole
 
 _TRIES = 5  # of reading

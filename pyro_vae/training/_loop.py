@@ -32,8 +32,8 @@ from pyro_vae._utils.distributed import (
 from pyro_vae._utils.random import random_state, seeded, set_random_state
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Minibatches
-from pyro_vae.serialization._contents import Description
-from pyro_vae.serialization._dataframes import dataframe_to_dict, dict_to_dataframe
+from pyro_vae.serialization._pair import dataframe_to_dict, dict_to_dataframe
+from pyro_vae.serialization._pair_state import Description
 from pyro_vae.training._checked_step import (
     NonFiniteStepError,
     checked_step,

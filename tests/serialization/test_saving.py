@@ -22,12 +22,10 @@ from pyro_vae import flows, guides, likelihoods, nets, priors
 from pyro_vae._programs.pair_state import state
 from pyro_vae._utils.init_args import init_args_of
 from pyro_vae.guides import _families as families
-from pyro_vae.serialization import _load_state as filling
+from pyro_vae.serialization import _pair_state as filling
 from pyro_vae.serialization import _registry as vocabulary
-from pyro_vae.serialization._reading import read
-from pyro_vae.serialization._rebuild import rebuild
-from pyro_vae.serialization._recipe import recipe
-from pyro_vae.serialization._writing import write
+from pyro_vae.serialization._folder import read, write
+from pyro_vae.serialization._recipe import rebuild, recipe
 
 ROWS = 8
 

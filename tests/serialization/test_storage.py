@@ -22,11 +22,10 @@ import safetensors.torch
 import torch
 
 import pyro_vae as pv
-from pyro_vae.serialization import _files as files
-from pyro_vae.serialization import _writing as writing
+from pyro_vae.serialization import _folder as files
+from pyro_vae.serialization import _folder as writing
 from pyro_vae.serialization._encoding import DTYPES
-from pyro_vae.serialization._files import UnreadableFile
-from pyro_vae.serialization._reading import checksum, read
+from pyro_vae.serialization._folder import UnreadableFile, checksum, read
 
 KIND = "test"
 CONTENT = {"step": 3, "weights": torch.arange(6.0).reshape(2, 3), "note": "grey\n\u00e9", "x": 0.1}
@@ -304,8 +303,8 @@ def test_what_was_about_to_be_replaced_is_found_and_put_back(tmp_path):
 # One process that starts writers and kills them, since each new one would import torch.
 WRITERS = """
 import os, random, signal, sys, time, torch
-from pyro_vae.serialization._reading import read
-from pyro_vae.serialization._writing import write
+from pyro_vae.serialization._folder import read
+from pyro_vae.serialization._folder import write
 
 run, draw, last = sys.argv[1], random.Random(0), 0
 torch.set_num_threads(1)
@@ -335,7 +334,7 @@ print(last, len(os.listdir(os.path.dirname(run))))
 """
 WRITER = """
 import sys, torch
-from pyro_vae.serialization._writing import write
+from pyro_vae.serialization._folder import write
 for number in range(10**6):
     content = {"number": number, "z": torch.full((50_000,), float(number))}
     write(sys.argv[1], content, kind="test", overwrite=True)

@@ -23,10 +23,9 @@ import pyro_vae as pv
 from pyro_vae import objectives
 from pyro_vae._programs.pair_state import state
 from pyro_vae.datasets._minibatches import Minibatches
-from pyro_vae.serialization import _files as files
-from pyro_vae.serialization import _writing as writing
-from pyro_vae.serialization._reading import read
-from pyro_vae.serialization._writing import write
+from pyro_vae.serialization import _folder as files
+from pyro_vae.serialization import _folder as writing
+from pyro_vae.serialization._folder import read, write
 from pyro_vae.training import _checkpoints as checkpoints
 from pyro_vae.training import _loading as loading
 from pyro_vae.training._loop import TrainingLoop

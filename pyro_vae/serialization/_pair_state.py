@@ -1,0 +1,321 @@
+"""The state of a pair: written to a folder, and loaded into programs that were made alike."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.pair_state import (
+    FREE_PARAM,
+    constraints_of_free_params,
+    require_names,
+    state,
+)
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._utils import transform_config as mappings
+from pyro_vae._utils.modules import modules
+from pyro_vae._utils.referenced_objects import VALUES, referenced_objects
+from pyro_vae.guides._lazy_modules import LazyModules
+from pyro_vae.serialization._memory_limit import MemoryLimit
+from pyro_vae.serialization._recipe import rebuild, recipe, site_from_config, site_to_config
+
+_FORMER = {"Later": "LazyModules"}  # classes by the names that older checkpoints have
+
+
+def state_of(model: Program, guide: Program) -> dict[str, Any]:
+    """Return all of a pair's state: its tensors, and what else is needed to use them.
+
+    Raises:
+        ValueError: a guide has loaded values that wait for its first call.
+        ValueError: a module with tensors runs in the pair, and no name leads to it.
+        TypeError: a ``pyro.param`` has a constraint without a name.
+    """
+    require_names(model, guide)
+    modules_of_pair = named_modules(model, guide)
+    with programs.parameter_store(model, guide):
+        tensors = state(model, guide)
+        constraints = constraints_of_free_params()
+        met = programs.param_names_used(model, guide)
+    return {
+        "tensors": tensors,
+        "frozen": [
+            name
+            for name, tensor in tensors.items()
+            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        ],
+        "evaluating": [name for name, module in modules_of_pair if not module.training],
+        "heads": _heads(owners(modules_of_pair)),
+        "constraints": constraints,
+        "met": met,
+    }
+
+
+class Description:
+    """What a checkpoint says of the pair beside its tensors, from which it can be made again.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+    """
+
+    def __init__(self, model: Program, guide: Program):
+        self._pair = (model, guide)
+        self._parts: dict[str, Any] = {}
+        self._recipe: dict[str, Any] = {}
+
+    def __call__(self) -> dict[str, Any]:
+        """Return it as it is now; how the pair is made is found out when its parts change."""
+        state = state_of(*self._pair)
+        if (parts := parts_of(*self._pair)) != self._parts:
+            self._recipe = recipe_of(*self._pair, state)
+            self._parts = parts
+        del state["tensors"]
+        return {**state, "parts": parts, "recipe": self._recipe, "versions": versions()}
+
+    def go_on_from(self, content: Mapping[str, Any]) -> None:
+        """Give the pair what of a description a run may have changed: what is frozen, and modes.
+
+        Raises:
+            ValueError: the pair has modules of other kinds.
+        """
+        saved, here = content["parts"], parts_of(*self._pair)
+        kinds = {name: _FORMER.get(kind, kind) for name, kind in saved["modules"].items()}
+        if changed := _changed(kinds, here["modules"]):
+            raise ValueError(f"the checkpoint is of another pair: {changed}")
+        if changed := _changed(saved["values"], here["values"]):
+            warnings.warn(
+                f"the pair is not as it was when the checkpoint was written: {changed}. The run "
+                "goes on with what is here: if that was changed on the way, change it first",
+                stacklevel=2,
+            )
+        set_modes(
+            state(*self._pair),
+            named_modules(*self._pair),
+            set(content["frozen"]),
+            set(content["evaluating"]),
+        )
+
+
+def _changed(saved: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """Tell which named things are others, or nothing."""
+    names = [n for n in sorted(saved.keys() | here.keys()) if saved.get(n) != here.get(n)]
+    told = [
+        f"{n} was {saved.get(n, 'not there')}, here {here.get(n, 'is none')}" for n in names[:3]
+    ]
+    return "; ".join(told) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def parts_of(model: Program, guide: Program) -> dict[str, dict[str, str]]:
+    """Return what a pair has besides tensors: kinds of modules, numbers and words, by name."""
+    reached = [*referenced_objects(model=model, guide=guide)]
+    kinds = {name: type(module).__qualname__ for name, module in modules_in(reached)}
+    return {"modules": kinds, "values": settings_in(reached)}
+
+
+def _heads(owners: list[tuple[str, nn.Module]]) -> dict[str, Any]:
+    """Return what guides made at their first call, by the names of the guides."""
+    found = {}
+    for name, owner in owners:
+        if owner.built.has_pending_state:
+            raise ValueError(
+                f"{name} has loaded values that wait for its first call: call it on a minibatch, "
+                "then save it"
+            )
+        if len(owner.built):
+            with contextlib.suppress(TypeError):  # a support without a name: call it before loading
+                described = [site_to_config(site) for site in owner.built.sites]
+                found[name] = {"sites": described, "width": owner.built.width}
+    return found
+
+
+def recipe_of(model: Program, guide: Program, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Tell how the programs are made; try it, since they may have been changed after that."""
+    structure = recipe(model=model, guide=guide)
+    reasons, pair = structure["given"], {"model": model, "guide": guide}
+    for name, other in (("guide", "model"), ("model", "guide")):
+        within = referenced_objects(**{name: pair[name]})
+        if name in reasons and any(thing is pair[other] for _, thing in within):
+            reasons.setdefault(other, f"the {name} has that {other} within")
+    given = {name: pair[name] for name in reasons}
+    if len(given) == 2:
+        return structure
+    memory = memory_of(content["tensors"])
+    try:
+        made = rebuild(structure, memory=memory, **given)
+        make_heads(made["model"], made["guide"], content["heads"], memory)
+        tensors = module_tensors(made["model"], made["guide"])
+        problem = differences(tensors, content["tensors"])
+    except ValueError as error:
+        problem = str(error)
+    for name, program in pair.items():
+        if not problem and isinstance(program, nn.Module) and repr(program) != repr(made[name]):
+            problem = f"the {name} has other parts"
+    if not problem and settings(**made) != settings(model, guide):
+        problem = "its attributes have other values"
+    if not problem:
+        return structure
+    reason = f"it is not as it was made: {problem}"
+    return {
+        "things": [],
+        "roots": {name: {"given": name} for name in ("model", "guide")},
+        "through": [],
+        "given": {"model": reason, "guide": reason},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what writes, and the date."""
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    found = {package: _version(package) for package in ("pyro_vae", "torch", "pyro-ppl")}
+    return {**found, "python": platform.python_version(), "date": date}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from its source
+        return "unknown"
+
+
+def make_heads(model: Program, guide: Program, found: Mapping[str, Any], memory: int) -> None:
+    """Let guides make what they made at their first call.
+
+    Raises:
+        ValueError: it cannot be made so, or takes more bytes than ``memory``.
+    """
+    of_pair = owners(named_modules(model, guide))
+    with torch.random.fork_rng(devices=[]), MemoryLimit(memory):
+        for name, owner in of_pair:
+            if name in found and not len(owner.built):
+                of_model = [site_from_config(structure) for structure in found[name]["sites"]]
+                width = found[name]["width"]
+                if not isinstance(width, int) or width < 1 or not of_model:
+                    raise ValueError(f"{name} has no head of width {width!r}")
+                try:
+                    owner.build(of_model, width, torch.empty(0))
+                except Exception as error:
+                    raise ValueError(f"{name} cannot make its head: {error}") from error
+
+
+def module_tensors(model: Program, guide: Program) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a pair's modules, as they are."""
+    with programs.parameter_store(model, guide):
+        found = state(model, guide)
+    return {name: tensor for name, tensor in found.items() if not name.startswith(FREE_PARAM)}
+
+
+def settings(model: Program, guide: Program) -> dict[str, str]:
+    """Return numbers and words that the programs hold by public names."""
+    return settings_in(referenced_objects(model=model, guide=guide))
+
+
+def settings_in(reached: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """Return those among all that the programs reach, by name."""
+    found = {}
+    for name, thing in reached:
+        attribute = name.rpartition(".")[2]
+        plain = isinstance(thing, VALUES) and not isinstance(thing, Tensor)
+        if plain and attribute != "training" and not attribute.startswith("_"):
+            found[name] = repr(thing)
+    return found
+
+
+def differences(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """Tell how the tensors of programs differ from those of a file; nothing if they fit."""
+    wanted = [name for name in tensors if not name.startswith(FREE_PARAM)]
+    shapes = [
+        f"{name} (saved {tuple(tensors[name].shape)}, here {tuple(live[name].shape)})"
+        for name in wanted
+        if name in live and live[name].shape != tensors[name].shape
+    ]
+    parts = {
+        "missing here": [name for name in wanted if name not in live],
+        "not saved": [name for name in live if name not in tensors],
+        "of another shape": shapes,
+    }
+    return "; ".join(f"{what}: {_some(names)}" for what, names in parts.items() if names)
+
+
+def load_state(
+    model: Program, guide: Program, content: Mapping[str, Any], device: torch.device
+) -> None:
+    """Put a saved state into programs whose tensors have the names and shapes of those saved."""
+    tensors = content["tensors"]
+    frozen, evaluating = set(content["frozen"]), set(content["evaluating"])
+    bare = {
+        name.removeprefix(FREE_PARAM): t
+        for name, t in tensors.items()
+        if name.startswith(FREE_PARAM)
+    }
+    constraints = {
+        name: mappings.from_config(content["constraints"][FREE_PARAM + name]) for name in bare
+    }
+    met = {program: frozenset(content["met"][program]) for program in ("model", "guide")}
+    # All is read: from here on nothing is refused.
+    live = module_tensors(model, guide)
+    for name, tensor in live.items():
+        tensor.data = tensors[name]  # the very parameters stay, with the type that was saved
+    for module in modules(model, guide):
+        module.to(device)
+    set_modes(live, named_modules(model, guide), frozen, evaluating)
+    if bare:
+        params = {name: tensor.to(device).requires_grad_() for name, tensor in bare.items()}
+        with programs.parameter_store(model, guide, fresh=True) as store:
+            live = pyro.get_param_store()
+            for name in programs.free_param_names():
+                del live[name]
+            live.set_state({"params": params, "constraints": constraints})
+        programs.bind_names(model, guide, store, met)
+
+
+def set_modes(
+    tensors: Mapping[str, Tensor],
+    named_modules: list[tuple[str, nn.Module]],
+    frozen: set[str],
+    evaluating: set[str],
+) -> None:
+    """Freeze parameters, and put modules into evaluation mode, by name; and no others."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(name not in frozen)
+    for name, module in named_modules:
+        module.training = name not in evaluating
+
+
+def named_modules(model: Program, guide: Program) -> list[tuple[str, nn.Module]]:
+    """Return the modules of a pair, by the ways that lead to them."""
+    return modules_in(referenced_objects(model=model, guide=guide))
+
+
+def modules_in(reached: Iterable[tuple[str, Any]]) -> list[tuple[str, nn.Module]]:
+    """Return those among all that the programs reach, by name."""
+    return [(name, thing) for name, thing in reached if isinstance(thing, nn.Module)]
+
+
+def owners(named_modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Return the guides among modules that make a part of themselves at their first call."""
+    return [
+        (n, module)
+        for n, module in named_modules
+        if isinstance(getattr(module, "built", None), LazyModules)
+    ]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def memory_of(tensors: Mapping[str, Tensor]) -> int:
+    """Return how many bytes programs may take that have these tensors."""
+    return 8 * sum(t.numel() * t.element_size() for t in tensors.values()) + 64 * 2**20
