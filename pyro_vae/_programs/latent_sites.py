@@ -265,7 +265,7 @@ def _require_score(site: Site, support: Constraint) -> None:
         raise ValueError(
             f"latent site {site['name']!r} has a density on the real line that repeats itself "
             "every 2 pi, as of an angle: it has no integral there. Give the class of its "
-            "distribution `support = pyro_vae.distributions._circular.circle`, or "
+            "distribution `support = pyro_vae.distributions.circle`, or "
             "constraints.independent(circle, n) for n event dimensions."
         )
 
