@@ -85,33 +85,23 @@ def terms(
     num_particles = positive_integer("num_particles", num_particles)
     if plate_nesting is not None:
         plate_nesting = positive_integer("plate_nesting", plate_nesting, minimum=0)
-    if num_particles == 1 or not vectorize_particles:
-        runs = [
-            _run(
-                model,
-                guide,
-                args,
-                kwargs,
-                plate_nesting=plate_nesting,
-                hold_samples=hold_samples,
-                enumerates=enumerates,
-            )
-            for _ in range(num_particles)
-        ]
-        return Terms(runs)
-    if plate_nesting is None:
+    vectorized = vectorize_particles and num_particles > 1
+    if vectorized and plate_nesting is None:
         plate_nesting = find_plate_nesting(model, guide, *args, **kwargs)
-    trace = _run(
-        model,
-        guide,
-        args,
-        kwargs,
-        num_particles=num_particles,
-        plate_nesting=plate_nesting,
-        hold_samples=hold_samples,
-        enumerates=enumerates,
-    )
-    return Terms([trace])
+    runs = [
+        _run(
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=count,
+            plate_nesting=plate_nesting,
+            hold_samples=hold_samples,
+            enumerates=enumerates,
+        )
+        for count in ([num_particles] if vectorized else [1] * num_particles)
+    ]
+    return Terms(runs)
 
 
 def _run(model: Program, guide: Program, args: Any, kwargs: Any, **options: Any) -> PairTrace:
