@@ -46,9 +46,10 @@ def terms(
         *args: what both programs are called with: a minibatch whose leading dimension is the
             batch, then any covariates.
         num_particles: K, the number of samples of z for each datum.
-        vectorize_particles: draw the K particles in one run, under an outer plate whose dimension
-            leads. ``False`` runs the programs K times, for programs that cannot take the extra
-            dimension; the terms have the same law.
+        vectorize_particles: draw all K particles in one run, under an outer plate whose dimension
+            comes first. ``False`` runs the programs K times. Choose it for a program that cannot
+            take the extra dimension, such as one with ``BatchNorm1d`` in its decoder. The terms
+            have the same distribution. With K = 1 there is no extra dimension either way.
         plate_nesting: how many batch dimensions the programs use, the particles' apart; found by
             :func:`find_plate_nesting` when not given.
         hold_samples: let the terms depend on the parameters directly, and not through the
