@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions.constraints import Constraint
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_vae.flows import collapse_expanded_dims
 
@@ -30,15 +32,26 @@ class Split(NamedTuple):
     log_volume: Tensor | float = 0.0
 
 
-_OF_NOTHING = (None, None, None, False)
+class _Origin(NamedTuple):
+    """The map and the input that an image was made from."""
+
+    surjection: Surjection
+    input: Tensor
+    split: Split
+    with_gradient: bool
+
+
+# The origin of each image, as long as the image lives. One program of a pair draws the image and
+# the other one gets the tensor alone: with its origin, the map need not be computed twice. No
+# origin refers to its own image, which would then live forever.
+_ORIGINS: MutableMapping[Tensor, _Origin] = WeakTensorKeyDictionary()
 
 
 class Image(TorchDistribution):
     r"""The image of an input under a map: one point, of log-density zero, minus infinity elsewhere.
 
     The volume that the map changes stands at the other side of the pair, in :class:`Preimage`.
-    A sample is a differentiable function of the input and of the map's parameters. It remembers
-    what it is the image of, so that the other side need not compute the map once more.
+    A sample is a differentiable function of the input and of the map's parameters.
 
     Args:
         surjection: the map.
@@ -87,15 +100,15 @@ class Image(TorchDistribution):
     def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
         """Return the point, ``(*sample, *batch, *event)``."""
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
-        value = self.split.output.expand(shape)  # a tensor of its own, which can bear a name tag
-        value._image_of = (self.surjection, self.input, self.split, torch.is_grad_enabled())
+        value = self.split.output.expand(shape)  # a new tensor, even of the same shape
+        with_gradient = torch.is_grad_enabled()
+        _ORIGINS[value] = _Origin(self.surjection, self.input, self.split, with_gradient)
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return zero where the value is the point, up to rounding, minus infinity elsewhere."""
-        split = self.split
-        _, _, its_split, _ = getattr(value, "_image_of", _OF_NOTHING)
-        if its_split is split:
+        split, origin = self.split, _ORIGINS.get(value)
+        if origin is not None and origin.split is split:
             return _like(split.output, 0.0).expand(value.shape[: value.dim() - self.event_dim])
         same = self.surjection.same(value, split.output)
         if split.remainder is None:  # it may have been drawn from the output, with rounding
@@ -155,6 +168,7 @@ class Preimage(TorchDistribution):
             batch_shape = output.shape[:split_at]
             remainder = self._remainder_given(output, batch_shape)
         self.remainder = remainder
+        self._last_draw: tuple[Tensor | None, Tensor | None] = (None, None)  # input and remainder
         remainder_shape = torch.Size() if remainder is None else remainder.event_shape
         event_shape = surjection.input_shape(output.shape[split_at:], remainder_shape)
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
@@ -191,19 +205,19 @@ class Preimage(TorchDistribution):
         remainder = draw(torch.Size(sample_shape))
         event = self.output.shape[self.output.dim() - dims :]
         input = join(self.output.expand(batch + event), remainder)
-        input._joined_of = (self, remainder)  # a flow may score its own draws alone
+        self._last_draw = (input, remainder)
         return input
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of an input, ``(*batch)``."""
-        drawn_by, remainder = getattr(value, "_joined_of", (None, None))
-        surjection, input, split, with_gradient = getattr(self.output, "_image_of", _OF_NOTHING)
-        if drawn_by is self:
+        drawn, remainder = self._last_draw
+        if value is drawn:  # the remainder may come from a flow that scores its own draws alone
             log_volume = self.surjection.log_volume(remainder)
             return self._density(Split(self.output, remainder, log_volume))
-        known = surjection is self.surjection and input is value
-        if known and with_gradient >= torch.is_grad_enabled():
-            return self._density(split)
+        origin = _ORIGINS.get(self.output)
+        known = origin is not None and origin.surjection is self.surjection
+        if known and origin.input is value and origin.with_gradient >= torch.is_grad_enabled():
+            return self._density(origin.split)
         split = self.surjection.split(collapse_expanded_dims(value, self.event_dim))
         density = self._density(split)
         same = self.surjection.same(split.output, self.output)
