@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from enum import Enum
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from pyro_vae._capture.comparing import disagreement
 from pyro_vae._capture.cuda import CudaGraph
 from pyro_vae._capture.guards import change, state_of, tensors_that_may_change
-from pyro_vae._capture.inductor import rewrite
+from pyro_vae._capture.inductor import compile_graph
 from pyro_vae._capture.policy import (
     SECONDS_THAT_REPAY_COMPILING,
     SECONDS_THAT_REPAY_TRACING,
@@ -21,6 +21,7 @@ from pyro_vae._capture.policy import (
     Pace,
     check_capture,
 )
+from pyro_vae._capture.signatures import Signature, from_config, signature_of, to_config
 from pyro_vae._capture.tracing import CaptureError, Outputs, Trace, trace
 from pyro_vae._utils.random import (
     generator_state,
@@ -31,6 +32,18 @@ from pyro_vae._utils.random import (
 
 # Rounding alone can move a value over a kink, a knot of a spline say, where the gradient jumps.
 _DISAGREEMENTS_THAT_ARE_NO_ACCIDENT = 3
+
+
+class Stage(Enum):
+    """The work of the next call, under its name in a checkpoint."""
+
+    WAIT = "wait"  # measure the time of calls
+    TRACE = "trace"
+    TRACE_AGAIN = "trace again"
+    CHECK = "check"  # run the function and its graph
+    REPLAY = "replay"
+    EAGER = "function"
+    CATCH_UP = "catch up"  # make the graph of a resumed capture; no checkpoint has this name
 
 
 class Captured:
@@ -81,24 +94,24 @@ class Captured:
         self._function = function
         self._watch = watch
         self._name = name
-        self._seen: set[tuple] = set()
-        self._signature: tuple | None = None  # of the calls that are captured
+        self._seen: set[Signature] = set()
+        self._signature: Signature | None = None  # of the calls that are captured
         self._pace = Pace()
-        self._stage = {True: self._trace_first, False: function, "auto": self._wait}[capture]
+        self._stage = {True: Stage.TRACE, False: Stage.EAGER, "auto": Stage.WAIT}[capture]
         self._first: Trace | None = None
         self._sources: list[Tensor] = []  # what the graph reads and writes,
         self._constants: list[Tensor] = []  # and aliases of it, which keep the memory
         self._state: dict[str, Any] = {}
         self._replay: Callable[..., Outputs] | None = None
         self._disagreements = 0  # in a row
-        self._ahead: dict[str, Any] = {"stage": None}  # where a call shall take this
+        self._ahead: dict[str, Any] = {}  # the state_dict that Stage.CATCH_UP is to reach
         self.calls_left: int | None = None
         too_few = "there were too few calls with inputs of one shape"
         self.execution = f"eager: {too_few if capture else 'capture=False'}"
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         """Give what the function gives."""
-        signature = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
+        signature = signature_of(inputs)
         if self._signature is None:
             if signature in self._seen:
                 self._signature = signature
@@ -107,59 +120,49 @@ class Captured:
             self.calls_left -= 1
         if signature != self._signature:
             return self._function(*inputs)
-        if self._stage is self._replay and self._moved():
-            self._give_up("a parameter was given other memory; change it in place")
-        return self._stage(*inputs)
+        return self._run_stage(inputs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the capture is, for :meth:`load_state_dict`: plain values."""
-        if self._stage == self._catch_up:
+        if self._stage is Stage.CATCH_UP:
             return dict(self._ahead)
-        if self._replay is not None and self._stage == self._replay:
-            stage = "replay"
-        else:
-            stages = {"check": self._check, "trace again": self._trace_again}
-            stages |= {"trace": self._trace_first, "function": self._function}
-            stage = next((name for name, s in stages.items() if s == self._stage), "wait")
         return {
             "capture": self._capture,
-            "stage": stage,
-            "seen": [_described(signature) for signature in self._seen],
-            "signature": None if self._signature is None else _described(self._signature),
+            "stage": self._stage.value,
+            "seen": [to_config(signature) for signature in self._seen],
+            "signature": None if self._signature is None else to_config(self._signature),
             "compiles": self.compiles,
             "disagreements": self._disagreements,
             "execution": self.execution,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Stand where another capture of the function stood, in another process it may be.
+        """Resume the capture of another process, before the first call of this one.
 
-        So that calls are run as they would have been there, eagerly or replayed, which differ by
-        rounding. The graph is made anew at the next call that needs it, aside: no random number
-        is used up, no buffer changed.
+        Calls then run as they would have run there. Eager and replayed calls differ by rounding.
+        The next call makes the graph again, with random numbers and buffers restored.
 
         Args:
             state: as :meth:`state_dict` returned it.
         """
         if self._capture != state["capture"]:
-            return  # it is another mode that is wanted now
-        self._seen = {_signature_of(described) for described in state["seen"]}
+            return  # the user now asks for another mode
+        self._seen = {from_config(config) for config in state["seen"]}
         if state["signature"] is not None:
-            self._signature = _signature_of(state["signature"])
+            self._signature = from_config(state["signature"])
         self.compiles = state["compiles"]
-        if state["stage"] == "function":
-            self._stage, self.execution = self._function, state["execution"]
-        elif state["stage"] in ("trace again", "check", "replay"):
-            self._stage, self._ahead = self._catch_up, dict(state)
-        elif state["stage"] == "trace":
-            self._stage = self._trace_first
+        self._stage = Stage(state["stage"])
+        if self._stage is Stage.EAGER:
+            self.execution = state["execution"]
+        elif self._stage in (Stage.TRACE_AGAIN, Stage.CHECK, Stage.REPLAY):
+            self._stage, self._ahead = Stage.CATCH_UP, dict(state)
 
     def snapshot(self) -> dict[str, Any]:
-        """Return where the capture stands, for :meth:`restore`."""
+        """Return the state of the capture in memory, for :meth:`restore`."""
         return vars(self) | {"_seen": set(self._seen), "_ahead": dict(self._ahead)}
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Stand where :meth:`snapshot` was called, as if there had been no call since then."""
+        """Return to the state of a :meth:`snapshot`."""
         vars(self).update(snapshot, _seen=set(snapshot["_seen"]), _ahead=dict(snapshot["_ahead"]))
 
     def recheck(self) -> None:
@@ -170,51 +173,59 @@ class Captured:
         """
         if self._state and (changed := change(self._state, state_of(self._watch))):
             self._give_up(f"{changed} since the capture; a tensor changed in place would be seen")
-        elif self._replay is not None and self._stage == self._replay:
-            self._stage = self._check
-        elif self._ahead["stage"] == "replay":
-            self._ahead["stage"] = "check"
+        elif self._stage is Stage.REPLAY:
+            self._stage = Stage.CHECK
+        elif self._stage is Stage.CATCH_UP and self._ahead["stage"] == Stage.REPLAY.value:
+            self._ahead["stage"] = Stage.CHECK.value
 
-    def _wait(self, *inputs: Tensor) -> Outputs:
+    def _run_stage(self, inputs: Sequence[Tensor]) -> Outputs:
+        return self._runs[self._stage](self, inputs)
+
+    def _run_eagerly(self, inputs: Sequence[Tensor]) -> Outputs:
+        return self._function(*inputs)
+
+    def _wait(self, inputs: Sequence[Tensor]) -> Outputs:
         seconds_a_call = self._pace.tick()
         if seconds_a_call is None or self.calls_left is None:
             return self._function(*inputs)
         seconds = seconds_a_call * self.calls_left
         self.compiles = seconds >= SECONDS_THAT_REPAY_COMPILING
         if seconds >= SECONDS_THAT_REPAY_TRACING:
-            self._stage = self._trace_first
+            self._stage = Stage.TRACE
         else:
-            self._stage = self._function
+            self._stage = Stage.EAGER
             self.execution = f"eager: the {seconds:.1f} s of calls left would not repay a capture"
-        return self._stage(*inputs)
+        return self._run_stage(inputs)
 
-    def _catch_up(self, *inputs: Tensor) -> Outputs:
-        state, self._stage = self._ahead, self._trace_first
-        until = self._trace_again if state["stage"] == "trace again" else None
+    def _catch_up(self, inputs: Sequence[Tensor]) -> Outputs:
+        target, self._stage = Stage(self._ahead["stage"]), Stage.TRACE
+        ends = {Stage.REPLAY, Stage.EAGER}
+        if target is Stage.TRACE_AGAIN:
+            ends.add(target)
         with (
             preserve_rng_state(inputs) as rewind,
             preserve_tensors(tensors_that_may_change(self._watch)) as restore,
         ):
-            while self._stage not in (until, self._replay, self._function):
-                self._stage(*inputs)
+            while self._stage not in ends:
+                self._run_stage(inputs)
                 restore()
             rewind()
-        if state["stage"] == "check" and self._stage == self._replay:
-            self._stage = self._check
-            self._disagreements = state["disagreements"]
-        return self._stage(*inputs)
+        if target is Stage.CHECK and self._stage is Stage.REPLAY:
+            self._stage = Stage.CHECK
+            self._disagreements = self._ahead["disagreements"]
+        return self._run_stage(inputs)
 
-    def _trace_first(self, *inputs: Tensor) -> Outputs:
+    def _trace_first(self, inputs: Sequence[Tensor]) -> Outputs:
         try:
             _require_device(inputs)
             self._first = self._trace(inputs)
         except CaptureError as error:
             self._give_up(str(error))
             return error.outputs or self._function(*inputs)
-        self._stage = self._trace_again
+        self._stage = Stage.TRACE_AGAIN
         return self._first.outputs
 
-    def _trace_again(self, *inputs: Tensor) -> Outputs:
+    def _trace_again(self, inputs: Sequence[Tensor]) -> Outputs:
         first, self._first = self._first, None
         state, elsewhere = state_of(self._watch), noise_from_elsewhere()
         try:
@@ -242,33 +253,18 @@ class Captured:
         self._graph = traced.graph
         if self.compiles:
             try:
-                self._graph = self._compile(traced.graph, inputs)
+                with preserve_rng_state(inputs) as rewind:
+                    self._graph = compile_graph(traced.graph, [*inputs, *self._constants])
+                    rewind()
             except Exception as error:  # whatever a compiler may raise: there is another way
                 warnings.warn(
                     f"{self._name} is captured, but not compiled: {_first_line(error)}",
                     stacklevel=2,
                 )
                 self.compiles = False
-        self._stage = self._check
+        self._stage = Stage.CHECK
 
-    def _compile(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Outputs]:
-        # The random numbers of torch's own generators, in the order of the program.
-        options: dict[str, Any] = {"fallback_random": True}
-        arguments = [*inputs, *self._constants]
-        with preserve_rng_state(inputs) as rewind, torch.no_grad():
-            if inputs[0].is_cpu:
-                graph = rewrite(graph, arguments)
-                options["cpp_wrapper"] = True  # the calls of the kernels in C++ as well
-            for node in graph.graph.nodes:
-                node.meta.clear()  # which speaks of tensors that the compiler cannot tell from its
-                if node.target is torch.ops.aten.view.default:
-                    # What was contiguous here need not be, as the compiler lays it out.
-                    node.target = torch.ops.aten.reshape.default
-            compiled = torch._inductor.compile(graph, arguments, options)
-            rewind()
-        return compiled
-
-    def _check(self, *inputs: Tensor) -> Outputs:
+    def _check(self, inputs: Sequence[Tensor]) -> Outputs:
         replay, failure = self._replay or self._run_graph, None
         with preserve_rng_state(inputs) as rewind, preserve_tensors(self._writable) as restore:
             try:
@@ -293,11 +289,17 @@ class Captured:
         failure = disagreement(done, replayed)
         self._disagreements = 0 if failure is None else self._disagreements + 1
         if failure is None:
-            self._stage = self._replay = replay
+            self._stage, self._replay = Stage.REPLAY, replay
             self.execution = "captured" if self.compiles else "captured, not compiled"
         elif self._disagreements == _DISAGREEMENTS_THAT_ARE_NO_ACCIDENT:
             self._give_up(failure)
         return outputs  # of the function; while the two disagree, the next call compares again
+
+    def _run_replay(self, inputs: Sequence[Tensor]) -> Outputs:
+        if self._moved():
+            self._give_up("a parameter was given other memory; change it in place")
+            return self._function(*inputs)
+        return self._replay(*inputs)
 
     def _moved(self) -> bool:
         return any(
@@ -326,25 +328,19 @@ class Captured:
 
     def _give_up(self, reason: str) -> None:
         self.execution = f"eager: {reason}"
-        self._stage = self._function
+        self._stage = Stage.EAGER
         self._sources, self._constants, self._state = [], [], {}
         warnings.warn(f"{self._name} is not captured, and runs eagerly: {reason}", stacklevel=2)
 
-
-def _described(signature: tuple) -> list[list[Any]]:
-    """A signature in plain values."""
-    return [
-        [list(shape), list(stride), str(dtype), str(device)]
-        for shape, stride, dtype, device in signature
-    ]
-
-
-def _signature_of(described: Sequence[Sequence[Any]]) -> tuple:
-    inputs = []
-    for shape, stride, dtype, device in described:
-        kind = getattr(torch, dtype.removeprefix("torch."))
-        inputs.append((torch.Size(shape), tuple(stride), kind, torch.device(device)))
-    return tuple(inputs)
+    _runs: ClassVar = {
+        Stage.WAIT: _wait,
+        Stage.TRACE: _trace_first,
+        Stage.TRACE_AGAIN: _trace_again,
+        Stage.CHECK: _check,
+        Stage.REPLAY: _run_replay,
+        Stage.EAGER: _run_eagerly,
+        Stage.CATCH_UP: _catch_up,
+    }
 
 
 def _require_device(inputs: Sequence[Tensor]) -> None:

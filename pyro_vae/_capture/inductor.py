@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,28 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
+
+
+def compile_graph(
+    graph: GraphModule, inputs: Sequence[Tensor]
+) -> Callable[..., Sequence[Tensor | None]]:
+    """Compile a graph, which is used up; its random numbers stay those of torch's generators.
+
+    Args:
+        graph: of ATen operations.
+        inputs: of the graph.
+    """
+    options: dict[str, Any] = {"fallback_random": True}  # draws in the order of the program
+    with torch.no_grad():
+        if inputs[0].is_cpu:
+            graph = rewrite(graph, inputs)
+            options["cpp_wrapper"] = True  # the calls of the kernels in C++ as well
+        for node in graph.graph.nodes:
+            node.meta.clear()  # the compiler would take the fake tensors in it for its own
+            if node.target is aten.view.default:
+                # A tensor that was contiguous here may have another layout in compiled code.
+                node.target = aten.reshape.default
+        return torch._inductor.compile(graph, inputs, options)
 
 
 def rewrite(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:

@@ -50,20 +50,24 @@ class SummedOut:
 
 
 def is_enumerated(site: Site) -> bool:
-    """Whether a site asks to be enumerated.
+    """Return whether a site is latent and asks to be enumerated."""
+    return not site["is_observed"] and (site["infer"] or {}).get("enumerate") is not None
+
+
+def check_enumeration(site: Site) -> None:
+    """Raise ValueError if a site asks for an enumeration that is not supported.
 
     Raises:
-        ValueError: in another way than in parallel and whole, or the site stands elsewhere than in
-            the plate ``"data"``.
+        ValueError: The site is enumerated, but not in parallel, not over all values, or not in the
+            plate ``"data"`` alone.
     """
-    how = (site["infer"] or {}).get("enumerate")
-    if site["is_observed"] or how is None:
-        return False
-    if how != "parallel":
+    if not is_enumerated(site):
+        return
+    if (how := site["infer"]["enumerate"]) != "parallel":
         raise ValueError(
             f'site {site["name"]!r} asks for enumerate={how!r}: only "parallel" is known here'
         )
-    if (site["infer"] or {}).get("num_samples") is not None:
+    if site["infer"].get("num_samples") is not None:
         raise ValueError(
             f"site {site['name']!r} asks to be enumerated by num_samples draws; here all its "
             "values are counted. Leave num_samples out, or enumerate out."
@@ -74,7 +78,6 @@ def is_enumerated(site: Site) -> bool:
             f'an enumerated site must stand in the plate "data" and in no other, but '
             f"{site['name']!r} stands in {plates}"
         )
-    return True
 
 
 def uniform_where_masked(log_prob: Tensor, site: Site) -> Tensor:

@@ -18,7 +18,7 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
-from pyro_vae._programs.enumeration import is_enumerated
+from pyro_vae._programs.enumeration import check_enumeration, is_enumerated
 from pyro_vae._programs.runs import outside_of_plates, plate_of_guide
 from pyro_vae._programs.sites import (
     DATA_PLATE,
@@ -178,6 +178,8 @@ def _latents(model: Callable[..., Any], *arguments: Any) -> list[Site]:
             "be drawn from and expanded in a plate."
         ) from error
     sites = list(random_sites(tracer.trace))
+    for site in sites:
+        check_enumeration(site)
     latents = [
         site
         for site in sites

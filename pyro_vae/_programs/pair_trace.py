@@ -27,6 +27,7 @@ from pyro_vae._programs.ancestral import JointSample
 from pyro_vae._programs.enumeration import (
     Enumeration,
     SummedOut,
+    check_enumeration,
     is_enumerated,
     uniform_where_masked,
 )
@@ -137,8 +138,11 @@ class PairTrace:
             model, guide = particles(model), particles(guide)
         run = functools.partial(self._run, model, guide, args, kwargs, hold_samples)
         guide_trace, model_trace = run(-1 - plate_nesting) if enumerates else run(None)
-        if not enumerates and any(map(is_enumerated, _sites(guide_trace, model_trace))):
-            common_data_frame([*_sites(guide_trace, model_trace)])
+        sites = [*_sites(guide_trace, model_trace)]
+        for site in sites:
+            check_enumeration(site)
+        if not enumerates and any(map(is_enumerated, sites)):
+            common_data_frame(sites)
             enumerates, plate_nesting = True, _nesting(guide_trace, model_trace)
             guide_trace, model_trace = run(-1 - plate_nesting)
         self.enumerates = enumerates

@@ -46,9 +46,10 @@ def terms(
         *args: what both programs are called with: a minibatch whose leading dimension is the
             batch, then any covariates.
         num_particles: K, the number of samples of z for each datum.
-        vectorize_particles: draw the K particles in one run, under an outer plate whose dimension
-            leads. ``False`` runs the programs K times, for programs that cannot take the extra
-            dimension; the terms have the same law.
+        vectorize_particles: draw all K particles in one run, under an outer plate whose dimension
+            comes first. ``False`` runs the programs K times. Choose it for a program that cannot
+            take the extra dimension, such as one with ``BatchNorm1d`` in its decoder. The terms
+            have the same distribution. With K = 1 there is no extra dimension either way.
         plate_nesting: how many batch dimensions the programs use, the particles' apart; found by
             :func:`find_plate_nesting` when not given.
         hold_samples: let the terms depend on the parameters directly, and not through the
@@ -85,33 +86,23 @@ def terms(
     num_particles = positive_integer("num_particles", num_particles)
     if plate_nesting is not None:
         plate_nesting = positive_integer("plate_nesting", plate_nesting, minimum=0)
-    if num_particles == 1 or not vectorize_particles:
-        runs = [
-            _run(
-                model,
-                guide,
-                args,
-                kwargs,
-                plate_nesting=plate_nesting,
-                hold_samples=hold_samples,
-                enumerates=enumerates,
-            )
-            for _ in range(num_particles)
-        ]
-        return Terms(runs)
-    if plate_nesting is None:
+    vectorized = vectorize_particles and num_particles > 1
+    if vectorized and plate_nesting is None:
         plate_nesting = find_plate_nesting(model, guide, *args, **kwargs)
-    trace = _run(
-        model,
-        guide,
-        args,
-        kwargs,
-        num_particles=num_particles,
-        plate_nesting=plate_nesting,
-        hold_samples=hold_samples,
-        enumerates=enumerates,
-    )
-    return Terms([trace])
+    runs = [
+        _run(
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=count,
+            plate_nesting=plate_nesting,
+            hold_samples=hold_samples,
+            enumerates=enumerates,
+        )
+        for count in ([num_particles] if vectorized else [1] * num_particles)
+    ]
+    return Terms(runs)
 
 
 def _run(model: Program, guide: Program, args: Any, kwargs: Any, **options: Any) -> PairTrace:

@@ -158,7 +158,7 @@ def collapse_report(
         num_particles: draws of z for each datum, at least 2.
         estimator: of the mutual information; see :func:`pyro_vae.elbo_surgery`.
         batch_size: data points at a time.
-        vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         seed: fixes the draws and leaves the process's random numbers as they were.
         progress: show bars; or a rich Progress to add them to.
         description: text before the bars.

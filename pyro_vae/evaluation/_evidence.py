@@ -74,7 +74,7 @@ def evidence(
         num_particles: K, for each datum; annealed importance sampling has its ``num_chains``.
         batch_size: data points at a time.
         pairs_per_pass: (particle, datum) pairs in one run of the programs.
-        vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
         seed: fixes the draws and leaves the process's random numbers as they were.
         resume: what a call of the same arguments raised when it was stopped (Ctrl-C); or the

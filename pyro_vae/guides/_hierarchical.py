@@ -61,9 +61,7 @@ class HierarchicalGuide(PyroModule):
         self._family, self._order, self._hidden = family, order, tuple(hidden)
         self._history = history
         self.encoder = encoder
-        self.built = (
-            LazyModules()
-        )  # a network and a posterior for each site, made at the first call
+        self.built = LazyModules()  # a network and a posterior for each site, from the first call
         self._sites: tuple[LatentSite, ...] = ()
 
     def forward(self, x: Tensor, *covariates: Any) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ class JointDraw:
         # Caches let a drawn value be scored without inverting.
         self._bijections = [site.bijection.with_cache(1) for site in sites]
         self._rows: Tensor | None = None
+        self._drawn: list[Tensor] = []  # the values that the sites got of the rows
 
     @property
     def batch_size(self) -> int:
@@ -64,12 +65,12 @@ class JointDraw:
         rows = self._rows.split([site.shape.numel() for site in self._sites], -1)[number]
         site = self._sites[number]
         value = self._bijections[number](site.from_rows(rows, site.event_shape))
-        value._drawn_by = self
+        self._drawn.append(value)
         return value
 
     def _log_prob(self, values: list[Tensor]) -> Tensor:
         """The density of all values, at the data's dimension."""
-        drawn = [getattr(value, "_drawn_by", None) is self for value in values]
+        drawn = [any(value is each for each in self._drawn) for value in values]
         if any(drawn) and not all(drawn):
             given, taken = (self._sites[drawn.index(flag)].name for flag in (False, True))
             raise ValueError(

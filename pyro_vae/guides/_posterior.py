@@ -43,10 +43,8 @@ class Posterior(nn.Module):
     ):
         super().__init__()
         self.sites = tuple(sites)
-        several = len(sites) > 1 or bool(sites[0].batch_shape)
-        names = ", ".join(repr(site.name) for site in sites)
-        whole = _make(family, sum(site.shape.numel() for site in sites), names)
-        self._joint = joint and several and not whole.independent
+        whole = _joint_family(sites, family) if joint else None
+        self._joint = whole is not None
         if self._joint:
             if masked := [site.name for site in sites if site.masked]:
                 raise ValueError(
@@ -94,6 +92,17 @@ class Posterior(nn.Module):
                 fn = _at_site(site, family, rows)
                 values[site.name] = pyro.sample(site.name, fn, infer={ON_SUPPORT: site.bijection})
         return values
+
+
+def _joint_family(sites: Sequence[LatentSite], family: Callable[[int], Family]) -> Family | None:
+    """Make one family for all dimensions of all sites, unless they are independent anyway."""
+    several = len(sites) > 1 or bool(sites[0].batch_shape)
+    maker = getattr(family, "func", family)  # of a functools.partial
+    if not several or getattr(maker, "independent", False) is True:
+        return None
+    names = ", ".join(repr(site.name) for site in sites)
+    whole = _make(family, sum(site.shape.numel() for site in sites), names)
+    return None if whole.independent else whole  # a plain function of D does not say it before
 
 
 def _make(family: Callable[[int], Family], dim: int, names: str) -> Family:

@@ -32,7 +32,7 @@ class BetaTCVAE(Objective):
         dimension_wise: :math:`\gamma`.
         num_data: N; not needed where the plate ``"data"`` tells it, as it does if it subsamples.
         num_particles: K.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: a number out of range; in a loss, a site is global or scaled, or there are
@@ -118,7 +118,7 @@ class InfoVAE(Objective):
         alpha: 1 removes the KL, 0 leaves it.
         scale: :math:`\lambda`.
         num_particles: K.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: a number out of range; in a loss, a site is global or scaled, a guide site has

@@ -40,7 +40,7 @@ class Objective(pyro.infer.ELBO):
 
     Args:
         num_particles: K, samples of z for each datum and gradient step.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Attributes:
         hold_samples: whether the terms are taken at samples held fixed.

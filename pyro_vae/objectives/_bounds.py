@@ -25,7 +25,7 @@ class ELBO(Objective):
 
     Args:
         num_particles: K.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: ``num_particles`` is less than one; in a loss, a guide site has no
@@ -75,7 +75,7 @@ class MeanFieldELBO(Objective):
 
     Args:
         num_particles: K.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: ``num_particles`` is less than one; in a loss, a guide site has no
@@ -104,7 +104,7 @@ class IWAE(Objective):
 
     Args:
         num_particles: K.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: ``num_particles`` is less than one; in a loss, a site is global or scaled, or a
@@ -129,7 +129,7 @@ class MIWAE(Objective):
     Args:
         num_bounds: M.
         num_particles: K, of each bound.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: a number is less than one; in a loss, what :class:`IWAE` refuses.
@@ -160,7 +160,7 @@ class CIWAE(Objective):
     Args:
         beta: between 0 and 1, the weight of the ELBO.
         num_particles: K.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: ``beta`` is not between 0 and 1; in a loss, what :class:`IWAE` refuses.
@@ -193,7 +193,7 @@ class Renyi(Objective):
     Args:
         alpha: any number but 1.
         num_particles: K.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: ``alpha`` is 1 or not finite; in a loss, what :class:`IWAE` refuses.

@@ -25,7 +25,7 @@ class StickingTheLanding(Objective):
 
     Args:
         num_particles: K.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: ``num_particles`` is less than one; in a loss, a site is global or scaled, or a
@@ -51,7 +51,7 @@ class DReG(Objective):
 
     Args:
         num_particles: K.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: ``num_particles`` is less than one; in a loss, a site is global or scaled, or a
@@ -77,7 +77,7 @@ class PIWAE(MIWAE):
     Args:
         num_bounds: M.
         num_particles: K, of each of the guide's bounds.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: a number is less than one; in a loss, what :class:`IWAE` refuses.
@@ -112,7 +112,7 @@ class CUBO(Objective):
     Args:
         n: the order, at least 1.
         num_particles: K.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: a number is less than one; in a loss, what :class:`IWAE` refuses.
@@ -153,7 +153,7 @@ class TVO(Objective):
         num_particles: K, at least 2.
         num_points: S, from 0 on: 0, then evenly spaced in log :math:`\beta` up to 1.
         first: :math:`\beta_1`.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: numbers out of range; in a loss, a site is global or scaled.
@@ -210,7 +210,7 @@ class ScoreFunction(Objective):
             average log-weight of the datum's other particles (Kool et al. 2019), for K of at least
             2; ``"average"``: of the last batches, decaying by a tenth with each; None. Baselines
             that guide sites ask for by ``infer={"baseline": ...}`` are subtracted besides.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: ``num_particles`` or ``baseline`` out of range; in a loss, a site is global or
@@ -267,7 +267,7 @@ class VIMCO(Objective):
 
     Args:
         num_particles: K, at least 2.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: ``num_particles`` is less than two; in a loss, a site is global or scaled.
@@ -304,7 +304,7 @@ class ReweightedWakeSleep(Objective):
         num_particles: K.
         wake: weight of the wake update of the guide.
         sleep: weight of its sleep update; the model must observe its arguments as they are.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: numbers out of range; in a loss, a site is global or scaled, or the model

@@ -22,7 +22,7 @@ class SemiSupervisedELBO(ELBO):
     Args:
         classification: :math:`\alpha`, for each labelled row of a minibatch.
         num_particles: K.
-        vectorize_particles: see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: ``classification`` is not positive.

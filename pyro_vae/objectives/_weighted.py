@@ -25,7 +25,7 @@ class BetaELBO(Objective):
         beta: the weight; or a schedule of it, such as
             :class:`Linear(steps=1000) <pyro_vae.objectives.Linear>`, a warm-up.
         num_particles: K.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: a number out of range; in a loss, a guide site has no reparameterised sample.
@@ -74,7 +74,7 @@ class FreeBits(Objective):
         over: where the KL is compared with its floor: averaged over the ``"batch"``, as in the
             paper, or for each ``"datum"``.
         num_particles: K.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: an argument out of range; in a loss, a site is global or scaled, a guide site
@@ -123,7 +123,7 @@ class CapacityELBO(Objective):
         capacity: C, in nats, or a schedule of it.
         weight: :math:`\gamma`.
         num_particles: K.
-        vectorize_particles: draw them in one run of the programs; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: a number out of range; in a loss, a site is global or scaled, or a guide site

@@ -41,7 +41,7 @@ def to_arviz(
         guide: program of q(z|x).
         data: what :func:`pyro_vae.fit` takes; all draws are held in memory.
         num_draws: for each datum.
-        vectorize_particles: draw them in one run; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         seed: fixes the draws.
 
     Returns:

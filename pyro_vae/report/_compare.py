@@ -176,7 +176,7 @@ def compare(
         data: held-out data; what :func:`pyro_vae.fit` takes.
         train: data for the surgery, the training set as a rule; the held-out data by default.
         num_particles: draws for each datum.
-        vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         image_shape: (height, width) of a row of data, to draw it in the report.
         seed: fixes all draws.
         progress: show bars; or a rich Progress to add them to.

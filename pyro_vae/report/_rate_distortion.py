@@ -79,7 +79,7 @@ def rate_distortion(
             ``refit="guide"`` it gives the bound of the curve.
         num_particles: draws for each datum when it is measured.
         training_particles: and when it is fitted.
-        vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         seed: fixes all draws.
         progress: show bars; or a rich Progress to add them to.
         description: text before the bars.

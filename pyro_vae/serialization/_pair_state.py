@@ -29,7 +29,13 @@ from pyro_vae.guides._lazy_modules import LazyModules
 from pyro_vae.serialization._memory_limit import MemoryLimit
 from pyro_vae.serialization._recipe import rebuild, recipe, site_from_config, site_to_config
 
-_FORMER = {"Later": "LazyModules"}  # classes by the names that older checkpoints have
+# Classes and attributes by the names that older checkpoints have.
+_FORMER = {"Later": "LazyModules"}
+_FORMER_ATTRIBUTES = {
+    "whole_event_dim": "input_event_dim",
+    "part_event_dim": "output_event_dim",
+    "rest_event_dim": "remainder_event_dim",
+}
 
 
 def state_of(model: Program, guide: Program) -> dict[str, Any]:
@@ -92,7 +98,11 @@ class Description:
         kinds = {name: _FORMER.get(kind, kind) for name, kind in saved["modules"].items()}
         if changed := _changed(kinds, here["modules"]):
             raise ValueError(f"the checkpoint is of another pair: {changed}")
-        if changed := _changed(saved["values"], here["values"]):
+        values = {
+            name if name in here["values"] else _renamed(name): value
+            for name, value in saved["values"].items()
+        }
+        if changed := _changed(values, here["values"]):
             warnings.warn(
                 f"the pair is not as it was when the checkpoint was written: {changed}. The run "
                 "goes on with what is here: if that was changed on the way, change it first",
@@ -104,6 +114,12 @@ class Description:
             set(content["frozen"]),
             set(content["evaluating"]),
         )
+
+
+def _renamed(name: str) -> str:
+    """Return the present name of a value that an older checkpoint holds."""
+    owner, dot, attribute = name.rpartition(".")
+    return owner + dot + _FORMER_ATTRIBUTES.get(attribute, attribute)
 
 
 def _changed(saved: Mapping[str, str], here: Mapping[str, str]) -> str:

@@ -22,53 +22,53 @@ from pyro_vae.surjections._surjection import (
 
 
 class _Magnitude(Surjection):
-    """The map from numbers to their absolute values; the rest is which of them are positive."""
+    """The map from numbers to their absolute values; the signs are the remainder."""
 
     def __init__(self, signs: Callable[[Tensor], Tensor] | None, event_dim: int):
         super().__init__()
         self.signs = signs
-        self.whole_event_dim = self.part_event_dim = positive_event_dim(event_dim)
-        self.rest_event_dim = event_dim
+        self.input_event_dim = self.output_event_dim = positive_event_dim(event_dim)
+        self.remainder_event_dim = event_dim
 
     @property
-    def part_support(self) -> Constraint:
+    def output_support(self) -> Constraint:
         """Numbers of at least zero."""
-        return constraints.independent(constraints.nonnegative, self.part_event_dim)
+        return constraints.independent(constraints.nonnegative, self.output_event_dim)
 
-    def split(self, whole: Tensor) -> Split:
+    def split(self, input: Tensor) -> Split:
         """Return absolute values, and one where a number is positive.
 
         Raises:
             ValueError: the numbers are of an integer type.
         """
-        if not whole.is_floating_point():
+        if not input.is_floating_point():
             raise ValueError(
-                f"{type(self).__name__} takes continuous numbers, got {whole.dtype}: put a "
+                f"{type(self).__name__} takes continuous numbers, got {input.dtype}: put a "
                 "dequantisation below it"
             )
-        return Split(whole.abs(), (whole > 0).to(whole.dtype))
+        return Split(input.abs(), (input > 0).to(input.dtype))
 
-    def join(self, part: Tensor, rest: Tensor) -> Tensor:
+    def join(self, output: Tensor, remainder: Tensor) -> Tensor:
         """Give absolute values their signs."""
-        return part * (2 * rest - 1)
+        return output * (2 * remainder - 1)
 
-    def rest(self, part: Tensor) -> TorchDistribution:
+    def remainder(self, output: Tensor) -> TorchDistribution:
         """Return the distribution of the signs."""
         if self.signs is None:
-            signs = _FairSigns(logits=torch.zeros_like(part), validate_args=False)
+            signs = _FairSigns(logits=torch.zeros_like(output), validate_args=False)
         else:
-            logits = self.signs(part)
-            if logits.shape != part.shape:
+            logits = self.signs(output)
+            if logits.shape != output.shape:
                 raise ValueError(
-                    f"signs must give one logit for each of the numbers {tuple(part.shape)}, got "
+                    f"signs must give one logit for each of the numbers {tuple(output.shape)}, got "
                     f"{tuple(logits.shape)}"
                 )
             signs = dist.Bernoulli(logits=logits, validate_args=False)
-        return signs.to_event(self.rest_event_dim)
+        return signs.to_event(self.remainder_event_dim)
 
-    def whole_shape(self, part_shape: torch.Size, rest_shape: torch.Size) -> torch.Size:
+    def input_shape(self, output_shape: torch.Size, remainder_shape: torch.Size) -> torch.Size:
         """Return the shape of the absolute values."""
-        return part_shape
+        return output_shape
 
 
 @records_init_args

@@ -68,7 +68,7 @@ class Bijection(InferenceSurjection):
             self.source = transform
         else:
             self.learned = nn.ModuleList(p for p, _ in self._pieces if isinstance(p, nn.Module))
-        self.whole_event_dim = positive_event_dim(event_dim)
+        self.input_event_dim = positive_event_dim(event_dim)
         f = self.transform
         if loose := [type(p).__name__ for p, _ in self._pieces or () if _holds_parameters(p)]:
             raise ValueError(
@@ -83,7 +83,7 @@ class Bijection(InferenceSurjection):
             )
         if not f.bijective:
             raise ValueError(f"a Bijection needs a bijective transform, got {type(f).__name__}")
-        self.part_event_dim = event_dim - takes + gives
+        self.output_event_dim = event_dim - takes + gives
 
     @property
     def transform(self) -> Transform:
@@ -102,21 +102,21 @@ class Bijection(InferenceSurjection):
         return f
 
     @property
-    def whole_support(self) -> Constraint:
+    def input_support(self) -> Constraint:
         """The transform's domain."""
         domain = self.transform.domain
-        return constraints.independent(domain, self.whole_event_dim - domain.event_dim)
+        return constraints.independent(domain, self.input_event_dim - domain.event_dim)
 
     @property
-    def part_support(self) -> Constraint:
+    def output_support(self) -> Constraint:
         """The transform's codomain."""
         codomain = self.transform.codomain
-        return constraints.independent(codomain, self.part_event_dim - codomain.event_dim)
+        return constraints.independent(codomain, self.output_event_dim - codomain.event_dim)
 
-    def split(self, whole: Tensor) -> Split:
-        """Return f(x), no rest, and log|det J|; minus infinity outside the domain of f."""
-        f, dims = self.transform, self.whole_event_dim
-        x = whole.view_as(whole)  # that no cache of f has seen: it may be out of date
+    def split(self, input: Tensor) -> Split:
+        """Return f(x), no remainder, and log|det J|; minus infinity outside the domain of f."""
+        f, dims = self.transform, self.input_event_dim
+        x = input.view_as(input)  # that no cache of f has seen: it may be out of date
         event = x.shape[x.dim() - dims :]
         try:
             z = f(x)
@@ -136,25 +136,25 @@ class Bijection(InferenceSurjection):
             log_volume = torch.where(inside, log_volume, -torch.inf)
         return Split(z, None, log_volume)
 
-    def join(self, part: Tensor, rest: None) -> Tensor:
+    def join(self, output: Tensor, remainder: None) -> Tensor:
         """Return the x with f(x) = z."""
-        f, z = self.transform, part.view_as(part)
+        f, z = self.transform, output.view_as(output)
         try:
             return f.inv(z)
         except (RuntimeError, ShapeError) as error:
-            event = z.shape[z.dim() - self.part_event_dim :]
+            event = z.shape[z.dim() - self.output_event_dim :]
             raise ValueError(
                 f"{self._cannot_map(f, event)} back: {error}. Does the prior, or the layer above, "
                 "have the dimensions of the transform?"
             ) from error
 
-    def rest(self, part: Tensor) -> None:
-        """Return None: nothing is left out."""
+    def remainder(self, output: Tensor) -> None:
+        """Return None, since a bijection leaves nothing out."""
         return
 
-    def whole_shape(self, part_shape: torch.Size, rest_shape: torch.Size) -> torch.Size:
+    def input_shape(self, output_shape: torch.Size, remainder_shape: torch.Size) -> torch.Size:
         """Return the event shape that the transform maps to that of z."""
-        return torch.Size(self.transform.inverse_shape(part_shape))
+        return torch.Size(self.transform.inverse_shape(output_shape))
 
     @staticmethod
     def _cannot_map(f: Transform, event: torch.Size) -> str:

@@ -63,46 +63,50 @@ class UniformDequantization(GenerativeSurjection):
     def __init__(self, levels: int, event_dim: int = 1):
         super().__init__()
         self.levels = positive_integer("levels", levels, minimum=2)
-        self.whole_event_dim = self.part_event_dim = positive_event_dim(event_dim)
-        self.rest_event_dim = event_dim
+        self.input_event_dim = self.output_event_dim = positive_event_dim(event_dim)
+        self.remainder_event_dim = event_dim
 
     @property
-    def part_support(self) -> Constraint:
+    def output_support(self) -> Constraint:
         """The grid."""
-        return constraints.independent(_Grid(self), self.part_event_dim)
+        return constraints.independent(_Grid(self), self.output_event_dim)
 
-    def split(self, whole: Tensor) -> Split:
+    def split(self, input: Tensor) -> Split:
         """Return x and u of z."""
-        scaled = self.levels * whole
+        scaled = self.levels * input
         number = scaled.floor().clamp(0, self.levels - 1)
         u = scaled - number
-        inside = all_of_event((u >= 0) & (u <= 1), self.rest_event_dim)
-        log_volume = torch.where(inside, self.log_volume(u), whole.new_full((), -torch.inf))
+        inside = all_of_event((u >= 0) & (u <= 1), self.remainder_event_dim)
+        log_volume = torch.where(inside, self.log_volume(u), input.new_full((), -torch.inf))
         return Split(number / (self.levels - 1), u, log_volume)
 
-    def join(self, part: Tensor, rest: Tensor) -> Tensor:
+    def join(self, output: Tensor, remainder: Tensor) -> Tensor:
         """Return z of x and u."""
         # Rounding must not move a z out of its cell.
-        least = 2 * self.levels * torch.finfo(rest.dtype).eps
-        return (self.numbers(part).to(rest.dtype) + rest.clamp(least, 1 - least)) / self.levels
+        least = 2 * self.levels * torch.finfo(remainder.dtype).eps
+        u = remainder.clamp(least, 1 - least)
+        return (self.numbers(output).to(u.dtype) + u) / self.levels
 
-    def rest(self, part: Tensor) -> TorchDistribution:
+    def remainder(self, output: Tensor) -> TorchDistribution:
         """Return q(u|x)."""
-        zeros = torch.zeros_like(self.on_grid(part))
-        return dist.Uniform(zeros, 1.0, validate_args=False).to_event(self.rest_event_dim)
+        zeros = torch.zeros_like(self.on_grid(output))
+        return dist.Uniform(zeros, 1.0, validate_args=False).to_event(self.remainder_event_dim)
 
-    def whole_shape(self, part_shape: torch.Size, rest_shape: torch.Size) -> torch.Size:
+    def input_shape(self, output_shape: torch.Size, remainder_shape: torch.Size) -> torch.Size:
         """Return the shape of x."""
-        return part_shape
+        return output_shape
 
-    def log_volume(self, rest: Tensor) -> float:
+    def log_volume(self, remainder: Tensor) -> float:
         """Return D log L."""
-        return rest.shape[rest.dim() - self.rest_event_dim :].numel() * math.log(self.levels)
+        event = remainder.shape[remainder.dim() - self.remainder_event_dim :]
+        return event.numel() * math.log(self.levels)
 
-    def same(self, value: Tensor, part: Tensor) -> Tensor:
-        """Tell whether two x are of the same levels, both on the grid."""
-        same = self.numbers(value) == self.numbers(part)
-        return all_of_event(same & self.is_level(value) & self.is_level(part), self.part_event_dim)
+    def same(self, value: Tensor, output: Tensor) -> Tensor:
+        """Return whether two x have the same levels, both on the grid."""
+        same = self.numbers(value) == self.numbers(output)
+        return all_of_event(
+            same & self.is_level(value) & self.is_level(output), self.output_event_dim
+        )
 
     def numbers(self, x: Tensor) -> Tensor:
         """Return the level numbers of x, of a floating type."""
@@ -149,16 +153,16 @@ class VariationalDequantization(UniformDequantization):
         super().__init__(levels, event_dim)
         self.noise = noise
 
-    def rest(self, part: Tensor) -> TorchDistribution:
+    def remainder(self, output: Tensor) -> TorchDistribution:
         """Return q(u|x)."""
-        x = self.on_grid(part)
+        x = self.on_grid(output)
         noise = self.noise(x)
-        event = x.shape[x.dim() - self.part_event_dim :]
+        event = x.shape[x.dim() - self.output_event_dim :]
         if noise.event_shape != event:
             raise ValueError(
                 f"the noise must have the event shape of x, {tuple(event)}, got "
                 f"{tuple(noise.event_shape)} with batch shape {tuple(noise.batch_shape)}: declare "
-                f"its dimensions with .to_event({self.part_event_dim})"
+                f"its dimensions with .to_event({self.output_event_dim})"
             )
         # The cache gives the very draw back, which a flow may need to score it.
         squashed = SigmoidTransform(cache_size=1)

@@ -1,13 +1,15 @@
-"""The two distributions of a map: where it sends a whole, and what it could have sent there."""
+"""The two distributions of a map: the image of an input, and the inputs with one image."""
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions.constraints import Constraint
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_vae.flows import collapse_expanded_dims
 
@@ -16,35 +18,46 @@ if TYPE_CHECKING:
 
 
 class Split(NamedTuple):
-    r"""A whole, as its image and what the image leaves out.
+    r"""An input, as its output and the remainder.
 
     Args:
-        part: the image, ``(*batch, *part event)``.
-        rest: ``(*batch, *rest event)``; None for a bijection, which leaves nothing out.
-        log_volume: :math:`\log|\det \partial(\text{part}, \text{rest}) / \partial\text{whole}|`,
-            ``(*batch)``, or a number.
+        output: ``(*batch, *output event)``.
+        remainder: ``(*batch, *remainder event)``; None for a bijection, which leaves nothing out.
+        log_volume: :math:`\log|\det \partial(\text{output}, \text{remainder}) /
+            \partial\,\text{input}|`, ``(*batch)``, or a number.
     """
 
-    part: Tensor
-    rest: Tensor | None
+    output: Tensor
+    remainder: Tensor | None
     log_volume: Tensor | float = 0.0
 
 
-_OF_NOTHING = (None, None, None, False)
+class _Origin(NamedTuple):
+    """The map and the input that an image was made from."""
+
+    surjection: Surjection
+    input: Tensor
+    split: Split
+    with_gradient: bool
+
+
+# The origin of each image, as long as the image lives. One program of a pair draws the image and
+# the other one gets the tensor alone: with its origin, the map need not be computed twice. No
+# origin refers to its own image, which would then live forever.
+_ORIGINS: MutableMapping[Tensor, _Origin] = WeakTensorKeyDictionary()
 
 
 class Image(TorchDistribution):
-    r"""The image of a whole under a map: one point, of log-density zero, minus infinity elsewhere.
+    r"""The image of an input under a map: one point, of log-density zero, minus infinity elsewhere.
 
     The volume that the map changes stands at the other side of the pair, in :class:`Preimage`.
-    A sample is a differentiable function of the whole and of the map's parameters. It remembers
-    what it is the image of, so that the other side need not compute the map once more.
+    A sample is a differentiable function of the input and of the map's parameters.
 
     Args:
         surjection: the map.
-        whole: ``(*batch, *whole event)``.
-        split: of the whole, if it is known.
-        batch_shape: that to expand to, if it is not the whole's.
+        input: ``(*batch, *input event)``.
+        split: of the input, if it is known.
+        batch_shape: that to expand to, if it is not the input's.
 
     Shape:
         batch shape ``batch``, event shape that of the image.
@@ -57,87 +70,87 @@ class Image(TorchDistribution):
     def __init__(
         self,
         surjection: Surjection,
-        whole: Tensor,
+        input: Tensor,
         split: Split | None = None,
         batch_shape: torch.Size | None = None,
     ):
-        self.surjection, self.whole = surjection, whole
+        self.surjection, self.input = surjection, input
         if split is None:
-            split = surjection.split(collapse_expanded_dims(whole, surjection.whole_event_dim))
+            split = surjection.split(collapse_expanded_dims(input, surjection.input_event_dim))
         self.split = split
         if batch_shape is None:
-            batch_shape = whole.shape[: whole.dim() - surjection.whole_event_dim]
-        event_shape = split.part.shape[split.part.dim() - surjection.part_event_dim :]
+            batch_shape = input.shape[: input.dim() - surjection.input_event_dim]
+        event_shape = split.output.shape[split.output.dim() - surjection.output_event_dim :]
         super().__init__(torch.Size(batch_shape), event_shape, validate_args=False)
 
     @property
     def support(self) -> Constraint:
-        """All values that an image may have."""
-        return self.surjection.part_support
+        """All values that an output may have."""
+        return self.surjection.output_support
 
     @property
     def mean(self) -> Tensor:
         """The point."""
-        return self.split.part.expand(self.batch_shape + self.event_shape)
+        return self.split.output.expand(self.batch_shape + self.event_shape)
 
     def expand(self, batch_shape, _instance=None) -> Image:
         """Return the image with a larger batch shape."""
-        return Image(self.surjection, self.whole, self.split, torch.Size(batch_shape))
+        return Image(self.surjection, self.input, self.split, torch.Size(batch_shape))
 
     def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
         """Return the point, ``(*sample, *batch, *event)``."""
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
-        value = self.split.part.expand(shape)  # a tensor of its own, which can bear a name tag
-        value._image_of = (self.surjection, self.whole, self.split, torch.is_grad_enabled())
+        value = self.split.output.expand(shape)  # a new tensor, even of the same shape
+        with_gradient = torch.is_grad_enabled()
+        _ORIGINS[value] = _Origin(self.surjection, self.input, self.split, with_gradient)
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return zero where the value is the point, up to rounding, minus infinity elsewhere."""
-        split = self.split
-        _, _, its_split, _ = getattr(value, "_image_of", _OF_NOTHING)
-        if its_split is split:
-            return _like(split.part, 0.0).expand(value.shape[: value.dim() - self.event_dim])
-        same = self.surjection.same(value, split.part)
-        if split.rest is None:  # drawn from the part, which the map need not meet to the last digit
+        split, origin = self.split, _ORIGINS.get(value)
+        if origin is not None and origin.split is split:
+            return _like(split.output, 0.0).expand(value.shape[: value.dim() - self.event_dim])
+        same = self.surjection.same(value, split.output)
+        if split.remainder is None:  # it may have been drawn from the output, with rounding
             same = same | self._leads_back(value)
-        return torch.where(same, 0.0, _like(split.part, -torch.inf)).expand(
+        return torch.where(same, 0.0, _like(split.output, -torch.inf)).expand(
             torch.broadcast_shapes(same.shape, self.batch_shape)
         )
 
     def _leads_back(self, value: Tensor) -> Tensor:
-        """Tell where a part is one that this whole would be made of, ``(*batch)``."""
+        """Return where the input of an output is this input, ``(*batch)``."""
         with torch.no_grad():
             try:
-                whole = self.surjection.join(collapse_expanded_dims(value, self.event_dim), None)
+                joined = self.surjection.join(collapse_expanded_dims(value, self.event_dim), None)
             except (KeyError, NotImplementedError):  # as Pyro's flows without an inverse raise
                 return torch.zeros((), dtype=torch.bool, device=value.device)
-            eps = torch.finfo(whole.dtype).eps
-            near = (whole - self.whole).abs() <= 4 * eps * (1 + self.whole.abs())
-            return near.flatten(near.dim() - self.surjection.whole_event_dim).all(-1)
+            eps = torch.finfo(joined.dtype).eps
+            near = (joined - self.input).abs() <= 4 * eps * (1 + self.input.abs())
+            return near.flatten(near.dim() - self.surjection.input_event_dim).all(-1)
 
 
 class Preimage(TorchDistribution):
-    r"""All wholes that a map sends to one part: the rest is drawn, and the whole put together.
+    r"""The inputs that a map sends to one output: the remainder is drawn, and joined to it.
 
     .. math::
-        \log p(\text{whole}|\text{part}) = \log p(\text{rest}|\text{part}) + \log\left|\det
-        \frac{\partial(\text{part}, \text{rest})}{\partial\,\text{whole}}\right|
+        \log p(\text{input}|\text{output}) = \log p(\text{remainder}|\text{output}) + \log\left|\det
+        \frac{\partial(\text{output}, \text{remainder})}{\partial\,\text{input}}\right|
 
-    where the map sends the whole to the part, up to rounding, and minus infinity elsewhere. It is a
-    density beside :class:`Image`: a Dirac measure stands behind both, and cancels.
+    where the map sends the input to the output, up to rounding, and minus infinity elsewhere. It is
+    a density relative to :class:`Image`: the Dirac measures of both cancel.
 
     Args:
         surjection: the map.
-        part: ``(*batch, *part event)``.
-        rest: the distribution of the rest, if it is known.
-        batch_shape: that to expand to, if it is not the part's.
+        output: ``(*batch, *output event)``.
+        remainder: its distribution, if it is known.
+        batch_shape: that to expand to, if it is not the output's.
 
     Shape:
-        batch shape ``batch``, event shape that of the whole.
+        batch shape ``batch``, event shape that of the input.
 
     Raises:
-        ValueError: the distribution of the rest has an event of another number of dimensions, or a
-            batch shape that is not the part's.
+        ValueError: The distribution of the remainder has another number of event dimensions than
+            the surjection says, or another batch shape than the output.
     """
 
     arg_constraints = {}  # noqa: RUF012 - as torch declares them
@@ -145,91 +158,98 @@ class Preimage(TorchDistribution):
     def __init__(
         self,
         surjection: Surjection,
-        part: Tensor,
-        rest: TorchDistribution | None = None,
+        output: Tensor,
+        remainder: TorchDistribution | None = None,
         batch_shape: torch.Size | None = None,
     ):
-        self.surjection, self.part = surjection, part
-        split_at = part.dim() - surjection.part_event_dim
+        self.surjection, self.output = surjection, output
+        split_at = output.dim() - surjection.output_event_dim
         if batch_shape is None:
-            batch_shape = part.shape[:split_at]
-            rest = self._rest_given(part, batch_shape)
-        self.rest = rest
-        rest_shape = torch.Size() if rest is None else rest.event_shape
-        event_shape = surjection.whole_shape(part.shape[split_at:], rest_shape)
+            batch_shape = output.shape[:split_at]
+            remainder = self._remainder_given(output, batch_shape)
+        self.remainder = remainder
+        self._last_draw: tuple[Tensor | None, Tensor | None] = (None, None)  # input and remainder
+        remainder_shape = torch.Size() if remainder is None else remainder.event_shape
+        event_shape = surjection.input_shape(output.shape[split_at:], remainder_shape)
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
 
     @property
     def has_rsample(self) -> bool:
-        """Whether the rest has a reparameterised sample; true of a bijection."""
-        return self.rest is None or self.rest.has_rsample
+        """Whether the remainder has a reparameterized sample; true of a bijection."""
+        return self.remainder is None or self.remainder.has_rsample
 
     @property
     def support(self) -> Constraint:
-        """All values that a whole may have."""
-        return self.surjection.whole_support
+        """All values that an input may have."""
+        return self.surjection.input_support
 
     def expand(self, batch_shape, _instance=None) -> Preimage:
         """Return the distribution with a larger batch shape."""
-        rest = None if self.rest is None else self.rest.expand(torch.Size(batch_shape))
-        return Preimage(self.surjection, self.part, rest, torch.Size(batch_shape))
+        batch_shape = torch.Size(batch_shape)
+        remainder = None if self.remainder is None else self.remainder.expand(batch_shape)
+        return Preimage(self.surjection, self.output, remainder, batch_shape)
 
     def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
-        """Draw a whole; where the rest is not reparameterised, a function of the part alone."""
+        """Draw an input; without gradients if the remainder is reparameterized."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.has_rsample):
             return self.rsample(sample_shape)
 
     def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
-        """Draw the rest and put the whole together, ``(*sample, *batch, *event)``."""
+        """Draw the remainder and join it to the output, ``(*sample, *batch, *event)``."""
         batch, join = torch.Size(sample_shape) + self.batch_shape, self.surjection.join
-        dims = self.surjection.part_event_dim
-        if self.rest is None:
-            whole = join(collapse_expanded_dims(self.part, dims), None)
-            return whole.expand(batch + self.event_shape)
-        draw = self.rest.rsample if self.rest.has_rsample else self.rest.sample
-        rest = draw(torch.Size(sample_shape))
-        whole = join(self.part.expand(batch + self.part.shape[self.part.dim() - dims :]), rest)
-        whole._joined_of = (self, rest)  # a flow behind the rest may have no other way back
-        return whole
+        dims = self.surjection.output_event_dim
+        if self.remainder is None:
+            input = join(collapse_expanded_dims(self.output, dims), None)
+            return input.expand(batch + self.event_shape)
+        draw = self.remainder.rsample if self.remainder.has_rsample else self.remainder.sample
+        remainder = draw(torch.Size(sample_shape))
+        event = self.output.shape[self.output.dim() - dims :]
+        input = join(self.output.expand(batch + event), remainder)
+        self._last_draw = (input, remainder)
+        return input
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-density of a whole, ``(*batch)``."""
-        drawn_by, rest = getattr(value, "_joined_of", (None, None))
-        surjection, whole, split, with_gradient = getattr(self.part, "_image_of", _OF_NOTHING)
-        if drawn_by is self:
-            return self._density(Split(self.part, rest, self.surjection.log_volume(rest)))
-        known = surjection is self.surjection and whole is value
-        if known and with_gradient >= torch.is_grad_enabled():
-            return self._density(split)
+        """Return the log-density of an input, ``(*batch)``."""
+        drawn, remainder = self._last_draw
+        if value is drawn:  # the remainder may come from a flow that scores its own draws alone
+            log_volume = self.surjection.log_volume(remainder)
+            return self._density(Split(self.output, remainder, log_volume))
+        origin = _ORIGINS.get(self.output)
+        known = origin is not None and origin.surjection is self.surjection
+        if known and origin.input is value and origin.with_gradient >= torch.is_grad_enabled():
+            return self._density(origin.split)
         split = self.surjection.split(collapse_expanded_dims(value, self.event_dim))
         density = self._density(split)
-        same = self.surjection.same(split.part, self.part)
+        same = self.surjection.same(split.output, self.output)
         batch = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], density.shape)
         return torch.where(same, density, -torch.inf).expand(batch)
 
     def _density(self, split: Split) -> Tensor:
-        log_prob = _like(split.part, 0.0) if self.rest is None else self.rest.log_prob(split.rest)
+        if self.remainder is None:
+            log_prob = _like(split.output, 0.0)
+        else:
+            log_prob = self.remainder.log_prob(split.remainder)
         log_prob = log_prob + split.log_volume
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
-    def _rest_given(self, part: Tensor, batch: torch.Size) -> TorchDistribution | None:
-        rest = self.surjection.rest(part)
-        if rest is None:
+    def _remainder_given(self, output: Tensor, batch: torch.Size) -> TorchDistribution | None:
+        remainder = self.surjection.remainder(output)
+        if remainder is None:
             return None
-        layer, dims = type(self.surjection).__name__, self.surjection.rest_event_dim
-        if len(rest.event_shape) != dims:
+        layer, dims = type(self.surjection).__name__, self.surjection.remainder_event_dim
+        if len(remainder.event_shape) != dims:
             raise ValueError(
                 f"{layer} needs a distribution of what it leaves out with {dims} event "
-                f"dimension(s), got event shape {tuple(rest.event_shape)} and batch shape "
-                f"{tuple(rest.batch_shape)}: declare them with .to_event({dims})"
+                f"dimension(s), got event shape {tuple(remainder.event_shape)} and batch shape "
+                f"{tuple(remainder.batch_shape)}: declare them with .to_event({dims})"
             )
-        if rest.batch_shape not in (batch, torch.Size()):
+        if remainder.batch_shape not in (batch, torch.Size()):
             raise ValueError(
                 f"{layer} needs a distribution of what it leaves out with batch shape "
-                f"{tuple(batch)}, as what it is given, got {tuple(rest.batch_shape)}: declare the "
-                f"dimensions of an event with .to_event({dims})"
+                f"{tuple(batch)}, as what it is given, got {tuple(remainder.batch_shape)}: "
+                f"declare the dimensions of an event with .to_event({dims})"
             )
-        return rest.expand(batch)
+        return remainder.expand(batch)
 
 
 def _like(values: Tensor, number: float) -> Tensor:

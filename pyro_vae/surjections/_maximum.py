@@ -57,26 +57,26 @@ class Maximum(InferenceSurjection):
         self.noise = noise
         self.conditional = conditional
 
-    def split(self, whole: Tensor) -> Split:
+    def split(self, input: Tensor) -> Split:
         """Return the greatest number; and its place, with the gaps below it."""
-        z, place = whole.max(-1, keepdim=True)
-        gaps = z - whole.gather(-1, _others(place, whole.shape[-1]))
+        z, place = input.max(-1, keepdim=True)
+        gaps = z - input.gather(-1, _others(place, input.shape[-1]))
         return Split(z, torch.cat([place.to(gaps.dtype), gaps], -1))
 
-    def join(self, part: Tensor, rest: Tensor) -> Tensor:
+    def join(self, output: Tensor, remainder: Tensor) -> Tensor:
         """Put the numbers in their places."""
-        place, gaps = rest[..., :1].long(), rest[..., 1:]
-        whole = part.expand(rest.shape)
-        return whole.scatter(-1, _others(place, rest.shape[-1]), part - gaps)
+        place, gaps = remainder[..., :1].long(), remainder[..., 1:]
+        greatest = output.expand(remainder.shape)
+        return greatest.scatter(-1, _others(place, remainder.shape[-1]), output - gaps)
 
-    def rest(self, part: Tensor) -> TorchDistribution:
+    def remainder(self, output: Tensor) -> TorchDistribution:
         """Return the distribution of the place and the gaps."""
-        if part.shape[-1] != 1:
+        if output.shape[-1] != 1:
             raise ValueError(
-                f"Maximum takes one number z, got a value of shape {tuple(part.shape)}: the prior, "
-                "or the layer above, must have events of shape (1,)"
+                f"Maximum takes one number z, got a value of shape {tuple(output.shape)}: the "
+                "prior, or the layer above, must have events of shape (1,)"
             )
-        gaps = self.noise(part) if self.conditional else self.noise()
+        gaps = self.noise(output) if self.conditional else self.noise()
         if len(gaps.event_shape) != 1:
             return gaps  # refused with what was expected
         if is_real(gaps.support):
@@ -86,9 +86,9 @@ class Maximum(InferenceSurjection):
             )
         return _PlaceAndGaps(gaps)
 
-    def whole_shape(self, part_shape: torch.Size, rest_shape: torch.Size) -> torch.Size:
+    def input_shape(self, output_shape: torch.Size, remainder_shape: torch.Size) -> torch.Size:
         """Return the shape of place and gaps."""
-        return rest_shape
+        return remainder_shape
 
 
 class _PlaceAndGaps(TorchDistribution):

@@ -23,26 +23,26 @@ class _FirstNumbers(Surjection):
         self.noise = noise
         self.conditional = conditional
 
-    def split(self, whole: Tensor) -> Split:
+    def split(self, input: Tensor) -> Split:
         """Cut a vector in two."""
-        return Split(whole[..., : self.size], whole[..., self.size :])
+        return Split(input[..., : self.size], input[..., self.size :])
 
-    def join(self, part: Tensor, rest: Tensor) -> Tensor:
-        """Put the two behind each other."""
-        return torch.cat([part, rest], -1)
+    def join(self, output: Tensor, remainder: Tensor) -> Tensor:
+        """Concatenate the two."""
+        return torch.cat([output, remainder], -1)
 
-    def rest(self, part: Tensor) -> TorchDistribution:
+    def remainder(self, output: Tensor) -> TorchDistribution:
         """Return the distribution of the other numbers."""
-        if part.shape[-1] != self.size:
+        if output.shape[-1] != self.size:
             raise ValueError(
                 f"{type(self).__name__} takes {self.size} numbers here, got a value of shape "
-                f"{tuple(part.shape)}: pass size={part.shape[-1]}, or change what is before it"
+                f"{tuple(output.shape)}: pass size={output.shape[-1]}, or change what is before it"
             )
-        return self.noise(part) if self.conditional else self.noise()
+        return self.noise(output) if self.conditional else self.noise()
 
-    def whole_shape(self, part_shape: torch.Size, rest_shape: torch.Size) -> torch.Size:
-        """Return how long both are together."""
-        return torch.Size([part_shape[-1] + rest_shape[-1]])
+    def input_shape(self, output_shape: torch.Size, remainder_shape: torch.Size) -> torch.Size:
+        """Return the length of both together."""
+        return torch.Size([output_shape[-1] + remainder_shape[-1]])
 
 
 @records_init_args

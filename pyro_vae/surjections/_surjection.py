@@ -37,50 +37,51 @@ class SurVAELayer(nn.Module):
 
 
 class Surjection(SurVAELayer):
-    r"""A layer made of a map from a whole to a part of it, or to its image.
+    r"""A layer made of a map from an input to an output, with less information as a rule.
 
-    The map leaves a rest, so that a whole and (part, rest) are two ways to say the same. The rest
-    given the part has a distribution, which is the layer's.
+    The remainder is all that the output leaves out: the pair (output, remainder) determines the
+    input, and the input determines the pair. The layer has a distribution of the remainder given
+    the output.
 
     Attributes:
-        whole_event_dim: event dimensions of the whole.
-        part_event_dim: of the part.
-        rest_event_dim: of the rest.
-        whole_support: which values a whole may have.
-        part_support: which values a part may have.
+        input_event_dim: number of event dimensions of the input.
+        output_event_dim: number of event dimensions of the output.
+        remainder_event_dim: number of event dimensions of the remainder.
+        input_support: constraint that every input satisfies.
+        output_support: constraint that every output satisfies.
     """
 
-    whole_event_dim: int = 1
-    part_event_dim: int = 1
-    rest_event_dim: int = 1
-    whole_support: Constraint = constraints.real
-    part_support: Constraint = constraints.real
+    input_event_dim: int = 1
+    output_event_dim: int = 1
+    remainder_event_dim: int = 1
+    input_support: Constraint = constraints.real
+    output_support: Constraint = constraints.real
 
     @abstractmethod
-    def split(self, whole: Tensor) -> Split:
-        """Return part, rest and log-volume of a whole."""
+    def split(self, input: Tensor) -> Split:
+        """Return the output, the remainder and the log-volume of an input."""
 
     @abstractmethod
-    def join(self, part: Tensor, rest: Tensor | None) -> Tensor:
-        """Return the whole of a part and a rest."""
+    def join(self, output: Tensor, remainder: Tensor | None) -> Tensor:
+        """Return the input with this output and remainder."""
 
     @abstractmethod
-    def rest(self, part: Tensor) -> TorchDistribution | None:
-        """Return the distribution of the rest given the part, None if there is no rest."""
+    def remainder(self, output: Tensor) -> TorchDistribution | None:
+        """Return the distribution of the remainder given the output; None for a bijection."""
 
     @abstractmethod
-    def whole_shape(self, part_shape: torch.Size, rest_shape: torch.Size) -> torch.Size:
-        """Return the event shape of the whole, for those of part and rest."""
+    def input_shape(self, output_shape: torch.Size, remainder_shape: torch.Size) -> torch.Size:
+        """Return the event shape of the input, given those of output and remainder."""
 
-    def log_volume(self, rest: Tensor) -> Tensor | float:
-        """Return the log-volume of a split with this rest."""
+    def log_volume(self, remainder: Tensor) -> Tensor | float:
+        """Return the log-volume of a split with this remainder."""
         return 0.0
 
-    def same(self, value: Tensor, part: Tensor) -> Tensor:
-        """Tell whether two parts are one, up to rounding, ``(*batch)``."""
-        eps = max(torch.finfo(t.dtype).eps for t in (value, part) if t.dtype.is_floating_point)
-        near = (value - part).abs() <= eps**0.5 * (1 + part.abs())
-        return all_of_event(near, self.part_event_dim)
+    def same(self, value: Tensor, output: Tensor) -> Tensor:
+        """Return whether two outputs are equal up to rounding, ``(*batch)``."""
+        eps = max(torch.finfo(t.dtype).eps for t in (value, output) if t.dtype.is_floating_point)
+        near = (value - output).abs() <= eps**0.5 * (1 + output.abs())
+        return all_of_event(near, self.output_event_dim)
 
 
 class InferenceSurjection(Surjection):
@@ -125,9 +126,9 @@ def check_support(layer: nn.Module, above: TorchDistribution) -> None:
     """
     if not isinstance(layer, InferenceSurjection):
         return
-    if not is_real(layer.part_support) and is_real(above.support):
+    if not is_real(layer.output_support) and is_real(above.support):
         raise ValueError(
-            f"layer {type(layer).__name__} maps data to {layer.part_support}, but the prior, or "
+            f"layer {type(layer).__name__} maps data to {layer.output_support}, but the prior, or "
             "the layer above, is of all real numbers: part of its mass would belong to no datum. "
             "Take a prior with that support; or turn the transform round, if it was meant to map "
             "the other way (transform.inv)"

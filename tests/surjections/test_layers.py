@@ -15,6 +15,7 @@ from torch.distributions import transforms
 
 import pyro_vae as pv
 from pyro_vae.surjections._dequantization import _Grid
+from pyro_vae.surjections._images import _ORIGINS
 
 
 class Gaussian(nn.Module):
@@ -909,3 +910,13 @@ def test_a_draw_is_no_draw_of_another_preimage():
     z, other = torch.randn(2, 5, 2)
     x = layer.generate(z).sample()
     assert (layer.generate(other).log_prob(x) == -torch.inf).all()
+
+
+def test_the_origin_of_a_sample_ends_with_it():
+    model = pv.surjections.FlowModel(pv.priors.StandardNormal(3), pv.flows.Composition(3))
+    z = pv.surjections.FlowGuide(model)(torch.randn(5, 3))["z"]
+    assert vars(z) == {}
+    assert z in _ORIGINS
+    count = len(_ORIGINS)
+    del z
+    assert len(_ORIGINS) == count - 1

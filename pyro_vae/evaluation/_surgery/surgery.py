@@ -76,7 +76,7 @@ def elbo_surgery(
         batch_size: data points at a time; for the minibatch estimators, M or a little more.
         estimator: of q_agg: "exact", from all pairs; or "stratified" or "weighted", from random
             minibatches of the data, which are then read into memory.
-        vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
+        vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         seed: fixes the draws and leaves the process's random numbers as they were.
         resume: what a call of the same arguments raised when it was stopped (Ctrl-C). The codes are
             drawn again, the same ones; those that were scored are not scored again.
