@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def dataframe_to_dict(frame: pd.DataFrame) -> dict[str, Any]:
@@ -14,6 +16,8 @@ def dataframe_to_dict(frame: pd.DataFrame) -> dict[str, Any]:
     Raises:
         ValueError: two columns have one name.
     """
+    import pandas as pd
+
     if not frame.columns.is_unique:
         twice = frame.columns[frame.columns.duplicated()].to_list()
         raise ValueError(f"history must have a name for each column, got {twice} twice")
@@ -30,6 +34,8 @@ def dataframe_to_dict(frame: pd.DataFrame) -> dict[str, Any]:
 
 def dict_to_dataframe(structure: dict[str, Any]) -> pd.DataFrame:
     """Return the data frame of a structure."""
+    import pandas as pd
+
     rows, index = structure["rows"], structure["index"]
     index = pd.RangeIndex(rows) if index is None else pd.Index(index)
     columns = {name: pd.Series(values, index=index) for name, values in structure["columns"]}

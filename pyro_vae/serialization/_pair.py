@@ -6,9 +6,8 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 
 from pyro_vae._programs import parameters as programs
@@ -21,6 +20,9 @@ from pyro_vae.serialization._files import UnreadableFile
 from pyro_vae.serialization._reading import read
 from pyro_vae.serialization._rebuild import rebuild
 from pyro_vae.serialization._writing import write
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KIND = "pair"
 
