@@ -8,16 +8,17 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.text import Text
 
 import pyro_vae as pv
 from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.distributed import group_of_torchrun, rank
+from pyro_vae._utils.extras import require
 from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.random import seeded
 
+typer = require("typer", "cli", "The command line")
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -65,10 +66,12 @@ def compare(
     """
     started = time.perf_counter()
     console = Console(quiet=rank() > 0)
-    # What would fail in the end is better known now.
+    # Fail before the training for what the end of it needs.
     positive_integer("--evidence-particles", evidence_particles)
     if report.is_dir() or not os.access(report.parent, os.W_OK):
         raise ValueError(f"cannot write --report {report}: name a file in a folder to write to")
+    require("jinja2", "report", "The page of a comparison")
+    require("matplotlib", "report", "The page of a comparison")
     images = pv.datasets.load(
         data, binarize="dynamic" if dynamic else "fixed", seed=seed, folder=folder
     )
@@ -139,6 +142,6 @@ def main() -> None:
     try:
         with group_of_torchrun():
             app()
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         Console(stderr=True).print("[red]Error:[/red]", Text(str(error)), highlight=False)
         sys.exit(1)

@@ -9,6 +9,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 ARGUMENTS = {
     "benchmarks/checkpoints.py": ["kill", "--runs", "1", "--epochs", "2"],
     "benchmarks/evidence.py": ["--data", "100", "--particles", "20", "--rounds", "1"],
+    "benchmarks/import_time.py": ["--rounds", "1"],
     "benchmarks/step.py": [
         *("--peers", "captured", "hand", "--networks", "784-200-200-50/20"),
         *("--objectives", "iaf", "--rounds", "1", "--steps", "5"),

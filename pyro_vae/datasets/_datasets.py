@@ -80,6 +80,8 @@ def load(
     Raises:
         ValueError: no such data set or binarisation; a file is truncated or has the wrong hash.
         FileNotFoundError: a file is not in the data folder and cannot be fetched.
+        ImportError: A file is to be fetched, or the Frey faces' .mat file to be read, and the
+            extra ``data`` is not installed.
 
     Example:
         >>> import pyro_vae as pv
@@ -131,6 +133,7 @@ def load_labels(name: str, *, folder: str | Path | None = None) -> Labels:
     Raises:
         ValueError: no such data set, or one without labels; a file that is not the right one.
         FileNotFoundError: a file is not in the data folder and cannot be fetched.
+        ImportError: A file is to be fetched, and the extra ``data`` is not installed.
 
     Example:
         >>> import pyro_vae as pv

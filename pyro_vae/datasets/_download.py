@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
-import pooch
-import scipy.io
+
+from pyro_vae._utils.extras import require
 
 FOLDER_VARIABLE = "PYRO_VAE_DATA"
 
@@ -54,17 +55,19 @@ class SourceFile:
         Raises:
             ValueError: a file in the data folder is truncated or is not the right one.
             FileNotFoundError: the file is nowhere and no mirror gave it.
+            ImportError: The file is to be fetched, and the extra ``data`` is not installed.
         """
         folder = folder or os.environ.get(FOLDER_VARIABLE)
         if folder is not None:
             for path in self._candidates(Path(folder)):
                 return self._verified(path)
+        pooch = require("pooch", "data", f"Fetching {self.variants[0]} of {self.dataset!r}")
         cache = Path(pooch.os_cache("pyro_vae"))
         for path in self._candidates(cache):
             with contextlib.suppress(ValueError):
                 return self._verified(path)
             path.unlink()  # damaged in our own cache: fetch it again
-        return self._fetch(cache)
+        return self._fetch(cache, pooch)
 
     def _candidates(self, folder: Path) -> Iterator[Path]:
         for name in self.variants:
@@ -72,7 +75,7 @@ class SourceFile:
             if path.is_file():
                 yield path
 
-    def _fetch(self, cache: Path) -> np.ndarray:
+    def _fetch(self, cache: Path, pooch: ModuleType) -> np.ndarray:
         failures = []
         for url in self.urls:
             try:
@@ -141,7 +144,7 @@ def read_freyfaces(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     if path.suffix == ".npy":
         array = np.load(path, allow_pickle=False)
     else:
-        array = scipy.io.loadmat(path)["ff"].T
+        array = require("scipy.io", "data", f"Reading {path.name}").loadmat(path)["ff"].T
     if array.shape != shape or array.dtype != np.uint8:
         raise ValueError(f"expected uint8 {shape}, got {array.dtype} {array.shape}")
     return np.ascontiguousarray(array)

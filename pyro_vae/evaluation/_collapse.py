@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from pyro.distributions import VonMises
 from rich.progress import Progress
@@ -31,6 +31,9 @@ from pyro_vae.evaluation._surgery.codes import TermAverages
 from pyro_vae.evaluation._surgery.decomposition import Surgery
 from pyro_vae.evaluation._surgery.subsets import Estimator, check_estimator
 from pyro_vae.evaluation._surgery.surgery import elbo_surgery
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LEAST_INFORMATION = 0.1  # nats
 
@@ -188,6 +191,8 @@ def collapse_report(
         >>> report.verdict.split(",")[0]
         'healthy: 1 of 2 units active'
     """
+    import pandas as pd
+
     num_particles = positive_integer("num_particles", num_particles, minimum=2)
     positive_number("threshold", threshold)
     check_estimator(estimator)

@@ -7,22 +7,25 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyro
 import torch
-from matplotlib.figure import Figure
 from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.extras import require
 from pyro_vae._utils.modules import modules, remember_unnamed
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import as_tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 PROGRAMS = ("model", "guide")
 
@@ -83,6 +86,8 @@ class GradientNoise:
         the sum of variances), ``signal_to_noise``; with a reference, ``bias``, the norm of the
         difference of the means, and ``bias_noise``, what the repeats would make of no bias.
         """
+        import pandas as pd
+
         rows = []
         for name, by_program in self.moments.items():
             for program, moments in by_program.items():
@@ -103,8 +108,14 @@ class GradientNoise:
         return self.table.to_string(float_format="{:.3g}".format)
 
     def plot(self) -> Figure:
-        """Draw the signal-to-noise ratios, those of the model beside those of the guide."""
-        figure = Figure(figsize=(8, 1 + 0.4 * len(self.moments)), layout="constrained")
+        """Draw the signal-to-noise ratios, those of the model beside those of the guide.
+
+        Raises:
+            ImportError: The extra ``report`` is not installed.
+        """
+        figure = require("matplotlib.figure", "report", "A plot").Figure(
+            figsize=(8, 1 + 0.4 * len(self.moments)), layout="constrained"
+        )
         axes = figure.subplots(1, 2, sharey=True)
         names = [*self.moments][::-1]
         for each, program in zip(axes, PROGRAMS, strict=True):

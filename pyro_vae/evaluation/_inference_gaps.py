@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from rich.progress import Progress
 from torch import Tensor
@@ -33,6 +33,9 @@ from pyro_vae.evaluation._log_evidence import Evidence, khat_share
 from pyro_vae.evaluation._stopping import Stopped, Unfinished, check_resume
 from pyro_vae.evaluation._together import Together
 from pyro_vae.evaluation._walking import minibatches, walk
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _MOST_FAILED = 0.02  # of the data; where all end at their start, chance alone makes it 0.001
 
@@ -75,6 +78,8 @@ class InferenceGaps:
     @property
     def table(self) -> pd.DataFrame:
         """A row for each quantity: mean, its standard error, and that of the draws alone."""
+        import pandas as pd
+
         columns = ("mean", "standard_error", "monte_carlo_error")
         rows = [[getattr(getattr(self, name), column) for column in columns] for name in QUANTITIES]
         return pd.DataFrame(rows, index=pd.Index(QUANTITIES, name="quantity"), columns=columns)

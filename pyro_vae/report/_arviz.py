@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
 from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.extras import require
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.evaluation._estimating import estimating
 
@@ -50,6 +52,7 @@ def to_arviz(
     Raises:
         ValueError: bad data or arguments, or a pair that breaks the contract; a site is global or
             scaled.
+        ImportError: The extra ``arviz`` is not installed.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -63,6 +66,7 @@ def to_arviz(
         (1, 7, 3, 2)
     """
     num_draws = positive_integer("num_draws", num_draws)
+    arviz = require("arviz", "arviz", "to_arviz")
     batches = Minibatches(data, 2**31, device=programs.device_of(model, guide))
     with estimating(
         "to_arviz", model, guide, batches, vectorize_particles=vectorize_particles, seed=seed
@@ -77,6 +81,7 @@ def to_arviz(
         )
         predictive = t.predict()
     return make_container(
+        arviz,
         posterior={name: _chain(value) for name, value in t.samples.items()},
         sample_stats={"log_weight": _chain(t.log_weight)},
         posterior_predictive={name: _chain(value) for name, value in predictive.items()},
@@ -84,10 +89,8 @@ def to_arviz(
     )
 
 
-def make_container(**groups: dict[str, np.ndarray]) -> Any:
+def make_container(arviz: ModuleType, **groups: dict[str, np.ndarray]) -> Any:
     """Make ArviZ's container of groups of arrays; its version decides which."""
-    import arviz
-
     dims = {
         name: ["datum", *(f"{name}_dim_{i}" for i in range(value.ndim - leading))]
         for group, values in groups.items()

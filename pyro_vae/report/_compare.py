@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -19,12 +19,16 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.extras import require
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.evaluation import Evidence, Surgery, elbo_surgery, evidence, generate, reconstruct
 from pyro_vae.evaluation._log_evidence import standard_error
 from pyro_vae.report._distinct import Candidate, require_distinct
 from pyro_vae.training import Fit
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PICTURES = 10
 
@@ -87,11 +91,19 @@ class Comparison:
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return a row for each pair; nats per datum where no other unit is named."""
+        import pandas as pd
+
         return pd.DataFrame([self._row(entry) for entry in self.entries]).set_index("name")
 
     def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained HTML page: table, curves, reconstructions, samples."""
-        from pyro_vae.report._html import render  # matplotlib only when a page is drawn
+        """Write one self-contained HTML page: table, curves, reconstructions, samples.
+
+        Raises:
+            ImportError: The extra ``report`` is not installed.
+        """
+        require("jinja2", "report", "to_html")
+        require("matplotlib", "report", "to_html")
+        from pyro_vae.report._html import render
 
         path = Path(path)
         path.write_text(render(self), encoding="utf-8")

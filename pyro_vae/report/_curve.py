@@ -3,9 +3,13 @@ r"""Points of a rate-distortion curve: what each nat of code buys."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
-from matplotlib.figure import Figure
+from pyro_vae._utils.extras import require
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,14 @@ class RateDistortion:
         return f"{rows}\nrate + distortion >= {self.entropy:.3f} nats"
 
     def plot(self) -> Figure:
-        """Draw the curve, the line R + D = H, and its corners where H is positive."""
-        figure = Figure(figsize=(6, 5), layout="constrained")
+        """Draw the curve, the line R + D = H, and its corners where H is positive.
+
+        Raises:
+            ImportError: The extra ``report`` is not installed.
+        """
+        figure = require("matplotlib.figure", "report", "A plot").Figure(
+            figsize=(6, 5), layout="constrained"
+        )
         axes = figure.add_subplot()
         axes.errorbar(
             self.table["rate"],

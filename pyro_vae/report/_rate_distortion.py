@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-import pandas as pd
 import pyro
 import torch
 from rich.progress import Progress
@@ -109,6 +108,8 @@ def rate_distortion(
         >>> curve.table["rate"].is_monotonic_decreasing
         True
     """
+    import pandas as pd
+
     betas = _check_betas(betas)
     num_particles = positive_integer("num_particles", num_particles)
     training_particles = positive_integer("training_particles", training_particles)

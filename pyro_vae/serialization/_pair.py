@@ -6,10 +6,9 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from pyro_vae._programs import parameters as programs
@@ -27,6 +26,9 @@ from pyro_vae.serialization._pair_state import (
     versions,
 )
 from pyro_vae.serialization._recipe import rebuild
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KIND = "pair"
 
@@ -235,6 +237,8 @@ def dataframe_to_dict(frame: pd.DataFrame) -> dict[str, Any]:
     Raises:
         ValueError: two columns have one name.
     """
+    import pandas as pd
+
     if not frame.columns.is_unique:
         twice = frame.columns[frame.columns.duplicated()].to_list()
         raise ValueError(f"history must have a name for each column, got {twice} twice")
@@ -251,6 +255,8 @@ def dataframe_to_dict(frame: pd.DataFrame) -> dict[str, Any]:
 
 def dict_to_dataframe(structure: dict[str, Any]) -> pd.DataFrame:
     """Return the data frame of a structure."""
+    import pandas as pd
+
     rows, index = structure["rows"], structure["index"]
     index = pd.RangeIndex(rows) if index is None else pd.Index(index)
     columns = {name: pd.Series(values, index=index) for name, values in structure["columns"]}

@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyro
 import torch
 from rich.progress import Progress
@@ -42,6 +41,9 @@ from pyro_vae.training._missing import check_gradient_of_missing
 from pyro_vae.training._step import BOTH, TrainStep
 from pyro_vae.training._train_state import TrainState
 from pyro_vae.training._validation import Validation
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _LEARNING_RATE = 1e-3
 

@@ -16,9 +16,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -45,6 +44,9 @@ from pyro_vae.training._minibatch_sizes import repeated, smaller_minibatch
 from pyro_vae.training._nonfinite import NonFiniteError
 from pyro_vae.training._step import TrainStep
 from pyro_vae.training._validation import Validation
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 OnNonFinite = Literal["raise", "skip"]
 AfterEpoch = Callable[[int], Mapping[str, float] | None]
@@ -145,6 +147,8 @@ class TrainingLoop:
     @property
     def history(self) -> pd.DataFrame:
         """Of the epochs that are done, each a row."""
+        import pandas as pd
+
         rows = self.position.history
         return pd.DataFrame(rows, columns=None if rows else COLUMNS)
 

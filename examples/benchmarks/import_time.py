@@ -1,0 +1,61 @@
+"""Time `import pyro_vae` against `import pyro`, in fresh processes.
+
+python examples/benchmarks/import_time.py               # under a minute
+python examples/benchmarks/import_time.py --rounds 1
+
+Time is that of the processor, in user and system mode, of a process with one thread. The two take
+turns, and medians over rounds count. One process each before the first round compiles all modules,
+as an installation does.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from statistics import median
+
+MODULES = ("pyro", "pyro_vae")
+PROGRAM = """
+import resource
+
+def seconds():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+before = seconds()
+import {module}
+print(seconds() - before)
+"""
+
+
+def seconds(module):
+    """Return the processor time in which a new process imports a module."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    result = subprocess.run(  # noqa: S603 - no input of a user
+        [sys.executable, "-c", PROGRAM.format(module=module)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(result.stdout)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=11)
+    arguments = parser.parse_args()
+    for module in MODULES:
+        seconds(module)
+    taken = {module: [] for module in MODULES}
+    for _ in range(arguments.rounds):
+        for module in MODULES:
+            taken[module].append(seconds(module))
+    taken = {module: median(values) for module, values in taken.items()}
+    print("| import | seconds | ratio to pyro |\n|---|---|---|")
+    for module, value in taken.items():
+        print(f"| {module} | {value:.2f} | {value / taken['pyro']:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
