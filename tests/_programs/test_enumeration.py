@@ -403,7 +403,7 @@ def test_a_sequential_plate_is_refused_by_name(infer):
                 pyro.sample(f"c{i}", dist.Categorical(torch.ones(2)))
 
     for call in (pv.terms, pv.objectives.ELBO().loss, pv.evidence, pv.elbo_surgery):
-        with pytest.raises(ValueError, match="no site of the model stands in a vectorised plate"):
+        with pytest.raises(ValueError, match="no site of the model is inside a vectorized plate"):
             call(model, guide, torch.randn(3))
 
 
