@@ -143,8 +143,9 @@ def require_parameters(model: Program, guide: Program) -> None:
         parameter = fitted.store["params"].get(name)
         if isinstance(parameter, nn.Parameter) and id(parameter) not in named:
             raise ValueError(
-                f"parameter {name!r} was fitted, but its module cannot be found by name, so the "
-                f"parameter would not be saved. Make its module once, before the fit, and {NAME_IT}."
+                f"parameter {name!r} was fitted, but its module cannot be found by name, so "
+                "the parameter would not be saved. Make its module once, before the fit, and "
+                f"{NAME_IT}."
             )
 
 
