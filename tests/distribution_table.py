@@ -128,8 +128,8 @@ GUIDED = {
     "StableWithLogProb": lambda: dist.StableWithLogProb(1.5, 0.2),
 }  # fmt: skip
 
-_NO_MAP = "onto which nothing maps the reals"
-NOT_RUN = "the model must be run by itself"
+_NO_MAP = "no bijection from the reals"
+NOT_RUN = "cannot be sampled or expanded"
 BROKEN = "could not run"  # in a plate, for a reason of Pyro's own
 # No guide can be made for it, and why.
 REFUSED = {

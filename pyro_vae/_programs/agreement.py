@@ -1,7 +1,7 @@
-"""Rules for the sites of a model and of its guide, checked at every run of a pair.
+"""Check, at every run of a pair, that the sites of the model and of the guide agree.
 
-They look at names and shapes. Masks and rows are compared by value while torch validates
-distributions, as in the first pass of a fit.
+The checks compare names and shapes. They compare the values of masks and of row indices only
+while torch validates distributions, as in the first pass of a fit.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ Sites = dict[str, Site]
 
 
 def check_agreement(model: Sites, guide: Sites) -> None:
-    """Refuse a pair whose guide does not sample just the latents of its model.
+    """Raise ValueError unless the guide samples exactly the latent variables of the model.
 
     Args:
         model: the model's sites by name.
-        guide: the guide's.
+        guide: the guide's sites by name.
 
     Raises:
-        ValueError: what a site of one lacks in the other, by name.
+        ValueError: A latent of the model is missing in the guide, or the guide has another site.
     """
     for name, site in guide.items():
         if site["is_observed"] and not site["infer"].get("is_auxiliary"):
             raise ValueError(
-                f"the guide observes site {name!r}: are model and guide swapped? A guide samples "
-                "latents, given the data."
+                f"the guide observes site {name!r}, but a guide samples latents given the data. "
+                "Are model and guide swapped?"
             )
     latents = [
         name
@@ -57,37 +57,37 @@ def check_agreement(model: Sites, guide: Sites) -> None:
         _check_latent(name, model[name], guide)
     if not any(site["is_observed"] for site in model.values()):
         raise ValueError(
-            f"the model observes nothing; its sites are {list(model)}. Give pyro.sample the data: "
-            "obs=x."
+            f"the model observes nothing; its sites are {list(model)}. Pass the data to "
+            "pyro.sample: obs=x."
         )
     others = {n: s for n, s in guide.items() if n not in latents and not s["is_observed"]}
     auxiliary = [name for name, site in others.items() if site["infer"].get("is_auxiliary")]
     if unknown := [name for name in others if name not in auxiliary]:
         raise ValueError(
-            f"the guide samples site {unknown[0]!r}, which is no latent site of the model; those "
-            f"are {latents}. Rename it."
+            f"the guide samples site {unknown[0]!r}, which is not a latent site of the model. The "
+            f"latent sites of the model are {latents}: rename the guide's site."
         )
     if auxiliary:
         _check_auxiliary(auxiliary, [name for name in latents if name in guide], model, guide)
 
 
 def check_rows(model: Trace, guide: Trace) -> None:
-    """Refuse a guide whose plates hold other rows than those that the model states.
+    """Raise ValueError if a plate of the guide holds other rows than that of the model.
 
-    Rows that are tensors of indices are compared while torch validates distributions.
+    Index tensors are compared only while torch validates distributions.
 
     Args:
-        model: trace of the model, replayed on the guide's.
+        model: trace of the model, replayed on the trace of the guide.
         guide: trace of the guide.
 
     Raises:
-        ValueError: The guide draws rows at random, or states other indices.
+        ValueError: The guide draws its rows at random, or uses other row indices.
     """
     for name, node in guide.nodes.items():
         if node["type"] != "sample" or not site_is_subsample(node) or name not in model.nodes:
             continue
         own, rows = model.nodes[name]["value"], node["value"]
-        if own is rows:  # the model states none, and has those of the guide
+        if own is rows:  # the model gives no rows and uses those of the guide
             continue
         way_out = (
             f"Open the same pyro.plate({name!r}, ..., subsample=rows) in both. For an AutoGuide of "
@@ -95,102 +95,103 @@ def check_rows(model: Trace, guide: Trace) -> None:
         )
         if node["infer"].get(ROWS_WERE_DRAWN):
             raise ValueError(
-                f"the model states which rows its plate {name!r} holds, but the guide draws rows "
-                f"at random: parameters of the guide would belong to other rows. {way_out}"
+                f"the model gives the rows of its plate {name!r}, but the guide draws rows at "
+                f"random, so its parameters would belong to other rows. {way_out}"
             )
         indices = all(isinstance(r, Tensor) and not r.is_floating_point() for r in (own, rows))
         if indices and Distribution._validate_args and not torch.equal(own, rows.to(own)):
             raise ValueError(
                 f"the plate {name!r} holds the rows {_first(own)} in the model and {_first(rows)} "
-                f"in the guide: they must agree. {way_out}"
+                f"in the guide. Both must agree. {way_out}"
             )
 
 
 def is_delta(site: Site) -> bool:
-    """Tell whether a site gives its value no room."""
+    """Return whether the distribution of a site is a Delta."""
     return isinstance(base_distribution(site["fn"]), Delta)
 
 
 def common_data_frame(sites: list[Site]) -> CondIndepStackFrame:
-    """Return the frame of the plate ``"data"``, which all sites inside it must share.
+    """Return the frame of the plate ``"data"``, the same for all sites inside that plate.
 
     Raises:
-        ValueError: no site stands in such a plate, or two stand in different ones.
+        ValueError: No site is inside this plate, or its size differs between two sites.
     """
     frames = {site["name"]: data_frame(site) for site in sites if data_frame(site) is not None}
     if not frames:
         plates = {frame.name for site in sites for frame in site["cond_indep_stack"]}
         raise ValueError(
-            'no site of the model stands in a vectorised plate named "data"; its sites are '
+            'no site of the model is inside a vectorized plate named "data". Its sites are '
             f"{[site['name'] for site in sites]} and its plates "
-            f"{sorted(plates - {PARTICLE_PLATE})}. Put everything that belongs to a datum inside "
-            '`with pyro.plate("data", x.shape[0]):`.'
+            f"{sorted(plates - {PARTICLE_PLATE})}. Put every site that has one value per data "
+            'point inside `with pyro.plate("data", x.shape[0]):`.'
         )
     (first, frame), *others = frames.items()
     for name, other in others:
         if (other.size, other.full_size) != (frame.size, frame.full_size):
             raise ValueError(
                 f'the plate "data" has size {frame.size} (of {frame.full_size}) at site {first!r} '
-                f"and {other.size} (of {other.full_size}) at site {name!r}: they must agree."
+                f"and {other.size} (of {other.full_size}) at site {name!r}. Both must agree."
             )
     return frame
 
 
 def check_event_shape(site: Site) -> None:
-    """Refuse a value that torch would broadcast to the event of its distribution.
+    """Raise ValueError if a value does not have the event shape of its distribution.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: The shapes differ, even if torch could broadcast the value.
     """
     event_shape, value = site["fn"].event_shape, site["value"]
     if value.shape[value.dim() - len(event_shape) :] != event_shape:
         raise ValueError(
-            f"site {site['name']!r} has events of shape {tuple(event_shape)}, but its value is of "
-            f"shape {tuple(value.shape)}, which does not end so."
+            f"site {site['name']!r} has events of shape {tuple(event_shape)}, but its value has "
+            f"shape {tuple(value.shape)}. The shape of a value must end in the event shape."
         )
 
 
 def _check_latent(name: str, site: Site, guide: Sites) -> None:
     if name not in guide or guide[name]["is_observed"]:
         raise ValueError(
-            f"latent site {name!r} of the model is missing in the guide, which samples "
+            f"latent site {name!r} of the model is missing in the guide. The guide samples "
             f"{[n for n, s in guide.items() if not s['is_observed']]}. Add "
-            f"pyro.sample({name!r}, ...) to the guide, or observe it in the model."
+            f"pyro.sample({name!r}, ...) to the guide, or observe the site in the model."
         )
     match = guide[name]
     inside = [data_frame(each) is not None for each in (site, match)]
     if inside[0] != inside[1]:
         where = [("outside", "inside")[flag] for flag in inside]
         raise ValueError(
-            f'site {name!r} stands {where[0]} the plate "data" in the model and {where[1]} it in '
-            "the guide: both must agree."
+            f'site {name!r} is {where[0]} the plate "data" in the model and {where[1]} it in '
+            "the guide. Both must agree."
         )
     of_model, of_guide = mask_of(site), mask_of(match)
     if (of_model is None) != (of_guide is None):
         where = ("guide", "model") if of_model is None else ("model", "guide")
         raise ValueError(
-            f"latent site {name!r} is masked in the {where[0]} and not in the {where[1]}: its "
-            "log p and log q would be of different latents. Use the same poutine.mask in both."
+            f"latent site {name!r} is masked in the {where[0]} and not in the {where[1]}. Its "
+            "log p and log q would count different elements: use the same poutine.mask in both."
         )
     if of_model is not None and _differ(of_model, of_guide):
         raise ValueError(
-            f"latent site {name!r} has one mask in the model and another in the guide: its log p "
-            "and log q would be of different latents. Use the same mask in both."
+            f"latent site {name!r} has one mask in the model and another in the guide. Its log p "
+            "and log q would count different elements: use the same mask in both."
         )
     scales = [own_scale(each) for each in (site, match)]
     if not any(isinstance(scale, Tensor) for scale in scales) and scales[0] != scales[1]:
         raise ValueError(
             f"latent site {name!r} is scaled by {scales[0]:g} in the model and by {scales[1]:g} in "
-            "the guide: scaled on one side alone, the pair gives no bound. Use the same "
-            "poutine.scale and the same inner plates in both."
+            "the guide. With different scales the pair has no bound. Use the same poutine.scale "
+            "and the same inner plates in both."
         )
 
 
 def _check_auxiliary(names: list[str], latents: list[str], model: Sites, guide: Sites) -> None:
-    """Refuse auxiliary sites that log q(z|x) would be an integral over.
+    """Raise ValueError if log q(z|x) would be an integral over auxiliary sites.
 
-    It is none where the latents are functions of them, as in Pyro's AutoGuides: the local latents,
-    the global ones, or both are Deltas, of as many numbers.
+    No integral is needed if the latents are functions of the auxiliary sites, as in Pyro's
+    AutoGuides. Then the local latents, the global latents, or both are Deltas with at least as
+    many numbers as the auxiliary sites.
     """
     for local in (True, False):
         some = [n for n in names if _is_local(guide[n]) is local]
@@ -204,13 +205,13 @@ def _check_auxiliary(names: list[str], latents: list[str], model: Sites, guide: 
         if not any(count <= count_numbers(model[n] for n in group) for group in groups):
             raise ValueError(
                 f"the guide has the auxiliary site {some[0]!r}, and not all latents beside it are "
-                "functions of it (Deltas, as in Pyro's AutoGuides): then log q(z|x) is an integral "
-                "over that site, which is not known, and the pair reports no bound."
+                "functions of it (Deltas, as in Pyro's AutoGuides). Then log q(z|x) is an unknown "
+                "integral over that site, and the pair has no bound."
             )
 
 
 def count_numbers(latents: Iterable[Site]) -> int:
-    """Count the numbers that determine the values of latents, unconstrained."""
+    """Count the unconstrained numbers that determine the values of latents."""
     count = 0
     for site in latents:
         shape = site["value"].shape
@@ -229,7 +230,7 @@ def _is_local(site: Site) -> bool:
 
 
 def _differ(mask: bool | Tensor, other: bool | Tensor) -> bool:
-    """Tell whether two masks differ; their values are compared while torch validates."""
+    """Return whether two masks differ; compare values only while torch validates."""
     if mask is other or not Distribution._validate_args:
         return False
     return not (torch.as_tensor(mask) == torch.as_tensor(other)).all()

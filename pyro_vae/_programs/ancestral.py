@@ -1,4 +1,4 @@
-"""Ancestral samples: latents drawn from the prior of a model, and data from these."""
+"""Ancestral samples: latents from the prior of a model, and data given these latents."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ from pyro_vae._programs.sites import (
 
 
 class JointSample:
-    """Latents, or latents and data together, drawn by the model for each datum of a minibatch.
+    """Samples of latents, or of latents and data together, from the model.
+
+    There is one sample for each data point of a minibatch.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        args: what the programs are called with.
-        kwargs: likewise.
+        args: positional arguments of both programs.
+        kwargs: keyword arguments of both programs.
     """
 
     def __init__(self, model: Callable, guide: Callable, args: tuple, kwargs: dict):
@@ -50,7 +52,7 @@ class JointSample:
 
     @cached_property
     def _sites(self) -> dict[str, Site]:
-        """Latents, and data from these."""
+        """Latents, and data given these latents."""
         return self._run(Unobserve()(self._model))
 
     def _run(self, model: Callable) -> dict[str, Site]:
@@ -58,13 +60,13 @@ class JointSample:
         return {site["name"]: site for site in random_sites(trace)}
 
     def log_guide(self) -> Tensor:
-        r"""Return :math:`\log q(z|x)` of the latents, the guide seeing the data, shape (B,).
+        r"""Return :math:`\log q(z|x)` of the sampled latents and data, shape (B,).
 
-        No gradient reaches the model.
+        The gradient does not reach the model.
 
         Raises:
-            ValueError: the model observes anything but its arguments as they are, or the guide
-                cannot score latents that it did not draw.
+            ValueError: The model observes a value that is not an argument, or the guide cannot
+                score latents that it did not sample.
         """
         latents = {
             name: site["value"].detach()
@@ -79,8 +81,8 @@ class JointSample:
                 continue
             if not site["is_observed"] or isinstance(base_distribution(site["fn"]), Delta):
                 raise ValueError(
-                    f"the guide is to score latents that the model drew, but its site "
-                    f"{site['name']!r} is a point, or drawn in their place, as in Pyro's AutoGuides"
+                    f"the guide must score latents sampled by the model, but its site "
+                    f"{site['name']!r} is a Delta or samples its own value, as in Pyro's AutoGuides"
                 )
             if (frame := data_frame(site)) is not None:
                 log_prob = scale_and_mask(
@@ -90,7 +92,7 @@ class JointSample:
         return total
 
     def _args_with_samples(self) -> list[Any]:
-        """The arguments, those that the model observes replaced by what it drew."""
+        """Return the arguments, with each observed one replaced by its sample from the model."""
         args, taken = list(self._args), set()
         observed = {
             name: site
@@ -104,8 +106,9 @@ class JointSample:
                     taken.add(name)
         if missing := [name for name in observed if name not in taken]:
             raise ValueError(
-                f"the guide is to see what the model draws at site {missing[0]!r}, but that site "
-                "observes no argument of the programs as it is: nothing can be put in its place"
+                f"the guide needs the model's sample of site {missing[0]!r} as an argument, but "
+                "the site's obs= is not an argument of the programs. Pass the observed values as "
+                "an argument, and observe that argument unchanged"
             )
         return args
 
@@ -115,7 +118,7 @@ def _was_observed(site: Site) -> bool:
 
 
 def _is_same(observation: Any, arg: Any) -> bool:
-    """Whether an observation is an argument, or a view of the whole of it, in the same order."""
+    """Return whether an observation is an argument, or a view of all of it in the same order."""
     if not isinstance(observation, Tensor) or not isinstance(arg, Tensor):
         return False
     in_order = observation.is_contiguous() and arg.is_contiguous()

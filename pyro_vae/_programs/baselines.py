@@ -1,4 +1,4 @@
-"""Baselines of score functions, which a guide site asks for by ``infer={"baseline": {...}}``."""
+"""Baselines of score functions, which a guide site requests by ``infer={"baseline": {...}}``."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _OPTIONS = (
 
 @dataclass(frozen=True)
 class Baseline:
-    """The options of a guide site whose score function has a baseline.
+    """The baseline options of one guide site.
 
     Args:
-        network: predicts the signal that weights the score, and is trained to; None without one.
-        network_input: what it is called on.
-        value: a prediction that needs no network, trained as well; None without one.
-        decay: the share of an average of past signals that each step keeps; None without one.
+        network: is trained to predict the signal that weights the score; None without a network.
+        network_input: the argument of the network.
+        value: a trained prediction without a network; None without one.
+        decay: the weight of past signals in a moving average; None without an average.
     """
 
     network: Callable[[Any], Tensor] | None
@@ -39,40 +39,40 @@ class Baseline:
     decay: float | None
 
     def predicted(self) -> Tensor | None:
-        """Return what network or value predict; None if there is neither."""
+        """Return the prediction of the network, or the value; None if there is neither."""
         return self.value if self.network is None else self.network(detach(self.network_input))
 
 
 def baseline_of(site: Site) -> Baseline | None:
-    """Read the baseline that a site asks for; None if it asks for none.
+    """Return the baseline that a site requests, or None.
 
     Raises:
-        ValueError: an option is not known, or two contradict each other, or one is missing.
-        TypeError: an option is of another type than expected.
+        ValueError: An option is unknown or missing, or two options contradict each other.
+        TypeError: An option has the wrong type.
     """
     options = (site["infer"] or {}).get("baseline")
     if options is None:
         return None
     where = f"guide site {site['name']!r} has infer={{'baseline': ...}}"
     if not isinstance(options, dict):
-        raise TypeError(f"{where}, which must be a dictionary of options, got {options!r}")
+        raise TypeError(f"{where}, which must be a dictionary of options; got {options!r}")
     if unknown := [name for name in options if name not in _OPTIONS]:
         raise ValueError(
-            f"{where} with the unknown option {unknown[0]!r}: the options are {list(_OPTIONS)}"
+            f"{where} with the unknown option {unknown[0]!r}. The options are {list(_OPTIONS)}"
         )
     network, value = options.get("nn_baseline"), options.get("baseline_value")
     if network is not None and value is not None:
-        raise ValueError(f"{where} with both nn_baseline and baseline_value: leave one of them out")
+        raise ValueError(f"{where} with both nn_baseline and baseline_value. Remove one of them")
     if (network is None) != (options.get("nn_baseline_input") is None):
         raise ValueError(
-            f"{where} with one of nn_baseline and nn_baseline_input: a network needs both, the "
-            "module and what it is called on"
+            f"{where} with one of nn_baseline and nn_baseline_input. A network needs both: the "
+            "module and its input"
         )
     if network is not None and not callable(network):
         raise TypeError(f"{where} with an nn_baseline that cannot be called: {network!r}")
     if "baseline_beta" in options and "use_decaying_avg_baseline" not in options:
         raise ValueError(
-            f"{where} with baseline_beta, the decay of an average, and no average: add "
+            f"{where} with baseline_beta, the decay of an average, but no average. Add "
             "use_decaying_avg_baseline=True"
         )
     decay = None
@@ -86,11 +86,11 @@ def baseline_of(site: Site) -> Baseline | None:
 
 
 def baselines_of(run: PairTrace) -> dict[str, Baseline]:
-    """Return the baselines that the guide's sites ask for, by site.
+    """Return the baselines that the guide's sites request, by site.
 
     Raises:
-        ValueError: see :func:`baseline_of`.
-        TypeError: likewise.
+        ValueError: See :func:`baseline_of`.
+        TypeError: See :func:`baseline_of`.
     """
     found = {name: baseline_of(factor.site) for name, factor in run.guide.items()}
     return {name: baseline for name, baseline in found.items() if baseline is not None}
@@ -99,24 +99,24 @@ def baselines_of(run: PairTrace) -> dict[str, Baseline]:
 def less_baseline(
     run: PairTrace, name: str, baseline: Baseline, signal: Tensor, average: Tensor | None
 ) -> Tensor:
-    r"""Return zeros (K, B) whose gradient takes a baseline off a score function, and trains it.
+    r"""Return zeros (K, B) whose gradient subtracts a baseline from a score and trains it.
 
     .. math::
         -b_k \nabla \log q(z_k|x) - \nabla (s_k - b_k)^2
 
-    summed over the elements of inner plates, for the signal s and the baseline b, the former
-    gradient with b held fixed, the latter with s.
+    summed over the elements of inner plates, for the signal s and the baseline b. The first
+    gradient holds b fixed, the second holds s fixed.
 
     Args:
-        run: of a pair.
-        name: of the guide's site.
-        baseline: what it asks for.
+        run: a run of the pair.
+        name: the name of the guide's site.
+        baseline: the baseline of the site.
         signal: s, shape (K, B).
-        average: of the signal in steps before, if the baseline has one.
+        average: moving average of the signal in earlier steps, if the baseline has one.
 
     Raises:
-        ValueError: the prediction is not of the site's batch shape.
-        TypeError: the prediction is no tensor.
+        ValueError: The prediction does not have the site's batch shape.
+        TypeError: The prediction is not a tensor.
     """
     site = run.guide[name].site
     shape = site["fn"].batch_shape
@@ -136,7 +136,7 @@ def less_baseline(
 
 
 def _checked(value: Any, site: Site) -> Tensor:
-    """Return a prediction that has a number for each of a site, or one for all of them."""
+    """Return a prediction if it has one number per element of a site, or one number in all."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"the baseline of guide site {site['name']!r} must be a tensor, got "
@@ -150,8 +150,8 @@ def _checked(value: Any, site: Site) -> Tensor:
     )
     if not fits or value.dim() < -frame.dim or value.shape[frame.dim] != frame.size:
         raise ValueError(
-            f"the baseline of guide site {site['name']!r} must be of the site's batch shape, "
-            f"{shape}, where only dimensions other than the data's may be left out or of size 1; "
-            f"got {tuple(value.shape)}. Remove its last dimension if the network gives (B, 1)."
+            f"the baseline of guide site {site['name']!r} must have the site's batch shape, "
+            f"{shape}; dimensions other than the data's may be missing or have size 1. Got "
+            f"{tuple(value.shape)}. Remove its last dimension if the network gives (B, 1)."
         )
     return value

@@ -1,4 +1,4 @@
-"""log q - log p at the latents of a run, whole and in parts; and log q given other data."""
+"""log q - log p at the latents of a run, by site and by dimension; log q given other data."""
 
 from __future__ import annotations
 
@@ -23,37 +23,38 @@ def kl(run: PairTrace, *, local: bool) -> Tensor:
 
 
 def kl_of_sites(run: PairTrace) -> dict[str, Tensor]:
-    """Return log q - log p of each local latent (K, B), see ``Terms.kl_of_sites``.
+    """Return log q - log p of each local latent, (K, B), see ``Terms.kl_of_sites``.
 
     Raises:
-        ValueError: guide or model have one density for several of them.
+        ValueError: The guide or the model has one joint density for several latents.
     """
     names = [name for name in run.latents if run.model[name].local]
     if together := [group for group in run.entangled if len(group) > 1]:
         raise ValueError(
-            f"the KL of each site is asked for, but latents {together[0]} depend on one site that "
-            "was summed out of the model: their prior is a joint one"
+            f"cannot compute the KL of each site: the prior of the latents {together[0]} is a "
+            "joint one, because they depend on one site that was summed out of the model. Use the "
+            "KL of all latents"
         )
     if (behind := _joint_density(run)) is None:
         return {name: _kl_of_site(run, name) for name in names}
     if len(names) > 1:
         raise ValueError(
-            f"the KL of each site is asked for, but the guide gives sites {names} one joint "
-            f"density, at {behind!r}: build it with joint=False, or ask for no more than the sum"
+            f"cannot compute the KL of each site: the guide gives sites {names} one joint density, "
+            f"at {behind!r}. Build the guide with joint=False, or use the KL of all latents"
         )
     return {names[0]: kl(run, local=True)}
 
 
 def kl_of_dimensions(run: PairTrace) -> dict[str, Tensor]:
-    """Return log q - log p of each number of each local latent, see ``Terms.kl_of_dimensions``.
+    """Return log q - log p of each element of each local latent, see ``Terms.kl_of_dimensions``.
 
     Raises:
-        ValueError: the dimensions are not independent under both programs, or masked, or scaled.
+        ValueError: The dimensions are masked or scaled, or not independent under both programs.
     """
     if run.entangled or run.averaged:
         raise ValueError(
-            "the KL of each dimension is asked for, but latents depend on an enumerated site: ask "
-            "for the KL of the site"
+            "cannot compute the KL of each dimension: latents depend on an enumerated site. Use "
+            "the KL of the site"
         )
     found = {}
     for name in run.latents:
@@ -70,24 +71,24 @@ def kl_of_dimensions(run: PairTrace) -> dict[str, Tensor]:
 
 
 def log_guide_of_pairs(run: PairTrace) -> Tensor:
-    """Return log q of each number of a latent given each datum, see ``Terms``.
+    """Return log q of each element of a latent given each data point, see ``Terms``.
 
     Raises:
-        ValueError: there is more than one local latent, or its dimensions are not independent.
-        TypeError: it is no Gaussian under the guide.
+        ValueError: There is more than one local latent, or its dimensions are not independent.
+        TypeError: The latent is not Gaussian under the guide.
     """
     names = [name for name in run.latents if run.guide[name].local]
     if len(names) != 1:
         raise ValueError(
-            "the aggregated posterior of a minibatch takes one latent site in the plate "
-            f'"data", got {names}: draw them as one'
+            "the aggregated posterior of a minibatch needs one latent site in the plate "
+            f'"data", got {names}. Sample them as one site'
         )
     q = run.guide[names[0]]
     each = _each_dimension(run, q)
     if not isinstance(each, Normal):
         raise TypeError(
-            "the aggregated posterior of a minibatch takes Gaussians with independent dimensions, "
-            f"but latent site {names[0]!r} has {type(each).__name__} under the guide: take "
+            "the aggregated posterior of a minibatch needs Gaussians with independent dimensions, "
+            f"but latent site {names[0]!r} has {type(each).__name__} under the guide. Use "
             "AmortizedNormal"
         )
     value, loc, scale = (
@@ -98,12 +99,12 @@ def log_guide_of_pairs(run: PairTrace) -> Tensor:
 
 
 def _kl_of_site(run: PairTrace, name: str) -> Tensor:
-    """The difference at a site of the guide, its expectation where that is known."""
+    """Return log q - log p at a site of the guide, or its expectation if known."""
     q = run.guide[name]
     if name not in run.latents:
         return q.log_prob
     p = run.model[name]
-    known = _in_order(run) and not run.enumerates  # under an average it would be another's
+    known = _in_order(run) and not run.enumerates  # averaged terms need the sampled difference
     closed_form = closed_form_kl(q.site, p.site) if known else None
     if closed_form is not None:
         return run.reduced(closed_form, q.site)
@@ -111,32 +112,32 @@ def _kl_of_site(run: PairTrace, name: str) -> Tensor:
 
 
 def _in_order(run: PairTrace) -> bool:
-    """Whether the guide draws the latents in the model's order.
+    """Return whether the guide samples the latents in the model's order.
 
-    In another, a closed form would hold fixed what depends on its site.
+    In another order, a closed form would hold fixed the sites that depend on its site.
     """
     return [name for name in run.guide if name in run.latents] == run.latents
 
 
 def _each_dimension(run: PairTrace, factor: Factor) -> Any:
-    """The distribution of each number of a latent, if they are independent."""
+    """Return the distribution of each element of a latent, if the elements are independent."""
     site = factor.site
     each = base_distribution(site["fn"])
     if each.event_shape or _joint_density(run) is not None or isinstance(each, Delta):
         raise ValueError(
-            f"the KL of each dimension is asked for, but those of latent site {factor.name!r} are "
-            "not independent, or have no density, under both model and guide: take a guide such "
-            "as AmortizedNormal, or ask for the KL of the site"
+            f"cannot compute the KL of each dimension: those of latent site {factor.name!r} are "
+            "not independent, or have no density, in the model or the guide. Use a guide such as "
+            "AmortizedNormal, or the KL of the site"
         )
     if mask_of(site) is not None or factor.scaled:
         raise ValueError(
-            f"the KL of each dimension is asked for, but latent site {factor.name!r} is masked or "
-            "scaled: ask for the KL of the site"
+            f"cannot compute the KL of each dimension: latent site {factor.name!r} is masked or "
+            "scaled. Use the KL of the site"
         )
     return each
 
 
 def _joint_density(run: PairTrace) -> str | None:
-    """The site where the guide tells the density of several latents, or of one, if it does."""
+    """Return the site where the guide has the joint density of its latents, or None."""
     behind = [f.name for f in run.guide.values() if f.local and f.name not in run.latents]
     return behind[0] if behind else None

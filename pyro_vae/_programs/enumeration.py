@@ -1,9 +1,9 @@
-"""Discrete latents that are summed over, all their values at once, instead of being sampled.
+"""Discrete latents that are summed over all their values, instead of being sampled.
 
-A site asks for it by ``infer={"enumerate": "parallel"}``. Pyro's handler then gives it a dimension
-of its own, left of all plates, and every density that depends on its value has that dimension.
-Where the guide has the site, the terms are expectations under q; where only the model has it, it is
-summed out of p. In both cases what comes out has the shape that it has without enumeration.
+A site is enumerated if it has ``infer={"enumerate": "parallel"}``. Pyro's handler then gives it
+its own dimension, left of all plates. Every density that depends on its value has that dimension.
+If the guide has the site, the terms are expectations under q. If only the model has the site, it
+is summed out of p. In both cases the results have the same shape as without enumeration.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _LARGEST_TABLE = 2**28  # entries: 1 GiB in float32
 
 @dataclass(frozen=True)
 class SummedOut:
-    r"""Sites that were summed out of the model together.
+    r"""A group of sites that were summed out of the model together.
 
     Args:
-        sites: by name, as the run with all values at once has them.
-        dims: by name, the dimension of ``log_joint`` that counts the values of a site.
-        log_joint: :math:`\log p(c, z)` of all values c of the sites, at the latents z that depend
+        sites: by name, the sites from the run with all values at once.
+        dims: by name, the dimension of ``log_joint`` over the values of a site.
+        log_joint: :math:`\log p(c, z)` for all values c of the sites and the latents z that depend
             on them, of shape (\*enumerated dimensions, K, B).
     """
 
@@ -44,7 +44,7 @@ class SummedOut:
 
     @property
     def width(self) -> int:
-        """How many batch dimensions the plates use, the particles' included."""
+        """The number of batch dimensions of the plates, including the particles' plate."""
         name, dim = next(iter(self.dims.items()))
         return dim + 2 - self.sites[name]["infer"]["_enumerate_dim"]
 
@@ -65,29 +65,29 @@ def check_enumeration(site: Site) -> None:
         return
     if (how := site["infer"]["enumerate"]) != "parallel":
         raise ValueError(
-            f'site {site["name"]!r} asks for enumerate={how!r}: only "parallel" is known here'
+            f'site {site["name"]!r} has enumerate={how!r}, but only "parallel" is supported'
         )
     if site["infer"].get("num_samples") is not None:
         raise ValueError(
-            f"site {site['name']!r} asks to be enumerated by num_samples draws; here all its "
-            "values are counted. Leave num_samples out, or enumerate out."
+            f"site {site['name']!r} asks for enumeration by num_samples draws, but enumeration is "
+            "over all values. Remove num_samples, or remove enumerate."
         )
     plates = [frame.name for frame in site["cond_indep_stack"] if frame.name != PARTICLE_PLATE]
     if plates != [DATA_PLATE]:
         raise ValueError(
-            f'an enumerated site must stand in the plate "data" and in no other, but '
-            f"{site['name']!r} stands in {plates}"
+            f'an enumerated site must be in the plate "data" and in no other, but '
+            f"{site['name']!r} is in {plates}"
         )
 
 
 def uniform_where_masked(log_prob: Tensor, site: Site) -> Tensor:
-    """Return the density of a site, as that of an even choice where an enumerated one is masked.
+    """Replace an enumerated site's log-density by a uniform one where the site is masked.
 
-    It is summed over, and must sum to one there too.
+    The density is summed over all values, and must also sum to one where it is masked.
 
     Args:
-        log_prob: zero where it is masked.
-        site: any.
+        log_prob: a log-density, zero where it is masked.
+        site: any site, enumerated or not.
     """
     mask = mask_of_events(site)
     if mask is None or not is_enumerated(site):
@@ -98,22 +98,22 @@ def uniform_where_masked(log_prob: Tensor, site: Site) -> Tensor:
 
 
 class Enumeration:
-    """The enumerated sites of one run, and densities without them.
+    """The enumerated sites of one run; removes them from log-densities.
 
     Args:
         model: the model's sites by name, after a run under Pyro's handler.
-        guide: the guide's.
-        width: how many batch dimensions the plates use, the particles' included.
+        guide: the guide's sites by name.
+        width: the number of batch dimensions of the plates, including the particles' plate.
 
     Attributes:
-        in_guide: names of the enumerated sites that the guide has.
-        in_model: of those that it does not have.
-        entangled: groups of latents whose density depends on what was summed out of it.
-        summed_out: the sites of ``in_model``, those together that depend on each other.
+        in_guide: names of the enumerated sites in the guide.
+        in_model: names of the enumerated sites that only the model has.
+        entangled: groups of latents with one joint density, because a shared site was summed out.
+        summed_out: the sites of ``in_model``; sites that share a density form one group.
 
     Raises:
-        ValueError: Two sites share a dimension. :meth:`without` raises it too if a table of values
-            is too large.
+        ValueError: Two sites share a dimension. :meth:`without` also raises it, if a table of
+            values is too large.
     """
 
     def __init__(self, model: Mapping[str, Site], guide: Mapping[str, Site], width: int):
@@ -127,8 +127,8 @@ class Enumeration:
         }
         if len(set(dims.values())) < len(dims):
             raise ValueError(
-                f"enumerated sites {list(dims)} share a dimension, as under pyro.markov: they "
-                "cannot be told apart here. Use pyro.infer.TraceEnum_ELBO."
+                f"enumerated sites {list(dims)} share a dimension, as under pyro.markov, which is "
+                "not supported. Use pyro.infer.TraceEnum_ELBO."
             )
         self._guide_dims = [dims[name] for name in self.in_guide]
         self._model_dims = [dims[name] for name in self.in_model]
@@ -137,15 +137,15 @@ class Enumeration:
         self.count = max((-2 - dim for dim in dims.values()), default=0)
 
     def varies(self, table: Tensor) -> bool:
-        """Whether a density depends on an enumerated value."""
+        """Return whether a density depends on an enumerated value."""
         return any(table.shape[dim] > 1 for dim in (*self._guide_dims, *self._model_dims))
 
     def without(self, model: Tables, guide: Tables) -> tuple[Tables, Tables]:
-        r"""Return the densities of both programs, each (K, B), nothing enumerated left in them.
+        r"""Return the log-densities of both programs, each (K, B), without enumerated dimensions.
 
         Args:
             model: by site, each (\*enumerated dimensions, K, B).
-            guide: likewise.
+            guide: by site, each (\*enumerated dimensions, K, B).
         """
         model = self._summed_out(model)
         if not self.in_guide:
@@ -154,7 +154,7 @@ class Enumeration:
         weights = sum(guide[name] for name in self.in_guide).exp()
 
         def expected(table: Tensor) -> Tensor:
-            # A log-density of minus infinity where q is zero counts for nothing.
+            # Where q is zero, a log-density of minus infinity must not give NaN.
             table = torch.where(weights > 0, table, 0.0) * weights
             return table.sum(self._guide_dims, keepdim=True)
 
@@ -162,11 +162,11 @@ class Enumeration:
         return _flat(averaged[0]), _flat(averaged[1])
 
     def _summed_out(self, tables: Tables) -> Tables:
-        r"""Sum the model's own enumerated sites out of its densities.
+        r"""Sum the enumerated sites that only the model has out of its densities.
 
-        Sites that depend on the same of them are taken together. Their latents' density,
-        :math:`\log p(z)`, is told at the first of these; that of their observations,
-        :math:`\log p(x, z) - \log p(z)`, at the first of those; the others have none left.
+        Sites that depend on the same enumerated sites form a group. The first latent of a group
+        gets the density of all its latents, :math:`\log p(z)`. Its first observation gets
+        :math:`\log p(x, z) - \log p(z)`. The other sites of the group get zero.
         """
         result = {name: table for name, table in tables.items() if name not in self.in_model}
         for group in self._groups(tables):
@@ -194,7 +194,7 @@ class Enumeration:
         return sum(tables).logsumexp(self._model_dims, keepdim=True)
 
     def _groups(self, tables: Tables) -> list[list[str]]:
-        """Names of the sites that share the model's own enumerated sites, in their order."""
+        """Return groups of sites that depend on the same enumerated sites, each in order."""
         groups: list[tuple[set[int], list[str]]] = []
         for name, table in tables.items():
             dims = {dim for dim in self._model_dims if table.shape[dim] > 1}
@@ -209,14 +209,14 @@ class Enumeration:
 
 
 def _check_size(names: list[str], tables: Iterable[Tensor]) -> None:
-    """Raise ValueError if the sum of the tables has too many entries to be held in memory."""
+    """Raise ValueError if the sum of the tables would be too large for memory."""
     shape = torch.broadcast_shapes(*(table.shape for table in tables))
     if math.prod(shape) > _LARGEST_TABLE:
         *values, particles, rows = shape
         raise ValueError(
             f"the table of all values of the sites {names} has {math.prod(values)} entries for "
             f"each of {particles} particles and {rows} rows, more than {_LARGEST_TABLE} in all. "
-            "Enumerate fewer sites together, or take fewer rows or particles at a time. "
+            "Enumerate fewer sites together, or use fewer rows or particles. "
             "pyro.infer.TraceEnum_ELBO sums out the sites of a chain one by one."
         )
 

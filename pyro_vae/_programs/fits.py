@@ -1,4 +1,4 @@
-"""The fits of this process: which pair has which store, and which of them another pair asks for."""
+"""The fits of this process: the store of each fitted pair, and its use by other pairs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ROLES = ("model", "guide")
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """The store of a fitted pair, and which program met which parameters.
+    """The store of a fitted pair, and the names of the parameters that each program used.
 
     Args:
-        store: the parameters, which fits of the pair change in place.
-        names: of the parameters that ``"model"`` and ``"guide"`` met.
-        digests: of the pair's tensors at the end of its last fit, by name.
+        store: the parameters; fits of the pair change them in place.
+        names: names of the parameters that ``"model"`` and ``"guide"`` used.
+        digests: digests of the pair's tensors at the end of its last fit, by name.
     """
 
     store: Store
@@ -32,7 +32,7 @@ class Fitted:
     digests: dict[str, int] = field(default_factory=dict)
 
     def free_param_names(self, role: str) -> list[str]:
-        """Names of a program's pyro.param values, which no module holds."""
+        """Return the names of a program's pyro.param values that no module holds."""
         params = self.store["params"]
         return sorted(
             name
@@ -41,45 +41,49 @@ class Fitted:
         )
 
 
-# By the owners of the guide and of the model, then by their methods. By identity, and weak: a
-# pair's store ends with the pair.
+# Keys: the owner of the guide, the owner of the model, then their methods. Owners are compared by
+# identity and held weakly, so a pair's store is deleted with the pair.
 _fits = WeakIdKeyDictionary()
 
 
 def keep(model: Program, guide: Program, fitted: Fitted) -> None:
-    """Keep the fit of a pair for as long as both programs live.
+    """Keep the fit of a pair for as long as both programs exist.
 
     Raises:
-        TypeError: an object that a program is, or is a method of, allows no weak references.
+        TypeError: A program, or the object of its method, does not allow weak references.
     """
     try:
         by_model = _fits.setdefault(owner_of(guide), WeakIdKeyDictionary())
         by_methods = by_model.setdefault(owner_of(model), {})
     except TypeError as error:
         raise TypeError(
-            f"a program's object must allow weak references, but {error}: give its class a slot "
+            f"a program's object must allow weak references, but {error}. Give its class a slot "
             "for them (dataclass(slots=True, weakref_slot=True)), or no slots"
         ) from error
     by_methods[method_of(model), method_of(guide)] = fitted
 
 
 def find(model: Program, guide: Program) -> Fitted | None:
-    """Return the fit of this very pair, None if it was not fitted."""
+    """Return the fit of exactly this pair, or None if it was not fitted."""
     by_model = _fits.get(owner_of(guide))
     by_methods = None if by_model is None else by_model.get(owner_of(model))
     return None if by_methods is None else by_methods.get((method_of(model), method_of(guide)))
 
 
 def borrowed(model: Program, guide: Program) -> Store:
-    """Return the ``pyro.param`` values that the programs of an unfitted pair reached in fits.
+    """Return the ``pyro.param`` values that the programs of an unfitted pair used in fits.
 
-    A program takes part in the fits of itself; else in those of the function inside of its partials
-    and handlers; else in those of fitted programs that its code refers to, such as the closure of
-    ``lambda x: model(x)``; else in those of programs whose code refers to it. Fits in which both
-    programs take part come before all others.
+    The fits of a program are the first of these that exist:
+
+    1. fits of the program itself,
+    2. fits of the function inside its partials and handlers,
+    3. fits of programs that its code refers to, such as the closure of ``lambda x: model(x)``,
+    4. fits of programs whose code refers to it.
+
+    Fits that belong to both programs have priority.
 
     Raises:
-        ValueError: there are several such fits, with different values of one name.
+        ValueError: There are several such fits, with different values of one name.
     """
     found = {role: _fits_of(p, role) for role, p in zip(ROLES, (model, guide), strict=True)}
     of_both = [fitted for fitted in found["model"] if fitted in found["guide"]]
@@ -104,14 +108,14 @@ def _ambiguous(role: str, name: str, found: list[Fitted]) -> ValueError:
     else:
         how = "model and guide were fitted with other partners"
     return ValueError(
-        f"{how}, and pyro.param values such as {name!r} may differ between those fits: which are "
-        f"meant? Pass the programs that were fitted, fit this pair too, or make the {role} a "
-        "PyroModule that holds them."
+        f"{how}, and pyro.param values such as {name!r} may differ between those fits. Pass the "
+        f"programs that were fitted, fit this pair too, or make the {role} a PyroModule that holds "
+        "these values."
     )
 
 
 def _fits_of(program: Program, role: str) -> list[Fitted]:
-    """Return the fits in which a program takes part, of those with values of its role."""
+    """Return the fits of a program that have values for its role."""
     kept = [each for each in _all(role) if each[2].free_param_names(role)]
     if not kept:
         return []

@@ -1,9 +1,9 @@
-"""Samples held fixed: what a guide drew, cut off from the parameters that it was drawn with.
+"""Hold samples fixed: cut a guide's samples off from the parameters that they depend on.
 
 Score functions, importance-weighted updates and path derivatives take the gradient of
-log q(z|x; phi) at a fixed z, or along z at a fixed phi. Run under :class:`HeldSamples`, a guide
-goes on from copies of its samples, so that each density is a function of phi and of these copies
-apart. No distribution needs to be known for that.
+log q(z|x; phi) at a fixed z, or along z at a fixed phi. Under :class:`HeldSamples`, a guide
+continues with copies of its samples. So each density depends on phi and on these copies
+separately. This works for any distribution.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from pyro_vae._utils.numerics import implicit
 
 
 class HeldSamples(Messenger):
-    """Hands a copy of every reparameterised sample on to the program, and keeps both.
+    """Replace every reparameterized sample by a copy, and keep both.
 
-    Enter it before ``poutine.trace``, which then records the copies. A distribution that draws
-    nothing (``deterministic``, as the image of a flow's layer is) hands on what it is.
+    Enter the handler before ``poutine.trace``, which then records the copies. The value of a
+    ``deterministic`` distribution is not a sample and stays the same. An example is the image of
+    a flow's layer.
 
     Attributes:
-        drawn: by site, the sample with its way back to the parameters.
-        held: by site, its copy, a leaf of autograd.
+        drawn: by site, the sample, which depends on the parameters.
+        held: by site, the copy, a leaf of autograd.
     """
 
     def __init__(self):
@@ -43,7 +44,7 @@ class HeldSamples(Messenger):
         if msg["is_observed"] or not reparameterized or site_is_subsample(msg):
             return
         if getattr(msg["fn"], "deterministic", False):
-            return  # nothing was drawn: a function of parameters, and of samples before it
+            return  # not a sample, but a function of parameters and earlier samples
         self.drawn[msg["name"]] = msg["value"]
         msg["value"] = self.held[msg["name"]] = msg["value"].detach().clone().requires_grad_()
 
@@ -51,16 +52,16 @@ class HeldSamples(Messenger):
 def path_adjoints(
     target: Tensor, drawn: Sequence[Tensor], held: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Return the gradient of a target to each sample, the samples after it following.
+    """Return the gradient of a target with respect to each sample, also through later ones.
 
     Args:
         target: a scalar function of the held samples.
-        drawn: the samples in the order they were drawn, each a function of parameters and of the
-            held samples before it.
-        held: their copies.
+        drawn: the samples in sampling order, each a function of parameters and of earlier held
+            samples.
+        held: the copies of the samples.
 
     Returns:
-        One for each sample, None if nothing depends on it.
+        One gradient for each sample, or None if the target does not depend on it.
     """
     adjoints = list(torch.autograd.grad(target, held, retain_graph=True, allow_unused=True))
     for number in range(len(held) - 1, 0, -1):
@@ -81,18 +82,18 @@ def path_adjoints(
 
 
 def log_prob_of_draw(distribution, drawn: Tensor, held: Tensor) -> Tensor:
-    """Score a copy of a sample under a flow that remembers what it drew, but inverts nothing.
+    """Score a copy of a sample under a flow that can only invert its own last sample.
 
-    The preimages are known; their gradient comes from the implicit function theorem.
+    The flow returns stored preimages. Their gradient comes from the implicit function theorem.
 
     Args:
-        distribution: that ``drawn`` is a sample of.
-        drawn: the very tensor.
-        held: its copy, which the gradient shall reach.
+        distribution: the distribution that ``drawn`` was sampled from.
+        drawn: the sample, as the same tensor object.
+        held: the copy of the sample, which gets the gradient.
 
     Raises:
-        TypeError: the distribution is no ``TransformedDistribution``.
-        ValueError: it acts on matrices.
+        TypeError: The distribution is not a ``TransformedDistribution``.
+        ValueError: A transform acts on matrices.
     """
     flow = base_distribution(distribution)
     if not isinstance(flow, TransformedDistribution):
@@ -103,7 +104,7 @@ def log_prob_of_draw(distribution, drawn: Tensor, held: Tensor) -> Tensor:
         drawn, image = transform.inv(drawn), held
         held = _preimage(transform, drawn, image)
         event_dim += transform.domain.event_dim - transform.codomain.event_dim
-        # A new call: some of these transforms know the determinant of their last one alone.
+        # Call the transform again: some transforms only store the determinant of the last call.
         change = transform.log_abs_det_jacobian(held, transform(held))
         log_prob = log_prob - sum_rightmost(change, event_dim - transform.domain.event_dim)
     base = flow.base_dist

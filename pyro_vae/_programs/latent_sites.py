@@ -1,4 +1,4 @@
-"""The latents of a model that belong to a datum: found by tracing it, laid out as rows."""
+"""The latents of a model with one value per data point, found by tracing it."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ from pyro_vae.distributions._supports import support_of
 
 @dataclass(frozen=True)
 class LatentSite:
-    """What a guide must know of a latent site of the model that belongs to a datum.
+    """A description, for guides, of one latent site with a value per data point.
 
-    Its values are laid out in two ways: as the site has them, ``(*outer, *batch dimensions,
-    *event)``, or as rows, ``(*outer, B, count)``, a row for each datum. The outer dimensions are
-    those left of all plates of the model: particles.
+    Values have one of two layouts. In the layout of the site they are ``(*outer, *batch
+    dimensions, *event)``. As rows they are ``(*outer, B, count)``, one row per data point. The
+    outer dimensions are left of all plates of the model; they hold particles.
 
     Args:
-        name: of the site.
-        plates: the frames of its vectorised plates, the plate ``"data"`` among them.
-        batch_shape: sizes of its plates, that of ``"data"`` left out.
-        event_shape: of its value, unconstrained.
+        name: the name of the site.
+        plates: the frames of its vectorized plates, including the plate ``"data"``.
+        batch_shape: sizes of its plates without the plate ``"data"``.
+        event_shape: event shape of its unconstrained value.
         bijection: maps the reals onto the site's support.
-        masked: whether the model masks it; the guide then asks the model for the mask.
-        nesting: how many batch dimensions the deepest latent of the model has.
+        masked: whether the model masks the site; a guide then gets the mask from the model.
+        nesting: the largest number of batch dimensions of any latent of the model.
     """
 
     name: str
@@ -63,23 +63,24 @@ class LatentSite:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of one datum's unconstrained value."""
+        """Shape of the unconstrained value of one data point."""
         return self.batch_shape + self.event_shape
 
     @property
     def data_dim(self) -> int:
-        """Which batch dimension is the data's, from the right."""
+        """The batch dimension of the data, counted from the right."""
         return next(frame.dim for frame in self.plates if frame.name == DATA_PLATE)
 
     @property
     def num_inputs(self) -> int:
-        """How many numbers :meth:`inputs_of` makes of a data point's value."""
+        """The number of network inputs that :meth:`inputs_of` makes from one data point's value."""
         return self.shape.numel() * (2 if maps_onto_angles(self.bijection) else 1)
 
     def inputs_of(self, value: Tensor, batch_size: int) -> Tensor:
         """Return a value as inputs of a network, ``(*outer, B, num_inputs)``.
 
-        They are the unconstrained numbers; of angles, cosine and sine, which know no cut.
+        The inputs are the unconstrained numbers. For angles, they are the cosine and the sine,
+        which have no jump at 2 pi.
         """
         if not maps_onto_angles(self.bijection):
             return self.to_rows(self.bijection.inv(value), batch_size, len(self.event_shape))
@@ -87,17 +88,18 @@ class LatentSite:
         return torch.cat([angles.cos(), angles.sin()], -1)
 
     def batch_dims(self, batch_size: int) -> torch.Size:
-        """Sizes of the batch dimensions for a batch of B data."""
+        """Return the sizes of the batch dimensions for a batch of B data points."""
         dims = list(self.batch_shape)
         dims.insert(len(dims) + 1 + self.data_dim, batch_size)
         return torch.Size(dims)
 
     def from_rows(self, rows: Tensor, event_shape: Sequence[int]) -> Tensor:
-        """Lay out rows as values.
+        """Convert rows to values in the layout of the site.
 
         Args:
-            rows: ``(*outer, B, count)``, where count is that of ``batch_shape + event_shape``.
-            event_shape: of the values.
+            rows: ``(*outer, B, count)``; count is the number of elements of ``batch_shape +
+                event_shape``.
+            event_shape: event shape of the values.
         """
         value = rows.reshape(*rows.shape[:-1], *self.batch_shape, *event_shape)
         dims = len(self.batch_shape) + 1
@@ -108,12 +110,12 @@ class LatentSite:
         return value
 
     def to_rows(self, value: Tensor, batch_size: int, event_dim: int) -> Tensor:
-        """Lay out values as rows, the inverse of :meth:`from_rows`.
+        """Convert values to rows, the inverse of :meth:`from_rows`.
 
         Args:
-            value: ``(*outer, *batch dimensions, *event)``; what broadcasts to that will do.
+            value: ``(*outer, *batch dimensions, *event)``, or a shape that broadcasts to it.
             batch_size: B.
-            event_dim: dimensions of the event.
+            event_dim: the number of event dimensions.
         """
         event = value.shape[value.dim() - event_dim :]
         inner = self.batch_dims(batch_size)
@@ -133,10 +135,10 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
         *covariates: further arguments of the program.
 
     Raises:
-        ValueError: there is no such site, or one has a discrete support.
+        ValueError: There is no such site, or no guide can sample or score one of them.
     """
-    # The plates are read with one row less than there may be data in all: one that keeps its size
-    # subsamples. The supports are read with all rows.
+    # The plates are read from a run on one row less. A plate that then keeps its size is a plate
+    # that subsamples. The supports are read from a run on all rows.
     rows = slice(0, max(1, x.shape[0] - 1))
     fewer = [
         a[rows] if isinstance(a, Tensor) and a.dim() and len(a) == len(x) else a
@@ -146,7 +148,7 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
         latents = latents_of(model, x, *covariates)
         try:
             fewer_latents = latents_of(model, *fewer)
-        except (RuntimeError, ValueError):  # a program for batches of one size
+        except (RuntimeError, ValueError):  # the program needs a fixed batch size
             fewer_latents = latents
     plates = {site["name"]: site["cond_indep_stack"] for site in fewer_latents}
     nesting = max(-f.dim for site in latents for f in site["cond_indep_stack"] if f.vectorized)
@@ -157,10 +159,10 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
 
 
 def latents_of(model: Callable[..., Any], *arguments: Any) -> list[Site]:
-    """Trace a model and return its latent sites in the plate ``"data"``, but enumerated ones.
+    """Trace a model; return its latent sites in the plate ``"data"`` that are not enumerated.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is no such site.
     """
     with torch.no_grad():
         return _latents(model, *arguments)
@@ -170,12 +172,12 @@ def _latents(model: Callable[..., Any], *arguments: Any) -> list[Site]:
     try:
         with outside_of_plates(), poutine.block(), poutine.trace() as tracer:
             model(*arguments)
-    except NotImplementedError as error:  # of a distribution that cannot be drawn, or expanded
+    except NotImplementedError as error:  # a distribution cannot be sampled or expanded
         seen = [name for name, node in tracer.trace.nodes.items() if node["type"] == "sample"]
         raise ValueError(
-            "the model must be run by itself to make a guide, and its distribution at the site "
-            f"after {seen} cannot be: NotImplementedError {error}. Take a distribution that can "
-            "be drawn from and expanded in a plate."
+            "a guide is made by a run of the model alone, but the distribution at the site after "
+            f"{seen} cannot be sampled or expanded: NotImplementedError {error}. Use a "
+            "distribution that can be sampled, and expanded in a plate."
         ) from error
     sites = list(random_sites(tracer.trace))
     for site in sites:
@@ -188,7 +190,7 @@ def _latents(model: Callable[..., Any], *arguments: Any) -> list[Site]:
     if not latents:
         raise ValueError(
             'the model has no latent site in the plate "data"; its sites are '
-            f"{[site['name'] for site in sites]}. An amortized guide needs one: put "
+            f"{[site['name'] for site in sites]}. An amortized guide needs such a site: put "
             'pyro.sample("z", ...) inside `with pyro.plate("data", x.shape[0]):`.'
         )
     return latents
@@ -200,16 +202,16 @@ def _describe(site: Site, plates: tuple[CondIndepStackFrame, ...], nesting: int)
     mask, of_events = mask_of(site), mask_of_events(site)
     if isinstance(mask, Tensor) and (mask != of_events[(..., *(None,) * fn.event_dim)]).any():
         raise ValueError(
-            f"latent site {site['name']!r} masks single numbers of its event: a guide of the "
-            "library masks whole events. Put these numbers into a plate in place of .to_event(), "
-            "or write the guide yourself."
+            f"latent site {site['name']!r} masks single numbers of its event, but a guide of the "
+            "library masks whole events. Put these numbers into a plate instead of .to_event(), "
+            "or write your own guide."
         )
     for frame in plates:
         if frame.name != DATA_PLATE and frame.full_size not in (None, frame.size):
             raise ValueError(
-                f"latent site {site['name']!r} stands in the plate {frame.name!r}, which "
-                f"subsamples {frame.size} of {frame.full_size}: an amortized guide needs all of a "
-                "datum's latents. Write its guide yourself."
+                f"latent site {site['name']!r} is in the plate {frame.name!r}, which subsamples "
+                f"{frame.size} of {frame.full_size}. An amortized guide needs all latents of a "
+                "data point: write your own guide for this model."
             )
     bijection = _bijection_of(site, data_dim - fn.event_dim)
     batch_shape = list(fn.batch_shape)
@@ -226,7 +228,7 @@ def _describe(site: Site, plates: tuple[CondIndepStackFrame, ...], nesting: int)
 
 
 def _bijection_of(site: Site, axis: int) -> Transform:
-    """Return a bijection from the reals onto the support of a site."""
+    """Return a bijection from the reals onto the support of a site, or raise ValueError."""
     name, fn = site["name"], site["fn"]
     try:
         support = support_of(fn)
@@ -238,21 +240,21 @@ def _bijection_of(site: Site, axis: int) -> Transform:
         bijection = biject_to(constant_over_data(support, axis, name))
     except NotImplementedError:
         raise ValueError(
-            f"latent site {name!r} has the support {support}, onto which nothing maps "
-            "the reals: a continuous guide cannot sample it. Write its guide yourself, or sum it "
-            "out of the model."
+            f"latent site {name!r} has the support {support}. There is no bijection from the reals "
+            "onto it, so a continuous guide cannot sample it. Write your own guide, or sum the "
+            "latent out of the model."
         ) from None
     if 0 in fn.event_shape:
         raise ValueError(
             f"latent site {name!r} has the event shape {tuple(fn.event_shape)}, without a number "
-            "to sample. Observe it, or leave it out."
+            "to sample. Observe the site, or remove it."
         )
     _require_score(site, support)
     return bijection
 
 
 def _require_score(site: Site, support: Constraint) -> None:
-    """Refuse a distribution that cannot score a value, or that scores angles on the real line."""
+    """Raise ValueError if a distribution cannot score a value, or scores angles on the reals."""
     fn, value = site["fn"], site["value"].detach().clone()
     try:
         with torch.no_grad():
@@ -266,22 +268,22 @@ def _require_score(site: Site, support: Constraint) -> None:
     if periodic and not torch.allclose(moved, log_prob, rtol=1e-2, atol=1e-2):
         raise ValueError(
             f"latent site {site['name']!r} has a density on the real line that repeats itself "
-            "every 2 pi, as of an angle: it has no integral there. Give the class of its "
-            "distribution `support = pyro_vae.distributions.circle`, or "
+            "every 2 pi, as of an angle. It has no integral on the real line. Give the class of "
+            "its distribution `support = pyro_vae.distributions.circle`, or "
             "constraints.independent(circle, n) for n event dimensions."
         )
 
 
 def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
-    """Return a support whose bounds have one row, for they must hold for batches of any size.
+    """Return a support with one row of bounds, valid for batches of any size.
 
     Args:
-        support: of a site.
-        axis: where the data's dimension stands in its bounds, from the right.
-        name: of the site, for the message.
+        support: the support of a site.
+        axis: the data's dimension in its bounds, counted from the right.
+        name: the name of the site, for the message.
 
     Raises:
-        ValueError: The bounds differ from data point to data point.
+        ValueError: The bounds differ between data points.
     """
     support = copy.copy(support)
     for attribute, value in vars(support).items():
@@ -293,10 +295,10 @@ def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
             row = value.narrow(axis, 0, 1)
             if not (value == row).all():
                 raise ValueError(
-                    f"the support of latent site {name!r} differs from datum to datum: an "
+                    f"the support of latent site {name!r} differs between data points, but an "
                     "amortized guide needs one for all. Scale the latent inside the model instead."
                 )
-            # Without a dimension that would count as one of the event, where it is the first.
+            # If the data's dimension comes first, remove it: it would count as an event dimension.
             setattr(support, attribute, row.squeeze(axis) if axis == -row.dim() else row)
     return support
 
@@ -311,14 +313,14 @@ def _bounds(support: Constraint) -> Iterator[Tensor]:
 
 
 def _require_fixed_bounds(model: Callable[..., Any], *arguments: Any) -> None:
-    """Refuse a support that depends on parameters: it would move, and the guide would not."""
+    """Raise ValueError if a support depends on parameters, because the guide's would not move."""
     with restored_generators(), torch.inference_mode(False), torch.enable_grad():
         sites = _latents(model, *arguments)
     for site in sites:
         if any(bound.requires_grad for bound in _bounds(support_of(site["fn"]))):
             raise ValueError(
                 f"the support of latent site {site['name']!r} has a bound that depends on "
-                "parameters, so that it would move in training and the guide would not. Fix the "
+                "parameters. The bound would move in training, but the guide's would not. Fix the "
                 "bound, or scale the latent inside the model instead."
             )
 
@@ -329,13 +331,13 @@ def surroundings(
     """Return the plates and masks around latent sites of a model, for its guide.
 
     Args:
-        sites: of the model.
+        sites: latent sites of the model.
         model: program of p(x, z).
         x: minibatch ``(B, *event)``.
         *covariates: further arguments of the model.
 
     Returns:
-        The plates by their names, that of the data for the batch at hand; the masks by site.
+        The plates by name, with the plate ``"data"`` of the size of this batch; the masks by site.
     """
     masks: dict[str, bool | Tensor | None] = {}
     if masked := {site.name for site in sites if site.masked}:
@@ -360,7 +362,7 @@ def inside(
     plates: Mapping[str, AbstractContextManager],
     masks: Mapping[str, bool | Tensor | None],
 ) -> Iterator[None]:
-    """Enter the plates of a site, and its mask if it has one."""
+    """Enter the plates of a site, and its mask if there is one."""
     with contextlib.ExitStack() as stack:
         for frame in site.plates:
             stack.enter_context(plates[frame.name])

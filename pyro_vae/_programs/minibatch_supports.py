@@ -1,4 +1,4 @@
-"""The values of the data, each held to the support of the site that observes it."""
+"""Check all values of the data against the support of the site that observes them."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Run: TypeAlias = Callable[[Batch], PairTrace]
 
 
 def check_supports(run: Run, trace: PairTrace, batch: Batch, batches: Minibatches) -> bool:
-    """Check all values in memory that a site observes as they are, against its support.
+    """Check all in-memory values that a site observes unchanged against its support.
 
-    A support whose bounds the program computes from the minibatch is not that of other rows: their
-    values are left to the check of each minibatch as it comes.
+    If the program computes the bounds of a support from the minibatch, the bounds differ for other
+    rows. Such values are checked later, in each minibatch.
 
     Args:
-        run: runs the pair on a minibatch, with validation on.
-        trace: of the first minibatch.
-        batch: it.
+        run: a function that runs the pair on a minibatch, with validation on.
+        trace: the run on the first minibatch.
+        batch: the first minibatch.
         batches: the data.
 
     Returns:
-        Whether that was a check of every local observed site.
+        Whether every local observed site was checked.
 
     Raises:
-        ValueError: a value is outside.
+        ValueError: A value is outside the support of its site.
     """
     columns = batches.columns_to_validate
     if columns is None:
@@ -71,16 +71,17 @@ def _runs_on_extremes(
 ) -> list[PairTrace]:
     """Run a pair on the rows with the least and the largest sum of a column, each repeated.
 
-    Bounds that depend on the data differ there, if anywhere. If such a row is outside of its own
-    bounds, those inside of the first minibatch's bounds take its place. A pair may fail on
-    minibatches that are none of the data's: there is nothing to compare then.
+    Bounds that depend on the data differ between these runs. If such a row is outside its own
+    bounds, the extreme rows are chosen among those inside the first minibatch's bounds. If the
+    pair fails on such a minibatch, the result is empty.
 
     Args:
-        run: runs the pair on a minibatch, with validation on.
-        columns: all data.
-        batches: which they are of.
-        finite: the rows without NaN and infinite values.
-        inside: for each observed site, the rows that its support at the first minibatch holds.
+        run: a function that runs the pair on a minibatch, with validation on.
+        columns: the columns of all data.
+        batches: the data.
+        finite: a mask of the rows without NaN and infinite values.
+        inside: for each observed site, a mask of the rows inside its support at the first
+            minibatch.
     """
     try:
         return _runs_on_copies(run, columns, batches, _extreme_rows(columns, finite))
@@ -105,7 +106,7 @@ def _extreme_rows(columns: Batch, among: Tensor) -> list[int]:
 def _runs_on_copies(
     run: Run, columns: Batch, batches: Minibatches, rows: Sequence[int]
 ) -> list[PairTrace]:
-    """Run a pair on minibatches each of which is one row over and over."""
+    """Run a pair on one minibatch per row, made of copies of that row."""
     size = min(batches.batch_size, len(columns[0]))
     devices = [batches.device] if batches.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -121,7 +122,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _is_same(column: Any, value: Tensor) -> bool:
-    """Tell whether a value is a column itself: one that is equal may be computed from it."""
+    """Return whether a value is a column itself, and not computed from it."""
     if not isinstance(column, Tensor) or column.shape != value.shape:
         return False
     same_memory = column.data_ptr() == value.data_ptr() and column.stride() == value.stride()
@@ -129,9 +130,9 @@ def _is_same(column: Any, value: Tensor) -> bool:
 
 
 def _observed_columns(trace: PairTrace, batch: tuple[Any, ...]) -> Iterator[tuple[Factor, int]]:
-    """Yield the observed sites whose value is a column of the batch, with the column's number.
+    """Yield the observed sites whose value is a column of the batch, with the column's index.
 
-    Not masked ones: other rows of the column may be masked, and hold anything.
+    Masked sites are left out, because masked rows of the column may hold any values.
     """
     for factor in trace.model.values():
         value = factor.site["value"]

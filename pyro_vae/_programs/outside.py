@@ -1,8 +1,8 @@
-"""Give latents a density of zero where a guide draws them outside the model's support.
+"""Give latents zero density where a guide samples them outside the model's support.
 
-A Gaussian guide for an exponential prior draws negative numbers at times. Such a draw has the
-importance weight zero. Formulas for a density hold inside of the support alone: outside, that of
-the exponential distribution gives a positive number, and others give NaN.
+A Gaussian guide for an exponential prior sometimes samples negative numbers. Such a sample has
+importance weight zero. The formula of a density is only valid inside the support. Outside, the
+exponential distribution's formula gives a positive number, and others give NaN.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from pyro_vae.distributions._supports import states_too_wide, support_of
 
 
 def support_to_check(model_site: Site, guide_site: Site) -> Constraint | None:
-    """Return the support of a latent, or None if its guide cannot leave it.
+    """Return the support of a latent, or None if its guide cannot sample outside the support.
 
     Args:
-        model_site: of the latent.
-        guide_site: that draws it.
+        model_site: the latent in the model.
+        guide_site: the site of the guide that samples it.
     """
     fn = model_site["fn"]
     if guide_site["infer"].keys() & {ON_SUPPORT, "_enumerate_dim"}:
@@ -42,15 +42,15 @@ def support_to_check(model_site: Site, guide_site: Site) -> Constraint | None:
         support = _support(fn)
         if is_real(support) or _any_value(support, fn, model_site["value"]) is None:
             return None
-    except (NotImplementedError, ValueError):  # it states none, or none can be told from its parts
+    except (NotImplementedError, ValueError):  # no declared support, and none can be derived
         return None
     return support
 
 
 def require_same_support(site: Site, guide_site: Site) -> None:
-    """Refuse a latent whose support is not the one that its guide was made for.
+    """Raise ValueError if a latent's support is not the one that its guide was made for.
 
-    Guides of the library are looked at, and while torch validates distributions.
+    Only guides of the library are checked, and only while torch validates distributions.
 
     Raises:
         ValueError: The supports differ.
@@ -69,8 +69,8 @@ def require_same_support(site: Site, guide_site: Site) -> None:
     if there.shape == value.shape and not torch.allclose(there, value, 1e-3, 1e-4, equal_nan=True):
         raise ValueError(
             f"latent site {site['name']!r} has another support, {support}, than when its guide was "
-            "made: a guide keeps the support of its first minibatch. Scale the latent inside the "
-            "model instead, or make a guide for this model."
+            "made, but a guide keeps the support of its first minibatch. Scale the latent inside "
+            "the model instead, or make a new guide for this model."
         )
 
 
@@ -79,16 +79,16 @@ def _support(fn: Any) -> Constraint:
     while isinstance(base, Independent | MaskedDistribution | ExpandedDistribution):
         base = base.base_dist
     if isinstance(base, TransformedDistribution) and is_real(_support(base.base_dist)):
-        return fn.support  # a flow: no look at its parameters
+        return fn.support  # a flow: do not inspect its parameters
     return support_of(fn) if states_too_wide(base) else fn.support
 
 
 def log_prob_on(support: Constraint, site: Site) -> Tensor:
-    r"""Score the value of a site, with :math:`-\infty` outside of a support.
+    r"""Score the value of a site, with :math:`-\infty` outside a support.
 
     Args:
-        support: of the distribution; of each number by itself, or of its events.
-        site: what is masked in it counts for nothing, wherever it is.
+        support: the support of the distribution, for single numbers or for whole events.
+        site: the site to score; masked values may lie outside the support.
     """
     fn, value = site["fn"], site["value"]
     if (mask := mask_of(site)) is not None:
@@ -103,7 +103,7 @@ def log_prob_on(support: Constraint, site: Site) -> Tensor:
 
 
 def _any_value(support: Constraint, fn: Any, value: Tensor) -> Tensor | None:
-    """Return values inside of a support, of the shape of a value; None if there is no way to."""
+    """Return values inside a support, in the shape of a value, or None if none are known."""
     while support.is_discrete and isinstance(support, constraints.independent):
         support = support.base_constraint
     if not support.is_discrete:

@@ -1,4 +1,4 @@
-"""The tensors that a pair consists of, each by a name that outlasts the process."""
+"""The tensors of a pair, with names that are the same in another process."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from pyro_vae._utils.modules import NAME_IT, modules, unnamed
 from pyro_vae._utils.referenced_objects import referenced_objects
 
 UNNAMED = "unnamed module"
-FREE_PARAM = "param."  # what the names of pyro.param values begin with
+FREE_PARAM = "param."  # prefix of the names of pyro.param values
 
 
 def state(model: Program, guide: Program) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a pair, as they are: not copies.
+    """Return the parameters and buffers of a pair by name, without copying them.
 
-    Those of modules are called by the way that leads to them, ``model.likelihood.net.0.weight``
-    say, and what both programs hold by the shortest; values of ``pyro.param`` that no module
-    holds by their own names after ``param.``, unconstrained. Modules that no name leads to are
-    numbered: ``unnamed module 1.weight``. Open the pair's
-    :func:`pyro_vae.parameter_store` around it, for these stand there.
+    The name of a module's tensor is the path to it, such as ``model.likelihood.net.0.weight``. A
+    tensor that both programs hold has the shortest such name. A ``pyro.param`` value that no
+    module holds is unconstrained; its name starts with ``param.``. Modules that cannot be found
+    by name are numbered: ``unnamed module 1.weight``. Open the pair's
+    :func:`pyro_vae.parameter_store` around the call, because it holds the ``pyro.param`` values.
 
     Args:
         model: program of p(x, z).
@@ -63,10 +63,10 @@ def state(model: Program, guide: Program) -> dict[str, Tensor]:
 
 
 def digests(model: Program, guide: Program) -> dict[str, int]:
-    """Return a number for each tensor of a pair, by name, which is another for other values.
+    """Return, by name, a number for each tensor of a pair that changes with the tensor's values.
 
-    A type that holds the same values makes no difference, nor does the device. Open the pair's
-    store around it.
+    The number does not depend on the dtype or on the device, if the values are the same. Open the
+    pair's store around the call.
 
     Args:
         model: program of p(x, z).
@@ -78,19 +78,19 @@ def digests(model: Program, guide: Program) -> dict[str, int]:
 
 
 def changed(model: Program, guide: Program, before: Mapping[str, int]) -> list[str]:
-    """Return the names of the tensors that have other values than when digests were taken.
+    """Return the names of the tensors whose values have changed since the digests were computed.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        before: as :func:`digests` returned it.
+        before: the result of :func:`digests`.
     """
     now = digests(model, guide) if before else {}
     return [name for name, digest in before.items() if now.get(name) != digest]
 
 
 def _digest(tensor: Tensor) -> Tensor:
-    """Sum the bits of all entries modulo 2^64, each times an odd number of its own."""
+    """Sum the bits of all entries modulo 2^64, each times a different odd number."""
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for number, part in enumerate(tensor.detach().flatten().split(_ENTRIES_AT_ONCE)):
@@ -107,32 +107,33 @@ _ODD = 0x1E3779B97F4A7C15
 
 
 def require_names(model: Program, guide: Program) -> None:
-    """Refuse a pair with tensors whose names another process would not know.
+    """Raise ValueError if a tensor of a pair cannot be found by name.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
 
     Raises:
-        ValueError: a module with tensors ran in the pair, and no name leads to it.
+        ValueError: A module with tensors ran in the pair, but cannot be found by name.
     """
     for module in unnamed(model, guide):
         if any(True for _ in itertools.chain(module.parameters(), module.buffers())):
             raise ValueError(
                 f"a {type(module).__name__} with parameters or buffers runs in model or guide, but "
-                f"no name leads to it, under which it could be written to disk: {NAME_IT}."
+                "could not be found by name, so its tensors have no name on disk. To save it, "
+                f"{NAME_IT}."
             )
 
 
 def require_parameters(model: Program, guide: Program) -> None:
-    """Refuse a fitted pair with parameters of modules that the programs make at each run.
+    """Raise ValueError if a module that the programs make at each run has fitted parameters.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
 
     Raises:
-        ValueError: a parameter was met in the fit, and no module that a name leads to holds it.
+        ValueError: A fitted parameter belongs to a module that cannot be found by name.
     """
     fitted = fits.find(model, guide)
     if fitted is None:
@@ -142,13 +143,14 @@ def require_parameters(model: Program, guide: Program) -> None:
         parameter = fitted.store["params"].get(name)
         if isinstance(parameter, nn.Parameter) and id(parameter) not in named:
             raise ValueError(
-                f"parameter {name!r} was fitted, but no module that a name leads to holds it, so "
-                f"that it would not be saved. Make its module once, before the fit, and {NAME_IT}."
+                f"parameter {name!r} was fitted, but its module cannot be found by name, so "
+                "the parameter would not be saved. Make its module once, before the fit, and "
+                f"{NAME_IT}."
             )
 
 
 def _unused(name: str, names: dict[str, Tensor]) -> str:
-    """Number what code can reach by one name: an attribute and a global, say."""
+    """Append a number to a name that is in use, because tensors can share a path."""
     candidates = itertools.chain([name], (f"{name}#{number}" for number in itertools.count(2)))
     return next(candidate for candidate in candidates if candidate not in names)
 
@@ -157,7 +159,7 @@ def constraints_of_free_params() -> dict[str, Any]:
     """Return the constraints of ``pyro.param`` values that no module holds, by name.
 
     Raises:
-        TypeError: a constraint is of a kind that cannot be written down.
+        TypeError: A constraint of this kind cannot be saved.
     """
     constraints = pyro.get_param_store().get_state()["constraints"]
     names = programs.free_param_names()
@@ -165,11 +167,11 @@ def constraints_of_free_params() -> dict[str, Any]:
 
 
 def make_free_params(constraints: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
-    """Register values in the open store that the programs have not come to ask for.
+    """Register values in the open store that the programs have not requested yet.
 
     Args:
-        constraints: as :func:`constraints_of_free_params` gave them.
-        values: unconstrained, by the same names.
+        constraints: the result of :func:`constraints_of_free_params`.
+        values: unconstrained values by the same names.
     """
     store = pyro.get_param_store()
     names = sorted(constraints.keys() - {FREE_PARAM + known for known in store.keys()})  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""One run of a pair of Pyro programs: the contract checked, every density reduced to its datum."""
+"""One run of a pair of Pyro programs: check the contract and score every data point."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ from pyro_vae._programs.sites import (
 class Factor:
     """One site's factor of p(x, z) or q(z|x).
 
-    ``log_prob`` has shape (K, B) for a local site, one inside the plate ``"data"``, and (K,) for a
-    global one. It is masked, and scaled by everything but the plate ``"data"``; ``unscaled`` is
-    masked alone.
+    ``log_prob`` has shape (K, B) for a local site (inside the plate ``"data"``) and (K,) for a
+    global one. It is masked, and has every scale except that of the plate ``"data"``.
+    ``unscaled`` is masked, without any scale.
     """
 
     site: Site
@@ -71,7 +71,7 @@ class Factor:
 
     @property
     def local(self) -> bool:
-        """Whether the site belongs to a datum."""
+        """Whether the site has one value per data point."""
         return data_frame(self.site) is not None
 
     @property
@@ -86,33 +86,33 @@ class Factor:
 
     @property
     def reparameterized(self) -> bool:
-        """Whether gradients pass through the site's value, or need not, all being counted."""
+        """Whether gradients pass through the value; also True if it is observed or enumerated."""
         given = self.observed or self.enumerated
         return given or getattr(self.site["fn"], "has_rsample", False)
 
     @property
     def scaled(self) -> bool:
-        """Whether anything but the plate ``"data"`` scales the site."""
+        """Whether the site has a scale other than that of the plate ``"data"``."""
         scale = own_scale(self.site)
         return isinstance(scale, Tensor) or scale != 1.0
 
 
 class PairTrace:
-    """One run of ``guide(*args)``, and of ``model(*args)`` replayed on what the guide drew.
+    """One run of ``guide(*args)``, and of ``model(*args)`` replayed on the guide's samples.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        args: positional arguments of both.
-        kwargs: keyword arguments of both.
-        num_particles: K, drawn under an outer plate; that plate is left out when K is 1.
-        plate_nesting: how many batch dimensions the programs use themselves; needed if K > 1.
+        args: positional arguments of both programs.
+        kwargs: keyword arguments of both programs.
+        num_particles: K, sampled under an outer plate; there is no such plate if K is 1.
+        plate_nesting: the number of batch dimensions that the programs use; needed if K > 1.
         hold_samples: run both programs on copies of the guide's samples, see ``Terms.path``.
-        enumerates: whether some latent is known to ask for enumeration. If not, and one does, the
-            programs are run once more.
+        enumerates: whether a latent is known to be marked for enumeration. If False and a latent
+            is marked, the programs run once more.
 
     Raises:
-        ValueError: the pair breaks the contract for programs (docs/contract.md).
+        ValueError: The pair breaks the contract for programs (docs/contract.md).
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class PairTrace:
         self.batch_size = frame.size
         self.scale = (frame.full_size or frame.size) / frame.size
         self.averaged: list[str] = []
-        self.summed: list[str] = []  # enumerated sites of the model alone
+        self.summed: list[str] = []  # sites that only the model enumerates
         self.entangled: list[list[str]] = []
         self.summed_out: list[SummedOut] = []
         if enumerates:
@@ -168,7 +168,7 @@ class PairTrace:
         else:
             self.model = {name: self._factor(site) for name, site in model_sites.items()}
             of_guide = {name: self._factor(site) for name, site in guide_sites.items()}
-        # What the guide observes is no part of log q, but a loss that training adds.
+        # Observed sites of the guide are not part of log q: they are a loss that training adds.
         self.guide = {n: f for n, f in of_guide.items() if not is_loss_of_guide(f.site)}
         self.guide_losses = [f for f in of_guide.values() if is_loss_of_guide(f.site)]
 
@@ -181,11 +181,11 @@ class PairTrace:
         hold_samples: bool,
         first_enumerated: int | None,
     ) -> tuple[poutine.Trace, poutine.Trace]:
-        """Return the traces of guide and model."""
+        """Return the traces of the guide and of the model."""
         if first_enumerated is not None:
             first_enumerated -= self.particle_dim is not None
             guide = EnumMessenger(first_available_dim=first_enumerated)(guide)
-            model = EnumMessenger()(model)  # goes on where the guide's ended
+            model = EnumMessenger()(model)  # uses the dimensions after those of the guide
         self._samples = HeldSamples()
         with self._samples if hold_samples else nullcontext():
             guide_trace = trace_of(guide, *args, **kwargs)
@@ -193,16 +193,16 @@ class PairTrace:
 
     @property
     def plate_nesting(self) -> int:
-        """How many batch dimensions the programs' plates use, the particles' plate apart."""
+        """The number of batch dimensions of the programs' plates, without the particles' plate."""
         return _nesting(*self._traces.values())
 
     @property
     def plate_sizes(self) -> set[int]:
-        """The sizes of those plates."""
+        """The sizes of the plates, without the particles' plate."""
         return {frame.size for frame in _plates(*self._traces.values())}
 
     def parameters(self, program: str) -> list[Tensor]:
-        """Return the tensors behind the parameters that a program met, unconstrained.
+        """Return the unconstrained tensors of the parameters that a program used in this run.
 
         Args:
             program: ``"model"`` or ``"guide"``.
@@ -210,12 +210,12 @@ class PairTrace:
         return [*self.named_parameters(program).values()]
 
     def named_parameters(self, program: str) -> dict[str, Tensor]:
-        """Return :meth:`parameters` by their names."""
+        """Return :meth:`parameters` by name."""
         nodes = self._traces[program].nodes.items()
         return {name: n["value"].unconstrained() for name, n in nodes if n["type"] == "param"}
 
     def depends_on(self, tensors: list[Tensor]) -> dict[str, list[bool]]:
-        """Tell for each tensor whether the model depends on it, and whether the guide does."""
+        """Return, for each tensor, whether the model and the guide depend on it."""
         args, kwargs = self._arguments
         with torch.random.fork_rng(), torch.enable_grad():
             held = PairTrace(*self._pair, args, kwargs, hold_samples=True)
@@ -230,7 +230,7 @@ class PairTrace:
             }
 
     def parameter_names(self, program: str) -> frozenset[str]:
-        """Return the names under which the ``"model"`` or the ``"guide"`` met parameters."""
+        """Return the names of the parameters that the ``"model"`` or the ``"guide"`` used."""
         nodes = self._traces[program].nodes.items()
         return frozenset(name for name, node in nodes if node["type"] == "param")
 
@@ -240,11 +240,11 @@ class PairTrace:
         return [factor.name for factor in self.model.values() if not factor.observed]
 
     def held_samples(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the guide's samples, each as it was drawn and as it was held."""
+        """Return pairs of each guide sample and its held copy."""
         return [*zip(self._samples.drawn.values(), self._samples.held.values(), strict=True)]
 
     def samples(self) -> dict[str, Tensor]:
-        """Return what the guide drew at the local latents: ``(K, B, *inner plates, *event)``."""
+        """Return the guide's samples of the local latents: ``(K, B, *inner plates, *event)``."""
         self.require_drawn()
         sites = [self.guide[name].site for name in self.latents if self.model[name].local]
         return {site["name"]: self._value(site) for site in sites}
@@ -255,11 +255,11 @@ class PairTrace:
         return {site["name"]: observed_value(site) for site in sites}
 
     def sample_joint(self) -> JointSample:
-        """Let the model draw latents and data together, as many as the minibatch has."""
+        """Sample latents and data together from the model, as many as the minibatch has rows."""
         return JointSample(*self._pair, *self._arguments)
 
     def total(self, factors: Iterable[Factor], *, local: bool) -> Tensor:
-        """Sum the log-densities of the local factors (K, B), or of the global ones (K,)."""
+        """Sum the log-densities of the local factors, (K, B), or of the global ones, (K,)."""
         total = None
         for factor in factors:
             if factor.local is local:
@@ -267,26 +267,27 @@ class PairTrace:
         return self.zeros(local) if total is None else total
 
     def score(self) -> Tensor:
-        """Sum the unscaled log-densities of the local sites without a reparameterised sample."""
+        """Sum the unscaled log-densities of the local sites without a reparameterized sample."""
         factors = [f for f in self.guide.values() if f.local and not f.reparameterized]
         return sum((f.unscaled for f in factors), self.zeros(local=True))
 
     def require_drawn(self) -> None:
-        """Refuse a run whose guide enumerates, which then draws no latents.
+        """Raise ValueError if the guide enumerates a site, because it then has no samples.
 
         Raises:
-            ValueError: as said.
+            ValueError: The guide enumerates a site.
         """
         if self.averaged:
             raise ValueError(
-                f"the guide enumerates site {self.averaged[0]!r}: what it draws has all its values "
-                "at once. Run the guide without infer={'enumerate': 'parallel'} there."
+                f"the guide enumerates site {self.averaged[0]!r}, so its value is not a sample: it "
+                "holds all values at once. Run the guide without "
+                "infer={'enumerate': 'parallel'} there."
             )
 
     def _enumerated(
         self, model: dict[str, Site], guide: dict[str, Site], plate_nesting: int
     ) -> tuple[dict[str, Factor], dict[str, Factor]]:
-        """Return the factors of both programs, summed and averaged over what is enumerated."""
+        """Return the factors of both programs after summing over all enumerated sites."""
         width = plate_nesting + (self.particle_dim is not None)
         enumeration = Enumeration(model, guide, width)
         self.averaged, self.summed = enumeration.in_guide, enumeration.in_model
@@ -314,7 +315,7 @@ class PairTrace:
         return factors[0], factors[1]
 
     def _table(self, site: Site, width: int, count: int) -> Tensor | None:
-        """Return a local site's densities by enumerated values, particle and datum."""
+        """Return a local site's log-densities by enumerated values, particle and data point."""
         if data_frame(site) is None:
             return None
         log_prob = uniform_where_masked(self._checked_log_prob(site), site)
@@ -325,18 +326,18 @@ class PairTrace:
 
     @staticmethod
     def _check_enumerated(site: Site, *, of_guide: bool) -> None:
-        """Refuse what a sum over values cannot hold."""
+        """Raise ValueError if a site cannot be part of a sum over enumerated values."""
         scale = own_scale(site)
         if isinstance(scale, Tensor) or scale != 1.0:
             raise ValueError(
-                f"site {site['name']!r} is scaled and depends on an enumerated site: a sum over "
-                "values cannot hold a scale. Remove it."
+                f"site {site['name']!r} is scaled and depends on an enumerated site. A sum over "
+                "enumerated values cannot have a scale: remove it."
             )
         sampled = of_guide and not site["is_observed"] and not is_enumerated(site)
         if sampled and not getattr(site["fn"], "has_rsample", False):
             raise ValueError(
-                f"site {site['name']!r} has no reparameterised sample and depends on an enumerated "
-                "site: enumerate it too"
+                f"site {site['name']!r} has no reparameterized sample and depends on an enumerated "
+                "site. Enumerate this site too"
             )
 
     def _factor(self, site: Site) -> Factor:
@@ -348,7 +349,7 @@ class PairTrace:
         )
 
     def _checked_log_prob(self, site: Site) -> Tensor:
-        """Return a site's density, masked."""
+        """Check a site and return its masked log-density."""
         check_event_shape(site)
         drawn_at = self._drawn_at(site)
         if drawn_at is not None:
@@ -366,7 +367,7 @@ class PairTrace:
         return torch.as_tensor(scale_and_mask(log_prob, mask=site["mask"]))
 
     def _drawn_at(self, site: Site) -> Site | None:
-        """Return the site of the guide that draws a latent of the model; None of other sites."""
+        """Return the guide's site for a latent of the model, or None for any other site."""
         drawn_at = self._traces["guide"].nodes.get(site["name"])
         return None if drawn_at is site or site["is_observed"] else drawn_at
 
@@ -378,7 +379,7 @@ class PairTrace:
                 if support is not None:
                     return log_prob_on(support, site)
             return fn.log_prob(value, *site["args"], **site["kwargs"])
-        except (KeyError, NotImplementedError):  # Pyro's flows without an inverse raise either
+        except (KeyError, NotImplementedError):  # Pyro's flows without an inverse raise either one
             if value is not self._samples.held.get(site["name"]):
                 raise
             return log_prob_of_draw(fn, self._samples.drawn[site["name"]], value)
@@ -388,21 +389,21 @@ class PairTrace:
         return self.to_particle_layout(site["value"], site)
 
     def to_particle_layout(self, value: Tensor, site: Site) -> Tensor:
-        """Return what a site has for each number of its value, see ``sites.to_particle_layout``."""
+        """Return values of a site in the order of ``sites.to_particle_layout``."""
         return to_particle_layout(value, site, self.particle_dim)
 
     def reduced(self, log_prob: Tensor, site: Site) -> Tensor:
-        """Sum a site's log-densities to those of particle and datum."""
+        """Sum a site's log-densities for each particle and data point."""
         return reduce_to_datum(
             log_prob, site, self.batch_size, self.particle_dim, self.num_particles
         )
 
     def masked_log_prob(self, site: Site) -> Tensor:
-        """Return a site's log-density for each element of its plates, masked and not scaled."""
+        """Return a site's masked, unscaled log-density for each element of its plates."""
         return self._checked_log_prob(site)
 
     def zeros(self, local: bool) -> Tensor:
-        """Return zeros (K, B), or (K,) of what is global."""
+        """Return zeros of shape (K, B), or (K,) for global sites."""
         some = next(iter(self.model.values())).log_prob
         return some.new_zeros([self.num_particles, self.batch_size][: 2 if local else 1])
 
@@ -430,7 +431,7 @@ def _nesting(*traces: poutine.Trace) -> int:
 
 
 def _with(trace: poutine.Trace, sites: Mapping[str, Site]) -> poutine.Trace:
-    """Return a trace with more sites, to be replayed."""
+    """Return a copy of a trace with more sites, for a replay."""
     trace = trace.copy()
     for name, site in sites.items():
         trace.add_node(name, **site)

@@ -1,9 +1,9 @@
-"""What the library must know of a program beyond calling it: its modules, parameters and mode.
+"""Find the modules and parameters of a program, and give each fitted pair its own store.
 
-Pyro keeps parameters by name in one global store, so that two pairs whose names agree would share
-them, or leave one untrained. Here a pair has a store of its own from its first fit on, and every
-function of the library that runs the pair opens that store. Pyro's own drivers (``SVI`` and the
-like) go on to use the global one.
+Pyro keeps parameters by name in one global store. Two pairs with equal names would share their
+parameters, or leave one pair's untrained. Here each pair gets its own store at its first fit, and
+every function of the library that runs the pair opens that store. Pyro's own drivers, such as
+``SVI``, still use the global store.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ _open_stores: list[Store] = []
 
 @contextlib.contextmanager
 def parameter_store(model: Program, guide: Program, *, fresh: bool = False) -> Iterator[Store]:
-    """Open the parameter store of a pair, in place of Pyro's global one.
+    """Open the parameter store of a pair instead of Pyro's global one.
 
-    A pair that was fitted has its own store. Another pair sees its modules' own parameters, the
-    ``pyro.param`` values that one of its programs reached in a fit with another partner, and
-    those of the global store; nothing that it registers outlasts the block.
+    A fitted pair has its own store. For any other pair, the store has the pair's module
+    parameters and the ``pyro.param`` values of the global store. It also has those that one of
+    its programs used in a fit with another partner. New entries are lost when the block ends.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        fresh: if the pair has no store, open a new one, to :func:`bind` it: with copies of what
-            the global store holds, so that a pair trained by Pyro's ``SVI`` goes on from there.
+        fresh: for a pair without a store, open a new one that :func:`bind` can assign to it. It
+            starts with copies of the global store's values, so that the fit continues from a pair
+            trained by Pyro's ``SVI``.
 
     Yields:
-        The store, brought up to date when the block ends.
+        The store; it gets the new values when the block ends.
 
     Raises:
-        ValueError: the pair was not fitted, but one of its programs was with several partners,
-            and reached other ``pyro.param`` values with each.
+        ValueError: The pair was not fitted, but one of its programs was fitted with several
+            partners, and used different ``pyro.param`` values with each.
 
     Example:
         >>> import pyro, torch, pyro_vae as pv
@@ -83,13 +84,13 @@ def parameter_store(model: Program, guide: Program, *, fresh: bool = False) -> I
 
 
 def bind(model: Program, guide: Program, store: Store, trace: PairTrace) -> None:
-    """Make a store the pair's own, for as long as the programs live.
+    """Assign a store to a pair, for as long as the programs exist.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        store: as :func:`parameter_store` yielded it.
-        trace: a run of the pair, which tells whose each parameter is.
+        store: the store that :func:`parameter_store` yielded.
+        trace: a run of the pair, from which the names of each program's parameters are read.
     """
     met = {program: trace.parameter_names(program) for program in ("model", "guide")}
     bind_names(model, guide, store, met)
@@ -98,22 +99,23 @@ def bind(model: Program, guide: Program, store: Store, trace: PairTrace) -> None
 def bind_names(
     model: Program, guide: Program, store: Store, met: Mapping[str, Iterable[str]]
 ) -> None:
-    """Make a store the pair's own, as :func:`bind` does, where it is known without a run.
+    """Assign a store to a pair, like :func:`bind`, from known names instead of a run.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        store: as :func:`parameter_store` yielded it.
-        met: names of the parameters that ``"model"`` and ``"guide"`` meet.
+        store: the store that :func:`parameter_store` yielded.
+        met: names of the parameters that the ``"model"`` and the ``"guide"`` use.
     """
     names = {program: frozenset(met[program]) for program in ("model", "guide")}
     fits.keep(model, guide, fits.Fitted(store, names))
 
 
 def param_names_used(model: Program, guide: Program) -> dict[str, list[str]]:
-    """Return the ``pyro.param`` values that no module holds, by the program that met them in a fit.
+    """Return, by program, the names of the ``pyro.param`` values that it used in a fit.
 
-    Open the pair's store around it. Of a pair that was not fitted, each program may have met all.
+    Values that belong to a module are left out. Open the pair's store around the call. For a pair
+    that was not fitted, all values are returned for both programs.
     """
     fitted, bare = fits.find(model, guide), free_param_names()
     return {
@@ -123,13 +125,13 @@ def param_names_used(model: Program, guide: Program) -> dict[str, list[str]]:
 
 
 def parameters(model: Program, guide: Program, trace: PairTrace) -> dict[str, list[torch.Tensor]]:
-    """Return trainable tensors by program: those that a run met, and those of its own modules.
+    """Return trainable tensors by program: those used in a run, and those of its own modules.
 
-    Where both hold a parameter (methods of one module, a guide that keeps its model), what each
-    depends on tells whose it is.
+    Both programs may hold a parameter (methods of one module, a guide that keeps its model). It
+    then belongs to the programs whose densities or samples depend on it.
 
     Returns:
-        Of ``"model"`` and of ``"guide"``; one that both use stands in both.
+        For ``"model"`` and for ``"guide"``; a parameter that both use is in both lists.
     """
     by_program = {}
     for name, program in (("model", model), ("guide", guide)):
@@ -140,7 +142,7 @@ def parameters(model: Program, guide: Program, trace: PairTrace) -> dict[str, li
     ids = set(map(id, by_program["guide"]))
     if both := [p for p in by_program["model"] if id(p) in ids]:
         used = trace.depends_on(both)
-        # One that neither depends on in this run may be a branch's: it stays with both.
+        # If neither program depends on it in this run, another branch may use it: keep it in both.
         whose = zip(both, used["model"], used["guide"], strict=True)
         elsewhere = {"model": set(), "guide": set()}
         for parameter, of_model, of_guide in whose:
@@ -155,10 +157,10 @@ def parameters(model: Program, guide: Program, trace: PairTrace) -> dict[str, li
 
 @contextlib.contextmanager
 def evaluation_mode(*programs: Program) -> Iterator[None]:
-    """Put the programs' modules into evaluation mode, without gradients; then back as they were.
+    """Put the programs' modules into evaluation mode, without gradients, and restore their modes.
 
-    Modules that no name leads to follow just before they run for the first time, if that is among
-    the first thousand runs of modules in the block.
+    Modules that cannot be found by name are switched just before their first run. This works for
+    the first thousand module runs in the block.
     """
     flags: list[tuple[nn.Module, bool]] = []
 
@@ -173,28 +175,28 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
         with torch.no_grad(), before_unknown(evaluate, *found, calls=_RUNS_LOOKED_AT):
             yield
     finally:
-        for module, training in reversed(flags):  # one that two modules share stands here twice
-            if type(module).train is not nn.Module.train:  # it may do more than to set the flag
+        for module, training in reversed(flags):  # a module shared by two others is listed twice
+            if type(module).train is not nn.Module.train:  # it may do more than set the flag
                 module.train(training)
         for module, training in reversed(flags):
             module.training = training
 
 
-_RUNS_LOOKED_AT = 1000  # of modules: looks take a millisecond in all
+_RUNS_LOOKED_AT = 1000  # number of module runs; all checks together take a millisecond
 
 
 def has_finite_parameters(model: Program, guide: Program) -> bool:
-    """Tell whether no parameter of a pair is NaN or infinite, in the open store."""
+    """Return whether all parameters of a pair in the open store are finite."""
     found = [p for module in modules(model, guide) for p in module.parameters()]
     found += [p for _, p in pyro.get_param_store().named_parameters()]
     return all(bool(parameter.isfinite().all()) for parameter in found)
 
 
 def require_trainable_tensors(model: Program, guide: Program) -> None:
-    """Refuse parameters and buffers made under ``torch.inference_mode``, which have no gradient.
+    """Raise ValueError if a parameter or buffer was made under ``torch.inference_mode``.
 
     Raises:
-        ValueError: a tensor of a module is one of these; the message names it.
+        ValueError: A tensor of a module was made there, and so cannot have a gradient.
     """
     for role, program in (("model", model), ("guide", guide)):
         for module in modules(program):
@@ -202,27 +204,27 @@ def require_trainable_tensors(model: Program, guide: Program) -> None:
                 if tensor.is_inference():
                     raise ValueError(
                         f"{name!r} of the {role} was made under torch.inference_mode(), where "
-                        "tensors can never take part in a gradient. Make model and guide outside "
-                        "of that block, and call them there once if they make parameters at their "
-                        "first call"
+                        "tensors cannot have a gradient. Make model and guide outside of that "
+                        "block. If they make parameters at their first call, also call them there "
+                        "once"
                     )
 
 
 def require_programs(model: Program, guide: Program) -> None:
-    """Refuse what cannot be called.
+    """Raise TypeError if the model or the guide is not callable.
 
     Raises:
-        TypeError: model or guide is no callable.
+        TypeError: The model or the guide is not callable.
     """
     for name, program in (("model", model), ("guide", guide)):
         if not callable(program):
             raise TypeError(
-                f"{name} must be a Pyro program, called with a minibatch; got {program!r}"
+                f"{name} must be a Pyro program that is called with a minibatch; got {program!r}"
             )
 
 
 def device_of(model: Program, guide: Program) -> torch.device:
-    """Return the device of a pair's parameters: the CPU if it has none."""
+    """Return the device of a pair's parameters, or the CPU if there are none."""
     require_programs(model, guide)
     fitted = fits.find(model, guide)
     own = fits.borrowed(model, guide) if fitted is None else fitted.store
@@ -234,7 +236,7 @@ def device_of(model: Program, guide: Program) -> torch.device:
 
 
 def free_param_names() -> set[str]:
-    """Return the names of the open store's ``pyro.param`` values, which no module holds."""
+    """Return the names of the ``pyro.param`` values in the open store that no module holds."""
     named = pyro.get_param_store().named_parameters()
     return {name for name, p in named if not isinstance(p, nn.Parameter)}
 
@@ -252,10 +254,10 @@ def _copied_store() -> Store:
 
 
 def _borrowed_store(model: Program, guide: Program) -> Store:
-    """Make a store for a pair without its own.
+    """Return a store for a pair without its own.
 
-    It holds ``pyro.param`` values alone. Modules bring their own parameters: entries that other
-    modules left under the same names must not replace them.
+    It holds only ``pyro.param`` values. Modules bring their own parameters, which must not be
+    replaced by entries of other modules under the same names.
     """
     borrowed = _bare_store()
     for kind, values in fits.borrowed(model, guide).items():

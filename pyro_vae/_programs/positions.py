@@ -1,4 +1,4 @@
-"""Find parameters that belong to positions in a minibatch instead of rows of the data."""
+"""Find parameters that belong to positions in a minibatch, and not to rows of the data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pyro_vae._utils.random import restored_generators
 def check_positions(
     model: Program, guide: Program, batch: tuple[Tensor, ...], trace: PairTrace, num_data: int
 ) -> None:
-    """Refuse parameters of single positions where the positions hold other rows each time.
+    """Raise ValueError if a parameter belongs to positions that hold other rows each time.
 
-    The parameter of a position is ``pyro.param("loc", torch.zeros(len(x)))`` in the plate
-    ``"data"``, and each parameter of Pyro's AutoGuides for a local latent. It shows in gradients:
-    those of two rows reach separate numbers, and still the same ones when the rows have moved.
+    Such a parameter is ``pyro.param("loc", torch.zeros(len(x)))`` in the plate ``"data"``, or any
+    parameter of Pyro's AutoGuides for a local latent. Gradients reveal it: two rows have gradients
+    to separate elements, and to the same elements after the rows have moved.
 
     Args:
         model: program of p(x, z).
@@ -27,7 +27,7 @@ def check_positions(
         num_data: N.
 
     Raises:
-        ValueError: N is larger than B, and such a parameter exists.
+        ValueError: N is larger than B, and there is such a parameter.
     """
     batch_size = len(batch[0])
     parameters = {
@@ -39,7 +39,7 @@ def check_positions(
     if not parameters or batch_size < 2 or num_data <= batch_size:
         return
     with restored_generators():
-        # A network's gradient of one row reaches most of its numbers: few parameters are left.
+        # The gradient of one row reaches most elements of a network, so few parameters are left.
         first = _numbers_reached(model, guide, batch, [*parameters.values()], 1)
         found = zip(parameters.items(), first, strict=True)
         parameters = {n: p for (n, p), one in found if 0 < one.sum() * batch_size <= p.numel()}
@@ -53,19 +53,18 @@ def check_positions(
         if separate and torch.equal(here, there):
             raise ValueError(
                 f"parameter {name!r} of shape {tuple(parameters[name].shape)} has separate numbers "
-                f"for each position in a minibatch of {batch_size}, but there are {num_data} data "
-                "points: different ones would share them. Let the plate name its rows, as in "
-                f'pyro.plate("data", {num_data}, subsample=rows) with a parameter of {num_data} '
-                "rows; for an AutoGuide of Pyro, return that plate from its create_plates "
-                "argument too. Or take guides.LocalGuide or an amortized guide, or make "
-                f"batch_size {num_data}."
+                f"for each position in a minibatch of {batch_size}, so that the {num_data} data "
+                "points would share them. Use "
+                f'pyro.plate("data", {num_data}, subsample=rows) and a parameter with {num_data} '
+                "rows; for an AutoGuide of Pyro, also return that plate from its create_plates "
+                f"argument. Or use guides.LocalGuide, an amortized guide, or batch_size={num_data}."
             )
 
 
 def _numbers_reached(
     model: Program, guide: Program, batch: tuple[Tensor, ...], parameters: list[Tensor], rows: int
 ) -> list[Tensor]:
-    """Return, for each parameter, which of its numbers the first rows have a gradient to."""
+    """Return, for each parameter, a mask of its elements that the first rows have gradients to."""
     with torch.enable_grad():
         trace = PairTrace(model, guide, batch)
         values = [f.log_prob for f in (*trace.model.values(), *trace.guide.values()) if f.local]

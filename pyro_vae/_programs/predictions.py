@@ -1,4 +1,4 @@
-"""Data given latents: the model of a run, run once more without its observations."""
+"""Sample data given the latents of a run, by a second run of the model without observations."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from pyro_vae._programs.sites import Site, base_distribution, data_frame, placed
 
 
 def predict(run: PairTrace) -> dict[str, Tensor]:
-    r"""Draw the local observed sites anew, see ``Terms.predict``.
+    r"""Sample the local observed sites given the latents of a run, see ``Terms.predict``.
 
-    Sites c that were summed out of the model are drawn from :math:`p(c|z)` first.
+    Sites c that were summed out of the model are sampled from :math:`p(c|z)` first.
 
     Raises:
-        ValueError: the guide enumerates a site, and so draws no latents.
+        ValueError: The guide enumerates a site, so it has no sampled latents.
     """
     return {site["name"]: run.to_particle_layout(site["value"], site) for site in drawn_sites(run)}
 
 
 def drawn_sites(run: PairTrace) -> list[Site]:
-    """Return the local observed sites, drawn anew given the latents of a run.
+    """Return the local observed sites with new samples given the latents of a run.
 
     Raises:
-        ValueError: the guide enumerates a site, and so draws no latents.
+        ValueError: The guide enumerates a site, so it has no sampled latents.
     """
     run.require_drawn()
     given = {}
@@ -45,10 +45,10 @@ def drawn_sites(run: PairTrace) -> list[Site]:
 
 
 def means(run: PairTrace) -> Iterator[tuple[Site, Tensor]]:
-    r"""Yield the local observed sites, drawn anew, and their means given the latents of a run.
+    r"""Yield the local observed sites with new samples, and their means given the latents.
 
-    The mean given sites c that were summed out is averaged over :math:`p(c|z)`. Where a site has
-    no mean, the values drawn stand in.
+    A mean given sites c that were summed out is averaged over :math:`p(c|z)`. If a site has no
+    mean, the result is its sample.
     """
     drawn = drawn_sites(run)
     if not run.summed_out:
@@ -58,7 +58,8 @@ def means(run: PairTrace) -> Iterator[tuple[Site, Tensor]]:
     enumerated = {site["name"]: site for site in drawn_observations(run.replay_unobserved(given))}
     for site in drawn:
         mean = _mean(enumerated[site["name"]])
-        if mean is None or isinstance(base_distribution(site["fn"]), VonMises):  # no average there
+        # Angles have no average.
+        if mean is None or isinstance(base_distribution(site["fn"]), VonMises):
             yield site, site["value"]
             continue
         for together in run.summed_out:
@@ -67,13 +68,13 @@ def means(run: PairTrace) -> Iterator[tuple[Site, Tensor]]:
 
 
 def mean_or_draw(site: Site) -> Tensor:
-    """Return the mean of a site's distribution; the value drawn, where it has none."""
+    """Return the mean of a site's distribution, or the sample if there is no mean."""
     mean = _mean(site)
     return site["value"] if mean is None else mean
 
 
 def drawn_observations(trace: poutine.Trace) -> list[Site]:
-    """Return the sites of the plate ``"data"`` whose observations were taken away."""
+    """Return the sites of the plate ``"data"`` whose observations were removed."""
     return [
         site
         for site in random_sites(trace)
@@ -84,7 +85,7 @@ def drawn_observations(trace: poutine.Trace) -> list[Site]:
 
 
 def _values(site: Site) -> Tensor:
-    """Return the values of an enumerated site, one after another along the first dimension."""
+    """Return the values of an enumerated site along the first dimension."""
     event_dim = len(site["fn"].event_shape)
     values = site["value"].movedim(site["infer"]["_enumerate_dim"] - event_dim, 0)
     return values.flatten(1, values.dim() - event_dim - 1)[:, 0]
@@ -92,7 +93,7 @@ def _values(site: Site) -> Tensor:
 
 def _mean(site: Site) -> Tensor | None:
     if isinstance(base_distribution(site["fn"]), ProjectedNormal):
-        return None  # what Pyro calls its mean is a direction
+        return None  # in Pyro, its mean attribute is a direction
     try:
         mean = site["fn"].mean
     except NotImplementedError:
@@ -101,7 +102,7 @@ def _mean(site: Site) -> Tensor | None:
 
 
 def _averaged(mean: Tensor, together: SummedOut, site: Site, particle_dim: int | None) -> Tensor:
-    """Average a mean, which may depend on sites that were summed out, over these."""
+    """Average a mean over sites that were summed out, if it depends on them."""
     event_dim = len(site["fn"].event_shape)
     dims = [each["infer"]["_enumerate_dim"] - event_dim for each in together.sites.values()]
     if all(-dim > mean.dim() or mean.shape[dim] == 1 for dim in dims):

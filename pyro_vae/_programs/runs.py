@@ -26,8 +26,8 @@ Program = Callable[..., Any]
 def trace_of(program: Program, *args: Any, **kwargs: Any) -> poutine.Trace:
     """Run a program and return the trace of its sites.
 
-    The program's errors pass unchanged: ``poutine.trace(program).get_trace`` would append the
-    shapes of all sites to their messages.
+    Errors of the program keep their messages. ``poutine.trace(program).get_trace`` would append
+    the shapes of all sites to them.
     """
     with poutine.trace() as messenger:
         program(*args, **kwargs)
@@ -35,10 +35,10 @@ def trace_of(program: Program, *args: Any, **kwargs: Any) -> poutine.Trace:
 
 
 def as_guide(program: Program) -> Program:
-    """Return a guide that hides the model's observations and notes where it draws the rows.
+    """Return a guide that hides the model's observations and marks plates with random rows.
 
     A ``GuideMessenger``, such as ``AutoNormalMessenger``, runs the model to sample the latents. The
-    model's observed sites and factors are no part of log q. Pyro's ELBOs drop them, too.
+    model's observed sites and factors are not part of log q. Pyro's ELBOs also drop them.
     """
     return _AsGuide()(program)
 
@@ -55,12 +55,12 @@ class _AsGuide(Messenger):
             size, drawn = msg["fn"].size, msg["fn"].subsample_size
             msg["infer"][ROWS_WERE_DRAWN] = msg["value"] is None and drawn not in (None, size)
             first = self._plates.setdefault(msg["name"], msg)
-            if first is not msg:  # guides side by side open one plate each
+            if first is not msg:  # several guides in one program each open the plate
                 _share_rows(first, msg)
 
 
 def _share_rows(first: Site, msg: Site) -> None:
-    """Let a plate that is opened again have the rows of the first one; hide it from the trace."""
+    """Give a plate that is opened again the rows of the first one; hide it from the trace."""
     msg["stop"] = True
     rows = first["value"]
     if msg["value"] is None:
@@ -81,8 +81,8 @@ def _are_equal(rows: Any, others: Any) -> bool:
 def replay(model: Program, guide_trace: poutine.Trace) -> Program:
     """Return the model with its latents at the values of a guide's trace.
 
-    Unlike ``poutine.replay``, it leaves rows to the model that the model itself states, as in
-    ``pyro.plate("data", N, subsample=rows)``. And it ignores what the guide observes.
+    Unlike ``poutine.replay``, it keeps the rows that the model itself gives, as in
+    ``pyro.plate("data", N, subsample=rows)``. It also ignores the observations of the guide.
     """
     return _Replay(guide_trace)(model)
 
@@ -99,16 +99,16 @@ class _Replay(ReplayMessenger):
 def plate_of_guide(
     name: str, size: int, dim: int | None, full_size: int | None = None
 ) -> contextlib.AbstractContextManager:
-    """Make a plate for a guide that does not know which rows the minibatch holds.
+    """Return a plate for a guide that has no access to the row indices of the minibatch.
 
-    Its rows are not recorded. So the model keeps its own, and several guides side by side can each
-    open a plate of one name. Inside a plate of that name it does nothing.
+    The rows of the plate are not recorded. So the model keeps its own rows, and several guides
+    can each open a plate of the same name. Inside a plate of that name, the result does nothing.
 
     Args:
-        name: of the plate.
+        name: the name of the plate.
         size: number of rows of the minibatch.
         dim: batch dimension of the plate, from the right.
-        full_size: number of rows that the minibatch stands for, if it subsamples.
+        full_size: number of rows that the minibatch represents, if it is a subsample.
     """
     if any(frame.name == name for frame in get_plates()):
         return contextlib.nullcontext()
@@ -120,7 +120,7 @@ def plate_of_guide(
 
 @contextlib.contextmanager
 def outside_of_plates() -> Iterator[None]:
-    """Run a program inside the block as if no plate were open around it."""
+    """Run the block as if no plate were open around it."""
     allocator = indep_messenger._DIM_ALLOCATOR
     stack, allocator._stack = allocator._stack, []
     try:

@@ -1,4 +1,4 @@
-"""What one site of a trace says: its plates, its scale, its density, its support."""
+"""Read a site of a trace: its plates, scale, mask, log-density and support."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Site = dict[str, Any]  # a node of pyro.poutine.Trace
 DATA_PLATE = "data"
 PARTICLE_PLATE = "_particles"
 
-# Marks in the ``infer`` of a guide's site.
-JOINT_DENSITY = "_joint_density"  # a factor: the density of several latents
+# Keys that mark a guide's site, in its ``infer``.
+JOINT_DENSITY = "_joint_density"  # a factor: the joint density of several latents
 ROWS_WERE_DRAWN = "_rows_were_drawn"  # a plate: a random subsample
-ON_SUPPORT = "_on_support"  # a latent: the bijection from which all draws are in the support
+ON_SUPPORT = "_on_support"  # a latent: a bijection that keeps all samples inside the support
 
 
 def random_sites(trace: poutine.Trace) -> Iterator[Site]:
-    """Yield the sites that have a density: neither a plate's subsample nor pyro.deterministic."""
+    """Yield the sites with a density: no subsamples of plates and no pyro.deterministic sites."""
     for site in trace.nodes.values():
         if (
             site["type"] == "sample"
@@ -42,7 +42,7 @@ def random_sites(trace: poutine.Trace) -> Iterator[Site]:
 
 
 class Unobserve(UnconditionMessenger):
-    """Takes a model's observations away; pyro.deterministic sites, which are none, stay."""
+    """Remove a model's observations, except at pyro.deterministic sites."""
 
     def _pyro_sample(self, msg: Site) -> None:
         if not (msg["infer"] or {}).get("_deterministic"):
@@ -50,19 +50,20 @@ class Unobserve(UnconditionMessenger):
 
 
 def is_loss_of_guide(site: Site) -> bool:
-    """Tell whether a guide's site is no part of log q, but a loss that training adds.
+    """Return whether a guide's site is a loss that training adds, and not part of log q.
 
-    A ``pyro.factor`` is one, and an observed auxiliary site, such as a classifier's likelihood.
+    Such sites are a ``pyro.factor`` and an observed auxiliary site, such as a classifier's
+    likelihood.
     """
     return site["is_observed"] and not site["infer"].get(JOINT_DENSITY)
 
 
 def mask_of(site: Site) -> bool | Tensor | None:
-    """Return the mask of a site: that of ``poutine.mask`` and of ``Distribution.mask`` together.
+    """Return the combined mask of a site, from ``poutine.mask`` and ``Distribution.mask``.
 
     Returns:
-        None if the site is not masked; False, or a tensor over its batch and event dimensions,
-        those of the event of size 1 where the mask is for whole events.
+        None if the site is not masked, else False or a tensor. The tensor covers the batch and
+        event dimensions; its event dimensions have size 1 where the mask is for whole events.
     """
     fn, total = site["fn"], True
     masks = [(site["mask"], fn.event_dim)]
@@ -79,7 +80,7 @@ def mask_of(site: Site) -> bool | Tensor | None:
 
 
 def mask_of_events(site: Site) -> bool | Tensor | None:
-    """Return :func:`mask_of` over the batch dimensions: an event counts if all of it does."""
+    """Return :func:`mask_of` by batch dimensions: True for an event if all its elements are."""
     mask = mask_of(site)
     event_dim = site["fn"].event_dim
     if not isinstance(mask, Tensor) or not event_dim:
@@ -88,7 +89,7 @@ def mask_of_events(site: Site) -> bool | Tensor | None:
 
 
 def data_frame(site: Site) -> CondIndepStackFrame | None:
-    """Return the frame of the plate ``"data"`` at a site, or None if the site stands outside."""
+    """Return the frame of the plate ``"data"`` at a site, or None if the site is outside it."""
     for frame in site["cond_indep_stack"]:
         if frame.name == DATA_PLATE and frame.vectorized:
             return frame
@@ -96,7 +97,7 @@ def data_frame(site: Site) -> CondIndepStackFrame | None:
 
 
 def own_scale(site: Site) -> float | Tensor:
-    """Return a site's scale less that of the plate ``"data"``, which no per-datum term may hold."""
+    """Return a site's scale without that of the plate ``"data"``."""
     frame = data_frame(site)
     if frame is None or not frame.full_size or frame.full_size == frame.size:
         return site["scale"]
@@ -112,24 +113,24 @@ def reduce_to_datum(
     particle_dim: int | None,
     num_particles: int,
 ) -> Tensor:
-    """Sum a site's log-densities over every batch dimension but the particles' and the data's.
+    """Sum a site's log-densities over all batch dimensions except the particles' and the data's.
 
     Args:
-        log_prob: of the site's batch shape.
-        site: where it was taken.
-        batch_size: B, of the plate ``"data"``.
-        particle_dim: the particles' dimension, None without one.
+        log_prob: the log-density, of the site's batch shape.
+        site: a site of the trace.
+        batch_size: B, the size of the plate ``"data"``.
+        particle_dim: the particles' dimension, or None without particles.
         num_particles: K.
 
     Returns:
-        Shape (K, B), or (K,) outside the plate ``"data"``.
+        Shape (K, B), or (K,) for a site outside the plate ``"data"``.
 
     Raises:
-        ValueError: a batch dimension of the site is no plate's: it could hold anything, such as
-            particles that a program moved by summing over a plate without ``keepdim=True``.
+        ValueError: A batch dimension of the site does not belong to a plate. It could hold
+            particles, moved there by a sum over a plate without ``keepdim=True``.
     """
     frame = data_frame(site)
-    if frame is not None and frame.dim == -1:  # nothing but particles and data, most often
+    if frame is not None and frame.dim == -1:  # usually there are only particles and data
         if particle_dim is None and log_prob.shape == (batch_size,):
             return log_prob.unsqueeze(0)
         if particle_dim == -2 and log_prob.shape == (num_particles, batch_size):
@@ -139,8 +140,8 @@ def reduce_to_datum(
         if log_prob.shape[dim] > 1 and dim not in plates:
             raise ValueError(
                 f"site {site['name']!r} has batch shape {tuple(log_prob.shape)}, but no plate at "
-                f"its dimension {dim}. Declare dimensions of the event with .to_event(n); put "
-                "other ones into a plate; and keep those of plates that you sum over "
+                f"its dimension {dim}. Declare event dimensions with .to_event(n), and put other "
+                "dimensions into a plate. Keep the dimensions of plates that you sum over "
                 "(keepdim=True)."
             )
     kept, sizes = [], [num_particles]
@@ -157,19 +158,19 @@ def reduce_to_datum(
     pairs = zip(reversed(log_prob.shape), reversed(sizes), strict=False)
     if any(size not in (1, wanted) for size, wanted in pairs):
         raise ValueError(
-            f"site {site['name']!r} has batch shape {tuple(log_prob.shape)}, but its plates are of "
-            f"{sizes}: is x of the shape that the programs expect?"
+            f"site {site['name']!r} has batch shape {tuple(log_prob.shape)}, but its plates have "
+            f"sizes {sizes}. Does x have the shape that the programs expect?"
         )
     return log_prob.expand(sizes)
 
 
 def to_particle_layout(values: Tensor, site: Site, particle_dim: int | None) -> Tensor:
-    """Return what a site has for each number of its value, with the dimensions in order.
+    """Return per-element values of a site with their dimensions in a fixed order.
 
     Args:
-        values: of the shape of the site's value, or one that expands to it.
-        site: in the plate ``"data"``.
-        particle_dim: the particles' dimension, None without one.
+        values: a tensor that expands to the shape of the site's value.
+        site: a site in the plate ``"data"``.
+        particle_dim: the particles' dimension, or None without particles.
 
     Returns:
         Shape ``(K, B, *inner plates, *event)``.
@@ -189,13 +190,13 @@ def to_particle_layout(values: Tensor, site: Site, particle_dim: int | None) -> 
 def placed(
     values: Tensor, site: Site, particle_dim: int | None, width: int | None = None
 ) -> Tensor:
-    """Lay values (..., K, B) out as the batch dimensions of a site in the plate ``"data"`` are.
+    """Reshape values (..., K, B) to the batch dimensions of a site in the plate ``"data"``.
 
     Args:
-        values: for each particle and data point; dimensions before these two come out first.
-        site: gives the place of the data.
-        particle_dim: the particles' dimension, None without one.
-        width: how many batch dimensions there shall be, as few as hold the values by default.
+        values: values for each particle and data point; any dimensions before these two are kept.
+        site: a site that gives the dimension of the data.
+        particle_dim: the particles' dimension, or None without particles.
+        width: the number of batch dimensions; by default as few as possible.
     """
     *outer, num_particles, batch_size = values.shape
     data_dim = data_frame(site).dim
@@ -207,17 +208,17 @@ def placed(
 
 
 def observed_value(site: Site) -> Tensor:
-    """Return the value that a site in the plate ``"data"`` observes, once for each data point.
+    """Return the observed value of a site in the plate ``"data"``, one for each data point.
 
     Args:
-        site: its value may have further dimensions, of particles or of enumerated values, along
-            which it repeats.
+        site: an observed site. Along dimensions of particles and enumerated values, its value must
+            repeat.
 
     Returns:
         Shape ``(B, *inner plates, *event)``.
 
     Raises:
-        ValueError: the value differs from particle to particle, or among enumerated values.
+        ValueError: The value differs between particles or between enumerated values.
     """
     event = tuple(site["fn"].event_shape)
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE]
@@ -238,32 +239,32 @@ def observed_value(site: Site) -> Tensor:
 
 
 def require_one_observation(name: str, value: Tensor, other: Tensor) -> None:
-    """Refuse observations of a site that are not equal.
+    """Raise ValueError if two observed values of a site differ.
 
     Args:
-        name: of the site.
-        value: observed.
-        other: observed too; it may repeat along a dimension.
+        name: the name of the site.
+        value: an observed value.
+        other: another observed value, which may broadcast.
 
     Raises:
-        ValueError: they differ.
+        ValueError: The two values differ.
     """
     if not ((value == other) | (value.isnan() & other.isnan())).all():
         raise ValueError(
             f"site {name!r} observes values that differ from particle to particle, or among "
-            "enumerated values, so there is no one value for each data point. Compute obs= from "
-            "the data alone, or run the pair with one particle and without enumeration."
+            "enumerated values: a data point needs one value. Compute obs= from the data alone, "
+            "or run the pair with one particle and without enumeration."
         )
 
 
 def closed_form_kl(guide_site: Site, model_site: Site) -> Tensor | None:
-    """Return KL(q || p) at a site, or None where no closed form gives what sampling estimates."""
+    """Return KL(q || p) at a site, or None if no closed form matches the sampled estimate."""
     q, p = guide_site["fn"], model_site["fn"]
     if isinstance(base_distribution(q), Delta):
-        return None  # Pyro's KL leaves out log_density, where an AutoGuide puts its Jacobian
+        return None  # Pyro's KL ignores log_density, where an AutoGuide puts its Jacobian
     scale = own_scale(guide_site)
     if guide_site["mask"] is not model_site["mask"] or not _same(scale, own_scale(model_site)):
-        return None  # scaled or masked on one side alone
+        return None  # scaled or masked in one program only
     kl = known_kl(q, p)
     if kl is None or kl.shape != q.batch_shape:
         return None
@@ -271,7 +272,7 @@ def closed_form_kl(guide_site: Site, model_site: Site) -> Tensor | None:
 
 
 def support_bounds(site: Site) -> tuple | None:
-    """Return what tells a site's support from others of its kind; None if there is one alone."""
+    """Return the bounds of a site's support, or None for torch's constraints without bounds."""
     support = site["fn"].support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
@@ -281,7 +282,7 @@ def support_bounds(site: Site) -> tuple | None:
 
 
 def _bounds(thing: Any) -> Any:
-    """Return numbers and tensors of a constraint, however nested."""
+    """Return the numbers and tensors of a constraint as nested tuples."""
     if isinstance(thing, Constraint):
         return type(thing), *((name, _bounds(value)) for name, value in vars(thing).items())
     if isinstance(thing, list | tuple):
@@ -290,19 +291,19 @@ def _bounds(thing: Any) -> Any:
 
 
 def inside_support(site: Site, values: Tensor) -> Tensor | None:
-    """Tell of each row of values whether a site's distribution supports it, shape (N,).
+    """Return whether each row of values is inside a site's support, shape (N,).
 
-    Where the bounds have a row for each of the site's data, more values are taken as so many
-    minibatches.
+    If the bounds have one row per data point of the site, the values are split into minibatches
+    of the site's size.
 
     Args:
         site: node of a trace.
-        values: ``(N, *event)``; None is returned for values that do not fit the site's shape.
+        values: ``(N, *event)``. If they do not fit the site's shape, the result is None.
     """
     frame = data_frame(site)
     try:
         support = site["fn"].support
-    except NotImplementedError:  # it states none
+    except NotImplementedError:  # the distribution has no declared support
         return None
     try:
         inside = support.check(values)
@@ -321,12 +322,12 @@ def inside_support(site: Site, values: Tensor) -> Tensor | None:
 def values_outside_support(
     site: Site, values: Tensor, considered: Tensor | None = None
 ) -> str | None:
-    """Say which values a site's distribution does not support; None if it supports them all.
+    """Return a message about values outside a site's support, or None if all are inside.
 
     Args:
         site: node of a trace.
-        values: ``(N, *event)``; nothing is said of values that do not fit the site's shape.
-        considered: of which rows to say it, of all if not given.
+        values: ``(N, *event)``. If they do not fit the site's shape, the result is None.
+        considered: a boolean mask of the rows to check; all rows by default.
     """
     inside = inside_support(site, values)
     if inside is None:
@@ -342,44 +343,45 @@ def values_outside_support(
     if any(isinstance(bound, Tensor) and bound.numel() > 1 for bound in vars(each).values()):
         return (
             f"a value outside the support of site {site['name']!r}, whose bounds the program "
-            f"computes, first in row {row}: where they depend on latents, let these keep to what "
-            "the data allow, or choose another distribution"
+            f"computes, first in row {row}. Choose another distribution, or limit any latents "
+            "that the bounds depend on to values that the data allow"
         )
     low, high = values[row].min().item(), values[row].max().item()
     return (
-        f"values outside the support of site {site['name']!r}, {support}, first in row {row}, "
-        f"where they lie in [{low:g}, {high:g}]: binarise or rescale them, or choose another "
-        "distribution"
+        f"values outside the support of site {site['name']!r}, {support}, first in row {row}. "
+        f"Row {row} has values in [{low:g}, {high:g}]. Binarize or rescale them, or choose "
+        "another distribution"
     )
 
 
 def cannot_score(site: Site, error: Exception) -> str:
-    """Say that the distribution of a site cannot score a value that it did not draw itself."""
+    """Return the message for a distribution that can only score its own last sample."""
     each = base_distribution(site["fn"])
     parts = [type(part).__name__ for part in (each, *getattr(each, "transforms", ()))]
     return (
         f"site {site['name']!r} has the distribution {' of '.join(parts)}, which cannot score a "
-        f"value that it did not draw itself: {type(error).__name__} {error}. Take a distribution "
-        "with a log_prob; in place of a flow without an inverse, one of pyro_vae.flows"
+        f"value that it did not sample itself ({type(error).__name__} {error}). Use a "
+        "distribution with a log_prob. Instead of a flow without an inverse, use one of "
+        "pyro_vae.flows"
     )
 
 
 def is_discrete(distribution: Any) -> bool:
-    """Tell whether a distribution states a discrete support."""
+    """Return whether a distribution declares a discrete support."""
     with contextlib.suppress(NotImplementedError):
         return distribution.support.is_discrete
     return False
 
 
 def is_real(constraint: Constraint) -> bool:
-    """Tell whether a support is of all real numbers, or vectors of them."""
+    """Return whether a support is the real line or a space of real vectors."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     return constraint in (constraints.real, constraints.real_vector)
 
 
 def base_distribution(distribution: Any) -> Any:
-    """Return what a distribution calls independent dimensions of, itself if nothing."""
+    """Return the distribution inside any ``Independent`` wrappers."""
     while isinstance(distribution, Independent):
         distribution = distribution.base_dist
     return distribution

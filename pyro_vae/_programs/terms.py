@@ -1,4 +1,4 @@
-"""The terms of every objective: per-datum log-densities of a model and a guide.
+"""The terms of every objective: log-densities of a model and a guide for each data point.
 
 :func:`terms` runs a pair of Pyro programs and returns ``log p(x|z)``, ``log p(z)`` and
 ``log q(z|x)`` as tensors of shape (K, B): K particles for each of the B data points of a
@@ -38,32 +38,32 @@ def terms(
     enumerates: bool = False,
     **kwargs: Any,
 ) -> Terms:
-    r"""Run ``guide(*args)``, then ``model(*args)`` on the same latents; take the log-densities.
+    r"""Run ``guide(*args)``, then ``model(*args)`` on the same latents, and score all sites.
 
     Args:
         model: program of :math:`p(x, z)`.
         guide: program of :math:`q(z|x)`.
-        *args: what both programs are called with: a minibatch whose leading dimension is the
-            batch, then any covariates.
-        num_particles: K, the number of samples of z for each datum.
+        *args: the arguments of both programs: a minibatch whose leading dimension is the batch,
+            then any covariates.
+        num_particles: K, the number of samples of z for each data point.
         vectorize_particles: draw all K particles in one run, under an outer plate whose dimension
             comes first. ``False`` runs the programs K times. Choose it for a program that cannot
             take the extra dimension, such as one with ``BatchNorm1d`` in its decoder. The terms
             have the same distribution. With K = 1 there is no extra dimension either way.
-        plate_nesting: how many batch dimensions the programs use, the particles' apart; found by
-            :func:`find_plate_nesting` when not given.
+        plate_nesting: the number of batch dimensions that the programs use, without that of the
+            particles. The default is the result of :func:`find_plate_nesting`.
         hold_samples: let the terms depend on the parameters directly, and not through the
-            reparameterised samples: what these carry, :meth:`Terms.path` gives.
-        enumerates: whether some latent is known to ask for enumeration. If not, and one does, the
-            programs are run once more.
+            reparameterized samples. :meth:`Terms.path` returns the gradient along the samples.
+        enumerates: whether a latent is known to be marked for enumeration. If False and a latent
+            is marked, the programs run once more.
         **kwargs: keyword arguments of both programs.
 
     Returns:
         The :class:`Terms` of the run, in nats.
 
     Raises:
-        ValueError: no site stands in the plate ``"data"``; a latent site of the model is missing
-            in the guide, or the other way round; the plates of the two disagree.
+        ValueError: No site is inside the plate ``"data"``. A latent of the model is missing in the
+            guide, or the guide has another one. The plates of the two programs disagree.
 
     Example:
         >>> import pyro, torch, pyro_vae as pv
@@ -106,7 +106,7 @@ def terms(
 
 
 def _run(model: Program, guide: Program, args: Any, kwargs: Any, **options: Any) -> PairTrace:
-    """Run a pair; where that fails, look whether NaN in its arguments are the reason."""
+    """Run a pair; if it fails on NaN or infinite arguments, say so in the error."""
     try:
         return PairTrace(model, guide, args, kwargs, **options)
     except ValueError as error:
@@ -114,19 +114,19 @@ def _run(model: Program, guide: Program, args: Any, kwargs: Any, **options: Any)
             name = "x" if number == 0 else f"covariate {number} of x"
             if isinstance(column, Tensor) and not torch.isfinite(column).all():
                 raise ValueError(
-                    f"{name} has NaN or infinite values, with which the pair cannot run: {error}"
+                    f"{name} has NaN or infinite values, and the pair cannot run on them: {error}"
                 ) from error
         raise
 
 
 def find_plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
-    """Count the batch dimensions that the plates of both programs use, by running them.
+    """Run both programs and count the batch dimensions that their plates use.
 
-    They are run once more with as many particles as no plate has data: particles that a program
-    moved into the place of a plate of another size are found out.
+    A second run has a number of particles that differs from every plate size. It fails if a
+    program moves the particles to the dimension of a plate.
 
     Raises:
-        ValueError: the programs cannot take the particles' dimension.
+        ValueError: The programs cannot run with a dimension of particles.
     """
     with restored_generators(), torch.no_grad(), poutine.block():
         trace = _run(model, guide, args, kwargs)
@@ -142,21 +142,21 @@ def find_plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any
             )
         except (RuntimeError, IndexError, ValueError) as error:
             raise ValueError(
-                "model and guide run as they are, but not with a leading dimension of particles: "
-                f"{str(error).rstrip('.')}. Let their networks take any leading dimensions, or "
+                "model and guide run, but not with a leading dimension of particles: "
+                f"{str(error).rstrip('.')}. Let their networks accept any leading dimensions, or "
                 "pass vectorize_particles=False."
             ) from error
     return trace.plate_nesting
 
 
 class Terms:
-    r"""Per-datum log-densities of a pair, in nats: K particles for each of B data points.
+    r"""Log-densities of a pair, in nats: K particles for each of B data points.
 
-    What belongs to a datum stands in the plate ``"data"``; the attributes named ``..._global``
-    hold the rest, one value for each particle.
+    Attributes without ``_global`` in their names hold the sites inside the plate ``"data"``.
+    Attributes named ``..._global`` hold all other sites, with one value per particle.
 
     Args:
-        runs: where the particles come from, one run after another along the first dimension.
+        runs: the runs of the pair; their particles are concatenated along the first dimension.
     """
 
     def __init__(self, runs: Sequence[PairTrace]):
@@ -190,58 +190,61 @@ class Terms:
 
     @cached_property
     def kl(self) -> Tensor:
-        r""":math:`\log q(z|x) - \log p(z)`, its expectation where it is known, shape (K, B).
+        r""":math:`\log q(z|x) - \log p(z)`, or its expectation if known, shape (K, B).
 
-        Site by site: :math:`\mathrm{KL}(q \| p)` in closed form where torch or Pyro knows it, the
-        sampled difference elsewhere; and everywhere if the guide samples the latents in another
-        order than the model, for then what depends on a site would be held fixed.
+        Each site contributes :math:`\mathrm{KL}(q \| p)` where torch or Pyro has a closed form,
+        and the sampled difference elsewhere. All sites contribute the sampled difference if the
+        guide samples the latents in another order than the model. A closed form would then hold
+        fixed the sites that depend on the site.
         """
         return torch.cat([divergences.kl(run, local=True) for run in self._runs])
 
     def kl_of_sites(self) -> dict[str, Tensor]:
-        """Return :attr:`kl` by latent of the plate ``"data"``, each (K, B).
+        """Return :attr:`kl` for each latent in the plate ``"data"``, each of shape (K, B).
 
         Raises:
-            ValueError: the guide or the model has one density for several of them.
+            ValueError: The guide or the model has one joint density for several latents.
         """
         return _concatenate([divergences.kl_of_sites(run) for run in self._runs])
 
     def kl_of_dimensions(self) -> dict[str, Tensor]:
-        """Return :attr:`kl` by latent and by its numbers, ``(K, B, *inner plates, *event)``.
+        """Return :attr:`kl` for each dimension of each latent.
+
+        Returns:
+            By latent, ``(K, B, *inner plates, *event)``.
 
         Raises:
-            ValueError: the dimensions are not independent under both programs, or masked, or
-                scaled.
+            ValueError: The dimensions are masked or scaled, or not independent under both programs.
         """
         return _concatenate([divergences.kl_of_dimensions(run) for run in self._runs])
 
     def log_guide_of_pairs(self) -> Tensor:
-        r"""Return :math:`\log q(z_{kbd}|x_c)`, dimension by dimension, shape (K, B, B, D).
+        r"""Return :math:`\log q(z_{kbd}|x_c)` for each dimension d, shape (K, B, B, D).
 
         Raises:
-            ValueError: there is more than one local latent, or its dimensions are not independent.
-            TypeError: it is no Gaussian under the guide.
+            ValueError: There is more than one local latent, or its dimensions are not independent.
+            TypeError: The latent is not Gaussian under the guide.
         """
         return torch.cat([divergences.log_guide_of_pairs(run) for run in self._runs])
 
     def path(self, weights: Tensor) -> Tensor:
-        r"""Return zeros with the gradient that weighted log-weights send along the samples.
+        r"""Return zeros whose gradient is that of weighted log-weights along the samples.
 
         .. math::
             \sum_k c_k \, \frac{\partial \log w_k}{\partial z_k} \,
             \frac{\partial z_k}{\partial\phi}
 
-        The parameters inside :math:`\log w` are held fixed, those of the guide's density among
-        them, whatever its distributions are. Needs terms taken with ``hold_samples``.
+        All parameters inside :math:`\log w` are held fixed, including those of the guide's
+        density. This holds for any distributions. The terms need ``hold_samples=True``.
 
         Args:
             weights: c, without a gradient, shape (K, B).
 
         Returns:
-            Shape (B,). The gradient belongs to the sum over the data, not to each of them.
+            Shape (B,). The gradient is that of the sum over the data, not of each data point.
 
         Raises:
-            ValueError: the terms were taken otherwise.
+            ValueError: The terms were computed without ``hold_samples``.
         """
         self.require_held_samples("Terms.path")
         zeros = self.log_weight.new_zeros(self.log_weight.shape[1])
@@ -259,15 +262,15 @@ class Terms:
         return along - along.detach() if isinstance(along, Tensor) else 0.0
 
     def loss_of_guide(self) -> Tensor | float:
-        r"""Return the loss that the guide itself adds, averaged over the particles, a scalar.
+        r"""Return the loss that the guide itself adds, a scalar averaged over the particles.
 
         It is the sum of the log-factors of the guide's ``pyro.factor`` statements and observed
-        auxiliary sites, such as a classifier's likelihood. They are no part of
-        :math:`\log q(z|x)`: no log-weight and no KL contains them. In Pyro's ELBOs they enter the
-        loss with a plus sign, as here.
+        auxiliary sites, such as a classifier's likelihood. These factors are not part of
+        :math:`\log q(z|x)`, of any log-weight or of any KL. As in Pyro's ELBOs, they enter the
+        loss with a plus sign.
 
-        Its gradient is that of :math:`\mathbb{E}_q`: reparameterized, or by the score function
-        where a site has no reparameterized sample.
+        The gradient is that of :math:`\mathbb{E}_q`. It is reparameterized, or uses the score
+        function where a site has no reparameterized sample.
         """
         if not self._first.guide_losses:
             return 0.0
@@ -285,26 +288,26 @@ class Terms:
 
     @cached_property
     def log_likelihood_global(self) -> Tensor:
-        """Log-density of the observations that all data share, shape (K,); zero if none."""
+        """Log-density of the observations that all data points share, shape (K,); zero if none."""
         return self._sum(lambda run: (f for f in run.model.values() if f.observed), local=False)
 
     @cached_property
     def log_weight_global(self) -> Tensor:
-        """Log-weight of everything that all data share, shape (K,); zero if nothing."""
+        """Log-weight of all sites that all data points share, shape (K,); zero if none."""
         log_joint = self._sum(lambda run: run.model.values(), local=False)
         return log_joint - self._sum(lambda run: run.guide.values(), local=False)
 
     @cached_property
     def kl_global(self) -> Tensor:
-        """What :attr:`kl` is, for the latents that all data share, shape (K,); zero if none."""
+        """:attr:`kl` of the latents that all data points share, shape (K,); zero if none."""
         return torch.cat([divergences.kl(run, local=False) for run in self._runs])
 
     @cached_property
     def score(self) -> Tensor | None:
-        """Log-density of the guide's sites without a reparameterised sample, shape (K, B).
+        """Log-density of the guide's sites without a reparameterized sample, shape (K, B).
 
-        Its gradient is the score function: no scale belongs to it. None if every site is
-        reparameterised.
+        Its gradient is the score function, without any scale. None if every site is
+        reparameterized.
         """
         if not self.not_reparameterized:
             return None
@@ -312,37 +315,37 @@ class Terms:
 
     @cached_property
     def log_guide_of_score(self) -> Tensor:
-        """The part of :attr:`log_guide` that belongs to the sites of :attr:`score`, (K, B)."""
+        """The part of :attr:`log_guide` from the sites of :attr:`score`, shape (K, B)."""
         return self._sum(lambda run: (f for f in run.guide.values() if not f.reparameterized))
 
     @cached_property
     def baselines(self) -> dict[str, Baseline]:
-        """Baselines of score functions that the guide asks for, by site.
+        """The baselines for score functions that the guide requests, by site.
 
         Raises:
-            ValueError: a site has unknown options, or some that contradict each other.
-            TypeError: an option is of another type than expected.
+            ValueError: A site has unknown options, or options that contradict each other.
+            TypeError: An option has the wrong type.
         """
         return baselines_of(self._first)
 
     def less_baselines(self, signal: Tensor, averages: Mapping[str, Tensor]) -> Tensor:
-        r"""Return zeros whose gradient subtracts the baselines from a signal, and trains them.
+        r"""Return zeros whose gradient subtracts the baselines from a signal and trains them.
 
         .. math::
             \frac1K \sum_k \sum_i -b_{ki} \nabla \log q_i(z_k|x) - \nabla (s_k - b_{ki})^2
 
-        for the sites i that have a baseline b. The signal s is that which weights their score.
+        over the sites i that have a baseline b. The signal s weights their score.
 
         Args:
             signal: s, shape (K, B).
-            averages: of the signal in steps before, by site, for those that ask for one.
+            averages: moving averages of the signal in earlier steps, for the sites that need one.
 
         Returns:
             Shape (B,).
 
         Raises:
-            ValueError: a baseline is not of the batch shape of its site.
-            TypeError: a baseline is no tensor.
+            ValueError: A baseline does not have the batch shape of its site.
+            TypeError: A baseline is not a tensor.
         """
         rows = signal.split([run.num_particles for run in self._runs])
         found = [
@@ -362,8 +365,7 @@ class Terms:
         """Values of the observed sites of the plate ``"data"``, ``(B, *inner plates, *event)``.
 
         Raises:
-            ValueError: the value of a site differs from particle to particle, or among enumerated
-                values.
+            ValueError: The value of a site differs between particles or enumerated values.
         """
         first, *others = [run.observations() for run in self._runs]
         for name, value in first.items():
@@ -372,42 +374,42 @@ class Terms:
         return first
 
     def predict(self) -> dict[str, Tensor]:
-        r"""Draw the observed sites of the plate ``"data"`` given the latents.
+        r"""Sample the observed sites of the plate ``"data"`` given the latents.
 
-        Runs the model once more, its observations taken away. Latents c that were summed out are
-        drawn from :math:`p(c|z)`, so that the draws are those of
+        The model runs once more without its observations. Latents c that were summed out are
+        sampled from :math:`p(c|z)`, so the samples follow
         :math:`p(x'|z) = \sum_c p(c|z) \, p(x'|z, c)`.
 
         Returns:
             By site, ``(K, B, *inner plates, *event)``.
 
         Raises:
-            ValueError: the guide enumerates a site, and so draws no latents.
+            ValueError: The guide enumerates a site, so it has no sampled latents.
         """
         return _concatenate([predictions.predict(run) for run in self._runs])
 
     def sample_joint(self) -> JointSample:
-        """Let the model draw latents and data together, one for each of the minibatch."""
+        """Sample latents and data together from the model, as many as the minibatch has rows."""
         return self._first.sample_joint()
 
     @property
     def scale(self) -> float:
-        """N/B where the plate ``"data"`` stands for N data points by a subsample of B; else 1."""
+        """N/B if the plate ``"data"`` is a subsample of B from N data points, else 1."""
         return self._first.scale
 
     @property
     def not_reparameterized(self) -> list[str]:
-        """Names of the guide's sites without a reparameterised sample."""
+        """Names of the guide's sites without a reparameterized sample."""
         return [f.name for f in self._first.guide.values() if not f.reparameterized]
 
     @property
     def global_sites(self) -> list[str]:
-        """Names of the sites of both programs that stand outside the plate ``"data"``."""
+        """Names of the sites of both programs outside the plate ``"data"``."""
         return self._names(lambda factor: not factor.local)
 
     @property
     def points(self) -> list[str]:
-        """Names of the latents that the guide gives one point, no auxiliary site behind them."""
+        """Names of the latents that are Deltas in the guide; empty if it has auxiliary sites."""
         guide, latents = self._first.guide, self._first.latents
         if any(not f.observed and f.name not in latents for f in guide.values()):
             return []
@@ -415,102 +417,102 @@ class Terms:
 
     @property
     def enumerates(self) -> bool:
-        """Whether a latent is enumerated: summed out, or averaged over under the guide."""
+        """Whether a latent is enumerated: summed out, or averaged under the guide."""
         return self._first.enumerates
 
     @property
     def plate_nesting(self) -> int:
-        """How many batch dimensions the programs' plates use, the particles' apart."""
+        """The number of batch dimensions of the programs' plates, without the particles."""
         return self._first.plate_nesting
 
     @property
     def scaled_sites(self) -> list[str]:
-        """Names of the sites scaled by anything but the subsampling of the plate ``"data"``."""
+        """Names of the sites with a scale other than the subsampling of the plate ``"data"``."""
         return self._names(lambda factor: factor.scaled)
 
     def require_independent_data(self, who: str, *, points: bool = False) -> None:
-        """Refuse a pair whose log-weights are not those of independent data points.
+        """Raise ValueError unless the log-weights are those of independent data points.
 
         Args:
-            who: the objective or estimator that needs them; it opens the message.
+            who: the objective or estimator that needs them, the first words of the message.
             points: whether the guide may give a latent one point.
 
         Raises:
-            ValueError: a site is global, or scaled, or a point, or averaged over.
+            ValueError: A site is global, scaled, a point, or averaged over.
         """
         if self.global_sites:
             raise ValueError(
-                f"{who} weighs each datum by itself, but site {self.global_sites[0]!r} stands "
-                'outside the plate "data" and is shared by all data. Move it into the plate, or '
-                "use objectives.ELBO, which accepts global sites."
+                f"{who} weighs each data point by itself, but site {self.global_sites[0]!r} is "
+                'outside the plate "data" and shared by all data points. Move it into the plate, '
+                "or use objectives.ELBO, which accepts global sites."
             )
         if self.points and not points:
             raise ValueError(
                 f"{who} needs a density, but the guide gives latent site {self.points[0]!r} one "
-                "point (a Delta): p(x, z) at a point is no bound on p(x). Use objectives.ELBO, "
-                "which then finds the most probable latents, or a guide with a density."
+                "point (a Delta), and p(x, z) at a point is not a bound on p(x). Use a guide with "
+                "a density, or objectives.ELBO, which then finds the most probable latents."
             )
         if averaged := self._first.averaged:
             raise ValueError(
                 f"{who} weighs each sample by itself, but the guide averages over all values of "
-                f"site {averaged[0]!r}. Leave that site out of the guide: enumerated in the model "
-                "alone, it is summed out. Or use objectives.ELBO."
+                f"site {averaged[0]!r}. Remove that site from the guide, so that the model's "
+                "enumeration sums it out, or use objectives.ELBO."
             )
         if self.scaled_sites:
             raise ValueError(
-                f"{who} needs log-densities as they are, but site {self.scaled_sites[0]!r} is "
-                "scaled, by poutine.scale or by an inner plate that subsamples. A scale inside an "
+                f"{who} needs unscaled log-densities, but site {self.scaled_sites[0]!r} is scaled "
+                "by poutine.scale or by an inner plate that subsamples. A scale inside an "
                 "importance weight gives no bound on log p(x): remove it."
             )
 
     def require_held_samples(self, who: str) -> None:
-        """Refuse terms whose samples are not held fixed.
+        """Raise ValueError unless the terms hold the guide's samples fixed.
 
         Args:
-            who: what needs them; it opens the message.
+            who: the method or objective that needs such terms, the first words of the message.
 
         Raises:
-            ValueError: they were taken without ``hold_samples``.
+            ValueError: The terms were computed without ``hold_samples``.
         """
         if not self._first.holds_samples:
             raise ValueError(
-                f"{who} needs terms at samples held fixed: pass hold_samples=True to "
+                f"{who} needs terms that hold the samples fixed: pass hold_samples=True to "
                 "pyro_vae.terms, or set hold_samples = True in the class of the objective"
             )
 
     def require_reparameterized(self, who: str) -> None:
-        """Refuse a guide that has a site without a reparameterised sample.
+        """Raise ValueError if a site of the guide has no reparameterized sample.
 
         Args:
-            who: the objective that needs them; it opens the message.
+            who: the objective that needs such samples, the first words of the message.
 
         Raises:
-            ValueError: a site has none.
+            ValueError: A site has no reparameterized sample.
         """
         if self.not_reparameterized:
             raise ValueError(
-                f"{who} needs a reparameterised sample at every site of the guide; site "
+                f"{who} needs a reparameterized sample at every site of the guide; site "
                 f"{self.not_reparameterized[0]!r} has none. Use objectives.ELBO, which falls back "
                 "on the score function."
             )
 
     def require_no_baselines(self, who: str, sites: Sequence[str] | None = None) -> None:
-        """Refuse a guide that asks for a baseline where none would be used.
+        """Raise ValueError if the guide requests a baseline that the objective would not use.
 
         Args:
-            who: the objective; it opens the message.
-            sites: where it would be used; nowhere by default.
+            who: the objective, the first word of the message.
+            sites: the sites at which the objective uses baselines; none by default.
 
         Raises:
-            ValueError: a site elsewhere asks for one, or by unknown options.
-            TypeError: an option is of another type than expected.
+            ValueError: Another site requests a baseline, or its options are unknown.
+            TypeError: An option has the wrong type.
         """
         if unused := [name for name in self.baselines if name not in (sites or [])]:
             raise ValueError(
                 f"{who} takes no score function at guide site {unused[0]!r}, or none with a "
-                "baseline: what the site asks for by infer={'baseline': ...} would be ignored. "
-                "Remove it, or use objectives.ELBO, at sites without a reparameterized sample, or "
-                "objectives.ScoreFunction."
+                "baseline, so infer={'baseline': ...} would be ignored there. Remove it, or use "
+                "objectives.ScoreFunction, or objectives.ELBO at sites without a reparameterized "
+                "sample."
             )
 
     def _sum(self, factors: Callable, local: bool = True) -> Tensor:
@@ -522,7 +524,7 @@ class Terms:
 
 
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """Multiply, where zero times anything is zero: that of minus infinity would be NaN."""
+    """Multiply, with zero wherever a weight is zero, even for a value of minus infinity."""
     return weights * torch.where(weights == 0, 0.0, values)
 
 

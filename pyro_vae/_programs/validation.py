@@ -1,7 +1,7 @@
-"""The contract for programs, checked once on a first minibatch before anything is computed.
+"""Check the contract for programs on a first minibatch, before any training or evaluation.
 
-What Pyro and torch would say somewhere inside a run is said here in terms of the pair and its
-data: which argument or site, what was expected, what came.
+Errors that Pyro or torch would raise deep inside a run are raised here instead. Each message
+names the argument or site, the expected value and the given one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pyro_vae._utils.modules import NAME_IT, remember_unnamed, unnamed
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Minibatches, finite_rows
 
-# What a program that meets data of another kind than it expects may raise somewhere inside.
+# Errors that a program may raise for data of an unexpected shape, dtype or number of columns.
 PROGRAM_ERRORS = (
     AssertionError,
     AttributeError,
@@ -45,26 +45,25 @@ def check_pair(
     *,
     weighs: bool = False,
 ) -> PairTrace:
-    """Run a pair once, with validation on, and refuse what breaks the contract.
+    """Run a pair once with validation on, and raise ValueError if it breaks the contract.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
         batch: x ``(B, *event)`` and any covariates.
-        batches: the data that the batch is the first minibatch of. Rows with NaN or infinite
-            values are run too, those of a stream as they come; and every value of a column in
+        batches: all of the data; ``batch`` is their first minibatch. Rows with NaN or infinite
+            values are run too (those of a stream, as they arrive). Every value of a column in
             memory is checked against the support of the site that observes it.
-            ``batches.values_checked`` tells whether this was a check of all that is observed.
-        weighs: whether draws of the guide may have a density of zero under the model.
+            ``batches.values_checked`` is True if all observed values were checked.
+        weighs: whether samples of the guide may have zero density under the model.
 
     Returns:
         The run.
 
     Raises:
-        ValueError: the pair cannot run on the batch; a site is missing, or stands in no plate
-            ``"data"``, or in one of another size; a value is outside a site's support; NaN or
-            infinite values of the data reach a density; a parameter belongs to a position in the
-            minibatch.
+        ValueError: The pair cannot run on the batch. A site is missing, is outside the plate
+            ``"data"``, or that plate has the wrong size. A value is outside a site's support. NaN
+            or infinite data reach a density. A parameter has one entry per minibatch position.
     """
     name = "data" if batches is None else batches.name
     rows = torch.arange(len(batch[0]))
@@ -79,21 +78,21 @@ def check_pair(
 
 
 def reason(error: Exception) -> str:
-    """Return what an error says, without the shapes of all sites that Pyro puts behind it."""
+    """Return the message of an error without Pyro's list of trace shapes."""
     return str(error).split("Trace Shapes:")[0].strip()
 
 
 def _run(
     model: Program, guide: Program, batch: Batch, rows: Tensor, name: str, *, weighs: bool
 ) -> PairTrace:
-    """Run a pair on rows of the data.
+    """Run a pair on some rows of the data.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
         batch: the rows, and covariates.
-        rows: their numbers.
-        name: what messages call the data.
+        rows: the indices of these rows.
+        name: the name of the data in messages.
         weighs: see :func:`check_pair`.
     """
     try:
@@ -101,7 +100,7 @@ def _run(
     except ValueError as error:
         if all(finite_rows(column).all() for column in batch):
             raise
-        if not isinstance(error, _NonFiniteDensityError):  # it may have an error of its own
+        if not isinstance(error, _NonFiniteDensityError):  # the cause may not be NaN
             _run_on_numbers(model, guide, tuple(map(_with_zeros, batch)), weighs=weighs)
         where = next(i for i, c in enumerate(batch) if not finite_rows(c).all())
         bad = rows[(~finite_rows(batch[where])).nonzero()[:, 0].cpu()]
@@ -110,20 +109,20 @@ def _run(
 
 
 def nonfinite_data(column: str, rows: Tensor, reached: str) -> ValueError:
-    """Make the error of NaN or infinite values that a pair does not keep out of its densities.
+    """Return the ValueError for NaN or infinite data that reach a density or a gradient.
 
     Args:
-        column: what messages call the data.
-        rows: which hold such values.
-        reached: what they make of the pair.
+        column: the name of the column in messages.
+        rows: indices of the rows with NaN or infinite values.
+        reached: the effect of these values on the pair.
     """
     shown = ", ".join(map(str, rows[:_ROWS_SHOWN].tolist()))
     return ValueError(
         f"{column} has NaN or infinite values, first in row {rows[0].item()}, and {reached}. Rows "
-        f"with such values are [{shown}{', ...' if len(rows) > _ROWS_SHOWN else ''}]. Remove or "
-        "impute them. Or model them as missing: mask the site that observes them, by "
-        ".mask(x.isfinite()) of its distribution or by poutine.mask, and let it observe, and the "
-        "encoder take, x.where(x.isfinite(), 0) in place of x"
+        f"with such values: [{shown}{', ...' if len(rows) > _ROWS_SHOWN else ''}]. Remove or "
+        "impute them, or model them as missing. For missing data, mask the observed site with "
+        ".mask(x.isfinite()) or poutine.mask. Then use x.where(x.isfinite(), 0) instead of x for "
+        "obs= and for the encoder"
     )
 
 
@@ -139,8 +138,8 @@ def _what_they_reach(model: Program, guide: Program, batch: Batch) -> str:
                 value = factor.log_prob[~finite][0].item()
                 return f"the log-density of the {role}'s site {factor.name!r} is {value} there"
     return (
-        "a site masks them, but its distribution is still given them, and then its gradient is "
-        "not finite"
+        "the site that observes them is masked, but its distribution still receives them: its "
+        "gradient is not finite"
     )
 
 
@@ -159,15 +158,15 @@ def _run_on_numbers(model: Program, guide: Program, batch: Batch, *, weighs: boo
         raise ValueError(
             f"model and guide could not run on data x of shape {tuple(x.shape)} and dtype "
             f"{x.dtype}{rest}: {type(error).__name__}: {reason(error)}. "
-            f"{_columns_not_taken(model, guide, batch)}Are these the arguments, shapes and dtypes "
-            "that the programs and their networks expect?"
+            f"{_columns_not_taken(model, guide, batch)}Check that the programs and their networks "
+            "expect these arguments, shapes and dtypes."
         ) from error
     except ValueError as error:
         if "Shape mismatch inside plate" not in str(error):
             raise
         raise ValueError(
-            f'{error}, for data x of shape {tuple(x.shape)}. In the plate "data" a site\'s batch '
-            f"shape must be ({x.shape[0]},): all other dimensions belong to the event, so declare "
+            f'{error}, for data x of shape {tuple(x.shape)}. In the plate "data" the batch shape '
+            f"of a site must be ({x.shape[0]},). All other dimensions belong to the event: declare "
             "them with .to_event(n)."
         ) from error
     _check_trace(trace, x, weighs=weighs)
@@ -180,22 +179,22 @@ def _refuse_other_devices(model: Program, guide: Program, x: Tensor) -> None:
             if tensor.device != x.device:
                 raise ValueError(
                     f"a {type(module).__name__} that runs in model or guide is on {tensor.device}, "
-                    f"the data on {x.device}. It was not moved there because no name leads to it: "
-                    f"{NAME_IT}, or move it yourself."
+                    f"but the data are on {x.device}. It was not moved, because it could not be "
+                    f"found by name: {NAME_IT}, or move it yourself."
                 )
 
 
 def _columns_not_taken(model: Program, guide: Program, batch: Batch) -> str:
-    """Say which program does not take as many arguments as the data have columns."""
+    """Return a message if a program does not accept one argument per column of the data."""
     for name, program in (("model", model), ("guide", guide)):
         function = program.forward if isinstance(program, torch.nn.Module) else program
         try:
             inspect.signature(function).bind(*batch)
         except TypeError:
             return (
-                f"Each column of the data is an argument of both programs, and the {name} does not "
-                f"take {len(batch)}. Leave out the columns that are none, such as labels (of a "
-                "TensorDataset, pass its tensors[0]), or give both programs an argument for each. "
+                f"Both programs are called with every column of the data, but the {name} does not "
+                f"take {len(batch)}. Leave out columns that are not arguments, such as labels (of "
+                "a TensorDataset, pass its tensors[0]), or add an argument for each to both. "
             )
         except ValueError:  # it has no signature
             continue
@@ -205,7 +204,7 @@ def _columns_not_taken(model: Program, guide: Program, batch: Batch) -> str:
 def _check_nonfinite_rows(
     model: Program, guide: Program, batches: Minibatches, *, weighs: bool
 ) -> None:
-    """Refuse NaN and infinite values that reach a density; of a stream, as they come."""
+    """Raise ValueError if NaN or infinite data reach a density; check a stream as it is read."""
     rows = batches.nonfinite_rows()
     if rows is None:
 
@@ -215,7 +214,8 @@ def _check_nonfinite_rows(
                 try:
                     _run(model, guide, batch, numbers, batches.name, weighs=weighs)
                 except ValueError:
-                    if programs.has_finite_parameters(model, guide):  # else a step was to blame
+                    # NaN parameters come from a training step, not from the data.
+                    if programs.has_finite_parameters(model, guide):
                         raise
 
         batches.check_nonfinite = check
@@ -238,9 +238,8 @@ def _check_trace(trace: PairTrace, x: Tensor, *, weighs: bool) -> None:
     if trace.batch_size != x.shape[0]:
         raise ValueError(
             f'the plate "data" has size {trace.batch_size} for a minibatch of {x.shape[0]} rows. '
-            "Programs here are called with minibatches: use "
-            '`pyro.plate("data", x.shape[0])`, or `pyro.plate("data", N, subsample=x)` where the '
-            "minibatch stands for N rows."
+            'Programs are called with minibatches: use `pyro.plate("data", x.shape[0])`. If the '
+            'minibatch represents N rows, use `pyro.plate("data", N, subsample=x)`.'
         )
     for factor in (*trace.guide.values(), *trace.guide_losses, *trace.model.values()):
         _check_observation(factor, x)
@@ -249,11 +248,11 @@ def _check_trace(trace: PairTrace, x: Tensor, *, weighs: bool) -> None:
             allowed = allowed | torch.isneginf(factor.log_prob)
         if not allowed.all():
             row = (~allowed).nonzero()[0, -1].item()
-            remedy = "Look for values outside its support, or a scale of zero or infinity."
+            remedy = "Look for values outside its support, or for a scale of zero or infinity."
             if factor.name in trace.latents:
                 remedy += (
-                    " A guide that draws a latent outside the support of the model has no ELBO: "
-                    "take a distribution on that support, as the guides of the library do."
+                    " There is no ELBO if the guide samples a latent outside the model's support: "
+                    "use a distribution on that support, as the guides of the library do."
                 )
             raise _NonFiniteDensityError(
                 f"site {factor.name!r} has a log-density of "
@@ -263,7 +262,7 @@ def _check_trace(trace: PairTrace, x: Tensor, *, weighs: bool) -> None:
 
 
 def _check_observation(factor: Factor, x: Tensor) -> None:
-    """Refuse an observation that is shared by the whole batch, unless it is a mere constant."""
+    """Raise ValueError if a whole batch shares one observation that is not a single number."""
     value, frame = factor.site["value"], data_frame(factor.site)
     if not factor.observed or frame is None or factor.is_factor or value.numel() == 1:
         return
@@ -271,6 +270,6 @@ def _check_observation(factor: Factor, x: Tensor) -> None:
     if axis < 0 or value.shape[axis] != x.shape[0]:
         raise ValueError(
             f"site {factor.name!r} observes a value of shape {tuple(value.shape)} for x of shape "
-            f"{tuple(x.shape)}: it should hold {x.shape[0]} data, each of event shape "
+            f"{tuple(x.shape)}. Expected {x.shape[0]} data points, each of event shape "
             f"{tuple(factor.site['fn'].event_shape)}."
         )

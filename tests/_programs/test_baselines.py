@@ -366,9 +366,9 @@ BAD = {
     "no average": ({"baseline_beta": 0.5}, ValueError, "no average"),
     "decay": (
         {"use_decaying_avg_baseline": True, "baseline_beta": 1.5}, ValueError, r"in \[0, 1\)"),
-    "a column": ({"baseline_value": torch.zeros(4, 1)}, ValueError, r"got \(4, 1\)"),
-    "another size": ({"baseline_value": torch.zeros(3)}, ValueError, r"\(4,\).*got \(3,\)"),
-    "more dimensions": ({"baseline_value": torch.zeros(2, 1, 4)}, ValueError, r"got \(2, 1, 4\)"),
+    "a column": ({"baseline_value": torch.zeros(4, 1)}, ValueError, r"Got \(4, 1\)"),
+    "another size": ({"baseline_value": torch.zeros(3)}, ValueError, r"\(4,\).*Got \(3,\)"),
+    "more dimensions": ({"baseline_value": torch.zeros(2, 1, 4)}, ValueError, r"Got \(2, 1, 4\)"),
     "a number": ({"baseline_value": 1.0}, TypeError, "must be a tensor, got float"),
 }  # fmt: skip
 
@@ -384,7 +384,7 @@ def test_options_that_make_no_sense_are_refused_by_name(case):
 def test_a_column_is_not_taken_for_particles():
     """As many particles as data: (B, 1) would fit, with the two exchanged."""
     pair = Pair(lambda pair, x, name: {"baseline_value": torch.zeros(4, 1)} if name == "a" else {})
-    with pytest.raises(ValueError, match=r"got \(4, 1\)"):
+    with pytest.raises(ValueError, match=r"Got \(4, 1\)"):
         o.ELBO(4).loss(pair.model, pair.guide, torch.randn(4, 5))
 
 

@@ -244,7 +244,7 @@ def test_what_enumeration_cannot_do_is_refused_by_name():
     with pytest.raises(ValueError, match="the guide enumerates site 'c'"):
         _ = pv.terms(pair.model, pair.guide, x).samples
     sequential = pyro.poutine.infer_config(pair.guide, lambda site: {"enumerate": "sequential"})
-    with pytest.raises(ValueError, match='only "parallel" is known'):
+    with pytest.raises(ValueError, match='only "parallel" is supported'):
         o.ELBO().loss(pair.model, sequential, x)
 
     def inside(x):
@@ -252,7 +252,7 @@ def test_what_enumeration_cannot_do_is_refused_by_name():
             c = pyro.sample("c", dist.Bernoulli(0.5), infer=dict(ALL))
             pyro.sample("x", dist.Normal(c, 1.0), obs=x)
 
-    with pytest.raises(ValueError, match='must stand in the plate "data" and in no other'):
+    with pytest.raises(ValueError, match='must be in the plate "data" and in no other'):
         o.ELBO().loss(inside, lambda x: None, torch.randn(5, 3))
 
     scaled = [pyro.poutine.scale(program, scale=0.5) for program in (pair.model, pair.guide)]
@@ -403,7 +403,7 @@ def test_a_sequential_plate_is_refused_by_name(infer):
                 pyro.sample(f"c{i}", dist.Categorical(torch.ones(2)))
 
     for call in (pv.terms, pv.objectives.ELBO().loss, pv.evidence, pv.elbo_surgery):
-        with pytest.raises(ValueError, match="no site of the model stands in a vectorised plate"):
+        with pytest.raises(ValueError, match="no site of the model is inside a vectorized plate"):
             call(model, guide, torch.randn(3))
 
 

@@ -188,7 +188,7 @@ def test_everything_else_takes_missing_data_too(model):
     ("model", "what"),
     [
         (naked, "the log-density of the model's site 'x' is nan there"),
-        (masked_too_late, "its distribution is still given them"),
+        (masked_too_late, "its distribution still receives them"),
     ],
 )
 def test_what_is_not_kept_out_is_refused_with_its_rows(model, what, wrap):

@@ -403,7 +403,7 @@ def test_global_latents_are_named_where_data_must_be_independent():
     t = pv.terms(latent_outside, guide_outside, torch.randn(5), num_particles=3)
     assert t.global_sites == ["z"]
     assert t.log_weight_global.shape == (3,)
-    with pytest.raises(ValueError, match="site 'z' stands outside"):
+    with pytest.raises(ValueError, match="site 'z' is outside"):
         t.require_independent_data("IWAE")
 
 

@@ -561,7 +561,7 @@ def test_a_parameter_of_a_module_that_is_made_at_each_run_is_not_left_out_of_fil
         run(net, x)
 
     pv.fit(model, guide, torch.randn(20, 2), epochs=1, batch_size=10, progress=False)
-    with pytest.raises(ValueError, match=r"'net\$\$\$\w+' was fitted, but no module"):
+    with pytest.raises(ValueError, match=r"'net\$\$\$\w+' was fitted, but its module"):
         pv.save(tmp_path / "pair", model, guide)
 
 

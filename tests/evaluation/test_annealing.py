@@ -569,7 +569,7 @@ def test_global_latents_are_refused():
             pyro.sample("z", dist.Normal(mean, 1.0))
 
     for method in ("ais", "naive"):
-        with pytest.raises(ValueError, match="site 'mean' stands outside"):
+        with pytest.raises(ValueError, match="site 'mean' is outside"):
             pv.evidence(model, guide, torch.randn(5), method=method)
 
 

@@ -167,7 +167,9 @@ def test_global_and_scaled_sites_are_refused():
     def guide(x):
         pyro.sample("mean", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match="evidence weighs each datum by itself, but site 'mean'"):
+    with pytest.raises(
+        ValueError, match="evidence weighs each data point by itself, but site 'mean'"
+    ):
         pv.evidence(model, guide, torch.randn(5))
 
 

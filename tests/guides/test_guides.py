@@ -276,7 +276,7 @@ def test_a_support_that_differs_from_datum_to_datum_is_refused():
             a = pyro.sample("a", dist.Uniform(torch.zeros(len(x)), x[:, 0].abs() + 0.1))
             pyro.sample("x", dist.Normal(a[..., None], 1.0).to_event(1), obs=x)
 
-    with pytest.raises(ValueError, match="support of latent site 'a' differs from datum to datum"):
+    with pytest.raises(ValueError, match="support of latent site 'a' differs between data points"):
         guide_for(model, torch.randn(5, 1))
 
 

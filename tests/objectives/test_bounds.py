@@ -161,7 +161,7 @@ def test_global_latents_are_accepted_or_refused_by_name(name, k, with_shared_wei
             error = (theirs.var() / 30 + ours.var() / 100) ** 0.5
             assert_within(ours.mean(), theirs.mean(), error)
     else:
-        with pytest.raises(ValueError, match="site 'weight' stands outside the plate"):
+        with pytest.raises(ValueError, match="site 'weight' is outside the plate"):
             objective.loss(model, guide, x)
 
 

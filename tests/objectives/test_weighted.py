@@ -107,7 +107,7 @@ def test_joint_densities_have_no_parts(pair, binary):
     model, _ = pair
     guide = pv.guides.AmortizedFlow(model, pv.nets.MLP(16, [8]), length=2)
     o.FreeBits(0.5).loss(model, guide, binary)  # one latent: its KL is the whole
-    with pytest.raises(ValueError, match="the KL of each dimension is asked for"):
+    with pytest.raises(ValueError, match="cannot compute the KL of each dimension"):
         o.FreeBits(0.5, per="dimension").loss(model, guide, binary)
     gaussian = Gaussian()
     guide = pv.guides.AmortizedFlow(gaussian.model, pv.nets.MLP(1, [8]), length=2)
@@ -220,7 +220,7 @@ def test_total_correlation_refuses_what_it_cannot_estimate(pair, binary):
     with pytest.raises(ValueError, match="data of a minibatch, which has one"):
         o.BetaTCVAE(num_data=10).loss(model, guide, binary[:1])
     gaussian = Gaussian()
-    with pytest.raises(ValueError, match="takes one latent site"):
+    with pytest.raises(ValueError, match="needs one latent site"):
         o.BetaTCVAE(num_data=10).loss(gaussian.model, gaussian.guide, gaussian.x)
 
 
@@ -299,7 +299,7 @@ def test_a_dream_is_not_shown_with_its_columns_mixed_up():
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("z", dist.Normal(x.mean(1), 0.5))
 
-    with pytest.raises(ValueError, match="observes no argument of the programs as it is"):
+    with pytest.raises(ValueError, match="obs= is not an argument of the programs"):
         pv.terms(model, guide, torch.randn(5, 3)).sample_joint().log_guide()
 
 
