@@ -17,14 +17,15 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
 from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation._ais import AIS, Annealer, Annealing
 from pyro_vae.evaluation._delta_sites import log_likelihood_at_prior_draws, prior_guide
 from pyro_vae.evaluation._estimating import estimating
-from pyro_vae.evaluation._log_evidence import Evidence, StoppedEvidence, warn_of
-from pyro_vae.evaluation._stopping import Stopped, Unfinished, check_resume
+from pyro_vae.evaluation._log_evidence import Evidence, warn_of
+from pyro_vae.evaluation._stopping import PartialState, state_of
 from pyro_vae.evaluation._tempered_path import TemperedPath
 from pyro_vae.evaluation._together import Together
 from pyro_vae.evaluation._walking import minibatches, walk
@@ -45,7 +46,7 @@ def evidence(
     vectorize_particles: bool = True,
     capture: Capture = "auto",
     seed: int | None = None,
-    resume: Stopped | Evidence | None = None,
+    resume: Interrupted | Evidence | None = None,
     progress: bool | Progress = False,
     description: str = "evidence",
 ) -> Evidence:
@@ -77,7 +78,7 @@ def evidence(
         vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
         seed: fixes the draws and leaves the process's random numbers as they were.
-        resume: what a call of the same arguments raised when it was stopped (Ctrl-C); or the
+        resume: the exception of an interrupted call (Ctrl-C) with the same arguments; or the
             estimates of the first data, which go on with the draws of the seed that is given.
         progress: show a bar; or a rich Progress to add one to.
         description: text before the bar.
@@ -87,8 +88,8 @@ def evidence(
         data, does its share of the minibatches, and has the whole of it.
 
     Raises:
-        StoppedEvidence: a KeyboardInterrupt, with the estimates of the data that were done; see
-            :class:`pyro_vae.evaluation.Stopped`. A chain that was on its way is dropped.
+        Interrupted: a KeyboardInterrupt, with the estimates of the data that were done. Chains of
+            other data are dropped.
         ValueError: bad data or arguments, or a pair that breaks the contract; a site is global or
             scaled, so that the weights are not those of single data points; annealed importance
             sampling cannot move a latent, or score the guide.
@@ -116,10 +117,10 @@ def evidence(
     num_particles = positive_integer("num_particles", num_particles)
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)
-    check_resume(resume, Evidence)
+    state = None if isinstance(resume, Evidence) else state_of(resume)
     name, ais = _parse(method)
     num_draws = num_particles if ais is None else ais.num_chains
-    so_far = resume.partial if isinstance(resume, Stopped) else resume
+    so_far = resume.partial if isinstance(resume, Interrupted) else resume
     if isinstance(so_far, Evidence) and (so_far.method, so_far.num_particles) != (name, num_draws):
         raise ValueError(
             f"resume holds estimates by {so_far.method} of {so_far.num_particles} draws, not by "
@@ -129,12 +130,12 @@ def evidence(
         raise ValueError(f"resume holds estimates by {resume.annealing.settings}, not by {ais}")
     # A guide that nothing is drawn from need not be one that could be.
     drawn_from = prior_guide(model) if name == "naive" or (ais and ais.start == "prior") else guide
-    settings = {"method": ais or name}
+    settings = {"method": ais or name, "num_particles": num_draws}
     done = [_columns(resume)] if isinstance(resume, Evidence) else []
     with Together() as together:
-        if isinstance(resume, Stopped):
-            seed = resume.unfinished.seed_again("evidence", seed, **settings)
-            done = resume.unfinished.parts
+        if state is not None:
+            seed = state.check_seed("evidence", seed, settings)
+            done = state.parts
         seed = together.common_seed(seed)
         batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
         with (
@@ -183,8 +184,7 @@ def evidence(
         annealing=Annealing.of_data(ais, seen) if seen else None,
     )
     if together.stopped:
-        unfinished = Unfinished("evidence", len(values), seed, settings, parts)
-        raise StoppedEvidence(result, unfinished)
+        raise PartialState("evidence", len(values), seed, settings, parts).interrupted(result)
     warn_of(result)
     return result
 

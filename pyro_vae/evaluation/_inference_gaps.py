@@ -17,6 +17,7 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
 from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
@@ -30,7 +31,7 @@ from pyro_vae.evaluation._gap_estimates import (
     estimate_gaps,
 )
 from pyro_vae.evaluation._log_evidence import Evidence, khat_share
-from pyro_vae.evaluation._stopping import Stopped, Unfinished, check_resume
+from pyro_vae.evaluation._stopping import PartialState, state_of
 from pyro_vae.evaluation._together import Together
 from pyro_vae.evaluation._walking import minibatches, walk
 
@@ -108,7 +109,7 @@ def inference_gaps(
     vectorize_particles: bool = True,
     capture: Capture = "auto",
     seed: int | None = None,
-    resume: Stopped | None = None,
+    resume: Interrupted | None = None,
     progress: bool | Progress = False,
     description: str = "inference gaps",
 ) -> InferenceGaps:
@@ -152,7 +153,7 @@ def inference_gaps(
         vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
         seed: fixes the draws and leaves the process's random numbers as they were.
-        resume: what a call of the same arguments raised when it was stopped (Ctrl-C).
+        resume: the exception of an interrupted call (Ctrl-C) with the same arguments.
         progress: show a bar; or a rich Progress to add one to.
         description: text before the bar.
 
@@ -161,7 +162,7 @@ def inference_gaps(
         of it.
 
     Raises:
-        Stopped: a KeyboardInterrupt, with the gaps of the minibatches that were done.
+        Interrupted: a KeyboardInterrupt, with the gaps of the minibatches that were done.
         TypeError: the guide has no parameters of a datum that could be ascended; ``ascent`` is no
             :class:`Ascent`, ``evidence`` no :class:`Evidence`.
         ValueError: bad data or arguments, or a pair that breaks the contract, or was made under
@@ -188,14 +189,14 @@ def inference_gaps(
     ascent = Ascent() if ascent is None else ascent
     if not isinstance(ascent, Ascent):
         raise TypeError(f"ascent must be a pyro_vae.evaluation.Ascent, got {ascent!r}")
-    check_resume(resume)
+    state = state_of(resume)
     _check_guide(guide)
     programs.require_programs(model, guide)
     programs.require_trainable_tensors(model, guide)
     settings = {"num_particles": num_particles, "ascent": ascent}
     with Together() as together:
-        if resume is not None:
-            seed = resume.unfinished.seed_again("inference_gaps", seed, **settings)
+        if state is not None:
+            seed = state.check_seed("inference_gaps", seed, settings)
         seed = together.common_seed(seed)
         batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
         given = None if evidence is None else _given(evidence, batches)
@@ -274,13 +275,13 @@ def inference_gaps(
                 together,
                 minibatches(batches),
                 judge,
-                done=[] if resume is None else resume.unfinished.parts,
+                done=[] if state is None else state.parts,
                 advance=advance,
             )
     gaps = _gaps(parts, given, num_particles)
     if together.stopped:
-        unfinished = Unfinished("inference_gaps", len(gaps.sources), seed, settings, parts)
-        raise Stopped(gaps, unfinished)
+        done = len(gaps.sources)
+        raise PartialState("inference_gaps", done, seed, settings, parts).interrupted(gaps)
     _warn_of(gaps, ascent)
     return gaps
 

@@ -1,4 +1,4 @@
-"""What an interrupted estimate leaves behind, and what it goes on from."""
+"""The state of an interrupted estimate, from which another call resumes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_vae._utils.interrupts import Interrupted
+
 
 @dataclass(frozen=True)
-class Unfinished:
-    """What ``resume=`` goes on from.
+class PartialState:
+    """The work of an interrupted call, which another call does not repeat.
 
     Args:
-        who: the function that was stopped.
-        num_done: data that are done.
-        seed: of the draws; if none was asked for, the one that was drawn.
-        settings: arguments that must be the same again, by name.
-        parts: tensors of what was done, a tuple for each part.
+        who: the name of the function.
+        num_done: how many data points are done.
+        seed: of the draws. If the caller gave none, it is the seed that was drawn.
+        settings: arguments that must be the same in the call that resumes, by name.
+        parts: the tensors of each part of the data that is done.
     """
 
     who: str
@@ -26,11 +28,11 @@ class Unfinished:
     settings: dict[str, Any]
     parts: list[tuple[Tensor, ...]]
 
-    def seed_again(self, who: str, seed: int | None, **settings: Any) -> int:
-        """Check that a call goes on with what this is of; return the seed.
+    def check_seed(self, who: str, seed: int | None, settings: dict[str, Any]) -> int:
+        """Check that a call may resume from this state, and return the seed.
 
         Raises:
-            ValueError: it is of another function, or other settings, or has other draws.
+            ValueError: The state is of another function, of other settings, or of another seed.
         """
         if self.who != who:
             raise ValueError(f"resume is of {self.who}, which was stopped, not of {who}")
@@ -44,61 +46,27 @@ class Unfinished:
             raise ValueError(f"resume holds draws of seed {self.seed}, not {seed}: leave seed out")
         return self.seed
 
-
-class Stopped(KeyboardInterrupt):
-    """An estimate that was interrupted (Ctrl-C) before its end; pass it as ``resume=`` to go on.
-
-    The call that goes on takes the same arguments, and the seed from here. It ends with the numbers
-    of one that was never stopped: to the bit, but where operations are captured, to their rounding.
-
-    Args:
-        partial: what the function returns, of the data that were done.
-        unfinished: what ``resume=`` goes on from.
-
-    Example:
-        >>> import torch, pyro, pyro_vae as pv
-        >>> import pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     if not busy and x[0] == 20:  # Ctrl-C
-        ...         raise KeyboardInterrupt
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 1.0))
-        >>> x, busy = torch.arange(30.0), False
-        >>> options = {"num_particles": 100, "batch_size": 10}
-        >>> try:
-        ...     estimate = pv.evidence(model, guide, x, **options)
-        ... except pv.evaluation.Stopped as stopped:
-        ...     so_far = stopped
-        >>> len(so_far.partial.values)
-        20
-        >>> busy = True
-        >>> len(pv.evidence(model, guide, x, resume=so_far, **options).values)
-        30
-    """
-
-    def __init__(self, partial: Any, unfinished: Unfinished):
-        super().__init__(partial, unfinished)
-        self.partial, self.unfinished = partial, unfinished
-
-    def __str__(self) -> str:
-        return (
-            f"{self.unfinished.who} was stopped after {self.unfinished.num_done} data, which this "
-            "exception's attribute `partial` holds: pass the exception as resume= to go on"
+    def interrupted(self, partial: object) -> Interrupted:
+        """Return the exception that holds this state and a partial result."""
+        message = (
+            f"{self.who} was stopped after {self.num_done} data, which this exception's attribute "
+            "`partial` holds: pass the exception as resume= to go on"
         )
+        return Interrupted(message, partial, self)
 
 
-def check_resume(resume: object, *others: type) -> None:
-    """Refuse what nothing goes on from.
+def state_of(resume: object) -> PartialState | None:
+    """Return the state to resume from, or None where there is nothing to resume.
 
     Raises:
-        TypeError: it is no :class:`Stopped`, nor of another type that is allowed.
+        TypeError: The argument is not an :class:`Interrupted` of an estimate, nor its state.
     """
-    if resume is not None and not isinstance(resume, (Stopped, *others)):
-        raise TypeError(
-            "resume must be the pyro_vae.evaluation.Stopped that the interrupted call raised, got "
-            f"{type(resume).__name__}"
-        )
+    state = resume.state if isinstance(resume, Interrupted) else resume
+    if resume is None or isinstance(state, PartialState):
+        return state
+    if isinstance(resume, Interrupted):
+        raise TypeError("resume must come from an estimate. Resume a fit from its checkpoint")
+    raise TypeError(
+        "resume must be the pyro_vae.evaluation.Interrupted that the interrupted call raised, got "
+        f"{type(resume).__name__}"
+    )

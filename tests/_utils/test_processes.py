@@ -106,7 +106,7 @@ def numbers(result):
 
 def stopped(estimate):
     """What an estimate that is interrupted leaves."""
-    with pytest.raises(pv.evaluation.Stopped) as raised:
+    with pytest.raises(pv.evaluation.Interrupted) as raised:
         estimate()
     return raised.value
 

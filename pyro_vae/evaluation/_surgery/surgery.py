@@ -11,11 +11,12 @@ from torch import Tensor
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.evaluation._estimating import estimating
 from pyro_vae.evaluation._log_evidence import standard_error
-from pyro_vae.evaluation._stopping import Stopped, Unfinished, check_resume
+from pyro_vae.evaluation._stopping import PartialState, state_of
 from pyro_vae.evaluation._surgery.code_scores import CodeScorer, CodeScores
 from pyro_vae.evaluation._surgery.decomposition import Surgery
 from pyro_vae.evaluation._surgery.subsets import Estimator, check_estimator
@@ -34,7 +35,7 @@ def elbo_surgery(
     estimator: Estimator = "exact",
     vectorize_particles: bool = True,
     seed: int | None = None,
-    resume: Stopped | None = None,
+    resume: Interrupted | None = None,
     progress: bool | Progress = False,
     description: str = "ELBO surgery",
 ) -> Surgery:
@@ -78,7 +79,7 @@ def elbo_surgery(
             minibatches of the data, which are then read into memory.
         vectorize_particles: draw many particles in one run; see :func:`pyro_vae.terms`.
         seed: fixes the draws and leaves the process's random numbers as they were.
-        resume: what a call of the same arguments raised when it was stopped (Ctrl-C). The codes are
+        resume: the exception of an interrupted call (Ctrl-C) with the same arguments. The codes are
             drawn again, the same ones; those that were scored are not scored again.
         progress: show a bar; or a rich Progress to add one to.
         description: text before the bar.
@@ -88,7 +89,7 @@ def elbo_surgery(
         the codes of it; each has the whole result.
 
     Raises:
-        Stopped: a KeyboardInterrupt, with the surgery from the codes that were scored.
+        Interrupted: a KeyboardInterrupt, with the surgery from the codes that were scored.
         ValueError: bad data or arguments, or a pair that breaks the contract; a likelihood of zero,
             or a term that is NaN; a minibatch estimator has minibatches of one datum; a site is
             global or scaled; the guide has auxiliary sites, so that its density is an integral,
@@ -110,11 +111,11 @@ def elbo_surgery(
     """
     num_particles = positive_integer("num_particles", num_particles)
     check_estimator(estimator)
-    check_resume(resume)
+    state = state_of(resume)
     settings = {"estimator": estimator, "num_particles": num_particles}
     with Together() as together:
-        if resume is not None:
-            seed = resume.unfinished.seed_again("elbo_surgery", seed, **settings)
+        if state is not None:
+            seed = state.check_seed("elbo_surgery", seed, settings)
         seed = together.common_seed(seed)
         batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
         steps = batches.num_data and batches.num_data * (1 + num_particles)
@@ -139,7 +140,7 @@ def elbo_surgery(
                 how={"plate_nesting": plate_nesting, "vectorize_particles": vectorize_particles},
                 advance=together.checked(show),
             )
-            known = [] if resume is None else resume.unfinished.parts
+            known = [] if state is None else state.parts
             if estimator == "exact":
                 scored = scoring.exact(known)
             else:
@@ -147,8 +148,8 @@ def elbo_surgery(
     surgery = _surgery(scored, estimator)
     if together.stopped:
         count = int(scored.done.sum())
-        unfinished = Unfinished("elbo_surgery", count, seed, settings, scored.parts)
-        raise Stopped(surgery, unfinished)
+        state = PartialState("elbo_surgery", count, seed, settings, scored.parts)
+        raise state.interrupted(surgery)
     return surgery
 
 
