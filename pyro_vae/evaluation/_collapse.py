@@ -25,7 +25,7 @@ from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._utils.checks import positive_integer, positive_number
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
-from pyro_vae.evaluation._estimating import estimating
+from pyro_vae.evaluation._context import evaluation_context
 from pyro_vae.evaluation._log_evidence import standard_error
 from pyro_vae.evaluation._surgery.codes import TermAverages
 from pyro_vae.evaluation._surgery.decomposition import Surgery
@@ -195,7 +195,7 @@ def collapse_report(
     moments: list[dict[str, Tensor]] = []
     parts = []
     with (
-        estimating(
+        evaluation_context(
             "collapse_report",
             model,
             guide,
@@ -215,7 +215,7 @@ def collapse_report(
                 vectorize_particles=vectorize_particles,
                 plate_nesting=plate_nesting,
             )
-            parts.append(tuple(part.cpu() for part in TermAverages.part(t)))
+            parts.append(TermAverages.part(t))
             moments.append(_moments(t, model, batch))
             advance(len(batch[0]))
     surgery, note = _surgery_or_why_not(

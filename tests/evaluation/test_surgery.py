@@ -15,6 +15,7 @@ from oracles import LinearGaussian, assert_within
 
 import pyro_vae as pv
 from pyro_vae import guides
+from pyro_vae.evaluation._group import Group
 from pyro_vae.evaluation._surgery import information
 from pyro_vae.evaluation._surgery.dimensions import dimension_wise_kl
 from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
@@ -22,7 +23,6 @@ from pyro_vae.evaluation._surgery.pairwise import log_sum_of_ratios
 from pyro_vae.evaluation._surgery.subsets import random_subsets, subset_information
 from pyro_vae.evaluation._surgery.surgery import _control
 from pyro_vae.evaluation._surgery.threads import in_threads
-from pyro_vae.evaluation._together import Together
 
 
 def as_full_covariance(oracle):
@@ -322,7 +322,7 @@ def test_dimension_wise_kl_by_sampling():
     scale = 0.05 + torch.rand(40, 2, dtype=torch.float64)
     prior = torch.distributions.Laplace(torch.tensor([0.5, 0.0]).double(), 1.5)
     q = DiagonalGaussians(loc, scale, ("z",), True)
-    found = dimension_wise_kl(q, prior.log_prob, Together())
+    found = dimension_wise_kl(q, prior.log_prob, Group())
     z = loc + scale * torch.randn(5000, 40, 2, dtype=torch.float64)
     for j in range(2):
         each = torch.distributions.Normal(loc[:, j], scale[:, j])

@@ -8,19 +8,15 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.interrupts import Interrupted
-from pyro_vae._utils.progress import task
-from pyro_vae.datasets._minibatches import Data, Minibatches
-from pyro_vae.evaluation._estimating import estimating
+from pyro_vae.datasets._minibatches import Data
 from pyro_vae.evaluation._log_evidence import standard_error
-from pyro_vae.evaluation._stopping import PartialState, state_of
+from pyro_vae.evaluation._runner import Runner
 from pyro_vae.evaluation._surgery.code_scores import CodeScorer, CodeScores
 from pyro_vae.evaluation._surgery.decomposition import Surgery
 from pyro_vae.evaluation._surgery.subsets import Estimator, check_estimator
-from pyro_vae.evaluation._together import Together
 
 _FEWEST_TO_REGRESS = 30
 
@@ -111,73 +107,56 @@ def elbo_surgery(
     """
     num_particles = positive_integer("num_particles", num_particles)
     check_estimator(estimator)
-    state = state_of(resume)
-    settings = {"estimator": estimator, "num_particles": num_particles}
-    with Together() as together:
-        if state is not None:
-            seed = state.check_seed("elbo_surgery", seed, settings)
-        seed = together.common_seed(seed)
-        batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
-        steps = batches.num_data and batches.num_data * (1 + num_particles)
-        with (
-            estimating(
-                "elbo_surgery",
-                model,
-                guide,
-                batches,
-                vectorize_particles=vectorize_particles,
-                seed=seed,
-                needs_latents=True,
-            ) as plate_nesting,
-            task(progress, description, steps, transient=True) as show,
-        ):
-            scoring = CodeScorer(
-                together,
-                model,
-                guide,
-                batches,
-                num_particles=num_particles,
-                how={"plate_nesting": plate_nesting, "vectorize_particles": vectorize_particles},
-                advance=together.checked(show),
-            )
-            known = [] if state is None else state.parts
-            if estimator == "exact":
-                scored = scoring.exact(known)
-            else:
-                scored = scoring.of_subsets(estimator, batch_size, known)
-    surgery = _surgery(scored, estimator)
-    if together.stopped:
-        count = int(scored.done.sum())
-        state = PartialState("elbo_surgery", count, seed, settings, scored.parts)
-        raise state.interrupted(surgery)
+    with Runner.open(
+        "elbo_surgery",
+        model,
+        guide,
+        data,
+        batch_size=batch_size,
+        vectorize_particles=vectorize_particles,
+        seed=seed,
+        resume=resume,
+        settings={"estimator": estimator, "num_particles": num_particles},
+        progress=progress,
+        description=description,
+        steps_per_row=1 + num_particles,
+        needs_latents=True,
+    ) as runner:
+        scorer = CodeScorer(runner, num_particles)
+        if estimator == "exact":
+            scores = scorer.exact()
+        else:
+            scores = scorer.of_subsets(estimator, batch_size)
+    surgery = _surgery(scores, estimator, runner.interrupted)
+    runner.raise_if_interrupted(surgery, int(scores.done.sum()), scores.parts)
     return surgery
 
 
-def _surgery(scored: CodeScores, estimator: Estimator) -> Surgery:
+def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Surgery:
     """Put together what is known of the data that are done."""
-    averages, done = scored.averages, scored.done
+    averages, done = scores.averages, scores.done
     rate, log_likelihood = averages.rate[done], averages.log_likelihood[done]
-    information = _control(scored.information[done], rate - averages.sampled_rate[done])
+    information = _control(scores.information[done], rate - averages.sampled_rate[done])
     per_datum = {
         "elbo": log_likelihood - rate,
         "distortion": -log_likelihood,
         "rate": rate,
         "mutual_information": information,
-        "marginal_kl": rate - information if scored.one_prior else torch.full_like(rate, math.nan),
+        "marginal_kl": rate - information if scores.one_prior else torch.full_like(rate, math.nan),
     }
-    if scored.of_dimensions is not None:
-        of_dimensions = scored.of_dimensions[done]
+    if scores.of_dimensions is not None:
+        of_dimensions = scores.of_dimensions[done]
         per_datum["total_correlation"] = rate - information - of_dimensions
         per_datum["dimension_wise_kl"] = of_dimensions
     sites, numbers = averages.kl_of_sites, averages.kl_of_dimensions
     return Surgery(
         **{name: values.mean().item() for name, values in per_datum.items()},
-        log_n=math.log(scored.num_data),
+        log_n=math.log(scores.num_data),
         standard_errors={name: standard_error(values) for name, values in per_datum.items()},
         kl_of_sites=sites and {name: kl.item() for name, kl in sites.items()},
         kl_of_dimensions=numbers and {n: tuple(kl.flatten().tolist()) for n, kl in numbers.items()},
         estimator=estimator,
-        num_scored=len(rate) if scored.stopped else None,
+        num_scored=len(rate) if interrupted else None,
     )
 
 
