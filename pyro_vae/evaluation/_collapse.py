@@ -30,7 +30,7 @@ from pyro_vae.evaluation._log_evidence import standard_error
 from pyro_vae.evaluation._surgery.codes import TermAverages
 from pyro_vae.evaluation._surgery.decomposition import Surgery
 from pyro_vae.evaluation._surgery.subsets import Estimator, check_estimator
-from pyro_vae.evaluation._surgery.surgery import elbo_surgery
+from pyro_vae.evaluation._surgery.surgery import surgery_or_reason
 
 LEAST_INFORMATION = 0.1  # nats
 
@@ -218,7 +218,7 @@ def collapse_report(
             parts.append(TermAverages.part(t))
             moments.append(_moments(t, model, batch))
             advance(len(batch[0]))
-    surgery, note = _surgery_or_why_not(
+    surgery, note = surgery_or_reason(
         model,
         guide,
         data,
@@ -323,10 +323,3 @@ def _nats(information: float) -> str:
     if information < LEAST_INFORMATION <= float(shown):
         return f"{math.floor(1e4 * information) / 1e4:.4f}"
     return shown
-
-
-def _surgery_or_why_not(*args, **options) -> tuple[Surgery | None, str]:
-    try:
-        return elbo_surgery(*args, **options), ""
-    except ValueError as error:
-        return None, str(error)

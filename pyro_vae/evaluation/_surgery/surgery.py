@@ -3,6 +3,7 @@ r"""ELBO surgery: the bound cut into what the model does well and what the prior
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -130,6 +131,14 @@ def elbo_surgery(
     surgery = _surgery(scores, estimator, runner.interrupted)
     runner.raise_if_interrupted(surgery, int(scores.done.sum()), scores.parts)
     return surgery
+
+
+def surgery_or_reason(*args: Any, **options: Any) -> tuple[Surgery | None, str]:
+    """Return the surgery of a pair, or None and the reason why the pair has none."""
+    try:
+        return elbo_surgery(*args, **options), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Surgery:
