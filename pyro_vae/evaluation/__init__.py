@@ -1,5 +1,6 @@
 """Evaluation: what a fitted pair is worth, each figure with its error."""
 
+from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae.evaluation._ais import AIS
 from pyro_vae.evaluation._ascent import Ascent
 from pyro_vae.evaluation._collapse import CollapseReport, collapse_report
@@ -7,12 +8,11 @@ from pyro_vae.evaluation._evidence import evidence
 from pyro_vae.evaluation._gap_estimates import Estimate
 from pyro_vae.evaluation._gradient_noise import GradientNoise, gradient_noise
 from pyro_vae.evaluation._inference_gaps import InferenceGaps, inference_gaps
-from pyro_vae.evaluation._log_evidence import Evidence, StoppedEvidence, UnreliableEvidence
+from pyro_vae.evaluation._log_evidence import Evidence, UnreliableEvidence
 from pyro_vae.evaluation._predict import generate, reconstruct
 from pyro_vae.evaluation._prior_holes import PriorHoles, prior_holes
 from pyro_vae.evaluation._psis import khat
 from pyro_vae.evaluation._sandwich import Sandwich, sandwich
-from pyro_vae.evaluation._stopping import Stopped
 from pyro_vae.evaluation._surgery.decomposition import Surgery
 from pyro_vae.evaluation._surgery.surgery import elbo_surgery
 
@@ -24,10 +24,9 @@ __all__ = [
     "Evidence",
     "GradientNoise",
     "InferenceGaps",
+    "Interrupted",
     "PriorHoles",
     "Sandwich",
-    "Stopped",
-    "StoppedEvidence",
     "Surgery",
     "UnreliableEvidence",
     "collapse_report",

@@ -25,12 +25,12 @@ from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._utils.checks import positive_integer, positive_number
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
-from pyro_vae.evaluation._estimating import estimating
+from pyro_vae.evaluation._context import evaluation_context
 from pyro_vae.evaluation._log_evidence import standard_error
 from pyro_vae.evaluation._surgery.codes import TermAverages
 from pyro_vae.evaluation._surgery.decomposition import Surgery
 from pyro_vae.evaluation._surgery.subsets import Estimator, check_estimator
-from pyro_vae.evaluation._surgery.surgery import elbo_surgery
+from pyro_vae.evaluation._surgery.surgery import surgery_or_reason
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,7 +200,7 @@ def collapse_report(
     moments: list[dict[str, Tensor]] = []
     parts = []
     with (
-        estimating(
+        evaluation_context(
             "collapse_report",
             model,
             guide,
@@ -220,10 +220,10 @@ def collapse_report(
                 vectorize_particles=vectorize_particles,
                 plate_nesting=plate_nesting,
             )
-            parts.append(tuple(part.cpu() for part in TermAverages.part(t)))
+            parts.append(TermAverages.part(t))
             moments.append(_moments(t, model, batch))
             advance(len(batch[0]))
-    surgery, note = _surgery_or_why_not(
+    surgery, note = surgery_or_reason(
         model,
         guide,
         data,
@@ -328,10 +328,3 @@ def _nats(information: float) -> str:
     if information < LEAST_INFORMATION <= float(shown):
         return f"{math.floor(1e4 * information) / 1e4:.4f}"
     return shown
-
-
-def _surgery_or_why_not(*args, **options) -> tuple[Surgery | None, str]:
-    try:
-        return elbo_surgery(*args, **options), ""
-    except ValueError as error:
-        return None, str(error)

@@ -2,9 +2,7 @@ r"""The evidence log p(x) of each datum: by importance sampling, from the guide 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -13,21 +11,17 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae._capture import Capture, Captured, check_capture
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
 from pyro_vae._utils.checks import positive_integer
-from pyro_vae._utils.progress import task
+from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae._utils.value_checks import values_checked
-from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
+from pyro_vae.datasets._minibatches import Batch, Data
 from pyro_vae.evaluation._ais import AIS, Annealer, Annealing
 from pyro_vae.evaluation._delta_sites import log_likelihood_at_prior_draws, prior_guide
-from pyro_vae.evaluation._estimating import estimating
-from pyro_vae.evaluation._log_evidence import Evidence, StoppedEvidence, warn_of
-from pyro_vae.evaluation._stopping import Stopped, Unfinished, check_resume
+from pyro_vae.evaluation._log_evidence import Evidence, warn_of
+from pyro_vae.evaluation._runner import Runner
 from pyro_vae.evaluation._tempered_path import TemperedPath
-from pyro_vae.evaluation._together import Together
-from pyro_vae.evaluation._walking import minibatches, walk
 from pyro_vae.evaluation._weights import WeightStream
 
 Method = Literal["importance", "naive", "ais"] | AIS
@@ -45,7 +39,7 @@ def evidence(
     vectorize_particles: bool = True,
     capture: Capture = "auto",
     seed: int | None = None,
-    resume: Stopped | Evidence | None = None,
+    resume: Interrupted | Evidence | None = None,
     progress: bool | Progress = False,
     description: str = "evidence",
 ) -> Evidence:
@@ -77,7 +71,7 @@ def evidence(
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
         seed: fixes the draws and leaves the process's random numbers as they were.
-        resume: what a call of the same arguments raised when it was stopped (Ctrl-C); or the
+        resume: the exception of an interrupted call (Ctrl-C) with the same arguments; or the
             estimates of the first data, which go on with the draws of the seed that is given.
         progress: show a bar; or a rich Progress to add one to.
         description: text before the bar.
@@ -87,8 +81,8 @@ def evidence(
         data, does its share of the minibatches, and has the whole of it.
 
     Raises:
-        StoppedEvidence: a KeyboardInterrupt, with the estimates of the data that were done; see
-            :class:`pyro_vae.evaluation.Stopped`. A chain that was on its way is dropped.
+        Interrupted: a KeyboardInterrupt, with the estimates of the data that were done. Chains of
+            other data are dropped.
         ValueError: bad data or arguments, or a pair that breaks the contract; a site is global or
             scaled, so that the weights are not those of single data points; annealed importance
             sampling cannot move a latent, or score the guide.
@@ -116,10 +110,9 @@ def evidence(
     num_particles = positive_integer("num_particles", num_particles)
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)
-    check_resume(resume, Evidence)
     name, ais = _parse(method)
     num_draws = num_particles if ais is None else ais.num_chains
-    so_far = resume.partial if isinstance(resume, Stopped) else resume
+    so_far = resume.partial if isinstance(resume, Interrupted) else resume
     if isinstance(so_far, Evidence) and (so_far.method, so_far.num_particles) != (name, num_draws):
         raise ValueError(
             f"resume holds estimates by {so_far.method} of {so_far.num_particles} draws, not by "
@@ -129,48 +122,33 @@ def evidence(
         raise ValueError(f"resume holds estimates by {resume.annealing.settings}, not by {ais}")
     # A guide that nothing is drawn from need not be one that could be.
     drawn_from = prior_guide(model) if name == "naive" or (ais and ais.start == "prior") else guide
-    settings = {"method": ais or name}
     done = [_columns(resume)] if isinstance(resume, Evidence) else []
-    with Together() as together:
-        if isinstance(resume, Stopped):
-            seed = resume.unfinished.seed_again("evidence", seed, **settings)
-            done = resume.unfinished.parts
-        seed = together.common_seed(seed)
-        batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
-        with (
-            estimating(
-                "evidence",
-                model,
-                guide,
-                batches,
-                vectorize_particles=vectorize_particles,
-                seed=seed,
-                drawn_from=drawn_from,
-                needs_latents=ais is not None,
-                weighs=ais is None,
-            ) as plate_nesting,
-            task(progress, description, batches.num_data, transient=True) as show,
-        ):
-            advance = together.checked(show)
-            dimensions = batches.first()[0][0].numel()  # here: a stream may draw its order anew
-            run = _Run(
-                model,
-                drawn_from,
-                batches,
-                plate_nesting,
-                pairs_per_pass,
-                vectorize_particles,
-                capture,
-                together,
-            )
-            if ais is None:
-                rows, estimate = sys.maxsize, run.sampler(num_particles, name == "naive")
-            else:
-                rows = max(1, pairs_per_pass // ais.num_chains)
-                estimate = run.annealer(ais, rows, partial(advance, 0))
-            parts, _ = walk(
-                together, minibatches(batches), estimate, rows=rows, done=done, advance=advance
-            )
+    with Runner.open(
+        "evidence",
+        model,
+        guide,
+        data,
+        batch_size=batch_size,
+        vectorize_particles=vectorize_particles,
+        seed=seed,
+        resume=None if isinstance(resume, Evidence) else resume,
+        done=done,
+        settings={"method": ais or name, "num_particles": num_draws},
+        progress=progress,
+        description=description,
+        drawn_from=drawn_from,
+        needs_latents=ais is not None,
+        weighs=ais is None,
+    ) as runner:
+        dimensions = runner.batches.first()[0][0].numel()
+        if ais is None:
+            from_prior = name == "naive"
+            estimate = _sampler(runner, num_particles, pairs_per_pass, capture, from_prior)
+            parts = runner.map_batches(estimate, done=runner.done)
+        else:
+            max_rows = max(1, pairs_per_pass // ais.num_chains)
+            estimate = _annealer(runner, ais, max_rows, capture)
+            parts = runner.map_batches(estimate, done=runner.done, max_rows=max_rows)
     values, errors, khats, sizes, *seen = map(torch.cat, zip(*parts, strict=True))
     result = Evidence(
         values,
@@ -182,9 +160,7 @@ def evidence(
         method=name,
         annealing=Annealing.of_data(ais, seen) if seen else None,
     )
-    if together.stopped:
-        unfinished = Unfinished("evidence", len(values), seed, settings, parts)
-        raise StoppedEvidence(result, unfinished)
+    runner.raise_if_interrupted(result, len(values), parts)
     warn_of(result)
     return result
 
@@ -201,91 +177,62 @@ def _columns(evidence: Evidence) -> tuple[Tensor, ...]:
     )
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What the methods share."""
+def _sampler(
+    runner: Runner, num_particles: int, pairs_per_pass: int, capture: Capture, from_prior: bool
+) -> Callable[[Batch], tuple[Tensor, ...]]:
+    """Return a function that draws and weighs the particles of a minibatch."""
+    batches = runner.batches
+    # All passes have one size, so that one capture serves all. The last draws a few too many.
+    passes = -(-num_particles // max(1, pairs_per_pass // len(batches.first()[0])))
+    options = {"num_particles": -(-num_particles // passes), **runner.particle_options}
 
-    model: Program
-    guide: Program
-    batches: Minibatches
-    plate_nesting: int
-    pairs_per_pass: int
-    vectorize_particles: bool
-    capture: Capture
-    together: Together
+    def log_weights(*batch: Tensor) -> list[Tensor]:
+        if from_prior:
+            return [log_likelihood_at_prior_draws(runner.model, *batch, **options)]
+        return [terms(runner.model, runner.guide, *batch, **options).log_weight]
 
-    @property
-    def _programs(self) -> dict[str, Program]:
-        return {"model": self.model, "guide": self.guide}
+    draw = Captured(
+        log_weights, watch=runner.programs, name="a pass of this evidence", capture=capture
+    )
+    draw.calls_left = batches.num_batches and runner.group.max_share(batches.num_batches) * passes
 
-    def sampler(
-        self, num_particles: int, from_prior: bool
-    ) -> Callable[[Batch], tuple[Tensor, ...]]:
-        """Return what draws and weighs the particles of a minibatch."""
-        # Passes of one size, so that one capture serves all; what the last draws too much is
-        # dropped.
-        passes = -(-num_particles // max(1, self.pairs_per_pass // len(self.batches.first()[0])))
-        options = {
-            "num_particles": -(-num_particles // passes),
-            "plate_nesting": self.plate_nesting,
-            "vectorize_particles": self.vectorize_particles,
-        }
+    def estimate(batch: Batch) -> tuple[Tensor, ...]:
+        terms(runner.model, runner.guide, *batch)  # values are validated with one particle
+        weights = WeightStream(num_particles)
+        draw.recheck()
+        with values_checked(False):
+            for _ in range(passes):
+                runner.group.check()
+                (drawn,) = draw(*batch)
+                drawn = drawn[: num_particles - weights.count]
+                weights.add(drawn.clone())  # the next pass may overwrite it
+        return _summary(weights)
 
-        def log_weights(*batch: Tensor) -> list[Tensor]:
-            if from_prior:
-                return [log_likelihood_at_prior_draws(self.model, *batch, **options)]
-            return [terms(self.model, self.guide, *batch, **options).log_weight]
+    return estimate
 
-        draw = Captured(
-            log_weights,
-            watch=self._programs,
-            name="a pass of this evidence",
-            capture=self.capture,
-        )
-        draw.calls_left = (
-            self.batches.num_batches and self.together.own(self.batches.num_batches) * passes
-        )
 
-        def estimate(batch: Batch) -> tuple[Tensor, ...]:
-            terms(self.model, self.guide, *batch)  # values are validated with one particle
-            weights = WeightStream(num_particles)
-            draw.recheck()
-            with values_checked(False):
-                for _ in range(passes):
-                    self.together.check()
-                    (drawn,) = draw(*batch)
-                    drawn = drawn[: num_particles - weights.count]
-                    weights.add(drawn.clone())  # the next pass may overwrite it
-            return _summary(weights)
+def _annealer(
+    runner: Runner, ais: AIS, max_rows: int, capture: Capture
+) -> Callable[[Batch], tuple[Tensor, ...]]:
+    """Return a function that runs the chains of at most so many data points at a time."""
+    batches = runner.batches
+    path = TemperedPath(
+        runner.model, runner.guide, batches.first(), start=ais.start, **runner.particle_options
+    )
+    annealer = Annealer(ais, path, watch=runner.programs, capture=capture)
+    num_parts = batches.num_data and runner.group.max_share(
+        -(-batches.num_data // min(max_rows, batches.batch_size))
+    )
+    status = partial(runner.advance, 0)
 
-        return estimate
+    def estimate(batch: Batch) -> tuple[Tensor, ...]:
+        terms(runner.model, runner.guide, *batch)  # values are validated with one particle
+        with values_checked(False):
+            step_sizes = annealer.step_sizes(batch, num_parts, status)
+            weights, annealing = annealer.forward(batch, step_sizes, num_parts, status)
+        return *_summary(weights), *annealing.by_datum
 
-    def annealer(
-        self, ais: AIS, rows: int, status: Callable[[str], None]
-    ) -> Callable[[Batch], tuple[Tensor, ...]]:
-        """Return what walks the chains of so many data at a time."""
-        path = TemperedPath(
-            self.model,
-            self.guide,
-            self.batches.first(),
-            start=ais.start,
-            plate_nesting=self.plate_nesting,
-            vectorize_particles=self.vectorize_particles,
-        )
-        annealer = Annealer(ais, path, watch=self._programs, capture=self.capture)
-        num_data = self.batches.num_data
-        num_parts = num_data and self.together.own(
-            -(-num_data // min(rows, self.batches.batch_size))
-        )
-
-        def estimate(batch: Batch) -> tuple[Tensor, ...]:
-            terms(self.model, self.guide, *batch)  # values are validated with one particle
-            with values_checked(False):
-                step_sizes = annealer.step_sizes(batch, num_parts, status)
-                weights, annealing = annealer.forward(batch, step_sizes, num_parts, status)
-            return *_summary(weights), *annealing.by_datum
-
-        return estimate
+    return estimate
 
 
 def _summary(weights: WeightStream) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@ r"""What inference loses: by the guide's family, and by one encoder for all data
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,13 +15,12 @@ from torch import Tensor
 from pyro_vae._capture import Capture, Captured, check_capture
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._programs.terms import terms
+from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._utils.checks import positive_integer
-from pyro_vae._utils.progress import task
+from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation._ascent import Ascent
-from pyro_vae.evaluation._estimating import estimating
 from pyro_vae.evaluation._gap_estimates import (
     QUANTITIES,
     SOURCES,
@@ -30,9 +29,7 @@ from pyro_vae.evaluation._gap_estimates import (
     estimate_gaps,
 )
 from pyro_vae.evaluation._log_evidence import Evidence, khat_share
-from pyro_vae.evaluation._stopping import Stopped, Unfinished, check_resume
-from pyro_vae.evaluation._together import Together
-from pyro_vae.evaluation._walking import minibatches, walk
+from pyro_vae.evaluation._runner import Runner
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,7 +110,7 @@ def inference_gaps(
     vectorize_particles: bool = True,
     capture: Capture = "auto",
     seed: int | None = None,
-    resume: Stopped | None = None,
+    resume: Interrupted | None = None,
     progress: bool | Progress = False,
     description: str = "inference gaps",
 ) -> InferenceGaps:
@@ -157,7 +154,7 @@ def inference_gaps(
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
         seed: fixes the draws and leaves the process's random numbers as they were.
-        resume: what a call of the same arguments raised when it was stopped (Ctrl-C).
+        resume: the exception of an interrupted call (Ctrl-C) with the same arguments.
         progress: show a bar; or a rich Progress to add one to.
         description: text before the bar.
 
@@ -166,7 +163,7 @@ def inference_gaps(
         of it.
 
     Raises:
-        Stopped: a KeyboardInterrupt, with the gaps of the minibatches that were done.
+        Interrupted: a KeyboardInterrupt, with the gaps of the minibatches that were done.
         TypeError: the guide has no parameters of a datum that could be ascended; ``ascent`` is no
             :class:`Ascent`, ``evidence`` no :class:`Evidence`.
         ValueError: bad data or arguments, or a pair that breaks the contract, or was made under
@@ -193,101 +190,87 @@ def inference_gaps(
     ascent = Ascent() if ascent is None else ascent
     if not isinstance(ascent, Ascent):
         raise TypeError(f"ascent must be a pyro_vae.evaluation.Ascent, got {ascent!r}")
-    check_resume(resume)
     _check_guide(guide)
     programs.require_programs(model, guide)
     programs.require_trainable_tensors(model, guide)
-    settings = {"num_particles": num_particles, "ascent": ascent}
-    with Together() as together:
-        if resume is not None:
-            seed = resume.unfinished.seed_again("inference_gaps", seed, **settings)
-        seed = together.common_seed(seed)
-        batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
-        given = None if evidence is None else _given(evidence, batches)
-        with (
-            estimating(
-                "inference_gaps",
-                model,
-                guide,
-                batches,
-                vectorize_particles=vectorize_particles,
-                seed=seed,
-            ) as plate_nesting,
-            task(progress, description, batches.num_data, transient=True) as show,
-        ):
-            advance = together.checked(show)
-
-            def run(parameters: Tensor, batch: tuple[Tensor, ...], count: int):
-                def member(*batch: Tensor) -> dict[str, Tensor]:
-                    return guide.sample(parameters, *batch)
-
-                return terms(
-                    model,
-                    member,
-                    *batch,
-                    num_particles=count,
-                    vectorize_particles=vectorize_particles,
-                    plate_nesting=plate_nesting,
-                )
-
-            def elbo_and_gradient(parameters: Tensor, *batch: Tensor) -> list[Tensor]:
-                with torch.enable_grad():
-                    parameters = parameters.detach().requires_grad_()
-                    t = run(parameters, batch, ascent.num_particles)
-                    t.require_reparameterized("inference_gaps")
-                    elbo = (t.log_likelihood - t.kl).mean(0)
-                    (gradient,) = torch.autograd.grad(elbo.sum(), parameters)
-                return [elbo.detach(), gradient]
-
-            passes = -(-num_particles // max(1, pairs_per_pass // len(batches.first()[0])))
-            particles_per_pass = -(-num_particles // passes)
-
-            def log_weights(parameters: Tensor, *batch: Tensor) -> list[Tensor]:
-                return [run(parameters, batch, particles_per_pass).log_weight]
-
-            watch = {"model": model, "guide": guide}
-            step = Captured(
-                elbo_and_gradient, watch=watch, name="a step of an ascent", capture=capture
-            )
-            draw = Captured(log_weights, watch=watch, name="a pass of these gaps", capture=capture)
-            if batches.num_batches:  # at the least
-                own = together.own(batches.num_batches)
-                step.calls_left = own * ascent.window * (1 + ascent.patience)
-                draw.calls_left = own * passes * 2
-
-            def judge(batch: Batch) -> tuple[Tensor, ...]:
-                terms(model, guide, *batch)  # values are validated with one particle
-                step.recheck()
-                draw.recheck()
-
-                def checked(run: Captured, parameters: Tensor) -> Sequence[Tensor]:
-                    together.check()
-                    return run(parameters, *batch)
-
-                with values_checked(False):
-                    start = guide.parameters_of(*batch)
-                    end = ascent(partial(checked, step), start)
-                    drawn = [
-                        WeightSummary.of(lambda p=p: checked(draw, p)[0], num_particles)
-                        for p in (start, end.parameters)
-                    ]
-                advance(0, f"{end.steps} steps")
-                ended = (torch.tensor(end.steps), torch.tensor(end.converged))
-                return start, end.parameters, *drawn[0].columns, *drawn[1].columns, *ended
-
-            parts, _ = walk(
-                together,
-                minibatches(batches),
-                judge,
-                done=[] if resume is None else resume.unfinished.parts,
-                advance=advance,
-            )
+    with Runner.open(
+        "inference_gaps",
+        model,
+        guide,
+        data,
+        batch_size=batch_size,
+        vectorize_particles=vectorize_particles,
+        seed=seed,
+        resume=resume,
+        settings={"num_particles": num_particles, "ascent": ascent},
+        progress=progress,
+        description=description,
+    ) as runner:
+        given = None if evidence is None else _given(evidence, runner.batches)
+        compare = _comparison(runner, ascent, num_particles, pairs_per_pass, capture)
+        parts = runner.map_batches(compare, done=runner.done)
     gaps = _gaps(parts, given, num_particles)
-    if together.stopped:
-        unfinished = Unfinished("inference_gaps", len(gaps.sources), seed, settings, parts)
-        raise Stopped(gaps, unfinished)
+    runner.raise_if_interrupted(gaps, len(gaps.sources), parts)
     _warn_of(gaps, ascent)
     return gaps
+
+
+def _comparison(
+    runner: Runner, ascent: Ascent, num_particles: int, pairs_per_pass: int, capture: Capture
+) -> Callable[[Batch], tuple[Tensor, ...]]:
+    """Return a function that weighs draws of the guide and of its best members for a minibatch."""
+    model, guide, batches = runner.model, runner.guide, runner.batches
+
+    def run(parameters: Tensor, batch: tuple[Tensor, ...], count: int) -> Terms:
+        def member(*batch: Tensor) -> dict[str, Tensor]:
+            return guide.sample(parameters, *batch)
+
+        return terms(model, member, *batch, num_particles=count, **runner.particle_options)
+
+    def elbo_and_gradient(parameters: Tensor, *batch: Tensor) -> list[Tensor]:
+        with torch.enable_grad():
+            parameters = parameters.detach().requires_grad_()
+            t = run(parameters, batch, ascent.num_particles)
+            t.require_reparameterized("inference_gaps")
+            elbo = (t.log_likelihood - t.kl).mean(0)
+            (gradient,) = torch.autograd.grad(elbo.sum(), parameters)
+        return [elbo.detach(), gradient]
+
+    passes = -(-num_particles // max(1, pairs_per_pass // len(batches.first()[0])))
+    particles_per_pass = -(-num_particles // passes)
+
+    def log_weights(parameters: Tensor, *batch: Tensor) -> list[Tensor]:
+        return [run(parameters, batch, particles_per_pass).log_weight]
+
+    capturing = {"watch": runner.programs, "capture": capture}
+    step = Captured(elbo_and_gradient, name="a step of an ascent", **capturing)
+    draw = Captured(log_weights, name="a pass of these gaps", **capturing)
+    if batches.num_batches:  # at the least
+        share = runner.group.max_share(batches.num_batches)
+        step.calls_left = share * ascent.window * (1 + ascent.patience)
+        draw.calls_left = share * passes * 2
+
+    def compare(batch: Batch) -> tuple[Tensor, ...]:
+        terms(model, guide, *batch)  # values are validated with one particle
+        step.recheck()
+        draw.recheck()
+
+        def checked(run: Captured, parameters: Tensor) -> Sequence[Tensor]:
+            runner.group.check()
+            return run(parameters, *batch)
+
+        with values_checked(False):
+            start = guide.parameters_of(*batch)
+            end = ascent(partial(checked, step), start)
+            drawn = [
+                WeightSummary.of(lambda p=p: checked(draw, p)[0], num_particles)
+                for p in (start, end.parameters)
+            ]
+        runner.advance(0, f"{end.steps} steps")
+        ended = (torch.tensor(end.steps), torch.tensor(end.converged))
+        return start, end.parameters, *drawn[0].columns, *drawn[1].columns, *ended
+
+    return compare
 
 
 def _warn_of(gaps: InferenceGaps, ascent: Ascent) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyro_vae.evaluation._ais import Annealing
-from pyro_vae.evaluation._stopping import Stopped
 
 UNRELIABLE_KHAT = 0.7
 FEWEST_EFFECTIVE = 10.0
@@ -102,15 +101,6 @@ class Evidence:
             f"({len(self.values)} data, {self.num_particles} {draws}, "
             f"{khat_share(self.khat)})"
         )
-
-
-class StoppedEvidence(Stopped):
-    """An evidence that was interrupted (Ctrl-C) after some of the data; see :class:`Stopped`."""
-
-    @property
-    def evidence(self) -> Evidence:
-        """The estimates of the first data: ``partial``. They can be passed as ``resume=`` too."""
-        return self.partial
 
 
 def warn_of(evidence: Evidence) -> None:

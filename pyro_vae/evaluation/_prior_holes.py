@@ -20,7 +20,7 @@ from pyro_vae._utils.checks import positive_integer, real_number
 from pyro_vae._utils.interrupts import defer_keyboard_interrupt
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
-from pyro_vae.evaluation._estimating import estimating
+from pyro_vae.evaluation._context import evaluation_context
 from pyro_vae.evaluation._predict import mean_of_x
 from pyro_vae.evaluation._scoring import guide_log_prob, require_one_density
 from pyro_vae.evaluation._surgery.aggregate import Aggregate, refuse_masks
@@ -146,7 +146,7 @@ def prior_holes(
     batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
     with (
         defer_keyboard_interrupt() as interrupted,
-        estimating(
+        evaluation_context(
             "prior_holes",
             model,
             guide,

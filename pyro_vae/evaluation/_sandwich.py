@@ -11,22 +11,18 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae._capture import Capture, check_capture
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
 from pyro_vae._utils.checks import positive_integer
-from pyro_vae._utils.progress import task
+from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae._utils.value_checks import values_checked
-from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
+from pyro_vae.datasets._minibatches import Batch, Data
 from pyro_vae.evaluation._ais import AIS, Annealer
 from pyro_vae.evaluation._delta_sites import prior_guide
-from pyro_vae.evaluation._estimating import estimating
 from pyro_vae.evaluation._log_evidence import UnreliableEvidence, standard_error
+from pyro_vae.evaluation._runner import Runner
 from pyro_vae.evaluation._simulated import simulate
-from pyro_vae.evaluation._stopping import Stopped, Unfinished, check_resume
 from pyro_vae.evaluation._tempered_path import TemperedPath
-from pyro_vae.evaluation._together import Together
-from pyro_vae.evaluation._walking import minibatches, walk
 from pyro_vae.evaluation._weights import WeightStream
 
 
@@ -80,7 +76,7 @@ def sandwich(
     vectorize_particles: bool = True,
     capture: Capture = "auto",
     seed: int | None = None,
-    resume: Stopped | None = None,
+    resume: Interrupted | None = None,
     progress: bool | Progress = False,
     description: str = "sandwich",
 ) -> Sandwich:
@@ -107,7 +103,7 @@ def sandwich(
         vectorize_particles: run many chains at once; see :func:`pyro_vae.terms`.
         capture: replay the operations of a gradient as compiled code; see :func:`pyro_vae.fit`.
         seed: fixes the draws and leaves the process's random numbers as they were.
-        resume: what a call of the same arguments raised when it was stopped (Ctrl-C).
+        resume: the exception of an interrupted call (Ctrl-C) with the same arguments.
         progress: show a bar; or a rich Progress to add one to.
         description: text before the bar.
 
@@ -115,7 +111,7 @@ def sandwich(
         The :class:`Sandwich`. Processes of a group share the minibatches; each has the whole of it.
 
     Raises:
-        Stopped: a KeyboardInterrupt, with the bounds on the data that were done.
+        Interrupted: a KeyboardInterrupt, with the bounds on the data that were done.
         ValueError: what :func:`pyro_vae.evidence` refuses; the model cannot be shown what it
             draws, because it observes something else than its arguments, or parts of them; or what
             it draws depends on the x that it is given.
@@ -138,7 +134,6 @@ def sandwich(
     """
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)
-    check_resume(resume)
     ais = AIS(start="prior" if guide is None else "guide") if ais is None else ais
     if not isinstance(ais, AIS):
         raise TypeError(f"ais must be a pyro_vae.evaluation.AIS, got {ais!r}")
@@ -148,58 +143,43 @@ def sandwich(
             'AIS(start="prior")'
         )
     guide = prior_guide(model) if guide is None else guide
-    rows_per_pass = max(1, pairs_per_pass // ais.num_chains)
-    with Together() as together:
-        if resume is not None:
-            seed = resume.unfinished.seed_again("sandwich", seed, ais=ais)
-        seed = together.common_seed(seed)
-        device = programs.device_of(model, guide)
-        batches = Minibatches(like, batch_size, device=device, name="like")
-        num_parts = batches.num_data and -(-batches.num_data // min(rows_per_pass, batch_size))
-        num_parts = num_parts and together.own(num_parts)
-        with (
-            estimating(
-                "sandwich",
-                model,
-                guide,
-                batches,
-                vectorize_particles=vectorize_particles,
-                seed=seed,
-                needs_latents=True,
-            ) as plate_nesting,
-            task(progress, description, batches.num_data, transient=True) as show,
-        ):
-            advance = together.checked(show)
-            path = TemperedPath(
-                model,
-                guide,
-                batches.first(),
-                start=ais.start,
-                plate_nesting=plate_nesting,
-                vectorize_particles=vectorize_particles,
-            )
-            annealer = Annealer(ais, path, watch={"model": model, "guide": guide}, capture=capture)
+    max_rows = max(1, pairs_per_pass // ais.num_chains)
+    with Runner.open(
+        "sandwich",
+        model,
+        guide,
+        like,
+        data_name="like",
+        batch_size=batch_size,
+        vectorize_particles=vectorize_particles,
+        seed=seed,
+        resume=resume,
+        settings={"ais": ais},
+        progress=progress,
+        description=description,
+        needs_latents=True,
+    ) as runner:
+        batches = runner.batches
+        num_parts = batches.num_data and runner.group.max_share(
+            -(-batches.num_data // min(max_rows, batch_size))
+        )
+        path = TemperedPath(
+            model, guide, batches.first(), start=ais.start, **runner.particle_options
+        )
+        annealer = Annealer(ais, path, watch=runner.programs, capture=capture)
 
-            def bounds(given: Batch) -> tuple[Tensor, ...]:
-                batch, latents = simulate(model, given)
-                if ais.start == "guide":
-                    terms(model, guide, *batch)  # while values are validated
-                with values_checked(False):
-                    rows = path.rows_of(latents).expand(ais.num_chains, -1, -1)
-                    return *_bounds(annealer, batch, rows, num_parts, advance), *batch
+        def bounds(given: Batch) -> tuple[Tensor, ...]:
+            batch, latents = simulate(model, given)
+            if ais.start == "guide":
+                terms(model, guide, *batch)  # while values are validated
+            with values_checked(False):
+                rows = path.rows_of(latents).expand(ais.num_chains, -1, -1)
+                return *_bounds(annealer, batch, rows, num_parts, runner.advance), *batch
 
-            parts, _ = walk(
-                together,
-                minibatches(batches),
-                bounds,
-                rows=rows_per_pass,
-                done=[] if resume is None else resume.unfinished.parts,
-                advance=advance,
-            )
+        parts = runner.map_batches(bounds, done=runner.done, max_rows=max_rows)
     lower, lower_errors, upper, upper_errors, *data = map(torch.cat, zip(*parts, strict=True))
     result = Sandwich(lower, upper, lower_errors, upper_errors, tuple(data), ais.num_chains)
-    if together.stopped:
-        raise Stopped(result, Unfinished("sandwich", len(lower), seed, {"ais": ais}, parts))
+    runner.raise_if_interrupted(result, len(lower), parts)
     warn_of_crossing(result)
     return result
 

@@ -14,7 +14,7 @@ from pyro_vae._programs.terms import terms
 from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.extras import require
 from pyro_vae.datasets._minibatches import Data, Minibatches
-from pyro_vae.evaluation._estimating import estimating
+from pyro_vae.evaluation._context import evaluation_context
 
 
 def to_arviz(
@@ -68,7 +68,7 @@ def to_arviz(
     num_draws = positive_integer("num_draws", num_draws)
     arviz = require("arviz", "arviz", "to_arviz")
     batches = Minibatches(data, 2**31, device=programs.device_of(model, guide))
-    with estimating(
+    with evaluation_context(
         "to_arviz", model, guide, batches, vectorize_particles=vectorize_particles, seed=seed
     ) as plate_nesting:
         t = terms(

@@ -22,8 +22,9 @@ from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.extras import require
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Data, Minibatches
-from pyro_vae.evaluation import Evidence, Surgery, elbo_surgery, evidence, generate, reconstruct
+from pyro_vae.evaluation import Evidence, Surgery, evidence, generate, reconstruct
 from pyro_vae.evaluation._log_evidence import standard_error
+from pyro_vae.evaluation._surgery.surgery import surgery_or_reason
 from pyro_vae.report._distinct import Candidate, require_distinct
 from pyro_vae.training import Fit
 
@@ -261,7 +262,7 @@ def compare(
                 progress=progress,
                 description=f"{name}: evidence",
             )
-            surgery, note = _surgery_or_why_not(
+            surgery, note = surgery_or_reason(
                 model,
                 guide,
                 surgery_data,
@@ -290,13 +291,6 @@ def _checked_shape(image_shape: tuple[int, int]) -> tuple[int, int]:
     if not isinstance(image_shape, tuple | list) or len(image_shape) != 2:
         raise TypeError(f"image_shape must be (height, width), got {image_shape!r}")
     return tuple(positive_integer("each of image_shape", size) for size in image_shape)
-
-
-def _surgery_or_why_not(*args, **options) -> tuple[Surgery | None, str]:
-    try:
-        return elbo_surgery(*args, **options), ""
-    except ValueError as error:
-        return None, str(error)
 
 
 def _pictures(

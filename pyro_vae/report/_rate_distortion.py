@@ -23,7 +23,7 @@ from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.evaluation import Evidence
-from pyro_vae.evaluation._estimating import estimating
+from pyro_vae.evaluation._context import evaluation_context
 from pyro_vae.evaluation._log_evidence import standard_error
 from pyro_vae.objectives import BetaELBO
 from pyro_vae.report._curve import RateDistortion
@@ -153,7 +153,7 @@ def rate_distortion(
                     **fit_options,
                 )
                 batches = Minibatches(measured, batch_size, device=device)
-                with estimating(
+                with evaluation_context(
                     "rate_distortion",
                     model,
                     guide,

@@ -24,7 +24,7 @@ from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import positive_integer, positive_number, real_number
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes, rank
-from pyro_vae._utils.interrupts import defer_keyboard_interrupt
+from pyro_vae._utils.interrupts import Interrupted, defer_keyboard_interrupt
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
@@ -84,18 +84,6 @@ class Fit:
     seconds: float
     execution: str
     digests: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
-
-
-class StoppedFit(KeyboardInterrupt):
-    """A fit that was interrupted, at the end of a step; with a checkpoint, it can be resumed.
-
-    Args:
-        fit: the pair as it stands, and the history of the epochs that were done.
-    """
-
-    def __init__(self, fit: Fit):
-        super().__init__(f"the fit was stopped after {len(fit.history)} epochs")
-        self.fit = fit
 
 
 @torch.inference_mode(False)
@@ -210,7 +198,7 @@ def fit(
         NonFiniteError: a loss or a gradient is NaN or infinite: a FloatingPointError that names
             the site or parameter, the epoch and the rows; the pair is as it was before that step.
         FloatingPointError: a validation loss is.
-        StoppedFit: a KeyboardInterrupt, with the fit as it stands at the end of the step.
+        Interrupted: a KeyboardInterrupt, with the fit as it stands at the end of the step.
         UnreadableFile: no checkpoint can be read: a ValueError.
         OSError: a checkpoint cannot be written; those before it are whole.
 
@@ -354,7 +342,7 @@ def fit(
     seconds = time.perf_counter() - started
     result = Fit(model, guide, history, int(best), seconds, trainer.execution, digests)
     if stopped:
-        raise StoppedFit(result)
+        raise Interrupted(f"the fit was stopped after {len(history)} epochs", result)
     return result
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_vae._utils.distributed import (
     broadcast_from_first,
-    gather_all,
+    gather,
     num_processes,
     rank,
     sum_over_processes,
@@ -446,8 +446,7 @@ class TrainingLoop:
     def _of_processes(self) -> list[dict[str, Any]]:
         """Return what each process has its own: random numbers, and running averages."""
         mine = {**random_state(self.device), **self._trained.buffers()}
-        shares = gather_all([tensor.detach().cpu() for tensor in mine.values()])
-        return [dict(zip(mine, share, strict=True)) for share in shares]
+        return gather({name: tensor.detach().cpu() for name, tensor in mine.items()})
 
     def _own(self, shares: list[dict[str, Tensor]]) -> Mapping[str, Tensor] | None:
         """Take up what was this process's own, if there were as many."""

@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae._programs.sites import data_frame
-from pyro_vae._utils.distributed import gather_all
+from pyro_vae._utils.distributed import gather
 from pyro_vae.training._gradients import numbers_of
 
 _ROWS_SHOWN = 10
@@ -88,13 +88,10 @@ class FirstNonFiniteSite(Messenger):
         Args:
             row_offset: how many rows of the minibatch other processes had before this one.
         """
-        texts = [self.name or "", self.what]
-        mine = [torch.tensor(list(text.encode()), dtype=torch.uint8) for text in texts]
-        rows = torch.tensor([-1]) if self.bad is None else self.bad + row_offset
-        for name, what, bad in gather_all([*mine, rows]):
-            if len(name):
-                self.name, self.what = (bytes(text.tolist()).decode() for text in (name, what))
-                self.bad = None if bad.tolist() == [-1] else bad
+        rows = None if self.bad is None else self.bad + row_offset
+        for name, what, bad in gather((self.name, self.what, rows)):
+            if name is not None:
+                self.name, self.what, self.bad = name, what, bad
                 break
         return self
 

@@ -597,10 +597,10 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(method):
                 raise KeyboardInterrupt
             return oracle.model(rows)
 
-    with pytest.raises(pv.evaluation.StoppedEvidence, match="stopped after 20 data") as stopped:
+    with pytest.raises(pv.evaluation.Interrupted, match="stopped after 20 data") as stopped:
         pv.evidence(Stop(), oracle.guide, x, **options)
     assert torch.equal(torch.get_rng_state(), before)
-    so_far = stopped.value.evidence
+    so_far = stopped.value.partial
     assert torch.equal(so_far.values, whole.values[:20])
     resumed = pv.evidence(oracle.model, oracle.guide, x, resume=so_far, **options)
     for name in ("values", "monte_carlo_errors", "khat", "effective_sample_size"):
@@ -618,7 +618,7 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(method):
         pv.evidence(oracle.model, oracle.guide, x, resume=unfinished, **options | {"seed": 4})
     with pytest.raises(ValueError, match="resume is of evidence, which was stopped, not of sandwi"):
         pv.sandwich(oracle.model, oracle.guide, like=x, resume=unfinished)
-    with pytest.raises(pv.evaluation.Stopped) as of_sandwich:
+    with pytest.raises(pv.evaluation.Interrupted) as of_sandwich:
         pv.sandwich(
             *(oracle.model, oracle.guide),
             like=x,
@@ -628,7 +628,7 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(method):
         )
     with pytest.raises(ValueError, match="resume is of sandwich, which was stopped, not of evid"):
         pv.evidence(oracle.model, oracle.guide, x, resume=of_sandwich.value)
-    with pytest.raises(TypeError, match=r"resume must be the pyro_vae\.evaluation\.Stopped"):
+    with pytest.raises(TypeError, match=r"resume must be the pyro_vae\.evaluation\.Interrupted"):
         pv.evidence(oracle.model, oracle.guide, x, resume=3)
     with pytest.raises(ValueError, match="resume holds 20 data, which end inside of a pass"):
         pv.evidence(oracle.model, oracle.guide, x, resume=so_far, **{**options, "batch_size": 15})
@@ -648,7 +648,7 @@ def test_a_stop_before_the_first_data_is_one():
 
     with pytest.raises(KeyboardInterrupt) as stopped:
         pv.evidence(model, oracle.guide, oracle.sample(3))
-    assert not isinstance(stopped.value, pv.evaluation.StoppedEvidence)
+    assert not isinstance(stopped.value, pv.evaluation.Interrupted)
 
 
 def test_an_interrupt_comes_through_between_two_transitions():
@@ -664,7 +664,7 @@ def test_an_interrupt_comes_through_between_two_transitions():
     whole = pv.evidence(counted, oracle.guide, x, capture=False, **options)
     num_calls = -1 - counted.left
     stopping = Calls(oracle.model, num_calls - 20, KeyboardInterrupt())  # amid the second part
-    with pytest.raises(pv.evaluation.Stopped) as stopped:
+    with pytest.raises(pv.evaluation.Interrupted) as stopped:
         pv.evidence(stopping, oracle.guide, x, capture=False, **options)
     assert stopping.left == 0  # the model was not called again
     resumed = pv.evidence(oracle.model, oracle.guide, x, resume=stopped.value, **options)
@@ -678,7 +678,7 @@ def test_a_stop_without_a_seed_goes_on_with_the_draws_that_it_had():
     torch.manual_seed(1)
     whole = pv.evidence(oracle.model, oracle.guide, x, **options)
     torch.manual_seed(1)
-    with pytest.raises(pv.evaluation.Stopped) as stopped:
+    with pytest.raises(pv.evaluation.Interrupted) as stopped:
         pv.evidence(oracle.model, oracle.guide, x, progress=Interrupting(2), **options)
     resumed = pv.evidence(oracle.model, oracle.guide, x, resume=stopped.value, **options)
     assert torch.equal(resumed.values, whole.values)
@@ -702,7 +702,7 @@ def test_ctrl_c_waits_until_a_run_is_done_and_leaves_nothing_half_done(method):
             time.sleep(0.01)  # where it would come through
             ends.append(rows)
 
-    with pytest.raises(pv.evaluation.Stopped, match="stopped after 20 data") as stopped:
+    with pytest.raises(pv.evaluation.Interrupted, match="stopped after 20 data") as stopped:
         pv.evidence(model, oracle.guide, x, capture=False, **options)
     assert len(ends) == 1
     resumed = pv.evidence(oracle.model, oracle.guide, x, resume=stopped.value, **options)

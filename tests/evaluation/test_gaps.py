@@ -476,7 +476,7 @@ def test_gaps_that_were_stopped_go_on_as_if_they_had_not_been():
     options["evidence"] = evidence
     whole = pv.inference_gaps(oracle.model, guide, x, **options)
     with pytest.raises(
-        pv.evaluation.Stopped, match="inference_gaps was stopped after 20 data"
+        pv.evaluation.Interrupted, match="inference_gaps was stopped after 20 data"
     ) as stopped:
         pv.inference_gaps(oracle.model, guide, x, progress=Interrupting(2), **options)
     so_far = stopped.value.partial

@@ -118,7 +118,7 @@ def test_a_sandwich_that_was_stopped_goes_on_as_if_it_had_not_been():
     options = {"like": oracle.sample(30), "ais": ais, "batch_size": 10, "seed": 3}
     whole = pv.sandwich(oracle.model, oracle.guide, **options)
     with pytest.raises(
-        pv.evaluation.Stopped, match="sandwich was stopped after 20 data"
+        pv.evaluation.Interrupted, match="sandwich was stopped after 20 data"
     ) as stopped:
         pv.sandwich(oracle.model, oracle.guide, progress=Interrupting(2), **options)
     assert torch.equal(stopped.value.partial.upper, whole.upper[:20])

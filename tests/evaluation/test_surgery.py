@@ -15,6 +15,7 @@ from oracles import LinearGaussian, assert_within
 
 import pyro_vae as pv
 from pyro_vae import guides
+from pyro_vae.evaluation._group import Group
 from pyro_vae.evaluation._surgery import information
 from pyro_vae.evaluation._surgery.dimensions import dimension_wise_kl
 from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
@@ -22,7 +23,6 @@ from pyro_vae.evaluation._surgery.pairwise import log_sum_of_ratios
 from pyro_vae.evaluation._surgery.subsets import random_subsets, subset_information
 from pyro_vae.evaluation._surgery.surgery import _control
 from pyro_vae.evaluation._surgery.threads import in_threads
-from pyro_vae.evaluation._together import Together
 
 
 def as_full_covariance(oracle):
@@ -322,7 +322,7 @@ def test_dimension_wise_kl_by_sampling():
     scale = 0.05 + torch.rand(40, 2, dtype=torch.float64)
     prior = torch.distributions.Laplace(torch.tensor([0.5, 0.0]).double(), 1.5)
     q = DiagonalGaussians(loc, scale, ("z",), True)
-    found = dimension_wise_kl(q, prior.log_prob, Together())
+    found = dimension_wise_kl(q, prior.log_prob, Group())
     z = loc + scale * torch.randn(5000, 40, 2, dtype=torch.float64)
     for j in range(2):
         each = torch.distributions.Normal(loc[:, j], scale[:, j])
@@ -496,10 +496,12 @@ def test_a_surgery_that_was_stopped_goes_on_as_if_it_had_not_been(kind, monkeypa
         x = torch.utils.data.DataLoader(x, batch_size=50, shuffle=True)
     whole = pv.elbo_surgery(oracle.model, guide, x, **options)
     at = 3 if kind == "stratified" else 6 + 2  # in the walk over the data, or after two blocks
-    with pytest.raises(pv.evaluation.Stopped, match="elbo_surgery was stopped after") as stopped:
+    with pytest.raises(
+        pv.evaluation.Interrupted, match="elbo_surgery was stopped after"
+    ) as stopped:
         pv.elbo_surgery(oracle.model, guide, x, progress=Interrupting(at), **options)
     partial = stopped.value.partial
-    assert 0 < partial.num_scored == stopped.value.unfinished.num_done < 300
+    assert 0 < partial.num_scored == stopped.value.state.num_done < 300
     assert f"stopped: from the codes of {partial.num_scored} data" in str(partial)
     assert partial.log_n == whole.log_n
     assert partial.rate == pytest.approx(partial.mutual_information + partial.marginal_kl)
@@ -507,7 +509,7 @@ def test_a_surgery_that_was_stopped_goes_on_as_if_it_had_not_been(kind, monkeypa
     assert difference < 5 * partial.standard_errors["mutual_information"]
     assert partial.total_correlation is None
     # Stopped once more on the way, with the codes scored twice over.
-    with pytest.raises(pv.evaluation.Stopped) as again:
+    with pytest.raises(pv.evaluation.Interrupted) as again:
         pv.elbo_surgery(
             *(oracle.model, guide, x),
             **options,
@@ -524,7 +526,7 @@ def test_a_surgery_stopped_in_its_last_part_has_all_codes_scored():
     x = oracle.sample(100)
     whole = pv.elbo_surgery(oracle.model, oracle.guide, x, seed=3)
     assert whole.total_correlation is not None
-    with pytest.raises(pv.evaluation.Stopped) as stopped:
+    with pytest.raises(pv.evaluation.Interrupted) as stopped:
         pv.elbo_surgery(oracle.model, oracle.guide, x, seed=3, progress=Interrupting(2))
     partial = stopped.value.partial
     assert (partial.num_scored, partial.total_correlation) == (100, None)

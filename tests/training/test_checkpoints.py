@@ -292,10 +292,10 @@ def test_a_run_that_was_over_goes_on_for_more_epochs(binary, tmp_path):
 def test_ctrl_c_ends_the_run_after_the_step_and_it_can_be_resumed(binary, tmp_path):
     _, straight = fit(binary, transform=torch.bernoulli)
     press = At(9, lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(pv.training.StoppedFit) as stopped:
+    with pytest.raises(pv.training.Interrupted) as stopped:
         fit(binary, tmp_path, transform=press)
     assert press.calls == 9  # one by the fit's first look, then that step's and no other
-    assert len(stopped.value.fit.history) == 1
+    assert len(stopped.value.partial.history) == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     _, resumed = fit(binary, tmp_path, transform=torch.bernoulli, resume=True)
     assert equal(straight, resumed)
@@ -308,7 +308,7 @@ def test_a_second_ctrl_c_does_not_wait_and_leaves_a_whole_state(binary, tmp_path
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(pv.training.StoppedFit):
+    with pytest.raises(pv.training.Interrupted):
         fit(binary, tmp_path, transform=At(9, twice))
     _, resumed = fit(binary, tmp_path, transform=torch.bernoulli, resume=True)
     assert equal(straight, resumed)
@@ -322,7 +322,7 @@ def test_ctrl_c_during_validation(binary, tmp_path):
         signal.raise_signal(signal.SIGINT)
         return evaluate(*args)
 
-    with mock.patch.object(TrainStep, "evaluate", pressed), pytest.raises(pv.training.StoppedFit):
+    with mock.patch.object(TrainStep, "evaluate", pressed), pytest.raises(pv.training.Interrupted):
         fit(binary, tmp_path, validation=binary)
     _, resumed = fit(binary, tmp_path, validation=binary, resume=True)
     assert equal(straight, resumed)
@@ -361,7 +361,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(binary, t
 
 def test_a_damaged_checkpoint_is_passed_over(binary, tmp_path):
     _, straight = fit(binary, transform=torch.bernoulli)
-    with pytest.raises(pv.training.StoppedFit):
+    with pytest.raises(pv.training.Interrupted):
         fit(binary, tmp_path, transform=At(9, lambda: signal.raise_signal(signal.SIGINT)))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert len(names) == 3
@@ -485,7 +485,7 @@ def test_an_interrupt_while_the_last_checkpoint_of_an_epoch_is_written(binary, t
 
     with (
         mock.patch.object(TrainingLoop, "_note", interrupted),
-        pytest.raises(pv.training.StoppedFit),
+        pytest.raises(pv.training.Interrupted),
     ):
         fit(binary, tmp_path, transform=torch.bernoulli)
     _, resumed = fit(binary, tmp_path, transform=torch.bernoulli, resume=True)
@@ -534,9 +534,9 @@ def test_ctrl_c_in_the_last_epochs_callback(binary):
         if epoch == 3:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(pv.training.StoppedFit) as stopped:
+    with pytest.raises(pv.training.Interrupted) as stopped:
         fit(binary, after_epoch=press)
-    assert len(stopped.value.fit.history) == 3
+    assert len(stopped.value.partial.history) == 3
 
 
 def test_what_a_killed_writer_leaves_is_removed(binary, tmp_path):
@@ -712,7 +712,7 @@ def test_checkpoints_that_the_run_went_back_from_are_removed(binary, tmp_path):
                 signal.raise_signal(signal.SIGINT)
         remove(path, **options)
 
-    with mock.patch("shutil.rmtree", pressed), pytest.raises(pv.training.StoppedFit):
+    with mock.patch("shutil.rmtree", pressed), pytest.raises(pv.training.Interrupted):
         fit(binary, tmp_path, checkpoints_kept=1)
     assert names[-2:] == ["step-000000000006", "step-000000000007"]
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000000006"]
@@ -791,7 +791,7 @@ def test_what_was_frozen_on_the_way_stays_so(binary, tmp_path):
         return model, tensors(model, guide)
 
     _, straight = run(None, None)
-    with pytest.raises(pv.training.StoppedFit):
+    with pytest.raises(pv.training.Interrupted):
         run(tmp_path, 2)
     model, resumed = run(tmp_path, None)
     assert equal(straight, resumed)
@@ -844,7 +844,7 @@ def test_an_interrupt_after_a_parameter_was_made(stops, binary, tmp_path):
     options = {"after_epoch": press} if at_end else {}
     with (
         mock.patch.object(TrainStep, "step", step if at_end else stopped),
-        pytest.raises(pv.training.StoppedFit),
+        pytest.raises(pv.training.Interrupted),
     ):
         fit(binary, tmp_path, pair=pair, epochs=4, checkpoint_seconds=60.0, **options)
     resumed = fit(binary, tmp_path, pair=pair, epochs=4, resume=True, checkpoint_seconds=60.0)[1]
@@ -863,7 +863,7 @@ def test_a_run_that_goes_back_over_its_capture_begins_it_anew(binary, tmp_path, 
         return step(*args, **options)
 
     options = {"capture": True, "checkpoint_seconds": 60.0}
-    with mock.patch.object(TrainStep, "step", stopped), pytest.raises(pv.training.StoppedFit):
+    with mock.patch.object(TrainStep, "step", stopped), pytest.raises(pv.training.Interrupted):
         fit(binary, tmp_path, **options)
     content = read(max(tmp_path.iterdir()), kind=checkpoints.KIND)
     assert content["trainer"]["steps"] == 0
@@ -908,7 +908,7 @@ def test_a_best_epoch_that_was_undone_is_no_longer_the_best(binary, tmp_path):
 
     with (
         mock.patch.object(Minibatches, "order", interrupted),
-        pytest.raises(pv.training.StoppedFit),
+        pytest.raises(pv.training.Interrupted),
     ):
         fit(binary, tmp_path, **options)
     content = read(max(tmp_path.iterdir()), kind=checkpoints.KIND)

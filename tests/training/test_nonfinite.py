@@ -85,7 +85,7 @@ def test_the_site_the_rows_and_the_state_before(
 
     monkeypatch.setattr(run, "STEPS_OF_A_STRETCH", 1)  # what is interrupted goes back that far
     expected = pair()
-    with pytest.raises(pv.training.StoppedFit):
+    with pytest.raises(pv.training.Interrupted):
         fit(expected, data, transform=count)
     left, right = tensors(*programs), tensors(*expected)
     for name, tensor in left.items():

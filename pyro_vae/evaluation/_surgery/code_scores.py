@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import Batch, Minibatches
 from pyro_vae.evaluation._delta_sites import has_one_prior
+from pyro_vae.evaluation._group import lazy_batches
+from pyro_vae.evaluation._runner import Part, Runner
 from pyro_vae.evaluation._scoring import guide_log_prob, require_one_density
 from pyro_vae.evaluation._surgery.aggregate import refuse_masks
 from pyro_vae.evaluation._surgery.codes import Codes, TermAverages
@@ -22,10 +23,6 @@ from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
 from pyro_vae.evaluation._surgery.information import Block, of_gaussians, of_guide, score_all
 from pyro_vae.evaluation._surgery.pairwise import log_densities
 from pyro_vae.evaluation._surgery.subsets import Estimator, random_subsets, subset_information
-from pyro_vae.evaluation._together import Together
-from pyro_vae.evaluation._walking import Sized, minibatches, walk
-
-Part = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,7 @@ class CodeScores:
         of_dimensions: what each adds to the dimension-wise KL, (N,); None where it is not known.
         one_prior: whether all data have one prior.
         num_data: N, data that were not drawn for included.
-        stopped: whether an interrupt ended it.
-        parts: if so, what to go on from.
+        parts: results that a resumed call does not compute again.
     """
 
     averages: TermAverages
@@ -49,7 +45,6 @@ class CodeScores:
     of_dimensions: Tensor | None
     one_prior: bool
     num_data: int
-    stopped: bool
     parts: list[Part]
 
 
@@ -57,31 +52,17 @@ class CodeScorer:
     """Draws codes for a process's share of the data, and scores them.
 
     Args:
-        together: the processes.
-        model: program of p(x, z).
-        guide: program of q(z|x).
-        batches: all data.
+        runner: of the evaluation.
         num_particles: K.
-        how: plate_nesting and vectorize_particles; see :func:`pyro_vae.terms`.
-        advance: called with the number of codes that were drawn or scored.
 
     Raises:
-        ValueError: the guide has masks that differ from datum to datum.
+        ValueError: The guide has masks that differ between data points.
     """
 
-    def __init__(
-        self,
-        together: Together,
-        model: Program,
-        guide: Program,
-        batches: Minibatches,
-        *,
-        num_particles: int,
-        how: dict[str, object],
-        advance: Callable[..., None],
-    ):
-        self._together, self._model, self._guide, self._batches = together, model, guide, batches
-        self._num_particles, self._how, self._advance = num_particles, how, advance
+    def __init__(self, runner: Runner, num_particles: int):
+        self._runner, self._group, self._num_particles = runner, runner.group, num_particles
+        model, guide, batches = runner.model, runner.guide, runner.batches
+        self._model, self._guide, self._batches = model, guide, batches
         self._first = batches.first()
         refuse_masks(guide, self._first)
         self._gaussian = DiagonalGaussians.is_diagonal_gaussian(guide, self._first)
@@ -95,58 +76,60 @@ class CodeScorer:
         if self._gaussian:  # those of no data, lest a process have no part
             self._posteriors.append(DiagonalGaussians.read(guide, self._first).none())
 
-    def exact(self, known: Sequence[Part]) -> CodeScores:
+    def exact(self) -> CodeScores:
         """Score each code under the posteriors of all data.
 
-        An interrupt while codes are drawn, which takes far less time, leaves nothing.
-
-        Args:
-            known: the parts of what was stopped: its codes are drawn again, but not scored again.
+        A resumed call draws the same codes, and scores those that were not scored. An interrupt
+        while codes are drawn, which takes far less time, leaves nothing.
 
         Raises:
-            KeyboardInterrupt: there came an interrupt before any code was scored.
-            ValueError: what is known is of another number of data.
+            KeyboardInterrupt: There came an interrupt before any code was scored.
+            ValueError: The interrupted call had another number of data points.
         """
-        parts, stopped = self._walk(minibatches(self._batches), self._draw)
-        if stopped:
+        parts = self._runner.map_batches(self._draw, lazy_batches(self._batches), last=False)
+        if self._runner.interrupted:
             raise KeyboardInterrupt
         index = self._own_data(parts)
         averages = TermAverages.of_parts(parts)
         num_data = len(averages.rate)
         information = torch.zeros(num_data, dtype=torch.float64)
         done = torch.zeros(num_data, dtype=torch.bool)
-        if known:
-            ((information, done),) = known
+        if self._runner.done:
+            ((information, done),) = self._runner.done
             if len(done) != num_data:
                 raise ValueError(f"resume is of {len(done)} data, not of {num_data}")
         information, done, of_dimensions = information[index], done[index], None
         try:
             block = self._block(index, num_data)
-            score_all(self._together, block, information, done, self._advance)
+            score_all(self._group, block, information, done, self._runner.advance)
             of_dimensions = self._of_dimensions()
         except KeyboardInterrupt:
-            self._together.stop()
-        columns = [information, done]
-        (information, done), of_dimensions, stopped = self._gathered(index, columns, of_dimensions)
+            self._group.stop()
+        (information, done), of_dimensions = self._gather(index, (information, done), of_dimensions)
         if not done.any():
             raise KeyboardInterrupt
-        state = [(information, done)]
-        found = (averages, information, done, of_dimensions, self._one_prior, num_data)
-        return CodeScores(*found, stopped, state)
+        return CodeScores(
+            averages=averages,
+            information=information,
+            done=done,
+            of_dimensions=of_dimensions,
+            one_prior=self._one_prior,
+            num_data=num_data,
+            parts=[(information, done)],
+        )
 
-    def of_subsets(self, estimator: Estimator, size: int, known: Sequence[Part]) -> CodeScores:
+    def of_subsets(self, estimator: Estimator, size: int) -> CodeScores:
         """Score the codes of random minibatches under the posteriors of each.
 
         Args:
             estimator: "weighted" or "stratified".
-            size: M, data of a minibatch.
-            known: the parts of what was stopped.
+            size: M, data points of a minibatch.
 
         Raises:
-            KeyboardInterrupt: there came an interrupt before any code was scored.
-            ValueError: there are fewer than two data in a minibatch.
+            KeyboardInterrupt: There came an interrupt before any code was scored.
+            ValueError: A minibatch has fewer than two data points.
         """
-        columns = self._batches.in_memory()
+        columns, known = self._batches.in_memory(), self._runner.done
         num_data, all_rows = len(columns[0]), random_subsets(len(columns[0]), size)
 
         def read(rows: Tensor) -> Batch:
@@ -159,45 +142,37 @@ class CodeScorer:
             pairs = self._pairs(batch, codes)
             return *TermAverages.part(t), subset_information(pairs, num_data, estimator)
 
-        for number, rows in enumerate(all_rows[: len(known)]):
-            if number % self._together.num_processes == self._together.rank:
-                with seeded(0):  # what the guide draws is not looked at
-                    self._keep(self._read(read(rows)))
-        sized = [(len(rows), partial(read, rows)) for rows in all_rows]
-        parts, stopped = self._walk(sized, score, known, 1 + self._num_particles)
+        for rows in all_rows[: len(known)][self._group.rank :: self._group.num_processes]:
+            with seeded(0):  # the draws of the guide are not used
+                self._keep(self._read(read(rows)))
+        parts = self._runner.map_batches(
+            score,
+            [(len(rows), partial(read, rows)) for rows in all_rows],
+            done=known,
+            steps_per_row=1 + self._num_particles,
+            last=False,
+        )
         of_dimensions = None
-        if not stopped:
+        if not self._runner.interrupted:
             try:
                 of_dimensions = self._of_dimensions()
             except KeyboardInterrupt:
-                self._together.stop()
-            index = self._own_data(parts, len(known))
-            _, of_dimensions, stopped = self._gathered(index, [], of_dimensions)
+                self._group.stop()
+            _, of_dimensions = self._gather(self._own_data(parts, len(known)), (), of_dimensions)
         information = torch.cat([part[-1] for part in parts])
-        averages = TermAverages.of_parts([part[:-1] for part in parts])
-        done = torch.ones(len(information), dtype=torch.bool)
-        found = (averages, information, done, of_dimensions, self._one_prior, num_data)
-        return CodeScores(*found, stopped, parts)
-
-    def _walk(
-        self,
-        sized: Iterable[Sized],
-        estimate: Callable[[Batch], Part],
-        known: Sequence[Part] = (),
-        steps: int = 1,
-    ) -> tuple[list[Part], bool]:
-        return walk(
-            self._together,
-            sized,
-            estimate,
-            done=known,
-            advance=lambda count: self._advance(steps * count),
-            last=False,
+        return CodeScores(
+            averages=TermAverages.of_parts([part[:-1] for part in parts]),
+            information=information,
+            done=torch.ones(len(information), dtype=torch.bool),
+            of_dimensions=of_dimensions,
+            one_prior=self._one_prior,
+            num_data=num_data,
+            parts=parts,
         )
 
     def _run(self, batch: Batch) -> Terms:
-        how = {"num_particles": self._num_particles, **self._how}
-        return terms(self._model, self._guide, *batch, **how)
+        options = {"num_particles": self._num_particles, **self._runner.particle_options}
+        return terms(self._model, self._guide, *batch, **options)
 
     def _draw(self, batch: Batch) -> Part:
         t = self._run(batch)
@@ -214,7 +189,7 @@ class CodeScorer:
 
     def _own_data(self, parts: Sequence[Part], num_known: int = 0) -> Tensor:
         """Return the numbers of this process's data, in the order that it has their posteriors."""
-        rank, step = self._together.rank, self._together.num_processes
+        rank, step = self._group.rank, self._group.num_processes
         numbers = torch.arange(sum(len(part[0]) for part in parts))
         of_parts = numbers.split([len(part[0]) for part in parts])
         own = [*of_parts[:num_known][rank::step], *of_parts[num_known:][rank::step]]
@@ -226,28 +201,35 @@ class CodeScorer:
             q = DiagonalGaussians.concatenate(self._posteriors)
             none = q.loc[:0].expand(self._num_particles, -1, -1)
             values = torch.cat([none, *(some.values for some in codes)], dim=1)
-            return of_gaussians(self._together, q, values)
+            return of_gaussians(self._group, q, values)
         names = codes[0].values if codes else ()
         by_site = {name: torch.cat([some.values[name] for some in codes], dim=1) for name in names}
         none = torch.zeros(self._num_particles, 0, device=self._batches.device)
         log_guide = torch.cat([none, *(some.log_guide for some in codes)], dim=1)
-        run = (self._together, self._guide, self._batches)
-        numbers = {"index": index, "num_data": num_data}
-        return of_guide(*run, by_site, log_guide, **numbers, **self._how)
+        return of_guide(
+            self._group,
+            self._guide,
+            self._batches,
+            by_site,
+            log_guide,
+            index=index,
+            num_data=num_data,
+            **self._runner.particle_options,
+        )
 
     def _pairs(self, batch: Batch, codes: Codes) -> Tensor:
         """Score the codes of a minibatch under its own data, (K, M, M)."""
         if (q := codes.posteriors) is not None:
             return log_densities(q.loc, q.scale, codes.values)
         rows = {name: value.flatten(0, 1) for name, value in codes.values.items()}
-        log_prob = guide_log_prob(self._guide, batch, rows, **self._how)
+        log_prob = guide_log_prob(self._guide, batch, rows, **self._runner.particle_options)
         pairs = log_prob.reshape(*codes.log_guide.shape, -1)
         require_one_density(codes.log_guide, pairs.diagonal(dim1=1, dim2=2))
         return pairs
 
     def _of_dimensions(self) -> Tensor | None:
         """Return what each datum adds to the dimension-wise KL, where dimensions make sense."""
-        self._advance(0, "dimensions")
+        self._runner.advance(0, "dimensions")
         if not self._gaussian or not self._one_prior:
             return None
         q = DiagonalGaussians.concatenate(self._posteriors)
@@ -256,17 +238,17 @@ class CodeScorer:
         log_prior = independent_prior(self._model, self._guide, self._first)
         if log_prior is None:
             return None
-        parts = dimension_wise_kl(q, log_prior, self._together)
-        return None if parts is None else parts.sum(1)
+        parts = dimension_wise_kl(q, log_prior, self._group)
+        return None if parts is None else parts.sum(1).cpu()
 
-    def _gathered(
+    def _gather(
         self, index: Tensor, columns: Sequence[Tensor], of_dimensions: Tensor | None
-    ) -> tuple[list[Tensor], Tensor | None, bool]:
-        """Gather what all processes have of their data, in the order of the data."""
-        known = of_dimensions is not None
-        last = of_dimensions.cpu() if known else torch.zeros(len(index), dtype=torch.float64)
-        tensors = [torch.tensor([known]), index, *columns, last]
-        shares, stopped = self._together.gather_last(tensors)
-        known, index, *columns = (torch.cat(each) for each in zip(*shares, strict=True))
-        *columns, last = (column[index.argsort()] for column in columns)
-        return columns, last if known.all() else None, stopped
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Gather the columns of all processes, in the order of the data."""
+        shares = self._group.gather_last((index, columns, of_dimensions))
+        indices, columns_of, of_dimensions_of = zip(*shares, strict=True)
+        order = torch.cat(indices).argsort()
+        columns = [torch.cat(each)[order] for each in zip(*columns_of, strict=True)]
+        if any(each is None for each in of_dimensions_of):
+            return columns, None
+        return columns, torch.cat(of_dimensions_of)[order]

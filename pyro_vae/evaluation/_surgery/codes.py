@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from pyro_vae._programs.terms import Terms
 from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
 
 Sums = dict[str, Tensor]  # of the parts of a KL, over data
+Part = tuple[Tensor, Tensor, Tensor, Sums | None, Sums | None]
 
 
 @dataclass(frozen=True)
@@ -55,48 +55,39 @@ class TermAverages:
     kl_of_dimensions: Sums | None
 
     @staticmethod
-    def part(t: Terms) -> tuple[Tensor, ...]:
-        """Return, as tensors, what :meth:`of_parts` needs of a minibatch."""
-        kinds = [_sums(parts) for parts in (t.kl_of_sites, t.kl_of_dimensions)]
-        what = [parts and [[name, kl.shape] for name, kl in parts.items()] for parts in kinds]
-        totals = [kl.flatten() for parts in kinds if parts for kl in parts.values()]
-        rate = t.kl.double().mean(0)
+    def part(t: Terms) -> Part:
+        """Return the averages of a minibatch, which :meth:`of_parts` merges."""
         return (
-            t.log_likelihood.double().mean(0),
-            rate,
-            (t.log_guide - t.log_prior).double().mean(0),
-            torch.cat([*totals, rate.new_zeros(0)]),
-            torch.tensor(list(json.dumps(what).encode()), dtype=torch.uint8),
+            t.log_likelihood.double().mean(0).cpu(),
+            t.kl.double().mean(0).cpu(),
+            (t.log_guide - t.log_prior).double().mean(0).cpu(),
+            _sums(t.kl_of_sites),
+            _sums(t.kl_of_dimensions),
         )
 
     @classmethod
-    def of_parts(cls, parts: Sequence[tuple[Tensor, ...]]) -> TermAverages:
-        """Put minibatches together.
+    def of_parts(cls, parts: Sequence[Part]) -> TermAverages:
+        """Merge the averages of minibatches.
 
         Raises:
             ValueError: a likelihood is zero or infinite, a rate is NaN, or minus infinity.
         """
-        *columns, totals, texts = zip(*parts, strict=True)
-        found: list[list[Sums | None]] = []
-        for total, text in zip(totals, texts, strict=True):
-            kinds, start = [], 0
-            for what in json.loads(bytes(text.tolist())):
-                kinds.append(None if what is None else {})
-                for name, shape in what or ():
-                    size = torch.Size(shape).numel()
-                    kinds[-1][name] = total[start : start + size].reshape(shape)
-                    start += size
-            found.append(kinds)
-        columns = [torch.cat(column) for column in columns]
-        _require_numbers(columns[0], columns[1])
-        averages = (_average(kind, len(columns[0])) for kind in zip(*found, strict=True))
-        return cls(*columns, *averages)
+        *columns, of_sites, of_dimensions = zip(*parts, strict=True)
+        log_likelihood, rate, sampled_rate = map(torch.cat, columns)
+        _require_numbers(log_likelihood, rate)
+        return cls(
+            log_likelihood,
+            rate,
+            sampled_rate,
+            kl_of_sites=_average(of_sites, len(rate)),
+            kl_of_dimensions=_average(of_dimensions, len(rate)),
+        )
 
 
 def _sums(parts: Callable[[], dict[str, Tensor]]) -> Sums | None:
     """Sum the parts of a KL over the data, averaged over particles; None if there are no parts."""
     try:
-        return {name: kl.double().mean(0).sum(0) for name, kl in parts().items()}
+        return {name: kl.double().mean(0).sum(0).cpu() for name, kl in parts().items()}
     except ValueError:
         return None
 

@@ -30,6 +30,7 @@ from pyro_vae._programs.sites import (
     random_sites,
 )
 from pyro_vae.datasets._minibatches import Batch
+from pyro_vae.evaluation._group import Group
 from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
 from pyro_vae.evaluation._surgery.pairwise import (
     WIDEST,
@@ -37,7 +38,6 @@ from pyro_vae.evaluation._surgery.pairwise import (
     quadratic,
     row_sums,
 )
-from pyro_vae.evaluation._together import Together
 
 LogPrior = Callable[[Tensor], Tensor]
 
@@ -76,7 +76,7 @@ def independent_prior(model: Program, guide: Program, batch: Batch) -> LogPrior 
 def dimension_wise_kl(
     q: DiagonalGaussians,
     log_prior: LogPrior,
-    together: Together,
+    group: Group,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Tensor | None:
     r"""Return what each datum adds to :math:`\mathrm{KL}(q_{agg}(z_j) \| p(z_j))`.
@@ -91,13 +91,13 @@ def dimension_wise_kl(
     Args:
         q: the posteriors of this process's data points.
         log_prior: log-density of each dimension, of values (G, d).
-        together: the processes.
+        group: the processes.
         advance: called with the number of dimensions that were done.
 
     Returns:
         Shape (n, d), in nats, float64; None where posteriors are too narrow for a grid.
     """
-    count, low, high, narrowest = _extent(q, together)
+    count, low, high, narrowest = _extent(q, group)
     intervals = _STEPS * (high - low) / narrowest
     if not (intervals.sum() * count < _MOST_DENSITIES and intervals.max() < _MOST_INTERVALS):
         return None
@@ -113,22 +113,22 @@ def dimension_wise_kl(
             quadratic(grid.unsqueeze(1) - centre),
             log_density_weights(loc - centre, scale),
         )
-        density = together.sum(row_sums(left, right, check=together.check)) / count
+        density = group.sum(row_sums(left, right, check=group.check)) / count
         step = (ends[1] - ends[0]) / (size - 1)
         log_ratio = (density.log() - log_p) * step
-        parts.append(row_sums(right.T, left.T, log_ratio, together.check))
+        parts.append(row_sums(right.T, left.T, log_ratio, group.check))
         advance(1)
     return torch.stack(parts, dim=1)
 
 
-def _extent(q: DiagonalGaussians, together: Together) -> tuple[int, Tensor, Tensor, Tensor]:
+def _extent(q: DiagonalGaussians, group: Group) -> tuple[int, Tensor, Tensor, Tensor]:
     """Return N, the ends of the grids, and the narrowest standard deviations, of all processes."""
-    count, device = torch.tensor(len(q.loc)), q.loc.device
+    count, device = len(q.loc), q.loc.device
     ends = [q.loc - _REACH * q.scale, -q.loc - _REACH * q.scale, q.scale]
-    found = together.gather([count, *(each.amin(0) for each in ends)] if count else [])
-    counts, *least = zip(*(each for each in found if each), strict=True)
+    found = group.gather((count, *(each.amin(0) for each in ends)) if count else None)
+    counts, *least = zip(*(each for each in found if each is not None), strict=True)
     low, minus_high, narrowest = (torch.stack(each).amin(0).to(device) for each in least)
-    return sum(int(each) for each in counts), low, -minus_high, narrowest
+    return sum(counts), low, -minus_high, narrowest
 
 
 def _only_latent(model: Program, guide: Program, batch: Batch) -> Site | None:

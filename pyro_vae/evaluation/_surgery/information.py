@@ -20,6 +20,7 @@ from torch.distributions import Normal
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import Minibatches
+from pyro_vae.evaluation._group import Group
 from pyro_vae.evaluation._scoring import guide_log_prob, require_one_density
 from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
 from pyro_vae.evaluation._surgery.pairwise import (
@@ -28,7 +29,6 @@ from pyro_vae.evaluation._surgery.pairwise import (
     Gaussians,
     log_sums,
 )
-from pyro_vae.evaluation._together import Together
 
 _GAUSSIANS_AT_A_TIME = 65_536  # between two interrupts, and in a message
 _CODES = 16_384  # so many that to have the Gaussians sent takes far less than to score with them
@@ -48,20 +48,19 @@ class Block:
     score: Callable[[slice], Tensor]
 
 
-def of_gaussians(together: Together, q: DiagonalGaussians, codes: Tensor) -> Block:
+def of_gaussians(group: Group, q: DiagonalGaussians, codes: Tensor) -> Block:
     """Score codes of diagonal Gaussians by matrix products.
 
     Args:
-        together: the processes.
+        group: the processes.
         q: the posteriors of this process's n data points.
         codes: draws from them, (K, n, d).
     """
-    mine = vars(Extent.of(q.loc, q.scale, codes)).values() if len(q.loc) else ()
-    extents = together.gather([*mine])
-    counts = [int(extent[0]) if extent else 0 for extent in extents]
-    extent = Extent.of_all([Extent(*each) for each in extents if each])
+    extents = group.gather(Extent.of(q.loc, q.scale, codes) if len(q.loc) else None)
+    counts = [0 if extent is None else int(extent.count) for extent in extents]
+    extent = Extent.of_all([extent for extent in extents if extent is not None])
     extent = Extent(*(each.to(q.loc.device) for each in vars(extent).values()))
-    alone = together.num_processes == 1 and q.loc.device.type == "cpu"
+    alone = group.num_processes == 1 and q.loc.device.type == "cpu"
     size = _CODES_OF_A_THREAD * torch.get_num_threads() if alone else _CODES
 
     blocks = zip(*(each.split(_GAUSSIANS_AT_A_TIME) for each in (q.loc, q.scale)), strict=True)
@@ -69,23 +68,25 @@ def of_gaussians(together: Together, q: DiagonalGaussians, codes: Tensor) -> Blo
 
     def everyone() -> Iterator[Gaussians]:
         for source, count in enumerate(counts):
-            for number in range(-(-count // _GAUSSIANS_AT_A_TIME)):
-                if together.num_processes == 1:
-                    yield kept[number]
-                    continue
-                sent = kept[number] if source == together.rank else None
-                received = together.broadcast(sent and [sent.loc, sent.scale], source)
-                received = (each.to(extent.centre.device) for each in received)
-                yield sent or Gaussians(*received, extent.centre)
+            for number, start in enumerate(range(0, count, _GAUSSIANS_AT_A_TIME)):
+                if source == group.rank:
+                    own = kept[number]
+                    if group.num_processes > 1:
+                        group.broadcast(torch.stack([own.loc, own.scale]), source)
+                    yield own
+                else:
+                    size = min(_GAUSSIANS_AT_A_TIME, count - start)
+                    received = q.loc.new_empty(2, size, q.loc.shape[1])
+                    yield Gaussians(*group.broadcast(received, source), extent.centre)
 
     def anywhere(here: bool) -> bool:
-        return bool(together.sum(torch.tensor(int(here))))
+        return bool(group.sum(torch.tensor(int(here))))
 
     def score(rows: slice) -> Tensor:
         z = codes[:, rows]
         log_own = Normal(q.loc[rows], q.scale[rows]).log_prob(z).sum(2)
         found = log_sums(
-            everyone, z.flatten(0, 1), log_own.flatten(), extent, anywhere, together.check
+            everyone, z.flatten(0, 1), log_own.flatten(), extent, anywhere, group.check
         )
         return math.log(sum(counts)) - found.reshape(log_own.shape).mean(0)
 
@@ -93,7 +94,7 @@ def of_gaussians(together: Together, q: DiagonalGaussians, codes: Tensor) -> Blo
 
 
 def of_guide(
-    together: Together,
+    group: Group,
     guide: Program,
     batches: Minibatches,
     codes: dict[str, Tensor],
@@ -107,7 +108,7 @@ def of_guide(
     """Score codes by running the guide on them.
 
     Args:
-        together: the processes.
+        group: the processes.
         guide: program of q(z|x).
         batches: all N data points, the same ones in the same order at each pass.
         codes: those of n data by latent site, each ``(K, n, *inner plates, *event)``.
@@ -129,7 +130,7 @@ def of_guide(
         own = index[rows].to(log_own.device).repeat(len(log_own)).unsqueeze(1)
         scored_own, start = torch.zeros_like(total), 0
         for batch in batches:
-            together.check()
+            group.check()
             scores = guide_log_prob(
                 guide,
                 batch,
@@ -148,7 +149,7 @@ def of_guide(
 
 
 def score_all(
-    together: Together,
+    group: Group,
     block: Block,
     information: Tensor,
     done: Tensor,
@@ -160,7 +161,7 @@ def score_all(
     order of a shuffled stream), are the same whether or not those before it are done.
 
     Args:
-        together: the processes.
+        group: the processes.
         block: how to score.
         information: what to write to, for each of this process's n data, (n,).
         done: whether it is there already; written to as well, (n,).
@@ -168,8 +169,8 @@ def score_all(
     """
     starts = range(0, len(done), block.size)
     to_do = torch.tensor([not done[start : start + block.size].all() for start in starts])
-    shares = together.gather([torch.tensor(len(done)), to_do])
-    counts = [int(count) for count, _ in shares]
+    shares = group.gather((len(done), to_do))
+    counts = [count for count, _ in shares]
     for number in range(-(-max(counts) // block.size)):
         seed = int(torch.randint(2**62, ()))
         rows = slice(number * block.size, (number + 1) * block.size)

@@ -3,23 +3,21 @@ r"""ELBO surgery: the bound cut into what the model does well and what the prior
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._utils.checks import positive_integer
-from pyro_vae._utils.progress import task
-from pyro_vae.datasets._minibatches import Data, Minibatches
-from pyro_vae.evaluation._estimating import estimating
+from pyro_vae._utils.interrupts import Interrupted
+from pyro_vae.datasets._minibatches import Data
 from pyro_vae.evaluation._log_evidence import standard_error
-from pyro_vae.evaluation._stopping import Stopped, Unfinished, check_resume
+from pyro_vae.evaluation._runner import Runner
 from pyro_vae.evaluation._surgery.code_scores import CodeScorer, CodeScores
 from pyro_vae.evaluation._surgery.decomposition import Surgery
 from pyro_vae.evaluation._surgery.subsets import Estimator, check_estimator
-from pyro_vae.evaluation._together import Together
 
 _FEWEST_TO_REGRESS = 30
 
@@ -34,7 +32,7 @@ def elbo_surgery(
     estimator: Estimator = "exact",
     vectorize_particles: bool = True,
     seed: int | None = None,
-    resume: Stopped | None = None,
+    resume: Interrupted | None = None,
     progress: bool | Progress = False,
     description: str = "ELBO surgery",
 ) -> Surgery:
@@ -78,7 +76,7 @@ def elbo_surgery(
             minibatches of the data, which are then read into memory.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         seed: fixes the draws and leaves the process's random numbers as they were.
-        resume: what a call of the same arguments raised when it was stopped (Ctrl-C). The codes are
+        resume: the exception of an interrupted call (Ctrl-C) with the same arguments. The codes are
             drawn again, the same ones; those that were scored are not scored again.
         progress: show a bar; or a rich Progress to add one to.
         description: text before the bar.
@@ -88,7 +86,7 @@ def elbo_surgery(
         the codes of it; each has the whole result.
 
     Raises:
-        Stopped: a KeyboardInterrupt, with the surgery from the codes that were scored.
+        Interrupted: a KeyboardInterrupt, with the surgery from the codes that were scored.
         ValueError: bad data or arguments, or a pair that breaks the contract; a likelihood of zero,
             or a term that is NaN; a minibatch estimator has minibatches of one datum; a site is
             global or scaled; the guide has auxiliary sites, so that its density is an integral,
@@ -110,73 +108,64 @@ def elbo_surgery(
     """
     num_particles = positive_integer("num_particles", num_particles)
     check_estimator(estimator)
-    check_resume(resume)
-    settings = {"estimator": estimator, "num_particles": num_particles}
-    with Together() as together:
-        if resume is not None:
-            seed = resume.unfinished.seed_again("elbo_surgery", seed, **settings)
-        seed = together.common_seed(seed)
-        batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
-        steps = batches.num_data and batches.num_data * (1 + num_particles)
-        with (
-            estimating(
-                "elbo_surgery",
-                model,
-                guide,
-                batches,
-                vectorize_particles=vectorize_particles,
-                seed=seed,
-                needs_latents=True,
-            ) as plate_nesting,
-            task(progress, description, steps, transient=True) as show,
-        ):
-            scoring = CodeScorer(
-                together,
-                model,
-                guide,
-                batches,
-                num_particles=num_particles,
-                how={"plate_nesting": plate_nesting, "vectorize_particles": vectorize_particles},
-                advance=together.checked(show),
-            )
-            known = [] if resume is None else resume.unfinished.parts
-            if estimator == "exact":
-                scored = scoring.exact(known)
-            else:
-                scored = scoring.of_subsets(estimator, batch_size, known)
-    surgery = _surgery(scored, estimator)
-    if together.stopped:
-        count = int(scored.done.sum())
-        unfinished = Unfinished("elbo_surgery", count, seed, settings, scored.parts)
-        raise Stopped(surgery, unfinished)
+    with Runner.open(
+        "elbo_surgery",
+        model,
+        guide,
+        data,
+        batch_size=batch_size,
+        vectorize_particles=vectorize_particles,
+        seed=seed,
+        resume=resume,
+        settings={"estimator": estimator, "num_particles": num_particles},
+        progress=progress,
+        description=description,
+        steps_per_row=1 + num_particles,
+        needs_latents=True,
+    ) as runner:
+        scorer = CodeScorer(runner, num_particles)
+        if estimator == "exact":
+            scores = scorer.exact()
+        else:
+            scores = scorer.of_subsets(estimator, batch_size)
+    surgery = _surgery(scores, estimator, runner.interrupted)
+    runner.raise_if_interrupted(surgery, int(scores.done.sum()), scores.parts)
     return surgery
 
 
-def _surgery(scored: CodeScores, estimator: Estimator) -> Surgery:
+def surgery_or_reason(*args: Any, **options: Any) -> tuple[Surgery | None, str]:
+    """Return the surgery of a pair, or None and the reason why the pair has none."""
+    try:
+        return elbo_surgery(*args, **options), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Surgery:
     """Put together what is known of the data that are done."""
-    averages, done = scored.averages, scored.done
+    averages, done = scores.averages, scores.done
     rate, log_likelihood = averages.rate[done], averages.log_likelihood[done]
-    information = _control(scored.information[done], rate - averages.sampled_rate[done])
+    information = _control(scores.information[done], rate - averages.sampled_rate[done])
     per_datum = {
         "elbo": log_likelihood - rate,
         "distortion": -log_likelihood,
         "rate": rate,
         "mutual_information": information,
-        "marginal_kl": rate - information if scored.one_prior else torch.full_like(rate, math.nan),
+        "marginal_kl": rate - information if scores.one_prior else torch.full_like(rate, math.nan),
     }
-    if scored.of_dimensions is not None:
-        of_dimensions = scored.of_dimensions[done]
+    if scores.of_dimensions is not None:
+        of_dimensions = scores.of_dimensions[done]
         per_datum["total_correlation"] = rate - information - of_dimensions
         per_datum["dimension_wise_kl"] = of_dimensions
     sites, numbers = averages.kl_of_sites, averages.kl_of_dimensions
     return Surgery(
         **{name: values.mean().item() for name, values in per_datum.items()},
-        log_n=math.log(scored.num_data),
+        log_n=math.log(scores.num_data),
         standard_errors={name: standard_error(values) for name, values in per_datum.items()},
         kl_of_sites=sites and {name: kl.item() for name, kl in sites.items()},
         kl_of_dimensions=numbers and {n: tuple(kl.flatten().tolist()) for n, kl in numbers.items()},
         estimator=estimator,
-        num_scored=len(rate) if scored.stopped else None,
+        num_scored=len(rate) if interrupted else None,
     )
 
 

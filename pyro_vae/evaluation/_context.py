@@ -1,4 +1,4 @@
-"""What every estimator needs before its first draw: seed, parameters, mode, the contract kept."""
+"""The context of an evaluation: seed, parameter store, evaluation mode, and a checked pair."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyro_vae.datasets._minibatches import Minibatches
 
 
 @contextlib.contextmanager
-def estimating(
+def evaluation_context(
     who: str,
     model: Program,
     guide: Program,
@@ -27,26 +27,28 @@ def estimating(
     drawn_from: Program | None = None,
     needs_latents: bool = False,
     weighs: bool = False,
+    stacklevel: int = 4,
 ) -> Iterator[int]:
-    """Make a pair ready to be judged, datum by datum, without gradients.
+    """Set the seed, open the parameter store, set evaluation mode, and check the pair.
 
     Args:
-        who: the estimator; messages name it.
+        who: the estimator, which messages name.
         model: program of p(x, z).
         guide: program of q(z|x).
-        batches: the data, whose first minibatch the pair is checked on. Values that this look
-            does not reach are checked as they come: validation stays on in the block.
+        batches: the data. The pair is checked on the first minibatch. Validation of values stays
+            on in the block, for the other minibatches.
         vectorize_particles: whether the programs must take the particles' dimension.
         seed: of the draws inside the block.
-        drawn_from: what takes the guide's place where nothing is drawn from it.
-        needs_latents: whether the estimator is about latents.
+        drawn_from: replaces the guide where nothing is drawn from it.
+        needs_latents: whether the estimator needs latents.
         weighs: whether draws may have a density of zero under the model, and so no weight.
+        stacklevel: of a warning, which names the caller of the estimator.
 
     Yields:
         How many batch dimensions the programs use.
 
     Raises:
-        ValueError: the pair breaks the contract; a site is global or scaled; there are no latents,
+        ValueError: The pair breaks the contract. A site is global or scaled. There are no latents,
             and the estimator needs some.
     """
     drawn_from = guide if drawn_from is None else drawn_from
@@ -62,7 +64,7 @@ def estimating(
             warnings.warn(
                 f"{who} found no value of pyro.param {fresh[0]!r} and takes its initial one: this "
                 "pair was not fitted, nor do its programs wrap ones that were",
-                stacklevel=4,  # the caller of the estimator
+                stacklevel=stacklevel,
             )
         Terms([trace]).require_independent_data(who)
         if needs_latents and not trace.samples():

@@ -1,0 +1,286 @@
+"""The runner of an estimate: seed, evaluation mode, processes, progress, interrupt and resume."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.progress import Progress
+from torch import Tensor
+
+from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._utils.distributed import interleave
+from pyro_vae._utils.interrupts import Interrupted
+from pyro_vae._utils.progress import task
+from pyro_vae._utils.random import seeded
+from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
+from pyro_vae.evaluation._context import evaluation_context
+from pyro_vae.evaluation._group import Group, LazyBatch, Shard, lazy_batches
+
+Part = tuple[Any, ...]  # results of a minibatch; the first is a tensor of a row per data point
+
+
+@dataclass(frozen=True)
+class PartialState:
+    """The work of an interrupted call, which another call does not repeat.
+
+    Args:
+        who: the name of the function.
+        num_done: how many data points are done.
+        seed: of the draws. If the caller gave none, it is the seed that was drawn.
+        settings: arguments that must be the same in the call that resumes, by name.
+        parts: the results of each part of the data that is done.
+    """
+
+    who: str
+    num_done: int
+    seed: int
+    settings: Mapping[str, Any]
+    parts: list[Part]
+
+    def check_seed(self, who: str, seed: int | None, settings: Mapping[str, Any]) -> int:
+        """Check that a call may resume from this state, and return the seed.
+
+        Raises:
+            ValueError: The state is of another function, of other settings, or of another seed.
+        """
+        if self.who != who:
+            raise ValueError(f"resume is of {self.who}, which was stopped, not of {who}")
+        for name, value in settings.items():
+            if self.settings[name] != value:
+                raise ValueError(
+                    f"resume was stopped with {name}={self.settings[name]!r}: it cannot go on "
+                    f"with {value!r}"
+                )
+        if seed not in (None, self.seed):
+            raise ValueError(f"resume holds draws of seed {self.seed}, not {seed}: leave seed out")
+        return self.seed
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A pair that is being evaluated, minibatch by minibatch, by all processes of a group.
+
+    Args:
+        who: the estimator.
+        group: the processes.
+        model: program of p(x, z).
+        guide: program that the latents are drawn from.
+        batches: the data.
+        particle_options: ``plate_nesting`` and ``vectorize_particles``; see :func:`pyro_vae.terms`.
+        seed: of all draws.
+        settings: arguments that a call that resumes must repeat, by name.
+        done: the parts that a resumed call takes from the interrupted one.
+        show: shows progress.
+    """
+
+    who: str
+    group: Group
+    model: Program
+    guide: Program
+    batches: Minibatches
+    particle_options: dict[str, Any]
+    seed: int
+    settings: Mapping[str, Any]
+    done: list[Part]
+    show: Callable[..., None]
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(
+        cls,
+        who: str,
+        model: Program,
+        guide: Program,
+        data: Data,
+        *,
+        batch_size: int,
+        vectorize_particles: bool,
+        seed: int | None,
+        resume: Interrupted | PartialState | None,
+        settings: Mapping[str, Any],
+        progress: bool | Progress,
+        description: str,
+        done: Sequence[Part] = (),
+        data_name: str = "data",
+        steps_per_row: int = 1,
+        drawn_from: Program | None = None,
+        **checks: bool,
+    ) -> Iterator[Runner]:
+        """Prepare the pair and the processes, and yield a runner.
+
+        Args:
+            who: the estimator, which messages name.
+            model: program of p(x, z).
+            guide: program of q(z|x).
+            data: as the estimator was given them.
+            batch_size: data points at a time.
+            vectorize_particles: run many particles at once.
+            seed: of the draws. None draws one for all processes.
+            resume: the exception of an interrupted call, its state, or None.
+            settings: arguments that a call that resumes must repeat, by name.
+            progress: show a bar; or a rich Progress to add one to.
+            description: text before the bar.
+            done: parts that are done, if there is nothing to resume.
+            data_name: the name of the argument that holds the data.
+            steps_per_row: steps of the bar for each data point.
+            drawn_from: replaces the guide where nothing is drawn from it.
+            checks: ``needs_latents`` and ``weighs`` of :func:`evaluation_context`.
+
+        Raises:
+            TypeError: There is no state to resume from in ``resume``.
+            ValueError: The call cannot resume from the state, or the pair breaks the contract.
+        """
+        state = _state_of(resume)
+        with Group() as group:
+            if state is not None:
+                seed, done = state.check_seed(who, seed, settings), state.parts
+            seed = group.common_seed(seed)
+            device = programs.device_of(model, guide)
+            batches = Minibatches(data, batch_size, device=device, name=data_name)
+            with (
+                evaluation_context(
+                    who,
+                    model,
+                    guide,
+                    batches,
+                    vectorize_particles=vectorize_particles,
+                    seed=seed,
+                    drawn_from=drawn_from,
+                    stacklevel=6,
+                    **checks,
+                ) as plate_nesting,
+                task(
+                    progress,
+                    description,
+                    batches.num_data and batches.num_data * steps_per_row,
+                    transient=True,
+                ) as show,
+            ):
+                yield cls(
+                    who=who,
+                    group=group,
+                    model=model,
+                    guide=guide if drawn_from is None else drawn_from,
+                    batches=batches,
+                    particle_options={
+                        "plate_nesting": plate_nesting,
+                        "vectorize_particles": vectorize_particles,
+                    },
+                    seed=seed,
+                    settings=settings,
+                    done=list(done),
+                    show=show,
+                )
+
+    @property
+    def programs(self) -> dict[str, Program]:
+        """The programs by name, for messages of a capture."""
+        return {"model": self.model, "guide": self.guide}
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether an interrupt ended the work in this process or another one."""
+        return self.group.interrupted
+
+    def advance(self, count: int = 1, status: str = "") -> None:
+        """Show progress, then raise a deferred interrupt."""
+        self.show(count, status)
+        self.group.check()
+
+    def map_batches(
+        self,
+        function: Callable[[Batch], Part],
+        batches: Iterable[LazyBatch] | None = None,
+        *,
+        done: Sequence[Part] = (),
+        max_rows: int = sys.maxsize,
+        steps_per_row: int = 1,
+        last: bool = True,
+    ) -> list[Part]:
+        """Call a function on each minibatch, and return the results of all processes in order.
+
+        If :attr:`interrupted` is true afterwards, they are the results of the first minibatches.
+
+        Args:
+            function: gives the results of a minibatch. The first is a tensor with a row for each
+                data point.
+            batches: minibatches, in an order that is the same in all processes; those of the data
+                if not given.
+            done: results of the first minibatches, if these are done already.
+            max_rows: of a part. A minibatch of more rows is cut into parts.
+            steps_per_row: steps of the progress bar for each data point.
+            last: whether the processes exchange nothing afterwards.
+
+        Raises:
+            KeyboardInterrupt: It was interrupted before any minibatch was done.
+            ValueError: The results that are done do not fit the data, or the data differ between
+                the processes.
+        """
+        shard = Shard(
+            self.group,
+            lazy_batches(self.batches) if batches is None else batches,
+            max_rows=max_rows,
+            num_done=sum(len(part[0]) for part in done),
+            advance=lambda count: self.advance(steps_per_row * count),
+        )
+        own: list[Part] = []
+        try:
+            for batch, seed in shard:
+                with seeded(seed):
+                    part = function(batch)
+                own.append(tuple(each.cpu() if isinstance(each, Tensor) else each for each in part))
+        except KeyboardInterrupt:
+            self.group.stop()
+        counts = (shard.num_data, shard.num_parts)
+        shares, all_counts = zip(*self.group.gather_last((own, counts), last=last), strict=True)
+        if not self.interrupted and len(set(all_counts)) > 1:
+            met = ", ".join(f"{data} data in {parts} parts" for data, parts in all_counts)
+            raise ValueError(
+                f"the processes of a group must be given the same data, got {met}: each takes its "
+                "own share of them"
+            )
+        parts = [*done, *interleave(shares)]
+        if self.interrupted and not parts:
+            raise KeyboardInterrupt
+        return parts
+
+    def raise_if_interrupted(self, result: object, num_done: int, parts: list[Part]) -> None:
+        """Raise the exception from which another call resumes, if the work was interrupted.
+
+        Args:
+            result: of the estimator, for the data that are done.
+            num_done: how many data points are done.
+            parts: the results of the parts that are done.
+
+        Raises:
+            Interrupted: The work was interrupted.
+        """
+        if self.interrupted:
+            message = (
+                f"{self.who} was stopped after {num_done} data, which this exception's attribute "
+                "`partial` holds: pass the exception as resume= to go on"
+            )
+            state = PartialState(self.who, num_done, self.seed, self.settings, parts)
+            raise Interrupted(message, result, state)
+
+
+def _state_of(resume: object) -> PartialState | None:
+    """Return the state to resume from, or None where there is nothing to resume.
+
+    Raises:
+        TypeError: The argument is not an :class:`Interrupted` of an estimate, nor its state.
+    """
+    state = resume.state if isinstance(resume, Interrupted) else resume
+    if resume is None or isinstance(state, PartialState):
+        return state
+    if isinstance(resume, Interrupted):
+        raise TypeError("resume must come from an estimate. Resume a fit from its checkpoint")
+    raise TypeError(
+        "resume must be the pyro_vae.evaluation.Interrupted that the interrupted call raised, got "
+        f"{type(resume).__name__}"
+    )
