@@ -81,8 +81,7 @@ def cost(arguments):
             epochs=2 + len(turns),
             capture=True,
             after_epoch=after_epoch,
-            checkpoint=folder,
-            checkpoint_seconds=0.0,
+            checkpoint=pv.training.Checkpoint(folder, seconds=0.0),
             seed=0,
         )
     print("| steps | ms | ratio | of processor time |\n|---|---|---|---|")
@@ -138,9 +137,7 @@ def forked(folder, **options):
         x,
         validation=x[:100],
         transform=torch.bernoulli,
-        checkpoint=folder,
-        checkpoint_seconds=0.02,
-        resume=True,
+        checkpoint=pv.training.Checkpoint(folder, seconds=0.02, resume=True),
         seed=0,
         progress=False,
         **options,

@@ -1,8 +1,18 @@
 """Training: a pair, an objective and data in, a fitted pair and its history out."""
 
 from pyro_vae._utils.distributed import group_of_torchrun
+from pyro_vae.training._checkpoints import Checkpoint
 from pyro_vae.training._fit import Fit, StoppedFit, fit
 from pyro_vae.training._loading import load_checkpoint
-from pyro_vae.training._nonfinite import NonFiniteError
+from pyro_vae.training._nonfinite import NonFiniteError, Skip
 
-__all__ = ["Fit", "NonFiniteError", "StoppedFit", "fit", "group_of_torchrun", "load_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Fit",
+    "NonFiniteError",
+    "Skip",
+    "StoppedFit",
+    "fit",
+    "group_of_torchrun",
+    "load_checkpoint",
+]

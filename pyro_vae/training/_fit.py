@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import pyro
@@ -23,7 +23,7 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import digests as digests_of_pair
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.validation import check_pair
-from pyro_vae._utils.checks import positive_integer, positive_number, real_number
+from pyro_vae._utils.checks import positive_integer, positive_number
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes, rank
 from pyro_vae._utils.interrupts import defer_keyboard_interrupt
 from pyro_vae._utils.modules import modules
@@ -34,11 +34,12 @@ from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.serialization._contents import Description
 from pyro_vae.serialization._files import UnreadableFile
-from pyro_vae.training._checkpoints import Checkpoints
-from pyro_vae.training._loop import AfterEpoch, OnNonFinite, StoppedRun, TrainingLoop
+from pyro_vae.training._checkpoints import Checkpoint, Checkpoints
+from pyro_vae.training._loop import AfterEpoch, StoppedRun, TrainingLoop
 from pyro_vae.training._losses import check_enumeration, check_objective, loss_value
 from pyro_vae.training._minibatch_sizes import try_sizes
 from pyro_vae.training._missing import check_gradient_of_missing
+from pyro_vae.training._nonfinite import Skip
 from pyro_vae.training._step import BOTH, TrainStep
 from pyro_vae.training._train_state import TrainState
 from pyro_vae.training._validation import Validation
@@ -115,12 +116,8 @@ def fit(
     clip_norm: float | None = None,
     patience: int | None = None,
     after_epoch: AfterEpoch | None = None,
-    on_nonfinite: OnNonFinite = "raise",
-    skip_limit: int = 100,
-    checkpoint: str | Path | None = None,
-    checkpoint_seconds: float = 60.0,
-    checkpoints_kept: int = 3,
-    resume: bool = False,
+    on_nonfinite: Literal["raise", "skip"] | Skip = "raise",
+    checkpoint: str | Path | Checkpoint | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
     capture: Capture = "auto",
     device: str | torch.device = "auto",
@@ -170,18 +167,16 @@ def fit(
         after_epoch: called with the number of each epoch, from 1, when it is over; what it
             returns, numbers by name, are columns of the history. It sees the pair as it is, with
             the same noise each time.
-        on_nonfinite: what to do with a step whose loss or gradient is NaN or infinite:
-            ``"raise"``, or ``"skip"`` its update and count it in the history.
-        skip_limit: how many steps may be skipped before it raises all the same.
-        checkpoint: a folder for checkpoints, from which the run can go on after whatever ended
-            it. They hold all that the next step depends on, so that a run that was resumed ends
-            with the same parameters, bit by bit, as one that was never stopped (the same device
-            and number of threads given, and ``capture`` True or False: ``"auto"`` decides by the
-            time that steps take).
-        checkpoint_seconds: the time between two of them, at the least.
-        checkpoints_kept: how many of the last stay.
-        resume: go on from the last whole checkpoint in the folder; begin, if there is none. Pass
-            the pair as it was made, and the same arguments; ``epochs`` may be more than before.
+        on_nonfinite: The reaction to a step whose loss or gradient is NaN or infinite. It raises
+            with ``"raise"``. A :class:`~pyro_vae.training.Skip` skips the update, counts it in
+            the history, and raises beyond a limit; ``"skip"`` is ``Skip()``.
+        checkpoint: A folder for checkpoints, or a :class:`~pyro_vae.training.Checkpoint` with
+            further settings; a folder is ``Checkpoint(folder)``. Checkpoints hold all that the
+            next step depends on. A resumed run ends with the same parameters, bit by bit, as one
+            that was never stopped. That needs the same device, the same number of threads, and
+            ``capture`` True or False, since ``"auto"`` decides by the time that steps take. To
+            resume, pass the pair as it was made and the same arguments with
+            ``Checkpoint(folder, resume=True)``; ``epochs`` may be more than before.
         transform: applied to each minibatch x on the device: ``torch.bernoulli`` binarises
             dynamically. Validation data are taken as they are.
         capture: run the programs through Python a few times, then replay the step's operations as
@@ -226,7 +221,8 @@ def fit(
     """
     objective = ELBO() if objective is None else objective
     check_objective(objective)
-    _check_arguments(epochs, clip_norm, patience, validation, on_nonfinite, skip_limit, after_epoch)
+    _check_arguments(epochs, clip_norm, patience, validation, after_epoch)
+    skip_limit = _skip_limit(on_nonfinite)
     learning_rate = _learning_rate(learning_rate, optimizer)
     alternation = _alternation(guide_steps, model_steps)
     check_capture(capture)
@@ -234,8 +230,8 @@ def fit(
     programs.require_trainable_tensors(model, guide)
     device = _device(device)
     started = time.perf_counter()
-    checkpoints = _checkpoints(checkpoint, checkpoint_seconds, checkpoints_kept, resume)
-    going_on = None if checkpoints is None else checkpoints.begin(resume=resume)
+    checkpoints = _checkpoints(checkpoint)
+    going_on = None if checkpoints is None else checkpoints.begin()
     with seeded(seed), programs.parameter_store(model, guide, fresh=True) as store:
         order_seed, noise_seed = broadcast_from_first(torch.randint(2**62, (2,))).tolist()
         order = torch.Generator().manual_seed(order_seed)
@@ -281,7 +277,7 @@ def fit(
             _check_scale_of_global_latents(trace, batches.num_data)
             programs.bind(model, guide, store, trace)
             parameters = programs.parameters(model, guide, trace)
-        how = {"nonfinite_too": on_nonfinite == "raise"}
+        how = {"nonfinite_too": skip_limit == 0}
         try_sizes(model, guide, objective, batches, first, training=True, **how)
         if held_out is not None:
             try_sizes(model, guide, objective, held_out, first_held_out, training=False, **how)
@@ -327,7 +323,6 @@ def fit(
                 checkpoints=checkpoints,
                 settings=settings,
                 description=Description(model, guide),
-                on_nonfinite=on_nonfinite,
                 skip_limit=skip_limit,
                 after_epoch=after_epoch,
                 advance=advance,
@@ -356,16 +351,23 @@ def fit(
     return result
 
 
-def _checkpoints(
-    folder: str | Path | None, seconds: float, kept: int, resume: bool
-) -> Checkpoints | None:
-    real_number("checkpoint_seconds", seconds)
-    kept = positive_integer("checkpoints_kept", kept)
-    if folder is None:
-        if resume:
-            raise ValueError("resume=True goes on from a checkpoint: name its folder, checkpoint=")
+def _checkpoints(checkpoint: str | Path | Checkpoint | None) -> Checkpoints | None:
+    if checkpoint is None:
         return None
-    return Checkpoints(folder, seconds, kept)
+    settings = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    return Checkpoints(settings)
+
+
+def _skip_limit(on_nonfinite: str | Skip) -> int:
+    """Return how many steps may be skipped, 0 for none."""
+    if isinstance(on_nonfinite, Skip):
+        return on_nonfinite.limit
+    if on_nonfinite not in ("raise", "skip"):
+        raise ValueError(
+            'on_nonfinite must be "raise", "skip" or a pv.training.Skip with a limit, got '
+            f"{on_nonfinite!r}"
+        )
+    return Skip().limit if on_nonfinite == "skip" else 0
 
 
 def _settings(
@@ -458,9 +460,7 @@ def _alternation(guide_steps: int | None, model_steps: int | None) -> list[str]:
     return ["guide"] * guide_steps + ["model"] * model_steps
 
 
-def _check_arguments(
-    epochs, clip_norm, patience, validation, on_nonfinite, skip_limit, after_epoch
-) -> None:
+def _check_arguments(epochs, clip_norm, patience, validation, after_epoch) -> None:
     positive_integer("epochs", epochs)
     if clip_norm is not None:
         positive_number("clip_norm", clip_norm)
@@ -468,9 +468,6 @@ def _check_arguments(
         positive_integer("patience", patience)
         if validation is None:
             raise ValueError("patience needs validation data: pass validation=")
-    if on_nonfinite not in ("raise", "skip"):
-        raise ValueError(f'on_nonfinite must be "raise" or "skip", got {on_nonfinite!r}')
-    positive_integer("skip_limit", skip_limit)
     if after_epoch is not None and not callable(after_epoch):
         raise TypeError(f"after_epoch must be a function of the epoch, got {after_epoch!r}")
 

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -39,14 +39,13 @@ from pyro_vae.training._checked_step import (
     checked_step,
     first_site,
 )
-from pyro_vae.training._checkpoints import Checkpoints
+from pyro_vae.training._checkpoints import Checkpoint, Checkpoints
 from pyro_vae.training._gradients import all_finite
 from pyro_vae.training._minibatch_sizes import repeated, smaller_minibatch
 from pyro_vae.training._nonfinite import NonFiniteError
 from pyro_vae.training._step import TrainStep
 from pyro_vae.training._validation import Validation
 
-OnNonFinite = Literal["raise", "skip"]
 AfterEpoch = Callable[[int], Mapping[str, float] | None]
 STEPS_OF_A_STRETCH = 200
 STEPS_OF_A_STREAM = 20
@@ -105,8 +104,7 @@ class TrainingLoop:
         checkpoints: where to write them, or None.
         settings: what a checkpoint must agree with, to be gone on from.
         description: of the pair, for who has just a checkpoint.
-        on_nonfinite: see :func:`pyro_vae.fit`.
-        skip_limit: how many steps may be skipped.
+        skip_limit: The number of steps with a NaN or an infinity that may be skipped, 0 for none.
         after_epoch: see :func:`pyro_vae.fit`.
         advance: of the progress bar.
         interrupted: whether the run shall stop.
@@ -123,7 +121,6 @@ class TrainingLoop:
     checkpoints: Checkpoints | None
     settings: Mapping[str, Any]
     description: Description
-    on_nonfinite: OnNonFinite
     skip_limit: int
     after_epoch: AfterEpoch | None
     advance: Callable[..., None]
@@ -357,7 +354,7 @@ class TrainingLoop:
             loss = checked_step(self.trainer, selection, self.device)
         except NonFiniteStepError as trouble:
             self.trainer.set_state(before["trainer"])
-            if self.on_nonfinite == "raise" or self.position.skipped_in_all >= self.skip_limit:
+            if self.position.skipped_in_all >= self.skip_limit:
                 raise self._told(trouble, before, selection) from None
             self.trainer.steps += 1
             self.position.step += 1
@@ -377,7 +374,7 @@ class TrainingLoop:
         site = first_site(self.trainer, selection).of_all(self.trainer.row_offset(selection))
         self._go_back(before)
         what = trouble.what if site.name is None else f"{trouble.what}: {site.what}"
-        if self.on_nonfinite == "skip":
+        if self.skip_limit:
             what = f"{self.skip_limit} steps were skipped, and again {what}"
         return NonFiniteError(
             what,
@@ -398,7 +395,8 @@ class TrainingLoop:
                 folder = Path(tempfile.mkdtemp(prefix="pyro_vae-"))
             else:
                 folder = self.checkpoints.folder / "nonfinite"
-            Checkpoints(folder, 0.0, kept=1).write(lambda: content, self.trainer.steps)
+            settings = Checkpoint(folder, seconds=0.0, keep=1)
+            Checkpoints(settings).write(lambda: content, self.trainer.steps)
         except (OSError, TypeError, ValueError):
             return None  # the error that is to be told is another
         return folder

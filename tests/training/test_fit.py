@@ -478,7 +478,8 @@ def test_an_optimizer_without_a_learning_rate(capture, binary, tmp_path, without
     whole = fit(next(pairs), binary, optimizer=optimizer, epochs=4, capture=capture)
     assert whole.history.learning_rate.isna().all()
     assert whole.history.loss.iloc[-1] < whole.history.loss.iloc[0]
-    pair, options = next(pairs), {"checkpoint": tmp_path, "resume": True, "capture": capture}
+    checkpoint = pv.training.Checkpoint(tmp_path, resume=True)
+    pair, options = next(pairs), {"checkpoint": checkpoint, "capture": capture}
     fit(pair, binary, optimizer=optimizer, epochs=2, **options)
     torch.manual_seed(8)
     resumed = fit(make_pair(), binary, optimizer=optimizer, epochs=4, **options)
