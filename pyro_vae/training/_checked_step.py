@@ -51,7 +51,7 @@ def checked_step(trainer: TrainStep, selection: tuple[Tensor, ...], device: torc
         set_random_state(noise, device)
         _refuse(trainer, selection, error)
         raise NonFiniteStepError("the loss is not finite", None) from None
-    if name := first_non_finite(trainer.trained.named_parameters()):
+    if name := first_non_finite(trainer.train_state.named_parameters()):
         raise NonFiniteStepError(f"the step made parameter {name!r} not finite", name)
     return loss
 
@@ -78,5 +78,5 @@ def first_site(trainer: TrainStep, selection: tuple[Tensor, ...]) -> FirstNonFin
 def _look(trainer: TrainStep, loss: Tensor) -> None:
     if not loss.isfinite():
         raise NonFiniteStepError(f"the loss is {loss.item()}", None)
-    if name := first_non_finite(trainer.trained.named_gradients()):
+    if name := first_non_finite(trainer.train_state.named_gradients()):
         raise NonFiniteStepError(f"the gradient of parameter {name!r} is not finite", name)

@@ -86,8 +86,8 @@ class LoopState:
     settled: bool = False
 
 
-class StoppedRun(Exception):  # noqa: N818 - no error
-    """The run was asked to end, and did, at the end of a step."""
+class _Stopped(Exception):  # noqa: N818 - not an error
+    """The loop was asked to stop, and stops at the end of a step."""
 
 
 @dataclass
@@ -98,46 +98,43 @@ class TrainingLoop:
         trainer: what takes the steps.
         batches: the training data.
         validation: on data that are held out, or None.
-        device: where the steps run.
         epochs: how many there shall be.
         patience: see :func:`pyro_vae.fit`.
         checkpoints: where to write them, or None.
         settings: what a checkpoint must agree with, to be gone on from.
-        description: of the pair, for who has just a checkpoint.
         skip_limit: The number of steps with a NaN or an infinity that may be skipped, 0 for none.
         after_epoch: see :func:`pyro_vae.fit`.
         advance: of the progress bar.
         interrupted: whether the run shall stop.
-        unseen: whether the first pass brings values that nobody has checked.
         order: of the first pass, which has been begun.
     """
 
     trainer: TrainStep
     batches: Minibatches
     validation: Validation | None
-    device: torch.device
     epochs: int
     patience: int | None
     checkpoints: Checkpoints | None
     settings: Mapping[str, Any]
-    description: Description
     skip_limit: int
     after_epoch: AfterEpoch | None
     advance: Callable[..., None]
     interrupted: Callable[[], bool]
-    unseen: bool
     order: list[Tensor]
 
     def __post_init__(self):
         seed = broadcast_from_first(torch.randint(2**62, ()))
         self.position = LoopState(validation_seed=seed.item())
-        self._trained = self.trainer.trained
+        self.device = self.batches.device
+        self._trained = self.trainer.train_state
+        self._description = Description(*self._trained.pair)
         self._best: dict[str, Tensor] | None = None
         self._good: dict[str, Any] = {}
         self._resumed_at: Mapping[str, Tensor] | None = None
         self._shall_stop = self._shall_write = False
         self._most_rows = 0
         self._steps_per_epoch = self.batches.num_batches
+        self._needs_validation = not self.batches.values_checked  # by Pyro, in the first epoch
 
     @property
     def history(self) -> pd.DataFrame:
@@ -148,7 +145,7 @@ class TrainingLoop:
     def go_on_from(self, checkpoint: Mapping[str, Any]) -> None:
         """Stand where a checkpoint was written; its pass over the data has been begun."""
         self.trainer.go_on_from(checkpoint["trainer"])
-        self.description.go_on_from(checkpoint["pair"])
+        self._description.go_on_from(checkpoint["pair"])
         history = dict_to_dataframe(checkpoint["history"]).to_dict("records")
         self.position = LoopState(**checkpoint["position"] | {"history": history})
         self.order = checkpoint["order"]
@@ -156,12 +153,24 @@ class TrainingLoop:
         self._steps_per_epoch = checkpoint["steps_per_epoch"]
         self._resumed_at = self._own(checkpoint["processes"])
 
-    def train(self) -> None:
+    @property
+    def best_epoch(self) -> int:
+        """The epoch, from 1, whose parameters the pair holds after :meth:`train`."""
+        history = self.history.set_index("epoch")
+        if self.patience is None or not len(history):
+            return len(history)
+        # An older checkpoint does not hold the best epoch.
+        return int(self.position.best_epoch or history["validation_loss"].idxmin())
+
+    def train(self) -> bool:
         """Run to the end of the last epoch, or until patience is out.
 
+        Returns:
+            False if the run was interrupted. The state is then that at the end of a step, and is
+            written if possible.
+
         Raises:
-            StoppedRun: it was interrupted; the state is whole, and written if it can be.
-            NonFiniteError: see :func:`pyro_vae.fit`; the state is that before the step.
+            NonFiniteError: See :func:`pyro_vae.fit`. The state is that before the step.
         """
         self.advance(len(self.position.history))
         if self._resumed_at is None:
@@ -178,20 +187,21 @@ class TrainingLoop:
             # Other processes may be anywhere; and what was not begun is written already.
             if num_processes() == 1 and self._resumed_at is None:
                 self._note()
-            raise StoppedRun from None
-        except StoppedRun:
+            return False
+        except _Stopped:
             self._note()
-            raise
+            return False
         finally:
             if self._best is not None:
                 self._trained.set_values(self._best)
+        return True
 
     def _is_out_of_patience(self) -> bool:
         return self.patience is not None and self.position.epochs_without_gain >= self.patience
 
     def _epoch(self) -> None:
         learning_rate = self._trained.learning_rate
-        validated = self.unseen and self.position.epoch == 1
+        validated = self._needs_validation and self.position.epoch == 1
         with values_checked(validated):
             self._pass(validated)
         began = time.perf_counter()
@@ -325,7 +335,7 @@ class TrainingLoop:
         self._ends_here(0)
         self._note(if_due=True)
         if self._shall_stop:
-            raise StoppedRun
+            raise _Stopped
 
     def _ends_here(self, steps: int) -> bool:
         """Whether to end a stretch after so many steps: to stop, or to write a checkpoint.
@@ -418,7 +428,7 @@ class TrainingLoop:
             "processes": self._of_processes(),
             "steps_per_epoch": self._steps_per_epoch,
             "settings": dict(self.settings),
-            "pair": self.description(),
+            "pair": self._description(),
         }
 
     def _go_back(self, state: Mapping[str, Any]) -> None:

@@ -33,14 +33,20 @@ class TrainState:
         guide: program of q(z|x).
         objective: what is maximised; it may count steps, or remember.
         transform: of the minibatches; its modules may remember too.
-        parameters: of ``"model"`` and of ``"guide"``, trained by one optimizer.
+        parameters: Those of ``"model"`` and of ``"guide"``. One optimizer trains both.
         learning_rate: of the default optimizer, Adam; or one for each of the two.
         optimizer: makes another from the parameters.
         scheduler: makes a learning rate scheduler from the optimizer.
 
+    Attributes:
+        pair: The two programs.
+        objective: The objective of the fit.
+        parameters: All trained parameters; those that the programs make later are appended.
+        parameters_of: Those of ``"model"`` and of ``"guide"``, as given.
+
     Raises:
-        ValueError: there are no parameters.
-        TypeError: what ``optimizer`` makes is no torch optimizer.
+        ValueError: There are no parameters.
+        TypeError: ``optimizer`` does not make an optimizer of torch.
     """
 
     def __init__(
@@ -55,9 +61,10 @@ class TrainState:
         optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
         scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     ):
-        self._pair = (model, guide)
-        self._objective = objective
+        self.pair = (model, guide)
+        self.objective = objective
         self._transform = transform
+        self.parameters_of = parameters
         self.parameters = list(dict.fromkeys(itertools.chain(*parameters.values())))
         if not self.parameters:
             raise ValueError("model and guide have no parameters that require a gradient")
@@ -224,7 +231,7 @@ class TrainState:
         self.parameters += parameters  # in place: others hold this list
 
     def _named_tensors(self) -> dict[str, Tensor]:
-        named = tensors_of_pair(*self._pair)
+        named = tensors_of_pair(*self.pair)
         known = set(map(id, named.values()))
         unnamed = [p for p in self.parameters if id(p) not in known]  # reached by no name
         return named | {f"parameter {i}": p for i, p in enumerate(unnamed)}
@@ -234,7 +241,7 @@ class TrainState:
         of_pair = set(map(id, self._named.values()))
         found = [
             pair
-            for pair in referenced_objects(objective=self._objective)
+            for pair in referenced_objects(objective=self.objective)
             if isinstance(pair[1], Tensor)
         ]
         for number, module in enumerate(modules(self._transform)):

@@ -27,19 +27,16 @@ class Validation:
         trainer: of the pair.
         objective: that is trained.
         data: held out.
-        unseen: whether they have values that nobody has checked: the first time, Pyro does.
 
     Raises:
         ValueError: a schedule of the objective has no last value.
     """
 
-    def __init__(
-        self, trainer: TrainStep, objective: pyro.infer.ELBO, data: Minibatches, *, unseen: bool
-    ):
+    def __init__(self, trainer: TrainStep, objective: pyro.infer.ELBO, data: Minibatches):
         self._trainer = trainer
         self._objective = objective
         self._data = data
-        self._unseen = unseen
+        self._needs_validation = not data.values_checked  # by Pyro, the first time
         self.has_schedules = isinstance(objective, Objective) and objective.has_schedules
         self._at_last_values()
 
@@ -57,7 +54,7 @@ class Validation:
             KeyboardInterrupt: it was interrupted.
         """
         refused = None
-        with values_checked(self._unseen and epoch == 1), self._noise(seed):
+        with values_checked(self._needs_validation and epoch == 1), self._noise(seed):
             try:
                 loss = self._trainer.evaluate(self._data, interrupted, self._at_last_values())
             except ValueError as error:  # by Pyro's validation, perhaps, of what is not finite
