@@ -257,8 +257,8 @@ def fit(
         if saved is not None:
             with resuming_from(checkpoints.folder):
                 require_settings(saved["settings"], settings, checkpoints.folder)
-                batches.set_order(saved["order"])
-        order = batches.order()  # before the check of the pair, which begins the first pass
+                batches.load_state_dict(saved)
+        order = batches.state_dict()  # before the check of the pair, which begins the first pass
         parameters = _check_pair(
             model, guide, objective, batches, held_out, store, skips=skip_limit > 0
         )
@@ -297,7 +297,7 @@ def fit(
             )
             if saved is not None:
                 with resuming_from(checkpoints.folder):
-                    loop.go_on_from(saved)
+                    loop.load_state_dict(saved)
             is_finished = loop.train()
         digests = digests_of_pair(model, guide)
         fits.find(model, guide).digests.update(digests)

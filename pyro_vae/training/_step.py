@@ -185,34 +185,33 @@ class TrainStep:
         if self.train_state.end_epoch(loss):
             self._gradient = self._capturable_gradient()
 
-    def state(self, *, to_write: bool = False) -> dict[str, Any]:
-        """Copy all that the next step depends on, but random numbers.
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next step depends on, except random numbers, to be written."""
+        state = {"steps": self.steps, **self.train_state.state_dict()}
+        return state | {"capture": self._gradient.state_dict()}
 
-        Args:
-            to_write: for another process: with what this one has without a copy.
-        """
-        state = {"steps": self.steps, **self.train_state.state(to_write=to_write)}
-        if to_write:
-            return state | {"capture": self._gradient.state_dict()}
-        return state | {"gradient": self._gradient, "capture": self._gradient.snapshot()}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state` copied, in this process."""
-        self.steps = state["steps"]
-        self.train_state.set_state(state)
-        self._gradient = state["gradient"]
-        self._gradient.restore(state["capture"])
-
-    def go_on_from(self, state: Mapping[str, Any]) -> None:
-        """Put in place what :meth:`state` gave to write, in a run that has not begun.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, before the first step.
 
         Raises:
-            ValueError: it is that of another pair, objective, optimizer or scheduler.
+            ValueError: The state is that of another pair, objective, optimizer or scheduler.
         """
-        if self.train_state.go_on_from(state):
+        if self.train_state.load_state_dict(state):
             self._gradient = self._capturable_gradient()
         self.steps = state["steps"]
         self._gradient.load_state_dict(state["capture"])
+
+    def snapshot(self) -> dict[str, Any]:
+        """Copy all that the next step depends on, except random numbers."""
+        state = {"steps": self.steps, **self.train_state.snapshot()}
+        return state | {"gradient": self._gradient, "capture": self._gradient.snapshot()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`snapshot` copied."""
+        self.steps = state["steps"]
+        self.train_state.restore(state)
+        self._gradient = state["gradient"]
+        self._gradient.restore(state["capture"])
 
     def _closure(
         self,

@@ -173,10 +173,10 @@ def run(x, folder=None, killed_after=None, **case):
         case["objective"] = case["objective"]()
     steps, take_a_step = 0, TrainStep.step
 
-    def step(trainer, *args, **options):
+    def step(train_step, *args, **options):
         nonlocal steps
         steps += 1
-        loss = take_a_step(trainer, *args, **options)
+        loss = take_a_step(train_step, *args, **options)
         if steps == killed_after:
             raise Killed
         return loss
@@ -476,7 +476,7 @@ def plateau(validation):
 
 def test_an_interrupt_while_the_last_checkpoint_of_an_epoch_is_written(binary, tmp_path):
     _, straight = fit(binary, transform=torch.bernoulli)
-    write, times = TrainingLoop._note, 0
+    write, times = TrainingLoop._write_checkpoint, 0
 
     def interrupted(self, **options):
         nonlocal times
@@ -486,7 +486,7 @@ def test_an_interrupt_while_the_last_checkpoint_of_an_epoch_is_written(binary, t
         write(self, **options)
 
     with (
-        mock.patch.object(TrainingLoop, "_note", interrupted),
+        mock.patch.object(TrainingLoop, "_write_checkpoint", interrupted),
         pytest.raises(pv.training.StoppedFit),
     ):
         fit(binary, tmp_path, transform=torch.bernoulli)
@@ -923,7 +923,7 @@ def test_a_best_epoch_that_was_undone_is_no_longer_the_best(binary, tmp_path):
     """A second Ctrl-C after the epoch, before the next has begun, undoes its last steps."""
     options = {"patience": 5, "validation": binary[:9], "epochs": 4}
     _, straight = fit(binary, **options)
-    order, calls = Minibatches.order, 0
+    order, calls = Minibatches.state_dict, 0
 
     def interrupted(batches):
         nonlocal calls
@@ -933,7 +933,7 @@ def test_a_best_epoch_that_was_undone_is_no_longer_the_best(binary, tmp_path):
         return order(batches)
 
     with (
-        mock.patch.object(Minibatches, "order", interrupted),
+        mock.patch.object(Minibatches, "state_dict", interrupted),
         pytest.raises(pv.training.StoppedFit),
     ):
         fit(binary, tmp_path, **options)

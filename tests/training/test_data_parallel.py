@@ -124,12 +124,12 @@ def trained(kind=Pair, columns=None, killed_after=None, own_noise=False, frozen=
         programs[1].double()
     take_a_step, steps = TrainStep.step, 0
 
-    def step(trainer, *args, **more):
+    def step(train_step, *args, **more):
         nonlocal steps
         steps += 1
         if steps == killed_after:
             raise KeyboardInterrupt
-        return take_a_step(trainer, *args, **more)
+        return take_a_step(train_step, *args, **more)
 
     TrainStep.step = step
     try:

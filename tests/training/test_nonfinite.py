@@ -83,7 +83,7 @@ def test_the_site_the_rows_and_the_state_before(
             raise KeyboardInterrupt
         return x
 
-    monkeypatch.setattr(run, "STEPS_OF_A_STRETCH", 1)  # what is interrupted goes back that far
+    monkeypatch.setattr(run, "STEPS_OF_A_CHUNK", 1)  # what is interrupted goes back that far
     expected = pair()
     with pytest.raises(pv.training.StoppedFit):
         fit(expected, data, transform=count)
