@@ -300,7 +300,12 @@ def _held_in_turns(
 
 
 class _DataScale(Messenger):
-    """Notes for how many data points a row stands, N/B, by which every objective scales."""
+    """Reads the scale N/B of the plate ``"data"``, by which every objective multiplies its loss.
+
+    It is read in each run, since no run before the first step gives a number that holds for all.
+    N may follow the minibatch, or the mode of a module. And a first minibatch of all N rows does
+    not tell N from B, where a process has a share of the rows or a stream brings fewer later.
+    """
 
     scale = 1.0
 
