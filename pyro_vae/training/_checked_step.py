@@ -1,4 +1,4 @@
-"""A step with a look at its loss, at each gradient, and at what it makes of the parameters."""
+"""A step that checks its loss, each gradient and each new parameter for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def checked_step(
     """
     noise = random_state(device)
     try:
-        loss = train_step.step(selection, look=functools.partial(_look, train_step))
+        loss = train_step.step(
+            selection, on_gradients=functools.partial(_require_finite, train_step)
+        )
     except NonFiniteStepError:
         if num_processes() > 1:  # an error of one came to all as a loss that is NaN
             set_random_state(noise, device)
@@ -77,7 +79,7 @@ def first_site(train_step: TrainStep, selection: tuple[Tensor, ...]) -> FirstNon
     return site
 
 
-def _look(train_step: TrainStep, loss: Tensor) -> None:
+def _require_finite(train_step: TrainStep, loss: Tensor) -> None:
     if not loss.isfinite():
         raise NonFiniteStepError(f"the loss is {loss.item()}", None)
     if name := first_non_finite(train_step.train_state.named_gradients()):

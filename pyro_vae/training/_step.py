@@ -85,17 +85,17 @@ class TrainStep:
         self._gradient.recheck()
 
     def step(
-        self, selection: tuple[Tensor, ...], look: Callable[[Tensor], None] | None = None
+        self, selection: tuple[Tensor, ...], on_gradients: Callable[[Tensor], None] | None = None
     ) -> Tensor:
         """Take a step; return the loss per datum before it, on its device.
 
         Args:
             selection: of the data.
-            look: called with the loss when the gradients are there, and nothing has moved yet.
+            on_gradients: Called with the loss after the gradients are computed, before the update.
         """
         held = self._alternation[self.steps % len(self._alternation)]
         optimizer = self.train_state.optimizer
-        loss = optimizer.step(functools.partial(self._closure, selection, held, look))
+        loss = optimizer.step(functools.partial(self._closure, selection, held, on_gradients))
         if loss is None:
             raise TypeError(
                 f"{type(optimizer).__name__}.step must return what its closure gives, as torch's "
@@ -217,14 +217,14 @@ class TrainStep:
         self,
         selection: tuple[Tensor, ...],
         held: set[int],
-        look: Callable[[Tensor], None] | None,
+        on_gradients: Callable[[Tensor], None] | None,
     ) -> Tensor:
         """Leave the gradients where the optimizer looks for them; return the loss.
 
         Args:
             selection: of the data.
             held: ids of the parameters that shall stay where they are.
-            look: see :meth:`step`.
+            on_gradients: See :meth:`step`.
         """
         for parameter in self.train_state.parameters:
             parameter.grad = None  # its memory, still in the cache, serves the next gradient
@@ -240,8 +240,8 @@ class TrainStep:
             gradients = clipped(gradients, self._clip_norm)
         for parameter, value in zip(self.train_state.parameters, gradients, strict=True):
             parameter.grad = value
-        if look is not None:
-            look(loss)
+        if on_gradients is not None:
+            on_gradients(loss)
         elif self._hides_gradients:  # the losses are read in any case
             loss = loss.where(all_finite(gradients).to(loss.device), math.nan)
         return loss
