@@ -46,14 +46,15 @@ def run(arguments):
         likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(10, [200], size)),
     )
     guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(size, [200]))
+    checkpoint = None
+    if arguments.checkpoint is not None:
+        checkpoint = pv.training.Checkpoint(arguments.checkpoint, seconds=0.2, resume=True)
     pv.fit(
         model,
         guide,
         data.train,
         epochs=arguments.epochs,
-        checkpoint=arguments.checkpoint,
-        checkpoint_seconds=0.2,
-        resume=arguments.checkpoint is not None,
+        checkpoint=checkpoint,
         after_epoch=die,
         capture=False,
         seed=0,

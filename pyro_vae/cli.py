@@ -102,8 +102,9 @@ def compare(
                 transform=images.transform,
                 device=device,
                 seed=seed,
-                checkpoint=None if checkpoint is None else checkpoint / f"{name}-{size}",
-                resume=checkpoint is not None,
+                checkpoint=None
+                if checkpoint is None
+                else pv.training.Checkpoint(checkpoint / f"{name}-{size}", resume=True),
                 progress=bar,
                 description=label,
             )

@@ -707,6 +707,12 @@ CLASSES: dict[str, tuple[Callable, dict[str, Any], Callable[[Any], Any]]] = {
         },
         None,
     ),
+    "Checkpoint": (
+        functools.partial(pv.training.Checkpoint, "run"),
+        {"seconds": 60.0, "keep": 3},
+        None,
+    ),
+    "Skip": (pv.training.Skip, {"limit": 3}, None),
 }
 
 # The scalar arguments of functions, by name, with good values to stand beside them.
@@ -726,7 +732,6 @@ FUNCTIONS: dict[str, tuple[Callable, dict[str, Any], Callable[[Any], Any]]] = {
                 "guide_steps": None,
                 "model_steps": None,
                 "on_nonfinite": "raise",
-                "skip_limit": 3,
                 "device": "cpu",
                 "objective": pv.objectives.ELBO(),
                 "validation": None,

@@ -44,16 +44,16 @@ def make_pair(features, hidden, latents):
 
 def cost(arguments):
     """Print medians of seconds for a step, and their ratios to that of bare steps."""
-    take_stretch, due = run.TrainingLoop._stretch, Checkpoints.due
+    run_chunk, due = run.TrainingLoop._run_chunk, Checkpoints.due
 
     def bare(self, selections, validated):
         for selection in selections:
             self._count(selection, float("nan"))
-            self.trainer.step(selection)
+            self.train_step.step(selection)
         return 0
 
-    modes = {"bare": (bare, False), "watched": (take_stretch, False)}
-    modes["watched, with checkpoints"] = (take_stretch, due)
+    modes = {"bare": (bare, False), "watched": (run_chunk, False)}
+    modes["watched, with checkpoints"] = (run_chunk, due)
     times = {name: [] for name in modes}
     busy = {name: [] for name in modes}
     turns = list(modes) * arguments.rounds
@@ -68,12 +68,12 @@ def cost(arguments):
             times[turns[number]].append((time.perf_counter() - began[0]) / steps)
             busy[turns[number]].append((time.process_time() - began[1]) / steps)
         if 0 <= number + 1 < len(turns):
-            run.TrainingLoop._stretch, Checkpoints.due = modes[turns[number + 1]]
+            run.TrainingLoop._run_chunk, Checkpoints.due = modes[turns[number + 1]]
         began = time.perf_counter(), time.process_time()
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(run.TrainingLoop, _stretch=take_stretch),
+        mock.patch.multiple(run.TrainingLoop, _run_chunk=run_chunk),
     ):
         pv.fit(
             *make_pair(784, [200, 200], 50),
@@ -81,8 +81,7 @@ def cost(arguments):
             epochs=2 + len(turns),
             capture=True,
             after_epoch=after_epoch,
-            checkpoint=folder,
-            checkpoint_seconds=0.0,
+            checkpoint=pv.training.Checkpoint(folder, seconds=0.0),
             seed=0,
         )
     print("| steps | ms | ratio | of processor time |\n|---|---|---|---|")
@@ -138,9 +137,7 @@ def forked(folder, **options):
         x,
         validation=x[:100],
         transform=torch.bernoulli,
-        checkpoint=folder,
-        checkpoint_seconds=0.02,
-        resume=True,
+        checkpoint=pv.training.Checkpoint(folder, seconds=0.02, resume=True),
         seed=0,
         progress=False,
         **options,

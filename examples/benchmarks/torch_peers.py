@@ -143,17 +143,17 @@ def ours(capture):
     trace = check_pair(model, guide, batches.first())
     objective.loss(model, guide, *batches.first())
     parameters = programs.parameters(model, guide, trace)
-    trained = TrainState(model, guide, objective, binarise, parameters)
-    trainer = TrainStep(model, guide, objective, batches, trained, parameters, capture=capture)
+    train_state = TrainState(model, guide, objective, binarise, parameters)
+    train_step = TrainStep(train_state, batches, capture=capture)
     pyro.enable_validation(False)
 
     def epoch():
-        trainer.recheck()
-        trainer.begin(None)
-        losses = [trainer.step(selection) for selection in batches.selections()]
+        train_step.recheck()
+        train_step.begin(None)
+        losses = [train_step.step(selection) for selection in batches.selections()]
         loss = torch.stack(losses).mean().item()
-        if capture and trainer.execution != "captured" and STEPS > 3:
-            raise RuntimeError(trainer.execution)
+        if capture and train_step.execution != "captured" and STEPS > 3:
+            raise RuntimeError(train_step.execution)
         return loss
 
     return epoch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -198,17 +198,17 @@ class Minibatches:
     def __iter__(self) -> Iterator[Batch]:
         return (self.prepare(*selection) for selection in self.selections())
 
-    def order(self) -> list[Tensor]:
-        """Return the state of the generators that the order of the next pass will come from."""
-        return [generator.get_state() for generator in self._generators()]
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Return the states of the generators that give the order of the next pass."""
+        return {"order": [generator.get_state() for generator in self._generators()]}
 
-    def set_order(self, states: Sequence[Tensor]) -> None:
-        """Have the next pass come in the order of those states."""
-        for generator, state in zip(self._generators(), states, strict=True):
-            generator.set_state(state)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Give the next pass the order that :meth:`state_dict` returned."""
+        for generator, value in zip(self._generators(), state["order"], strict=True):
+            generator.set_state(value)
 
-    def begin_from(self, seed: int) -> None:
-        """Have the next pass come in the order that a seed gives, and from its beginning."""
+    def manual_seed(self, seed: int) -> None:
+        """Give the next pass the order of a seed, and let it begin with the first minibatch."""
         self._begun = None
         for generator in self._generators():
             generator.manual_seed(seed)

@@ -79,8 +79,8 @@ class Description:
         self._parts: dict[str, Any] = {}
         self._recipe: dict[str, Any] = {}
 
-    def __call__(self) -> dict[str, Any]:
-        """Return it as it is now; how the pair is made is found out when its parts change."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the description of the pair; make a new recipe only if its parts have changed."""
         state = state_of(*self._pair)
         if (parts := parts_of(*self._pair)) != self._parts:
             self._recipe = recipe_of(*self._pair, state)
@@ -88,11 +88,11 @@ class Description:
         del state["tensors"]
         return {**state, "parts": parts, "recipe": self._recipe, "versions": versions()}
 
-    def go_on_from(self, content: Mapping[str, Any]) -> None:
-        """Give the pair what of a description a run may have changed: what is frozen, and modes.
+    def load_state_dict(self, content: Mapping[str, Any]) -> None:
+        """Give the pair the frozen parameters and the modes of a description.
 
         Raises:
-            ValueError: the pair has modules of other kinds.
+            ValueError: The pair has modules of other kinds.
         """
         saved, here = content["parts"], parts_of(*self._pair)
         kinds = {name: _FORMER.get(kind, kind) for name, kind in saved["modules"].items()}

@@ -2,8 +2,18 @@
 
 from pyro_vae._utils.distributed import group_of_torchrun
 from pyro_vae._utils.interrupts import Interrupted
+from pyro_vae.training._checkpoints import Checkpoint
 from pyro_vae.training._fit import Fit, fit
 from pyro_vae.training._loading import load_checkpoint
-from pyro_vae.training._nonfinite import NonFiniteError
+from pyro_vae.training._nonfinite import NonFiniteError, Skip
 
-__all__ = ["Fit", "Interrupted", "NonFiniteError", "fit", "group_of_torchrun", "load_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Fit",
+    "Interrupted",
+    "NonFiniteError",
+    "Skip",
+    "fit",
+    "group_of_torchrun",
+    "load_checkpoint",
+]

@@ -1,4 +1,4 @@
-"""A step with a look at its loss, at each gradient, and at what it makes of the parameters."""
+"""A step that checks its loss, each gradient and each new parameter for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ class NonFiniteStepError(Exception):
         self.what, self.parameter = what, parameter
 
 
-def checked_step(trainer: TrainStep, selection: tuple[Tensor, ...], device: torch.device) -> Tensor:
+def checked_step(
+    train_step: TrainStep, selection: tuple[Tensor, ...], device: torch.device
+) -> Tensor:
     """Take a step, and return the loss before it.
 
     Args:
-        trainer: takes the step.
+        train_step: takes the step.
         selection: of the data.
         device: whose random numbers the step draws.
 
@@ -41,24 +43,26 @@ def checked_step(trainer: TrainStep, selection: tuple[Tensor, ...], device: torc
     """
     noise = random_state(device)
     try:
-        loss = trainer.step(selection, look=functools.partial(_look, trainer))
+        loss = train_step.step(
+            selection, on_gradients=functools.partial(_require_finite, train_step)
+        )
     except NonFiniteStepError:
         if num_processes() > 1:  # an error of one came to all as a loss that is NaN
             set_random_state(noise, device)
-            _refuse(trainer, selection, trainer.error)
+            _refuse(train_step, selection, train_step.error)
         raise
     except ValueError as error:  # perhaps by Pyro's validation, of what is not finite
         set_random_state(noise, device)
-        _refuse(trainer, selection, error)
+        _refuse(train_step, selection, error)
         raise NonFiniteStepError("the loss is not finite", None) from None
-    if name := first_non_finite(trainer.trained.named_parameters()):
+    if name := first_non_finite(train_step.train_state.named_parameters()):
         raise NonFiniteStepError(f"the step made parameter {name!r} not finite", name)
     return loss
 
 
-def _refuse(trainer: TrainStep, selection: tuple[Tensor, ...], error: ValueError | None) -> None:
+def _refuse(train_step: TrainStep, selection: tuple[Tensor, ...], error: ValueError | None) -> None:
     """Raise an error of this process or of another, unless it is of what is not finite."""
-    stands = error is not None and not first_site(trainer, selection).has_nonfinite_numbers
+    stands = error is not None and not first_site(train_step, selection).has_nonfinite_numbers
     standing = torch.stack(gather(torch.tensor(stands))).nonzero()
     if stands:
         raise error
@@ -68,15 +72,15 @@ def _refuse(trainer: TrainStep, selection: tuple[Tensor, ...], error: ValueError
         )
 
 
-def first_site(trainer: TrainStep, selection: tuple[Tensor, ...]) -> FirstNonFiniteSite:
+def first_site(train_step: TrainStep, selection: tuple[Tensor, ...]) -> FirstNonFiniteSite:
     """Run the pair as a step would, to find the first site that is not finite."""
     with FirstNonFiniteSite() as site, values_checked(False):
-        trainer.run(selection)
+        train_step.run(selection)
     return site
 
 
-def _look(trainer: TrainStep, loss: Tensor) -> None:
+def _require_finite(train_step: TrainStep, loss: Tensor) -> None:
     if not loss.isfinite():
         raise NonFiniteStepError(f"the loss is {loss.item()}", None)
-    if name := first_non_finite(trainer.trained.named_gradients()):
+    if name := first_non_finite(train_step.train_state.named_gradients()):
         raise NonFiniteStepError(f"the gradient of parameter {name!r} is not finite", name)

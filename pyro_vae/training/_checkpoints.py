@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pyro_vae._utils.checks import positive_integer, real_number
 from pyro_vae._utils.distributed import broadcast_from_first, rank
 from pyro_vae.serialization._folder import UnreadableFile, clear, read, write
 
@@ -20,24 +23,62 @@ _SHARE_OF_TIME = 0.02  # that writing may take
 _PREFIX = "step-"
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Settings of the checkpoints of a fit, for ``fit(checkpoint=...)``.
+
+    Args:
+        folder: The folder of the checkpoints. ``fit`` creates it if it does not exist.
+        seconds: The shortest time between two checkpoints. Writing takes at most a fiftieth of
+            the time of a fit, so this time may become longer.
+        keep: The number of checkpoints that stay in the folder. Older ones are removed.
+        resume: Resume from the last checkpoint in the folder that can be read, if there is one.
+            Without it, ``fit`` refuses a folder that holds checkpoints.
+
+    Raises:
+        TypeError: An argument is of another type than its annotation says.
+        ValueError: ``seconds`` is infinite or NaN, or ``keep`` is less than 1.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> checkpoint = pv.training.Checkpoint("run", seconds=600, resume=True)
+        >>> checkpoint.keep
+        3
+    """
+
+    folder: str | Path
+    seconds: float = 60.0
+    keep: int = 3
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, str | os.PathLike):
+            raise TypeError(
+                "checkpoint must be a folder, given as str or Path, or a pv.training.Checkpoint of "
+                f"one, got {self.folder!r}"
+            )
+        if not isinstance(self.resume, bool):
+            raise TypeError(f"resume must be True or False, got {self.resume!r}")
+        real_number("seconds", self.seconds)
+        object.__setattr__(self, "folder", Path(self.folder))
+        object.__setattr__(self, "keep", positive_integer("keep", self.keep))
+
+
 class Checkpoints:
     """The checkpoints of one run, ``step-000000000100`` and the like.
 
     Of the processes of a group, the first writes, and all read.
 
     Args:
-        folder: where they lie; it is made.
-        seconds: between two of them, or more, lest writing take more than a fiftieth of the time.
-        kept: how many of the last stay.
+        settings: Folder, times and number of the checkpoints. The folder is created.
 
     Raises:
-        OSError: the folder cannot be made or written to.
+        OSError: The folder cannot be created, or nothing can be written to it.
     """
 
-    def __init__(self, folder: str | Path, seconds: float, kept: int):
-        self.folder = Path(folder)
-        self._seconds = seconds
-        self._kept = kept
+    def __init__(self, settings: Checkpoint):
+        self._settings = settings
+        self.folder = Path(settings.folder)
         self._due = 0.0
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -46,22 +87,19 @@ class Checkpoints:
         """Whether it is time for another."""
         return time.monotonic() >= self._due
 
-    def begin(self, *, resume: bool) -> dict[str, Any] | None:
-        """Return the last checkpoint that is whole, to go on from; None if there is none at all.
+    def begin(self) -> dict[str, Any] | None:
+        """Return the last whole checkpoint, to resume from; None if the folder has none.
 
-        Those behind it, which cannot be read, get another name.
-
-        Args:
-            resume: whether to go on from it.
+        Later checkpoints, which cannot be read, get another name.
 
         Raises:
-            ValueError: there is one, and it is not wanted.
-            UnreadableFile: there are some, but none that can be read.
+            ValueError: There is a checkpoint, but the settings do not ask to resume.
+            UnreadableFile: There are checkpoints, but none of them can be read.
         """
         step, content, problem = -1, None, None
         if rank() == 0:
             try:
-                step, content = self._last_whole(resume)
+                step, content = self._last_whole()
             except ValueError as error:
                 problem = error
         said = broadcast_from_first(torch.tensor([step, int(problem is not None)]))
@@ -92,17 +130,17 @@ class Checkpoints:
         write(newest, found, kind=KIND, overwrite=True)
         paths = paths_in(self.folder)
         last = paths.index(newest) + 1
-        for path in (*paths[: max(0, last - self._kept)], *paths[last:]):
+        for path in (*paths[: max(0, last - self._settings.keep)], *paths[last:]):
             shutil.rmtree(path, ignore_errors=True)
         took = time.monotonic() - began
-        self._due = time.monotonic() + max(self._seconds, took / _SHARE_OF_TIME)
+        self._due = time.monotonic() + max(self._settings.seconds, took / _SHARE_OF_TIME)
 
-    def _last_whole(self, resume: bool) -> tuple[int, dict[str, Any] | None]:
+    def _last_whole(self) -> tuple[int, dict[str, Any] | None]:
         self._clear()
-        if not resume and paths_in(self.folder):
+        if not self._settings.resume and paths_in(self.folder):
             raise ValueError(
-                f"{self.folder} has the checkpoints of a run: go on with it by resume=True, or "
-                "name another folder"
+                f"{self.folder} has the checkpoints of a run. To resume it, pass checkpoint="
+                f"pv.training.Checkpoint({str(self.folder)!r}, resume=True). Or name another folder"
             )
         path, content, broken = last_whole(self.folder)
         for other, problem in broken.items():

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import pyro
 import torch
+from pyro.params.param_store import ParamStoreDict
 from rich.progress import Progress
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
@@ -22,30 +21,34 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import digests as digests_of_pair
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.validation import check_pair
-from pyro_vae._utils.checks import positive_integer, positive_number, real_number
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes, rank
 from pyro_vae._utils.interrupts import Interrupted, defer_keyboard_interrupt
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
-from pyro_vae._utils.referenced_objects import referenced_objects
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.objectives import ELBO, Objective
-from pyro_vae.serialization._folder import UnreadableFile
-from pyro_vae.serialization._pair_state import Description
-from pyro_vae.training._checkpoints import Checkpoints
-from pyro_vae.training._loop import AfterEpoch, OnNonFinite, StoppedRun, TrainingLoop
+from pyro_vae.training._arguments import (
+    alternation_of,
+    check_arguments,
+    checkpoints_of,
+    learning_rate_of,
+    skip_limit_of,
+    torch_device,
+)
+from pyro_vae.training._checkpoints import Checkpoint
+from pyro_vae.training._loop import AfterEpoch, TrainingLoop
 from pyro_vae.training._losses import check_enumeration, check_objective, loss_value
 from pyro_vae.training._minibatch_sizes import try_sizes
 from pyro_vae.training._missing import check_gradient_of_missing
-from pyro_vae.training._step import BOTH, TrainStep
+from pyro_vae.training._nonfinite import Skip
+from pyro_vae.training._resume import require_settings, resuming_from, settings_of_run
+from pyro_vae.training._step import TrainStep
 from pyro_vae.training._train_state import TrainState
 from pyro_vae.training._validation import Validation
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,8 @@ def fit(
     clip_norm: float | None = None,
     patience: int | None = None,
     after_epoch: AfterEpoch | None = None,
-    on_nonfinite: OnNonFinite = "raise",
-    skip_limit: int = 100,
-    checkpoint: str | Path | None = None,
-    checkpoint_seconds: float = 60.0,
-    checkpoints_kept: int = 3,
-    resume: bool = False,
+    on_nonfinite: Literal["raise", "skip"] | Skip = "raise",
+    checkpoint: str | Path | Checkpoint | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
     capture: Capture = "auto",
     device: str | torch.device = "auto",
@@ -160,18 +159,16 @@ def fit(
         after_epoch: called with the number of each epoch, from 1, when it is over; what it
             returns, numbers by name, are columns of the history. It sees the pair as it is, with
             the same noise each time.
-        on_nonfinite: what to do with a step whose loss or gradient is NaN or infinite:
-            ``"raise"``, or ``"skip"`` its update and count it in the history.
-        skip_limit: how many steps may be skipped before it raises all the same.
-        checkpoint: a folder for checkpoints, from which the run can go on after whatever ended
-            it. They hold all that the next step depends on, so that a run that was resumed ends
-            with the same parameters, bit by bit, as one that was never stopped (the same device
-            and number of threads given, and ``capture`` True or False: ``"auto"`` decides by the
-            time that steps take).
-        checkpoint_seconds: the time between two of them, at the least.
-        checkpoints_kept: how many of the last stay.
-        resume: go on from the last whole checkpoint in the folder; begin, if there is none. Pass
-            the pair as it was made, and the same arguments; ``epochs`` may be more than before.
+        on_nonfinite: The reaction to a step whose loss or gradient is NaN or infinite. It raises
+            with ``"raise"``. A :class:`~pyro_vae.training.Skip` skips the update, counts it in
+            the history, and raises beyond a limit; ``"skip"`` is ``Skip()``.
+        checkpoint: A folder for checkpoints, or a :class:`~pyro_vae.training.Checkpoint` with
+            further settings; a folder is ``Checkpoint(folder)``. Checkpoints hold all that the
+            next step depends on. A resumed run ends with the same parameters, bit by bit, as one
+            that was never stopped. That needs the same device, the same number of threads, and
+            ``capture`` True or False, since ``"auto"`` decides by the time that steps take. To
+            resume, pass the pair as it was made and the same arguments with
+            ``Checkpoint(folder, resume=True)``; ``epochs`` may be more than before.
         transform: applied to each minibatch x on the device: ``torch.bernoulli`` binarises
             dynamically. Validation data are taken as they are.
         capture: run the programs through Python a few times, then replay the step's operations as
@@ -216,38 +213,30 @@ def fit(
     """
     objective = ELBO() if objective is None else objective
     check_objective(objective)
-    _check_arguments(epochs, clip_norm, patience, validation, on_nonfinite, skip_limit, after_epoch)
-    learning_rate = _learning_rate(learning_rate, optimizer)
-    alternation = _alternation(guide_steps, model_steps)
+    check_arguments(
+        epochs=epochs,
+        clip_norm=clip_norm,
+        patience=patience,
+        validation=validation,
+        after_epoch=after_epoch,
+    )
+    skip_limit = skip_limit_of(on_nonfinite)
+    learning_rate = learning_rate_of(learning_rate, optimizer)
+    alternation = alternation_of(guide_steps, model_steps)
     check_capture(capture)
     programs.require_programs(model, guide)
     programs.require_trainable_tensors(model, guide)
-    device = _device(device)
+    device = torch_device(device)
     started = time.perf_counter()
-    checkpoints = _checkpoints(checkpoint, checkpoint_seconds, checkpoints_kept, resume)
-    going_on = None if checkpoints is None else checkpoints.begin(resume=resume)
+    checkpoints = checkpoints_of(checkpoint)
+    saved = None if checkpoints is None else checkpoints.begin()
     with seeded(seed), programs.parameter_store(model, guide, fresh=True) as store:
         order_seed, noise_seed = broadcast_from_first(torch.randint(2**62, (2,))).tolist()
-        order = torch.Generator().manual_seed(order_seed)
-        batches = Minibatches(
-            data, batch_size, device=device, shuffle=True, generator=order, transform=transform
+        batches, held_out = _minibatches(
+            data, validation, batch_size, device=device, seed=order_seed, transform=transform
         )
-        held_out = None
-        if validation is not None:
-            held_out = Minibatches(
-                validation,
-                batch_size,
-                device=device,
-                generator=torch.Generator(),
-                name="validation",
-            )
-        for module in modules(model, guide):
-            module.to(device)
-        if isinstance(objective, Objective):
-            objective.to(device)
-            if batches.num_data is not None:
-                objective.check_num_data(batches.num_data)
-        settings = _settings(batches, held_out, objective) | {
+        _move(model, guide, objective, device, num_data=batches.num_data)
+        settings = settings_of_run(batches, held_out, objective) | {
             "guide_steps": guide_steps,
             "model_steps": model_steps,
             "clip_norm": clip_norm,
@@ -255,27 +244,15 @@ def fit(
             "learning_rate": learning_rate,
             "transform": transform is not None,
         }
-        if going_on is not None:
-            with _readable(checkpoints.folder):
-                _require_settings(going_on["settings"], settings, checkpoints.folder)
-                batches.set_order(going_on["order"])
-        order_of_pass = batches.order()
-        first = batches.first()
-        with programs.evaluation_mode(model, guide):  # a look must not move running averages
-            trace = check_pair(model, guide, first, batches)
-            if held_out is not None:
-                first_held_out = held_out.first()
-                check_pair(model, guide, first_held_out, held_out)
-            check_enumeration(objective, trace)
-            loss_value(objective, model, guide, *first)  # what it refuses, it refuses now
-            _check_scale_of_global_latents(trace, batches.num_data)
-            programs.bind(model, guide, store, trace)
-            parameters = programs.parameters(model, guide, trace)
-        how = {"nonfinite_too": on_nonfinite == "raise"}
-        try_sizes(model, guide, objective, batches, first, training=True, **how)
-        if held_out is not None:
-            try_sizes(model, guide, objective, held_out, first_held_out, training=False, **how)
-        trained = TrainState(
+        if saved is not None:
+            with resuming_from(checkpoints.folder):
+                require_settings(saved["settings"], settings, checkpoints.folder)
+                batches.load_state_dict(saved)
+        order = batches.state_dict()  # before the check of the pair, which begins the first pass
+        parameters = _check_pair(
+            model, guide, objective, batches, held_out, store, skips=skip_limit > 0
+        )
+        train_state = TrainState(
             model,
             guide,
             objective,
@@ -285,184 +262,124 @@ def fit(
             optimizer=optimizer,
             scheduler=scheduler,
         )
-        trainer = TrainStep(
-            model,
-            guide,
-            objective,
-            batches,
-            trained,
-            parameters,
-            clip_norm=clip_norm,
-            alternation=alternation,
-            capture=capture,
+        train_step = TrainStep(
+            train_state, batches, clip_norm=clip_norm, alternation=alternation, capture=capture
         )
-        check_gradient_of_missing(trainer, model, guide, objective, batches)
-        # Values that no look has seen yet are checked as they come, in the first pass over them.
-        unseen, validator = not batches.values_checked, None
-        if held_out is not None:
-            validator = Validation(trainer, objective, held_out, unseen=not held_out.values_checked)
-        stopped = False
+        check_gradient_of_missing(train_step, model, guide, objective, batches)
         with (
             task(progress, description, epochs) as advance,
             defer_keyboard_interrupt() as interrupted,
             seeded(noise_seed + rank() if num_processes() > 1 else None),
         ):
-            run = TrainingLoop(
-                trainer,
+            loop = TrainingLoop(
+                train_step,
                 batches,
-                validator,
-                device=device,
+                None if held_out is None else Validation(train_step, objective, held_out),
                 epochs=epochs,
                 patience=patience,
                 checkpoints=checkpoints,
                 settings=settings,
-                description=Description(model, guide),
-                on_nonfinite=on_nonfinite,
                 skip_limit=skip_limit,
                 after_epoch=after_epoch,
                 advance=advance,
                 interrupted=interrupted,
-                unseen=unseen,
-                order=order_of_pass,
+                order=order,
             )
-            if going_on is not None:
-                with _readable(checkpoints.folder):
-                    run.go_on_from(going_on)
-            try:
-                run.train()
-            except StoppedRun:
-                stopped = True
+            if saved is not None:
+                with resuming_from(checkpoints.folder):
+                    loop.load_state_dict(saved)
+            is_finished = loop.train()
         digests = digests_of_pair(model, guide)
         fits.find(model, guide).digests.update(digests)
-    history = run.history.set_index("epoch")
-    by_validation = patience is not None and len(history)
-    best = len(history)
-    if by_validation:  # an older checkpoint does not say which epoch was the best
-        best = run.position.best_epoch or history["validation_loss"].idxmin()
+    history = loop.history.set_index("epoch")
     seconds = time.perf_counter() - started
-    result = Fit(model, guide, history, int(best), seconds, trainer.execution, digests)
-    if stopped:
+    result = Fit(model, guide, history, loop.best_epoch, seconds, train_step.execution, digests)
+    if not is_finished:
         raise Interrupted(f"the fit was stopped after {len(history)} epochs", result)
     return result
 
 
-def _checkpoints(
-    folder: str | Path | None, seconds: float, kept: int, resume: bool
-) -> Checkpoints | None:
-    real_number("checkpoint_seconds", seconds)
-    kept = positive_integer("checkpoints_kept", kept)
-    if folder is None:
-        if resume:
-            raise ValueError("resume=True goes on from a checkpoint: name its folder, checkpoint=")
-        return None
-    return Checkpoints(folder, seconds, kept)
+def _minibatches(
+    data: Data,
+    validation: Data | None,
+    batch_size: int,
+    *,
+    device: torch.device,
+    seed: int,
+    transform: Callable[[Tensor], Tensor] | None,
+) -> tuple[Minibatches, Minibatches | None]:
+    """Make the minibatches of the training data, shuffled, and of the validation data."""
+    batches = Minibatches(
+        data,
+        batch_size,
+        device=device,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(seed),
+        transform=transform,
+    )
+    if validation is None:
+        return batches, None
+    generator = torch.Generator()  # seeded before each validation
+    return batches, Minibatches(
+        validation, batch_size, device=device, generator=generator, name="validation"
+    )
 
 
-def _settings(
-    batches: Minibatches, held_out: Minibatches | None, objective: pyro.infer.ELBO
-) -> dict[str, Any]:
-    """What a run must have in common with the one that it goes on with."""
-    of_objective = {
-        name: repr(value)
-        for name, value in referenced_objects(objective=objective)
-        if isinstance(value, bool | int | float | str) and "._" not in name
-    }
-    return {
-        "batch_size": batches.batch_size,
-        "number of data": batches.num_data,
-        "data": batches.digest(),
-        "validation": None if held_out is None else [held_out.num_data, held_out.digest()],
-        "objective": type(objective).__qualname__,
-        "particles of the objective": getattr(objective, "num_particles", None),
-        "numbers of the objective": of_objective,
-    }
-
-
-def _require_settings(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
-    for name, value in here.items():
-        if name not in saved or saved[name] != value:
-            raise ValueError(
-                f"{folder} has the checkpoints of a run with {name} {saved.get(name)}, here it is "
-                f"{value}: pass the arguments of that run, or name another folder"
-            )
-
-
-@contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Refuse a checkpoint that is whole, but holds something else."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UnreadableFile(
-            f"{folder} holds no checkpoint that this pyro_vae can go on from: {error!r}. Name "
-            "another folder, or take the version that wrote it"
-        ) from error
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        here = int(os.environ.get("LOCAL_RANK", "0"))  # of torchrun: one GPU for each process
-        return torch.device("cuda", here) if num_processes() > 1 else torch.device("cuda")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device it lacks
-        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
-    return torch.device(device)
-
-
-def _learning_rate(learning_rate, optimizer) -> float | Mapping[str, float] | None:
-    """Return the learning rates of the default optimizer, None where there is another."""
-    if optimizer is not None and not isinstance(learning_rate, Mapping | None):
-        raise ValueError(
-            f"learning_rate={learning_rate!r} is for the default optimizer, and would not reach "
-            "the one that is passed as optimizer. Give it to that one, as in "
-            "optimizer=functools.partial(torch.optim.SGD, lr=0.1), and leave learning_rate out"
-        )
-    if learning_rate is None:
-        return _LEARNING_RATE if optimizer is None else None
-    if not isinstance(learning_rate, Mapping):
-        return positive_number("learning_rate", learning_rate)
-    if set(learning_rate) != {"model", "guide"}:
-        raise ValueError(
-            "learning_rate must be a number, or have one for 'model' and one for 'guide', got "
-            f"{dict(learning_rate)}"
-        )
-    if optimizer is not None:
-        raise ValueError(
-            "two learning rates are for the default optimizer: one of your own makes its groups "
-            "from the parameters it is given"
-        )
-    for name, value in learning_rate.items():
-        positive_number(f"learning_rate[{name!r}]", value)
-    return learning_rate
-
-
-def _alternation(guide_steps: int | None, model_steps: int | None) -> list[str]:
-    """Return whose step each is, of one cycle."""
-    if guide_steps is None and model_steps is None:
-        return [BOTH]
-    guide_steps = positive_integer("guide_steps", 1 if guide_steps is None else guide_steps)
-    model_steps = positive_integer("model_steps", 1 if model_steps is None else model_steps)
-    return ["guide"] * guide_steps + ["model"] * model_steps
-
-
-def _check_arguments(
-    epochs, clip_norm, patience, validation, on_nonfinite, skip_limit, after_epoch
+def _move(
+    model: Program,
+    guide: Program,
+    objective: pyro.infer.ELBO,
+    device: torch.device,
+    *,
+    num_data: int | None,
 ) -> None:
-    positive_integer("epochs", epochs)
-    if clip_norm is not None:
-        positive_number("clip_norm", clip_norm)
-    if patience is not None:
-        positive_integer("patience", patience)
-        if validation is None:
-            raise ValueError("patience needs validation data: pass validation=")
-    if on_nonfinite not in ("raise", "skip"):
-        raise ValueError(f'on_nonfinite must be "raise" or "skip", got {on_nonfinite!r}')
-    positive_integer("skip_limit", skip_limit)
-    if after_epoch is not None and not callable(after_epoch):
-        raise TypeError(f"after_epoch must be a function of the epoch, got {after_epoch!r}")
+    """Move pair and objective to the device; have the objective check the number of data."""
+    for module in modules(model, guide):
+        module.to(device)
+    if isinstance(objective, Objective):
+        objective.to(device)
+        if num_data is not None:
+            objective.check_num_data(num_data)
+
+
+def _check_pair(
+    model: Program,
+    guide: Program,
+    objective: pyro.infer.ELBO,
+    batches: Minibatches,
+    held_out: Minibatches | None,
+    store: ParamStoreDict,
+    *,
+    skips: bool,
+) -> dict[str, list[Tensor]]:
+    """Check the pair on a minibatch of each size; return the parameters of model and guide.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        objective: The objective of the fit.
+        batches: The training data.
+        held_out: The validation data, None without any.
+        store: The parameter store of the pair.
+        skips: Whether the fit may skip steps whose loss is NaN or infinite.
+    """
+    first, first_held_out = batches.first(), None
+    with programs.evaluation_mode(model, guide):  # so that running averages stay as they are
+        trace = check_pair(model, guide, first, batches)
+        if held_out is not None:
+            first_held_out = held_out.first()
+            check_pair(model, guide, first_held_out, held_out)
+        check_enumeration(objective, trace)
+        loss_value(objective, model, guide, *first)  # to raise its errors now
+        _check_scale_of_global_latents(trace, batches.num_data)
+        programs.bind(model, guide, store, trace)
+        parameters = programs.parameters(model, guide, trace)
+    for each, rows, training in ((batches, first, True), (held_out, first_held_out, False)):
+        if each is not None:
+            try_sizes(
+                model, guide, objective, each, rows, training=training, nonfinite_too=not skips
+            )
+    return parameters
 
 
 def _check_scale_of_global_latents(trace: PairTrace, num_data: int | None) -> None:

@@ -32,8 +32,8 @@ def load_checkpoint(
 ) -> Saved:
     """Load the pair of a fit from its last checkpoint, as the fit would leave it if it ended there.
 
-    With ``patience``, that is as it was in the best epoch so far. The run itself goes on by
-    ``fit(..., resume=True)``.
+    With ``patience``, that is as it was in the best epoch so far. To resume the fit itself, pass
+    ``checkpoint=pv.training.Checkpoint(folder, resume=True)`` to ``fit``.
 
     Args:
         folder: what ``fit`` was given as ``checkpoint``; or one of the checkpoints in it.

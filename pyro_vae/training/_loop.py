@@ -1,8 +1,8 @@
-"""The epochs of a fit: a run that can be stopped, resumed, and gone back to its last good step.
+"""The epochs of a fit: a loop that can be stopped, resumed, and restored to its last good step.
 
-The steps are taken in stretches. Before each, all that it depends on is copied; after it, its
-losses are read. Where one is not finite, the run goes back and takes the steps of the stretch once
-more, with a look at every gradient: so a watch on all of them costs no step anything.
+The steps are taken in chunks. Before each chunk the loop copies all that the steps depend on, and
+after it reads the losses. If one is not finite, the loop restores the copy and takes the steps of
+the chunk again, each as a checked step. So the search for NaN does not slow down the steps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from pyro_vae.training._checked_step import (
     checked_step,
     first_site,
 )
-from pyro_vae.training._checkpoints import Checkpoints
+from pyro_vae.training._checkpoints import Checkpoint, Checkpoints
 from pyro_vae.training._gradients import all_finite
 from pyro_vae.training._minibatch_sizes import repeated, smaller_minibatch
 from pyro_vae.training._nonfinite import NonFiniteError
@@ -48,10 +48,9 @@ from pyro_vae.training._validation import Validation
 if TYPE_CHECKING:
     import pandas as pd
 
-OnNonFinite = Literal["raise", "skip"]
 AfterEpoch = Callable[[int], Mapping[str, float] | None]
-STEPS_OF_A_STRETCH = 200
-STEPS_OF_A_STREAM = 20
+STEPS_OF_A_CHUNK = 200
+STEPS_OF_A_STREAMED_CHUNK = 20
 STEPS_BETWEEN_QUESTIONS = 10  # of processes to each other
 COLUMNS = ["epoch", "loss", "validation_loss", "learning_rate", "skipped", "seconds"]
 SCHEDULED = "validation_loss_scheduled"
@@ -89,8 +88,8 @@ class LoopState:
     settled: bool = False
 
 
-class StoppedRun(Exception):  # noqa: N818 - no error
-    """The run was asked to end, and did, at the end of a step."""
+class _Stopped(Exception):  # noqa: N818 - not an error
+    """The loop was asked to stop, and stops at the end of a step."""
 
 
 @dataclass
@@ -98,51 +97,46 @@ class TrainingLoop:
     """A fit at work.
 
     Args:
-        trainer: what takes the steps.
-        batches: the training data.
+        train_step: Takes the steps.
+        batches: The training data.
         validation: on data that are held out, or None.
-        device: where the steps run.
         epochs: how many there shall be.
         patience: see :func:`pyro_vae.fit`.
         checkpoints: where to write them, or None.
         settings: what a checkpoint must agree with, to be gone on from.
-        description: of the pair, for who has just a checkpoint.
-        on_nonfinite: see :func:`pyro_vae.fit`.
-        skip_limit: how many steps may be skipped.
+        skip_limit: The number of steps with a NaN or an infinity that may be skipped, 0 for none.
         after_epoch: see :func:`pyro_vae.fit`.
         advance: of the progress bar.
         interrupted: whether the run shall stop.
-        unseen: whether the first pass brings values that nobody has checked.
-        order: of the first pass, which has been begun.
+        order: ``batches.state_dict()`` before the first pass, which has been begun.
     """
 
-    trainer: TrainStep
+    train_step: TrainStep
     batches: Minibatches
     validation: Validation | None
-    device: torch.device
     epochs: int
     patience: int | None
     checkpoints: Checkpoints | None
     settings: Mapping[str, Any]
-    description: Description
-    on_nonfinite: OnNonFinite
     skip_limit: int
     after_epoch: AfterEpoch | None
     advance: Callable[..., None]
     interrupted: Callable[[], bool]
-    unseen: bool
-    order: list[Tensor]
+    order: Mapping[str, Any]
 
     def __post_init__(self):
         seed = broadcast_from_first(torch.randint(2**62, ()))
         self.position = LoopState(validation_seed=seed.item())
-        self._trained = self.trainer.trained
+        self.device = self.batches.device
+        self._train_state = self.train_step.train_state
+        self._description = Description(*self._train_state.pair)
         self._best: dict[str, Tensor] | None = None
-        self._good: dict[str, Any] = {}
+        self._last_good: dict[str, Any] = {}
         self._resumed_at: Mapping[str, Tensor] | None = None
         self._shall_stop = self._shall_write = False
         self._most_rows = 0
         self._steps_per_epoch = self.batches.num_batches
+        self._needs_validation = not self.batches.values_checked  # by Pyro, in the first epoch
 
     @property
     def history(self) -> pd.DataFrame:
@@ -152,53 +146,66 @@ class TrainingLoop:
         rows = self.position.history
         return pd.DataFrame(rows, columns=None if rows else COLUMNS)
 
-    def go_on_from(self, checkpoint: Mapping[str, Any]) -> None:
-        """Stand where a checkpoint was written; its pass over the data has been begun."""
-        self.trainer.go_on_from(checkpoint["trainer"])
-        self.description.go_on_from(checkpoint["pair"])
+    def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned; its pass over the data has been begun."""
+        self.train_step.load_state_dict(checkpoint["trainer"])
+        self._description.load_state_dict(checkpoint["pair"])
         history = dict_to_dataframe(checkpoint["history"]).to_dict("records")
         self.position = LoopState(**checkpoint["position"] | {"history": history})
-        self.order = checkpoint["order"]
+        self.order = {"order": checkpoint["order"]}
         self._best = checkpoint["best"]
         self._steps_per_epoch = checkpoint["steps_per_epoch"]
-        self._resumed_at = self._own(checkpoint["processes"])
+        self._resumed_at = self._restore_rank_state(checkpoint["processes"])
 
-    def train(self) -> None:
+    @property
+    def best_epoch(self) -> int:
+        """The epoch, from 1, whose parameters the pair holds after :meth:`train`."""
+        history = self.history.set_index("epoch")
+        if self.patience is None or not len(history):
+            return len(history)
+        # An older checkpoint does not hold the best epoch.
+        return int(self.position.best_epoch or history["validation_loss"].idxmin())
+
+    def train(self) -> bool:
         """Run to the end of the last epoch, or until patience is out.
 
+        Returns:
+            False if the run was interrupted. The state is then that at the end of a step, and is
+            written if possible.
+
         Raises:
-            StoppedRun: it was interrupted; the state is whole, and written if it can be.
-            NonFiniteError: see :func:`pyro_vae.fit`; the state is that before the step.
+            NonFiniteError: See :func:`pyro_vae.fit`. The state is that before the step.
         """
         self.advance(len(self.position.history))
         if self._resumed_at is None:
-            self._trained.agree()
-            self._note()  # what cannot be written, or where, is better known now
+            self._train_state.broadcast_state()
+            self._write_checkpoint()  # what cannot be written, or where, is better known now
         try:
             while self.position.epoch <= self.epochs and not self._is_out_of_patience():
                 self._epoch()
-                self._pause()
+                self._checkpoint_or_stop()
             if self._resumed_at is None:  # else nothing was left to do
-                self._note()
+                self._write_checkpoint()
         except KeyboardInterrupt:
-            self._go_back(self._good)
+            self.restore(self._last_good)
             # Other processes may be anywhere; and what was not begun is written already.
             if num_processes() == 1 and self._resumed_at is None:
-                self._note()
-            raise StoppedRun from None
-        except StoppedRun:
-            self._note()
-            raise
+                self._write_checkpoint()
+            return False
+        except _Stopped:
+            self._write_checkpoint()
+            return False
         finally:
             if self._best is not None:
-                self._trained.set_values(self._best)
+                self._train_state.restore_tensors(self._best)
+        return True
 
     def _is_out_of_patience(self) -> bool:
         return self.patience is not None and self.position.epochs_without_gain >= self.patience
 
     def _epoch(self) -> None:
-        learning_rate = self._trained.learning_rate
-        validated = self.unseen and self.position.epoch == 1
+        learning_rate = self._train_state.learning_rate
+        validated = self._needs_validation and self.position.epoch == 1
         with values_checked(validated):
             self._pass(validated)
         began = time.perf_counter()
@@ -206,7 +213,7 @@ class TrainingLoop:
         scheduled = self._scheduled_validation_loss()
         position = self.position
         loss = position.total / position.rows if position.rows else math.nan
-        self.trainer.end_epoch(loss if self.validation is None else validation_loss)
+        self.train_step.end_epoch(loss if self.validation is None else validation_loss)
         seconds = position.seconds + time.perf_counter() - began
         values = [position.epoch, loss, validation_loss, learning_rate, position.skipped, seconds]
         row = dict(zip(COLUMNS, values, strict=True)) | scheduled
@@ -221,16 +228,16 @@ class TrainingLoop:
             if validation_loss < position.best_loss or position.settled > was_settled:
                 position.best_loss, position.best_epoch = validation_loss, position.epoch
                 position.epochs_without_gain = 0
-                self._best = self._trained.values()
+                self._best = self._train_state.snapshot_tensors()
             elif position.settled:
                 position.epochs_without_gain += 1
-        self._trained.agree()
-        self.order = self.batches.order()
+        self._train_state.broadcast_state()
+        self.order = self.batches.state_dict()
         self._steps_per_epoch = position.step
         position.epoch += 1
         position.step = position.rows = position.skipped = 0
         position.total = position.seconds = 0.0
-        self._good = self._state()
+        self._last_good = self.snapshot()
 
     def _validation_loss(self) -> float:
         if self.validation is None:
@@ -263,32 +270,32 @@ class TrainingLoop:
         """Take the steps of an epoch, or those that are left of it."""
         began, start = time.perf_counter(), self.position.step
         if start == 0:
-            self.trainer.recheck()
+            self.train_step.recheck()
         per_epoch, epochs = self._steps_per_epoch, self.epochs - self.position.epoch + 1
         steps = None if per_epoch is None else epochs * per_epoch - start
-        self.trainer.begin(steps, validated=validated)
+        self.train_step.begin(steps, validated=validated)
         selections = self.batches.selections(start)
         if self._resumed_at is not None:
             set_random_state(self._resumed_at, self.device)
             self._resumed_at = None
-        while self._stretch(selections, validated):
+        while self._run_chunk(selections, validated):
             now = time.perf_counter()
             self.position.seconds += now - began
             began = now
-            self._pause()
+            self._checkpoint_or_stop()
 
-    def _stretch(self, selections: Iterator[tuple[Tensor, ...]], validated: bool) -> int:
-        """Take some steps, and see that all is finite; return how many there were."""
-        self._good = self._state()
+    def _run_chunk(self, selections: Iterator[tuple[Tensor, ...]], validated: bool) -> int:
+        """Take some steps, again as checked steps if a loss is not finite; return their number."""
+        self._last_good = self.snapshot()
         taken: list[tuple[Tensor, ...]] = []
         losses: list[Tensor] = []
         # Minibatches of a stream are kept until it is over.
-        length = STEPS_OF_A_STRETCH if self.batches.tensors is not None else STEPS_OF_A_STREAM
+        length = STEPS_OF_A_CHUNK if self.batches.tensors is not None else STEPS_OF_A_STREAMED_CHUNK
         for selection in itertools.islice(selections, length):
             taken.append(selection)
             self._most_rows = max(self._most_rows, len(selection[0]))
             try:
-                losses.append(self.trainer.step(selection))
+                losses.append(self.train_step.step(selection))
             except ValueError:  # by Pyro's validation, perhaps, of what is not finite
                 losses.append(torch.tensor(math.nan))
                 break
@@ -302,13 +309,13 @@ class TrainingLoop:
         if not taken:
             return 0
         read = torch.stack(losses).tolist()  # nothing was read before
-        if all(map(math.isfinite, read)) and all_finite(self._trained.parameters):
+        if all(map(math.isfinite, read)) and all_finite(self._train_state.parameters):
             for selection, loss in zip(taken, read, strict=True):
                 self._count(selection, loss)
         else:
-            self._go_back(self._good)
+            self.restore(self._last_good)
             for selection in taken:
-                self._careful_step(selection)
+                self._checked_step(selection)
         return len(taken)
 
     def _refuse_smaller(self, selection: tuple[Tensor, ...], error: Exception) -> None:
@@ -321,21 +328,21 @@ class TrainingLoop:
         if size >= usual or num_processes() > 1:
             return
         try:
-            self.trainer.run(repeated(selection, usual))
+            self.train_step.run(repeated(selection, usual))
         except (ValueError, RuntimeError):
             return
-        self._go_back(self._good)
+        self.restore(self._last_good)
         raise smaller_minibatch(error, size, usual) from error
 
-    def _pause(self) -> None:
+    def _checkpoint_or_stop(self) -> None:
         """Write a checkpoint if it is due, and stop if somebody asked for it."""
         self._ends_here(0)
-        self._note(if_due=True)
+        self._write_checkpoint(if_due=True)
         if self._shall_stop:
-            raise StoppedRun
+            raise _Stopped
 
     def _ends_here(self, steps: int) -> bool:
-        """Whether to end a stretch after so many steps: to stop, or to write a checkpoint.
+        """Whether to end a chunk after so many steps: to stop, or to write a checkpoint.
 
         All processes do it at once; they ask each other every few steps.
         """
@@ -355,15 +362,15 @@ class TrainingLoop:
         self.position.rows += size
         self.position.total += loss * size
 
-    def _careful_step(self, selection: tuple[Tensor, ...]) -> None:
-        before = self._state()
+    def _checked_step(self, selection: tuple[Tensor, ...]) -> None:
+        before = self.snapshot()
         try:
-            loss = checked_step(self.trainer, selection, self.device)
+            loss = checked_step(self.train_step, selection, self.device)
         except NonFiniteStepError as trouble:
-            self.trainer.set_state(before["trainer"])
-            if self.on_nonfinite == "raise" or self.position.skipped_in_all >= self.skip_limit:
-                raise self._told(trouble, before, selection) from None
-            self.trainer.steps += 1
+            self.train_step.restore(before["train_step"])
+            if self.position.skipped_in_all >= self.skip_limit:
+                raise self._make_error(trouble, before, selection) from None
+            self.train_step.steps += 1
             self.position.step += 1
             self.position.skipped += 1
             self.position.skipped_in_all += 1
@@ -373,15 +380,15 @@ class TrainingLoop:
             raise
         self._count(selection, loss.item())
 
-    def _told(
+    def _make_error(
         self, trouble: NonFiniteStepError, before: Mapping[str, Any], selection: tuple[Tensor, ...]
     ) -> NonFiniteError:
         """Make the error, and the folder that it can be met again from."""
-        self._go_back(before)
-        site = first_site(self.trainer, selection).of_all(self.trainer.row_offset(selection))
-        self._go_back(before)
+        self.restore(before)
+        site = first_site(self.train_step, selection).of_all(self.train_step.row_offset(selection))
+        self.restore(before)
         what = trouble.what if site.name is None else f"{trouble.what}: {site.what}"
-        if self.on_nonfinite == "skip":
+        if self.skip_limit:
             what = f"{self.skip_limit} steps were skipped, and again {what}"
         return NonFiniteError(
             what,
@@ -391,65 +398,72 @@ class TrainingLoop:
             parameter=trouble.parameter,
             rows=selection[0].cpu() if self.batches.tensors is not None else None,
             bad=site.bad,
-            folder=self._written_down(selection),
+            folder=self._write_nonfinite_checkpoint(selection),
         )
 
-    def _written_down(self, selection: tuple[Tensor, ...]) -> Path | None:
+    def _write_nonfinite_checkpoint(self, selection: tuple[Tensor, ...]) -> Path | None:
         """Write a checkpoint just before a step, and its minibatch; return the folder."""
         try:
-            content = {**self._to_write(), "minibatch": list(self.trainer.minibatch(selection))}
+            content = {**self.state_dict(), "minibatch": list(self.train_step.minibatch(selection))}
             if self.checkpoints is None:
                 folder = Path(tempfile.mkdtemp(prefix="pyro_vae-"))
             else:
                 folder = self.checkpoints.folder / "nonfinite"
-            Checkpoints(folder, 0.0, kept=1).write(lambda: content, self.trainer.steps)
+            settings = Checkpoint(folder, seconds=0.0, keep=1)
+            Checkpoints(settings).write(lambda: content, self.train_step.steps)
         except (OSError, TypeError, ValueError):
             return None  # the error that is to be told is another
         return folder
 
-    def _state(self, *, to_write: bool = False) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run depends on, to be written; all processes call it."""
+        return {
+            "position": asdict(replace(self.position, history=[])),
+            "trainer": self.train_step.state_dict(),
+            "random": random_state(self.device),
+            **self.order,
+            "best": self._best,
+            "history": dataframe_to_dict(self.history),
+            "processes": self._rank_states(),
+            "steps_per_epoch": self._steps_per_epoch,
+            "settings": dict(self.settings),
+            "pair": self._description.state_dict(),
+        }
+
+    def snapshot(self) -> dict[str, Any]:
+        """Copy all that the next step depends on."""
         return {
             "position": replace(self.position, history=[*self.position.history]),
-            "trainer": self.trainer.state(to_write=to_write),
+            "train_step": self.train_step.snapshot(),
             "random": random_state(self.device),
             "order": self.order,
             "best": self._best,
         }
 
-    def _to_write(self) -> dict[str, Any]:
-        return {
-            **self._state(to_write=True),
-            "position": asdict(replace(self.position, history=[])),
-            "history": dataframe_to_dict(self.history),
-            "processes": self._of_processes(),
-            "steps_per_epoch": self._steps_per_epoch,
-            "settings": dict(self.settings),
-            "pair": self.description(),
-        }
-
-    def _go_back(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`snapshot` copied; leave all as it is if there is no copy."""
         if not state:
             return
-        self.trainer.set_state(state["trainer"])
+        self.train_step.restore(state["train_step"])
         self.position = replace(state["position"], history=[*state["position"].history])
         set_random_state(state["random"], self.device)
         self.order = state["order"]
         self._best = state["best"]
         if self.position.step == 0:
-            self.trainer.recheck()
+            self.train_step.recheck()
 
-    def _note(self, *, if_due: bool = False) -> None:
+    def _write_checkpoint(self, *, if_due: bool = False) -> None:
         if self.checkpoints is not None and (self._shall_write or not if_due):
-            self.checkpoints.write(self._to_write, self.trainer.steps)
+            self.checkpoints.write(self.state_dict, self.train_step.steps)
             self._shall_write = False
 
-    def _of_processes(self) -> list[dict[str, Any]]:
-        """Return what each process has its own: random numbers, and running averages."""
-        mine = {**random_state(self.device), **self._trained.buffers()}
+    def _rank_states(self) -> list[dict[str, Any]]:
+        """Return the random numbers and running averages of each process."""
+        mine = {**random_state(self.device), **self._train_state.buffers()}
         return gather({name: tensor.detach().cpu() for name, tensor in mine.items()})
 
-    def _own(self, shares: list[dict[str, Tensor]]) -> Mapping[str, Tensor] | None:
-        """Take up what was this process's own, if there were as many."""
+    def _restore_rank_state(self, shares: list[dict[str, Tensor]]) -> Mapping[str, Tensor] | None:
+        """Restore what only this process held, if the number of processes is the same."""
         if len(shares) != num_processes():
             warnings.warn(
                 f"the checkpoint is of {len(shares)} processes, here are {num_processes()}: the "
@@ -458,5 +472,6 @@ class TrainingLoop:
             )
             return random_state(self.device)
         mine = shares[rank()]
-        self._trained.set_values({name: mine[name] for name in self._trained.buffers()})
+        names = self._train_state.buffers()
+        self._train_state.restore_tensors({name: mine[name] for name in names})
         return mine

@@ -14,7 +14,7 @@ from pyro_vae.training._step import TrainStep
 
 
 def check_gradient_of_missing(
-    trainer: TrainStep,
+    train_step: TrainStep,
     model: Program,
     guide: Program,
     objective: pyro.infer.ELBO,
@@ -32,7 +32,7 @@ def check_gradient_of_missing(
     if rows is None or not len(rows):
         return
     with put_back(model, guide, objective, batches), values_checked(False):
-        loss, *gradients = trainer.gradient(rows[: batches.batch_size])
+        loss, *gradients = train_step.gradient(rows[: batches.batch_size])
     if loss.isfinite() and not all_finite(gradients):
         reached = "the gradient of the loss is not finite there, though the loss is"
         raise nonfinite_data(batches.name, rows.cpu(), reached)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,36 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae._programs.sites import data_frame
+from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.distributed import gather
 from pyro_vae.training._gradients import numbers_of
 
 _ROWS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Skip the update of a step whose loss or gradient is NaN or infinite.
+
+    It is a value of ``fit(on_nonfinite=...)``. The history counts the skipped steps.
+
+    Args:
+        limit: The number of steps that a run may skip. The next such step raises.
+
+    Raises:
+        TypeError: ``limit`` is not a whole number.
+        ValueError: ``limit`` is less than 1.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> pv.training.Skip(limit=10)
+        Skip(limit=10)
+    """
+
+    limit: int = 100
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "limit", positive_integer("limit", self.limit))
 
 
 class NonFiniteError(FloatingPointError):
@@ -30,8 +57,9 @@ class NonFiniteError(FloatingPointError):
         parameter: the first parameter whose gradient is not finite, or which the step made so.
         rows: the minibatch: numbers of its rows, None where the data are a stream.
         bad: which of its rows are not finite at the site, counted from 0 in the minibatch.
-        folder: holds the run up to the step, and the minibatch: ``fit`` with the same arguments,
-            ``checkpoint=folder`` and ``resume=True`` meets the same value again.
+        folder: The folder of a checkpoint just before the step, with the minibatch. A ``fit`` with
+            the same arguments and ``checkpoint=pv.training.Checkpoint(folder, resume=True)`` meets
+            the same value again.
     """
 
     def __init__(
@@ -60,7 +88,8 @@ class NonFiniteError(FloatingPointError):
             'look for a scale that falls to zero, or pass on_nonfinite="skip"'
         )
         if folder is not None:
-            lines.append(f"to meet it again: checkpoint={str(folder)!r}, resume=True")
+            again = f"pv.training.Checkpoint({str(folder)!r}, resume=True)"
+            lines.append(f"to meet it again: checkpoint={again}")
         super().__init__("; ".join(lines) + ".")
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pyro_vae._capture import Capture, Captured
 from pyro_vae._programs import parameters as programs
-from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.sites import data_frame
 from pyro_vae._utils.distributed import num_processes, rank, sum_over_processes
 from pyro_vae.datasets._minibatches import Batch, Minibatches
@@ -31,45 +30,37 @@ class TrainStep:
     """Takes the steps of one fit.
 
     Args:
-        model: program of p(x, z).
-        guide: program of q(z|x).
-        objective: what to maximise.
-        batches: the training data.
-        trained: what the steps change.
-        parameters: of ``"model"`` and of ``"guide"``, where they take turns.
-        clip_norm: bound on the norm of the whole gradient.
-        alternation: whose parameters each step moves, over and over.
-        capture: whether to capture the step.
+        train_state: The pair, its objective and optimizer, which the steps change.
+        batches: The training data.
+        clip_norm: The bound on the norm of the whole gradient.
+        alternation: The program whose parameters each step of a cycle moves.
+        capture: Whether to capture the step.
     """
 
     def __init__(
         self,
-        model: Program,
-        guide: Program,
-        objective: pyro.infer.ELBO,
+        train_state: TrainState,
         batches: Minibatches,
-        trained: TrainState,
-        parameters: Mapping[str, list[Tensor]],
         *,
         clip_norm: float | None = None,
         alternation: Sequence[str] = (BOTH,),
         capture: Capture = "auto",
     ):
-        self._pair = (model, guide)
-        self._objective = objective
+        self._pair, self._objective = train_state.pair, train_state.objective
         self._batches = batches
         self._clip_norm = clip_norm
-        self.trained = trained
-        self._alternation = _held_in_turns(parameters, alternation)
+        self.train_state = train_state
+        self._alternation = _held_in_turns(train_state.parameters_of, alternation)
         self._in_turns = len(set(alternation)) > 1
         self._shared = None
         if num_processes() > 1:
-            self._shared = SharedGradient(trained.parameters, is_sharded=batches.is_sharded)
+            self._shared = SharedGradient(train_state.parameters, is_sharded=batches.is_sharded)
         # The norm is that of what moves, of the whole minibatch.
         self._clips_within = self._shared is None and not self._in_turns
-        self._hides_gradients = hides_gradients(trained.optimizer)
+        self._hides_gradients = hides_gradients(train_state.optimizer)
         self.steps = 0
-        self._advance = getattr(objective, "advance", lambda: None)  # Pyro's own count nothing
+        # Pyro's own objectives do not count steps.
+        self._advance = getattr(self._objective, "advance", lambda: None)
         self._capture = capture
         self._gradient = self._capturable_gradient()
         self._validated = False
@@ -94,20 +85,21 @@ class TrainStep:
         self._gradient.recheck()
 
     def step(
-        self, selection: tuple[Tensor, ...], look: Callable[[Tensor], None] | None = None
+        self, selection: tuple[Tensor, ...], on_gradients: Callable[[Tensor], None] | None = None
     ) -> Tensor:
         """Take a step; return the loss per datum before it, on its device.
 
         Args:
             selection: of the data.
-            look: called with the loss when the gradients are there, and nothing has moved yet.
+            on_gradients: Called with the loss after the gradients are computed, before the update.
         """
         held = self._alternation[self.steps % len(self._alternation)]
-        loss = self.trained.optimizer.step(functools.partial(self._closure, selection, held, look))
+        optimizer = self.train_state.optimizer
+        loss = optimizer.step(functools.partial(self._closure, selection, held, on_gradients))
         if loss is None:
             raise TypeError(
-                f"{type(self.trained.optimizer).__name__}.step must return what its closure gives, "
-                "as torch's optimizers do; it returned None"
+                f"{type(optimizer).__name__}.step must return what its closure gives, as torch's "
+                "optimizers do; it returned None"
             )
         self._advance()
         self.steps += 1
@@ -190,52 +182,51 @@ class TrainStep:
 
     def end_epoch(self, loss: float) -> None:
         """Let scheduler and programs do what they do after an epoch."""
-        if self.trained.end_epoch(loss):
+        if self.train_state.end_epoch(loss):
             self._gradient = self._capturable_gradient()
 
-    def state(self, *, to_write: bool = False) -> dict[str, Any]:
-        """Copy all that the next step depends on, but random numbers.
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next step depends on, except random numbers, to be written."""
+        state = {"steps": self.steps, **self.train_state.state_dict()}
+        return state | {"capture": self._gradient.state_dict()}
 
-        Args:
-            to_write: for another process: with what this one has without a copy.
-        """
-        state = {"steps": self.steps, **self.trained.state(to_write=to_write)}
-        if to_write:
-            return state | {"capture": self._gradient.state_dict()}
-        return state | {"gradient": self._gradient, "capture": self._gradient.snapshot()}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state` copied, in this process."""
-        self.steps = state["steps"]
-        self.trained.set_state(state)
-        self._gradient = state["gradient"]
-        self._gradient.restore(state["capture"])
-
-    def go_on_from(self, state: Mapping[str, Any]) -> None:
-        """Put in place what :meth:`state` gave to write, in a run that has not begun.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, before the first step.
 
         Raises:
-            ValueError: it is that of another pair, objective, optimizer or scheduler.
+            ValueError: The state is that of another pair, objective, optimizer or scheduler.
         """
-        if self.trained.go_on_from(state):
+        if self.train_state.load_state_dict(state):
             self._gradient = self._capturable_gradient()
         self.steps = state["steps"]
         self._gradient.load_state_dict(state["capture"])
+
+    def snapshot(self) -> dict[str, Any]:
+        """Copy all that the next step depends on, except random numbers."""
+        state = {"steps": self.steps, **self.train_state.snapshot()}
+        return state | {"gradient": self._gradient, "capture": self._gradient.snapshot()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`snapshot` copied."""
+        self.steps = state["steps"]
+        self.train_state.restore(state)
+        self._gradient = state["gradient"]
+        self._gradient.restore(state["capture"])
 
     def _closure(
         self,
         selection: tuple[Tensor, ...],
         held: set[int],
-        look: Callable[[Tensor], None] | None,
+        on_gradients: Callable[[Tensor], None] | None,
     ) -> Tensor:
         """Leave the gradients where the optimizer looks for them; return the loss.
 
         Args:
             selection: of the data.
             held: ids of the parameters that shall stay where they are.
-            look: see :meth:`step`.
+            on_gradients: See :meth:`step`.
         """
-        for parameter in self.trained.parameters:
+        for parameter in self.train_state.parameters:
             parameter.grad = None  # its memory, still in the cache, serves the next gradient
         gradient = self._loss_and_gradients if self._validated else self._gradient
         if self._shared is None:
@@ -243,14 +234,14 @@ class TrainStep:
         else:
             loss, *gradients = self._shared(gradient, selection)
         if self._in_turns:
-            moving = [id(parameter) not in held for parameter in self.trained.parameters]
+            moving = [id(parameter) not in held for parameter in self.train_state.parameters]
             gradients = [g if m else None for g, m in zip(gradients, moving, strict=True)]
         if self._clip_norm is not None and not self._clips_within:
             gradients = clipped(gradients, self._clip_norm)
-        for parameter, value in zip(self.trained.parameters, gradients, strict=True):
+        for parameter, value in zip(self.train_state.parameters, gradients, strict=True):
             parameter.grad = value
-        if look is not None:
-            look(loss)
+        if on_gradients is not None:
+            on_gradients(loss)
         elif self._hides_gradients:  # the losses are read in any case
             loss = loss.where(all_finite(gradients).to(loss.device), math.nan)
         return loss
@@ -259,7 +250,7 @@ class TrainStep:
         """The whole step but the optimizer's part: of tensors alone, so that it can be captured."""
         with torch.enable_grad():
             loss = self._loss(self._batches.prepare(*selection))
-            gradients = gradients_of(loss, self.trained.parameters)
+            gradients = gradients_of(loss, self.train_state.parameters)
         if self._clip_norm is not None and self._clips_within:
             gradients = clipped(gradients, self._clip_norm)
         return [loss.detach(), *gradients]
@@ -309,7 +300,12 @@ def _held_in_turns(
 
 
 class _DataScale(Messenger):
-    """Notes for how many data points a row stands, N/B, by which every objective scales."""
+    """Reads the scale N/B of the plate ``"data"``, by which every objective multiplies its loss.
+
+    It is read in each run, since no run before the first step gives a number that holds for all.
+    N may follow the minibatch, or the mode of a module. And a first minibatch of all N rows does
+    not tell N from B, where a process has a share of the rows or a stream brings fewer later.
+    """
 
     scale = 1.0
 

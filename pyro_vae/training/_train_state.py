@@ -33,14 +33,20 @@ class TrainState:
         guide: program of q(z|x).
         objective: what is maximised; it may count steps, or remember.
         transform: of the minibatches; its modules may remember too.
-        parameters: of ``"model"`` and of ``"guide"``, trained by one optimizer.
+        parameters: Those of ``"model"`` and of ``"guide"``. One optimizer trains both.
         learning_rate: of the default optimizer, Adam; or one for each of the two.
         optimizer: makes another from the parameters.
         scheduler: makes a learning rate scheduler from the optimizer.
 
+    Attributes:
+        pair: The two programs.
+        objective: The objective of the fit.
+        parameters: All trained parameters; those that the programs make later are appended.
+        parameters_of: Those of ``"model"`` and of ``"guide"``, as given.
+
     Raises:
-        ValueError: there are no parameters.
-        TypeError: what ``optimizer`` makes is no torch optimizer.
+        ValueError: There are no parameters.
+        TypeError: ``optimizer`` does not make an optimizer of torch.
     """
 
     def __init__(
@@ -55,9 +61,10 @@ class TrainState:
         optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
         scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     ):
-        self._pair = (model, guide)
-        self._objective = objective
+        self.pair = (model, guide)
+        self.objective = objective
         self._transform = transform
+        self.parameters_of = parameters
         self.parameters = list(dict.fromkeys(itertools.chain(*parameters.values())))
         if not self.parameters:
             raise ValueError("model and guide have no parameters that require a gradient")
@@ -88,8 +95,8 @@ class TrainState:
         trained = set(map(id, self.parameters))
         return {name: tensor for name, tensor in self._named.items() if id(tensor) not in trained}
 
-    def agree(self) -> None:
-        """Have all processes hold what the first one does: parameters, buffers, the objective's."""
+    def broadcast_state(self) -> None:
+        """Give all processes the parameters, buffers and objective's tensors of the first one."""
         if num_processes() > 1:
             for tensor in (*self._named.values(), *self._tensors_of_objective().values()):
                 broadcast_from_first(tensor)
@@ -113,44 +120,48 @@ class TrainState:
         self._named = self._named_tensors()
         return bool(new)
 
-    def values(self) -> dict[str, Tensor]:
+    def snapshot_tensors(self) -> dict[str, Tensor]:
         """Copy parameters and buffers, by name."""
         return {name: tensor.detach().clone() for name, tensor in self._named.items()}
 
-    def set_values(self, values: Mapping[str, Tensor]) -> None:
-        """Give parameters and buffers the values that :meth:`values` copied."""
+    def restore_tensors(self, values: Mapping[str, Tensor]) -> None:
+        """Give parameters and buffers the values that :meth:`snapshot_tensors` copied."""
         with torch.no_grad():
             for name, value in values.items():
                 self._named[name].copy_(value)
 
-    def state(self, *, to_write: bool = False) -> dict[str, Any]:
-        """Copy all.
+    def state_dict(self) -> dict[str, Any]:
+        """Copy all, with the entries that another process needs for :meth:`load_state_dict`.
 
-        Args:
-            to_write: for another process: with what this one has without a copy.
+        Raises:
+            ValueError: The optimizer has parameters that are not the pair's.
         """
-        if to_write or programs.free_param_names() != self._bare_names():
+        self._named = self._named_tensors()
+        names = {id(tensor): name for name, tensor in self._named.items()}
+        groups = self.optimizer.param_groups
+        if any(id(p) not in names for group in groups for p in group["params"]):
+            raise ValueError("the optimizer has parameters that are not the pair's")
+        return self.snapshot() | {
+            "kinds": self._kinds(),
+            "groups": [[names[id(p)] for p in group["params"]] for group in groups],
+            "constraints": constraints_of_free_params(),
+        }
+
+    def snapshot(self) -> dict[str, Any]:
+        """Copy all, for :meth:`restore` in this process."""
+        if programs.free_param_names() != self._free_param_names():
             self._named = self._named_tensors()
-        state = {
-            "tensors": self.values(),
+        return {
+            "tensors": self.snapshot_tensors(),
             "objective": {n: t.clone() for n, t in self._tensors_of_objective().items()},
             "optimizer": _copied(self.optimizer.state_dict()),
             "scheduler": None if self._scheduler is None else _copied(self._scheduler.state_dict()),
         }
-        if to_write:
-            names = {id(tensor): name for name, tensor in self._named.items()}
-            groups = self.optimizer.param_groups
-            if any(id(p) not in names for group in groups for p in group["params"]):
-                raise ValueError("the optimizer has parameters that are not the pair's")
-            state["kinds"] = self._kinds()
-            state["groups"] = [[names[id(p)] for p in group["params"]] for group in groups]
-            state["constraints"] = constraints_of_free_params()
-        return state
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state` copied, in this process."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`snapshot` copied."""
         self._forget_later_parameters(state)
-        self.set_values(state["tensors"])
+        self.restore_tensors(state["tensors"])
         with torch.no_grad():
             for name, tensor in self._tensors_of_objective().items():
                 tensor.copy_(state["objective"][name])
@@ -160,14 +171,14 @@ class TrainState:
             live = self._scheduler.state_dict()
             self._scheduler.load_state_dict(_like(live, _copied(state["scheduler"])))
 
-    def go_on_from(self, state: Mapping[str, Any]) -> bool:
-        """Put in place what :meth:`state` gave to write, in a run that has not begun.
+    def load_state_dict(self, state: Mapping[str, Any]) -> bool:
+        """Load what :meth:`state_dict` returned, before the first step.
 
         Returns:
-            Whether there are parameters that the programs have not come to make yet.
+            Whether the state has parameters that the programs have not made yet.
 
         Raises:
-            ValueError: it is that of another pair, objective, optimizer or scheduler.
+            ValueError: The state is that of another pair, objective, optimizer or scheduler.
         """
         make_free_params(state["constraints"], state["tensors"])
         self._named = self._named_tensors()
@@ -181,7 +192,7 @@ class TrainState:
             self._train_too([self._named[name] for name in group])
         _require_same("groups of parameters", state["groups"], groups + later)
         _require_same("optimizer and scheduler", state["kinds"], self._kinds())
-        self.set_state(state)
+        self.restore(state)
         return bool(later)
 
     def _undo_casts(self, saved: Mapping[int, Mapping[str, Any]]) -> None:
@@ -206,7 +217,7 @@ class TrainState:
                 self.parameters[:] = [p for p in self.parameters if p is not parameter]
         del self.optimizer.param_groups[len(state["optimizer"]["param_groups"]) :]
 
-    def _bare_names(self) -> set[str]:
+    def _free_param_names(self) -> set[str]:
         return {
             name.removeprefix(FREE_PARAM) for name in self._named if name.startswith(FREE_PARAM)
         }
@@ -224,7 +235,7 @@ class TrainState:
         self.parameters += parameters  # in place: others hold this list
 
     def _named_tensors(self) -> dict[str, Tensor]:
-        named = tensors_of_pair(*self._pair)
+        named = tensors_of_pair(*self.pair)
         known = set(map(id, named.values()))
         unnamed = [p for p in self.parameters if id(p) not in known]  # reached by no name
         return named | {f"parameter {i}": p for i, p in enumerate(unnamed)}
@@ -234,7 +245,7 @@ class TrainState:
         of_pair = set(map(id, self._named.values()))
         found = [
             pair
-            for pair in referenced_objects(objective=self._objective)
+            for pair in referenced_objects(objective=self.objective)
             if isinstance(pair[1], Tensor)
         ]
         for number, module in enumerate(modules(self._transform)):

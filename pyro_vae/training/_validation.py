@@ -24,22 +24,19 @@ class Validation:
     schedules at its last value.
 
     Args:
-        trainer: of the pair.
+        train_step: of the pair.
         objective: that is trained.
         data: held out.
-        unseen: whether they have values that nobody has checked: the first time, Pyro does.
 
     Raises:
         ValueError: a schedule of the objective has no last value.
     """
 
-    def __init__(
-        self, trainer: TrainStep, objective: pyro.infer.ELBO, data: Minibatches, *, unseen: bool
-    ):
-        self._trainer = trainer
+    def __init__(self, train_step: TrainStep, objective: pyro.infer.ELBO, data: Minibatches):
+        self._train_step = train_step
         self._objective = objective
         self._data = data
-        self._unseen = unseen
+        self._needs_validation = not data.values_checked  # by Pyro, the first time
         self.has_schedules = isinstance(objective, Objective) and objective.has_schedules
         self._at_last_values()
 
@@ -57,9 +54,9 @@ class Validation:
             KeyboardInterrupt: it was interrupted.
         """
         refused = None
-        with values_checked(self._unseen and epoch == 1), self._noise(seed):
+        with values_checked(self._needs_validation and epoch == 1), self._noise(seed):
             try:
-                loss = self._trainer.evaluate(self._data, interrupted, self._at_last_values())
+                loss = self._train_step.evaluate(self._data, interrupted, self._at_last_values())
             except ValueError as error:  # by Pyro's validation, perhaps, of what is not finite
                 loss, refused = math.nan, error
         if math.isfinite(loss):
@@ -88,7 +85,7 @@ class Validation:
             interrupted: whether to stop.
         """
         with values_checked(False), self._noise(seed):
-            return self._trainer.evaluate(self._data, interrupted)
+            return self._train_step.evaluate(self._data, interrupted)
 
     def _at_last_values(self) -> pyro.infer.ELBO:
         objective = self._objective
@@ -96,7 +93,7 @@ class Validation:
 
     @contextlib.contextmanager
     def _noise(self, seed: int) -> Iterator[None]:
-        self._data.begin_from(seed)
+        self._data.manual_seed(seed)
         with seeded(seed + rank()):
             yield
 
@@ -106,7 +103,7 @@ class Validation:
         with FirstNonFiniteSite() as site, values_checked(False):
             for batch in self._data:
                 with contextlib.suppress(ValueError):  # which has been met before
-                    self._trainer.run_held_out(batch)
+                    self._train_step.run_held_out(batch)
                 if site.name is not None:
                     break
                 row_offset += len(batch[0])

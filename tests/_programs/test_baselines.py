@@ -311,7 +311,7 @@ def test_captured_steps_do_the_same(without_compiler):
 
 def test_averages_are_part_of_a_checkpoint(tmp_path):
     fitted(epochs=2, checkpoint=tmp_path)
-    _, resumed = fitted(epochs=4, checkpoint=tmp_path, resume=True)
+    _, resumed = fitted(epochs=4, checkpoint=pv.training.Checkpoint(tmp_path, resume=True))
     _, whole = fitted(epochs=4)
     assert torch.equal(resumed, whole)
 

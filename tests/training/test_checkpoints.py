@@ -26,6 +26,7 @@ from pyro_vae.datasets._minibatches import Minibatches
 from pyro_vae.serialization import _folder as files
 from pyro_vae.serialization import _folder as writing
 from pyro_vae.serialization._folder import read, write
+from pyro_vae.training import Checkpoint
 from pyro_vae.training import _checkpoints as checkpoints
 from pyro_vae.training import _loading as loading
 from pyro_vae.training._loop import TrainingLoop
@@ -171,17 +172,17 @@ def run(x, folder=None, killed_after=None, **case):
         case["objective"] = case["objective"]()
     steps, take_a_step = 0, TrainStep.step
 
-    def step(trainer, *args, **options):
+    def step(train_step, *args, **options):
         nonlocal steps
         steps += 1
-        loss = take_a_step(trainer, *args, **options)
+        loss = take_a_step(train_step, *args, **options)
         if steps == killed_after:
             raise Killed
         return loss
 
     defaults = {"batch_size": 8, "seed": 0, "progress": False, "validation": x[:9]}
     if folder is not None:
-        defaults |= {"checkpoint": folder, "checkpoint_seconds": 0.0, "resume": True}
+        defaults["checkpoint"] = Checkpoint(folder, seconds=0.0, resume=True)
     with mock.patch.object(TrainStep, "step", step):
         result = pv.fit(model, guide, data, transform=transform, **(defaults | case))
     with pv.parameter_store(model, guide):
@@ -236,12 +237,12 @@ def test_a_compiled_run_is_resumed_bit_by_bit(name, binary, tmp_path):
         assert_same(run(binary, folder, **case), expected)
 
 
-def fit(x, folder=None, pair=make_pair, **changes):
+def fit(x, folder=None, pair=make_pair, *, seconds=0.0, keep=3, resume=False, **changes):
     torch.manual_seed(11)
     programs = pair()
     defaults = {"epochs": 3, "batch_size": 10, "seed": 0, "progress": False, "capture": False}
     if folder is not None:
-        defaults |= {"checkpoint": folder, "checkpoint_seconds": 0.0}
+        defaults["checkpoint"] = Checkpoint(folder, seconds=seconds, keep=keep, resume=resume)
     result = pv.fit(*programs, x, **(defaults | changes))
     return result, tensors(*programs)
 
@@ -474,7 +475,7 @@ def plateau(validation):
 
 def test_an_interrupt_while_the_last_checkpoint_of_an_epoch_is_written(binary, tmp_path):
     _, straight = fit(binary, transform=torch.bernoulli)
-    write, times = TrainingLoop._note, 0
+    write, times = TrainingLoop._write_checkpoint, 0
 
     def interrupted(self, **options):
         nonlocal times
@@ -484,7 +485,7 @@ def test_an_interrupt_while_the_last_checkpoint_of_an_epoch_is_written(binary, t
         write(self, **options)
 
     with (
-        mock.patch.object(TrainingLoop, "_note", interrupted),
+        mock.patch.object(TrainingLoop, "_write_checkpoint", interrupted),
         pytest.raises(pv.training.Interrupted),
     ):
         fit(binary, tmp_path, transform=torch.bernoulli)
@@ -577,14 +578,37 @@ def test_other_data_are_refused(binary, tmp_path):
         fit(1 - binary, tmp_path, resume=True)
 
 
-def test_a_folder_in_use_and_a_resume_without_folder_are_refused(binary, tmp_path):
+def test_a_folder_in_use_is_refused(binary, tmp_path):
     fit(binary, tmp_path)
     with pytest.raises(ValueError, match="resume=True"):
         fit(binary, tmp_path)
-    with pytest.raises(ValueError, match="checkpoint="):
-        fit(binary, resume=True)
-    with pytest.raises(ValueError, match="checkpoints_kept"):
-        fit(binary, tmp_path / "other", checkpoints_kept=0)
+    with pytest.raises(ValueError, match="resume=True"):
+        pv.fit(*make_pair(), binary, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ({"folder": "run", "keep": 0}, ValueError, "keep"),
+        ({"folder": "run", "keep": 2.5}, TypeError, "keep"),
+        ({"folder": "run", "seconds": float("nan")}, ValueError, "seconds"),
+        ({"folder": "run", "seconds": "60"}, TypeError, "seconds"),
+        ({"folder": "run", "resume": 1}, TypeError, "resume"),
+        ({"folder": 3}, TypeError, "checkpoint must be a folder"),
+        ({"resume": True}, TypeError, "folder"),
+    ],
+)
+def test_settings_of_checkpoints_are_checked(arguments, error, name):
+    with pytest.raises(error, match=name):
+        Checkpoint(**arguments)
+
+
+def test_a_folder_is_a_checkpoint_with_the_default_settings(binary, tmp_path):
+    pv.fit(*make_pair(), binary, epochs=1, checkpoint=tmp_path / "run", progress=False)
+    assert len(pv.load_checkpoint(tmp_path / "run").history) == 1
+    assert Checkpoint(tmp_path) == Checkpoint(tmp_path, seconds=60.0, keep=3, resume=False)
+    with pytest.raises(TypeError, match="checkpoint must be a folder"):
+        pv.fit(*make_pair(), binary, checkpoint=3)
 
 
 def test_what_cannot_be_written_is_told_before_the_first_step(binary, tmp_path):
@@ -597,7 +621,7 @@ def test_what_cannot_be_written_is_told_before_the_first_step(binary, tmp_path):
 
 
 def test_the_last_few_stay(binary, tmp_path):
-    fit(binary, tmp_path, checkpoints_kept=2)
+    fit(binary, tmp_path, keep=2)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
         "step-000000000014",
         "step-000000000015",
@@ -713,10 +737,10 @@ def test_checkpoints_that_the_run_went_back_from_are_removed(binary, tmp_path):
         remove(path, **options)
 
     with mock.patch("shutil.rmtree", pressed), pytest.raises(pv.training.Interrupted):
-        fit(binary, tmp_path, checkpoints_kept=1)
+        fit(binary, tmp_path, keep=1)
     assert names[-2:] == ["step-000000000006", "step-000000000007"]
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000000006"]
-    _, resumed = fit(binary, tmp_path, checkpoints_kept=1, resume=True)
+    _, resumed = fit(binary, tmp_path, keep=1, resume=True)
     assert equal(straight, resumed)
 
 
@@ -732,7 +756,7 @@ def test_writing_takes_a_fiftieth_of_the_time_at_most(took, wait, tmp_path, monk
 
     monkeypatch.setattr(checkpoints, "_SHARE_OF_TIME", SHARE_OF_TIME)
     monkeypatch.setattr(checkpoints, "time", types.SimpleNamespace(monotonic=lambda: now))
-    folder = checkpoints.Checkpoints(tmp_path, 10.0, kept=1)
+    folder = checkpoints.Checkpoints(Checkpoint(tmp_path, seconds=10.0, keep=1))
     assert folder.due
     folder.write(content, 0)
     end = now
@@ -755,21 +779,22 @@ def test_a_pair_whose_numbers_were_changed_on_the_way(binary, tmp_path):
     torch.manual_seed(11)
     programs = own_scale()
     options = {"batch_size": 10, "seed": 0, "progress": False, "capture": False}
-    options |= {"checkpoint": tmp_path, "checkpoint_seconds": 0.0}
+    begun = options | {"checkpoint": Checkpoint(tmp_path, seconds=0.0)}
+    resumed = options | {"checkpoint": Checkpoint(tmp_path, seconds=0.0, resume=True)}
 
     def sharpen(epoch):
         programs[0].likelihood.scale.value = 1 / (1 + epoch)
 
-    pv.fit(*programs, binary, epochs=2, after_epoch=sharpen, **options)
+    pv.fit(*programs, binary, epochs=2, after_epoch=sharpen, **begun)
     with pytest.raises(ValueError, match="pass model and guide"):  # not made as it is now
         pv.load_checkpoint(tmp_path)
     with pytest.warns(UserWarning, match=r"scale.value was 0.333\d*, here 1.0"):
-        pv.fit(*own_scale(), binary, epochs=3, resume=True, **options)
+        pv.fit(*own_scale(), binary, epochs=3, **resumed)
     other, _ = own_scale()
     other.likelihood.decoder[1] = nn.ReLU()
     guide = pv.guides.AmortizedNormal(other, encoder=pv.nets.MLP(16, [7]))
     with pytest.raises(ValueError, match="was Tanh, here ReLU"):
-        pv.fit(other, guide, binary, epochs=4, resume=True, **options)
+        pv.fit(other, guide, binary, epochs=4, **resumed)
 
 
 def test_what_was_frozen_on_the_way_stays_so(binary, tmp_path):
@@ -786,7 +811,7 @@ def test_what_was_frozen_on_the_way_stays_so(binary, tmp_path):
 
         options = {"batch_size": 10, "epochs": 4, "seed": 0, "progress": False, "capture": False}
         if folder is not None:
-            options |= {"checkpoint": folder, "resume": True}
+            options["checkpoint"] = Checkpoint(folder, resume=True)
         pv.fit(model, guide, binary, after_epoch=freeze, **options)
         return model, tensors(model, guide)
 
@@ -846,8 +871,8 @@ def test_an_interrupt_after_a_parameter_was_made(stops, binary, tmp_path):
         mock.patch.object(TrainStep, "step", step if at_end else stopped),
         pytest.raises(pv.training.Interrupted),
     ):
-        fit(binary, tmp_path, pair=pair, epochs=4, checkpoint_seconds=60.0, **options)
-    resumed = fit(binary, tmp_path, pair=pair, epochs=4, resume=True, checkpoint_seconds=60.0)[1]
+        fit(binary, tmp_path, pair=pair, epochs=4, seconds=60.0, **options)
+    resumed = fit(binary, tmp_path, pair=pair, epochs=4, resume=True, seconds=60.0)[1]
     assert equal(straight, resumed)
 
 
@@ -862,7 +887,7 @@ def test_a_run_that_goes_back_over_its_capture_begins_it_anew(binary, tmp_path, 
             raise KeyboardInterrupt
         return step(*args, **options)
 
-    options = {"capture": True, "checkpoint_seconds": 60.0}
+    options = {"capture": True, "seconds": 60.0}
     with mock.patch.object(TrainStep, "step", stopped), pytest.raises(pv.training.Interrupted):
         fit(binary, tmp_path, **options)
     content = read(max(tmp_path.iterdir()), kind=checkpoints.KIND)
@@ -897,7 +922,7 @@ def test_a_best_epoch_that_was_undone_is_no_longer_the_best(binary, tmp_path):
     """A second Ctrl-C after the epoch, before the next has begun, undoes its last steps."""
     options = {"patience": 5, "validation": binary[:9], "epochs": 4}
     _, straight = fit(binary, **options)
-    order, calls = Minibatches.order, 0
+    order, calls = Minibatches.state_dict, 0
 
     def interrupted(batches):
         nonlocal calls
@@ -907,7 +932,7 @@ def test_a_best_epoch_that_was_undone_is_no_longer_the_best(binary, tmp_path):
         return order(batches)
 
     with (
-        mock.patch.object(Minibatches, "order", interrupted),
+        mock.patch.object(Minibatches, "state_dict", interrupted),
         pytest.raises(pv.training.Interrupted),
     ):
         fit(binary, tmp_path, **options)

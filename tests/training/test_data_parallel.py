@@ -124,12 +124,12 @@ def trained(kind=Pair, columns=None, killed_after=None, own_noise=False, frozen=
         programs[1].double()
     take_a_step, steps = TrainStep.step, 0
 
-    def step(trainer, *args, **more):
+    def step(train_step, *args, **more):
         nonlocal steps
         steps += 1
         if steps == killed_after:
             raise KeyboardInterrupt
-        return take_a_step(trainer, *args, **more)
+        return take_a_step(train_step, *args, **more)
 
     TrainStep.step = step
     try:
@@ -148,8 +148,8 @@ def runs(folder):
     """What is trained, by name: each a function of nothing."""
     columns = data()
     loader = functools.partial(DataLoader, TensorDataset(*columns), batch_size=10)
-    written = {"checkpoint": folder, "checkpoint_seconds": 0.0}
-    small = written | {"checkpoint": f"{folder}-small"}
+    written = functools.partial(pv.training.Checkpoint, folder, seconds=0.0)
+    small = functools.partial(pv.training.Checkpoint, f"{folder}-small", seconds=0.0)
     return {
         "plain": lambda: trained(epochs=9),  # 54 steps
         "straight": lambda: trained(),
@@ -170,10 +170,12 @@ def runs(folder):
             on_nonfinite="skip",
             clip_norm=1.0,
         ),
-        "killed": lambda: trained(killed_after=11, **written),
-        "resumed": lambda: trained(resume=True, **written),
-        "killed before a single row": lambda: trained(columns=data(101), killed_after=11, **small),
-        "a single row": lambda: trained(columns=data(101), resume=True, **small),
+        "killed": lambda: trained(killed_after=11, checkpoint=written()),
+        "resumed": lambda: trained(checkpoint=written(resume=True)),
+        "killed before a single row": lambda: trained(
+            columns=data(101), killed_after=11, checkpoint=small()
+        ),
+        "a single row": lambda: trained(columns=data(101), checkpoint=small(resume=True)),
         "single rows": lambda: trained(batch_size=1, epochs=1),
     }
 

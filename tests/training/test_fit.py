@@ -478,7 +478,8 @@ def test_an_optimizer_without_a_learning_rate(capture, binary, tmp_path, without
     whole = fit(next(pairs), binary, optimizer=optimizer, epochs=4, capture=capture)
     assert whole.history.learning_rate.isna().all()
     assert whole.history.loss.iloc[-1] < whole.history.loss.iloc[0]
-    pair, options = next(pairs), {"checkpoint": tmp_path, "resume": True, "capture": capture}
+    checkpoint = pv.training.Checkpoint(tmp_path, resume=True)
+    pair, options = next(pairs), {"checkpoint": checkpoint, "capture": capture}
     fit(pair, binary, optimizer=optimizer, epochs=2, **options)
     torch.manual_seed(8)
     resumed = fit(make_pair(), binary, optimizer=optimizer, epochs=4, **options)
@@ -568,3 +569,61 @@ def test_what_needs_latents_is_refused_without_them(objective, message, binary):
         fit((pair.model, pair.guide), (binary, y), objective=objective)
     with pytest.raises(ValueError, match="is about latents, and this pair has none"):
         pv.elbo_surgery(pair.model, pair.guide, (binary, y), progress=False)
+
+
+class Subsampling(nn.Module):
+    """A pair whose plate states N in one of several ways."""
+
+    def __init__(self, num_data):
+        super().__init__()
+        self.num_data = num_data
+        self.rate = nn.Linear(1, 16)
+        self.code = nn.Linear(16, 1)
+
+    def plate(self, x):
+        num_data = self.num_data(self, x)
+        return pyro.plate("data", num_data, subsample=None if num_data == len(x) else x)
+
+    def model(self, x):
+        pyro.module("pair", self)
+        with self.plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.rate(z)).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("pair", self)
+        with self.plate(x):
+            pyro.sample("z", dist.Normal(self.code(x), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("objective", [pv.objectives.ELBO, pyro.infer.Trace_ELBO])
+@pytest.mark.parametrize(
+    "num_data",
+    [
+        lambda pair, x: 50,
+        lambda pair, x: 10 * len(x),
+        lambda pair, x: 50 if pair.training else len(x),
+    ],
+    ids=["of the data", "of the minibatch", "of the mode"],
+)
+@pytest.mark.parametrize("batch_size", [50, 20])
+def test_losses_and_steps_are_the_same_for_any_scale(batch_size, num_data, objective, binary):
+    """Adam would hide a factor on the gradient: plain gradient descent does not."""
+    found = []
+    for count in (lambda pair, x: len(x), num_data):
+        torch.manual_seed(0)
+        pair = Subsampling(count)
+        result = fit(
+            (pair.model, pair.guide),
+            binary[:50],
+            objective=objective(),
+            validation=binary[:30],
+            optimizer=functools.partial(torch.optim.SGD, lr=0.1),
+            epochs=2,
+            batch_size=batch_size,
+            capture=False,
+        )
+        losses = result.history[["loss", "validation_loss"]].to_numpy()
+        found.append([torch.tensor(losses).float(), *(p.detach() for p in pair.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -83,7 +83,7 @@ def test_the_site_the_rows_and_the_state_before(
             raise KeyboardInterrupt
         return x
 
-    monkeypatch.setattr(run, "STEPS_OF_A_STRETCH", 1)  # what is interrupted goes back that far
+    monkeypatch.setattr(run, "STEPS_OF_A_CHUNK", 1)  # what is interrupted goes back that far
     expected = pair()
     with pytest.raises(pv.training.Interrupted):
         fit(expected, data, transform=count)
@@ -92,8 +92,10 @@ def test_the_site_the_rows_and_the_state_before(
         assert torch.equal(tensor, right[name]) or capture, name
         torch.testing.assert_close(tensor, right[name])
     # And the folder leads to the same error.
+    checkpoint = pv.training.Checkpoint(found.folder, resume=True)
+    assert repr(str(found.folder)) in str(found)
     with pytest.raises(pv.training.NonFiniteError) as again:
-        fit(pair(), data, capture=capture, checkpoint=found.folder, resume=True)
+        fit(pair(), data, capture=capture, checkpoint=checkpoint)
     assert (again.value.step, again.value.site) == (found.step, "z")
     assert torch.equal(again.value.rows, found.rows)
 
@@ -166,7 +168,7 @@ def test_skipping_has_a_limit(data):
     with pytest.raises(
         pv.training.NonFiniteError, match="2 steps were skipped, and again"
     ) as error:
-        fit(pair(), data, on_nonfinite="skip", skip_limit=2, epochs=5)
+        fit(pair(), data, on_nonfinite=pv.training.Skip(2), epochs=5)
     assert error.value.epoch == 3
 
 
@@ -176,7 +178,8 @@ def test_a_skipped_step_counts_for_a_resumed_run_too(data, tmp_path):
     folder = tmp_path / "run"
     fit(pair(), data, on_nonfinite="skip", epochs=2, checkpoint=folder)
     resumed = pair()
-    result = fit(resumed, data, on_nonfinite="skip", epochs=4, checkpoint=folder, resume=True)
+    checkpoint = pv.training.Checkpoint(folder, resume=True)
+    result = fit(resumed, data, on_nonfinite="skip", epochs=4, checkpoint=checkpoint)
     assert result.history.skipped.tolist() == expected.history.skipped.tolist()
     expected, found = tensors(*straight), tensors(*resumed)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

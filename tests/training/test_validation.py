@@ -156,12 +156,13 @@ def test_an_objective_inside_another_is_led_with_it(pair, binary):
 def test_a_run_that_is_resumed_ends_with_the_same_history(binary, tmp_path):
     histories = []
     for folder, legs in (("whole", [6]), ("parts", [2, 6])):
+        checkpoint = pv.training.Checkpoint(tmp_path / folder, resume=True)
         for epochs in legs:
             torch.manual_seed(2)
             result = pv.fit(
                 *make_pair(), binary[:40], objective=o.BetaELBO(o.Linear(12)), epochs=epochs,
                 validation=binary[40:], patience=4, batch_size=10, learning_rate=0.02, seed=0,
-                capture=False, progress=False, checkpoint=tmp_path / folder, resume=True,
+                capture=False, progress=False, checkpoint=checkpoint,
             )  # fmt: skip
         histories.append(result.history.drop(columns="seconds"))
     assert histories[0].equals(histories[1])

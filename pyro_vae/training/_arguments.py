@@ -1,0 +1,134 @@
+"""The arguments of a fit, checked and brought into one form each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_vae._utils.checks import positive_integer, positive_number
+from pyro_vae._utils.distributed import num_processes
+from pyro_vae.training._checkpoints import Checkpoint, Checkpoints
+from pyro_vae.training._nonfinite import Skip
+from pyro_vae.training._step import BOTH
+
+_LEARNING_RATE = 1e-3
+
+
+def check_arguments(
+    *,
+    epochs: int,
+    clip_norm: float | None,
+    patience: int | None,
+    validation: Any,
+    after_epoch: Callable | None,
+) -> None:
+    """Refuse arguments out of range, and patience without validation data.
+
+    Raises:
+        TypeError: An argument is of another type than it must be.
+        ValueError: An argument is out of range, or ``patience`` comes without validation data.
+    """
+    positive_integer("epochs", epochs)
+    if clip_norm is not None:
+        positive_number("clip_norm", clip_norm)
+    if patience is not None:
+        positive_integer("patience", patience)
+        if validation is None:
+            raise ValueError("patience needs validation data: pass validation=")
+    if after_epoch is not None and not callable(after_epoch):
+        raise TypeError(f"after_epoch must be a function of the epoch, got {after_epoch!r}")
+
+
+def skip_limit_of(on_nonfinite: str | Skip) -> int:
+    """Return the number of steps that may be skipped, 0 for none.
+
+    Raises:
+        ValueError: ``on_nonfinite`` is neither of the two words nor a :class:`Skip`.
+    """
+    if isinstance(on_nonfinite, Skip):
+        return on_nonfinite.limit
+    if on_nonfinite not in ("raise", "skip"):
+        raise ValueError(
+            'on_nonfinite must be "raise", "skip" or a pv.training.Skip with a limit, got '
+            f"{on_nonfinite!r}"
+        )
+    return Skip().limit if on_nonfinite == "skip" else 0
+
+
+def learning_rate_of(
+    learning_rate: float | Mapping[str, float] | None, optimizer: Callable | None
+) -> float | Mapping[str, float] | None:
+    """Return the learning rates of the default optimizer, None for another optimizer.
+
+    Raises:
+        TypeError: A learning rate is not a number.
+        ValueError: A learning rate is out of range or for an unknown program, or it would not
+            reach the optimizer.
+    """
+    if optimizer is not None and not isinstance(learning_rate, Mapping | None):
+        raise ValueError(
+            f"learning_rate={learning_rate!r} is for the default optimizer, and would not reach "
+            "the one that is passed as optimizer. Give it to that one, as in "
+            "optimizer=functools.partial(torch.optim.SGD, lr=0.1), and leave learning_rate out"
+        )
+    if learning_rate is None:
+        return _LEARNING_RATE if optimizer is None else None
+    if not isinstance(learning_rate, Mapping):
+        return positive_number("learning_rate", learning_rate)
+    if set(learning_rate) != {"model", "guide"}:
+        raise ValueError(
+            "learning_rate must be a number, or have one for 'model' and one for 'guide', got "
+            f"{dict(learning_rate)}"
+        )
+    if optimizer is not None:
+        raise ValueError(
+            "two learning rates are for the default optimizer: one of your own makes its groups "
+            "from the parameters it is given"
+        )
+    for name, value in learning_rate.items():
+        positive_number(f"learning_rate[{name!r}]", value)
+    return learning_rate
+
+
+def alternation_of(guide_steps: int | None, model_steps: int | None) -> list[str]:
+    """Return the program whose parameters each step of one cycle moves."""
+    if guide_steps is None and model_steps is None:
+        return [BOTH]
+    guide_steps = positive_integer("guide_steps", 1 if guide_steps is None else guide_steps)
+    model_steps = positive_integer("model_steps", 1 if model_steps is None else model_steps)
+    return ["guide"] * guide_steps + ["model"] * model_steps
+
+
+def torch_device(device: str | torch.device) -> torch.device:
+    """Return the device of a fit; ``"auto"`` is CUDA if torch can use it, else the CPU.
+
+    Raises:
+        ValueError: torch cannot use the device.
+    """
+    if device == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        here = int(os.environ.get("LOCAL_RANK", "0"))  # of torchrun: one GPU for each process
+        return torch.device("cuda", here) if num_processes() > 1 else torch.device("cuda")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a device it lacks
+        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
+    return torch.device(device)
+
+
+def checkpoints_of(checkpoint: str | Path | Checkpoint | None) -> Checkpoints | None:
+    """Open the folder of the checkpoints; None if there are none to write.
+
+    Raises:
+        TypeError: ``checkpoint`` is neither a folder nor a :class:`Checkpoint`.
+        OSError: The folder cannot be created.
+    """
+    if checkpoint is None:
+        return None
+    settings = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    return Checkpoints(settings)

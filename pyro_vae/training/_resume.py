@@ -1,0 +1,64 @@
+"""The settings that a run shares with the run that it resumes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyro.infer
+
+from pyro_vae._utils.referenced_objects import referenced_objects
+from pyro_vae.datasets._minibatches import Minibatches
+from pyro_vae.serialization._folder import UnreadableFile
+
+
+def settings_of_run(
+    batches: Minibatches, held_out: Minibatches | None, objective: pyro.infer.ELBO
+) -> dict[str, Any]:
+    """Describe data and objective by plain values, which a resumed run must share."""
+    of_objective = {
+        name: repr(value)
+        for name, value in referenced_objects(objective=objective)
+        if isinstance(value, bool | int | float | str) and "._" not in name
+    }
+    return {
+        "batch_size": batches.batch_size,
+        "number of data": batches.num_data,
+        "data": batches.digest(),
+        "validation": None if held_out is None else [held_out.num_data, held_out.digest()],
+        "objective": type(objective).__qualname__,
+        "particles of the objective": getattr(objective, "num_particles", None),
+        "numbers of the objective": of_objective,
+    }
+
+
+def require_settings(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a checkpoint of a run with other settings.
+
+    Raises:
+        ValueError: A setting differs; the message names it.
+    """
+    for name, value in here.items():
+        if name not in saved or saved[name] != value:
+            raise ValueError(
+                f"{folder} has the checkpoints of a run with {name} {saved.get(name)}, here it is "
+                f"{value}: pass the arguments of that run, or name another folder"
+            )
+
+
+@contextlib.contextmanager
+def resuming_from(folder: Path) -> Iterator[None]:
+    """Refuse a checkpoint that can be read, but lacks an entry or holds other types.
+
+    Raises:
+        UnreadableFile: The block met such an entry.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UnreadableFile(
+            f"{folder} holds no checkpoint that this pyro_vae can go on from: {error!r}. Name "
+            "another folder, or take the version that wrote it"
+        ) from error
