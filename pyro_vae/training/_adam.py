@@ -16,8 +16,23 @@ _ONE = torch.tensor(1.0)  # a number would be made into a tensor for each count
 class Adam(torch.optim.Adam):
     """torch's fused Adam (Kingma & Ba 2015, algorithm 1), without its preparations.
 
-    On small networks torch spends as long on looking over its settings and its parameters as on
-    the arithmetic. State and results are those of ``torch.optim.Adam(..., fused=True)``.
+    At each step torch checks its settings and groups its parameters. On small networks that takes
+    as long as the arithmetic. State and results are those of ``torch.optim.Adam(..., fused=True)``.
+
+    Torch's optimizers make a captured step longer. Here is by how much, for a Bernoulli VAE with
+    an MLP 784-200-200-50 on one core. Each number is the median ratio of processor time over 31 to
+    41 rounds in which the optimizers took turns, with quartiles in brackets:
+
+    ============  =================  =================
+    batch size    ``fused=True``     ``foreach=True``
+    ============  =================  =================
+    20            1.15 [1.11, 1.22]  1.80 [1.72, 1.87]
+    100           1.05 [1.00, 1.12]  1.25 [1.22, 1.31]
+    256           1.01 [0.98, 1.07]  1.14 [1.08, 1.19]
+    ============  =================  =================
+
+    Two more runs at batch size 20 gave 1.18 and 1.20 for ``fused=True``. So this class saves 13% to
+    17% of a step there.
 
     Args:
         parameters: what to train, or groups of it with learning rates of their own.

@@ -631,5 +631,7 @@ def test_nothing_looks_on_after_a_judgement_or_an_error():
 
 def test_an_unnamed_module_on_another_device_is_refused_by_name():
     pair = Hidden(Net().to("meta"))
-    with pytest.raises(ValueError, match="a Net that runs in model or guide is on meta, the data"):
+    with pytest.raises(
+        ValueError, match="a Net that runs in model or guide is on meta, but the data"
+    ):
         pv.fit(pair.model, pair.guide, torch.randn(20, 2), batch_size=10, progress=False)

@@ -167,9 +167,8 @@ def test_global_and_scaled_sites_are_refused():
     def guide(x):
         pyro.sample("mean", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(
-        ValueError, match="evidence weighs each data point by itself, but site 'mean'"
-    ):
+    message = "evidence weighs each data point by itself, but site 'mean'"
+    with pytest.raises(ValueError, match=message):
         pv.evidence(model, guide, torch.randn(5))
 
 
