@@ -684,6 +684,23 @@ def test_a_stop_without_a_seed_goes_on_with_the_draws_that_it_had():
     assert torch.equal(resumed.values, whole.values)
 
 
+def test_the_state_of_an_interrupt_resumes_and_that_of_a_fit_is_refused():
+    oracle = LinearGaussian(d=2, D=3)
+    x = oracle.sample(30)
+    options = {"num_particles": 10, "batch_size": 10, "capture": False}
+    whole = pv.evidence(oracle.model, oracle.guide, x, seed=3, **options)
+    with pytest.raises(pv.evaluation.Interrupted) as stopped:
+        pv.evidence(oracle.model, oracle.guide, x, seed=3, progress=Interrupting(2), **options)
+    state = stopped.value.state
+    resumed = pv.evidence(oracle.model, oracle.guide, x, resume=state, **options)
+    assert torch.equal(resumed.values, whole.values)
+    with pytest.raises(ValueError, match="stopped with num_particles=10: it cannot go on with 20"):
+        pv.evidence(oracle.model, oracle.guide, x, resume=state, num_particles=20)
+    of_a_fit = pv.training.Interrupted("the fit was stopped", None)
+    with pytest.raises(TypeError, match="Resume a fit from its checkpoint"):
+        pv.evidence(oracle.model, oracle.guide, x, resume=of_a_fit)
+
+
 @pytest.mark.parametrize(
     "method", ["importance", pv.evaluation.AIS(5, 3, leapfrog_steps=1, pilot=2)]
 )
