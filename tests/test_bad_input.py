@@ -168,7 +168,7 @@ def test_an_x_that_would_broadcast_to_the_event():
     )
     guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(1, [8]))
     with pytest.raises(
-        ValueError, match=r"events of shape \(64,\), but its value is of .* \(20, 1\)"
+        ValueError, match=r"events of shape \(64,\), but its value has .* \(20, 1\)"
     ):
         pv.evidence(model, guide, torch.ones(20, 1), num_particles=5)
 
@@ -182,7 +182,7 @@ def test_one_row_that_would_serve_as_every_datum():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
 
-    with pytest.raises(ValueError, match=r"it should hold 64 data, each of event shape \(64,\)"):
+    with pytest.raises(ValueError, match=r"Expected 64 data points, each of event shape \(64,\)"):
         pv.evidence(model, guide, torch.ones(64), num_particles=5, batch_size=64)
 
 
