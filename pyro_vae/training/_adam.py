@@ -20,15 +20,15 @@ class Adam(torch.optim.Adam):
     as long as the arithmetic. State and results are those of ``torch.optim.Adam(..., fused=True)``.
 
     Torch's optimizers make a captured step longer. Here is by how much, for a Bernoulli VAE with
-    an MLP 784-200-200-50 on one core. Each number is the median ratio of processor time over 31 to
-    41 rounds in which the optimizers took turns, with quartiles in brackets:
+    an MLP 784-200-200-50 on one core. Each number is the median ratio of processor time over 41
+    rounds in which the optimizers took turns, with quartiles in brackets:
 
     ============  =================  =================
     batch size    ``fused=True``     ``foreach=True``
     ============  =================  =================
     20            1.15 [1.11, 1.22]  1.80 [1.72, 1.87]
     100           1.05 [1.00, 1.12]  1.25 [1.22, 1.31]
-    256           1.01 [0.98, 1.07]  1.14 [1.08, 1.19]
+    256           1.04 [0.99, 1.07]  1.10 [1.08, 1.14]
     ============  =================  =================
 
     Two more runs at batch size 20 gave 1.18 and 1.20 for ``fused=True``. So this class saves 13% to
