@@ -117,87 +117,88 @@ def fit(
     progress: bool | Progress = True,
     description: str = "fit",
 ) -> Fit:
-    r"""Maximise the objective's bound over the parameters of model and guide together.
+    r"""Maximize an objective over the parameters of a model and a guide.
 
-    Each step descends the loss per datum, :math:`-\frac1B \sum_b \mathcal{L}(x_b)` on a minibatch
-    (Kingma & Welling 2014, algorithm 1). The pair is trained in place, in a parameter store of its
-    own (see :func:`pyro_vae.parameter_store`): two fits never touch each other's parameters, and a
-    second fit of the same pair goes on from the first.
+    Each step descends the loss per data point, :math:`-\frac1B \sum_b \mathcal{L}(x_b)`, on a
+    minibatch (Kingma & Welling 2014, algorithm 1). The pair is trained in place, with its own
+    parameter store (see :func:`pyro_vae.parameter_store`). So two fits never change each other's
+    parameters, and a second fit of the same pair continues the first.
 
-    Gradients are enabled inside, whether it is called under ``torch.no_grad``,
-    ``torch.inference_mode`` or neither.
+    Gradients are enabled inside, also under ``torch.no_grad`` or ``torch.inference_mode``.
 
     In a ``torch.distributed`` group (``torchrun``), each process is called with the whole data and
-    takes its rows of every minibatch; gradients are averaged, and all hold the parameters of the
-    first one to begin with; see docs/scaling.md.
+    processes its rows of every minibatch. Gradients are averaged. All processes start with the
+    parameters of the first one; see docs/scaling.md.
 
     Args:
         model: program of p(x, z), called with a minibatch.
-        guide: program of q(z|x), called likewise.
+        guide: program of q(z|x), called with the same minibatch.
         data: training data: a tensor or numpy array x ``(N, *event)``, a tuple
             ``(x, *covariates)``, a torch Dataset or a DataLoader.
-        objective: what to maximise; ``objectives.ELBO()`` if not given.
-        validation: held-out data, on which the loss is taken after each epoch at the same noise,
-            and with the objective's schedules at their last values: so epochs can be compared.
+        objective: the bound to maximize. The default is ``objectives.ELBO()``.
+        validation: validation data. The loss on them is computed after each epoch, with the same
+            noise each time, and with each schedule of the objective at its last value.
         epochs: passes over the data.
-        batch_size: rows of a minibatch; all of them, where the data have fewer. A DataLoader
-            brings its own.
-        learning_rate: of the default optimizer, Adam (fused), 1e-3 if not given; or
-            ``{"model": ..., "guide": ...}``, the model's being that of what both use, or make
-            later. An optimizer of your own brings its own.
-        guide_steps: alternate instead of moving all parameters in each step: so many steps of the
-            guide alone (E-steps of variational EM; Neal & Hinton 1998), then ``model_steps`` of
-            the model alone (M-steps). What both use moves in all of them, and so do parameters
-            that the programs make later. 1 if only the other is given.
+        batch_size: rows of a minibatch. With fewer rows of data, one minibatch has all of them. A
+            DataLoader has its own batch size.
+        learning_rate: of the default optimizer, Adam (fused). The default is 1e-3. A dictionary
+            ``{"model": ..., "guide": ...}`` sets two rates. Parameters that both programs use, or
+            create later, have that of the model. Do not pass it together with ``optimizer``.
+        guide_steps: number of steps of the guide alone (E-steps of variational EM; Neal & Hinton
+            1998), in alternation with ``model_steps`` steps of the model alone (M-steps).
+            Parameters that both programs use, or create later, are updated in all steps. The
+            default trains both in each step. 1 if only the other number is given.
         model_steps: see ``guide_steps``.
         optimizer: makes another optimizer from the parameters.
-        scheduler: makes a learning rate scheduler from the optimizer; it steps once an epoch.
-        clip_norm: bound on the norm of the whole gradient.
+        scheduler: makes a learning rate scheduler from the optimizer. It steps once per epoch.
+        clip_norm: bound of the norm of the whole gradient.
         patience: stop after this many epochs without a lower validation loss, and restore the
-            parameters and buffers of the best epoch. If the objective has schedules, the epochs
-            count from where all have reached their last values.
-        after_epoch: called with the number of each epoch, from 1, when it is over; what it
-            returns, numbers by name, are columns of the history. It sees the pair as it is, with
-            the same noise each time.
-        on_nonfinite: The reaction to a step whose loss or gradient is NaN or infinite. It raises
-            with ``"raise"``. A :class:`~pyro_vae.training.Skip` skips the update, counts it in
-            the history, and raises beyond a limit; ``"skip"`` is ``Skip()``.
-        checkpoint: A folder for checkpoints, or a :class:`~pyro_vae.training.Checkpoint` with
-            further settings; a folder is ``Checkpoint(folder)``. Checkpoints hold all that the
-            next step depends on. A resumed run ends with the same parameters, bit by bit, as one
-            that was never stopped. That needs the same device, the same number of threads, and
-            ``capture`` True or False, since ``"auto"`` decides by the time that steps take. To
-            resume, pass the pair as it was made and the same arguments with
-            ``Checkpoint(folder, resume=True)``; ``epochs`` may be more than before.
-        transform: applied to each minibatch x on the device: ``torch.bernoulli`` binarises
-            dynamically. Validation data are taken as they are.
-        capture: run the programs through Python a few times, then replay the step's operations as
-            compiled code; see docs/performance.md. ``"auto"`` captures, and compiles, where the
-            run is long enough to repay it. Where the pair does not allow it, the steps run eagerly
-            and a warning says why. The results are the same but for rounding.
-        device: ``"auto"`` is CUDA where there is one, else the CPU. The pair stays there.
-        seed: fixes order, noise and the initial values of what the first call of the guide makes;
-            the process's own random numbers go on as if there had been no fit.
-        progress: show a bar; or a rich Progress to add one to.
+            parameters and buffers of the best epoch. If the objective has schedules, epochs count
+            once all of them have their last values.
+        after_epoch: callback, called with the number of each epoch, from 1, at its end. It may
+            return numbers by name, which become columns of the history. It has the same noise each
+            time.
+        on_nonfinite: the reaction to a step whose loss or gradient is NaN or infinite. ``"raise"``
+            raises an error. A :class:`~pyro_vae.training.Skip` skips the update, counts it in the
+            history, and raises an error beyond a limit. ``"skip"`` is ``Skip()``.
+        checkpoint: a folder for checkpoints, or a :class:`~pyro_vae.training.Checkpoint` with
+            further settings. A folder is ``Checkpoint(folder)``. To resume a run, pass
+            ``Checkpoint(folder, resume=True)``, a new pair and the same arguments. ``epochs`` may be
+            larger than before. The parameters of a resumed run equal those of an uninterrupted one
+            bit for bit, on the same device, with the same number of threads, and with ``capture``
+            True or False. (``"auto"`` decides by the measured time of steps.)
+        transform: applied to each minibatch x on the device. ``torch.bernoulli`` is dynamic
+            binarization. Validation data are not transformed.
+        capture: run the programs through Python a few times, then replay the operations of a step
+            as compiled code; see docs/performance.md. ``"auto"`` captures and compiles if the run
+            is long enough. Steps of a pair that cannot be captured run eagerly, with a warning
+            that names the cause. The results are equal up to rounding.
+        device: ``"auto"`` is CUDA if available, else the CPU. The pair stays on the device.
+        seed: of the order of the data, the noise and the initial values that the first call of the
+            guide makes. The random numbers of the process continue as if there had been no fit.
+        progress: show a progress bar, or add one to a rich Progress.
         description: text before the bar.
 
     Returns:
         The :class:`Fit`.
 
     Raises:
-        ValueError: bad data, arguments out of range, or a pair that breaks the contract, all
-            before the first step; a minibatch of a size that the pair or the objective cannot
-            take, before the first step too, unless the data are a stream; NaN or infinite values
-            of the data that reach a density or a gradient; no parameters to train, or some that
-            were made under ``torch.inference_mode``; a learning rate beside an optimizer.
-        TypeError: the objective is no ``pyro.infer.ELBO``; what ``optimizer`` or ``scheduler``
-            makes is not torch's.
-        NonFiniteError: a loss or a gradient is NaN or infinite: a FloatingPointError that names
-            the site or parameter, the epoch and the rows; the pair is as it was before that step.
-        FloatingPointError: a validation loss is.
-        Interrupted: a KeyboardInterrupt, with the fit as it stands at the end of the step.
-        UnreadableFile: no checkpoint can be read: a ValueError.
-        OSError: a checkpoint cannot be written; those before it are whole.
+        ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md).
+            A minibatch size is one that the pair or the objective cannot process. NaN or infinite
+            values of the data reach a density or a gradient. There are no parameters to train, or
+            some were made under ``torch.inference_mode``. ``learning_rate`` is passed together with
+            an optimizer. All of these are raised before the first step, except for minibatch sizes
+            and values of a stream.
+        TypeError: The objective is not a ``pyro.infer.ELBO``, or ``optimizer`` or ``scheduler`` does
+            not return one of torch's.
+        NonFiniteError: A loss or a gradient is NaN or infinite. It is a FloatingPointError that
+            names the site or parameter, the epoch and the rows. The pair has its state before that
+            step.
+        FloatingPointError: The validation loss is NaN or infinite.
+        Interrupted: Ctrl-C was pressed. It is a KeyboardInterrupt, and ``.partial`` is the fit at
+            the end of the step.
+        UnreadableFile: No checkpoint in the folder can be read. It is a ValueError.
+        OSError: A checkpoint cannot be written. Earlier checkpoints are intact.
 
     Example:
         >>> import torch, pyro_vae as pv
