@@ -43,49 +43,48 @@ def evidence(
     progress: bool | Progress = False,
     description: str = "evidence",
 ) -> Evidence:
-    r"""Estimate log p(x) of each datum, by importance sampling (Burda et al. 2016, eq. 8).
+    r"""Estimate log p(x) of each data point, by importance sampling (Burda et al. 2016, eq. 8).
 
     .. math::
         \log \hat p(x) = \log \frac1K \sum_{k=1}^K \frac{p(x, z_k)}{q(z_k|x)},
         \qquad z_k \sim q(z|x)
 
-    Other methods: ``"naive"`` draws from the prior, :math:`\log \frac1K \sum_k p(x|z_k)`, which
-    needs about :math:`e^{\mathrm{KL}(p(z|x) \| p(z))}` draws; and :class:`AIS` walks
-    chains from the guide, or the prior, to the posterior.
+    ``method="naive"`` samples from the prior, :math:`\log \frac1K \sum_k p(x|z_k)`. It needs about
+    :math:`e^{\mathrm{KL}(p(z|x) \| p(z))}` samples. :class:`AIS` runs chains from the guide, or the
+    prior, to the posterior.
 
-    The weights are streamed: memory is bounded by ``pairs_per_pass`` whatever K and N. The
-    standard error is by the delta method, :math:`\sqrt{\mathrm{var}(w)/K} / \bar w`; the estimate
-    of log p(x) is low by about half its square. Where more than half of the values cannot be
-    trusted, see :attr:`Evidence.untrusted`, a warning says so.
+    ``pairs_per_pass`` bounds the memory for any K and N. The standard error is that of the delta
+    method, :math:`\sqrt{\mathrm{var}(w)/K} / \bar w`. The estimate of log p(x) is low by about half
+    its square. A warning is issued if more than half of the values are unreliable (see
+    :attr:`Evidence.untrusted`).
 
     Args:
         model: program of p(x, z).
-        guide: program of q(z|x). Where nothing is drawn from it (``"naive"``, chains that start
-            from the prior) it says no more than which pair was fitted.
-        data: what :func:`pyro_vae.fit` takes, in an order that is kept.
-        method: ``"importance"``, ``"naive"``, or a :class:`AIS`; ``"ais"`` is one as it
-            comes.
-        num_particles: K, for each datum; annealed importance sampling has its ``num_chains``.
+        guide: program of q(z|x). If no sample comes from it (``"naive"``, or chains from the
+            prior), it only identifies the fitted pair.
+        data: the data, as in :func:`pyro_vae.fit`, in a fixed order.
+        method: ``"importance"``, ``"naive"``, or an :class:`AIS`; ``"ais"`` is ``AIS()``.
+        num_particles: K per data point. Annealed importance sampling has ``num_chains`` instead.
         batch_size: data points at a time.
-        pairs_per_pass: (particle, datum) pairs in one run of the programs.
+        pairs_per_pass: pairs of a particle and a data point in one run of the programs.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
-        seed: fixes the draws and leaves the process's random numbers as they were.
-        resume: the exception of an interrupted call (Ctrl-C) with the same arguments; or the
-            estimates of the first data, which go on with the draws of the seed that is given.
-        progress: show a bar; or a rich Progress to add one to.
+        seed: of the samples. The random numbers of the process are restored afterwards.
+        resume: the exception of an interrupted call (Ctrl-C) with the same arguments. Or the
+            estimates for the first data points, which are continued with the given seed.
+        progress: show a progress bar, or add one to a rich Progress.
         description: text before the bar.
 
     Returns:
-        The :class:`Evidence`. In a group of processes (torch.distributed) each calls with all
-        data, does its share of the minibatches, and has the whole of it.
+        The :class:`Evidence`. In a group of processes (torch.distributed), each process is called
+        with all data, does its share of the minibatches, and returns the whole result.
 
     Raises:
-        Interrupted: a KeyboardInterrupt, with the estimates of the data that were done. Chains of
-            other data are dropped.
-        ValueError: bad data or arguments, or a pair that breaks the contract; a site is global or
-            scaled, so that the weights are not those of single data points; annealed importance
-            sampling cannot move a latent, or score the guide.
+        Interrupted: Ctrl-C was pressed. It is a KeyboardInterrupt, and ``.partial`` has the
+            estimates for the first data points. Unfinished chains are dropped.
+        ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md). A
+            site is global or scaled, so that no weight belongs to a single data point. Annealed
+            importance sampling cannot move a latent variable, or cannot score the guide.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv

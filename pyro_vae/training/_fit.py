@@ -163,8 +163,8 @@ def fit(
             history, and raises an error beyond a limit. ``"skip"`` is ``Skip()``.
         checkpoint: a folder for checkpoints, or a :class:`~pyro_vae.training.Checkpoint` with
             further settings. A folder is ``Checkpoint(folder)``. To resume a run, pass
-            ``Checkpoint(folder, resume=True)``, a new pair and the same arguments. ``epochs`` may be
-            larger than before. The parameters of a resumed run equal those of an uninterrupted one
+            ``Checkpoint(folder, resume=True)``, a new pair and the same arguments. ``epochs`` may
+            be larger than before. The parameters of a resumed run equal those of an uninterrupted one
             bit for bit, on the same device, with the same number of threads, and with ``capture``
             True or False. (``"auto"`` decides by the measured time of steps.)
         transform: applied to each minibatch x on the device. ``torch.bernoulli`` is dynamic
@@ -189,8 +189,8 @@ def fit(
             some were made under ``torch.inference_mode``. ``learning_rate`` is passed together with
             an optimizer. All of these are raised before the first step, except for minibatch sizes
             and values of a stream.
-        TypeError: The objective is not a ``pyro.infer.ELBO``, or ``optimizer`` or ``scheduler`` does
-            not return one of torch's.
+        TypeError: The objective is not a ``pyro.infer.ELBO``, or ``optimizer`` or ``scheduler``
+            does not return one of torch's.
         NonFiniteError: A loss or a gradient is NaN or infinite. It is a FloatingPointError that
             names the site or parameter, the epoch and the rows. The pair has its state before that
             step.
