@@ -43,54 +43,54 @@ def elbo_surgery(
         }_{-\text{distortion}} - \underbrace{I_q[n, z]}_{\text{mutual information}}
         - \underbrace{\mathrm{KL}(q_{agg}(z) \| p(z))}_{\text{marginal KL}}
 
-    with the aggregated posterior :math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)`. Every draw
-    :math:`z \sim q(z|x_n)` is scored under the posteriors of all N data points: no subset stands
-    in for the whole, unless ``estimator`` asks for it. For diagonal Gaussian guides, also mapped
-    onto a support, that is done by matrix products in float64; for any other guide by running it
-    on the given values, N times N, the data read into memory. The rate is in closed form where
-    torch or Pyro knows it.
+    with the aggregated posterior :math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)`. Every sample
+    :math:`z \sim q(z|x_n)` is scored under the posteriors of all N data points, unless
+    ``estimator`` says otherwise. For diagonal Gaussian guides, also mapped onto a support, matrix
+    products in float64 do it. Any other guide is run N times N on the given values, with the data
+    in memory. The rate is in closed form where torch or Pyro has one.
 
-    The marginal KL of a single Gaussian latent is in turn cut into total correlation and
-    dimension-wise KL (Chen et al. 2018, eq. 2), the latter by quadrature. A prior that depends on
-    covariates, or on x, has no marginal KL: what is left of the rate is NaN.
+    The marginal KL of a single Gaussian latent variable is the sum of total correlation and
+    dimension-wise KL (Chen et al. 2018, eq. 2), the latter by quadrature. With a prior that depends
+    on covariates or on x, the marginal KL and the terms that need it are NaN.
 
-    In a group of R processes no codes travel. The Gaussians do, for each block of 16,384 codes in a
-    process once around: with D numbers in a latent, a process receives
-    :math:`16 D N (1 - 1/R) \lceil K N / (16384 R) \rceil` bytes, and at the end some 50 N.
-    A guide that is run on the given codes is run in each process on all data, which each has.
+    In a group of R processes, Gaussians are exchanged and codes are not. For each block of 16,384
+    codes of a process, the Gaussians of all processes are sent once. With D numbers in a latent
+    variable, a process receives :math:`16 D N (1 - 1/R) \lceil K N / (16384 R) \rceil` bytes, and at
+    the end about 50 N. A guide that is run on the given codes runs in each process on all data.
 
-    For large N, minibatch estimators of q_agg (Chen et al. 2018, appendix C) take M times N pairs,
-    M data in a minibatch. In expectation ``"stratified"`` puts the mutual information too high, by
-    no more than log N less its value, and by less the larger M is; ``"weighted"`` by at least
-    log M, and by no more than log(N M) less its value. The marginal KL is too low by as much, and
-    with it the total correlation.
+    For large N, minibatch estimators of q_agg (Chen et al. 2018, appendix C) use M times N pairs,
+    with M data points in a minibatch. The expected mutual information of ``"stratified"`` is too
+    high, by at most log N minus its value, and by less for larger M. That of ``"weighted"`` is too
+    high by at least log M and at most log(N M) minus its value. The marginal KL and the total
+    correlation are too low by the same amount.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        data: the data that q_agg is over: the training set, as a rule. What
-            :func:`pyro_vae.fit` takes.
-        num_particles: draws of z for each datum.
-        batch_size: data points at a time; for the minibatch estimators, M or a little more.
-        estimator: of q_agg: "exact", from all pairs; or "stratified" or "weighted", from random
-            minibatches of the data, which are then read into memory.
+        data: the data of q_agg, usually the training set, as in :func:`pyro_vae.fit`.
+        num_particles: samples of z per data point.
+        batch_size: data points at a time. For the minibatch estimators, M or slightly more.
+        estimator: of q_agg: ``"exact"``, from all pairs; ``"stratified"`` or ``"weighted"``, from
+            random minibatches of the data, which are then read into memory.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
-        seed: fixes the draws and leaves the process's random numbers as they were.
-        resume: the exception of an interrupted call (Ctrl-C) with the same arguments. The codes are
-            drawn again, the same ones; those that were scored are not scored again.
-        progress: show a bar; or a rich Progress to add one to.
+        seed: of the samples. The random numbers of the process are restored afterwards.
+        resume: the exception of an interrupted call (Ctrl-C) with the same arguments. The same
+            codes are sampled again. Codes that were scored are not scored again.
+        progress: show a progress bar, or add one to a rich Progress.
         description: text before the bar.
 
     Returns:
-        The :class:`Surgery`. Processes of a group each encode a share of the minibatches and score
-        the codes of it; each has the whole result.
+        The :class:`Surgery`. Each process of a group encodes and scores its share of the
+        minibatches, and returns the whole result.
 
     Raises:
-        Interrupted: a KeyboardInterrupt, with the surgery from the codes that were scored.
-        ValueError: bad data or arguments, or a pair that breaks the contract; a likelihood of zero,
-            or a term that is NaN; a minibatch estimator has minibatches of one datum; a site is
-            global or scaled; the guide has auxiliary sites, so that its density is an integral,
-            masks that differ from datum to datum, or a density that differs from run to run.
+        Interrupted: Ctrl-C was pressed. It is a KeyboardInterrupt, and ``.partial`` is the surgery
+            from the codes that were scored.
+        ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md). A
+            likelihood is zero, or a term is NaN. A minibatch estimator has minibatches of one data
+            point. A site is global or scaled. The guide has auxiliary sites, so that its density
+            is an integral, or masks that differ between data points, or a density that differs
+            between runs.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
