@@ -164,9 +164,9 @@ def fit(
         checkpoint: a folder for checkpoints, or a :class:`~pyro_vae.training.Checkpoint` with
             further settings. A folder is ``Checkpoint(folder)``. To resume a run, pass
             ``Checkpoint(folder, resume=True)``, a new pair and the same arguments. ``epochs`` may
-            be larger than before. The parameters of a resumed run equal those of an uninterrupted one
-            bit for bit on the same device, with the same number of threads, and with ``capture``
-            True or False. (``"auto"`` decides by the measured time of steps.)
+            be larger than before. The parameters of a resumed run equal those of an uninterrupted
+            one bit for bit on the same device, with the same number of threads, and with
+            ``capture`` True or False. (``"auto"`` decides by the measured time of steps.)
         transform: applied to each minibatch x on the device. ``torch.bernoulli`` is dynamic
             binarization. Validation data are not transformed.
         capture: run the programs through Python a few times, then replay the operations of a step

@@ -55,8 +55,8 @@ def elbo_surgery(
 
     In a group of R processes, Gaussians are exchanged and codes are not. For each block of 16,384
     codes of a process, the Gaussians of all processes are sent once. With D numbers in a latent
-    variable, a process receives :math:`16 D N (1 - 1/R) \lceil K N / (16384 R) \rceil` bytes, and at
-    the end about 50 N. A guide that is run on the given codes runs in each process on all data.
+    variable, a process receives :math:`16 D N (1 - 1/R) \lceil K N / (16384 R) \rceil` bytes, and
+    about 50 N at the end. A guide that is run on the given codes runs in each process on all data.
 
     For large N, minibatch estimators of q_agg (Chen et al. 2018, appendix C) use M times N pairs,
     with M data points in a minibatch. The expected mutual information of ``"stratified"`` is too
