@@ -48,9 +48,9 @@ class Minibatches:
 
     Attributes:
         values_checked: whether each value is known to lie in the support of the site that
-            observes it; ``contract.check_pair`` finds out.
+            observes it; ``validation.check_pair`` sets it.
         check_nonfinite: called with each minibatch of a stream that holds NaN or infinite values,
-            and the number of rows before it; ``contract.check_pair`` sets it.
+            and the number of rows before it; ``validation.check_pair`` sets it.
 
     Raises:
         TypeError: ``transform`` cannot be called.

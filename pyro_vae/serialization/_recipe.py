@@ -30,7 +30,7 @@ from pyro_vae._programs.latent_sites import LatentSite
 from pyro_vae._utils import transform_config as mappings
 from pyro_vae._utils.init_args import Described, Unknown, init_args_of, kind_of
 from pyro_vae.priors import GuideMixturePrior
-from pyro_vae.serialization import _registry as vocabulary
+from pyro_vae.serialization import _registry as registry
 from pyro_vae.serialization._memory_limit import MAX_PARTS, MemoryLimit
 
 
@@ -127,8 +127,8 @@ class _Describer:
                 "args": self._tell(root, path, value.args),
                 "keywords": self._tell_all(root, path, value.keywords),
             }
-        if isinstance(value, type) and value in vocabulary.names():
-            return {"class": vocabulary.names()[value]}
+        if isinstance(value, type) and value in registry.names():
+            return {"class": registry.names()[value]}
         if isinstance(value, nn.Module):
             return {"thing": self._number(root, path, value)}
         kind = value.kind if isinstance(value, Unknown) else kind_of(value)
@@ -150,13 +150,13 @@ class _Describer:
     def _describe_module(self, root: str, path: str, module: nn.Module) -> dict[str, Any]:
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             raise _CannotTellError(root, f"{path} has hooks, or a forward of its own")
-        for name, cls in vocabulary.CONTAINERS.items():
+        for name, cls in registry.CONTAINERS.items():
             if type(module) is cls:
                 return {"class": name, "children": self._tell_all(root, path, module._modules)}
-        arguments = vocabulary.arguments_of_layer(module)
+        arguments = registry.arguments_of_layer(module)
         if arguments is None:
             arguments = init_args_of(module)
-        name = vocabulary.names().get(type(module))
+        name = registry.names().get(type(module))
         if name is None or arguments is None:
             raise _CannotTellError(root, f"{path} is {kind_of(module)}, a class of your own")
         return {"class": name, "arguments": self._tell_all(root, path, arguments)}
@@ -225,7 +225,7 @@ class _Builder:
         if value.keys() == {"given"}:
             return self._of_user(value["given"])
         if value.keys() == {"class"}:
-            return vocabulary.find(value["class"])
+            return registry.find(value["class"])
         if value.keys() == {"mapping"}:
             return mappings.from_config(value["mapping"])
         if value.keys() == {"site"}:
@@ -254,9 +254,9 @@ class _Builder:
             if root == {"thing": number} and name in self._given:
                 return self._given[name]
         thing = self._structure["things"][number]
-        if thing["class"] in vocabulary.CONTAINERS:
+        if thing["class"] in registry.CONTAINERS:
             return self._container(thing, number)
-        cls = vocabulary.find(thing["class"])
+        cls = registry.find(thing["class"])
         arguments = {name: self._make(v, number) for name, v in thing["arguments"].items()}
         make = getattr(cls, "of_arguments", cls)
         signature = inspect.signature(make)
@@ -269,7 +269,7 @@ class _Builder:
             raise ValueError(f"no {thing['class']} can be made so: {error}") from error
 
     def _container(self, thing: dict[str, Any], number: int) -> nn.Module:
-        module = vocabulary.CONTAINERS[thing["class"]]()
+        module = registry.CONTAINERS[thing["class"]]()
         for name, child in thing["children"].items():
             module.add_module(name, self._make(child, number))
         return module

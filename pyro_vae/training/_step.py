@@ -62,13 +62,13 @@ class TrainStep:
         # Pyro's own objectives do not count steps.
         self._advance = getattr(self._objective, "advance", lambda: None)
         self._capture = capture
-        self._gradient = self._capturable_gradient()
+        self._captured = self._new_capture()
         self._validated = False
 
     @property
     def execution(self) -> str:
         """How the steps run now; see :class:`pyro_vae._capture.Captured`."""
-        return self._gradient.execution
+        return self._captured.execution
 
     def begin(self, steps: int | None, *, validated: bool = False) -> None:
         """Get ready for steps of one epoch.
@@ -77,12 +77,12 @@ class TrainStep:
             steps: how many are to come until the end of the fit, None if that is not known.
             validated: whether Pyro validates values in these, which only Python can.
         """
-        self._gradient.calls_left = steps
+        self._captured.calls_left = steps
         self._validated = validated
 
     def recheck(self) -> None:
         """Have the next step look whether a capture still stands for the programs."""
-        self._gradient.recheck()
+        self._captured.recheck()
 
     def step(
         self, selection: tuple[Tensor, ...], on_gradients: Callable[[Tensor], None] | None = None
@@ -183,12 +183,12 @@ class TrainStep:
     def end_epoch(self, loss: float) -> None:
         """Let scheduler and programs do what they do after an epoch."""
         if self.train_state.end_epoch(loss):
-            self._gradient = self._capturable_gradient()
+            self._captured = self._new_capture()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on, except random numbers, to be written."""
         state = {"steps": self.steps, **self.train_state.state_dict()}
-        return state | {"capture": self._gradient.state_dict()}
+        return state | {"capture": self._captured.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, before the first step.
@@ -197,21 +197,21 @@ class TrainStep:
             ValueError: The state is that of another pair, objective, optimizer or scheduler.
         """
         if self.train_state.load_state_dict(state):
-            self._gradient = self._capturable_gradient()
+            self._captured = self._new_capture()
         self.steps = state["steps"]
-        self._gradient.load_state_dict(state["capture"])
+        self._captured.load_state_dict(state["capture"])
 
     def snapshot(self) -> dict[str, Any]:
         """Copy all that the next step depends on, except random numbers."""
         state = {"steps": self.steps, **self.train_state.snapshot()}
-        return state | {"gradient": self._gradient, "capture": self._gradient.snapshot()}
+        return state | {"gradient": self._captured, "capture": self._captured.snapshot()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`snapshot` copied."""
         self.steps = state["steps"]
         self.train_state.restore(state)
-        self._gradient = state["gradient"]
-        self._gradient.restore(state["capture"])
+        self._captured = state["gradient"]
+        self._captured.restore(state["capture"])
 
     def _closure(
         self,
@@ -228,7 +228,7 @@ class TrainStep:
         """
         for parameter in self.train_state.parameters:
             parameter.grad = None  # its memory, still in the cache, serves the next gradient
-        gradient = self._loss_and_gradients if self._validated else self._gradient
+        gradient = self._loss_and_gradients if self._validated else self._captured
         if self._shared is None:
             loss, *gradients = gradient(*selection)
         else:
@@ -274,7 +274,7 @@ class TrainStep:
         loss = torch.as_tensor(loss, dtype=torch.float64, device=batch[0].device)
         return loss / (data.scale * batch[0].shape[0])
 
-    def _capturable_gradient(self) -> Captured:
+    def _new_capture(self) -> Captured:
         model, guide = self._pair
         objective, transform = self._objective, self._batches.transform
         watch = {"model": model, "guide": guide, "objective": objective, "transform": transform}

@@ -23,7 +23,7 @@ from pyro_vae._programs.pair_state import state
 from pyro_vae._utils.init_args import init_args_of
 from pyro_vae.guides import _families as families
 from pyro_vae.serialization import _pair_state as filling
-from pyro_vae.serialization import _registry as vocabulary
+from pyro_vae.serialization import _registry as registry
 from pyro_vae.serialization._folder import read, write
 from pyro_vae.serialization._recipe import rebuild, recipe
 
@@ -549,7 +549,7 @@ def public_classes():
         pv.surjections.InferenceSurjection, pv.surjections.SurVAELayer, pv.surjections.Surjection,
         likelihoods.Likelihood, likelihoods.Scale, priors.GuideMixturePrior, families.Family,
     }  # fmt: skip
-    names = {name: cls for name, cls in vocabulary.classes().items() if cls not in abstract}
+    names = {name: cls for name, cls in registry.classes().items() if cls not in abstract}
     return {name: cls for name, cls in names.items() if not name.startswith("torch.")}
 
 
@@ -630,7 +630,7 @@ def test_all_public_classes_are_in_the_vocabulary():
         for name in package.__all__:
             thing = getattr(package, name)
             if inspect.isclass(thing) and issubclass(thing, nn.Module):
-                missing += [name] * (thing not in vocabulary.names())
+                missing += [name] * (thing not in registry.names())
     assert not missing
 
 
