@@ -30,7 +30,7 @@ class Pace:
         self._times: deque[float] = deque(maxlen=num_calls + 1)
 
     def tick(self) -> float | None:
-        """Record the start of a call; return the median seconds of a call, None for too few calls."""
+        """Record the start of a call; return the median time in seconds, None after too few."""
         self._times.append(time.perf_counter())
         if len(self._times) < self._times.maxlen:
             return None
