@@ -164,7 +164,10 @@ def test_local_guides_find_their_rows():
         assert torch.equal(all_parameters[4], all_parameters[1])
         assert len(torch.unique(all_parameters, dim=0)) == 8
         assert guide(x[[3]])["z"].shape == (1, 2)
-        with pyro.validation_enabled(True), pytest.raises(ValueError, match="row 0 of x is none"):
+        with (
+            pyro.validation_enabled(True),
+            pytest.raises(ValueError, match="row 0 of x is not in the data"),
+        ):
             guide(torch.randn(2, 5))
         with pyro.validation_enabled(False):
             assert guide.parameters_of(torch.randn(2, 5)).isnan().all()
