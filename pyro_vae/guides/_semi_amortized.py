@@ -84,7 +84,7 @@ class SemiAmortized(PyroModule):
         for site in random_sites(trace):
             if not site["is_observed"] and data_frame(site) is None:
                 raise ValueError(
-                    f'SemiAmortized needs all latent sites inside the plate "data", but the model '
+                    'SemiAmortized needs all latent sites inside the plate "data", but the model '
                     f"has the latent site {site['name']!r} outside the plate. Use the guide "
                     "without refinement."
                 )
