@@ -123,7 +123,7 @@ class SequenceGuide(PyroModule):
         return values
 
     def _summaries(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """Return :math:`h_1` to :math:`h_T`, ``(B, T, F)``; padded steps repeat a valid one."""
+        """Return :math:`h_1` to :math:`h_T`, ``(B, T, F)``; padded steps repeat the last."""
         batch_size, num_steps = x.shape[:2]
         # Indices from the last step of each sequence down to its first, which then repeats.
         # Indexing twice with them restores the order of the steps. Padding is never read.
