@@ -1,4 +1,4 @@
-"""Normalizing flows: layers whose parameters, or whose context, come from an encoder."""
+"""Normalizing flows: layers whose parameters, or context, come from an encoder."""
 
 from pyro_vae.flows._autoregressive import InverseAutoregressive, MaskedAutoregressive
 from pyro_vae.flows._base import Flow, FlowTransform, collapse_expanded_dims

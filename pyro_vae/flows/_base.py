@@ -1,4 +1,4 @@
-"""What a layer of a flow is: numbers in, an invertible transform out."""
+"""The base class of flow layers: maps unconstrained parameters to an invertible transform."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from pyro_vae._utils.checks import checked, require_floats
 
 
 class Flow(nn.Module):
-    """One layer of a normalizing flow on R^D, its parameters a function of something else.
+    """One layer of a normalizing flow on R^D, with parameters from outside, such as an encoder.
 
-    Called on ``num_parameters`` unconstrained numbers, it gives the transform that they stand for.
-    In :class:`pyro_vae.guides.AmortizedFlow` the encoder gives them, for each datum. A subclass
-    says how many it takes; zeros must give a transform that can be inverted.
+    A call maps ``num_parameters`` unconstrained numbers to a transform. In
+    :class:`pyro_vae.guides.AmortizedFlow`, the encoder computes these numbers for each data point.
+    A subclass must set ``num_parameters``. Zeros must give an invertible transform.
 
     Args:
         dim: D.
 
     Attributes:
-        num_parameters: how many numbers a transform takes.
-        min_dim: the least D that the flow makes sense for.
+        num_parameters: number of parameters of one transform.
+        min_dim: the smallest D that the flow is useful for.
 
     Shape:
-        from ``(*batch, num_parameters)`` to a transform of ``(..., *batch, D)``; both broadcast.
+        Parameters ``(*batch, num_parameters)`` give a transform of ``(..., *batch, D)``; both
+        broadcast.
 
     Raises:
-        ValueError: D is less than ``min_dim``; in a call, there are not ``num_parameters``.
-        TypeError: D is no whole number; in a call, the parameters are no floating-point numbers.
+        ValueError: D is less than ``min_dim``. A call raises it if the last dimension is not
+            ``num_parameters``.
+        TypeError: D is not a whole number. A call raises it if the parameters are not
+            floating-point numbers.
     """
 
     num_parameters: int
@@ -43,12 +46,13 @@ class Flow(nn.Module):
         if dim < self.min_dim:
             raise ValueError(
                 f"the flow {type(self).__name__} needs at least {self.min_dim} dimensions, got dim="
-                f"{dim}: take Planar or Radial, or AmortizedNormal, or join several latents"
+                f"{dim}. Use Planar, Radial or AmortizedNormal, or pass joint=True for several "
+                "latents."
             )
         self.dim = dim
 
     def __call__(self, parameters: Tensor) -> Transform:
-        """Return the transform of these parameters."""
+        """Return the transform with these parameters."""
         transform = super().__call__(
             require_floats("parameters", parameters, (self.num_parameters,))
         )
@@ -59,14 +63,15 @@ class Flow(nn.Module):
 
     @abstractmethod
     def forward(self, parameters: Tensor) -> Transform:
-        """Return the transform of these parameters."""
+        """Return the transform with these parameters."""
 
 
 class FlowTransform(Transform):
-    """A bijection of R^D that keeps what it computed last, its log-determinant included.
+    """A bijection of R^D that caches its last input, output and log-determinant.
 
     Attributes:
-        dim: D, where a :class:`Flow` made it; values of another size are refused.
+        dim: D, set if a :class:`Flow` made the transform. Values of another size then raise an
+            error.
     """
 
     domain = constraints.real_vector
@@ -84,7 +89,7 @@ class FlowTransform(Transform):
 
     @abstractmethod
     def unmap(self, y: Tensor) -> Tensor:
-        """Return the x with f(x) = y."""
+        """Return x such that f(x) = y."""
 
     def _call(self, x: Tensor) -> Tensor:
         y, self._log_det = self.map(self._checked("x", x))
@@ -108,13 +113,13 @@ class FlowTransform(Transform):
 
 
 def collapse_expanded_dims(values: Tensor, event_dim: int = 1) -> Tensor:
-    """Leave values out that are mere repetitions, made by expanding a batch dimension.
+    """Remove the repeated values of expanded batch dimensions; keep each dimension with size 1.
 
-    So one z that is scored under many x is inverted once, where the flow does not depend on x.
+    So if one z is scored under many x and the flow does not depend on x, z is inverted once.
 
     Args:
         values: ``(*batch, *event)``.
-        event_dim: dimensions of the event.
+        event_dim: number of event dimensions.
     """
     for dim in range(values.dim() - event_dim):
         if values.stride(dim) == 0 and values.shape[dim] > 1:

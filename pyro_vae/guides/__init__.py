@@ -1,4 +1,4 @@
-"""Guides: programs of q(z|x), built for any model by tracing it once."""
+"""Guides: programs of q(z|x), built for any model by tracing the model once."""
 
 from pyro_vae.guides import _families as families
 from pyro_vae.guides._amortized import (

@@ -1,8 +1,8 @@
-"""Amortized guides: an encoder gives the parameters of a family, for any model's latents.
+"""Amortized guides: an encoder computes the parameters of q(z|x), for the latents of any model.
 
-Like Pyro's AutoGuides, a guide here takes the model and finds its latent sites by itself. Unlike
-them, it is amortized: an encoder reads x, and one linear head gives the parameters of the latent
-sites in the plate ``"data"``. Sites outside that plate are left to a guide beside this one.
+Like Pyro's AutoGuides, these guides find the latent sites of a model automatically. Unlike
+AutoGuides, they are amortized. An encoder reads x, and one linear head computes the parameters of
+the latent sites in the plate ``"data"``. For sites outside that plate, use another guide.
 """
 
 from __future__ import annotations
@@ -27,34 +27,35 @@ from pyro_vae.guides._posterior import Posterior
 
 @records_init_args
 class AmortizedGuide(PyroModule):
-    r"""q(z|x) of any family, for the latents of any model.
+    r"""Amortized q(z|x) of any family, for the latent variables of any model.
 
     .. math::
         q(z|x) = T_\# \, q_{\lambda(x)}, \qquad \lambda(x) = A \, \mathrm{encoder}(x) + a
 
     :math:`T` maps the reals onto the supports of the latent sites in the plate ``"data"``
-    (``biject_to``; for a real support it is the identity) and # is the push-forward;
+    (``biject_to``; for a real support, the identity). # is the push-forward.
     :math:`q_\lambda` is the family's distribution with parameters :math:`\lambda`.
 
-    The model is traced at the guide's first call, which makes the head; :func:`pyro_vae.fit` makes
-    that call itself. The density is had at any values: ``poutine.condition(guide, data={"z": z})``
-    traced on x scores z.
+    The guide's first call traces the model and creates the head. :func:`pyro_vae.fit` makes this
+    call itself. A guide can score any value, not only its own samples. To score z, trace
+    ``poutine.condition(guide, data={"z": z})`` on x.
 
     Args:
-        model: program of p(x, z) to build the guide for. It is traced, not kept as a submodule.
+        model: program of p(x, z) to build the guide for. It does not become a submodule.
         encoder: network from the program's arguments to features (B, ...), flattened to (B, F).
-        family: makes the family of D dimensions; see :mod:`pyro_vae.guides`.
-        joint: whether several latents (or those of an inner plate) have one joint distribution;
-            if not, they are independent given x, each of the family. A family of independent
-            dimensions knows no difference.
+        family: function from D to a family of D dimensions; see :mod:`pyro_vae.guides`.
+        joint: whether several latents (or those of an inner plate) have one joint distribution.
+            If False, they are independent given x, each of the family. For a family with
+            independent dimensions, both values give the same guide.
 
     Shape:
-        x is ``(B, *event)``. A call returns the latents by name, each ``(..., B, *its event)``.
+        x is ``(B, *event)``. A call returns the latents by name, each ``(..., B, *event)`` with
+        the event shape of its site.
 
     Raises:
-        ValueError: at the first call: the model has no latent site in the plate ``"data"``; a
-            latent is discrete; the encoder's output does not begin with the batch dimension; the
-            family cannot have a latent's dimensions.
+        ValueError: The first call raises it if the model has no latent site in the plate
+            ``"data"`` or if a latent is discrete. It also does so if the encoder's output does not
+            begin with the batch dimension, or if the family does not support a latent's dimension.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class AmortizedGuide(PyroModule):
         return self.sample(self.parameters_of(x, *covariates), x, *covariates)
 
     def parameters_of(self, x: Tensor, *covariates: Any) -> Tensor:
-        """Return the parameters of the family for each datum, ``(B, P)``."""
+        """Return the parameters of the family for each data point, ``(B, P)``."""
         features = features_of(self.encoder, x, *covariates)
         if not self.built:
             sites = latent_sites(self._model.program, x, *covariates)
@@ -83,12 +84,12 @@ class AmortizedGuide(PyroModule):
         return self.built["head"](features)
 
     def build(self, sites: Sequence[LatentSite], width: int, like: Tensor) -> None:
-        """Make the head, as the first call does.
+        """Create the head, as the first call does.
 
         Args:
-            sites: of the model.
-            width: F, of the encoder's features.
-            like: a tensor of their device and type.
+            sites: the latent sites of the model.
+            width: F, the number of the encoder's features.
+            like: a tensor with the device and dtype of the features.
         """
 
         def make() -> dict[str, nn.Module]:
@@ -98,7 +99,7 @@ class AmortizedGuide(PyroModule):
         self.built.fill(make, sites, width, like)
 
     def sample(self, parameters: Tensor, x: Tensor, *covariates: Any) -> dict[str, Tensor]:
-        """Sample the latents, given parameters ``(B, P)`` in place of the encoder's."""
+        """Sample the latents from given parameters ``(B, P)``, without the encoder."""
         posterior = self.built["posterior"]
         plates, masks = surroundings(posterior.sites, self._model.program, x, *covariates)
         return posterior(parameters, plates, masks)
@@ -111,8 +112,8 @@ class AmortizedNormal(AmortizedGuide):
     .. math::
         q(z|x) = \prod_s (T_s)_\# \, \mathcal{N}\bigl(\mu_s(x), \mathrm{diag}\,\sigma_s^2(x)\bigr)
 
-    over the latent sites s; :math:`\sigma_s` by a softplus. See :class:`AmortizedGuide` for the
-    arguments, the shapes and the errors.
+    The product is over the latent sites s. A softplus makes :math:`\sigma_s` positive. See
+    :class:`AmortizedGuide` for the arguments, the shapes and the errors.
 
     Args:
         model: program of p(x, z).
@@ -137,18 +138,18 @@ class AmortizedNormal(AmortizedGuide):
 
 @records_init_args
 class AmortizedDelta(AmortizedGuide):
-    r"""A point for each datum: an autoencoder, or a most probable z.
+    r"""A point estimate of z for each data point, as in an autoencoder or for MAP inference.
 
     .. math:: q(z|x) = \delta(z - T(\mu(x)))
 
-    What the ELBO makes of :math:`\log q` is a number that is given, or learned: a deterministic
-    inverse of the model's flow brings its own log-determinant.
+    The value of :math:`\log q` in the ELBO is a given constant, or an output of the head. The
+    output suits a deterministic inverse of the model's flow, which has its own log-determinant.
 
     Args:
         model: program of p(x, z).
         encoder: network from the program's arguments to features.
-        log_density: of each dimension, a constant; None makes it an output of the head, for an
-            objective of your own: the ELBO would lower it without end.
+        log_density: constant log-density of each dimension. With None, the head outputs it; use
+            this only with your own objective, because the ELBO would decrease it without bound.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class AmortizedDelta(AmortizedGuide):
 
 @records_init_args
 class AmortizedMultivariateNormal(AmortizedGuide):
-    r"""Gaussians of full covariance :math:`L(x) L(x)^\top`, over all latents.
+    r"""Gaussians with full covariance :math:`L(x) L(x)^\top` over all latents.
 
     Args:
         model: program of p(x, z).
@@ -174,12 +175,12 @@ class AmortizedMultivariateNormal(AmortizedGuide):
 
 @records_init_args
 class AmortizedLowRankNormal(AmortizedGuide):
-    r"""Gaussians of covariance :math:`W(x) W(x)^\top + \mathrm{diag}\,\sigma^2(x)`.
+    r"""Gaussians with covariance :math:`W(x) W(x)^\top + \mathrm{diag}\,\sigma^2(x)`.
 
     Args:
         model: program of p(x, z).
         encoder: network from the program's arguments to features.
-        rank: columns of W.
+        rank: number of columns of W.
         joint: whether several latents are correlated; see :class:`AmortizedGuide`.
     """
 
@@ -192,7 +193,7 @@ class AmortizedLowRankNormal(AmortizedGuide):
 
 @records_init_args
 class AmortizedMixture(AmortizedGuide):
-    r"""Mixtures of diagonal Gaussians, with gradients to the weights.
+    r"""Mixtures of diagonal Gaussians, with gradients for the mixture weights.
 
     .. math:: q(z|x) = T_\# \sum_k \pi_k(x) \, \mathcal{N}(\mu_k(x), \mathrm{diag}\,\sigma_k^2(x))
 
@@ -201,7 +202,7 @@ class AmortizedMixture(AmortizedGuide):
     Args:
         model: program of p(x, z).
         encoder: network from the program's arguments to features.
-        components: K.
+        components: K, the number of Gaussians.
         joint: whether several latents share the component; see :class:`AmortizedGuide`.
     """
 
@@ -220,17 +221,17 @@ class AmortizedFlow(AmortizedGuide):
         \log q(z|x) = \log\mathcal{N}(\epsilon; \mu(x), \sigma^2(x))
             - \sum_l \log|\det J_l(x)|, \qquad z = T f_L \circ \dots \circ f_1(\epsilon)
 
-    The encoder gives the parameters of the layers (planar, radial, Sylvester, Householder), or the
-    context of their networks (autoregressive, coupling, spline).
+    The encoder computes the parameters of the layers (planar, radial, Sylvester, Householder), or
+    the context of their networks (autoregressive, coupling, spline).
 
     Args:
         model: program of p(x, z).
         encoder: network from the program's arguments to features.
-        flow: makes a layer from D: a class of :mod:`pyro_vae.flows`, a ``functools.partial`` of
-            one, or your own :class:`pyro_vae.flows.Flow`.
-        length: how many layers.
-        amortized: whether the layers depend on x; if not, one flow serves all data.
-        joint: whether one flow moves all latents; see :class:`AmortizedGuide`.
+        flow: function from D to a layer: a class of :mod:`pyro_vae.flows`, a
+            ``functools.partial`` of one, or your own :class:`pyro_vae.flows.Flow`.
+        length: number of layers.
+        amortized: whether the layers depend on x. If False, all data points share one flow.
+        joint: whether one flow transforms all latents; see :class:`AmortizedGuide`.
 
     Example:
         >>> import torch, pyro_vae as pv

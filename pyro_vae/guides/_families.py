@@ -1,6 +1,6 @@
-"""Families of distributions on R^D, as functions of unconstrained numbers.
+"""Families of distributions on R^D, as functions of unconstrained parameters.
 
-A guide is a family and a source of its parameters: an encoder, a table, a few gradient steps.
+A guide combines a family with a source of its parameters: an encoder, a table or gradient steps.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from pyro_vae.flows import Flow
 
 
 class Family(nn.Module):
-    """Distributions on R^D, given by P unconstrained numbers.
+    """Distributions on R^D with P unconstrained parameters.
 
     Args:
         dim: D.
 
     Attributes:
         num_parameters: P.
-        independent: whether the dimensions are independent. Then a distribution of scalars is made
-            of P/D tensors.
+        independent: whether the dimensions are independent. If True, a call takes P/D tensors and
+            returns a distribution of scalars.
 
     Shape:
-        from ``(*batch, P)`` to batch shape ``batch`` and event shape ``(D,)``; if independent, from
-        P/D tensors of any shape to that batch shape and scalar events.
+        Parameters ``(*batch, P)`` give batch shape ``batch`` and event shape ``(D,)``. If
+        ``independent``, P/D tensors of any shape give that batch shape and scalar events.
     """
 
     num_parameters: int
@@ -45,12 +45,12 @@ class Family(nn.Module):
 
     @abstractmethod
     def forward(self, parameters: Tensor | Sequence[Tensor]) -> TorchDistributionMixin:
-        """Return the distribution of these parameters."""
+        """Return the distribution with these parameters."""
 
 
 @records_init_args
 class Normal(Family):
-    r"""Diagonal Gaussians: :math:`\mu`, and :math:`\sigma` by a softplus."""
+    r"""Diagonal Gaussians with parameters :math:`\mu`, and :math:`\sigma` by a softplus."""
 
     independent = True
 
@@ -66,11 +66,11 @@ class Normal(Family):
 
 @records_init_args
 class Delta(Family):
-    """Points, with a log-density that is a constant.
+    """Point masses with a constant log-density.
 
     Args:
         dim: D.
-        log_density: of each dimension; None makes it a free parameter of each datum.
+        log_density: log-density of each dimension; None makes it a parameter per data point.
     """
 
     independent = True
@@ -81,7 +81,7 @@ class Delta(Family):
         self.num_parameters = dim if log_density is not None else 2 * dim
 
     def forward(self, parameters: Sequence[Tensor]) -> TorchDistributionMixin:
-        """Return independent points."""
+        """Return independent point masses."""
         if self._log_density is None:
             point, log_density = parameters
             return dist.Delta(point, log_density)
@@ -91,7 +91,7 @@ class Delta(Family):
 
 @records_init_args
 class MultivariateNormal(Family):
-    r"""Gaussians of any covariance :math:`LL^\top`, L lower triangular (Cholesky)."""
+    r"""Gaussians with any covariance :math:`LL^\top`; L is lower triangular (Cholesky)."""
 
     def __init__(self, dim: int):
         super().__init__(dim)
@@ -104,7 +104,7 @@ class MultivariateNormal(Family):
         rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=loc.device)
         triangle = torch.diag_embed(softplus_scale(diagonal))
         place = (rows * self.dim + columns).expand(below.shape)
-        # The rows of a fresh guide have next to no correlations, however many dimensions.
+        # This scale keeps the correlations of a new guide small in any number of dimensions.
         below = below / math.sqrt(self.dim)
         triangle = triangle.flatten(-2).scatter(-1, place, below).unflatten(-1, (self.dim, -1))
         return dist.MultivariateNormal(loc, scale_tril=triangle)
@@ -112,14 +112,14 @@ class MultivariateNormal(Family):
 
 @records_init_args
 class LowRankNormal(Family):
-    r"""Gaussians of covariance :math:`WW^\top + \mathrm{diag}(\sigma^2)`, W of some rank.
+    r"""Gaussians with covariance :math:`WW^\top + \mathrm{diag}(\sigma^2)`; W has low rank.
 
     Args:
         dim: D.
-        rank: columns of W; D, if that is less.
+        rank: number of columns of W, at most D; a larger rank is reduced to D.
 
     Raises:
-        ValueError: the rank is not positive.
+        ValueError: The rank is not positive.
     """
 
     def __init__(self, dim: int, rank: int = 4):
@@ -138,7 +138,7 @@ class LowRankNormal(Family):
 
 
 class _LowRankNormal(dist.LowRankMultivariateNormal):
-    """torch's, but for a density without the difference of two large numbers."""
+    """torch's class, but log_prob does not subtract two large numbers."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -146,7 +146,8 @@ class _LowRankNormal(dist.LowRankMultivariateNormal):
         scale = self._unbroadcasted_cov_diag.sqrt()
         factor = self._unbroadcasted_cov_factor / scale.unsqueeze(-1)
         residual = ((value - self.loc) / scale).unsqueeze(-1)
-        # r'(I + AA')^-1 r is the least of |r - Ac|^2 + |c|^2: errors of c enter it squared.
+        # r'(I + AA')^-1 r is the minimum over c of |r - Ac|^2 + |c|^2. So an error in c has only
+        # a second-order effect.
         c = torch.cholesky_solve(factor.mT @ residual, self._capacitance_tril)
         square = (residual - factor @ c).square().sum((-1, -2)) + c.square().sum((-1, -2))
         half_log_det = self._capacitance_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -159,14 +160,14 @@ class _LowRankNormal(dist.LowRankMultivariateNormal):
 class Mixture(Family):
     """Mixtures of diagonal Gaussians, see :class:`pyro_vae.distributions.MixtureOfDiagNormals`.
 
-    Free offsets, the same for every datum, set the components apart from the beginning.
+    Learned offsets, shared by all data points, separate the components from the start.
 
     Args:
         dim: D.
-        components: K.
+        components: K, the number of Gaussians.
 
     Raises:
-        ValueError: there is no component.
+        ValueError: ``components`` is not positive.
     """
 
     def __init__(self, dim: int, components: int = 4):
@@ -196,11 +197,11 @@ class Transformed(Family):
 
     Args:
         dim: D.
-        flow: makes a layer from D, such as :class:`pyro_vae.flows.Planar`.
-        length: L.
-        amortized: whether the layers' parameters, or their context, are given like those of the
-            Gaussian. If not they are free: one flow for all data, and to score M values under N
-            Gaussians takes M inversions.
+        flow: function from D to a layer, such as :class:`pyro_vae.flows.Planar`.
+        length: L, the number of layers.
+        amortized: whether the input also holds the layers' parameters, or their context. If False,
+            they are free parameters of one flow that all data points share. Scoring M values under
+            N Gaussians then takes M inversions.
 
     Raises:
         ValueError: ``length`` is not positive, or the flow needs more dimensions.

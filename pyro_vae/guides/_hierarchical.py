@@ -1,4 +1,4 @@
-"""Guides for models with several layers of latents, or with a sequence of them."""
+"""Guides for models with several layers of latents or with a sequence of latents."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ from pyro_vae.nets import MLP
 
 @records_init_args
 class HierarchicalGuide(PyroModule):
-    r"""One latent after another, each given x and those before it.
+    r"""Samples the latents in order, each conditioned on x and the earlier latents.
 
     .. math:: q(z|x) = \prod_{l} q(z_{\sigma(l)} \mid z_{\sigma(<l)}, x)
 
-    Every factor is of one family; a network gives its parameters from the encoder's features and
-    the values of the latents before it.
+    All factors are of the same family. For each factor, a network maps the encoder's features and
+    the values of the earlier latents to the parameters.
 
     Args:
-        model: program of p(x, z). It is traced, not kept as a submodule.
+        model: program of p(x, z). It does not become a submodule.
         encoder: network from the program's arguments to features (B, ...), flattened to (B, F).
-        family: makes the family of D dimensions; see :mod:`pyro_vae.guides`.
-        order: ``"top-down"``, as the model samples them (Sønderby et al. 2016; forwards in time);
-            ``"bottom-up"``, the other way round (Rezende et al. 2014; Burda et al. 2016); or all
-            the names.
-        history: on how many of the latents before it one depends; on all, if not given. One makes
-            a Markov chain.
-        hidden: widths of the network behind each factor.
+        family: function from D to a family of D dimensions; see :mod:`pyro_vae.guides`.
+        order: ``"top-down"``, the model's sampling order (Sønderby et al. 2016; forward in time);
+            ``"bottom-up"``, the reverse order (Rezende et al. 2014; Burda et al. 2016); or the
+            names of all latents in order.
+        history: number of earlier latents that each latent depends on; None means all. With 1,
+            the latents form a Markov chain.
+        hidden: widths of the hidden layers of each factor's network.
 
     Raises:
-        ValueError: at the first call: the model has no latent site in the plate ``"data"``;
-            ``order`` does not name them; what :class:`pyro_vae.guides.AmortizedGuide` refuses.
+        ValueError: ``history`` is negative. The first call raises it if the model has no latent
+            site in the plate ``"data"`` or if ``order`` does not name all of them. It also raises
+            the errors of :class:`pyro_vae.guides.AmortizedGuide`.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class HierarchicalGuide(PyroModule):
         self._family, self._order, self._hidden = family, order, tuple(hidden)
         self._history = history
         self.encoder = encoder
-        self.built = LazyModules()  # a network and a posterior for each site, from the first call
+        self.built = LazyModules()  # a network and a posterior per site, made at the first call
         self._sites: tuple[LatentSite, ...] = ()
 
     def forward(self, x: Tensor, *covariates: Any) -> dict[str, Tensor]:
@@ -86,12 +87,12 @@ class HierarchicalGuide(PyroModule):
         return 0 if self._history is None else max(0, number - self._history)
 
     def build(self, sites: Sequence[LatentSite], width: int, like: Tensor) -> None:
-        """Make a network for each latent, as the first call does.
+        """Create a network for each latent, as the first call does.
 
         Args:
-            sites: of the model, in its order.
-            width: F, of the encoder's features.
-            like: a tensor of their device and type.
+            sites: the latent sites, in the model's order.
+            width: F, the number of the encoder's features.
+            like: a tensor with the device and dtype of the features.
         """
         ordered = self._ordered(tuple(sites))
         counts = [site.num_inputs for site in ordered]

@@ -1,4 +1,4 @@
-"""Several latent sites drawn from one distribution, each at its own site, and scored anywhere."""
+"""Several latent sites sampled from one joint distribution, which scores any values."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from pyro_vae._programs.sites import DATA_PLATE, JOINT_DENSITY, ON_SUPPORT
 
 
 class JointDraw:
-    """One draw of all sites, made when the first of them is drawn.
+    """One joint sample of all sites, made when the first of them is sampled.
 
-    Each site takes its part, with a log-density of zero. That of all is the factor after them,
-    computed from the values that the sites return: drawn here, or given by a handler.
+    Each site returns its part of the sample, with a log-density of zero. A factor after the sites
+    adds the joint log-density. It scores the values that the sites return, which are sampled here
+    or set by a handler.
 
     Args:
-        distribution: of the rows of all sites, batch shape ``(B,)`` and events ``(count,)``.
-        sites: that share it.
+        distribution: distribution of the rows of all sites, with batch shape ``(B,)`` and event
+            shape ``(count,)``.
+        sites: the sites that share the distribution.
     """
 
     def __init__(self, distribution: TorchDistributionMixin, sites: Sequence[LatentSite]):
         self._distribution = distribution
         self._sites = sites
-        # Caches let a drawn value be scored without inverting.
+        # With the caches, scoring a sampled value needs no inverse.
         self._bijections = [site.bijection.with_cache(1) for site in sites]
         self._rows: Tensor | None = None
-        self._drawn: list[Tensor] = []  # the values that the sites got of the rows
+        self._drawn: list[Tensor] = []  # the values computed from the rows
 
     @property
     def batch_size(self) -> int:
@@ -42,7 +44,7 @@ class JointDraw:
         return self._distribution.batch_shape[-1]
 
     def sample(self, plates: Mapping[str, AbstractContextManager]) -> dict[str, Tensor]:
-        """Sample every site, then tell the density of all."""
+        """Sample every site, then add the factor with the joint log-density."""
         values = {}
         for number, site in enumerate(self._sites):
             with inside(site, plates, {}):
@@ -58,7 +60,7 @@ class JointDraw:
         return values
 
     def draw(self, number: int, outer: torch.Size) -> Tensor:
-        """Return the value of a site, ``(*outer, *batch dimensions, *event)``, from the draw."""
+        """Return a site's part of the sample, ``(*outer, *batch dimensions, *event)``."""
         if self._rows is None:
             batch = (*outer, *self._distribution.batch_shape[-1:])
             self._rows = self._distribution.expand(batch).rsample()
@@ -69,13 +71,14 @@ class JointDraw:
         return value
 
     def _log_prob(self, values: list[Tensor]) -> Tensor:
-        """The density of all values, at the data's dimension."""
+        """Return the joint log-density of all values, with the batch in the data dimension."""
         drawn = [any(value is each for each in self._drawn) for value in values]
         if any(drawn) and not all(drawn):
             given, taken = (self._sites[drawn.index(flag)].name for flag in (False, True))
             raise ValueError(
-                f"latent site {given!r} is given and {taken!r} is drawn, but the guide draws them "
-                "jointly: give all of them, or build the guide with joint=False"
+                f"latent site {given!r} is given and {taken!r} is drawn, but the guide samples "
+                "them jointly. Give the values of all latent sites, or build the guide with "
+                "joint=False."
             )
         rows, log_det = [], 0.0
         for site, bijection, value in zip(self._sites, self._bijections, values, strict=True):
@@ -88,7 +91,7 @@ class JointDraw:
             change = bijection.log_abs_det_jacobian(unconstrained, value)
             change = site.to_rows(change, self.batch_size, event_dim - bijection.domain.event_dim)
             log_det = log_det + change.sum(-1)
-        # The draw itself, since a flow keeps what it needs to score it.
+        # Score the original sample: a flow has cached its log-determinant.
         whole = self._rows if all(drawn) else _concatenate(rows)
         log_prob = self._distribution.log_prob(whole) - log_det
         site = self._sites[0]
@@ -99,13 +102,13 @@ class JointDraw:
 
 def _concatenate(rows: list[Tensor]) -> Tensor:
     whole = torch.broadcast_shapes(*(each.shape[:-1] for each in rows))
-    rows = [flows.collapse_expanded_dims(each) for each in rows]  # they may be one for all data
+    rows = [flows.collapse_expanded_dims(each) for each in rows]  # all data may share one row
     batch = torch.broadcast_shapes(*(each.shape[:-1] for each in rows))
     return torch.cat([each.expand(*batch, -1) for each in rows], -1).expand(*whole, -1)
 
 
 class _Part(TorchDistribution):
-    """A site's part of a joint draw; its density is told with that of all."""
+    """One site's part of a joint sample; the factor after the sites has its log-density."""
 
     arg_constraints = {}  # noqa: RUF012 - as torch declares them
     has_rsample = True
@@ -121,7 +124,7 @@ class _Part(TorchDistribution):
 
     @property
     def support(self) -> Constraint:
-        """The site's."""
+        """The support of the site."""
         return self._site.bijection.codomain
 
     def expand(self, batch_shape, _instance=None) -> _Part:
@@ -129,12 +132,12 @@ class _Part(TorchDistribution):
         return _Part(self._joint, self._site, self._number, batch_shape)
 
     def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
-        """Take the part."""
+        """Return this site's part of the joint sample."""
         if sample_shape:
-            raise ValueError("a joint draw takes no sample_shape: use a plate")
+            raise ValueError("sample_shape must be empty for a joint sample. Use a plate.")
         batch = self.batch_shape
         return self._joint.draw(self._number, batch[: max(0, len(batch) - self._site.nesting)])
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return zeros: the factor behind the sites has the density."""
+        """Return zeros, because the factor after the sites has the log-density."""
         return value.new_zeros(self.batch_shape)

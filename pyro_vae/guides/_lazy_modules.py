@@ -1,4 +1,4 @@
-"""Modules that are made later than they may be loaded."""
+"""Modules that are created at the first call, even after a state dict was loaded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pyro_vae._utils.random import separate_draws
 
 
 class LazyModules(nn.ModuleDict):
-    """Modules that a guide makes at its first call, when it has seen the model and an x.
+    """Modules that a guide creates at its first call, from the model and a minibatch.
 
-    Values that are loaded before wait until then.
+    A state dict that is loaded before the first call is kept and applied then.
 
     Attributes:
-        sites: of the model, which the modules are for.
-        width: of the features that they take. With the sites, it is all that they are made of.
+        sites: the latent sites that the modules are for.
+        width: number of input features. The sites and the width determine the modules.
     """
 
     def __init__(self):
@@ -29,7 +29,7 @@ class LazyModules(nn.ModuleDict):
 
     @property
     def has_pending_state(self) -> bool:
-        """Whether values that were loaded wait."""
+        """Whether a loaded state dict has not been applied yet."""
         return bool(self._waiting)
 
     def fill(
@@ -39,20 +39,21 @@ class LazyModules(nn.ModuleDict):
         width: int,
         like: Tensor,
     ) -> None:
-        """Make the modules and load the values that wait.
+        """Create the modules and apply a loaded state dict.
 
-        Modules that exist stay: a model whose prior runs the guide has had it make them while it
-        was traced. Their initial values leave the generators as they were. They can be trained
-        even if they are made under ``torch.inference_mode``.
+        Do nothing if the modules exist. This happens if the model's prior runs the guide, because
+        tracing the model then creates them. The initial values do not change the state of the
+        random generators. The modules can be trained even if this runs under
+        ``torch.inference_mode``.
 
         Args:
-            make: makes the modules by name.
-            sites: of the model, which they are for.
-            width: of the features that they take.
-            like: a tensor of their device and type.
+            make: function that returns the modules by name.
+            sites: the latent sites that the modules are for.
+            width: number of input features.
+            like: a tensor with the device and dtype for the modules.
 
         Raises:
-            ValueError: The values that wait belong to other modules.
+            ValueError: The loaded state dict does not fit the modules.
         """
         if len(self):
             return
@@ -69,7 +70,8 @@ class LazyModules(nn.ModuleDict):
                 self.clear()
                 self._waiting = waiting
                 raise ValueError(
-                    f"what was loaded belongs to a guide for another model or encoder: {error}"
+                    "the loaded state dict belongs to a guide for another model or encoder: "
+                    f"{error}"
                 ) from error
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:

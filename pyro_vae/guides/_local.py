@@ -1,4 +1,4 @@
-"""Guides without an encoder: free parameters for each datum."""
+"""A guide without an encoder, with free parameters for each data point."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from pyro_vae.guides._posterior import Posterior
 
 
 class LocalGuide(PyroModule):
-    r"""Classical variational inference: parameters of its own for each datum (Blei et al. 2017).
+    r"""Classical variational inference: separate parameters per data point (Blei et al. 2017).
 
     .. math:: q(z_n|x_n) = T_\# \, q_{\lambda_n}
 
-    The best that a family can do, against which an encoder's :math:`\lambda(x)` is measured. A
-    minibatch finds its parameters by its rows (x and covariates), wherever they stand; equal rows
-    share theirs.
+    This guide gives the best fit of a family. Compare it with an encoder's :math:`\lambda(x)` to
+    measure the amortization gap. The rows of a minibatch (x and covariates) may come in any order:
+    the guide looks up the parameters by the values of a row. Equal rows share their parameters.
 
     Args:
-        model: program of p(x, z). It is traced, not kept as a submodule.
+        model: program of p(x, z). It does not become a submodule.
         x: all data, ``(N, *event)``.
         *covariates: further arguments of the model, for all data.
-        family: makes the family of D dimensions; see :mod:`pyro_vae.guides`.
+        family: function from D to a family of D dimensions; see :mod:`pyro_vae.guides`.
         joint: whether several latents are joint; see :class:`pyro_vae.guides.AmortizedGuide`.
 
     Raises:
-        ValueError: the model has no latent site in the plate ``"data"``; the family cannot have
-            its dimensions; in a call, while values are validated: a row is none of the data.
-            (Parameters of such a row are NaN.)
+        ValueError: The model has no latent site in the plate ``"data"``, or the family does not
+            support its dimensions. With validation enabled, a call raises it for a row that is
+            not in the data. (Without validation, the parameters of such a row are NaN.)
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -84,15 +84,15 @@ class LocalGuide(PyroModule):
         self.posterior = Posterior(sites, family, joint).to(like)
         direction = torch.randn(rows.shape[-1], dtype=torch.float64, device=like.device)
         keys, order = (rows @ direction).sort()
-        # As integers, which a change of the module's dtype leaves alone.
+        # Stored as integers, so a change of the module's dtype does not change them.
         for name, values in (("_rows", rows[order]), ("_direction", direction), ("_keys", keys)):
             self.register_buffer(name, values.view(torch.int64))
-        # Not zeros, where all layers of a flow would stay alike.
+        # Not zeros: from zeros, all layers of a flow would stay equal.
         shape = (len(rows), self.posterior.num_parameters)
         self.table = nn.Parameter(0.1 * torch.randn(shape, dtype=like.dtype, device=like.device))
 
     def as_arguments(self) -> dict[str, Any]:
-        """Return what :meth:`of_arguments` makes such a guide of: none of the data."""
+        """Return the arguments of :meth:`of_arguments`, without the data."""
         return {
             "model": self._model.program,
             "sites": self.posterior.sites,
@@ -110,7 +110,7 @@ class LocalGuide(PyroModule):
         joint: bool,
         shape: tuple[int, int],
     ) -> LocalGuide:
-        """Make a guide for data that its buffers are to be loaded with."""
+        """Create a guide without data; load its state dict to restore the rows and parameters."""
         guide = cls.__new__(cls)
         PyroModule.__init__(guide)
         guide._model = ModelRef(model)
@@ -124,12 +124,12 @@ class LocalGuide(PyroModule):
         return self.posterior(parameters, plates, masks)
 
     def parameters_of(self, x: Tensor, *covariates: Any) -> Tensor:
-        """Return the parameters of the family for each datum, ``(B, P)``."""
+        """Return the parameters of the family for each data point, ``(B, P)``."""
         rows, direction, keys = (
             values.view(torch.float64) for values in (self._rows, self._direction, self._keys)
         )
         x = _flat(x, *covariates)
-        # One number tells rows apart; the nearest is looked at, since it is subject to rounding.
+        # One number per row identifies the row. It has rounding errors, so use the nearest key.
         key = x @ direction
         above = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
         below = (above - 1).clamp(min=0)
@@ -139,9 +139,9 @@ class LocalGuide(PyroModule):
         if torch.distributions.Distribution._validate_args and not known.all():
             row = (~known).nonzero()[0].item()
             raise ValueError(
-                f"row {row} of x is none of the data that this LocalGuide was made for: it has "
-                "parameters for those alone. Make it for these data, without a transform that "
-                "draws them anew, or use an amortized guide."
+                f"row {row} of x is not in the data of this LocalGuide, which has parameters only "
+                "for its own data. Build it with these data and without random transforms, or use "
+                "an amortized guide."
             )
         return torch.where(known.unsqueeze(-1), self.table[found], torch.nan)
 
@@ -151,11 +151,13 @@ def _check(name: str, column: Any) -> None:
         return
     require_batch(name, column)
     if not torch.isfinite(column).all():
-        raise ValueError(f"{name} has NaN or infinite values, whose rows could not be found again")
+        raise ValueError(
+            f"{name} must be finite, got NaN or infinite values. Remove or replace them."
+        )
 
 
 def _flat(*columns: Any) -> Tensor:
-    """Lay columns side by side, one row of float64 for each datum."""
+    """Concatenate the columns into one float64 row for each data point."""
     x, *others = columns
     kept = [x, *(c for c in others if isinstance(c, Tensor) and c.dim() and len(c) == len(x))]
     return torch.cat([column.reshape(len(x), -1).double() for column in kept], -1)

@@ -1,4 +1,4 @@
-"""A guide's hold on the model it was made for, which is not a part of it."""
+"""A guide's reference to its model, which does not make the model a submodule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class ModelRef:
-    """A program that is neither a submodule nor copied with what holds it.
+    """A reference to a program that is not a submodule and is not copied with its owner.
 
     Args:
         program: the model.
@@ -17,5 +17,5 @@ class ModelRef:
         self.program = program
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelRef:
-        """Hold the same program; or its copy, if both are copied at once, the program first."""
+        """Refer to the same program, or to its copy if the same deepcopy has already copied it."""
         return ModelRef(memo.get(id(self.program), self.program))

@@ -1,4 +1,4 @@
-"""From a family and its parameters for each datum to samples at the latent sites of a model."""
+"""Samples the latent sites of a model from a family, given its parameters for each data point."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from pyro_vae.guides._joint import JointDraw
 
 
 class Posterior(nn.Module):
-    r"""Samples latent sites from a family's distributions, given parameters for each datum.
+    r"""Samples latent sites from a family's distributions, given parameters for each data point.
 
-    One latent site takes a distribution of its own; several that are joint share one, see
+    A single latent site has its own distribution. Several joint sites share one, see
     :class:`pyro_vae.guides._joint.JointDraw`.
 
     Args:
-        sites: to sample.
-        family: makes the family of D dimensions.
-        joint: one distribution over all sites, rather than one for each.
+        sites: the latent sites to sample.
+        family: function from D to a family of D dimensions.
+        joint: use one distribution over all sites, rather than one for each.
 
     Raises:
-        ValueError: the family cannot have these dimensions; joint sites are masked.
+        ValueError: The family does not support these dimensions, or a joint site is masked.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Posterior(nn.Module):
         if self._joint:
             if masked := [site.name for site in sites if site.masked]:
                 raise ValueError(
-                    f"latent site {masked[0]!r} is masked, and cannot be drawn jointly with "
-                    "others: pass joint=False"
+                    f"latent site {masked[0]!r} is masked, so it cannot be sampled jointly with "
+                    "other sites. Pass joint=False."
                 )
             made = [whole]
             self._sizes = [whole.num_parameters]
@@ -63,7 +63,7 @@ class Posterior(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers a datum takes."""
+        """The number of parameters for each data point."""
         return sum(self._sizes)
 
     def forward(
@@ -76,11 +76,11 @@ class Posterior(nn.Module):
 
         Args:
             parameters: ``(*outer, B, num_parameters)``.
-            plates: of the model, by name.
-            masks: of masked sites, by name.
+            plates: the plates of the model, by name.
+            masks: the masks of masked sites, by name.
 
         Returns:
-            The values by site: drawn, or given by a handler.
+            The value of each site by name, sampled here or set by a handler.
         """
         if self._joint:
             (family,) = self.families
@@ -95,14 +95,15 @@ class Posterior(nn.Module):
 
 
 def _joint_family(sites: Sequence[LatentSite], family: Callable[[int], Family]) -> Family | None:
-    """Make one family for all dimensions of all sites, unless they are independent anyway."""
+    """Return one family for all dimensions of all sites, or None if they are independent."""
     several = len(sites) > 1 or bool(sites[0].batch_shape)
     maker = getattr(family, "func", family)  # of a functools.partial
     if not several or getattr(maker, "independent", False) is True:
         return None
     names = ", ".join(repr(site.name) for site in sites)
     whole = _make(family, sum(site.shape.numel() for site in sites), names)
-    return None if whole.independent else whole  # a plain function of D does not say it before
+    # A plain function of D has no attribute "independent", so ask the family that it made.
+    return None if whole.independent else whole
 
 
 def _make(family: Callable[[int], Family], dim: int, names: str) -> Family:
@@ -113,7 +114,7 @@ def _make(family: Callable[[int], Family], dim: int, names: str) -> Family:
 
 
 def _at_site(site: LatentSite, family: Family, rows: Tensor) -> TorchDistributionMixin:
-    """The distribution of a site by itself."""
+    """Return the distribution of a site that is not joint with others."""
     if family.independent:
         groups = rows.unflatten(-1, (-1, site.shape.numel())).unbind(-2)
         numbers = [site.from_rows(group, site.event_shape) for group in groups]
@@ -139,17 +140,17 @@ def push_forward(
 ) -> TorchDistributionMixin:
     """Map a distribution of unconstrained scalars through a bijection onto a support.
 
-    A Gaussian is wound around the circle where the support is that of angles, so that no cut
-    parts its density.
+    For a support of angles, a Gaussian is wrapped around the circle. So its density is continuous
+    on the circle.
 
     Args:
-        base: distribution of scalars, of batch shape ``(..., *event)``.
+        base: distribution of scalars with batch shape ``(..., *event)``.
         bijection: from the reals onto the support, over the event.
-        event_dim: how many of the base's rightmost batch dimensions make an event.
+        event_dim: number of the base's rightmost batch dimensions that form an event.
 
     Returns:
-        A distribution over the support, in the form that closed-form KLs are known for: the base
-        itself where the support is real, and independent scalars where the bijection acts so.
+        A distribution over the support, in a form that closed-form KLs accept. For a real support
+        it is the base itself. For an elementwise bijection it consists of independent scalars.
     """
     while isinstance(bijection, IndependentTransform):
         bijection = bijection.base_transform
@@ -158,12 +159,13 @@ def push_forward(
     if maps_onto_angles(bijection) and isinstance(base, dist.Normal):
         return WrappedNormal(base.loc, base.scale).to_event(event_dim)
     inner = bijection.domain.event_dim
-    if isinstance(base, dist.Delta):  # a point has no volume that a bijection could change
+    if isinstance(base, dist.Delta):  # a point mass gets no Jacobian term
         log_density = base.log_density.sum(tuple(range(-inner, 0))) if inner else base.log_density
         point = bijection(base.v)
         moved = dist.Delta(point, log_density, event_dim=bijection.codomain.event_dim)
         return moved.to_event(event_dim - inner)
-    # The cache lets a sample be scored without inverting; a new one for each draw is never stale.
+    # With the cache, scoring a sample needs no inverse. Each call makes a new cache, so it is never
+    # stale.
     bijection = bijection.with_cache(1)
     pushed = dist.TransformedDistribution(base.to_event(inner), [bijection])
     return pushed.to_event(event_dim - inner)

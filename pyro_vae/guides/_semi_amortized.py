@@ -1,4 +1,4 @@
-"""Guides whose parameters begin where an encoder puts them, and take a few steps from there."""
+"""Guides that refine the parameters from an encoder by a few gradient steps."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from pyro_vae.guides._amortized import AmortizedGuide
 
 @records_init_args
 class SemiAmortized(PyroModule):
-    r"""An amortized guide refined for each datum by gradient steps (Kim et al. 2018, algorithm 1).
+    r"""An amortized guide, refined per data point by gradient steps (Kim et al. 2018, algorithm 1).
 
     .. math::
         \lambda_0 = \lambda(x), \qquad
         \lambda_{t+1} = \lambda_t
             + \mathrm{Adam}\bigl(\nabla_\lambda \mathrm{ELBO}(x; \lambda_t)\bigr)
 
-    and :math:`q(z|x) = T_\# q_{\lambda_T}`. Each step draws z anew, so that :math:`\lambda_T`, and
-    with it the density at a given z, differs a little from call to call; the weights p/q of one
-    call are exact.
+    and :math:`q(z|x) = T_\# q_{\lambda_T}`. Each step samples a new z. So :math:`\lambda_T`, and
+    the density at a given z, vary slightly between calls. The weights p/q of one call are exact.
 
     Args:
         guide: any :class:`pyro_vae.guides.AmortizedGuide`.
-        steps: T.
-        step_size: of Adam.
-        through: whether the encoder's gradient passes through the steps (second derivatives, which
-            not every family has); if not, the encoder gets the gradient at :math:`\lambda_T`.
+        steps: T, the number of gradient steps.
+        step_size: the step size of Adam.
+        through: whether the encoder's gradient passes through the steps. This needs second
+            derivatives, which not every family has. If False, the encoder gets the gradient at
+            :math:`\lambda_T`.
 
     Raises:
-        ValueError: ``steps`` or ``step_size`` is not positive; at the first call: the model has a
-            latent that all data share.
-        RuntimeError: ``through``, and the family has no second derivatives.
-        TypeError: ``guide`` has no parameters to refine.
+        ValueError: ``steps`` or ``step_size`` is not positive. The first call raises it if the
+            model has a latent outside the plate ``"data"``.
+        RuntimeError: ``through`` is True, and the family has no second derivatives.
+        TypeError: ``guide`` is not an AmortizedGuide.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class SemiAmortized(PyroModule):
         return self.guide.sample(self.parameters_of(x, *covariates), x, *covariates)
 
     def parameters_of(self, x: Tensor, *covariates: Any) -> Tensor:
-        """Return the refined parameters of the family for each datum, ``(B, P)``."""
+        """Return the refined parameters of the family for each data point, ``(B, P)``."""
         start = self.guide.parameters_of(x, *covariates)
         if not self._checked:
             self._check(x, *covariates)
@@ -77,15 +77,16 @@ class SemiAmortized(PyroModule):
         return refined if self._through else start + (refined - start).detach()
 
     def _check(self, x: Tensor, *covariates: Any) -> None:
-        # What is drawn here is drawn once: it must not move the noise of this call alone.
+        # Only the first call runs this check. Restore the generators, so that its samples do not
+        # change the noise of that call.
         with restored_generators(), torch.no_grad(), outside_of_plates(), poutine.block():
             trace = trace_of(self.guide._model.program, x, *covariates)
         for site in random_sites(trace):
             if not site["is_observed"] and data_frame(site) is None:
                 raise ValueError(
-                    f'the model has the latent site {site["name"]!r} outside the plate "data": '
-                    "what SemiAmortized refines for a datum would depend on a value that it does "
-                    "not know. Use the guide without refinement."
+                    'SemiAmortized needs all latent sites inside the plate "data", but the model '
+                    f"has the latent site {site['name']!r} outside the plate. Use the guide "
+                    "without refinement."
                 )
         self._checked = True
 
@@ -103,7 +104,7 @@ class SemiAmortized(PyroModule):
         def guide(x: Tensor, *covariates: Any) -> dict[str, Tensor]:
             return self.guide.sample(parameters, x, *covariates)
 
-        with outside_of_plates(), poutine.block():  # what is drawn here is nobody else's
+        with outside_of_plates(), poutine.block():  # hide these samples from outer handlers
             t = terms(self.guide._model.program, guide, x, *covariates)
             elbo = (t.log_likelihood - t.kl).sum()
         (gradient,) = torch.autograd.grad(elbo, parameters, create_graph=self._through)
@@ -111,5 +112,5 @@ class SemiAmortized(PyroModule):
 
 
 def _normal(value: Any) -> Any:
-    """Return a tensor that autograd can save, if this one was made under inference mode."""
+    """Return the value, or a copy that autograd can save if it is an inference tensor."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value

@@ -1,4 +1,4 @@
-"""A guide for data of which some have labels."""
+"""A guide for partly labeled data."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from pyro_vae.models._semi_supervised import UNKNOWN, check_labels, one_hot
 
 @records_init_args
 class SemiSupervisedGuide(PyroModule):
-    r""":math:`q(y|x)\, q(z|x, y)` for M2 (Kingma et al. 2014), y only where it is not known.
+    r""":math:`q(y|x)\, q(z|x, y)` for M2 (Kingma et al. 2014); only a missing y is latent.
 
-    A missing y is enumerated: the ELBO is averaged over all classes, :math:`\sum_y q(y|x)(\dots)`,
-    and none is drawn. Importance weights cannot take an average; for :func:`pyro_vae.evidence`
-    pass ``functools.partial(guide, enumerates=False)``, which draws it.
+    The guide enumerates a missing y instead of sampling it. So the ELBO is averaged over all
+    classes, :math:`\sum_y q(y|x)(\dots)`. Importance weights need a sample, not an average. For
+    :func:`pyro_vae.evidence`, pass ``functools.partial(guide, enumerates=False)``, which samples y.
 
     Args:
-        model: the :class:`pyro_vae.models.SemiSupervisedModel`.
+        model: the :class:`pyro_vae.models.SemiSupervisedModel` to build the guide for.
         classifier: network from x to the logits of q(y|x), ``(B, C)``.
-        encoder: network from x ``(B, *event)`` and the class, as zeros and ones ``(..., B, C)``, to
-            features ``(..., B, F)``; ``nets.Joined`` makes one.
-        family: of q(z|x, y); makes the family of D dimensions.
+        encoder: network from x ``(B, *event)`` and the one-hot class ``(..., B, C)`` to features
+            ``(..., B, F)``, for example a ``nets.Joined``.
+        family: function from D to the family of q(z|x, y) with D dimensions.
 
     Raises:
-        ValueError: at the first call: the classifier gives other than C numbers; what
-            :class:`pyro_vae.guides.AmortizedGuide` refuses.
+        ValueError: A call raises it if the classifier does not return C numbers per data point.
+            The first call also raises the errors of :class:`pyro_vae.guides.AmortizedGuide`.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -75,7 +75,7 @@ class SemiSupervisedGuide(PyroModule):
         self.built = LazyModules()  # the head and the posterior of z, made at the first call
 
     def classify(self, x: Tensor) -> dist.Categorical:
-        """Return q(y|x), batch shape (B,)."""
+        """Return q(y|x), with batch shape (B,)."""
         logits = self.classifier(x)
         classes = self._model.program.classes
         if logits.shape != (x.shape[0], classes):
@@ -86,12 +86,12 @@ class SemiSupervisedGuide(PyroModule):
         return dist.Categorical(logits=logits)
 
     def forward(self, x: Tensor, y: Tensor, enumerates: bool = True) -> dict[str, Tensor]:
-        """Sample the latents given x, and y where it is known.
+        """Sample the latents given x and the known labels.
 
         Args:
             x: ``(B, *event)``.
-            y: ``(B,)``, -1 where it is not known.
-            enumerates: whether all classes are counted where it is not; else one is drawn.
+            y: labels ``(B,)``, -1 where the label is missing.
+            enumerates: whether to enumerate all classes of a missing label. If False, sample one.
         """
         check_labels(x, y, self._model.program.classes)
         q_y, known = self.classify(x), y != UNKNOWN
@@ -120,12 +120,12 @@ class SemiSupervisedGuide(PyroModule):
         return features
 
     def build(self, sites: Sequence[LatentSite], width: int, like: Tensor) -> None:
-        """Make the head, as the first call does.
+        """Create the head, as the first call does.
 
         Args:
-            sites: of the model, but y.
-            width: F, of the encoder's features.
-            like: a tensor of their device and type.
+            sites: the latent sites of the model except y.
+            width: F, the number of the encoder's features.
+            like: a tensor with the device and dtype of the features.
         """
 
         def make() -> dict[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""Guides for models with a Markov chain of latents, a step for each step of the data."""
+"""A guide for models with a Markov chain of latents, one for each step of the data."""
 
 from __future__ import annotations
 
@@ -25,39 +25,42 @@ from pyro_vae.nets import MLP
 
 @records_init_args
 class SequenceGuide(PyroModule):
-    r"""A structured inference network (Krishnan, Shalit & Sontag 2017), from the future backwards.
+    r"""A structured inference network (Krishnan, Shalit & Sontag 2017) with a backward GRU.
 
     .. math::
         q(z|x) = q(z_1|h_1) \prod_{t=2}^{\ell} q(z_t|z_{t-1}, h_t), \qquad
         h_t = \mathrm{GRU}(x_t, h_{t+1}), \quad h_{\ell+1} = 0
 
-    :math:`h_t` is a summary of :math:`x_t, \dots, x_\ell`, which with :math:`z_{t-1}` is all that
-    the posterior of :math:`z_t` depends on in a :class:`pyro_vae.models.SequenceModel`. One network
-    for all t > 1 maps both to the parameters of the family; :math:`z_1`, without a step before it,
-    has its own. The length :math:`\ell` of a sequence is the last step whose latent the model does
-    not mask; x behind it is not looked at.
+    :math:`h_t` is a summary of :math:`x_t, \dots, x_\ell`. In a
+    :class:`pyro_vae.models.SequenceModel`, the posterior of :math:`z_t` depends only on these
+    steps and on :math:`z_{t-1}`. One network for all t > 1 maps :math:`(z_{t-1}, h_t)` to the
+    parameters of the family. Another network does so for :math:`z_1`, from :math:`h_1` alone.
+    The length :math:`\ell` of a sequence is the last step whose latent the model does not mask.
+    The guide does not read x after that step.
 
-    The model is traced at the first call, which makes the networks, and again in each call, for
-    the masks and for the number of steps, which may differ from call to call.
+    The first call traces the model and creates the networks. Every later call traces it again for
+    the masks and the number of steps, which may differ between calls.
 
     Args:
-        model: program of p(x, z), with a latent in the plate ``"data"`` for each of the T steps
-            of x, in order, of the same shape and support. It is traced, not kept as a submodule.
+        model: program of p(x, z). It must have one latent in the plate ``"data"`` for each of the
+            T steps of x, in order, all of the same shape and support. It does not become a
+            submodule.
         encoder: network from single steps ``(B T, *event)`` to features ``(B T, ...)`` for the
-            GRU; if not given, the GRU has x itself.
-        family: makes the family of D dimensions; see :mod:`pyro_vae.guides`.
+            GRU; without it, the GRU reads x itself.
+        family: function from D to a family of D dimensions; see :mod:`pyro_vae.guides`.
         recurrent: width of :math:`h_t`.
-        hidden: widths of the hidden layers between :math:`(z_{t-1}, h_t)` and the parameters; none
-            for a linear map.
+        hidden: widths of the hidden layers between :math:`(z_{t-1}, h_t)` and the parameters; an
+            empty sequence makes the map linear.
 
     Shape:
-        x is ``(B, T, *event)``; covariates, such as lengths, go to the model alone. A call returns
-        the latents by name, each ``(..., B, *its event)``.
+        x is ``(B, T, *event)``. Only the model uses the covariates, such as lengths. A call
+        returns the latents by name, each ``(..., B, *event)`` with the event shape of its site.
 
     Raises:
-        ValueError: ``recurrent`` is not positive; in a call: the model has not one latent for each
-            step of x; at the first call: they differ in shape, plates or support, or what
-            :class:`pyro_vae.guides.AmortizedGuide` refuses.
+        ValueError: ``recurrent`` is not positive. A call raises it if the model does not have one
+            latent for each step of x. The first call raises it if the latents differ in shape,
+            plates or support. It also raises the errors of
+            :class:`pyro_vae.guides.AmortizedGuide`.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -89,7 +92,7 @@ class SequenceGuide(PyroModule):
         self._family, self._recurrent, self._hidden = family, recurrent, tuple(hidden)
         self.encoder = encoder
         self.built = LazyModules()  # the networks and the family, made at the first call
-        self._site: LatentSite | None = None  # what the latents have in common
+        self._site: LatentSite | None = None  # the properties that all latents share
 
     def forward(self, x: Tensor, *covariates: Any) -> dict[str, Tensor]:
         """Sample the latents of the data plate given x."""
@@ -105,7 +108,7 @@ class SequenceGuide(PyroModule):
         plates, _ = surroundings([self._site], self._model.program, x, *covariates)
         family = self.built["family"]
         values: dict[str, Tensor] = {}
-        rows: Tensor | None = None  # of the step before, as inputs of a network
+        rows: Tensor | None = None  # the previous latent, as inputs of a network
         for latent, summary in zip(latents, summaries.unbind(1), strict=True):
             name, mask = latent["name"], mask_of_events(latent)
             if rows is None:
@@ -120,22 +123,22 @@ class SequenceGuide(PyroModule):
         return values
 
     def _summaries(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """Return :math:`h_1` to :math:`h_T`, ``(B, T, F)``; what is padded has that of the last."""
+        """Return :math:`h_1` to :math:`h_T`, ``(B, T, F)``; padded steps repeat the last."""
         batch_size, num_steps = x.shape[:2]
-        # From the last step of a sequence to its first, which then stands for the rest. Read in
-        # this order twice, the steps are in theirs again, and padding is never read.
+        # Indices from the last step of each sequence down to its first, which then repeats.
+        # Indexing twice with them restores the order of the steps. Padding is never read.
         backwards = lengths.unsqueeze(-1) - 1 - torch.arange(num_steps, device=x.device)
         backwards = backwards.clamp(min=0)
         data = torch.arange(batch_size, device=x.device).unsqueeze(-1)
         features = self._features(x[data, backwards])
-        # A cell rather than an nn.GRU, which on CUDA has no gradient in evaluation mode.
+        # A cell, because nn.GRU on CUDA has no gradient in evaluation mode.
         states: list[Tensor | None] = [None]
         for feature in features.unbind(1):
             states.append(self.built["cell"](feature, states[-1]))
         return torch.stack(states[1:], 1)[data, backwards]
 
     def _features(self, x: Tensor) -> Tensor:
-        """Return what the GRU has of each step, ``(B, T, F)``."""
+        """Return the inputs of the GRU for each step, ``(B, T, F)``."""
         if self.encoder is not None:
             return features_of(self.encoder, x.flatten(0, 1)).unflatten(0, x.shape[:2])
         x = x.reshape(*x.shape[:2], -1)
@@ -144,12 +147,12 @@ class SequenceGuide(PyroModule):
         return x.to(self.built["cell"].weight_ih.dtype if self.built else torch.get_default_dtype())
 
     def build(self, sites: Sequence[LatentSite], width: int, like: Tensor) -> None:
-        """Make the networks, as the first call does.
+        """Create the networks, as the first call does.
 
         Args:
-            sites: of the model, the first alone: the others are like it.
-            width: F, what the GRU has of each step.
-            like: a tensor of the features' device and type.
+            sites: the first latent site of the model alone, because all others are like it.
+            width: F, the number of the GRU's inputs for each step.
+            like: a tensor with the device and dtype of the features.
         """
         (first,) = sites
 
@@ -171,14 +174,14 @@ class SequenceGuide(PyroModule):
 def _check_steps(x: Tensor, names: list[str]) -> None:
     if x.dim() < 2 or len(names) != x.shape[1]:
         raise ValueError(
-            "SequenceGuide needs a model with one latent for each step of x, (B, T, *event): for x "
-            f"of shape {tuple(x.shape)} the latents of the model are {names}. For other models, "
-            "take HierarchicalGuide(order='top-down')."
+            "SequenceGuide needs a model with one latent for each step of x, (B, T, *event). For x "
+            f"of shape {tuple(x.shape)}, the latents of the model are {names}. For other models, "
+            "use HierarchicalGuide(order='top-down')."
         )
 
 
 def _lengths(latents: Sequence[Site], site: LatentSite, x: Tensor) -> Tensor:
-    """Return the number of the last step whose latent counts, ``(B,)``."""
+    """Return the number of the last step whose latent is not masked, ``(B,)``."""
     batch_size = x.shape[0]
     lengths = torch.zeros(batch_size, dtype=torch.long, device=x.device)
     for number, latent in enumerate(latents, 1):
@@ -197,13 +200,13 @@ def _check_alike(first: LatentSite, other: LatentSite) -> None:
             "SequenceGuide has one network for all steps, but the latent sites "
             f"{first.name!r} and {other.name!r} differ in shape, plates or support: "
             f"{tuple(first.shape)} and {tuple(other.shape)}, {first.bijection.codomain} and "
-            f"{other.bijection.codomain}. Take HierarchicalGuide(order='top-down')."
+            f"{other.bijection.codomain}. Use HierarchicalGuide(order='top-down')."
         )
 
 
 def _kind(site: LatentSite) -> tuple[Any, ...]:
     bijection = site.bijection
-    while isinstance(bijection, IndependentTransform):  # which equals itself alone
+    while isinstance(bijection, IndependentTransform):  # it compares by identity, so unwrap it
         bijection = bijection.base_transform
     plates = [(frame.name, frame.dim) for frame in site.plates]
     return site.batch_shape, site.event_shape, plates, bijection
