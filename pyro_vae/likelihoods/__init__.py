@@ -1,28 +1,29 @@
-r"""Likelihoods: called on z, each gives the distribution p(x|z), its decoder inside.
+r"""Likelihoods: modules with a decoder inside, which return p(x|z) when called on z.
 
-Further arguments, such as labels that p(x|z, y) is conditional on, go to the decoder as they are.
+Further arguments, such as the labels y of p(x|z, y), are passed to the decoder unchanged.
 
 =================================== ===================== =========================================
-likelihood                          x                     the decoder gives, for each number of x
+likelihood                          x                     decoder outputs for each number of x
 =================================== ===================== =========================================
 :class:`Bernoulli`                  0 and 1               a logit
 :class:`ContinuousBernoulli`        [0, 1]                a logit
-:class:`Normal`, :class:`Laplace`   real                  a location, and a scale if asked to
-:class:`StudentT`                   real                  a location, and a scale if asked to
+:class:`Normal`, :class:`Laplace`   real                  a location, and optionally a scale
+:class:`StudentT`                   real                  a location, and optionally a scale
 :class:`Categorical`                L levels              L logits
 :class:`DiscretizedLogistic`        L levels              a mean and a scale
 :class:`DiscretizedLogisticMixture` L levels              C weights, C means and C scales
 :class:`Poisson`                    0, 1, 2, ...          a rate
-:class:`NegativeBinomial`           0, 1, 2, ...          a mean, and a dispersion if asked to
+:class:`NegativeBinomial`           0, 1, 2, ...          a mean, and optionally a dispersion
 =================================== ===================== =========================================
 
-All that a decoder gives is unconstrained. Levels are floating-point numbers 0, 1/(L-1), ..., 1, as
-grey values are, or integers 0 to L-1. Several parameters for each number stand one block behind
-the other in the first dimension of the event: see :class:`Likelihood`, which also tells how to
-write one.
+Decoder outputs are unconstrained. Levels are floating-point numbers 0, 1/(L-1), ..., 1, such as
+gray values, or integers 0 to L-1. If each number of x has several parameters, the decoder outputs
+them as consecutive blocks along the first dimension of the event. See :class:`Likelihood` for this
+layout, and for how to write a likelihood of your own.
 
-A scale is a number, or one of :class:`SharedScale`, :class:`ScalePerOutput`,
-:class:`ScaleFromDecoder` and, for :class:`Normal` and :class:`Laplace`, :class:`OptimalScale`.
+A scale is a number, a :class:`SharedScale`, a :class:`ScalePerOutput` or a
+:class:`ScaleFromDecoder`. :class:`Normal` and :class:`Laplace` also accept an
+:class:`OptimalScale`.
 """
 
 from pyro_vae.likelihoods._base import Likelihood

@@ -1,4 +1,4 @@
-"""What a likelihood is: a decoder's numbers in, the distribution p(x|z) out."""
+"""The base class of likelihoods, which turn decoder outputs into p(x|z)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pyro_vae._utils.checks import ShapeError, checked
 
 
 class Likelihood(nn.Module):
-    r"""A distribution :math:`p(x|z)` of independent numbers, whose parameters a decoder gives.
+    r"""A distribution :math:`p(x|z)` of independent numbers, with parameters from a decoder.
 
-    A subclass says in ``forward`` which distribution it is. Where that has P parameters for each
-    number of x, the decoder gives P times as many numbers as x has, one block behind the other
-    along the first dimension of the event: vectors of P D numbers for D, images of P C channels
-    for C. ``self.outputs(P, *inputs)`` takes the blocks apart.
+    A subclass returns its distribution from ``forward``. If each number of x has P parameters, the
+    decoder outputs P times as many numbers as x has. The P blocks are consecutive along the first
+    dimension of the event: P D numbers for vectors of D, P C channels for images of C channels.
+    ``self.outputs(P, *inputs)`` splits the blocks.
 
     Args:
         decoder: network from z, and any covariates, to the parameters of x.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        event_dim: number of rightmost dimensions of x that form one data point.
 
     Shape:
-        ``likelihood(z, *covariates)`` has the batch shape that the decoder gives, and the event
+        ``likelihood(z, *covariates)`` has the batch shape of the decoder's output and the event
         shape of x.
 
     Raises:
@@ -50,27 +50,27 @@ class Likelihood(nn.Module):
 
     @abstractmethod
     def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
-        """Return p(x|z) for z ``(..., *latent event)`` and any covariates: batch shape (...)."""
+        """Return p(x|z), of batch shape (...), for z ``(..., *latent event)`` and covariates."""
 
     def outputs(self, parts: int, *inputs: Tensor) -> Tensor:
-        """Return what the decoder gives, cut into equal parts.
+        """Return the decoder's output, split into equal parts.
 
         Args:
             parts: P.
-            *inputs: of the decoder.
+            *inputs: inputs of the decoder.
 
         Returns:
             Shape ``(P, ..., *event)``.
 
         Raises:
-            ValueError: the decoder's output has less than ``event_dim`` dimensions, or the first
-                of these cannot be divided by P.
+            ValueError: The decoder's output has fewer than ``event_dim`` dimensions. Or the first
+                of its ``event_dim`` rightmost sizes is not divisible by P.
         """
         numbers = self.decoder(*inputs)
         shape, event_dim = tuple(numbers.shape), self.event_dim
         if 0 in shape:
             raise ShapeError(
-                f"{type(self).__name__} was called on z of no data: its decoder gave shape {shape}"
+                f"{type(self).__name__} was called on an empty z: its decoder gave shape {shape}"
             )
         if len(shape) < event_dim:
             raise ValueError(
@@ -80,9 +80,9 @@ class Likelihood(nn.Module):
         size = shape[-event_dim]
         if size % parts:
             raise ValueError(
-                f"{type(self).__name__} takes {parts} numbers of its decoder for each number of x, "
-                f"as {parts} equal parts of dimension {-event_dim}, but the decoder gave shape "
-                f"{shape}, and {size} cannot be divided by {parts}: let it give {parts} times as "
-                "many numbers as x has"
+                f"{type(self).__name__} needs {parts} decoder outputs for each number of x, as "
+                f"{parts} equal parts of dimension {-event_dim}, but the decoder gave shape "
+                f"{shape}. {size} is not divisible by {parts}: make the decoder give {parts} times "
+                "as many numbers as x has"
             )
         return numbers.unflatten(-event_dim, (parts, size // parts)).movedim(-event_dim - 1, 0)

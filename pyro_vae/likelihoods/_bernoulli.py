@@ -19,7 +19,7 @@ class Bernoulli(Likelihood):
 
     Args:
         decoder: network f from z, and any covariates, to the logits of x.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        event_dim: number of rightmost dimensions of x that form one data point.
 
     Raises:
         ValueError: ``event_dim`` is less than one.
@@ -33,13 +33,13 @@ class Bernoulli(Likelihood):
     """
 
     def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
-        """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
+        """Return p(x|z), of batch shape (...), for z of shape ``(..., *latent event)``."""
         (logits,) = self.outputs(1, *inputs)
         return _IndependentBernoulli(dist.Bernoulli(logits=logits), self.event_dim)
 
 
 class _IndependentBernoulli(dist.Independent):
-    """``Bernoulli(logits=...).to_event(n)``, scored in half the time once it is compiled."""
+    """``Bernoulli(logits=...).to_event(n)`` with a log_prob that takes half the time compiled."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(x) summed over the event."""
@@ -56,9 +56,9 @@ class _IndependentBernoulli(dist.Independent):
 class _BernoulliLogProb(torch.autograd.Function):
     r""":math:`\sum_d x_d l_d - \max(l_d, 0) - \log(1 + e^{-|l_d|})` over the last dimension.
 
-    Logarithms are most of the cost, so one is taken of the product of many factors. Each factor
-    lies in (1, 2]: the product cannot overflow, and its relative rounding is the absolute rounding
-    of the logarithm.
+    Logarithms are most of the cost, so take one logarithm of the product of many factors. Each
+    factor lies in (1, 2], so the product cannot overflow. The relative rounding error of the
+    product is the absolute rounding error of its logarithm.
     """
 
     _FACTORS = 16

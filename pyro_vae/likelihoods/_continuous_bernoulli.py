@@ -23,11 +23,11 @@ class ContinuousBernoulli(Likelihood):
         p(x|z) = \prod_d C(l_d) \, \sigma(l_d)^{x_d} \, \sigma(-l_d)^{1 - x_d}, \qquad
         C(l) = \frac{l}{\tanh(l / 2)}, \qquad l = f(z)
 
-    C makes it a density, which the Bernoulli likelihood of grey values is not.
+    C normalizes the density. A Bernoulli likelihood of gray values is not normalized.
 
     Args:
         decoder: network f from z, and any covariates, to the logits of x.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        event_dim: number of rightmost dimensions of x that form one data point.
 
     Raises:
         ValueError: ``event_dim`` is less than one.
@@ -40,20 +40,22 @@ class ContinuousBernoulli(Likelihood):
     """
 
     def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
-        """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
+        """Return p(x|z), of batch shape (...), for z of shape ``(..., *latent event)``."""
         (logits,) = self.outputs(1, *inputs)
         return _ContinuousBernoulli(logits=logits).to_event(self.event_dim)
 
 
-# The shares of smaller logits are a series: what it leaves out is less than what the others cancel.
+# Below this size of the logit, icdf uses a series: its truncation error is less than the
+# cancellation error of the closed form.
 _LEAST_OF_SHARES = 1e-3
 
 
 class _ContinuousBernoulli(dist.ContinuousBernoulli):
-    """torch's, with functions of the logits in place of clamped probabilities.
+    """torch's distribution, computed from the logits instead of clamped probabilities.
 
-    In float32 those end at logits of 16: beyond, there would be no density any more, and no mean
-    above 15/16. Where two branches meet, both are finite everywhere, in value and in gradient.
+    In float32, torch's probabilities saturate at logits of 16. Its density is wrong beyond, and
+    its mean does not exceed 15/16. Both branches of each ``torch.where`` are finite for all inputs,
+    in value and in gradient.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ class _ContinuousBernoulli(dist.ContinuousBernoulli):
 
     @property
     def stddev(self) -> Tensor:
-        """The root of the variance."""
+        """The square root of the variance."""
         return self.variance.sqrt()
 
     def entropy(self) -> Tensor:
@@ -84,7 +86,7 @@ class _ContinuousBernoulli(dist.ContinuousBernoulli):
         return log_mass(self.logits) - self.logits * self.mean
 
     def cdf(self, value: Tensor) -> Tensor:
-        r"""Return the share below x, :math:`(e^{l x} - 1) / (e^l - 1)`."""
+        r"""Return the probability below x, :math:`(e^{l x} - 1) / (e^l - 1)`."""
         logits, value = torch.broadcast_tensors(self.logits, value.to(self.logits.dtype))
         size = logits.abs()
         x = torch.where(logits < 0, value, 1 - value).clamp(0.0, 1.0)
@@ -94,9 +96,9 @@ class _ContinuousBernoulli(dist.ContinuousBernoulli):
         return torch.where(logits < 0, share, 1 - share)
 
     def icdf(self, value: Tensor) -> Tensor:
-        r"""Return the x below which lies a share u, :math:`\log(1 + u (e^l - 1)) / l`.
+        r"""Return the x with probability u below it, :math:`\log(1 + u (e^l - 1)) / l`.
 
-        For l > 0 that is :math:`1 + \log(1 + (1 - u) (e^{-l} - 1)) / l`, where nothing overflows.
+        For l > 0, :math:`1 + \log(1 + (1 - u) (e^{-l} - 1)) / l` is the same without overflow.
         """
         size = self.logits.abs()
         share = torch.where(self.logits < 0, 1 - value, value)
@@ -105,7 +107,7 @@ class _ContinuousBernoulli(dist.ContinuousBernoulli):
         x = 1 + torch.log1p((1 - share) * torch.expm1(-safe)) / safe
         x = x.clamp(0.0, 1.0)
         x = torch.where(self.logits < 0, 1 - x, x)
-        near = value + 0.5 * self.logits * value * (1 - value)  # with its gradient at zero
+        near = value + 0.5 * self.logits * value * (1 - value)  # exact to first order at zero
         return torch.where(size < _LEAST_OF_SHARES, near, x)
 
 

@@ -18,11 +18,12 @@ from pyro_vae.likelihoods._scales import Scale, SharedScale, as_scale
 class Poisson(Likelihood):
     r""":math:`p(x|z) = \prod_d \mathrm{Poisson}(x_d; \lambda_d(z))` for x in {0, 1, 2, ...}.
 
-    Rates are a softplus of the decoder's numbers, moved so that zero becomes a rate of one.
+    A rate is a softplus of the decoder's output, shifted so that an output of zero is a rate of
+    one.
 
     Args:
-        decoder: network from z, and any covariates, to the numbers that make the rates of x.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        decoder: network from z, and any covariates, to the unconstrained rates of x.
+        event_dim: number of rightmost dimensions of x that form one data point.
 
     Raises:
         ValueError: ``event_dim`` is less than one.
@@ -35,34 +36,36 @@ class Poisson(Likelihood):
     """
 
     def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
-        """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
+        """Return p(x|z), of batch shape (...), for z of shape ``(..., *latent event)``."""
         (raw,) = self.outputs(1, *inputs)
         return _Poisson(softplus_scale(raw)).to_event(self.event_dim)
 
 
 @records_init_args
 class NegativeBinomial(Likelihood):
-    r"""Negative binomial distributions of counts x, by mean and dispersion.
+    r"""Negative binomial distributions of counts x, parameterized by mean and dispersion.
 
     .. math::
         p(x|z) = \prod_d \frac{\Gamma(x_d + r_d)}{\Gamma(r_d) \, x_d!}
             \Bigl(\frac{r_d}{r_d + \mu_d}\Bigr)^{r_d}
             \Bigl(\frac{\mu_d}{r_d + \mu_d}\Bigr)^{x_d}, \qquad r_d = 1 / \alpha_d
 
-    has the mean :math:`\mu` and the variance :math:`\mu + \alpha \mu^2`: a Poisson distribution
-    whose rate is drawn from a Gamma distribution. A dispersion :math:`\alpha` of zero is Poisson.
+    The mean is :math:`\mu` and the variance is :math:`\mu + \alpha \mu^2`. This is a Poisson
+    distribution whose rate has a Gamma distribution. As the dispersion :math:`\alpha` goes to zero,
+    it becomes Poisson.
 
     Args:
-        decoder: network from z, and any covariates, to the numbers that make the means: a
-            softplus of them, zero becoming one. With :class:`ScaleFromDecoder`, then to those that
-            make the dispersions.
-        dispersion: :math:`\alpha`: a softplus_scale number; or :class:`SharedScale`,
-            :class:`ScalePerOutput` or :class:`ScaleFromDecoder`; ``SharedScale()`` if not given.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        decoder: network from z, and any covariates, to the unconstrained means. Their softplus,
+            shifted so that zero becomes one, is the mean. With :class:`ScaleFromDecoder`, the
+            unconstrained dispersions follow as a second block.
+        dispersion: :math:`\alpha`, a positive number, a :class:`SharedScale`, a
+            :class:`ScalePerOutput` or a :class:`ScaleFromDecoder`. The default is
+            ``SharedScale()``.
+        event_dim: number of rightmost dimensions of x that form one data point.
 
     Raises:
-        ValueError: ``event_dim`` is less than one; the dispersion is no positive number.
-        TypeError: the dispersion is of another kind.
+        ValueError: ``event_dim`` is less than one, or the dispersion is not positive and finite.
+        TypeError: The dispersion is neither a number nor one of these scales.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -83,7 +86,7 @@ class NegativeBinomial(Likelihood):
         )
 
     def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
-        """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
+        """Return p(x|z), of batch shape (...), for z of shape ``(..., *latent event)``."""
         raw_mean, *raw = self.outputs(1 + self.dispersion.parts, *inputs)
         dispersion = self.dispersion(raw_mean, *raw)
         logits = softplus_scale(raw_mean).log() + dispersion.log()
@@ -91,7 +94,7 @@ class NegativeBinomial(Likelihood):
 
 
 class _Poisson(dist.Poisson):
-    """torch's, for counts of any dtype: there, 255 of uint8 would become 0."""
+    """torch's distribution for counts of any dtype: in torch's, 255 of uint8 would become 0."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         return super().log_prob(value_for(self.rate, value))
@@ -101,7 +104,7 @@ _LEAST_FOR_SERIES = 20.0
 
 
 class _NegativeBinomial(dist.NegativeBinomial):
-    """torch's, without the difference of two large numbers where the dispersion is small."""
+    """torch's distribution, without the cancellation of large terms at small dispersions."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         value = value_for(self.logits, value)
@@ -115,8 +118,8 @@ class _NegativeBinomial(dist.NegativeBinomial):
 def _log_rising(r: Tensor, x: Tensor) -> Tensor:
     r"""Return :math:`\log\Gamma(r + x) - \log\Gamma(r)`.
 
-    Where r is large, by Stirling's series for both: what they have in common cancels on paper. The
-    first term left out is :math:`1 / (1260 r^5)`.
+    For large r, use the difference of two Stirling series, whose common terms are canceled
+    analytically. The first omitted term is :math:`1 / (1260 r^5)`.
     """
     large = r.clamp(min=_LEAST_FOR_SERIES)
     whole = large + x

@@ -1,4 +1,4 @@
-"""Levels of grey by logistic distributions, one bin to each level."""
+"""Logistic likelihoods of gray levels, with one bin per level."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from pyro_vae.likelihoods._levels import OnLevels
 
 @records_init_args
 class DiscretizedLogistic(Likelihood):
-    r"""Logistic distributions cut into L levels (Kingma et al. 2016; Salimans et al. 2017).
+    r"""Logistic distributions, discretized to L levels (Kingma et al. 2016; Salimans et al. 2017).
 
     .. math::
         p(x|z) = \prod_d \sigma\Bigl(\frac{x_d + w/2 - \mu_d}{s_d}\Bigr)
             - \sigma\Bigl(\frac{x_d - w/2 - \mu_d}{s_d}\Bigr), \qquad w = \frac1{L - 1}
 
-    for x in :math:`\{0, w, 2w, \dots, 1\}`; integers number the levels from zero. The outermost
-    bins reach to infinity, so that the probabilities sum to one.
+    for x in :math:`\{0, w, 2w, \dots, 1\}`, or for integer x, the numbers of the levels from zero.
+    The outermost bins extend to infinity, so the probabilities sum to one.
 
-    The decoder gives numbers m, then t: :math:`\mu = (1 + m) / 2`, so that zero is the middle of
-    the range, and :math:`s = \mathrm{softplus}(t + c) / 2` with c such that zero becomes 1/2.
+    The decoder gives a block m, then a block t. :math:`\mu = (1 + m) / 2`, so m = 0 is the middle
+    of the range. :math:`s = \mathrm{softplus}(t + c) / 2`, with c such that t = 0 gives s = 1/2.
 
-    ``mean`` is exact, and takes L - 1 passes over the numbers of x.
+    ``mean`` is exact and takes L - 1 passes over the numbers of x.
 
     Args:
         decoder: network from z, and any covariates, to twice as many numbers as x has.
         levels: L.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        event_dim: number of rightmost dimensions of x that form one data point.
 
     Raises:
         ValueError: ``event_dim`` is less than one, or ``levels`` less than two.
-        TypeError: ``levels`` is no whole number.
+        TypeError: ``levels`` is not an integer.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -53,30 +53,30 @@ class DiscretizedLogistic(Likelihood):
         self.levels = positive_integer("levels", levels, minimum=2)
 
     def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
-        """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
+        """Return p(x|z), of batch shape (...), for z of shape ``(..., *latent event)``."""
         loc, raw_scale = self.outputs(2, *inputs).unsqueeze(-1)
         return _of_numbers(torch.zeros_like(loc), loc, raw_scale, self)
 
 
 @records_init_args
 class DiscretizedLogisticMixture(Likelihood):
-    r"""Mixtures of discretised logistics, one for each number of x (Salimans et al. 2017).
+    r"""Mixtures of discretized logistics, one for each number of x (Salimans et al. 2017).
 
     .. math:: p(x|z) = \prod_d \sum_c \pi_{dc} \, p_{dc}(x_d)
 
-    with :math:`p_{dc}` as in :class:`DiscretizedLogistic`. Given z, the numbers of x are
-    independent, the channels of a colour image among them.
+    with :math:`p_{dc}` as in :class:`DiscretizedLogistic`. Given z, all numbers of x are
+    independent, including the channels of a color image.
 
     Args:
         decoder: network from z, and any covariates, to 3 C numbers for each number of x: C logits
-            of the weights, C numbers for the means, C for the scales.
+            of the weights, then C numbers for the means, then C for the scales.
         levels: L.
         components: C.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        event_dim: number of rightmost dimensions of x that form one data point.
 
     Raises:
         ValueError: ``event_dim`` or ``components`` is less than one, or ``levels`` less than two.
-        TypeError: ``levels`` or ``components`` is no whole number.
+        TypeError: ``levels`` or ``components`` is not an integer.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -94,7 +94,7 @@ class DiscretizedLogisticMixture(Likelihood):
         self.components = positive_integer("components", components)
 
     def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
-        """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
+        """Return p(x|z), of batch shape (...), for z of shape ``(..., *latent event)``."""
         numbers = self.outputs(3 * self.components, *inputs).movedim(0, -1)
         return _of_numbers(*numbers.split(self.components, -1), self)
 
@@ -112,7 +112,7 @@ def _of_numbers(
 
 
 class _Logistics(OnLevels):
-    """A mixture of C logistics cut into L levels: logits, loc and scale are ``(*batch, C)``."""
+    """A mixture of C logistics over L levels, with logits, loc and scale of ``(*batch, C)``."""
 
     arg_constraints = {  # noqa: RUF012 - as torch declares them
         "logits": constraints.real_vector,
@@ -159,16 +159,16 @@ class _Logistics(OnLevels):
         return drawn.clamp(0, self.levels - 1).round()
 
     def _in_levels(self) -> tuple[Tensor, Tensor]:
-        """Return location and scale with the distance of two levels as the unit."""
+        """Return location and scale in units of the distance between two levels."""
         return self.loc * (self.levels - 1), self.scale * (self.levels - 1)
 
 
 def _log_bin(level: Tensor, loc: Tensor, scale: Tensor, levels: int) -> Tensor:
-    r"""Return the logarithm of :math:`\sigma(a) - \sigma(b)`, the bin of a level.
+    r"""Return the logarithm of :math:`\sigma(a) - \sigma(b)`, the probability of a level's bin.
 
-    As a product, :math:`(1 - e^{b - a}) \, \sigma(a) \, \sigma(-b)`: multiply
-    :math:`(e^a - e^b) / ((1 + e^a) (1 + e^b))` out. Nothing cancels, since a - b is the bin's width
-    and need not be computed from a and b.
+    Use the equal product :math:`(1 - e^{b - a}) \, \sigma(a) \, \sigma(-b)`; to see that, multiply
+    :math:`(e^a - e^b) / ((1 + e^a) (1 + e^b))` out. Nothing cancels, because a - b is the bin's
+    width, which is known without a and b.
     """
     below = F.logsigmoid((level + 0.5 - loc) / scale)
     above = F.logsigmoid((loc - level + 0.5) / scale)

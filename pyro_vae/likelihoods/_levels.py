@@ -1,4 +1,4 @@
-"""Data on a grid of levels, as grey values of images are; a categorical likelihood of them."""
+"""Data on a grid of levels, such as gray values of images, and their categorical likelihood."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyro_vae.likelihoods._base import Likelihood
 class Levels(constraints.Constraint):
     r"""L levels: floating-point x in :math:`\{0, \frac1{L-1}, \dots, 1\}`, or integers below L.
 
-    A floating-point number may lie off by a thousandth of the distance between two levels.
+    A floating-point number may be off by a thousandth of the distance between two levels.
 
     Args:
         levels: L.
@@ -37,9 +37,9 @@ class Levels(constraints.Constraint):
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
-        """Tell of each number whether it is a level."""
+        """Return True for each number that is a level."""
         if not value.is_floating_point():
-            number = value.long()  # the number of levels may be beyond a small type
+            number = value.long()  # a small integer type may not hold L
             return (number >= 0) & (number < self.levels)
         number = value * (self.levels - 1)
         rounding = 2 * self.levels * torch.finfo(value.dtype).eps
@@ -51,11 +51,11 @@ class Levels(constraints.Constraint):
 
 
 class OnLevels(TorchDistribution):
-    """A distribution over L levels; a subclass has their probabilities.
+    """A distribution over L levels. A subclass defines their probabilities.
 
     Args:
         levels: L.
-        batch_shape: of the distribution.
+        batch_shape: batch shape of the distribution.
         validate_args: whether to check arguments and values.
     """
 
@@ -72,11 +72,11 @@ class OnLevels(TorchDistribution):
 
     @abstractmethod
     def log_prob_of_level(self, level: Tensor) -> Tensor:
-        """Return log-probabilities of levels, given as integers 0..L-1."""
+        """Return the log-probabilities of levels, which are integers 0..L-1."""
 
     @abstractmethod
     def sample_level(self, sample_shape: torch.Size) -> Tensor:
-        """Draw levels, 0..L-1."""
+        """Sample levels, 0..L-1."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(x) of floating-point numbers on the grid, or of integer levels."""
@@ -88,7 +88,7 @@ class OnLevels(TorchDistribution):
         return self.log_prob_of_level(value.long())
 
     def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
-        """Draw numbers on the grid."""
+        """Sample numbers on the grid."""
         with torch.no_grad():
             return self.sample_level(torch.Size(sample_shape)) / (self.levels - 1)
 
@@ -97,14 +97,14 @@ class OnLevels(TorchDistribution):
 class Categorical(Likelihood):
     r""":math:`p(x|z) = \prod_d \mathrm{softmax}(f_d(z))_{x_d}` over L levels of each number.
 
-    Floating-point x lies on the grid :math:`\{0, \frac1{L-1}, \dots, 1\}`, as grey values do;
-    integers number the levels from zero.
+    Floating-point x lies on the grid :math:`\{0, \frac1{L-1}, \dots, 1\}`, such as gray values.
+    Integer x are the numbers of the levels from zero.
 
     Args:
-        decoder: network f from z, and any covariates, to L logits for each number of x: all those
-            of the first level, then those of the second.
+        decoder: network f from z, and any covariates, to L logits for each number of x. All logits
+            of the first level come first, then all of the second, and so on.
         levels: L.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        event_dim: number of rightmost dimensions of x that form one data point.
 
     Raises:
         ValueError: ``event_dim`` is less than one, or ``levels`` less than two.
@@ -123,13 +123,13 @@ class Categorical(Likelihood):
         self.levels = positive_integer("levels", levels, minimum=2)
 
     def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
-        """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
+        """Return p(x|z), of batch shape (...), for z of shape ``(..., *latent event)``."""
         logits = self.outputs(self.levels, *inputs).movedim(0, -1)
         return _CategoricalLevels(logits).to_event(self.event_dim)
 
 
 class _CategoricalLevels(OnLevels):
-    """Any probabilities of L levels, by logits ``(*batch, L)``."""
+    """A categorical distribution over L levels, with logits ``(*batch, L)``."""
 
     arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012
 

@@ -17,17 +17,17 @@ from pyro_vae.likelihoods._scales import OptimalScale, Scale, SharedScale, as_sc
 
 
 class LocationScale(Likelihood):
-    """A likelihood whose decoder gives a location, and which has a scale.
+    """A likelihood with a scale, and a location from the decoder.
 
     Args:
         decoder: network from z, and any covariates, to the locations of x.
-        scale: a positive number; or :class:`SharedScale`, :class:`ScalePerOutput` or
-            :class:`ScaleFromDecoder`, learned.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        scale: a positive number, or a learned :class:`SharedScale`, :class:`ScalePerOutput` or
+            :class:`ScaleFromDecoder`.
+        event_dim: number of rightmost dimensions of x that form one data point.
 
     Raises:
-        ValueError: ``event_dim`` is less than one; the scale is no positive number.
-        TypeError: the scale is of another kind.
+        ValueError: ``event_dim`` is less than one, or the scale is not positive and finite.
+        TypeError: The scale is neither a number nor one of these scales.
     """
 
     def __init__(self, decoder: nn.Module, scale: float | Scale = 1.0, event_dim: int = 1):
@@ -35,17 +35,17 @@ class LocationScale(Likelihood):
         self.scale = as_scale("scale", scale)
 
     def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
-        """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
+        """Return p(x|z), of batch shape (...), for z of shape ``(..., *latent event)``."""
         loc, *raw = self.outputs(1 + self.scale.parts, *inputs)
         return self.distribution(loc, self.scale(loc, *raw))
 
     @abstractmethod
     def distribution(self, loc: Tensor, scale: Tensor) -> TorchDistributionMixin:
-        """Return the distribution of these parameters, its event dimensions declared."""
+        """Return the distribution with these parameters, with its event dimensions declared."""
 
 
 class _WithOptimalScale(LocationScale):
-    """A likelihood whose best scale is a function of the mean deviation from the location."""
+    """A likelihood whose optimal scale is a function of the mean deviation from the location."""
 
     def __init__(
         self, decoder: nn.Module, scale: float | Scale | OptimalScale = 1.0, event_dim: int = 1
@@ -56,18 +56,18 @@ class _WithOptimalScale(LocationScale):
             self.scale = scale
 
     def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
-        """Return p(x|z) for z of shape ``(..., *latent event)``: batch shape (...)."""
+        """Return p(x|z), of batch shape (...), for z of shape ``(..., *latent event)``."""
         if not isinstance(self.scale, OptimalScale):
             return super().forward(*inputs)
         (loc,) = self.outputs(1, *inputs)
         return _AtOptimalScale(self, loc) if self.training else self.at_average(loc)
 
     def at_average(self, loc: Tensor) -> TorchDistributionMixin:
-        """Return the distribution with the scale that the running average gives."""
+        """Return the distribution with the scale at the running average."""
         return self.distribution(loc, self._scale_of(self.scale.average))
 
     def at_best(self, loc: Tensor, value: Tensor) -> TorchDistributionMixin:
-        """Return the distribution with the scale that is best for a value, and remember that."""
+        """Return the distribution with the optimal scale for a value; update the average."""
         deviation = self.deviations(value - loc).detach().mean()
         self.scale.update(deviation)
         return self.distribution(loc, self._scale_of(deviation))
@@ -78,12 +78,12 @@ class _WithOptimalScale(LocationScale):
     @staticmethod
     @abstractmethod
     def deviations(residuals: Tensor) -> Tensor:
-        """Return what to take the mean of."""
+        """Return the deviations, whose mean determines the scale."""
 
     @staticmethod
     @abstractmethod
     def scale_of(deviation: Tensor) -> Tensor:
-        """Return the scale that is best for a mean deviation."""
+        """Return the optimal scale for a mean deviation."""
 
 
 @records_init_args
@@ -91,15 +91,15 @@ class Normal(_WithOptimalScale):
     r""":math:`p(x|z) = \prod_d \mathcal{N}(x_d; f_d(z), \sigma_d^2)` for real x.
 
     Args:
-        decoder: network from z, and any covariates, to the means f of x; with
-            :class:`ScaleFromDecoder` to the means, then the numbers that make the scales.
-        scale: :math:`\sigma`: a positive number; or :class:`SharedScale`, :class:`ScalePerOutput`,
+        decoder: network from z, and any covariates, to the means f of x. With
+            :class:`ScaleFromDecoder`, the unconstrained scales follow as a second block.
+        scale: :math:`\sigma`, a positive number, a :class:`SharedScale`, :class:`ScalePerOutput`,
             :class:`ScaleFromDecoder` or :class:`OptimalScale`.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        event_dim: number of rightmost dimensions of x that form one data point.
 
     Raises:
-        ValueError: ``event_dim`` is less than one; the scale is no positive number.
-        TypeError: the scale is of another kind.
+        ValueError: ``event_dim`` is less than one, or the scale is not positive and finite.
+        TypeError: The scale is neither a number nor one of these scales.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -115,12 +115,12 @@ class Normal(_WithOptimalScale):
 
     @staticmethod
     def deviations(residuals: Tensor) -> Tensor:
-        """Return squared errors."""
+        """Return the squared errors."""
         return residuals.square()
 
     @staticmethod
     def scale_of(deviation: Tensor) -> Tensor:
-        """Return the root of the mean squared error."""
+        """Return the square root of the mean squared error."""
         return deviation.sqrt()
 
 
@@ -129,15 +129,15 @@ class Laplace(_WithOptimalScale):
     r""":math:`p(x|z) = \prod_d \frac1{2 b_d} e^{-|x_d - f_d(z)| / b_d}` for real x.
 
     Args:
-        decoder: network from z, and any covariates, to the locations f of x; with
-            :class:`ScaleFromDecoder` to the locations, then the numbers that make the scales.
-        scale: b: a positive number; or :class:`SharedScale`, :class:`ScalePerOutput`,
+        decoder: network from z, and any covariates, to the locations f of x. With
+            :class:`ScaleFromDecoder`, the unconstrained scales follow as a second block.
+        scale: b, a positive number, a :class:`SharedScale`, :class:`ScalePerOutput`,
             :class:`ScaleFromDecoder` or :class:`OptimalScale`.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        event_dim: number of rightmost dimensions of x that form one data point.
 
     Raises:
-        ValueError: ``event_dim`` is less than one; the scale is no positive number.
-        TypeError: the scale is of another kind.
+        ValueError: ``event_dim`` is less than one, or the scale is not positive and finite.
+        TypeError: The scale is neither a number nor one of these scales.
     """
 
     def distribution(self, loc: Tensor, scale: Tensor) -> TorchDistributionMixin:
@@ -146,7 +146,7 @@ class Laplace(_WithOptimalScale):
 
     @staticmethod
     def deviations(residuals: Tensor) -> Tensor:
-        """Return absolute errors."""
+        """Return the absolute errors."""
         return residuals.abs()
 
     @staticmethod
@@ -160,17 +160,18 @@ class StudentT(LocationScale):
     r""":math:`p(x|z) = \prod_d t_\nu(x_d; f_d(z), \sigma_d)` for real x (Takahashi et al. 2018).
 
     Args:
-        decoder: network from z, and any covariates, to the locations f of x; with
-            :class:`ScaleFromDecoder` to the locations, then the numbers that make the scales.
-        df: the degrees of freedom :math:`\nu`, a positive number. None has one number learned,
-            which is above one, so that there is a mean, and begins at five.
-        scale: :math:`\sigma`: a positive number; or :class:`SharedScale`, :class:`ScalePerOutput`
+        decoder: network from z, and any covariates, to the locations f of x. With
+            :class:`ScaleFromDecoder`, the unconstrained scales follow as a second block.
+        df: the degrees of freedom :math:`\nu`, a positive number. With None, one number is learned,
+            initially five. It stays above one, so that the mean exists.
+        scale: :math:`\sigma`, a positive number, a :class:`SharedScale`, :class:`ScalePerOutput`
             or :class:`ScaleFromDecoder`.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        event_dim: number of rightmost dimensions of x that form one data point.
 
     Raises:
-        ValueError: ``event_dim`` is less than one; ``df`` or the scale is no positive number.
-        TypeError: the scale is of another kind; ``df`` is no number.
+        ValueError: ``event_dim`` is less than one, or ``df`` or the scale is not positive and
+            finite.
+        TypeError: The scale is neither a number nor one of these scales, or ``df`` is not a number.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -197,9 +198,9 @@ class StudentT(LocationScale):
 
 
 class _AtOptimalScale(TorchDistribution):
-    """A likelihood in training, its scale known once there is a value to score.
+    """A likelihood in training, whose scale is computed from the value that it scores.
 
-    It has no closed-form KL, which would be that of another scale.
+    It has no closed-form KL divergence, because that would need a fixed scale.
     """
 
     arg_constraints = {"loc": constraints.real}  # noqa: RUF012 - as torch declares them
@@ -214,7 +215,7 @@ class _AtOptimalScale(TorchDistribution):
 
     @constraints.dependent_property
     def support(self):
-        """Real events."""
+        """The support: real events."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
     def expand(self, batch_shape, _instance=None) -> _AtOptimalScale:
@@ -233,12 +234,12 @@ class _AtOptimalScale(TorchDistribution):
         return self.likelihood.at_average(self.loc).variance
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return log p(x|z) at the best scale."""
+        """Return log p(x|z) at the optimal scale."""
         value = real.value_for(self.loc, value)
         if self._validate_args:
             self._validate_sample(value)
         return self.likelihood.at_best(self.loc, value).log_prob(value)
 
     def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
-        """Draw at the running average."""
+        """Sample at the running average."""
         return self.likelihood.at_average(self.loc).rsample(sample_shape)

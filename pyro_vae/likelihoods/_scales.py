@@ -1,4 +1,4 @@
-"""Scales of likelihoods: fixed, learned, given by the decoder, or the best one."""
+"""Scales of likelihoods: fixed, learned, decoded or optimal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Scale(nn.Module):
     """Positive numbers that broadcast with the outputs x of a likelihood.
 
     Attributes:
-        parts: how many numbers of the decoder it takes for each number of x.
+        parts: number of decoder outputs that the scale uses for each number of x.
     """
 
     parts = 0
@@ -27,22 +27,22 @@ class Scale(nn.Module):
         """Return the scales.
 
         Args:
-            outputs: what the decoder gives first, ``(..., *event)``.
-            *raw: what it gives for the scale, of that shape: ``parts`` of them.
+            outputs: the decoder's first output block, ``(..., *event)``.
+            *raw: the decoder's blocks for the scale, ``parts`` of them, each of that shape.
         """
 
 
 @records_init_args
 class FixedScale(Scale):
-    """One number, not learned; a number given as a scale becomes this.
+    """One fixed number. A number passed as a scale is converted to a FixedScale.
 
     Args:
         value: the number.
-        name: what messages call it.
+        name: name of the argument in error messages.
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is not positive, or infinite.
+        TypeError: The value is not a number.
+        ValueError: The value is not positive and finite.
     """
 
     def __init__(self, value: float, name: str = "scale"):
@@ -65,11 +65,11 @@ class SharedScale(Scale):
     .. math:: \sigma = \mathrm{softplus}(r), \quad r \text{ learned}
 
     Args:
-        initial: where it begins.
+        initial: the initial scale.
 
     Raises:
-        TypeError: ``initial`` is no number.
-        ValueError: ``initial`` is not above 1e-6, below which no scale falls, or infinite.
+        TypeError: ``initial`` is not a number.
+        ValueError: ``initial`` is infinite, or is not above 1e-6, the lower limit of all scales.
     """
 
     def __init__(self, initial: float = 1.0):
@@ -83,28 +83,28 @@ class SharedScale(Scale):
 
 @records_init_args
 class ScalePerOutput(Scale):
-    """A learned number for each output, or for each of several groups of them.
+    """One learned number per output, or per group of outputs.
 
     Args:
-        *shape: that of x, or one that broadcasts to it: (C, 1, 1) has a scale for each channel.
-        initial: where they begin.
+        *shape: the shape of x, or one that broadcasts to it. (C, 1, 1) has one scale per channel.
+        initial: the initial scale.
 
     Raises:
-        TypeError: ``initial`` is no number.
-        ValueError: there is no size, or one is not positive; ``initial`` is not above 1e-6, or
-            infinite; when called, the outputs are of another shape.
+        TypeError: ``initial`` is not a number.
+        ValueError: ``shape`` is empty or has a size that is not positive. Or ``initial`` is
+            infinite or not above 1e-6. Or, in a call, ``shape`` does not broadcast to the outputs.
     """
 
     def __init__(self, *shape: int, initial: float = 1.0):
         super().__init__()
         if not shape or min(shape) < 1:
             raise ValueError(
-                f"ScalePerOutput needs the sizes of x as its shape, all positive, got {shape}"
+                f"shape must be the positive sizes of x for ScalePerOutput, got {shape}"
             )
         self.raw = nn.Parameter(torch.full(shape, _raw_of(initial)))
 
     def forward(self, outputs: Tensor, *raw: Tensor) -> Tensor:
-        """Return the scales, of the shape given."""
+        """Return the scales, of shape ``shape``."""
         shape = self.raw.shape
         last = outputs.shape[max(outputs.dim() - len(shape), 0) :]
         if len(last) < len(shape) or any(n not in (1, m) for n, m in zip(shape, last, strict=True)):
@@ -117,11 +117,11 @@ class ScalePerOutput(Scale):
 
 @records_init_args
 class ScaleFromDecoder(Scale):
-    """A number for each output and datum: the decoder gives twice as many numbers as x has.
+    """One scale per output and data point, from a decoder with twice as many outputs as x.
 
-    The second half passes a softplus, moved so that zero becomes a scale of one. Where the mean can
-    come as near to the data as it likes, such a scale can fall, and the density rise, without end
-    (Mattei & Frellsen 2018): see that it has a reason to stay, or fix it.
+    The scale is a softplus of the second half, shifted so that zero becomes a scale of one. If the
+    mean can fit the data exactly, this scale can shrink to zero, and the density has no upper bound
+    (Mattei & Frellsen 2018). Then regularize the scale, or use a fixed one.
     """
 
     parts = 1
@@ -133,28 +133,30 @@ class ScaleFromDecoder(Scale):
 
 @records_init_args
 class OptimalScale(nn.Module):
-    r"""The best scale for each minibatch, in closed form (Rybkin, Daniilidis & Levine 2021).
+    r"""The optimal scale for each minibatch, in closed form (Rybkin, Daniilidis & Levine 2021).
 
-    For a Gaussian likelihood with one scale, the best :math:`\sigma^2` is the mean squared error,
+    For a Gaussian likelihood with one scale, the optimal :math:`\sigma^2` is the mean squared error
 
     .. math:: \sigma_*^2 = \frac1{KBD} \sum_{kbd} (x_{bd} - \mu_d(z_{kb}))^2
 
-    over all values that are scored at once. In training a density is taken with that, as a
-    constant: the gradient of the ELBO through :math:`\sigma_*` is zero, since it is a maximum. A
-    running average is kept, and is the scale in evaluation mode, where p(x|z) is so a density like
-    any other; samples are drawn with it too. Before any training it is one. For a Laplace
-    likelihood, the scale is the mean absolute error.
+    over all values scored in one call. For a Laplace likelihood, the scale is the mean absolute
+    error.
 
-    Every value counts alike. So it is not the best scale of a bound that weighs particles, such as
-    IWAE; and not to be used where some of the values hardly count or do not: with enumerated
-    latents, whose improbable values are scored too, or with masks, under padded sequences say.
+    In training mode, densities use :math:`\sigma_*` as a constant. The gradient of the ELBO through
+    it is zero, because it maximizes the ELBO. In evaluation mode, the scale comes from a running
+    average of the error, so p(x|z) is an ordinary density. Samples use this average in both modes.
+    Its initial value is one.
+
+    All values have equal weight. So this scale is not optimal for a bound that weights particles,
+    such as IWAE. Do not use it if some values have little or no weight: with enumerated latent
+    variables, whose improbable values are scored too, or with masks, as for padded sequences.
 
     Args:
         momentum: weight of the latest minibatch in the running average.
-        least: the scale does not fall below it.
+        least: lower limit of the scale.
 
     Raises:
-        TypeError: an argument is no number.
+        TypeError: An argument is not a number.
         ValueError: ``momentum`` is not in (0, 1], or ``least`` is not positive.
 
     Example:
@@ -178,7 +180,7 @@ class OptimalScale(nn.Module):
 
     @torch.no_grad()
     def update(self, deviation: Tensor) -> None:
-        """Take a minibatch's mean squared or absolute error, shape (), into the average."""
+        """Update the running average with a minibatch's mean squared or absolute error, shape ()."""
         later = self.average.lerp(deviation.to(self.average.dtype), self.momentum)
         self.average.copy_(torch.where(self.num_batches == 0, deviation, later))
         self.num_batches.add_(1)
@@ -189,11 +191,11 @@ class OptimalScale(nn.Module):
 
 
 def as_scale(name: str, value: Any) -> Scale:
-    """Return a scale as it is, and a number as a fixed one.
+    """Return a scale unchanged, and a number as a FixedScale.
 
     Raises:
-        TypeError: it is neither.
-        ValueError: the number is not positive, or infinite.
+        TypeError: The value is neither a scale nor a number.
+        ValueError: The number is not positive and finite.
     """
     if isinstance(value, Scale):
         return value

@@ -1,4 +1,4 @@
-"""Models: Pyro programs of p(x, z), each a generative story to be read from top to bottom."""
+"""Models: Pyro programs of p(x, z), written as generative stories from top to bottom."""
 
 from pyro_vae.models._conditional import ConditionalModel
 from pyro_vae.models._hierarchical import HierarchicalModel

@@ -1,4 +1,4 @@
-"""The model of a VAE given covariates."""
+"""The model of a conditional VAE."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class ConditionalModel(PyroModule):
     r""":math:`p(x, z|y) = \prod_n p(z_n)\, p(x_n|z_n, y_n)`, a conditional VAE (Sohn et al. 2015).
 
     Args:
-        prior: called without arguments, gives p(z); with ``conditional_prior``, called on the
-            covariates, gives p(z|y), as a likelihood would.
-        likelihood: called on z and the covariates, gives p(x|z, y). ``nets.Joined`` makes a network
-            take several tensors.
+        prior: returns p(z) when called without arguments. With ``conditional_prior``, it returns
+            p(z|y) when called on the covariates, as a likelihood does.
+        likelihood: returns p(x|z, y) when called on z and the covariates. Wrap a network in
+            ``nets.Joined`` to call it on several tensors.
         conditional_prior: whether the prior depends on the covariates.
 
     Shape:
         x is ``(B, *event)``, each covariate ``(B, ...)``.
 
     Sites:
-        ``"z"`` latent and ``"x"`` observed, both in the plate ``"data"``.
+        ``"z"`` is latent and ``"x"`` is observed, both in the plate ``"data"``.
 
     Raises:
-        ValueError: when called: there are no covariates.
+        ValueError: The model is called without covariates.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -61,7 +61,7 @@ class ConditionalModel(PyroModule):
     def forward(self, x: Tensor, *covariates: Tensor) -> Tensor:
         """Run the program on a minibatch x and its covariates, and return x."""
         if not covariates:
-            raise ValueError("a ConditionalModel is of x given covariates: call it on x and y")
+            raise ValueError("ConditionalModel needs covariates, but got x alone: call it on x, y")
         p_z = self.prior(*covariates) if self._conditional_prior else self.prior()
         with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             z = pyro.sample("z", p_z)

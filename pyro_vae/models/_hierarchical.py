@@ -1,4 +1,4 @@
-"""A hierarchy of stochastic layers."""
+"""A model with a hierarchy of latent layers."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from pyro_vae._utils.init_args import records_init_args
 
 @records_init_args
 class HierarchicalModel(PyroModule):
-    r"""L layers of latents (Rezende et al. 2014; Sønderby et al. 2016, eq. 1-3).
+    r"""L layers of latent variables (Rezende et al. 2014; Sønderby et al. 2016, eq. 1-3).
 
     .. math:: p(x, z) = p(z_L) \Bigl(\prod_{l=1}^{L-1} p(z_l|z_{l+1})\Bigr) p(x|z_1)
 
-    or, with skip connections, :math:`p(z_l|z_{l+1}, \dots, z_L)` and :math:`p(x|z_1, \dots, z_L)`.
-    :class:`pyro_vae.guides.HierarchicalGuide` infers them bottom-up or top-down; any other guide
-    serves, too.
+    With skip connections, the factors are :math:`p(z_l|z_{l+1}, \dots, z_L)` and
+    :math:`p(x|z_1, \dots, z_L)`. :class:`pyro_vae.guides.HierarchicalGuide` infers the layers
+    bottom-up or top-down. Any other guide works, too.
 
     Args:
-        prior: called without arguments, gives :math:`p(z_L)`.
-        layers: from the top down, each a module called on the layer above that gives the
-            distribution of its own: a likelihood, such as ``likelihoods.Normal``.
-        likelihood: called on :math:`z_1`, gives p(x|z).
-        skip: whether layers and likelihood are called on all layers above, the nearest first;
-            ``nets.Joined`` makes a network take several tensors.
+        prior: returns :math:`p(z_L)` when called without arguments.
+        layers: modules from the top down. Each is a likelihood, such as ``likelihoods.Normal``:
+            called on the layer above, it returns the distribution of its own layer.
+        likelihood: returns p(x|z) when called on :math:`z_1`.
+        skip: whether each layer and the likelihood are called on all layers above, the nearest
+            first. Wrap a network in ``nets.Joined`` to call it on several tensors.
 
     Shape:
-        x is ``(B, *event)``, the event that of the likelihood.
+        x is ``(B, *event)`` with the event shape of the likelihood.
 
     Sites:
-        latents ``"z_L"`` (its number in place of L) to ``"z_1"`` and ``"x"`` observed, all in the
-        plate ``"data"``.
+        ``"z_L"`` (L is replaced by its number) to ``"z_1"`` are latent and ``"x"`` is observed, all
+        in the plate ``"data"``.
 
     Raises:
-        TypeError: ``layers`` is no sequence of modules.
-        ValueError: it is empty.
+        TypeError: ``layers`` is not a sequence of modules.
+        ValueError: ``layers`` is empty.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -70,8 +70,8 @@ class HierarchicalModel(PyroModule):
             )
         if not len(layers):
             raise ValueError(
-                "HierarchicalModel needs layers, one at least below the top: without one it is a "
-                "LatentVariableModel"
+                "layers must have at least one module for HierarchicalModel, got none: for a "
+                "single latent layer, use LatentVariableModel"
             )
         self.prior = prior
         self.layers = nn.ModuleList(layers)
@@ -79,7 +79,7 @@ class HierarchicalModel(PyroModule):
         self._skip = skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the program on a minibatch x and return it."""
+        """Run the program on a minibatch x and return the value of the site ``"x"``."""
         p_top, top = self.prior(), len(self.layers) + 1
         with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             above = [pyro.sample(f"z_{top}", p_top)]

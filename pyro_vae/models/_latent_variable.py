@@ -19,14 +19,14 @@ class LatentVariableModel(PyroModule):
     r""":math:`p(x, z) = \prod_n p(z_n)\, p(x_n|z_n)`: the generative model of a VAE.
 
     Args:
-        prior: called without arguments, gives p(z); see :mod:`pyro_vae.priors`.
-        likelihood: called on z, gives p(x|z); see :mod:`pyro_vae.likelihoods`.
+        prior: returns p(z) when called without arguments; see :mod:`pyro_vae.priors`.
+        likelihood: returns p(x|z) when called on z; see :mod:`pyro_vae.likelihoods`.
 
     Shape:
-        x is ``(B, *event)``, the event that of p(x|z).
+        x is ``(B, *event)`` with the event shape of p(x|z).
 
     Sites:
-        ``"z"`` latent and ``"x"`` observed, both in the plate ``"data"``.
+        ``"z"`` is latent and ``"x"`` is observed, both in the plate ``"data"``.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -48,8 +48,8 @@ class LatentVariableModel(PyroModule):
         self.likelihood = likelihood
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the program on a minibatch x and return it."""
-        p_z = self.prior()  # one for all data, outside of their plate
+        """Run the program on a minibatch x and return the value of the site ``"x"``."""
+        p_z = self.prior()  # one prior for all data points, outside the plate
         with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             z = pyro.sample("z", p_z)
             return pyro.sample("x", self.likelihood(z), obs=x)

@@ -1,4 +1,4 @@
-"""A mixture of Gaussians in the latent space, its component a site of the model."""
+"""A model with a mixture of Gaussians as prior, whose component is a sample site."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ class MixtureModel(PyroModule):
 
     .. math:: p(x, z, c) = \pi_c \, \mathcal{N}(z; \mu_c, \mathrm{diag}\,\sigma_c^2) \, p(x|z)
 
-    The component c is enumerated: the guide is of z alone, and c is summed out of the model,
-    exactly. It is the model of a :class:`pyro_vae.priors.MixtureOfNormals` with the component left
-    in the story.
+    The component c is enumerated: the model sums over c exactly, and the guide has only z. A
+    :class:`LatentVariableModel` with a :class:`pyro_vae.priors.MixtureOfNormals` has the same
+    p(x, z), without a site for c.
 
     Args:
-        prior: the mixture; learned.
-        likelihood: called on z, gives p(x|z).
+        prior: the mixture, which is learned.
+        likelihood: returns p(x|z) when called on z.
 
     Shape:
         x is ``(B, *event)``.
 
     Sites:
-        latents ``"c"``, enumerated, and ``"z"``; ``"x"`` observed; all in the plate ``"data"``.
+        ``"c"`` is latent and enumerated, ``"z"`` is latent and ``"x"`` is observed, all in the
+        plate ``"data"``.
 
     Raises:
-        TypeError: the prior is no :class:`pyro_vae.priors.MixtureOfNormals`.
+        TypeError: The prior is not a :class:`pyro_vae.priors.MixtureOfNormals`.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -59,14 +60,14 @@ class MixtureModel(PyroModule):
         super().__init__()
         if not isinstance(prior, priors.MixtureOfNormals):
             raise TypeError(
-                "MixtureModel needs a priors.MixtureOfNormals, whose components are sites, got "
-                f"{prior!r}: with another prior, take LatentVariableModel"
+                f"prior must be a priors.MixtureOfNormals for MixtureModel, got {prior!r}: with "
+                "another prior, use LatentVariableModel"
             )
         self.prior = prior
         self.likelihood = likelihood
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the program on a minibatch x and return it."""
+        """Run the program on a minibatch x and return the value of the site ``"x"``."""
         mixture = self.prior()
         with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             p_c = dist.Categorical(logits=mixture.logits)

@@ -1,4 +1,4 @@
-"""A model of data of which some have labels."""
+"""A semi-supervised model: only some data points have labels."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from pyro_vae._programs.sites import DATA_PLATE
 from pyro_vae._utils.checks import require_batch
 from pyro_vae._utils.init_args import records_init_args
 
-UNKNOWN = -1  # the label of a datum that has none
+UNKNOWN = -1  # the label of a data point whose class is unknown
 
 
 @records_init_args
 class SemiSupervisedModel(PyroModule):
-    r"""M2 of Kingma et al. (2014): the class is a latent where it is not known.
+    r"""Model M2 of Kingma et al. (2014), with the class as a latent variable where it is unknown.
 
     .. math:: p(x, y, z) = p(y)\, p(z)\, p(x|z, y)
 
     Args:
         classes: C.
-        prior: called without arguments, gives p(z).
-        likelihood: called on z and on the class, as C zeros and ones, gives p(x|z, y).
-            ``nets.Joined`` makes a network take both.
+        prior: returns p(z) when called without arguments.
+        likelihood: returns p(x|z, y) when called on z and the one-hot class (C zeros and ones).
+            Wrap a network in ``nets.Joined`` to call it on both.
 
     Shape:
-        x is ``(B, *event)``; y ``(B,)``, whole numbers, -1 where the class is not known.
+        x is ``(B, *event)``. y is ``(B,)``, integers, with -1 where the class is unknown.
 
     Sites:
-        ``"y"`` observed, where it is known; ``"y_missing"``, where it is not, and ``"z"`` latent;
-        ``"x"`` observed; all in the plate ``"data"``. p(y) is learned.
+        ``"y"`` is observed and masked to the labeled data points. ``"y_missing"`` is latent,
+        enumerated and masked to the others. ``"z"`` is latent and ``"x"`` is observed. All are in
+        the plate ``"data"``. p(y) is learned.
 
     Raises:
-        ValueError: fewer than two classes; labels are no whole numbers, or not one for each datum;
-            while values are validated: one is out of range.
+        ValueError: There are fewer than two classes, or the labels are not integers, one per data
+            point. With validation on, a label is out of range.
 
     Example:
         See :class:`pyro_vae.guides.SemiSupervisedGuide`.
@@ -76,27 +77,28 @@ class SemiSupervisedModel(PyroModule):
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """Return whether each label is each class, ``(..., C)``."""
+    """Return the one-hot labels, Booleans ``(..., C)``."""
     return labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)
 
 
 def check_labels(x: Tensor, y: Tensor, classes: int) -> None:
-    """Refuse labels that are no whole numbers, one for each datum; and, if validating, others.
+    """Raise ValueError if the labels are not integers, one per data point.
 
     Raises:
-        ValueError: as said.
+        ValueError: The labels are not integers of shape (B,). With validation on, a label is out
+            of range.
     """
     whole = not y.is_floating_point() and not y.is_complex() and y.dtype != torch.bool
     if not whole or y.shape != x.shape[:1]:
         raise ValueError(
-            f"labels must be whole numbers, one for each of the {x.shape[0]} data, -1 where it is "
-            f"not known; got {y.dtype} of shape {tuple(y.shape)}"
+            f"labels must be integers of shape ({x.shape[0]},), one per data point, with -1 "
+            f"where the class is unknown; got {y.dtype} of shape {tuple(y.shape)}"
         )
-    if torch.distributions.Distribution._validate_args:  # it waits for the device
+    if torch.distributions.Distribution._validate_args:  # this synchronizes with the device
         outside = ((y < 0) & (y != UNKNOWN)) | (y >= classes)
         if outside.any():
             row = outside.nonzero()[0].item()
             raise ValueError(
-                f"labels must lie in 0 to {classes - 1}, or be {UNKNOWN} where the class is not "
-                f"known; got {y[row].item()} in row {row}"
+                f"labels must lie in 0 to {classes - 1}, or be {UNKNOWN} where the class is "
+                f"unknown; got {y[row].item()} in row {row}"
             )

@@ -1,4 +1,4 @@
-"""A Markov chain of latents behind a sequence of observations."""
+"""A model of sequences with a Markov chain of latent variables."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from pyro_vae._utils.init_args import records_init_args
 
 @records_init_args
 class SequenceModel(PyroModule):
-    r"""A Deep Markov Model (Krishnan, Shalit & Sontag 2017), of sequences of unequal lengths.
+    r"""A Deep Markov Model (Krishnan, Shalit & Sontag 2017) of sequences of unequal lengths.
 
     .. math::
         p(x, z) = p(z_1) \prod_{t=2}^{\ell} p(z_t|z_{t-1}) \prod_{t=1}^{\ell} p(x_t|z_t)
 
-    for a sequence of length :math:`\ell`, padded at its end to the T steps of the minibatch.
-    Padded steps are masked: they add zero to every density and to every gradient, whatever the
-    padding holds, NaN included. Their latents are drawn, and mean nothing.
+    Here :math:`\ell` is the length of the sequence, which is padded at its end to the T steps of
+    the minibatch. Padded steps are masked: they add zero to every density and every gradient,
+    even if the padding is NaN. Their latent variables are sampled, but have no meaning.
 
     Args:
-        prior: called without arguments, gives p(z_1); see :mod:`pyro_vae.priors`.
-        transition: called on z_{t-1}, gives p(z_t|z_{t-1}), of the event shape of the prior.
-        likelihood: called on z_t, gives p(x_t|z_t); see :mod:`pyro_vae.likelihoods`.
+        prior: returns p(z_1) when called without arguments; see :mod:`pyro_vae.priors`.
+        transition: returns p(z_t|z_{t-1}), with the event shape of the prior, when called on
+            z_{t-1}.
+        likelihood: returns p(x_t|z_t) when called on z_t; see :mod:`pyro_vae.likelihoods`.
 
     Shape:
-        x is ``(B, T, *event)``, the event that of p(x_t|z_t), and T may differ from call to call.
-        lengths are whole numbers from 1 to T, ``(B,)``; without them all sequences have T steps.
+        x is ``(B, T, *event)`` with the event shape of p(x_t|z_t). T may differ between calls.
+        lengths are integers from 1 to T, ``(B,)``. Without lengths, all sequences have T steps.
 
     Sites:
-        ``"z_1"`` to ``"z_T"`` latent and ``"x_1"`` to ``"x_T"`` observed, all in the plate
-        ``"data"``. Where lengths are given, those of step t are masked by :math:`t \le \ell`, and
-        padding is observed as the first step of its sequence, which the likelihood can score.
+        ``"z_1"`` to ``"z_T"`` are latent and ``"x_1"`` to ``"x_T"`` are observed, all in the plate
+        ``"data"``. If lengths are given, the sites of step t are masked by :math:`t \le \ell`.
+        Padding is then replaced by the first step of its sequence, which the likelihood can score.
 
     Raises:
-        ValueError: x has no steps; lengths are not of the shape ``(B,)``; while values are
-            validated: a length is not in 1 to T. To look at them waits for the device, so that it
-            is done where supports are checked too (``pyro.validation_enabled``): by
-            :func:`pyro_vae.fit` in the first epoch, by :func:`pyro_vae.evidence` once for each
-            minibatch.
-        TypeError: lengths are no tensor of whole numbers.
+        ValueError: x has no steps, or lengths are not of shape ``(B,)``. With validation on
+            (``pyro.validation_enabled``), a length is not in 1 to T. This check synchronizes with
+            the device. :func:`pyro_vae.fit` makes it in the first epoch, and
+            :func:`pyro_vae.evidence` once per minibatch.
+        TypeError: lengths are not a tensor of integers.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -81,17 +81,17 @@ class SequenceModel(PyroModule):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Run the program on a minibatch and return its sequences, ``(..., B, T, *event)``.
 
-        They are x but for the padding; or, where the observations are taken away
-        (``poutine.uncondition``), what the model draws.
+        They equal x except for the padding. Under ``poutine.uncondition`` they are samples from
+        the model.
         """
         if x.dim() < 2 or not x.shape[1]:
             raise ValueError(
-                f"x must be sequences (B, T, *event) with T >= 1, got shape {tuple(x.shape)}"
+                f"x must have shape (B, T, *event) with T >= 1, got shape {tuple(x.shape)}"
             )
         inside = None
         if lengths is not None:
             inside = _inside(x, lengths)
-            # Zero times the gradient of a density that is NaN is NaN: padding is not scored.
+            # The mask is no protection from NaN, since 0 * NaN is NaN. So replace the padding.
             x = torch.where(inside.reshape(inside.shape + (1,) * (x.dim() - 2)), x, x[:, :1])
         p_1, steps = self.prior(), []
         with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
@@ -109,16 +109,16 @@ def _masked(mask: Tensor | None) -> contextlib.AbstractContextManager:
 
 
 def _inside(x: Tensor, lengths: Tensor) -> Tensor:
-    """Tell which steps are no padding, ``(B, T)``; refuse lengths that are none."""
+    """Return True where a step is not padding, ``(B, T)``; raise an error for invalid lengths."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths must be whole numbers, got {lengths.dtype}: use lengths.long()")
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}: use lengths.long()")
     batch_size, num_steps = x.shape[:2]
     if lengths.shape != (batch_size,):
         raise ValueError(
-            f"lengths must have the shape ({batch_size},), one for each sequence of x, which has "
-            f"shape {tuple(x.shape)}; got {tuple(lengths.shape)}"
+            f"lengths must have shape ({batch_size},), one per sequence of x of shape "
+            f"{tuple(x.shape)}; got {tuple(lengths.shape)}"
         )
     if torch.distributions.Distribution._validate_args:
         outside = (lengths < 1) | (lengths > num_steps)
@@ -126,7 +126,7 @@ def _inside(x: Tensor, lengths: Tensor) -> Tensor:
             row = outside.nonzero()[0].item()
             raise ValueError(
                 f"lengths must lie in 1 to {num_steps}, the steps of x of shape {tuple(x.shape)}; "
-                f"got {lengths[row].item()} in row {row}. Drop empty sequences, and cut the "
-                "lengths where x was cut."
+                f"got {lengths[row].item()} in row {row}. Drop empty sequences. If x was "
+                "truncated, truncate its lengths too."
             )
     return torch.arange(num_steps, device=x.device) < lengths.unsqueeze(-1)

@@ -479,7 +479,7 @@ def test_sequences_are_generated_and_reconstructed():
 def test_other_kinds_of_lengths_and_data_are_refused():
     chain = Chain()
     x = torch.zeros(4, 5, 3)
-    with pytest.raises(TypeError, match=r"whole numbers, got torch.float32"):
+    with pytest.raises(TypeError, match=r"integers, got torch.float32"):
         chain.model(x, torch.ones(4))
     with pytest.raises(TypeError, match="must be a tensor, got list"):
         chain.model(x, [1, 2, 3, 4])
