@@ -58,7 +58,7 @@ class _Planar(FlowTransform):
         least = _LEAST_SLOPE - 1
         bounded = least + F.softplus(product + math.log(math.expm1(-least)))
         self._w, self._b = w, b
-        # If w is zero, there is no direction, but none is needed: the map is then a shift.
+        # If w is zero, the map is a shift and needs no direction.
         self._u = u + ((bounded - product) / (square + 1e-12)).unsqueeze(-1) * w
         self._product = (w * self._u).sum(-1)
 
