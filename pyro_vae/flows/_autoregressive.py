@@ -23,14 +23,14 @@ class InverseAutoregressive(Flow):
         f(z)_d = \mu_d(z_{<d}, h) + \sigma_d(z_{<d}, h) z_d, \qquad
         \log|\det J| = \sum_d \log\sigma_d
 
-    A masked network gives :math:`\mu` and :math:`\sigma` from z and the context h, which is what
-    the encoder gives. One pass maps; the inverse, for scoring what was not sampled here, takes D.
-    The order of dimensions is reversed from layer to layer.
+    A masked network computes :math:`\mu` and :math:`\sigma` from z and the context h, the output of
+    the encoder. The map takes one pass of the network. The inverse takes D passes; only scoring a
+    value that was not sampled here needs it. Each layer reverses the order of the dimensions.
 
     Args:
         dim: D, at least two.
-        context: numbers in h.
-        hidden: widths of the network, each at least D; one layer of max(64, 2D) if not given.
+        context: size of h.
+        hidden: widths of the hidden layers, each at least D; by default one layer of max(64, 2D).
     """
 
     min_dim = 2
@@ -52,12 +52,12 @@ class InverseAutoregressive(Flow):
 class MaskedAutoregressive(InverseAutoregressive):
     r"""Masked autoregressive flow (Papamakarios et al. 2017, eq. 3-4), given a context.
 
-    The inverse of :class:`InverseAutoregressive`: one pass scores, D sample.
+    The inverse of :class:`InverseAutoregressive`. Scoring takes one pass, sampling takes D passes.
 
     Args:
         dim: D, at least two.
-        context: numbers in h.
-        hidden: widths of the network, each at least D; one layer of max(64, 2D) if not given.
+        context: size of h.
+        hidden: widths of the hidden layers, each at least D; by default one layer of max(64, 2D).
     """
 
     def forward(self, parameters: Tensor) -> Transform:

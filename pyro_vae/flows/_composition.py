@@ -1,4 +1,4 @@
-"""Layers of a flow, one after another, the same for all data."""
+"""A composition of flow layers that all data share."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from pyro_vae.flows._coupling import AffineCoupling
 
 @records_init_args
 class Composition(nn.Module):
-    r"""The bijection :math:`f_L \circ \dots \circ f_1` of R^D, its numbers free parameters.
+    r"""The bijection :math:`f_L \circ \dots \circ f_1` of R^D, with free parameters.
 
-    Called without arguments, it gives the transform; it begins near the identity.
+    A call without arguments returns the transform. With its initial parameters, it is close to the
+    identity.
 
     Args:
         dim: D.
-        flow: makes a layer from D: a class of :mod:`pyro_vae.flows`, a ``functools.partial`` of
-            one, or your own :class:`pyro_vae.flows.Flow`.
-        length: L, how many layers.
+        flow: function from D to a layer: a class of :mod:`pyro_vae.flows`, a
+            ``functools.partial`` of one, or your own :class:`pyro_vae.flows.Flow`.
+        length: L, the number of layers.
 
     Raises:
         ValueError: ``length`` is not positive, or the flow needs more dimensions.

@@ -1,4 +1,4 @@
-"""How the function of one dimension depends on the others: one after another, or half on half."""
+"""Autoregressive and coupling transforms built from functions of one number."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from pyro_vae.flows._elementwise import Elementwise
 
 
 class Autoregressive(FlowTransform):
-    """Maps each dimension by a function that depends on those before it, then reverses the order.
+    """Maps each dimension by a function of it and the earlier ones, then reverses the order.
 
-    The next layer begins with what came last here. One pass of the network maps, D unmap.
+    So the next layer starts with the last dimension of this one. The map takes one pass of the
+    network, the inverse takes D passes.
 
     Args:
-        functions: of one number.
-        network: from x ``(..., D)`` to parameters ``(..., D, n)``, those of a dimension from the
-            dimensions before it alone.
+        functions: the functions of one number.
+        network: from x ``(..., D)`` to parameters ``(..., D, n)``; the parameters of a dimension
+            depend only on the earlier dimensions.
     """
 
     def __init__(self, functions: Elementwise, network: Callable[[Tensor], Tensor]):
@@ -33,10 +34,10 @@ class Autoregressive(FlowTransform):
         return y.flip(-1), log_slopes.sum(-1)
 
     def unmap(self, y: Tensor) -> Tensor:
-        """Return the x with f(x) = y."""
+        """Return x such that f(x) = y."""
         y = y.flip(-1)
         x = torch.zeros_like(y)
-        for _ in range(y.shape[-1]):  # each pass gets one more dimension right
+        for _ in range(y.shape[-1]):  # each pass computes one more dimension correctly
             parameters = self._network(x)
             x = self._functions.unmap(y.expand(parameters.shape[:-1]), parameters)
         return x
@@ -46,7 +47,7 @@ class Coupling(FlowTransform):
     """Maps the second half of the dimensions by functions of the first, then reverses the order.
 
     Args:
-        functions: of one number.
+        functions: the functions of one number.
         network: from the first half ``(..., D // 2)`` to parameters ``(..., D - D // 2, n)``.
     """
 
@@ -63,7 +64,7 @@ class Coupling(FlowTransform):
         return self._whole(first, second).flip(-1), log_slopes.sum(-1)
 
     def unmap(self, y: Tensor) -> Tensor:
-        """Return the x with f(x) = y."""
+        """Return x such that f(x) = y."""
         first, second = self._halves(y.flip(-1))
         parameters = self._network(first)
         second = self._functions.unmap(second.expand(parameters.shape[:-1]), parameters)

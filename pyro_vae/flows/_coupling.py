@@ -23,13 +23,13 @@ class AffineCoupling(Flow):
         f(z)_a = z_a, \qquad f(z)_b = \mu(z_a, h) + \sigma(z_a, h) \odot z_b, \qquad
         \log|\det J| = \sum_d \log\sigma_d
 
-    for the first half a and the second half b of the dimensions, whose order is reversed from layer
-    to layer. One pass of the network maps, one unmaps.
+    Here a is the first half of the dimensions, and b is the second half. Each layer reverses the
+    order of the dimensions. The map and its inverse take one pass of the network each.
 
     Args:
         dim: D, at least two.
-        context: numbers in h.
-        hidden: widths of the network.
+        context: size of h.
+        hidden: widths of the hidden layers.
     """
 
     min_dim = 2

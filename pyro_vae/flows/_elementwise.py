@@ -1,4 +1,4 @@
-"""Increasing functions of one number, their parameters given by a network for each dimension."""
+"""Increasing functions of one number; a network computes their parameters per dimension."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Elementwise(ABC):
     """A family of increasing functions of the reals.
 
     Attributes:
-        num_parameters: of one function.
+        num_parameters: number of parameters of one function.
     """
 
     num_parameters: int
@@ -25,7 +25,7 @@ class Elementwise(ABC):
 
     @abstractmethod
     def unmap(self, y: Tensor, parameters: Tensor) -> Tensor:
-        """Return the x with f(x) = y."""
+        """Return x such that f(x) = y."""
 
 
 class Affine(Elementwise):
@@ -39,7 +39,7 @@ class Affine(Elementwise):
         return shift + log_scale.exp() * x, log_scale.expand(x.shape)
 
     def unmap(self, y: Tensor, parameters: Tensor) -> Tensor:
-        """Return the x with f(x) = y."""
+        """Return x such that f(x) = y."""
         shift, log_scale = self._split(parameters)
         return (y - shift) * (-log_scale).exp()
 
@@ -51,14 +51,15 @@ class Affine(Elementwise):
 class RationalQuadratic(Elementwise):
     r"""A monotone rational-quadratic spline on [-bound, bound] (Durkan et al. 2019, eq. 4-8).
 
-    K bins, each with a width, a height, and slopes at the K-1 knots within; the identity outside.
+    The spline has K bins, each with a width and a height, and slopes at the K-1 inner knots.
+    Outside the interval it is the identity.
 
     Args:
-        bins: K.
-        bound: where the identity begins.
+        bins: K, the number of bins.
+        bound: half the width of the interval.
     """
 
-    _LEAST = 1e-3  # of widths and heights, as shares of the whole, and of slopes
+    _LEAST = 1e-3  # minimum of the slopes, and of widths and heights as shares of 1
 
     def __init__(self, bins: int, bound: float):
         if bins < 2 or bins * self._LEAST >= 1:
@@ -82,7 +83,7 @@ class RationalQuadratic(Elementwise):
         return torch.where(inside, y, x), torch.where(inside, log_slope, 0.0)
 
     def unmap(self, y: Tensor, parameters: Tensor) -> Tensor:
-        """Return the x with f(x) = y."""
+        """Return x such that f(x) = y."""
         inside = y.abs() < self.bound
         y_inside = y.clamp(-self.bound, self.bound)
         x0, width, y0, height, slope0, slope1 = self._bin(y_inside, parameters, knots=1)
@@ -93,7 +94,7 @@ class RationalQuadratic(Elementwise):
         return torch.where(inside, x0 + t * width, y)
 
     def _bin(self, value: Tensor, parameters: Tensor, knots: int) -> tuple[Tensor, ...]:
-        """Return corner, width, height and slopes of the bin that a value lies in.
+        """Return the corner, width, height and slopes of the bin that contains a value.
 
         Args:
             value: ``(..., D)``, within the bounds.
@@ -103,8 +104,8 @@ class RationalQuadratic(Elementwise):
         parameters = parameters.expand(*value.shape, self.num_parameters)
         widths, heights, slopes = parameters.split([self.bins, self.bins, self.bins - 1], -1)
         shares = [self._shares(raw) for raw in (widths, heights)]
-        edges = [F.pad(each[..., :-1].cumsum(-1), (1, 0)) for each in shares]  # the lower ones
-        # softplus(log(e^s - 1)) = s: zeros stand for slopes of one, the identity.
+        edges = [F.pad(each[..., :-1].cumsum(-1), (1, 0)) for each in shares]  # lower edges
+        # softplus(log(e^s - 1)) = s, so zeros give slopes of one, the identity.
         slopes = self._LEAST + F.softplus(slopes + math.log(math.expm1(1 - self._LEAST)))
         slopes = F.pad(slopes, (1, 1), value=1.0)
         share = (value.unsqueeze(-1) / self.bound + 1) / 2

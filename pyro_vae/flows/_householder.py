@@ -11,14 +11,14 @@ from pyro_vae.flows._base import Flow, FlowTransform
 
 @records_init_args
 class Householder(Flow):
-    r"""A reflection (Tomczak & Welling 2016, eq. 7): D parameters v.
+    r"""A reflection (Tomczak & Welling 2016, eq. 7) with D parameters v.
 
     .. math:: f(z) = z - 2 \frac{v v^\top z}{|v|^2}, \qquad \log|\det J| = 0
 
-    Up to D of them rotate a diagonal Gaussian into one of any covariance.
+    Up to D reflections rotate a diagonal Gaussian into a Gaussian with any covariance.
 
     Args:
-        dim: D, at least two: in one dimension it would only flip the sign.
+        dim: D, at least two; in one dimension, a reflection only flips the sign.
     """
 
     min_dim = 2
@@ -28,8 +28,8 @@ class Householder(Flow):
         self.num_parameters = dim
 
     def forward(self, parameters: Tensor) -> FlowTransform:
-        """Return the reflection at the plane orthogonal to v."""
-        # Zeros stand for the first axis: v = 0 would give no plane.
+        """Return the reflection across the plane orthogonal to v."""
+        # Zero parameters give the first axis, because v = 0 does not define a plane.
         return _Householder(parameters + torch.eye(1, self.dim).to(parameters).squeeze(0))
 
 
@@ -47,5 +47,5 @@ class _Householder(FlowTransform):
 
 
 def reflect(x: Tensor, v: Tensor) -> Tensor:
-    """Reflect x (..., D) at the plane through the origin orthogonal to v (..., D)."""
+    """Reflect x (..., D) across the plane through the origin orthogonal to v (..., D)."""
     return x - 2 * v * ((v * x).sum(-1) / v.square().sum(-1)).unsqueeze(-1)

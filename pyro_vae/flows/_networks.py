@@ -1,4 +1,4 @@
-"""The networks inside of flows, which take a context beside their input."""
+"""The networks inside flows, with a context as a second input."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pyro_vae.nets import MLP
 
 
 class AutoregressiveNetwork(nn.Module):
-    """Parameters ``(..., D, n)`` from x ``(..., D)``, each dimension's from those before it.
+    """Maps x ``(..., D)`` to parameters ``(..., D, n)``; each depends on earlier dimensions only.
 
-    MADE (Germain et al. 2015) with a context that all dimensions see.
+    This is MADE (Germain et al. 2015) with a context that all dimensions depend on.
 
     Args:
         dim: D, at least two.
         context: size of the context.
-        hidden: widths, each at least D.
-        num_parameters: n.
+        hidden: widths of the hidden layers, each at least D.
+        num_parameters: n, the number of parameters per dimension.
     """
 
     def __init__(self, dim: int, context: int, hidden: Sequence[int], num_parameters: int):
@@ -39,14 +39,14 @@ class AutoregressiveNetwork(nn.Module):
 
 
 class CouplingNetwork(nn.Module):
-    """Parameters ``(..., D, n)`` from x ``(..., d)`` and a context.
+    """Maps x ``(..., d)`` and a context to parameters ``(..., D, n)``.
 
     Args:
-        inputs: d.
-        outputs: D.
+        inputs: d, the number of input dimensions.
+        outputs: D, the number of output dimensions.
         context: size of the context.
-        hidden: widths.
-        num_parameters: n.
+        hidden: widths of the hidden layers.
+        num_parameters: n, the number of parameters per output dimension.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class CouplingNetwork(nn.Module):
         self._shape = (outputs, num_parameters)
         self.network = MLP(inputs + context, hidden, outputs * num_parameters)
         first, *_, last = (m for m in self.network.modules() if isinstance(m, nn.Linear))
-        with torch.no_grad():  # as wide for x as if the context, which begins near zero, were none
+        # The context is near zero at first. Scale the layer as if x were its only input.
+        with torch.no_grad():
             first.weight[:, :inputs] *= ((inputs + context) / inputs) ** 0.5
             first.bias *= ((inputs + context) / inputs) ** 0.5
         _shrink(last)
@@ -81,7 +82,7 @@ def _broadcast(x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shrink(layer: nn.Linear) -> None:
-    """Begin near what zeros stand for: the identity."""
+    """Make the layer's outputs small, so that the flow starts near the identity."""
     with torch.no_grad():
         layer.weight.mul_(0.1)
         layer.bias.zero_()

@@ -17,15 +17,15 @@ _LEAST_SLOPE = 1e-3
 
 @records_init_args
 class Planar(Flow):
-    r"""A planar flow (Rezende & Mohamed 2015, eq. 10-12): D+D+1 parameters u, w, b.
+    r"""A planar flow (Rezende & Mohamed 2015, eq. 10-12) with D+D+1 parameters u, w, b.
 
     .. math::
         f(z) = z + \hat u \tanh(w^\top z + b), \qquad
         \log|\det J| = \log(1 + w^\top\hat u \, (1 - \tanh^2(w^\top z + b)))
 
-    where :math:`\hat u = u + (m(w^\top u) - w^\top u) w / |w|^2` and m is a softplus, moved so that
-    m(0) = 0 and :math:`m > -1`: :math:`w^\top\hat u > -1` makes f invertible. The inverse is the
-    root of one increasing function of :math:`w^\top z`.
+    Here :math:`\hat u = u + (m(w^\top u) - w^\top u) w / |w|^2`. The function m is a softplus,
+    shifted so that m(0) = 0 and :math:`m > -1`. Then :math:`w^\top\hat u > -1`, so f is
+    invertible. The inverse solves one increasing equation for :math:`w^\top z`.
 
     Args:
         dim: D.
@@ -58,7 +58,7 @@ class _Planar(FlowTransform):
         least = _LEAST_SLOPE - 1
         bounded = least + F.softplus(product + math.log(math.expm1(-least)))
         self._w, self._b = w, b
-        # A w of zero gives no direction, and needs none: then the map is a shift.
+        # If w is zero, the map is a shift and needs no direction.
         self._u = u + ((bounded - product) / (square + 1e-12)).unsqueeze(-1) * w
         self._product = (w * self._u).sum(-1)
 

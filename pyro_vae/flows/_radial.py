@@ -14,15 +14,15 @@ from pyro_vae.flows._base import Flow, FlowTransform
 
 @records_init_args
 class Radial(Flow):
-    r"""A radial flow (Rezende & Mohamed 2015, eq. 14): D+2 parameters, a centre c, alpha and beta.
+    r"""A radial flow (Rezende & Mohamed 2015, eq. 14) with D+2 parameters c, alpha and beta.
 
     .. math::
         f(z) = z + \beta \frac{z - c}{\alpha + r}, \qquad r = |z - c|, \\
         \log|\det J| = (D-1) \log\Bigl(1 + \frac{\beta}{\alpha + r}\Bigr)
             + \log\Bigl(1 + \frac{\alpha\beta}{(\alpha + r)^2}\Bigr)
 
-    with :math:`\alpha > 0` and :math:`\beta > -\alpha` by softplus. The radius of the inverse is
-    the positive root of a quadratic equation.
+    Here c is the center. Softplus functions ensure :math:`\alpha > 0` and :math:`\beta > -\alpha`.
+    The radius of the inverse is the positive root of a quadratic equation.
 
     Args:
         dim: D.
@@ -33,7 +33,7 @@ class Radial(Flow):
         self.num_parameters = dim + 2
 
     def forward(self, parameters: Tensor) -> FlowTransform:
-        """Return the transform of the centre, alpha and beta."""
+        """Return the transform with a center c, alpha and beta."""
         centre, alpha, beta = parameters.split([self.dim, 1, 1], -1)
         return _Radial(centre, alpha.squeeze(-1), beta.squeeze(-1))
 
@@ -43,7 +43,7 @@ class _Radial(FlowTransform):
         super().__init__()
         self._centre = centre
         self._alpha = F.softplus(alpha) + 1e-3
-        # More than -alpha, with a margin; softplus(log(e^s - 1)) = s, so that zero gives zero.
+        # beta > -alpha with a margin. softplus(log(e^s - 1)) = s, so zero gives zero.
         least = 0.999
         self._beta = self._alpha * (F.softplus(beta + math.log(math.expm1(least))) - least)
 
@@ -57,7 +57,7 @@ class _Radial(FlowTransform):
 
     def unmap(self, y: Tensor) -> Tensor:
         offset = y - self._centre
-        radius = _norm(offset)  # r + beta r / (alpha + r), to be solved for r
+        radius = _norm(offset)  # = r + beta r / (alpha + r); solve for r
         linear = radius - self._alpha - self._beta
         # The positive root of r^2 - linear r - alpha radius = 0, without cancellation.
         size = linear.abs() + (linear.square() + 4 * self._alpha * radius).sqrt()
@@ -66,5 +66,5 @@ class _Radial(FlowTransform):
 
 
 def _norm(offset: Tensor) -> Tensor:
-    """The norm, whose gradient is finite at zero."""
+    """Return the norm, with a finite gradient at zero."""
     return (offset.square().sum(-1) + torch.finfo(offset.dtype).tiny).sqrt()

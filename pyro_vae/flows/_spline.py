@@ -19,22 +19,23 @@ from pyro_vae.flows._networks import AutoregressiveNetwork, CouplingNetwork
 class NeuralSpline(Flow):
     r"""Neural spline flow (Durkan et al. 2019), given a context.
 
-    Each dimension is mapped by a monotone rational-quadratic spline on [-bound, bound], the
-    identity outside. Its knots come from a network: of the first half of the dimensions (coupling:
-    one pass maps, one unmaps), or of all dimensions before (autoregressive: one pass maps, D
-    unmap). The order of dimensions is reversed from layer to layer.
+    Each dimension is mapped by a monotone rational-quadratic spline on [-bound, bound], and by the
+    identity outside. A network computes the knots. With coupling, it reads the first half of the
+    dimensions; the map and its inverse take one pass each. If autoregressive, it reads all earlier
+    dimensions; the map takes one pass, and the inverse takes D passes. Each layer reverses the
+    order of the dimensions.
 
     Args:
         dim: D, at least two.
-        autoregressive: rather than coupling.
-        bins: K, of each spline.
-        bound: of the box.
-        context: numbers in the context.
-        hidden: widths of the network; autoregressive ones are at least D. One layer of 64, or of
-            max(64, 2D), if not given.
+        autoregressive: use an autoregressive transform rather than coupling.
+        bins: K, the number of bins of each spline.
+        bound: half the width of the interval.
+        context: size of the context.
+        hidden: widths of the hidden layers, each at least D if autoregressive. By default one
+            layer of 64, or of max(64, 2D) if autoregressive.
 
     Raises:
-        ValueError: ``bins`` or ``bound`` make no spline.
+        ValueError: ``bins`` is not between 2 and 999, or ``bound`` is not positive.
     """
 
     min_dim = 2

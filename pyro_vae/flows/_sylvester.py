@@ -16,22 +16,23 @@ _KINDS = ("orthogonal", "householder", "triangular")
 
 @records_init_args
 class Sylvester(Flow):
-    r"""A Sylvester flow (van den Berg et al. 2018, eq. 13, 8): M planar directions in one layer.
+    r"""A Sylvester flow (van den Berg et al. 2018, eq. 13, 8), M planar directions in one layer.
 
     .. math::
         f(z) = z + Q R \tanh(\tilde R Q^\top z + b), \qquad
         \log|\det J| = \sum_m \log(1 + R_{mm} \tilde R_{mm} (1 - \tanh^2(\cdot)_m))
 
-    with :math:`R, \tilde R` upper triangular, :math:`R_{mm}\tilde R_{mm} > -1`, and the M columns
-    of Q orthonormal. The inverse solves M increasing equations, the last first; its gradient is
-    that of the implicit function theorem.
+    Here :math:`R, \tilde R` are upper triangular with :math:`R_{mm}\tilde R_{mm} > -1`, and the M
+    columns of Q are orthonormal. The inverse solves M increasing equations, from the last to the
+    first. Its gradient comes from the implicit function theorem.
 
     Args:
         dim: D.
-        kind: where Q comes from: ``"orthogonal"``, the QR decomposition of D x M free numbers;
-            ``"householder"``, a product of ``size`` reflections (M = D); ``"triangular"``, the
-            identity (M = D), with the order of dimensions reversed from layer to layer.
-        size: M, or the number of reflections; at most D, which is the default.
+        kind: the form of Q. ``"orthogonal"`` takes it from the QR decomposition of D x M free
+            parameters. ``"householder"`` uses a product of ``size`` reflections (M = D).
+            ``"triangular"`` uses the identity (M = D), and each layer reverses the order of the
+            dimensions.
+        size: M, or the number of reflections; at most D, the default.
 
     Raises:
         ValueError: ``kind`` is not one of these, or ``size`` is not within 1 to D.
@@ -51,7 +52,7 @@ class Sylvester(Flow):
         self.num_parameters = sum(self._sizes)
 
     def forward(self, parameters: Tensor) -> FlowTransform:
-        """Return the transform of Q, both triangles and b."""
+        """Return the transform with Q, both triangular matrices and b."""
         columns, r, r_tilde, b = parameters.split(self._sizes, -1)
         columns = columns.unflatten(-1, (self.dim, -1)) if self._sizes[0] else None
         r, r_tilde = (_triangle(raw.unflatten(-1, (self.rank, self.rank))) for raw in (r, r_tilde))
@@ -70,7 +71,7 @@ class Sylvester(Flow):
 
 
 def _triangle(raw: Tensor) -> Tensor:
-    """Make an upper triangle whose diagonal lies within (-1, 1)."""
+    """Return an upper triangular matrix with its diagonal in (-1, 1)."""
     return raw.triu(1) + torch.diag_embed(0.999 * torch.tanh(raw.diagonal(dim1=-2, dim2=-1)))
 
 
@@ -89,7 +90,7 @@ class _Sylvester(FlowTransform):
 
     def unmap(self, y: Tensor) -> Tensor:
         y = y.flip(-1) if self._reverse else y
-        # With s what tanh is taken of, R~ Q'y + b = s + R~ R tanh(s): triangular.
+        # With s = R~ Q'x + b, R~ Q'y + b = s + R~ R tanh(s). This system is triangular.
         given, mixing = self._before_tanh(y), self._r_tilde @ self._r
         with torch.no_grad():
             s = _solve_upwards(mixing, given)
@@ -117,7 +118,7 @@ def _times(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def _solve_upwards(mixing: Tensor, given: Tensor) -> Tensor:
-    """Solve s + mixing tanh(s) = given for an upper triangle, from the last row to the first."""
+    """Solve s + mixing tanh(s) = given for upper triangular mixing, from the last row up."""
     solved = torch.zeros_like(given[..., :0])
     for m in reversed(range(given.shape[-1])):
         rest = (mixing[..., m, m + 1 :] * torch.tanh(solved)).sum(-1)

@@ -42,9 +42,9 @@ class SequenceGuide(PyroModule):
     the masks and the number of steps, which may differ between calls.
 
     Args:
-        model: program of p(x, z). It must have one latent in the plate ``"data"`` for each of the
-            T steps of x, in order, all of the same shape and support. It does not become a
-            submodule.
+        model: program of p(x, z), with one latent in the plate ``"data"`` for each of the T steps
+            of x, in order. All latents have the same shape and support. The model does not become
+            a submodule.
         encoder: network from single steps ``(B T, *event)`` to features ``(B T, ...)`` for the
             GRU; without it, the GRU reads x itself.
         family: function from D to a family of D dimensions; see :mod:`pyro_vae.guides`.

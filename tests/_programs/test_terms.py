@@ -454,7 +454,7 @@ def test_errors_of_programs_pass_without_a_dump_of_all_shapes():
     x = torch.rand(20, 4).round()
     cases = {
         "encoder must map": pv.guides.AmortizedNormal(model, torch.nn.Flatten(0)),
-        "none of the data": pv.guides.LocalGuide(model, x[:5] + 1.0),
+        "not in the data": pv.guides.LocalGuide(model, x[:5] + 1.0),
     }
     for message, guide in cases.items():
         for call in (pv.terms, pv.objectives.ELBO().loss, pv.evidence, pv.elbo_surgery):
