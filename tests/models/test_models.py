@@ -235,7 +235,7 @@ class TestSemiSupervisedModel:
             found.values, found.monte_carlo_errors, exact.tolist(), strict=True
         ):
             assert_within(value, truth, error, 4.5)
-        with pytest.raises(ValueError, match="enumerate"):
+        with pytest.raises(ValueError, match="averages over all values of site 'y_missing'"):
             pv.evidence(model, guide, (x, y), num_particles=10)
 
     def test_the_objective_teaches_the_classifier(self, binary):

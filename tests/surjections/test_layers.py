@@ -500,7 +500,7 @@ def test_learned_signs_get_the_gradient_of_the_score_function():
     for number in range(2):
         error = found[:, number].std().item() / 20**0.5
         assert_within(found[:, number].mean().item(), expected[number].item(), error, 5.0)
-    with pytest.raises(ValueError, match="reparameterised"):
+    with pytest.raises(ValueError, match="reparameterized"):
         pv.objectives.IWAE(2).loss(model, guide, x)
 
 
