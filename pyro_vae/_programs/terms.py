@@ -23,10 +23,11 @@ from pyro_vae._programs.baselines import Baseline, baselines_of, less_baseline
 from pyro_vae._programs.held_samples import path_adjoints
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.sites import require_one_observation
-from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.checks import checked, positive_integer
 from pyro_vae._utils.random import restored_generators
 
 
+@checked
 def terms(
     model: Program,
     guide: Program,

@@ -44,6 +44,7 @@ def check_pair(
     batches: Minibatches | None = None,
     *,
     weighs: bool = False,
+    name: str = "data",
 ) -> PairTrace:
     """Run a pair once, with validation on, and refuse what breaks the contract.
 
@@ -56,6 +57,7 @@ def check_pair(
             memory is checked against the support of the site that observes it.
             ``batches.values_checked`` tells whether this was a check of all that is observed.
         weighs: whether draws of the guide may have a density of zero under the model.
+        name: the batch, as messages name it where there are no ``batches``.
 
     Returns:
         The run.
@@ -66,14 +68,14 @@ def check_pair(
             infinite values of the data reach a density; a parameter belongs to a position in the
             minibatch.
     """
-    name = "data" if batches is None else batches.name
+    name = name if batches is None else batches.name
     rows = torch.arange(len(batch[0]))
     trace = _run(model, guide, batch, rows, name, weighs=weighs)
     if batches is not None:
         if batches.num_data is not None:
             check_positions(model, guide, batch, trace, batches.num_data)
         _check_nonfinite_rows(model, guide, batches, weighs=weighs)
-        run = functools.partial(_run_on_numbers, model, guide, weighs=weighs)
+        run = functools.partial(_run_on_numbers, model, guide, name=name, weighs=weighs)
         batches.values_checked = check_supports(run, trace, batch, batches)
     return trace
 
@@ -97,12 +99,12 @@ def _run(
         weighs: see :func:`check_pair`.
     """
     try:
-        return _run_on_numbers(model, guide, batch, weighs=weighs)
+        return _run_on_numbers(model, guide, batch, name, weighs=weighs)
     except ValueError as error:
         if all(finite_rows(column).all() for column in batch):
             raise
         if not isinstance(error, _NonFiniteDensityError):  # it may have an error of its own
-            _run_on_numbers(model, guide, tuple(map(_with_zeros, batch)), weighs=weighs)
+            _run_on_numbers(model, guide, tuple(map(_with_zeros, batch)), name, weighs=weighs)
         where = next(i for i, c in enumerate(batch) if not finite_rows(c).all())
         bad = rows[(~finite_rows(batch[where])).nonzero()[:, 0].cpu()]
         column = name if where == 0 else f"{name} covariate {where}"
@@ -148,16 +150,19 @@ def _with_zeros(column: Tensor) -> Tensor:
     return column.where(column.isfinite(), 0) if column.is_floating_point() else column
 
 
-def _run_on_numbers(model: Program, guide: Program, batch: Batch, *, weighs: bool) -> PairTrace:
+def _run_on_numbers(
+    model: Program, guide: Program, batch: Batch, name: str = "data", *, weighs: bool
+) -> PairTrace:
     x = batch[0]
     try:
         with torch.no_grad(), values_checked(True), remember_unnamed(model, guide):
             trace = PairTrace(model, guide, batch)
     except PROGRAM_ERRORS as error:
         _refuse_other_devices(model, guide, x)
+        column = name if name == "x" else f"{name} x"
         rest = "" if len(batch) == 1 else f" and {len(batch) - 1} covariates"
         raise ValueError(
-            f"model and guide could not run on data x of shape {tuple(x.shape)} and dtype "
+            f"model and guide could not run on {column} of shape {tuple(x.shape)} and dtype "
             f"{x.dtype}{rest}: {type(error).__name__}: {reason(error)}. "
             f"{_columns_not_taken(model, guide, batch)}Are these the arguments, shapes and dtypes "
             "that the programs and their networks expect?"

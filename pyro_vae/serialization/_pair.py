@@ -14,6 +14,7 @@ import torch
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import require_parameters
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._utils.checks import checked
 from pyro_vae.serialization import _contents as contents
 from pyro_vae.serialization import _load_state as filling
 from pyro_vae.serialization._dataframes import dataframe_to_dict, dict_to_dataframe
@@ -45,6 +46,7 @@ class Saved:
     versions: dict[str, str]
 
 
+@checked
 def save(
     folder: str | Path,
     model: Program,
@@ -107,6 +109,7 @@ def save(
     write(folder, content, kind=KIND, overwrite=overwrite)
 
 
+@checked
 def load(
     folder: str | Path,
     model: Program | None = None,

@@ -23,7 +23,7 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import digests as digests_of_pair
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.validation import check_pair
-from pyro_vae._utils.checks import positive_integer, positive_number, real_number
+from pyro_vae._utils.checks import checked, positive_integer, positive_number, real_number
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes, rank
 from pyro_vae._utils.interrupts import defer_keyboard_interrupt
 from pyro_vae._utils.modules import modules
@@ -96,6 +96,7 @@ class StoppedFit(KeyboardInterrupt):
         self.fit = fit
 
 
+@checked
 @torch.inference_mode(False)
 @torch.enable_grad()
 def fit(
@@ -417,7 +418,7 @@ def _device(device: str | torch.device) -> torch.device:
         return torch.device("cuda", here) if num_processes() > 1 else torch.device("cuda")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device it lacks
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch lacks this device
         raise ValueError(f"device {device!r} cannot be used here: {error}") from error
     return torch.device(device)
 
