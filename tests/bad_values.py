@@ -1,16 +1,19 @@
-"""Arrays and numbers that nobody should pass, as strategies of hypothesis."""
+"""Bad values of each kind: of data, and of every other argument."""
 
 from __future__ import annotations
 
+import functools
+import itertools
+import numbers
+import types
+import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
-
-BAD, EITHER, PLAIN = "bad", "either", "plain"
 
 
 @dataclass
@@ -21,13 +24,13 @@ class Array:
         value: that thing.
         plain: the same numbers as a contiguous float32 tensor, where they are merely laid out or
             typed otherwise: who takes the one must find what the other gives.
-        good: what stands for it where it is refused for a reason: True if it may be accepted.
+        good: whether it is valid; None if that depends on the function.
         how: how it was made, for the message of a failure.
     """
 
     value: Any
     plain: Tensor | None
-    good: bool
+    good: bool | None
     how: str
 
     def __repr__(self) -> str:
@@ -47,7 +50,6 @@ DTYPES = (
     "float16",
     "float32",
     "float64",
-    *["float32"] * 8,  # which most networks take
 )
 NO_NUMBERS = ("complex64", "complex128", "object", "str", "datetime64[s]", "bytes")
 LAYOUTS = (
@@ -129,119 +131,128 @@ def laid_out(x: Tensor, dtype: str, layout: str, torch_tensor: bool) -> Any:
     return tensor
 
 
-@st.composite
-def arrays(draw: st.DrawFn, rows: int = 5, columns: int = 4) -> Array:
-    """Draw something for data of 0 and 1 of shape (rows, columns)."""
-    seed = draw(st.integers(0, 3))
-    x = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)).round()
-    kind = draw(st.sampled_from(["laid out", "laid out", "content", "shape", "dtype", "thing"]))
-    if kind == "laid out":
-        dtype = draw(st.sampled_from(DTYPES))
-        layout = draw(st.sampled_from(LAYOUTS))
-        of_torch = draw(st.booleans())
-        plain = x[:1].repeat(rows, 1) if layout == "expanded" else x
-        how = f"{'tensor' if of_torch else 'array'} of {dtype}, {layout}"
-        return Array(laid_out(x, dtype, layout, of_torch), plain, True, how)
-    if kind == "content":
-        content = draw(st.sampled_from([*CONTENTS]))
-        dtype = draw(st.sampled_from(["float32", "float64"]))
-        row = draw(st.integers(0, rows - 1))
-        x[row, draw(st.integers(0, columns - 1))] = CONTENTS[content]
-        finite = bool(torch.isfinite(x).all())
-        value = laid_out(x, dtype, "contiguous", draw(st.booleans()))
-        return Array(value, x if finite else None, finite, f"{content} in row {row}, {dtype}")
-    if kind == "shape":
-        shape = draw(
-            st.sampled_from(
-                [
-                    (),
-                    (0,),
-                    (1,),
-                    (rows,),
-                    (0, columns),
-                    (rows, 0),
-                    (rows, 1),
-                    (rows, columns + 1),
-                    (rows, columns, 1),
-                    (1, rows, columns),
-                    (rows, 2, columns),
-                    (columns, rows),
-                    (rows, 1, 1, columns),
-                ]
-            )
-        )
-        value = torch.ones(shape)
-        if draw(st.booleans()):
-            value = value.numpy()
-        return Array(value, None, 0 not in shape, f"{type(value).__name__} of shape {shape}")
-    if kind == "dtype":
-        dtype = draw(st.sampled_from(NO_NUMBERS))
-        number = x.numpy().astype("int64" if "date" in dtype else "float32")
-        value = number.astype("S1" if dtype == "bytes" else dtype)
-        of_torch = "complex" in dtype and draw(st.booleans())
-        value = torch.from_numpy(value) if of_torch else value
-        return Array(value, None, False, f"{'tensor' if of_torch else 'array'} of {dtype}")
-    thing = draw(st.sampled_from([*THINGS]))
-    return Array(THINGS[thing](x), None, False, thing)
-
-
-SCALARS = (
-    True,
-    False,
-    np.bool_(True),
-    -1,
-    0,
-    1,
-    2,
-    3,
-    np.int8(2),
-    np.int64(2),
-    np.uint64(2),
-    2.0,
-    2.5,
-    0.5,
-    -0.5,
-    0.0,
-    np.float16(0.5),
-    np.float32(0.5),
-    np.float64(2.0),
-    float("nan"),
-    np.float32("nan"),
-    float("inf"),
-    -float("inf"),
-    1e-300,
-    1e300,
-    10**400,
-    1j,
-    "2",
-    "",
-    "nan",
-    "none",
-    b"2",
-    None,
-    (),
-    [2],
-    (2, 2),
-    [2.5],
-    [None],
-    {"a": 1},
-    {2},
-    object,
-    torch.tensor(2),
-    torch.tensor(0.5),
-    torch.tensor([2]),
-    torch.ones(2, 2),
-    np.array(2),
-    np.array([2.0]),
-    2 + 0j,
-    range(2),
-    torch.nn.Identity(),
-    torch.relu,
-    print,
+SHAPES = (
+    *((), (0,), (1,), (5,), (0, 4), (5, 0), (5, 1), (5, 5), (5, 4, 1), (1, 5, 4), (5, 2, 4)),
+    *((4, 5), (5, 1, 1, 4)),
 )
-HUGE = (10**15, -(10**15), 2**63, 10**30)
 
 
-def scalars(huge: bool = False) -> st.SearchStrategy[Any]:
-    """Draw something for a number, a name or a flag."""
-    return st.sampled_from(SCALARS + HUGE if huge else SCALARS)
+def _with(x: Tensor, place: int, value: float) -> Tensor:
+    x.view(-1)[place * 7 % x.numel()] = value
+    return x
+
+
+def _array(x: Tensor, dtype: str) -> Array:
+    array = x.numpy().astype("int64" if "date" in dtype else "float32")
+    return array.astype("S1" if dtype == "bytes" else dtype)
+
+
+def _cases() -> dict[str, tuple[Callable[[Tensor, int], Any], bool | None, bool]]:
+    """Return by name: how to make a value, whether it is valid, whether x itself gives the same.
+
+    None: valid for some functions, such as another dtype.
+    """
+    found: dict[str, Any] = {}
+    for kind, of_torch in (("tensor", True), ("array", False)):
+        for dtype, layout in itertools.product(DTYPES, LAYOUTS):
+            valid = True if dtype == "float32" else None
+            make = functools.partial(laid_out, dtype=dtype, layout=layout, torch_tensor=of_torch)
+            found[f"{kind} of {dtype}, {layout}"] = (lambda x, i, f=make: f(x), valid, True)
+        for content, dtype in itertools.product(CONTENTS, ("float32", "float64")):
+            value = CONTENTS[content]
+            make = functools.partial(laid_out, dtype=dtype, layout="", torch_tensor=of_torch)
+            valid = None if np.isfinite(value) else False
+            found[f"{kind} of {dtype}, {content}"] = (
+                lambda x, i, f=make, v=value: f(_with(x, i, v)),
+                valid,
+                False,
+            )
+        for shape in SHAPES:
+            found[f"{kind} of shape {shape}"] = (
+                lambda x, i, s=shape, t=of_torch: torch.ones(s) if t else np.ones(s, np.float32),
+                False if 0 in shape else None,
+                False,
+            )
+    for dtype in NO_NUMBERS:
+        found[f"array of {dtype}"] = (lambda x, i, d=dtype: _array(x, d), False, False)
+        if "complex" in dtype:
+            found[f"tensor of {dtype}"] = (
+                lambda x, i, d=dtype: torch.from_numpy(_array(x, d)),
+                False,
+                False,
+            )
+    return found | {name: (lambda x, i, f=f: f(x), False, False) for name, f in THINGS.items()}
+
+
+CASES = _cases()
+
+
+def make_array(name: str, seed: int) -> Array:
+    """Make something for data of 0 and 1 of shape (5, 4)."""
+    make, good, same = CASES[name]
+    x = torch.rand(5, 4, generator=torch.Generator().manual_seed(seed)).round()
+    plain = (x[:1].repeat(5, 1) if "expanded" in name else x.clone()) if same else None
+    return Array(make(x, seed), plain, good, name)
+
+
+NAN, INF = float("nan"), float("inf")
+# In the place of a number, a name, a flag, a sequence, a program or an object.
+ODD = (
+    *(True, False, np.bool_(True), None, 1j, 2 + 0j, b"2", object, print, range(2)),
+    *(-1, 0, 1, 2, 3, np.int8(2), np.int64(2), np.uint64(2), 2**63, -(10**15), 10**30, 10**400),
+    *(2.0, 2.5, 0.5, -0.5, 0.0, np.float16(0.5), np.float32(0.5), np.float64(2.0), 1e-300, 1e300),
+    *(NAN, np.float32("nan"), INF, -INF, "2", "", "nan", "none"),
+    *((), [2], (2, 2), [2.5], [None], [True], [-1], [0], [NAN], [10**30], {"a": 1}, {2}),
+    *(torch.tensor(2), torch.tensor(0.5), torch.tensor([2]), torch.ones(2, 2)),
+    *(np.array(2), np.array([2.0]), torch.nn.Identity(), torch.relu),
+)
+
+
+def accepts(hint: Any, value: Any) -> bool:
+    """Tell whether a value is of the kind that an annotation states."""
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(accepts(each, value) for each in inside)
+    if hint is Any or hint is type(None):
+        return hint is Any or value is None
+    if hint is bool:
+        return isinstance(value, bool | np.bool_)
+    if hint is torch.device:
+        return accepts(int, value) or isinstance(value, hint)
+    if hint in (int, float):
+        number = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    if hint is Tensor:
+        return isinstance(value, Tensor | np.ndarray)
+    if origin is typing.Literal:
+        return isinstance(value, str) and value in inside
+    if origin is Callable or hint is torch.nn.Module:
+        return callable(value)
+    if origin in (Sequence, tuple):
+        rows = value.tolist() if isinstance(value, np.ndarray) and value.ndim == 1 else value
+        kind = isinstance(rows, Sequence) and not isinstance(rows, str | bytes)
+        return kind and all(accepts(inside[0], each) for each in rows)
+    return isinstance(value, origin or hint)
+
+
+def is_out_of_range(value: Any, least: float = -INF) -> bool:
+    """Tell whether a number, or one of a sequence, is NaN, too large for torch, or too small."""
+    if isinstance(value, tuple | list | range):
+        return any(is_out_of_range(each, least) for each in value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    limit = 2**63 if isinstance(value, numbers.Integral) else 3.4e38
+    return not least <= value < limit
+
+
+def equals_of(value: Any) -> list[Any]:
+    """Return the same number, flag or sequence as objects of other types."""
+    if isinstance(value, bool):
+        return [np.bool_(value)]
+    if isinstance(value, int):
+        return [kind(value) for kind in (np.int64, np.uint8)]
+    if isinstance(value, float):
+        return [np.float64(value), np.float32(value)]
+    if isinstance(value, tuple | list):
+        return [list(value), tuple(value)]
+    return []
