@@ -76,6 +76,10 @@ AT_THE_FIRST_CALL = {  # a guide makes its family and networks when it first mee
     ("guides.HierarchicalGuide", "hidden"),
     ("guides.SequenceGuide", "hidden"),
 }
+WHAT_CAME = (
+    "got |gave |takes |observed|shape|vs |collide|invalid|without|needs|NaN|infinite|empty|masked|"
+    "bits|too large|layout|device|outside|differ"
+)
 ANY_NUMBERS = {("generate", "x"): "x gives the number of rows and their shape alone"}
 # What a message says in the place of an argument's name, and why.
 OTHER_NAMES: dict[tuple[str, str], str] = {
@@ -92,12 +96,7 @@ def says(value: Any, message: str) -> bool:
     shape = None if getattr(value, "is_nested", False) else getattr(value, "shape", None)
     dtype = getattr(value, "dtype", None)
     shown = [repr(value), str(value), type(value).__name__, dtype, shape and tuple(shape)]
-    return any(str(each) in message for each in shown) or bool(
-        re.search(
-            "got |gave |takes |observed|shape|vs |collide|invalid|without|needs|NaN|infinite|empty|masked|bits|too large|layout|device|outside|differ",
-            message,
-        )
-    )
+    return any(str(each) in message for each in shown) or bool(re.search(WHAT_CAME, message))
 
 
 def finite(found: Any) -> bool:

@@ -108,6 +108,12 @@ def truth_value(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def require_callable(name: str, value: Any) -> None:
+    """Raise TypeError if a value cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be something to call, got {shown(value)}")
+
+
 # Tensors. These checks read types and shapes and never values, so that they do not wait for a
 # device. A captured step runs without them.
 
