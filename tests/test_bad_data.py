@@ -1,56 +1,102 @@
-"""Bad data and bad arguments: every function works, and is right, or names what it refuses.
+"""Bad arguments of every public function and class are refused by name; valid ones are accepted.
 
-Each call of nasty_calls.py is tried with what nasty.py draws. The longer profile,
-``pytest -m slow tests/test_bad_data.py``, writes how many examples were refused and how many
-worked to the file that ``PYRO_VAE_BAD_DATA_TABLE`` names.
+The table comes from the signatures: public_calls.py has the arguments of one valid call, and
+bad_values.py what is put in the place of each. ``pytest -m slow tests/test_bad_data.py`` searches
+longer.
 """
 
 from __future__ import annotations
 
-import os
+import inspect
+import numbers as numbers_abc
 import re
+import typing
 import warnings
-from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from bad_values import CASES, INF, ODD, accepts, equals_of, is_out_of_range, make_array
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nasty import Array, arrays, scalars
-from nasty_calls import CLASSES, DATA, FUNCTIONS, GOOD, VALUES, make_pair
+from public_calls import PUBLIC, WITHOUT_A_CALL, X, arguments, call, make_pair, numbers
 from torch import Tensor
 
 import pyro_vae as pv
 
-COUNTS: dict[str, Counter] = {}
-LONG = 60
-SHRINK = "PYRO_VAE_SHRINK" in os.environ  # slow: for failures to be looked at
-SLOW_CALLS = {"evidence by AIS", "sandwich", "AIS", "save: notes", "save"}
-OF_ITS_USE = (
-    "x|z|value|event|reinterpreted_batch_ndims|layers|layer|size|exist|notes|data set|labels"
+
+def hint_of(name: str, argument: str) -> Any:
+    function = PUBLIC[name]
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    return hints.get(argument, Any)
+
+
+def arguments_of(name: str) -> list[str]:
+    parameters = inspect.signature(PUBLIC[name]).parameters.values()
+    return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+
+
+NAMES = sorted(PUBLIC.keys() - WITHOUT_A_CALL.keys())
+# Arguments of another kind than their annotation that are valid, and why.
+ALSO_VALID = {
+    ("distributions.MixtureOfDiagNormals", "validate_args"): "torch's own argument",
+    ("evaluation.khat", "log_weights"): "takes nested lists, as numpy does",
+    ("guides.SemiSupervisedGuide", "model"): "any object with the methods of the model",
+}
+# Other numbers must not be negative, and other integers not zero.
+MAY_BE_NEGATIVE = {
+    "seed",
+    "checkpoint_seconds",
+    "mutual_information",
+    "dimension_wise",
+    "beta",
+    "capacity",
+    "start",
+    "end",
+    "alpha",
+    "log_density",
+    "value",
+    "bounds",
+}
+MAY_BE_ZERO = {"context", "history", "plate_nesting"} | MAY_BE_NEGATIVE
+NOT_CALLED = {"objectives.SemiSupervisedELBO", "flows.Composition", "objectives.CUBO"}
+OF_ITS_USE = "x|z|value|inputs|parameters|size|plates"  # of what an accepted argument did not fit
+DATA = {"data", "like", "validation", "train", "test", "x", "exemplars", "pseudo_inputs"}
+DATA_CALLS = [
+    (n, a) for n in NAMES for a in arguments_of(n) if a in DATA or (n, a) == ("terms", "args")
+]
+SLOW = {"sandwich", "inference_gaps", "rate_distortion", "compare", "load", "load_checkpoint"}
+AT_THE_FIRST_CALL = {  # a guide makes its family and networks when it first meets data
+    ("guides.AmortizedFlow", "length"),
+    ("guides.AmortizedLowRankNormal", "rank"),
+    ("guides.AmortizedMixture", "components"),
+    ("guides.HierarchicalGuide", "hidden"),
+    ("guides.SequenceGuide", "hidden"),
+}
+WHAT_CAME = (
+    "got |gave |takes |observed|shape|vs |collide|invalid|without|needs|NaN|infinite|empty|masked|"
+    "bits|too large|layout|device|outside|differ"
 )
-# What these refuse is not yet named, or is not yet refused.
-LEFT: set[str] = set()
-# Not held to the rule here: programs may see NaN, and networks sparse matrices and torch's device
-# "meta", on which a file's programs are made first.
-TENSORS_ALONE = "sparse|meta|nested tensor"
-ANY_NUMBERS = "nan|infinite|huge|largest"
+ANY_NUMBERS = {("generate", "x"): "x gives the number of rows and their shape alone"}
+# What a message says in the place of an argument's name, and why.
+OTHER_NAMES: dict[tuple[str, str], str] = {
+    ("terms", "args"): "x",  # the programs' own first argument
+    ("terms", "plate_nesting"): "plate_nesting|plates",  # Pyro says which plates collide
+    ("priors.AggregatedPosterior", "data"): "data|x",  # the x of the guide's encoder
+    ("compare", "train"): "train|data",  # it is the data of the surgery
+    ("gradient_noise", "x"): "x|parameter|value",  # torch names the parameter that is NaN
+}
 
 
-def profile(examples: int) -> settings:
-    return settings(
-        phases=[Phase.explicit, Phase.generate, Phase.shrink] if SHRINK else [Phase.generate],
-        max_examples=examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+def says(value: Any, message: str) -> bool:
+    """Tell whether a message says what came: the value, its kind, or what is wrong with it."""
+    shape = None if getattr(value, "is_nested", False) else getattr(value, "shape", None)
+    dtype = getattr(value, "dtype", None)
+    shown = [repr(value), str(value), type(value).__name__, dtype, shape and tuple(shape)]
+    return any(str(each) in message for each in shown) or bool(re.search(WHAT_CAME, message))
 
 
 def finite(found: Any) -> bool:
@@ -63,194 +109,251 @@ def finite(found: Any) -> bool:
 def close(found: Any, wanted: Any) -> bool:
     if isinstance(found, list | tuple):
         return len(found) == len(wanted) and all(map(close, found, wanted))
-    found, wanted = (torch.as_tensor(np.asarray(each)).double() for each in (found, wanted))
+    found, wanted = (
+        torch.as_tensor(np.asarray(each.detach() if isinstance(each, Tensor) else each)).double()
+        for each in (found, wanted)
+    )
     return found.shape == wanted.shape and torch.allclose(found, wanted, 1e-3, 1e-4)
 
 
-def judge(
-    function: str,
-    names: str,
-    call: Callable[[Any], Any],
-    value: Any,
-    *,
-    plain: Tensor | None = None,
-    good: bool = True,
-    any_numbers: bool = False,
-) -> None:
-    """Call a function, and hold what it does to the rule.
+def judge(run: Callable[[Any], Any], value: Any, argument: str, valid: bool | None) -> Any:
+    """Run a call with a value; return its numbers, or None where it is refused.
 
-    Args:
-        function: its name, to count by.
-        names: what a refusal may name, a regular expression.
-        call: calls it.
-        value: what with.
-        plain: data that are to give the same.
-        good: whether it may work.
-        any_numbers: whether NaN may come of it.
+    A refusal must name the argument and say what came. True: the value is valid. None: it may be.
     """
-    count = COUNTS.setdefault(function, Counter())
-    count["examples"] += 1
     pyro.clear_param_store()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            found = call(value)
-        except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
-            message = str(error)
-            assert re.search(rf"\b({names})\b", message, re.IGNORECASE), (
-                f"{value!r} is refused, and nothing named: {message}"
-            )
-            count["refused"] += 1
-            return
-        count["worked"] += 1
-        assert good, f"{value!r} was taken, and gave {found}"
-        assert any_numbers or finite(found), f"{value!r} gave {found}"
-        if plain is not None and not any_numbers:
-            wanted = call(plain)
-            assert close(found, wanted), f"{value!r} gave {found}, not {wanted}"
-
-
-def try_data(function: str, examples: int) -> None:
-    names, call = DATA[function]
-
-    @profile(examples)
-    @given(arrays())
-    def trial(array: Array) -> None:
-        if array.value is None and function in ("fit: validation", "compare: train"):
-            return
-        of_program = function.startswith(("guides.Amortized", "LatentVariable"))
-        free = function == "save: notes" or (
-            of_program and re.search(f"{TENSORS_ALONE}|{ANY_NUMBERS}", array.how)
-        )
-        judge(
-            function,
-            names,
-            call,
-            array.value,
-            plain=None if free else array.plain,
-            good=bool(free) or array.good,
-            any_numbers=bool(free),
-        )
-
-    trial()
-
-
-def try_values(function: str, examples: int) -> None:
-    names, call = VALUES[function]
-
-    @profile(examples)
-    @given(arrays())
-    def trial(array: Array) -> None:
-        if re.search(TENSORS_ALONE, array.how):
-            return
-        if function.startswith("flows") and (" of shape " in array.how or array.value is None):
-            return  # the parameters' batch is that of x
-        judge(
-            function,
-            names,
-            call,
-            array.value,
-            plain=array.plain,
-            good=array.good or "in row" in array.how or " of shape " in array.how,
-            any_numbers=bool(re.search(ANY_NUMBERS, array.how)),
-        )
-
-    trial()
-
-
-def try_arguments(table: dict, function: str, examples: int) -> None:
-    make, good, use = table[function]
-    parts = table is CLASSES and function.startswith(("likelihoods", "priors", "nets"))
-
-    @profile(examples)
-    @given(st.sampled_from([*good]), scalars(huge=parts))
-    def trial(name: str, value: Any) -> None:
-        if callable(value) and (good[name] is None or callable(good[name])):
-            return  # a program that is none: Python tells what it cannot do
-        if name in ("skip", "conditional", "conditional_prior") and type(value) in (bool, np.bool_):
-            return  # the parts beside it do not fit that
-        if name in ("length", "blocks") and type(value) is int and abs(value) > 1000:
-            return  # made one after another, for ever
-
-        def call(value: Any) -> Any:
-            torch.manual_seed(0)
-            made = make(**{**good, name: value})
-            return [] if use is None else use(made)
-
-        # What was made well may still not fit the x that it is tried with.
-        judge(function, f"{name}|{OF_ITS_USE}", call, value)
-
-    trial()
-
-
-def trials(table: dict) -> list:
-    """Name the calls of a table, those marked that do not yet keep to the rule."""
-    mark = pytest.mark.xfail(reason="not yet mended", strict=False)
-    return [pytest.param(name, marks=[mark] if name in LEFT else []) for name in table]
-
-
-def quick(function: str, examples: int) -> int:
-    return 1 if function in SLOW_CALLS else examples
-
-
-@pytest.mark.parametrize("function", trials(DATA))
-def test_data(function):
-    try_data(function, quick(function, 4))
-
-
-@pytest.mark.parametrize("function", trials(VALUES))
-def test_values(function):
-    try_values(function, quick(function, 5))
-
-
-@pytest.mark.parametrize("function", trials(CLASSES))
-def test_arguments_of_classes(function):
-    try_arguments(CLASSES, function, quick(function, 6))
-
-
-@pytest.mark.parametrize("function", trials(FUNCTIONS))
-def test_arguments_of_functions(function):
-    try_arguments(FUNCTIONS, function, quick(function, 5))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("function", trials({**DATA, **VALUES, **CLASSES, **FUNCTIONS}))
-def test_more_of_all(function):
-    examples = 10 if function in SLOW_CALLS else LONG
-    if function in DATA:
-        try_data(function, examples)
-    if function in VALUES:
-        try_values(function, examples)
-    for table in (CLASSES, FUNCTIONS):
-        if function in table:
-            try_arguments(table, function, examples)
+    found = message = None
+    try:
+        found = run(value)
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
+        message = str(error)
+    except Exception as error:
+        raise AssertionError(f"{argument}={value!r} gave {error!r}") from error
+    if message is None:
+        assert valid is not False, f"{argument}={value!r} was accepted, and gave {found!r}"
+        return found
+    shown = f"{argument}={value!r}: {message}"
+    assert valid is not True, f"valid, but refused: {shown}"
+    assert re.search(rf"\b({argument})\b", message, re.IGNORECASE), f"not named: {shown}"
+    assert says(value, message), f"it is not said what came: {shown}"
+    return None
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    """Let a folder that is made by mistake be made elsewhere."""
-    monkeypatch.chdir(tmp_path)
+def _quiet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a folder that is made by mistake
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _table():
-    """Write what was counted, where a file is named."""
-    yield
-    if path := os.environ.get("PYRO_VAE_BAD_DATA_TABLE"):
-        rows = ["| function | examples | refused | worked |", "|---|---|---|---|"]
-        rows += [
-            f"| {name} | {n['examples']} | {n['refused']} | {n['worked']} |"
-            for name, n in COUNTS.items()
-        ]
-        Path(path).write_text("\n".join(rows) + "\n", encoding="utf-8")
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_callable_has_a_valid_call(name):
+    """A new public name that COMMON does not serve needs a row in public_calls.py."""
+    required = [
+        p.name
+        for p in inspect.signature(PUBLIC[name]).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    assert not set(required) - arguments(name).keys(), f"{name} needs a row in public_calls.py"
+    assert finite(numbers(call(name)))
 
 
-X = GOOD.numpy()
+@pytest.mark.parametrize("name", NAMES)
+def test_an_argument_of_another_kind_is_refused_by_name(name):
+    for argument in arguments_of(name):
+        hint = hint_of(name, argument)
+        if hint is Any or (name, argument) in ALSO_VALID:
+            continue
+        several = inspect.signature(PUBLIC[name]).parameters[argument].kind.name == "VAR_POSITIONAL"
+        for value in ODD:
+            if accepts(hint, value) and not is_out_of_range(value):
+                continue
+            judge(
+                lambda v, a=argument, s=several: call(name, **{a: (v,) if s else v}),
+                value,
+                OTHER_NAMES.get((name, argument), argument),
+                False,
+            )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_equal_value_of_another_type_is_accepted(name):
+    defaults = {
+        p.name: p.default
+        for p in inspect.signature(PUBLIC[name]).parameters.values()
+        if p.default is not p.empty
+    }
+    for argument, good in (defaults | arguments(name)).items():
+        for value in equals_of(good) if argument != "args" else ():
+            judge(lambda v, a=argument: numbers(call(name, **{a: v})), value, argument, True)
+
+
+def try_range(name: str, argument: str, hint: Any, value: Any) -> None:
+    """Hold a number or a sequence of the right kind to its range."""
+    low = -INF if argument in MAY_BE_NEGATIVE else 0
+    whole = isinstance(value, numbers_abc.Integral) and argument not in MAY_BE_ZERO
+    bad = is_out_of_range(
+        value, 1 if whole and accepts(hint, 1) and not accepts(hint, 0.5) else low
+    )
+    judge(
+        lambda v: (call if bad else lambda *a, **k: numbers(call(*a, **k)))(name, **{argument: v}),
+        value,
+        argument if bad else f"{argument}|{OF_ITS_USE}",
+        None if not bad or (name, argument) in AT_THE_FIRST_CALL else False,
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_number_out_of_range_is_refused_by_name(name):
+    for argument in arguments_of(name):
+        hint = hint_of(name, argument)
+        for value in ODD:
+            if isinstance(value, bool | str) or not isinstance(
+                value, numbers_abc.Real | list | tuple
+            ):
+                continue
+            if hint is not Any and accepts(hint, value) and not is_out_of_range(value):
+                try_range(name, argument, hint, value)
+
+
+def try_data(name: str, argument: str, array: Any) -> None:
+    """Hold data, in one layout, to what the same numbers as a contiguous tensor give."""
+    if array.value is None and hint_of(name, argument) not in (Any, Tensor):
+        return
+
+    def run(value: Any) -> Any:
+        return numbers(call(name, **{argument: (value,) if argument == "args" else value}))
+
+    # Of a value that a site cannot score, the message names the site.
+    word = OTHER_NAMES.get((name, argument), argument) + "|site"
+    free = (name, argument) in ANY_NUMBERS and isinstance(array.value, Tensor | np.ndarray)
+    found = judge(run, array.value, word, None if free else array.good)
+    if found is not None:
+        assert finite(found), f"{array!r} gave {found}"
+        if array.plain is not None:
+            wanted = run(array.plain)
+            assert close(found, wanted), f"{array!r} gave {found}, not {wanted}"
+
+
+def cases_of(number: int, count: int) -> list[str]:
+    """Return half of the cases that are never valid, and some others, other ones for each call."""
+    others = [name for name, case in CASES.items() if case[1] is not False]
+    bad = [name for name, case in CASES.items() if case[1] is False]
+    return bad[number % 2 :: 2] + [
+        others[(number * 37 + i * 13) % len(others)] for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("name", "argument"), DATA_CALLS)
+def test_data_are_refused_by_name_or_give_what_a_plain_tensor_gives(name, argument):
+    number = DATA_CALLS.index((name, argument))
+    for case in cases_of(number, 1 if name in SLOW else 5):
+        try_data(name, argument, make_array(case, number % 4))
+
+
+def _with_decoder(likelihood: Any, z: Any) -> Tensor:
+    count = 4 * {"Categorical": 2, "DiscretizedLogistic": 2}.get(type(likelihood).__name__, 1)
+    count = 24 if type(likelihood).__name__ == "DiscretizedLogisticMixture" else count
+    likelihood.decoder = pv.nets.MLP(4, [3], count)
+    return likelihood(z).log_prob(X)
+
+
+def _score(likelihood: Any, value: Any) -> Tensor:
+    count = {"Categorical": 8, "DiscretizedLogistic": 8, "DiscretizedLogisticMixture": 24}
+    return likelihood(torch.zeros(5, count.get(type(likelihood).__name__, 4))).log_prob(value)
+
+
+def _moved(flow: Any, x: Any) -> list[Tensor]:
+    transform = flow(torch.linspace(-1, 1, flow.num_parameters))
+    return [transform(x), transform.log_abs_det_jacobian(x, transform(x))]
+
+
+def _sampled(program: Any, x: Any) -> Any:
+    torch.manual_seed(0)
+    found = program(x)
+    return [*found.values()] if isinstance(found, dict) else found
+
+
+# By class: the tensors that its objects are called with.
+CALLED_WITH: dict[type, dict[str, Callable[[Any, Any], Any]]] = {
+    pv.likelihoods.Likelihood: {"value": _score, "x|z": _with_decoder},
+    pv.flows.Flow: {"x|y": _moved, "parameters": lambda flow, p: flow(p)(torch.ones(5, 4))},
+    pv.objectives.Objective: {"x": lambda loss, x: torch.tensor(loss.loss(*make_pair(), x))},
+    pv.guides.AmortizedGuide: {"x": _sampled},
+    pv.LatentVariableModel: {"x": _sampled},
+    pv.nets.MLP: {"x": lambda net, x: net(x)},
+    pv.nets.GatedMLP: {"x": lambda net, x: net(x)},
+    pv.nets.Joined: {"x|inputs": lambda net, x: net(x)},
+    pv.nets.ConvEncoder: {"x": lambda net, x: net(x)},
+    pv.nets.ConvDecoder: {"z": lambda net, z: net(z)},
+    pv.nets.ResidualBlock: {"x": lambda net, x: net(x)},
+    pv.priors.StandardNormal: {"value": lambda prior, z: prior().log_prob(z)},
+    pv.priors.MixtureOfNormals: {"value": lambda prior, z: prior().log_prob(z)},
+    pv.priors.FlowPrior: {"value|x|y": lambda prior, z: prior().log_prob(z)},
+}
+VALUES = [
+    (name, word)
+    for name in NAMES
+    for kind, calls in CALLED_WITH.items()
+    for word in calls
+    if inspect.isclass(PUBLIC[name]) and issubclass(PUBLIC[name], kind) and name not in NOT_CALLED
+]
+
+
+def try_value(name: str, word: str, array: Any) -> None:
+    """Hold a tensor that an object is called with to what a plain tensor gives.
+
+    Programs may see NaN and any shape that fits, sparse matrices, and torch's device "meta".
+    """
+    if re.search("sparse|meta|nested tensor", array.how) or array.value is None:
+        return
+    if name.startswith("guides") and re.search("nan|infinite", array.how):
+        return  # torch says what it cannot factorize
+    if word == "parameters" and "shape" in array.how:
+        return  # their batch is that of x
+    run = next(
+        c[word] for kind, c in CALLED_WITH.items() if word in c and issubclass(PUBLIC[name], kind)
+    )
+    any_values = isinstance(array.value, Tensor) and not array.value.is_complex()
+    valid = None if any_values or array.good else False
+    word += "|invalid values" if isinstance(array.value, Tensor) else ""  # torch says so of NaN
+    found = judge(lambda v: run(call(name), v), array.value, word, valid)
+    if found is not None and array.plain is not None:
+        wanted = run(call(name), array.plain)
+        assert close(found, wanted), f"{array!r} gave {found}, not {wanted}"
+
+
+@pytest.mark.parametrize(("name", "word"), VALUES)
+def test_a_value_is_refused_by_name_or_gives_what_a_plain_tensor_gives(name, word):
+    number = VALUES.index((name, word))
+    for case in cases_of(number, 5):
+        try_value(name, word, make_array(case, number % 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "word"), DATA_CALLS + VALUES)
+def test_every_bad_array_is_refused_by_name(name, word):
+    @settings(
+        max_examples=10 if name in SLOW else 60,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.sampled_from([*CASES]), st.integers(0, 3))
+    def trial(case: str, seed: int) -> None:
+        (try_data if (name, word) in DATA_CALLS else try_value)(name, word, make_array(case, seed))
+
+    trial()
+
+
+ARRAY = X.numpy()
 FOUND = {
-    "reversed rows": (X[::-1], torch.tensor(X[::-1].copy())),
-    "foreign bytes": (X.astype(">f4"), GOOD),
-    "a mask with nothing behind it": (np.ma.masked_array(X, np.zeros_like(X)), GOOD),
-    "a parameter": (torch.nn.Parameter(GOOD.clone()), GOOD),
+    "reversed rows": (ARRAY[::-1], torch.tensor(ARRAY[::-1].copy())),
+    "foreign bytes": (ARRAY.astype(">f4"), X),
+    "a mask with nothing behind it": (np.ma.masked_array(ARRAY, np.zeros_like(ARRAY)), X),
+    "a parameter": (torch.nn.Parameter(X.clone()), X),
 }
 
 
@@ -264,7 +367,7 @@ def test_data_that_are_merely_laid_out_otherwise(name):
 
 
 def test_data_leave_no_gradient_behind():
-    x = GOOD.clone().requires_grad_()
+    x = X.clone().requires_grad_()
     pv.fit(*make_pair(), x, batch_size=5, epochs=1, progress=False)
     assert x.grad is None
 
@@ -272,13 +375,13 @@ def test_data_leave_no_gradient_behind():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (GOOD.to(torch.complex64), "data must hold real numbers, got dtype torch.complex64"),
-        (X.astype("complex64"), "data must hold numbers, got dtype complex64"),
-        (X.astype("datetime64[s]"), "data must hold numbers, got dtype datetime64"),
-        (X.astype(np.longdouble), "data must hold numbers"),
-        (np.ma.masked_array(X, X > 0), "data is masked in places"),
-        (torch.nested.nested_tensor([GOOD[0], GOOD[1, :2]]), "data must be dense"),
-        (GOOD.to("meta"), "data must hold real numbers, .* device meta"),
+        (X.to(torch.complex64), "data must hold real numbers, got dtype torch.complex64"),
+        (ARRAY.astype("complex64"), "data must hold numbers, got dtype complex64"),
+        (ARRAY.astype("datetime64[s]"), "data must hold numbers, got dtype datetime64"),
+        (ARRAY.astype(np.longdouble), "data must hold numbers"),
+        (np.ma.masked_array(ARRAY, ARRAY > 0), "data is masked in places"),
+        (torch.nested.nested_tensor([X[0], X[1, :2]]), "data must be dense"),
+        (X.to("meta"), "data must hold real numbers, .* device meta"),
         (np.full((5, 4), 2**63, dtype=np.uint64), r"data has numbers of 2\*\*63 and more"),
     ],
 )
@@ -292,9 +395,9 @@ def test_a_likelihood_takes_the_numbers_of_any_type(dtype):
     z = torch.randn(5, 4)
     for name in ("Bernoulli", "ContinuousBernoulli", "Normal", "Laplace", "StudentT", "Poisson"):
         p = getattr(pv.likelihoods, name)(torch.nn.Identity())(z)
-        torch.testing.assert_close(p.log_prob(GOOD.to(dtype)), p.log_prob(GOOD), check_dtype=False)
+        torch.testing.assert_close(p.log_prob(X.to(dtype)), p.log_prob(X), check_dtype=False)
         with pytest.raises(TypeError, match="the value to be scored must be a dense"):
-            p.log_prob(GOOD.to(torch.complex64))
+            p.log_prob(X.to(torch.complex64))
 
 
 @pytest.mark.parametrize(

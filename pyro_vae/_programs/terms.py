@@ -23,7 +23,7 @@ from pyro_vae._programs.baselines import Baseline, baselines_of, less_baseline
 from pyro_vae._programs.held_samples import path_adjoints
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.sites import require_one_observation
-from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.checks import positive_integer, require_callable, truth_value
 from pyro_vae._utils.random import restored_generators
 
 
@@ -83,7 +83,12 @@ def terms(
         >>> torch.allclose(t.log_weight, log_evidence.expand(3, 2))
         True
     """
+    require_callable("model", model)
+    require_callable("guide", guide)
     num_particles = positive_integer("num_particles", num_particles)
+    truth_value("vectorize_particles", vectorize_particles)
+    truth_value("hold_samples", hold_samples)
+    truth_value("enumerates", enumerates)
     if plate_nesting is not None:
         plate_nesting = positive_integer("plate_nesting", plate_nesting, minimum=0)
     vectorized = vectorize_particles and num_particles > 1

@@ -44,6 +44,7 @@ def check_pair(
     batches: Minibatches | None = None,
     *,
     weighs: bool = False,
+    name: str = "data",
 ) -> PairTrace:
     """Run a pair once with validation on, and raise ValueError if it breaks the contract.
 
@@ -56,6 +57,7 @@ def check_pair(
             memory is checked against the support of the site that observes it.
             ``batches.values_checked`` is True if all observed values were checked.
         weighs: whether samples of the guide may have zero density under the model.
+        name: the name of the batch in messages if ``batches`` is not given.
 
     Returns:
         The run.
@@ -65,14 +67,14 @@ def check_pair(
             ``"data"``, or that plate has the wrong size. A value is outside a site's support. NaN
             or infinite data reach a density. A parameter has one entry per minibatch position.
     """
-    name = "data" if batches is None else batches.name
+    name = name if batches is None else batches.name
     rows = torch.arange(len(batch[0]))
     trace = _run(model, guide, batch, rows, name, weighs=weighs)
     if batches is not None:
         if batches.num_data is not None:
             check_positions(model, guide, batch, trace, batches.num_data)
         _check_nonfinite_rows(model, guide, batches, weighs=weighs)
-        run = functools.partial(_run_on_numbers, model, guide, weighs=weighs)
+        run = functools.partial(_run_on_numbers, model, guide, name=name, weighs=weighs)
         batches.values_checked = check_supports(run, trace, batch, batches)
     return trace
 
@@ -96,12 +98,12 @@ def _run(
         weighs: see :func:`check_pair`.
     """
     try:
-        return _run_on_numbers(model, guide, batch, weighs=weighs)
+        return _run_on_numbers(model, guide, batch, name, weighs=weighs)
     except ValueError as error:
         if all(finite_rows(column).all() for column in batch):
             raise
         if not isinstance(error, _NonFiniteDensityError):  # the cause may not be NaN
-            _run_on_numbers(model, guide, tuple(map(_with_zeros, batch)), weighs=weighs)
+            _run_on_numbers(model, guide, tuple(map(_with_zeros, batch)), name, weighs=weighs)
         where = next(i for i, c in enumerate(batch) if not finite_rows(c).all())
         bad = rows[(~finite_rows(batch[where])).nonzero()[:, 0].cpu()]
         column = name if where == 0 else f"{name} covariate {where}"
@@ -147,16 +149,19 @@ def _with_zeros(column: Tensor) -> Tensor:
     return column.where(column.isfinite(), 0) if column.is_floating_point() else column
 
 
-def _run_on_numbers(model: Program, guide: Program, batch: Batch, *, weighs: bool) -> PairTrace:
+def _run_on_numbers(
+    model: Program, guide: Program, batch: Batch, name: str = "data", *, weighs: bool
+) -> PairTrace:
     x = batch[0]
     try:
         with torch.no_grad(), values_checked(True), remember_unnamed(model, guide):
             trace = PairTrace(model, guide, batch)
     except PROGRAM_ERRORS as error:
         _refuse_other_devices(model, guide, x)
+        column = name if name == "x" else f"{name} x"
         rest = "" if len(batch) == 1 else f" and {len(batch) - 1} covariates"
         raise ValueError(
-            f"model and guide could not run on data x of shape {tuple(x.shape)} and dtype "
+            f"model and guide could not run on {column} of shape {tuple(x.shape)} and dtype "
             f"{x.dtype}{rest}: {type(error).__name__}: {reason(error)}. "
             f"{_columns_not_taken(model, guide, batch)}Check that the programs and their networks "
             "expect these arguments, shapes and dtypes."

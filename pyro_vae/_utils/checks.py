@@ -6,9 +6,11 @@ import functools
 import inspect
 import math
 import numbers
+import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -87,12 +89,29 @@ def real_number(name: str, value: Any) -> float:
 
 
 def _in_float32(value: numbers.Real) -> float:
-    """Return zero or infinity where a number is too small or too large for float32."""
+    """Return zero or infinity if torch cannot hold a number; see :func:`is_finite`."""
     if abs(value) < _SMALLEST:
         return 0.0
-    if abs(value) > _LARGEST:
+    if value == value and not is_finite(value):  # NaN stays
         return math.inf if value > 0 else -math.inf
     return float(value)
+
+
+def truth_value(name: str, value: Any) -> bool:
+    """Return a truth value of Python or numpy.
+
+    Raises:
+        TypeError: The value is something else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return bool(value)
+
+
+def require_callable(name: str, value: Any) -> None:
+    """Raise TypeError if a value cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be something to call, got {shown(value)}")
 
 
 # Tensors. These checks read types and shapes and never values, so that they do not wait for a
@@ -169,13 +188,19 @@ def require_same_type(name: str, value: Tensor, parameter: Tensor) -> None:
 # Signatures
 
 
-def checked(function: Function) -> Function:
+def checked(function: Function, *, sizes: bool = False) -> Function:
     """Check the arguments of each call against the annotations of a function.
 
     ``int`` is an integer and ``float`` a finite number, of Python or numpy; neither is a truth
     value. ``bool`` is a truth value. A module or ``Callable`` can be called. A ``Sequence`` of
-    numbers or names holds these and is not a string. Other classes, and the range of a number, are
-    left to the function.
+    numbers or names holds these and is not a string; it may be an array of one dimension. A
+    ``Path`` may be any path, and a device may be a number. Classes of torch, Pyro and this
+    package, and the range of a number, are left to the function.
+
+    Args:
+        function: the function.
+        sizes: whether its numbers are sizes. If so, an error of torch for want of memory becomes a
+            ValueError with these sizes.
 
     Raises:
         TypeError: An argument is of another kind.
@@ -191,17 +216,21 @@ def checked(function: Function) -> Function:
             return function(*args, **kwargs)  # Python says what is wrong
         given = bound.arguments
         for name, value in given.items():
-            given[name] = value = _plain(value)
-            several = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
-            for each in value if several else (value,):
-                _check(name, each, _annotations(function).get(name, Any))
+            wanted, kind = _annotations(function).get(name, Any), signature.parameters[name].kind
+            if wanted is Any or kind is inspect.Parameter.VAR_KEYWORD:
+                continue
+            given[name] = value = _plain(value, wanted)
+            for each in value if kind is inspect.Parameter.VAR_POSITIONAL else (value,):
+                _check(name, each, wanted)
+        if not sizes:
+            return function(*bound.args, **bound.kwargs)
         try:
             return function(*bound.args, **bound.kwargs)
         except _FULL as error:
-            sizes = {name: value for name, value in given.items() if _holds_numbers(value)}
-            if not sizes:
+            found = {name: value for name, value in given.items() if _holds_numbers(value)}
+            if not found:
                 raise
-            text = ", ".join(f"{name}={shown(value)}" for name, value in sizes.items())
+            text = ", ".join(f"{name}={shown(value)}" for name, value in found.items())
             raise ValueError(f"nothing can be made with {text}: {error}") from error
 
     return typing.cast(Function, held)
@@ -228,7 +257,7 @@ def _check(name: str, value: Any, wanted: Any) -> None:
     limited = wanted in (int, float, int | None, float | None)
     if limited and value is not None and not is_finite(value):
         raise ValueError(f"{name} must be finite, got {shown(value)}")
-    if _may_hold_floats(wanted) and not isinstance(value, str) and isinstance(value, Iterable):
+    if _may_hold_numbers(wanted) and isinstance(value, Sequence) and not isinstance(value, str):
         for each in value:
             if not is_finite(each):
                 raise ValueError(f"{name} must hold finite numbers, got {shown(value)}")
@@ -252,22 +281,31 @@ def _fits(value: Any, wanted: Any) -> bool:
         each = inside[0]
         rows = isinstance(value, Sequence) and not isinstance(value, str | bytes)
         return rows and all(_fits(one, each) for one in value)
-    return wanted is not str or isinstance(value, str)
+    if wanted is torch.device:
+        return isinstance(value, torch.device) or is_whole_number(value)
+    if wanted is Path:
+        return isinstance(value, os.PathLike)
+    wanted = origin or wanted
+    if not isinstance(wanted, type) or wanted.__module__.startswith(("torch", "pyro")):
+        return True
+    return origin in (Sequence, tuple) or isinstance(value, wanted)
 
 
-def _may_hold_floats(wanted: Any) -> bool:
-    each = typing.get_args(wanted)
-    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
-        return any(map(_may_hold_floats, each))
-    return typing.get_origin(wanted) in (Sequence, tuple) and float in each
+def _may_hold_numbers(wanted: Any) -> bool:
+    origin, inside = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return any(map(_may_hold_numbers, inside))
+    return origin in (Sequence, tuple) and inside[0] in (int, float)
 
 
-def _plain(value: Any) -> Any:
-    """Return numpy's numbers as Python's."""
+def _plain(value: Any, wanted: Any) -> Any:
+    """Return numpy's numbers as Python's, and a vector of them as a list if it is a sequence."""
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, np.ndarray) and value.ndim == 1 and _may_hold_numbers(wanted):
+        return value.tolist()
     if type(value) in (list, tuple):
-        return type(value)(map(_plain, value))
+        return type(value)(_plain(each, None) for each in value)
     return value
 
 

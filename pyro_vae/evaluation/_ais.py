@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae._capture import Capture, Captured
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.checks import positive_integer, positive_number
+from pyro_vae._utils.checks import positive_integer, positive_number, real_number
 from pyro_vae.evaluation._hamiltonian import transition
 from pyro_vae.evaluation._tempered_path import Start, State, TemperedPath
 from pyro_vae.evaluation._weights import WeightStream
@@ -87,16 +87,17 @@ class AIS:
                     f"{self.schedule!r}"
                 )
             return
-        if not isinstance(self.schedule, Iterable):
+        schedule = self.schedule.tolist() if hasattr(self.schedule, "tolist") else self.schedule
+        if not isinstance(schedule, Iterable):
             raise TypeError(
                 'schedule must be "sigmoid", "linear" or numbers that rise from 0 to 1, got '
                 f"{self.schedule!r}"
             )
-        numbers = tuple(float(b) for b in self.schedule)
+        numbers = tuple(real_number("each number of schedule", b) for b in schedule)
         rising = all(a < b for a, b in pairwise(numbers))
         if len(numbers) < 2 or numbers[0] != 0 or numbers[-1] != 1 or not rising:
             raise ValueError(
-                f"a schedule must rise from 0 to 1, each number above the last, got {numbers}"
+                f"schedule must rise from 0 to 1, each number above the last, got {numbers}"
             )
         object.__setattr__(self, "schedule", numbers)
         object.__setattr__(self, "num_temperatures", len(numbers) - 1)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
 import pyro
 import torch
 from rich.progress import Progress
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import PairTrace, Program
-from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.checks import checked, positive_integer
 from pyro_vae._utils.extras import require
 from pyro_vae._utils.modules import modules, remember_unnamed
 from pyro_vae._utils.progress import task
@@ -127,6 +129,7 @@ class GradientNoise:
         return figure
 
 
+@checked
 @torch.inference_mode(False)
 @torch.enable_grad()
 def gradient_noise(
@@ -187,7 +190,7 @@ def gradient_noise(
     programs.require_programs(model, guide)
     programs.require_trainable_tensors(model, guide)
     named = _named(objectives)
-    taken = named if reference is None else {**named, **_named({None: reference})}
+    taken = named if reference is None else {**named, **_named({None: reference}, "reference")}
     columns = x if isinstance(x, (tuple, list)) else (x,)
     device = programs.device_of(model, guide)
     batch = tuple(as_tensor(column, "x", finite=False).to(device) for column in columns)
@@ -266,10 +269,10 @@ def _moments(
     }
 
 
-def _named(objectives: Any) -> dict[str, pyro.infer.ELBO]:
+def _named(objectives: Any, argument: str = "objectives") -> dict[str, pyro.infer.ELBO]:
     if isinstance(objectives, pyro.infer.ELBO):
         objectives = [objectives]
-    if not isinstance(objectives, Iterable) or isinstance(objectives, str | Tensor):
+    if not isinstance(objectives, Iterable) or isinstance(objectives, str | Tensor | np.ndarray):
         raise TypeError(f"objectives must be a list or a dict of them, got {objectives!r}")
     by_name = isinstance(objectives, Mapping)
     named = list(objectives.items()) if by_name else [(str(each), each) for each in objectives]
@@ -279,7 +282,7 @@ def _named(objectives: Any) -> dict[str, pyro.infer.ELBO]:
         known = isinstance(objective, pyro.infer.ELBO)
         if not known or not hasattr(objective, "differentiable_loss"):
             raise TypeError(
-                "objectives must be of pyro.infer.ELBO, with a differentiable_loss, got "
+                f"{argument} must be of pyro.infer.ELBO, with a differentiable_loss, got "
                 f"{objective!r}"
             )
     if len(dict(named)) < len(named):

@@ -11,11 +11,13 @@ from pyro_vae._programs.predictions import drawn_observations, mean_or_draw, mea
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.sites import Site, Unobserve, to_particle_layout
 from pyro_vae._programs.validation import check_pair
+from pyro_vae._utils.checks import checked
 from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import as_tensor
 from pyro_vae.evaluation._layout import Layout, Readings
 
 
+@checked
 def reconstruct(
     model: Program,
     guide: Program,
@@ -70,7 +72,7 @@ def reconstruct(
         programs.parameter_store(model, guide),
         programs.evaluation_mode(model, guide),
     ):
-        check_pair(model, guide, (x, *covariates), weighs=True)
+        check_pair(model, guide, (x, *covariates), weighs=True, name="x")
         drawing = poutine.infer_config(guide, lambda site: {"enumerate": None})
         run = PairTrace(model, drawing, (x, *covariates))
         with Readings(x) as readings:
@@ -78,6 +80,7 @@ def reconstruct(
     return _gathered(x, found, readings, by_site)
 
 
+@checked
 def generate(
     model: Program,
     x: Tensor,
@@ -119,7 +122,7 @@ def generate(
 
 def _columns(model: Program, guide: Program, x: Tensor, *covariates: Tensor) -> list[Tensor]:
     device = programs.device_of(model, guide)
-    named = [(x, "x"), *((each, "a covariate") for each in covariates)]
+    named = [(x, "x"), *((each, "each of covariates") for each in covariates)]
     columns = [as_tensor(values, name, finite=False) for values, name in named]
     return [column.to(device).contiguous() for column in columns]
 

@@ -14,6 +14,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
+from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.init_args import records_init_args
 from pyro_vae._utils.numerics import softplus_scale
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals
@@ -41,7 +42,7 @@ class Family(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.dim = dim
+        self.dim = positive_integer("dim", dim)
 
     @abstractmethod
     def forward(self, parameters: Tensor | Sequence[Tensor]) -> TorchDistributionMixin:

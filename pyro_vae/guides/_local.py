@@ -10,7 +10,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae._programs.latent_sites import LatentSite, latent_sites, surroundings
-from pyro_vae._utils.checks import require_batch
+from pyro_vae._utils.checks import checked, require_batch
 from pyro_vae.guides import _families as families
 from pyro_vae.guides._families import Family
 from pyro_vae.guides._model_ref import ModelRef
@@ -55,6 +55,7 @@ class LocalGuide(PyroModule):
         True
     """
 
+    @checked
     def __init__(
         self,
         model: Callable[..., Any],
@@ -150,6 +151,8 @@ def _check(name: str, column: Any) -> None:
     if name != "x" and not (isinstance(column, Tensor) and column.dim()):
         return
     require_batch(name, column)
+    if column.is_meta:
+        raise TypeError(f"{name} must hold numbers, got a tensor on device meta")
     if not torch.isfinite(column).all():
         raise ValueError(
             f"{name} must be finite, got NaN or infinite values. Remove or replace them."

@@ -180,7 +180,7 @@ class OptimalScale(nn.Module):
 
     @torch.no_grad()
     def update(self, deviation: Tensor) -> None:
-        """Update the running average with a minibatch's mean squared or absolute error, shape ()."""
+        """Update the running average with the mean error of a minibatch, squared or absolute."""
         later = self.average.lerp(deviation.to(self.average.dtype), self.momentum)
         self.average.copy_(torch.where(self.num_batches == 0, deviation, later))
         self.num_batches.add_(1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import Terms, find_plate_nesting, terms, weighted
-from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.checks import positive_integer, truth_value
 from pyro_vae.objectives._loss_module import LossModule
 from pyro_vae.objectives._schedules import LAST_STEP, Constant, Schedule, schedules_in
 
@@ -61,6 +61,7 @@ class Objective(pyro.infer.ELBO):
 
     def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True):
         num_particles = positive_integer("num_particles", num_particles)
+        vectorize_particles = truth_value("vectorize_particles", vectorize_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.step = torch.zeros(())
         self.averages: dict[str, Tensor] = {}

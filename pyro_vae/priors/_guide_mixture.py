@@ -44,7 +44,8 @@ class GuideMixturePrior(nn.Module):
         super().__init__()
         if not event_shape or min(event_shape) < 1:
             raise ValueError(
-                f"{type(self).__name__} needs event_shape, positive sizes of z, got {event_shape}"
+                f"{type(self).__name__} needs event_shape (or dim), positive sizes of z, got "
+                f"{event_shape}"
             )
         self.event_shape = torch.Size(event_shape)
         self.guide: Callable[..., Any] | None = None

@@ -17,7 +17,7 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._programs.validation import check_pair
-from pyro_vae._utils.checks import positive_integer, positive_number
+from pyro_vae._utils.checks import checked, positive_integer, positive_number
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
@@ -32,6 +32,7 @@ from pyro_vae.training import fit
 _OWN_OPTIONS = ("objective", "description", "progress", "seed")
 
 
+@checked
 def rate_distortion(
     model: Program,
     guide: Program,
@@ -125,7 +126,8 @@ def rate_distortion(
     device = programs.device_of(model, guide)
     first = Minibatches(data, batch_size, device=device).first()
     measured = data if test is None else test
-    _check_evidence(evidence, Minibatches(measured, batch_size, device=device))
+    name = "data" if test is None else "test"
+    _check_evidence(evidence, Minibatches(measured, batch_size, device=device, name=name))
     rows = []
     with (
         seeded(seed),
@@ -152,7 +154,7 @@ def rate_distortion(
                     description=f"{description}: beta {beta:g}",
                     **fit_options,
                 )
-                batches = Minibatches(measured, batch_size, device=device)
+                batches = Minibatches(measured, batch_size, device=device, name=name)
                 with evaluation_context(
                     "rate_distortion",
                     model,

@@ -29,6 +29,7 @@ from pyro_vae.serialization._recipe import rebuild
 
 if TYPE_CHECKING:
     import pandas as pd
+from pyro_vae._utils.checks import checked
 
 KIND = "pair"
 
@@ -53,6 +54,7 @@ class Saved:
     versions: dict[str, str]
 
 
+@checked
 def save(
     folder: str | Path,
     model: Program,
@@ -115,6 +117,7 @@ def save(
     write(folder, content, kind=KIND, overwrite=overwrite)
 
 
+@checked
 def load(
     folder: str | Path,
     model: Program | None = None,

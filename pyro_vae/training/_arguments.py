@@ -116,7 +116,7 @@ def torch_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda", here) if num_processes() > 1 else torch.device("cuda")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device it lacks
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch lacks this device
         raise ValueError(f"device {device!r} cannot be used here: {error}") from error
     return torch.device(device)
 

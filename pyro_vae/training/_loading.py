@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._utils.checks import checked
 from pyro_vae.serialization._folder import RECORD, UnreadableFile, read
 from pyro_vae.serialization._pair import (
     Saved,
@@ -23,6 +24,7 @@ from pyro_vae.training._checkpoints import KIND, last_whole
 _TRIES = 5  # of reading
 
 
+@checked
 def load_checkpoint(
     folder: str | Path,
     model: Program | None = None,
