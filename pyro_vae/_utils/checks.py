@@ -248,7 +248,23 @@ def shown(value: Any) -> str:
 
 @functools.cache
 def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
-    return typing.get_type_hints(function)
+    """Return the annotations of a function; Any for names that are imported for type checkers."""
+    try:
+        return typing.get_type_hints(function)
+    except NameError:
+        names = inspect.unwrap(function).__globals__
+        return {
+            argument: _resolved(argument, annotation, names)
+            for argument, annotation in function.__annotations__.items()
+        }
+
+
+def _resolved(argument: str, annotation: Any, names: dict[str, Any]) -> Any:
+    holder = types.SimpleNamespace(__annotations__={argument: annotation})
+    try:
+        return typing.get_type_hints(holder, names)[argument]
+    except NameError:
+        return Any
 
 
 def _check(name: str, value: Any, wanted: Any) -> None:
