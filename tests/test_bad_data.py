@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import numbers as numbers_abc
 import re
-import typing
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -26,11 +25,12 @@ from public_calls import PUBLIC, WITHOUT_A_CALL, X, arguments, call, make_pair, 
 from torch import Tensor
 
 import pyro_vae as pv
+from pyro_vae._utils.checks import annotations_of
 
 
 def hint_of(name: str, argument: str) -> Any:
     function = PUBLIC[name]
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    hints = annotations_of(function.__init__ if inspect.isclass(function) else function)
     return hints.get(argument, Any)
 
 

@@ -9,7 +9,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -216,7 +216,7 @@ def checked(function: Function, *, sizes: bool = False) -> Function:
             return function(*args, **kwargs)  # Python says what is wrong
         given = bound.arguments
         for name, value in given.items():
-            wanted, kind = _annotations(function).get(name, Any), signature.parameters[name].kind
+            wanted, kind = annotations_of(function).get(name, Any), signature.parameters[name].kind
             if wanted is Any or kind is inspect.Parameter.VAR_KEYWORD:
                 continue
             given[name] = value = _plain(value, wanted)
@@ -247,7 +247,7 @@ def shown(value: Any) -> str:
 
 
 @functools.cache
-def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
+def annotations_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Return the annotations of a function; Any for names that are imported for type checkers."""
     try:
         return typing.get_type_hints(function)
@@ -349,6 +349,8 @@ def _described(wanted: Any) -> str:
         return "a module, or a function of tensors"
     if Callable in (wanted, origin):
         return "something to call"
+    if Mapping in (wanted, origin):
+        return "a dictionary"
     if origin in (Sequence, tuple):
         return f"a sequence{_EXAMPLES.get(inside[0], '')}"
     return _KINDS.get(wanted, getattr(wanted, "__name__", str(wanted)))

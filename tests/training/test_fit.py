@@ -514,9 +514,11 @@ def test_schedulers_of_another_kind_are_refused(binary):
     of_pyro = pyro.optim.ExponentialLR(
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.1}
     )
-    for scheduler in (of_pyro, lambda optimizer: None, 3):
+    for scheduler in (of_pyro, lambda optimizer: None):
         with pytest.raises(TypeError, match="scheduler must make a learning rate scheduler of tor"):
             fit(make_pair(), binary, scheduler=scheduler)
+    with pytest.raises(TypeError, match="scheduler must be something to call or None, got 3"):
+        fit(make_pair(), binary, scheduler=3)
     rms = functools.partial(AdagradRMSProp, eta=0.1)
     decay = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
     with pytest.raises(ValueError, match="the groups of AdagradRMSProp have no learning rate"):
