@@ -42,6 +42,7 @@ def arguments_of(name: str) -> list[str]:
 NAMES = sorted(PUBLIC.keys() - WITHOUT_A_CALL.keys())
 # Arguments of another kind than their annotation that are valid, and why.
 ALSO_VALID = {
+    ("rate_distortion", "betas"): "any numbers that can be iterated",
     ("distributions.MixtureOfDiagNormals", "validate_args"): "torch's own argument",
     ("evaluation.khat", "log_weights"): "takes nested lists, as numpy does",
     ("guides.SemiSupervisedGuide", "model"): "any object with the methods of the model",

@@ -14,7 +14,7 @@ import torch
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import require_parameters
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.checks import checked
+from pyro_vae._utils.checks import checked_call, shown
 from pyro_vae.serialization import _contents as contents
 from pyro_vae.serialization import _load_state as filling
 from pyro_vae.serialization._dataframes import dataframe_to_dict, dict_to_dataframe
@@ -46,7 +46,7 @@ class Saved:
     versions: dict[str, str]
 
 
-@checked
+@checked_call
 def save(
     folder: str | Path,
     model: Program,
@@ -102,14 +102,14 @@ def save(
     content = contents.state_of(model, guide)
     content |= {
         "versions": contents.versions(),
-        "notes": dict(notes or {}),
+        "notes": _notes(notes),
         "history": None if history is None else dataframe_to_dict(history),
         "recipe": contents.recipe_of(model, guide, content),
     }
     write(folder, content, kind=KIND, overwrite=overwrite)
 
 
-@checked
+@checked_call
 def load(
     folder: str | Path,
     model: Program | None = None,
@@ -141,6 +141,12 @@ def load(
     """
     check_folder(folder)
     return made(lambda: _read(Path(folder)), folder, model, guide, device)
+
+
+def _notes(notes: Mapping[str, Any] | None) -> dict[str, Any]:
+    if notes is not None and not isinstance(notes, Mapping):
+        raise TypeError(f"notes must be a dictionary, got {shown(notes)}")
+    return dict(notes or {})
 
 
 def made(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.checks import checked, positive_integer
+from pyro_vae._utils.checks import checked_call, positive_integer
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.evaluation._estimating import estimating
@@ -24,7 +24,7 @@ from pyro_vae.evaluation._together import Together
 _FEWEST_TO_REGRESS = 30
 
 
-@checked
+@checked_call
 def elbo_surgery(
     model: Program,
     guide: Program,
