@@ -359,7 +359,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_data_that_are_merely_laid_out_otherwise(name):
+def test_evidence_does_not_depend_on_the_layout_of_data(name):
     value, plain = FOUND[name]
     found, wanted = (
         pv.evidence(*make_pair(), x, num_particles=3, seed=0).values for x in (value, plain)
@@ -430,7 +430,7 @@ def test_a_likelihood_takes_the_numbers_of_any_type(dtype):
         (lambda: pv.datasets.load("digits", seed="0"), "seed must be a whole number, got '0'"),
     ],
 )
-def test_what_was_found(call, message):
+def test_messages_name_the_argument_and_what_came(call, message):
     """Each a number without an error once, or an error of torch's or Python's own."""
     with pytest.raises((ValueError, TypeError), match=message):
         call()

@@ -180,7 +180,7 @@ def test_test_data_evidence_and_the_figure(pair, binary):
     assert "rate + distortion >=" in str(curve)
 
 
-def test_what_is_refused(pair, binary):
+def test_rate_distortion_refuses_bad_arguments_before_any_fit(pair, binary):
     model, guide = pair
     for betas, error, match in (
         ([], ValueError, "at least one"),
