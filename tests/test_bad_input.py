@@ -52,7 +52,7 @@ BAD_DATA = {
 
 @pytest.mark.parametrize("name", BAD_DATA)
 @pytest.mark.parametrize("function", ["fit", "evidence", "elbo_surgery", "compare", "to_arviz"])
-def test_bad_data(name, function):
+def test_functions_of_data_refuse_bad_data_with_its_reason(name, function):
     data, message = BAD_DATA[name]
     model, guide = make_pair()
     calls = {
@@ -83,20 +83,20 @@ def test_bad_data(name, function):
         ({"validation": GOOD * 0.5}, "outside the support of site 'x'"),
     ],
 )
-def test_bad_arguments_of_fit(arguments, message):
+def test_fit_refuses_bad_arguments(arguments, message):
     model, guide = make_pair()
     options = {"batch_size": 10, "epochs": 1, "progress": False} | arguments
     with pytest.raises(ValueError, match=message):
         pv.fit(model, guide, GOOD, **options)
 
 
-def test_an_objective_that_is_none():
+def test_fit_refuses_an_objective_that_is_not_an_elbo():
     model, guide = make_pair()
     with pytest.raises(TypeError, match=r"objective must be a pyro.infer.ELBO .*, got 'elbo'"):
         pv.fit(model, guide, GOOD, objective="elbo", progress=False)
 
 
-def test_nothing_to_train():
+def test_fit_refuses_a_pair_without_parameters():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -236,6 +236,6 @@ def test_a_failed_fit_leaves_no_store_behind():
         (lambda m, g: pv.generate(m, None), "x must be a tensor"),
     ],
 )
-def test_bad_arguments_of_evaluation(call, message):
+def test_evaluation_refuses_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call(*make_pair())

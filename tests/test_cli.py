@@ -23,7 +23,7 @@ def test_compare_trains_prints_a_table_and_writes_a_page(tmp_path):
     assert page.read_text(encoding="utf-8").count("<img") == 5
 
 
-def test_dynamic_binarisation(tmp_path):
+def test_the_option_dynamic_runs(tmp_path):
     result = run(
         *("--dynamic", "--epochs", "1", "--hidden", "8", "--latents", "2"),
         *("--evidence-particles", "10", "--report", str(tmp_path / "page.html")),

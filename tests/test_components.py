@@ -24,7 +24,7 @@ def test_mlp_takes_any_leading_dimensions():
         ((3, [3], 0), "must be positive"),
     ],
 )
-def test_mlp_refuses_sizes(arguments, message):
+def test_mlp_refuses_empty_and_zero_sizes(arguments, message):
     with pytest.raises(ValueError, match=message):
         pv.nets.MLP(*arguments)
 

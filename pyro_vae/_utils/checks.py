@@ -188,7 +188,7 @@ def require_same_type(name: str, value: Tensor, parameter: Tensor) -> None:
 # Signatures
 
 
-def checked(function: Function, *, sizes: bool = False) -> Function:
+def checked(function: Function, *, constructor: bool = True) -> Function:
     """Check the arguments of each call against the annotations of a function.
 
     ``int`` is an integer and ``float`` a finite number, of Python or numpy; neither is a truth
@@ -199,8 +199,9 @@ def checked(function: Function, *, sizes: bool = False) -> Function:
 
     Args:
         function: the function.
-        sizes: whether its numbers are sizes. If so, an error of torch for want of memory becomes a
-            ValueError with these sizes.
+        constructor: whether it makes an object. If so, an error of torch for want of memory becomes
+            a ValueError with the sizes that were asked for. If not, callables, mappings and
+            sequences are left to the function, which says best how they are used.
 
     Raises:
         TypeError: An argument is of another kind.
@@ -219,10 +220,12 @@ def checked(function: Function, *, sizes: bool = False) -> Function:
             wanted, kind = annotations_of(function).get(name, Any), signature.parameters[name].kind
             if wanted is Any or kind is inspect.Parameter.VAR_KEYWORD:
                 continue
+            if not constructor and _holds_others(wanted):
+                continue
             given[name] = value = _plain(value, wanted)
             for each in value if kind is inspect.Parameter.VAR_POSITIONAL else (value,):
                 _check(name, each, wanted)
-        if not sizes:
+        if not constructor:
             return function(*bound.args, **bound.kwargs)
         try:
             return function(*bound.args, **bound.kwargs)
@@ -234,6 +237,9 @@ def checked(function: Function, *, sizes: bool = False) -> Function:
             raise ValueError(f"nothing can be made with {text}: {error}") from error
 
     return typing.cast(Function, held)
+
+
+checked_call = functools.partial(checked, constructor=False)
 
 
 def shown(value: Any) -> str:
@@ -305,6 +311,13 @@ def _fits(value: Any, wanted: Any) -> bool:
     if not isinstance(wanted, type) or wanted.__module__.startswith(("torch", "pyro")):
         return True
     return origin in (Sequence, tuple) or isinstance(value, wanted)
+
+
+def _holds_others(wanted: Any) -> bool:
+    origin, inside = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return any(map(_holds_others, inside))
+    return origin in (Callable, Mapping, Sequence, tuple)
 
 
 def _may_hold_numbers(wanted: Any) -> bool:

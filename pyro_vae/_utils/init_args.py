@@ -70,7 +70,7 @@ def records_init_args(cls: Class) -> Class:
     :func:`pyro_vae._utils.checks.checked`. Nothing else changes: neither the signature nor what
     a ``state_dict`` holds. A subclass remembers its own arguments if it is recorded, too.
     """
-    original = checked(cls.__init__, sizes=True)
+    original = checked(cls.__init__)
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it becomes it

@@ -22,7 +22,7 @@ from pyro_vae._programs.sites import (
     to_particle_layout,
 )
 from pyro_vae._programs.terms import Terms, terms
-from pyro_vae._utils.checks import checked, positive_integer, positive_number
+from pyro_vae._utils.checks import checked_call, positive_integer, positive_number
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation._context import evaluation_context
@@ -118,7 +118,7 @@ class CollapseReport:
         return "\n".join(lines)
 
 
-@checked
+@checked_call
 def collapse_report(
     model: Program,
     guide: Program,

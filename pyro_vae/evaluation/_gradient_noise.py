@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import PairTrace, Program
-from pyro_vae._utils.checks import checked, positive_integer
+from pyro_vae._utils.checks import checked_call, positive_integer
 from pyro_vae._utils.extras import require
 from pyro_vae._utils.modules import modules, remember_unnamed
 from pyro_vae._utils.progress import task
@@ -128,7 +128,7 @@ class GradientNoise:
         return figure
 
 
-@checked
+@checked_call
 @torch.inference_mode(False)
 @torch.enable_grad()
 def gradient_noise(

@@ -16,7 +16,7 @@ from pyro_vae._capture import Capture, Captured, check_capture
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import Terms, terms
-from pyro_vae._utils.checks import checked, positive_integer
+from pyro_vae._utils.checks import checked_call, positive_integer
 from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
@@ -95,7 +95,7 @@ class InferenceGaps:
         )
 
 
-@checked
+@checked_call
 @torch.inference_mode(False)
 @torch.enable_grad()
 def inference_gaps(

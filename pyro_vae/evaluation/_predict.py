@@ -11,13 +11,13 @@ from pyro_vae._programs.predictions import drawn_observations, mean_or_draw, mea
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.sites import Site, Unobserve, to_particle_layout
 from pyro_vae._programs.validation import check_pair
-from pyro_vae._utils.checks import checked
+from pyro_vae._utils.checks import checked_call
 from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import as_tensor
 from pyro_vae.evaluation._layout import Layout, Readings
 
 
-@checked
+@checked_call
 def reconstruct(
     model: Program,
     guide: Program,
@@ -80,7 +80,7 @@ def reconstruct(
     return _gathered(x, found, readings, by_site)
 
 
-@checked
+@checked_call
 def generate(
     model: Program,
     x: Tensor,

@@ -16,7 +16,7 @@ from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.sites import Unobserve, data_frame, random_sites, to_particle_layout
 from pyro_vae._programs.terms import terms
-from pyro_vae._utils.checks import checked, positive_integer, real_number
+from pyro_vae._utils.checks import checked_call, positive_integer, real_number
 from pyro_vae._utils.interrupts import defer_keyboard_interrupt
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
@@ -67,7 +67,7 @@ class PriorHoles:
         )
 
 
-@checked
+@checked_call
 def prior_holes(
     model: Program,
     guide: Program,

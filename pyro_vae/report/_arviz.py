@@ -11,13 +11,13 @@ import torch
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
-from pyro_vae._utils.checks import checked, positive_integer
+from pyro_vae._utils.checks import checked_call, positive_integer
 from pyro_vae._utils.extras import require
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.evaluation._context import evaluation_context
 
 
-@checked
+@checked_call
 def to_arviz(
     model: Program,
     guide: Program,

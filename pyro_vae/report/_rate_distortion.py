@@ -17,7 +17,7 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._programs.validation import check_pair
-from pyro_vae._utils.checks import checked, positive_integer, positive_number
+from pyro_vae._utils.checks import checked_call, positive_integer, positive_number
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
@@ -32,7 +32,7 @@ from pyro_vae.training import fit
 _OWN_OPTIONS = ("objective", "description", "progress", "seed")
 
 
-@checked
+@checked_call
 def rate_distortion(
     model: Program,
     guide: Program,
@@ -206,7 +206,8 @@ def _check_evidence(evidence: Evidence | None, measured: Minibatches) -> None:
 
 
 def _check_betas(betas: Sequence[float]) -> list[float]:
-    if isinstance(betas, str | Tensor) or not isinstance(betas, Iterable):
+    scalar = getattr(betas, "ndim", 1) == 0
+    if scalar or isinstance(betas, str | bytes | Tensor) or not isinstance(betas, Iterable):
         raise TypeError(f"betas must be a sequence of numbers, such as [0.5, 1], got {betas!r}")
     betas = [positive_number("each of betas", beta) for beta in betas]
     if not betas:

@@ -29,7 +29,7 @@ from pyro_vae.serialization._recipe import rebuild
 
 if TYPE_CHECKING:
     import pandas as pd
-from pyro_vae._utils.checks import checked
+from pyro_vae._utils.checks import checked_call, shown
 
 KIND = "pair"
 
@@ -54,7 +54,7 @@ class Saved:
     versions: dict[str, str]
 
 
-@checked
+@checked_call
 def save(
     folder: str | Path,
     model: Program,
@@ -110,14 +110,14 @@ def save(
     content = state_of(model, guide)
     content |= {
         "versions": versions(),
-        "notes": dict(notes or {}),
+        "notes": _notes(notes),
         "history": None if history is None else dataframe_to_dict(history),
         "recipe": recipe_of(model, guide, content),
     }
     write(folder, content, kind=KIND, overwrite=overwrite)
 
 
-@checked
+@checked_call
 def load(
     folder: str | Path,
     model: Program | None = None,
@@ -149,6 +149,12 @@ def load(
     """
     check_folder(folder)
     return made(lambda: _read(Path(folder)), folder, model, guide, device)
+
+
+def _notes(notes: Mapping[str, Any] | None) -> dict[str, Any]:
+    if notes is not None and not isinstance(notes, Mapping):
+        raise TypeError(f"notes must be a dictionary, got {shown(notes)}")
+    return dict(notes or {})
 
 
 def made(

@@ -21,7 +21,7 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import digests as digests_of_pair
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.validation import check_pair
-from pyro_vae._utils.checks import checked
+from pyro_vae._utils.checks import checked_call
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes, rank
 from pyro_vae._utils.interrupts import Interrupted, defer_keyboard_interrupt
 from pyro_vae._utils.modules import modules
@@ -90,7 +90,7 @@ class Fit:
     digests: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
 
 
-@checked
+@checked_call
 @torch.inference_mode(False)
 @torch.enable_grad()
 def fit(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.checks import checked
+from pyro_vae._utils.checks import checked_call
 from pyro_vae.serialization._folder import RECORD, UnreadableFile, read
 from pyro_vae.serialization._pair import (
     Saved,
@@ -24,7 +24,7 @@ from pyro_vae.training._checkpoints import KIND, last_whole
 _TRIES = 5  # of reading
 
 
-@checked
+@checked_call
 def load_checkpoint(
     folder: str | Path,
     model: Program | None = None,

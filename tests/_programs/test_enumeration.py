@@ -224,7 +224,7 @@ def test_two_enumerated_latents_that_meet_at_one_observation():
 
 
 @pytest.mark.parametrize("in_guide", [True, False])
-def test_enumeration_under_capture(in_guide, without_compiler):
+def test_a_captured_fit_with_enumeration_equals_an_eager_one(in_guide, without_compiler):
     x = torch.randn(60)
     fits = []
     for capture in (True, False):

@@ -161,7 +161,7 @@ def test_guides_of_the_library_and_of_pyro_stay_inside():
 
 @pytest.mark.filterwarnings("ignore::pyro_vae.evaluation.UnreliableEvidence")
 @pytest.mark.parametrize("skewed", [False, True])
-def test_two_angles(skewed):
+def test_evidence_of_two_angles_agrees_with_quadrature(skewed):
     if skewed:
         base = dist.VonMises(torch.zeros(2), 2.0).to_event(1)
         prior = dist.SineSkewed(base, torch.tensor([0.3, -0.2]))

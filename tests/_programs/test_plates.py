@@ -171,7 +171,7 @@ def test_the_rows_of_the_model_are_its_own(form, name):
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "number"])
 @pytest.mark.parametrize("name", ["normal", "multivariate normal", "planar", "mixture"])
-def test_batches_of_other_sizes(form, name):
+def test_guides_score_minibatches_of_any_size(form, name):
     model = FORMS[form]
     guide = GUIDES[name](model, Encoder())
     for rows in (ROWS, ROWS[:1], ROWS[:3], torch.randperm(N)[:11]):
@@ -219,7 +219,7 @@ def test_evidence_and_surgery_see_the_rows_of_the_model(form):
     assert abs(surgery.elbo - log_weight.mean()) < 5 * error
 
 
-def test_guides_side_by_side():
+def test_two_guides_in_one_program_score_their_own_latents():
     def model(x):
         with pyro.plate("data", N, subsample=torch.arange(len(x))):
             a = pyro.sample("a", dist.Normal(0.0, 1.0))

@@ -194,7 +194,7 @@ def test_parameters_of_several_fits_are_ambiguous():
         pv.evidence(model, prior_as_guide, x, num_particles=5)
 
 
-def test_methods_of_one_module():
+def test_a_pair_of_methods_trains_its_own_module_alone():
     x = torch.randn(60, 3)
     first, second = MethodsPair(), MethodsPair()
     before = pv.evidence(first.model, first.guide, x, num_particles=20, seed=0).mean
@@ -328,7 +328,7 @@ class Unhashable:
 
 
 @pytest.mark.parametrize("kind", [Frozen, Unhashable])
-def test_equal_owners_are_two(kind):
+def test_equal_objects_keep_separate_parameters(kind):
     a, b = kind(1), kind(1)
     pv.fit(a.model, a.guide, torch.full((50,), 5.0), **options())
     with pv.parameter_store(a.model, a.guide):

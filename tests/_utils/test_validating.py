@@ -57,7 +57,7 @@ def test_the_switches_are_as_they_were_after_an_error(judge, before, binary):
     assert switches() == before
 
 
-def test_blocks_within_blocks(before):
+def test_nested_blocks_restore_each_switch_of_validation(before):
     with values_checked(False):
         assert switches() == [False] * 4
         with values_checked(True):

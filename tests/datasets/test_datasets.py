@@ -252,7 +252,7 @@ def test_labels_are_of_their_rows():
         pv.datasets.load_labels("freyfaces")
 
 
-def test_labels_of_mnist(data_folder):
+def test_labels_of_mnist_match_the_ink_of_its_images(data_folder):
     labels = pv.datasets.load_labels("mnist", folder=data_folder)
     assert [len(part) for part in (labels.train, labels.validation, labels.test)] == [
         *(50_000, 10_000, 10_000)

@@ -216,7 +216,7 @@ def two_latents(x):
         guides.AmortizedDelta,
     ],
 )
-def test_angles_beside_other_latents(make, tmp_path):
+def test_guides_of_angles_and_other_latents_score_the_same_when_loaded(make, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(12, 1)
     guide = make(two_latents, ENCODER())
@@ -263,7 +263,7 @@ def test_the_networks_of_a_chain_see_no_cut():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-def test_a_chain_of_angles():
+def test_evidence_of_a_chain_of_angles_agrees_with_the_forward_algorithm():
     def model(x):
         with pyro.plate("data", len(x)):
             z = x.new_zeros(len(x))

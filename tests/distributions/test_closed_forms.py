@@ -250,7 +250,7 @@ def _covariance(q):
     return torch.diag_embed(q.variance) if isinstance(q, D.Independent) else q.covariance_matrix
 
 
-def test_dirichlets():
+def test_kl_of_dirichlets_agrees_with_betas_and_with_draws():
     """E log x_k is digamma(a_k) - digamma(a_0); against draws, and against Betas for two."""
     for first, second in (([2.0, 3.0], [0.5, 0.7]), ([2e5, 3e5], [2e5, 3.01e5])):
         one, two = torch.tensor(first), torch.tensor(second)
@@ -309,13 +309,13 @@ def test_a_pair_that_is_registered_by_others():
         del registry._KL_REGISTRY[Mine, Mine]
 
 
-def test_infinite_ones():
+def test_kl_is_infinite_outside_the_support_of_the_other():
     rate = torch.tensor([1.0, 2.0])
     for p in (dist.Bernoulli(0.3), dist.Binomial(5, 0.3)):
         assert known_kl(dist.Poisson(rate), p.expand([2])).tolist() == [math.inf] * 2
 
 
-def test_wrapped_distributions():
+def test_kl_of_wrapped_distributions_is_that_inside_or_not_known():
     q, p = dist.Gamma(torch.ones(4, 3, 2), 2.0), dist.Gamma(torch.ones(3, 2), 1.0)
     each = known_kl(q, p)
     assert each.shape == (4, 3, 2)

@@ -26,7 +26,7 @@ def test_the_density_is_the_sum_by_hand(k, d):
     torch.testing.assert_close(q.expand((7, 5)).log_prob(z), by_hand.log())
 
 
-def test_moments_of_samples():
+def test_samples_of_a_mixture_have_its_mean_and_variance():
     q = pv.distributions.MixtureOfDiagNormals(*random_mixture(3, 2))
     z = q.sample((200_000,))
     error = (z.var(0) / 200_000).sqrt()

@@ -518,7 +518,7 @@ def test_settings_that_make_no_sense(options, error, message):
 
 
 @pytest.mark.parametrize("method", ["exact", None, 3])
-def test_an_unknown_method(method, pair, binary):
+def test_an_unknown_method_of_evidence_is_refused(method, pair, binary):
     with pytest.raises(ValueError, match='method must be "importance", "naive", "ais" or'):
         pv.evidence(*pair, binary, method=method)
 

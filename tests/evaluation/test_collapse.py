@@ -269,7 +269,7 @@ def test_guides_without_a_density_over_data():
 
 
 @pytest.mark.parametrize("guide", [pv.guides.AmortizedMixture, pv.guides.AmortizedFlow])
-def test_other_guides_and_priors(guide, binary):
+def test_collapse_report_takes_a_mixture_prior_and_other_guides(guide, binary):
     model = pv.LatentVariableModel(
         prior=pv.priors.MixtureOfNormals(2, components=3),
         likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16)),
@@ -287,7 +287,7 @@ def test_saturation_is_flagged():
     assert "(saturated: log N is 3.69)" in report.verdict
 
 
-def test_what_is_refused(pair, binary):
+def test_collapse_report_refuses_numbers_out_of_range(pair, binary):
     with pytest.raises(ValueError, match="single one"):
         pv.collapse_report(*pair, binary[:1])
     with pytest.raises(ValueError, match="num_particles must be at least 2"):

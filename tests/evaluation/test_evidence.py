@@ -294,7 +294,7 @@ def test_a_guide_that_nothing_is_drawn_from_need_not_be_one():
         assert ((other.values - weighed.values).abs() < 5 * error + 0.02).all()
 
 
-def test_pairs_without_latents():
+def test_evaluation_of_latents_refuses_pairs_without_latents():
     def model(x):
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)

@@ -82,7 +82,7 @@ def test_gaps_of_a_perturbed_mean_field_encoder():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_errors_are_honest(dtype):
+def test_monte_carlo_errors_of_gaps_cover_known_values(dtype):
     """At the optimum every quantity is known; 300 data are 300 repeats."""
     oracle = correlated(dtype)
     x = oracle.sample(300)
@@ -197,7 +197,7 @@ WITHOUT_INVERSE = {"planar"}
         *((2, name) for name in FAMILIES),
     ],
 )
-def test_against_quadrature(dim, name):
+def test_gaps_agree_with_quadrature(dim, name):
     """log p(x) on the grid; the ELBO of whatever members were found, too."""
     model = Curved(dim)
     x = model.sample(5)
@@ -367,7 +367,7 @@ def test_which_estimate_is_taken():
     )
 
 
-def test_captured_is_eager(without_compiler):
+def test_captured_gaps_equal_eager_ones(without_compiler):
     oracle = correlated()
     x = oracle.sample(20)
     ascent = pv.evaluation.Ascent(learning_rate=0.01, window=10, patience=1, max_steps=20)
@@ -428,7 +428,7 @@ def test_it_says_when_an_ascent_was_cut_short(pair, binary):
     assert gaps.converged == (False,)
 
 
-def test_what_is_refused(pair, binary):
+def test_gaps_refuse_bad_arguments_and_guides(pair, binary):
     model, guide = pair
     with pytest.raises(TypeError, match="SemiAmortized lacks sample"):
         pv.inference_gaps(model, guides.SemiAmortized(guide), binary)

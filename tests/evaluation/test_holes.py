@@ -169,7 +169,7 @@ def test_intervals_cover_the_share():
 
 
 @pytest.mark.parametrize("name", ["mixture model", "hierarchical", "two sites", "planar", "IAF"])
-def test_any_pair(name, binary):
+def test_prior_holes_are_finite_for_every_kind_of_pair(name, binary):
     net = pv.nets.MLP
     likelihood = pv.likelihoods.Bernoulli(net(2, [8], 16))
     if name == "mixture model":
@@ -197,7 +197,7 @@ def test_any_pair(name, binary):
     assert holes.log_aggregate_of_prior.isfinite().all()
 
 
-def test_bad_arguments():
+def test_prior_holes_refuse_bad_arguments_and_unscorable_guides():
     oracle = LinearGaussian()
     x = oracle.sample(20)
     with pytest.raises(ValueError, match="beyond their ends: raise num_samples to 100"):

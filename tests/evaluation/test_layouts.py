@@ -117,7 +117,7 @@ def test_means_come_in_the_layout_of_x(view, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float64])
-def test_data_of_other_types(dtype):
+def test_generate_takes_data_of_any_dtype(dtype):
     x = torch.zeros(4, 3, dtype=dtype)
     model = program(functools.partial(in_plate, view=lambda x: x.float().T))
     torch.testing.assert_close(pv.generate(model, x), MEANS.expand(4, 3), atol=0.02, rtol=0)
@@ -174,7 +174,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_events_of_other_ranks(shape):
+def test_predictions_keep_the_shape_of_events_of_any_rank(shape):
     observe, means = SHAPES[shape]
     model, x = program(observe), torch.randn(4, *means.shape)
     for found in (pv.generate(model, x), pv.reconstruct(model, guide, x)):

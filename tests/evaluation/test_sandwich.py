@@ -72,7 +72,7 @@ def test_a_model_without_a_guide_and_with_covariates():
     assert "<= log p(x) <=" in str(result)
 
 
-def test_a_neural_pair(binary):
+def test_sandwich_of_a_neural_pair_encloses_its_evidence_and_repeats(binary):
     pair = make_pair()
     pair[1](binary)
     ais = pv.evaluation.AIS(20, 10, leapfrog_steps=3, step_size=0.5)
@@ -86,7 +86,7 @@ def test_a_neural_pair(binary):
     assert torch.equal(again.upper, result.upper)
 
 
-def test_what_is_refused(binary):
+def test_sandwich_refuses_missing_guides_and_factors(binary):
     model, guide = make_pair()
     with pytest.raises(ValueError, match="starts from the guide, and none is given"):
         pv.sandwich(model, like=binary, ais=pv.evaluation.AIS(start="guide"))

@@ -217,7 +217,7 @@ def test_a_family_may_be_any_function():
     assert pv.terms(two_supports, guide, x).log_weight.isfinite().all()
 
 
-def test_bounds_of_each_dimension():
+def test_samples_keep_to_a_bound_of_one_dimension():
     def model(x):
         with pyro.plate("data", len(x)):
             prior = dist.Pareto(torch.tensor([1.0, 2.0]), 3.0).expand([len(x), 2]).to_event(1)

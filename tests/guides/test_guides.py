@@ -172,7 +172,7 @@ def test_dtype_and_batches_of_one(dtype, batch):
     assert t.log_weight.shape == (2, batch)
 
 
-def test_copies_and_state_dicts():
+def test_a_copied_guide_is_independent_and_loads_a_state_dict():
     _, guide = make_pair()
     x = torch.ones(3, 16)
     guide(x)

@@ -264,7 +264,7 @@ def test_series_of_the_continuous_bernoulli_are_exact_to_rounding():
 
 
 @pytest.mark.parametrize("logit", [-300.0, -5.0, -1e-3, 0.0, 1e-9, 0.3, 5.0, 300.0])
-def test_continuous_bernoulli_samples(logit):
+def test_continuous_bernoulli_samples_have_its_mean_and_inverse_cdf(logit):
     p = L.ContinuousBernoulli(nn.Identity())(torch.tensor([logit])).base_dist
     x = p.rsample((20_000,))
     assert ((x >= 0) & (x <= 1)).all()
@@ -568,7 +568,7 @@ def pair(name):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_fits(name):
+def test_a_pair_of_each_likelihood_fits_evaluates_and_generates(name):
     x = data_for(name)
     model, guide = pair(name)
     fit = pv.fit(model, guide, x, validation=x, epochs=4, batch_size=10, learning_rate=1e-2,

@@ -84,7 +84,7 @@ class TestHierarchicalModel:
 
     @pytest.mark.parametrize("order", ["bottom-up", "top-down"])
     @pytest.mark.parametrize("skip", [False, True])
-    def test_both_directions_of_inference(self, order, skip, binary):
+    def test_hierarchical_guides_infer_bottom_up_and_top_down(self, order, skip, binary):
         model = hierarchy(skip)
         guide = pv.guides.HierarchicalGuide(model, MLP(16, [8]), order=order)
         fit = pv.fit(model, guide, binary, epochs=10, batch_size=10, learning_rate=0.01,
@@ -274,7 +274,7 @@ class TestSemiSupervisedModel:
         with pytest.raises(ValueError, match=r"labels must lie in 0 to 2.*got 3 in row 1"):
             pv.generate(model, x, torch.tensor([0, 3, 1]))
 
-    def test_bad_labels(self):
+    def test_semi_supervised_pairs_refuse_bad_labels_and_classifiers(self):
         model, guide = semi_supervised()
         x = torch.rand(5, 16).round()
 
@@ -385,7 +385,7 @@ def test_a_mixture_model_needs_a_mixture():
         pv.models.MixtureModel(pv.priors.StandardNormal(2), bernoulli(2))
 
 
-def test_bits_of_coins():
+def test_fair_coins_have_one_bit_per_dimension():
     """Fair coins have one bit each, whatever z."""
     likelihood = pv.likelihoods.Bernoulli(lambda z: torch.zeros(*z.shape[:-1], 16))
     model = pv.LatentVariableModel(pv.priors.StandardNormal(2), likelihood)

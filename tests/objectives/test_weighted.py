@@ -65,7 +65,7 @@ def test_weight_of_the_kl(gaussian):
     assert gaussian.loss(o.BetaELBO(1.0)) == gaussian.loss(o.MeanFieldELBO())
 
 
-def test_free_bits(gaussian):
+def test_free_bits_floor_each_kl_per_site_or_dimension_over_batch_or_datum(gaussian):
     kls = gaussian.kls()
     least = kls["a"].mean().item() * 0.99  # above one part's KL, below the other's
     assert kls["b"].mean() < least
@@ -96,7 +96,7 @@ def test_free_bits_send_no_gradient_below_their_floor(gaussian):
         torch.testing.assert_close(one, other)
 
 
-def test_capacity(gaussian):
+def test_capacity_elbo_charges_the_distance_of_the_kl_from_its_target(gaussian):
     kl = sum(gaussian.kls().values()).mean().item()
     for target in (0.5 * kl, 2.0 * kl):
         expected = -gaussian.likelihood() + 5 * 7.0 * abs(kl - target)
@@ -115,7 +115,7 @@ def test_joint_densities_have_no_parts(pair, binary):
         o.FreeBits(0.5).loss(gaussian.model, lambda x: guide(x.unsqueeze(-1)), gaussian.x)
 
 
-def test_schedules():
+def test_schedules_give_their_written_values_at_each_step():
     def values(schedule, steps):
         return [round(schedule(torch.tensor(float(step))).item(), 6) for step in steps]
 
@@ -149,7 +149,7 @@ SCHEDULED = [
 
 
 @pytest.mark.parametrize("objective", SCHEDULED, ids=str)
-def test_schedules_under_capture(objective, binary, without_compiler):
+def test_a_captured_fit_follows_schedules_as_an_eager_one(objective, binary, without_compiler):
     steps = objective.step
 
     def make():

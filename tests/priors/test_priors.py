@@ -471,7 +471,7 @@ def test_a_frozen_guide_is_as_it_was_evaluated():
         pv.priors.AggregatedPosterior(lambda x: Pair().guide(x), x)
 
 
-def test_subsets_are_drawn():
+def test_each_call_of_a_prior_draws_another_subset():
     guide = amortized(model_with(pv.priors.StandardNormal(2)))
     x = torch.rand(15, 16)
     guide(x)

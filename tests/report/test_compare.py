@@ -182,7 +182,7 @@ def test_parameters_are_counted_of_the_pair_alone():
     assert comparison.entries[0].num_parameters == 9
 
 
-def test_bad_arguments(binary):
+def test_compare_refuses_pairs_and_image_shapes_that_do_not_fit(binary):
     with pytest.raises(TypeError, match="pairs must be a dictionary"):
         pv.compare([make_pair()], binary)
     with pytest.raises(ValueError, match=r"image_shape \(3, 3\) does not fit"):

@@ -180,14 +180,14 @@ def test_test_data_evidence_and_the_figure(pair, binary):
     assert "rate + distortion >=" in str(curve)
 
 
-def test_what_is_refused(pair, binary):
+def test_rate_distortion_refuses_bad_arguments_before_any_fit(pair, binary):
     model, guide = pair
     for betas, error, match in (
         ([], ValueError, "at least one"),
         ([1.0, 1.0], ValueError, "must differ"),
         ([0.0], ValueError, "must be positive"),
-        (["1"], TypeError, "betas must be a sequence"),
-        (1.0, TypeError, "betas must be a sequence"),
+        (["1"], TypeError, "must be a number"),
+        (1.0, TypeError, "betas must be a sequence of numbers"),
     ):
         with pytest.raises(error, match=match):
             pv.rate_distortion(model, guide, binary, betas)

@@ -424,7 +424,7 @@ def test_what_does_not_fit_is_told(tmp_path):
         ValueError, match=r"missing here: guide.body.0.weight.* not saved: guide.enc"
     ):
         pv.load(tmp_path / "pair", model, guides.AmortizedNormal(model, encoder()))
-    with pytest.raises(TypeError, match="guide must be something to call"):
+    with pytest.raises(TypeError, match="guide must be a Pyro program"):
         pv.load(tmp_path / "pair", model, 3)
 
 

@@ -235,7 +235,7 @@ def test_transforms_of_images_and_of_their_shapes():
     assert pv.generate(model, x).shape == (5, 16)
 
 
-def test_images_on_a_grid():
+def test_images_pass_through_dequantization_and_bijections():
     images = torch.randint(8, (5, 1, 4, 4)) / 7
     squash = pv.surjections.Bijection(transforms.SigmoidTransform().inv, event_dim=3)
     layers = [pv.surjections.UniformDequantization(8, event_dim=3), squash]
@@ -392,7 +392,7 @@ def test_data_off_the_grid_are_refused():
 # Surjections
 
 
-def test_a_slice_is_exact():
+def test_a_slice_gives_the_exact_log_likelihood():
     model = pv.surjections.FlowModel(
         Gaussian(2), pv.surjections.Slice(2, Gaussian(2, 3), conditional=True)
     )

@@ -315,7 +315,7 @@ def test_a_second_ctrl_c_does_not_wait_and_leaves_a_whole_state(binary, tmp_path
     assert equal(straight, resumed)
 
 
-def test_ctrl_c_during_validation(binary, tmp_path):
+def test_a_fit_interrupted_during_validation_resumes_to_the_bit(binary, tmp_path):
     _, straight = fit(binary, validation=binary)
     evaluate = TrainStep.evaluate
 

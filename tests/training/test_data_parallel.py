@@ -268,7 +268,7 @@ def require_equal(name, found, folder):
     "name",
     [*EQUAL, "a single row", "a loader", "own rows", "own noise", "noise and averages", "resumed"],
 )
-def test_both_hold_the_same(name, found):
+def test_all_processes_end_with_equal_tensors(name, found):
     first, second = (share[name] for share in found)
     for key, tensor in first.items():
         assert torch.equal(tensor, second[key]) or key == "history", key

@@ -52,7 +52,7 @@ class Stream(IterableDataset):
         lambda x: DataLoader(Rows(x), batch_size=20, shuffle=True),
     ],
 )
-def test_data_of_every_kind(wrap, binary):
+def test_fit_and_evidence_take_data_of_every_kind(wrap, binary):
     result = fit(make_pair(), wrap(binary), epochs=10, learning_rate=0.05, validation=wrap(binary))
     assert result.history.loss.iloc[-1] < result.history.loss.iloc[0] - 0.5
     assert result.history.validation_loss.notna().all()
@@ -489,7 +489,7 @@ def test_an_optimizer_without_a_learning_rate(capture, binary, tmp_path, without
 @pytest.mark.parametrize(
     "optimizer", [torch.optim.Adafactor, functools.partial(ClippedAdam, lrd=0.9)]
 )
-def test_other_optimizers(optimizer, binary):
+def test_the_history_has_the_learning_rate_of_any_optimizer(optimizer, binary):
     rates = fit(make_pair(), binary, optimizer=optimizer).history.learning_rate
     assert rates.notna().all()
 
@@ -514,11 +514,9 @@ def test_schedulers_of_another_kind_are_refused(binary):
     of_pyro = pyro.optim.ExponentialLR(
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.1}
     )
-    for scheduler in (of_pyro, lambda optimizer: None):
+    for scheduler in (of_pyro, lambda optimizer: None, 3):
         with pytest.raises(TypeError, match="scheduler must make a learning rate scheduler of tor"):
             fit(make_pair(), binary, scheduler=scheduler)
-    with pytest.raises(TypeError, match="scheduler must be something to call or None, got 3"):
-        fit(make_pair(), binary, scheduler=3)
     rms = functools.partial(AdagradRMSProp, eta=0.1)
     decay = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
     with pytest.raises(ValueError, match="the groups of AdagradRMSProp have no learning rate"):

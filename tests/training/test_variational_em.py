@@ -167,7 +167,7 @@ def test_each_step_moves_one_program_alone(binary):
     assert made[0].moved == [of_guide, of_guide, of_model] * 3 + [of_guide]
 
 
-def test_two_learning_rates(binary):
+def test_model_and_guide_move_by_learning_rates_of_their_own(binary):
     model, guide = make_pair()
     guide(binary)
     before = snapshot(model), snapshot(guide)

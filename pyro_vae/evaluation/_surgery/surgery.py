@@ -10,7 +10,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.checks import checked, positive_integer
+from pyro_vae._utils.checks import checked_call, positive_integer
 from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae.datasets._minibatches import Data
 from pyro_vae.evaluation._log_evidence import standard_error
@@ -22,7 +22,7 @@ from pyro_vae.evaluation._surgery.subsets import Estimator, check_estimator
 _FEWEST_TO_REGRESS = 30
 
 
-@checked
+@checked_call
 def elbo_surgery(
     model: Program,
     guide: Program,
