@@ -16,7 +16,7 @@ from pyro_vae._capture import Capture, Captured, check_capture
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
-from pyro_vae._utils.checks import checked_call, positive_integer
+from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
@@ -33,7 +33,6 @@ from pyro_vae.evaluation._weights import WeightStream
 Method = Literal["importance", "naive", "ais"] | AIS
 
 
-@checked_call
 def evidence(
     model: Program,
     guide: Program,
@@ -114,6 +113,7 @@ def evidence(
         >>> bool(((by_chains.values - exact).abs() < 4 * by_chains.monte_carlo_errors).all())
         True
     """
+    check_call(evidence, locals())
     num_particles = positive_integer("num_particles", num_particles)
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)

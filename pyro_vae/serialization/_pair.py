@@ -14,7 +14,7 @@ import torch
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import require_parameters
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.checks import checked_call, shown
+from pyro_vae._utils.checks import check_call, shown
 from pyro_vae.serialization import _contents as contents
 from pyro_vae.serialization import _load_state as filling
 from pyro_vae.serialization._dataframes import dataframe_to_dict, dict_to_dataframe
@@ -46,7 +46,6 @@ class Saved:
     versions: dict[str, str]
 
 
-@checked_call
 def save(
     folder: str | Path,
     model: Program,
@@ -95,6 +94,7 @@ def save(
         >>> torch.equal(before.values, after.values), saved.notes
         (True, {'seed': 7})
     """
+    check_call(save, locals())
     check_folder(folder)
     programs.require_programs(model, guide)
     with programs.parameter_store(model, guide):
@@ -109,7 +109,6 @@ def save(
     write(folder, content, kind=KIND, overwrite=overwrite)
 
 
-@checked_call
 def load(
     folder: str | Path,
     model: Program | None = None,
@@ -139,6 +138,7 @@ def load(
     Example:
         See :func:`save`.
     """
+    check_call(load, locals())
     check_folder(folder)
     return made(lambda: _read(Path(folder)), folder, model, guide, device)
 

@@ -23,7 +23,7 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import digests as digests_of_pair
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.validation import check_pair
-from pyro_vae._utils.checks import checked_call, positive_integer, positive_number, real_number
+from pyro_vae._utils.checks import check_call, positive_integer, positive_number, real_number
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes, rank
 from pyro_vae._utils.interrupts import defer_keyboard_interrupt
 from pyro_vae._utils.modules import modules
@@ -96,7 +96,6 @@ class StoppedFit(KeyboardInterrupt):
         self.fit = fit
 
 
-@checked_call
 @torch.inference_mode(False)
 @torch.enable_grad()
 def fit(
@@ -225,6 +224,7 @@ def fit(
         >>> bool(fit.history.loss[3] < fit.history.loss[1])  # by epoch
         True
     """
+    check_call(fit, locals())
     objective = ELBO() if objective is None else objective
     check_objective(objective)
     _check_arguments(epochs, clip_norm, patience, validation, on_nonfinite, skip_limit, after_epoch)

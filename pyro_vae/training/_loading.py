@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.checks import checked_call
+from pyro_vae._utils.checks import check_call
 from pyro_vae.serialization._dataframes import dataframe_to_dict, dict_to_dataframe
 from pyro_vae.serialization._files import RECORD, UnreadableFile
 from pyro_vae.serialization._pair import Saved, check_folder, made
@@ -20,7 +20,6 @@ from pyro_vae.training._checkpoints import KIND, last_whole
 _TRIES = 5  # of reading
 
 
-@checked_call
 def load_checkpoint(
     folder: str | Path,
     model: Program | None = None,
@@ -65,6 +64,7 @@ def load_checkpoint(
         >>> len(saved.history)
         2
     """
+    check_call(load_checkpoint, locals())
     check_folder(folder)
     return made(lambda: _content(Path(folder)), folder, model, guide, device)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.checks import checked_call, positive_integer
+from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.evaluation._estimating import estimating
@@ -24,7 +24,6 @@ from pyro_vae.evaluation._together import Together
 _FEWEST_TO_REGRESS = 30
 
 
-@checked_call
 def elbo_surgery(
     model: Program,
     guide: Program,
@@ -109,6 +108,7 @@ def elbo_surgery(
         >>> print(f"{abs(surgery.mutual_information):.3f} {abs(surgery.marginal_kl):.3f}")
         0.000 0.000
     """
+    check_call(elbo_surgery, locals())
     num_particles = positive_integer("num_particles", num_particles)
     check_estimator(estimator)
     check_resume(resume)
