@@ -191,6 +191,7 @@ def arguments(name: str) -> dict[str, Any]:
 
 def call(name: str, **changed: Any) -> Any:
     """Call a public function or class by arguments that work, some of them changed."""
+    torch.manual_seed(0)
     signature = inspect.signature(PUBLIC[name])
     values = arguments(name) | changed
     bound = inspect.BoundArguments(

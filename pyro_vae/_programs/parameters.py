@@ -18,14 +18,13 @@ from torch import nn
 from pyro_vae._programs import fits
 from pyro_vae._programs.fits import Store
 from pyro_vae._programs.pair_trace import PairTrace, Program
-from pyro_vae._utils.checks import checked_call
+from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.identity import owner_of
 from pyro_vae._utils.modules import before_unknown, modules
 
 _open_stores: list[Store] = []
 
 
-@checked_call
 @contextlib.contextmanager
 def parameter_store(model: Program, guide: Program, *, fresh: bool = False) -> Iterator[Store]:
     """Open the parameter store of a pair instead of Pyro's global one.
@@ -66,6 +65,7 @@ def parameter_store(model: Program, guide: Program, *, fresh: bool = False) -> I
         >>> "loc" in pyro.get_param_store()
         False
     """
+    check_call(parameter_store, locals())
     require_programs(model, guide)
     fitted = fits.find(model, guide)
     store = None if fitted is None else fitted.store

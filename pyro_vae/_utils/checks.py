@@ -188,7 +188,7 @@ def require_same_type(name: str, value: Tensor, parameter: Tensor) -> None:
 # Signatures
 
 
-def checked(function: Function, *, constructor: bool = True) -> Function:
+def checked(function: Function) -> Function:
     """Check the arguments of each call against the annotations of a function.
 
     ``int`` is an integer and ``float`` a finite number, of Python or numpy; neither is a truth
@@ -196,12 +196,6 @@ def checked(function: Function, *, constructor: bool = True) -> Function:
     numbers or names holds these and is not a string; it may be an array of one dimension. A
     ``Path`` may be any path, and a device may be a number. Classes of torch, Pyro and this
     package, and the range of a number, are left to the function.
-
-    Args:
-        function: the function.
-        constructor: whether it makes an object. If so, an error of torch for want of memory becomes
-            a ValueError with the sizes that were asked for. If not, callables, mappings and
-            sequences are left to the function, which says best how they are used.
 
     Raises:
         TypeError: An argument is of another kind.
@@ -220,13 +214,9 @@ def checked(function: Function, *, constructor: bool = True) -> Function:
             wanted, kind = annotations_of(function).get(name, Any), signature.parameters[name].kind
             if wanted is Any or kind is inspect.Parameter.VAR_KEYWORD:
                 continue
-            if not constructor and _holds_others(wanted):
-                continue
             given[name] = value = _plain(value, wanted)
             for each in value if kind is inspect.Parameter.VAR_POSITIONAL else (value,):
                 _check(name, each, wanted)
-        if not constructor:
-            return function(*bound.args, **bound.kwargs)
         try:
             return function(*bound.args, **bound.kwargs)
         except _FULL as error:
@@ -239,7 +229,26 @@ def checked(function: Function, *, constructor: bool = True) -> Function:
     return typing.cast(Function, held)
 
 
-checked_call = functools.partial(checked, constructor=False)
+def check_call(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Check the arguments of one call against the annotations of a function, from inside of it.
+
+    A decorator would stand between a warning and the line that it is about. Callables, mappings
+    and sequences are left to the function, which says best how they are used.
+
+    Args:
+        function: the function.
+        given: its arguments by name, such as ``locals()`` in its first line.
+
+    Raises:
+        TypeError: An argument is of another kind.
+        ValueError: A number is NaN or infinite.
+    """
+    for name, wanted in annotations_of(function).items():
+        if name in given and wanted is not Any and not _holds_others(wanted):
+            value = given[name]
+            # The function sees the value itself: it may ask whether it ``is`` True.
+            of_numpy = isinstance(value, np.bool_) and wanted is not bool
+            _check(name, value if of_numpy else _plain(value, wanted), wanted)
 
 
 def shown(value: Any) -> str:

@@ -22,7 +22,7 @@ from pyro_vae._programs.sites import (
     to_particle_layout,
 )
 from pyro_vae._programs.terms import Terms, terms
-from pyro_vae._utils.checks import checked_call, positive_integer, positive_number
+from pyro_vae._utils.checks import check_call, positive_integer, positive_number
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation._context import evaluation_context
@@ -118,7 +118,6 @@ class CollapseReport:
         return "\n".join(lines)
 
 
-@checked_call
 def collapse_report(
     model: Program,
     guide: Program,
@@ -192,6 +191,7 @@ def collapse_report(
         >>> report.verdict.split(",")[0]
         'healthy: 1 of 2 units active'
     """
+    check_call(collapse_report, locals())
     import pandas as pd
 
     num_particles = positive_integer("num_particles", num_particles, minimum=2)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_vae._capture import Capture, Captured, check_capture
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
-from pyro_vae._utils.checks import checked_call, positive_integer
+from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Data
@@ -27,7 +27,6 @@ from pyro_vae.evaluation._weights import WeightStream
 Method = Literal["importance", "naive", "ais"] | AIS
 
 
-@checked_call
 def evidence(
     model: Program,
     guide: Program,
@@ -107,6 +106,7 @@ def evidence(
         >>> bool(((by_chains.values - exact).abs() < 4 * by_chains.monte_carlo_errors).all())
         True
     """
+    check_call(evidence, locals())
     num_particles = positive_integer("num_particles", num_particles)
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import PairTrace, Program
-from pyro_vae._utils.checks import checked_call, positive_integer
+from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.extras import require
 from pyro_vae._utils.modules import modules, remember_unnamed
 from pyro_vae._utils.progress import task
@@ -128,7 +128,6 @@ class GradientNoise:
         return figure
 
 
-@checked_call
 @torch.inference_mode(False)
 @torch.enable_grad()
 def gradient_noise(
@@ -185,6 +184,7 @@ def gradient_noise(
         >>> bool(ratios[first, "guide"] > 5 * ratios[second, "guide"])  # the noise of scores
         True
     """
+    check_call(gradient_noise, locals())
     repeats = positive_integer("repeats", repeats, minimum=2)  # one has no variance
     programs.require_programs(model, guide)
     programs.require_trainable_tensors(model, guide)

@@ -16,7 +16,7 @@ from pyro_vae._capture import Capture, Captured, check_capture
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import Terms, terms
-from pyro_vae._utils.checks import checked_call, positive_integer
+from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
@@ -95,7 +95,6 @@ class InferenceGaps:
         )
 
 
-@checked_call
 @torch.inference_mode(False)
 @torch.enable_grad()
 def inference_gaps(
@@ -185,6 +184,7 @@ def inference_gaps(
         >>> gaps.approximation_gap.mean < 0.01 < gaps.amortization_gap.mean
         True
     """
+    check_call(inference_gaps, locals())
     num_particles = positive_integer("num_particles", num_particles, minimum=2)
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)

@@ -11,13 +11,12 @@ from pyro_vae._programs.predictions import drawn_observations, mean_or_draw, mea
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.sites import Site, Unobserve, to_particle_layout
 from pyro_vae._programs.validation import check_pair
-from pyro_vae._utils.checks import checked_call
+from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import as_tensor
 from pyro_vae.evaluation._layout import Layout, Readings
 
 
-@checked_call
 def reconstruct(
     model: Program,
     guide: Program,
@@ -66,6 +65,7 @@ def reconstruct(
         >>> sorted(pv.reconstruct(model, guide, torch.randn(3, 2), by_site=True))
         ['first', 'second']
     """
+    check_call(reconstruct, locals())
     x, *covariates = _columns(model, guide, x, *covariates)
     with (
         seeded(seed),
@@ -80,7 +80,6 @@ def reconstruct(
     return _gathered(x, found, readings, by_site)
 
 
-@checked_call
 def generate(
     model: Program,
     x: Tensor,
@@ -110,6 +109,7 @@ def generate(
         ValueError: Without ``by_site``, the model observes a sum or another mixture of numbers of
             x, observes a number of x twice, or does not observe all of x.
     """
+    check_call(generate, locals())
     guide = model if guide is None else guide
     x, *covariates = _columns(model, guide, x, *covariates)
     with (

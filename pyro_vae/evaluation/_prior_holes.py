@@ -16,7 +16,7 @@ from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.sites import Unobserve, data_frame, random_sites, to_particle_layout
 from pyro_vae._programs.terms import terms
-from pyro_vae._utils.checks import checked_call, positive_integer, real_number
+from pyro_vae._utils.checks import check_call, positive_integer, real_number
 from pyro_vae._utils.interrupts import defer_keyboard_interrupt
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
@@ -67,7 +67,6 @@ class PriorHoles:
         )
 
 
-@checked_call
 def prior_holes(
     model: Program,
     guide: Program,
@@ -135,6 +134,7 @@ def prior_holes(
         >>> holes.share > 0.5, holes.decoded.shape == holes.log_ratio.shape
         (True, True)
     """
+    check_call(prior_holes, locals())
     num_samples = positive_integer("num_samples", num_samples)
     if not 0 < real_number("quantile", quantile) < 1:
         raise ValueError(f"quantile must lie between 0 and 1, got {quantile}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_vae._capture import Capture, check_capture
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
-from pyro_vae._utils.checks import checked_call, positive_integer
+from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Data
@@ -65,7 +65,6 @@ class Sandwich:
         )
 
 
-@checked_call
 def sandwich(
     model: Program,
     guide: Program | None = None,
@@ -133,6 +132,7 @@ def sandwich(
         >>> bounds.gap < 0.1
         True
     """
+    check_call(sandwich, locals())
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)
     ais = AIS(start="prior" if guide is None else "guide") if ais is None else ais

@@ -11,13 +11,12 @@ import torch
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
-from pyro_vae._utils.checks import checked_call, positive_integer
+from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.extras import require
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.evaluation._context import evaluation_context
 
 
-@checked_call
 def to_arviz(
     model: Program,
     guide: Program,
@@ -66,6 +65,7 @@ def to_arviz(
         >>> container["posterior"]["z"].shape  # chain, draw, datum, the event
         (1, 7, 3, 2)
     """
+    check_call(to_arviz, locals())
     num_draws = positive_integer("num_draws", num_draws)
     arviz = require("arviz", "arviz", "to_arviz")
     batches = Minibatches(data, 2**31, device=programs.device_of(model, guide))

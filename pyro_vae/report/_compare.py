@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.validation import check_pair
-from pyro_vae._utils.checks import checked_call, positive_integer
+from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.extras import require
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Data, Minibatches
@@ -162,7 +162,6 @@ class Comparison:
         return capture.get()
 
 
-@checked_call
 def compare(
     pairs: Mapping[str, Fit | tuple[Program, Program]],
     data: Data,
@@ -222,6 +221,7 @@ def compare(
         >>> comparison.entries[0].name
         'at 5'
     """
+    check_call(compare, locals())
     if not isinstance(pairs, Mapping):
         raise TypeError(
             f"pairs must be a dictionary of name to pair or Fit, got {type(pairs).__name__}"

@@ -17,7 +17,7 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._programs.validation import check_pair
-from pyro_vae._utils.checks import checked_call, positive_integer, positive_number
+from pyro_vae._utils.checks import check_call, positive_integer, positive_number
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
@@ -32,7 +32,6 @@ from pyro_vae.training import fit
 _OWN_OPTIONS = ("objective", "description", "progress", "seed")
 
 
-@checked_call
 def rate_distortion(
     model: Program,
     guide: Program,
@@ -109,6 +108,7 @@ def rate_distortion(
         >>> curve.table["rate"].is_monotonic_decreasing
         True
     """
+    check_call(rate_distortion, locals())
     import pandas as pd
 
     betas = _check_betas(betas)

@@ -29,7 +29,7 @@ from pyro_vae.serialization._recipe import rebuild
 
 if TYPE_CHECKING:
     import pandas as pd
-from pyro_vae._utils.checks import checked_call, shown
+from pyro_vae._utils.checks import check_call, shown
 
 KIND = "pair"
 
@@ -54,7 +54,6 @@ class Saved:
     versions: dict[str, str]
 
 
-@checked_call
 def save(
     folder: str | Path,
     model: Program,
@@ -103,6 +102,7 @@ def save(
         >>> torch.equal(before.values, after.values), saved.notes
         (True, {'seed': 7})
     """
+    check_call(save, locals())
     check_folder(folder)
     programs.require_programs(model, guide)
     with programs.parameter_store(model, guide):
@@ -117,7 +117,6 @@ def save(
     write(folder, content, kind=KIND, overwrite=overwrite)
 
 
-@checked_call
 def load(
     folder: str | Path,
     model: Program | None = None,
@@ -147,6 +146,7 @@ def load(
     Example:
         See :func:`save`.
     """
+    check_call(load, locals())
     check_folder(folder)
     return made(lambda: _read(Path(folder)), folder, model, guide, device)
 

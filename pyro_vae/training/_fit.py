@@ -21,7 +21,7 @@ from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import digests as digests_of_pair
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.validation import check_pair
-from pyro_vae._utils.checks import checked_call
+from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes, rank
 from pyro_vae._utils.interrupts import Interrupted, defer_keyboard_interrupt
 from pyro_vae._utils.modules import modules
@@ -90,7 +90,6 @@ class Fit:
     digests: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
 
 
-@checked_call
 @torch.inference_mode(False)
 @torch.enable_grad()
 def fit(
@@ -214,6 +213,7 @@ def fit(
         >>> bool(fit.history.loss[3] < fit.history.loss[1])  # by epoch
         True
     """
+    check_call(fit, locals())
     objective = ELBO() if objective is None else objective
     check_objective(objective)
     check_arguments(

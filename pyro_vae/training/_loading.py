@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.checks import checked_call
+from pyro_vae._utils.checks import check_call
 from pyro_vae.serialization._folder import RECORD, UnreadableFile, read
 from pyro_vae.serialization._pair import (
     Saved,
@@ -24,7 +24,6 @@ from pyro_vae.training._checkpoints import KIND, last_whole
 _TRIES = 5  # of reading
 
 
-@checked_call
 def load_checkpoint(
     folder: str | Path,
     model: Program | None = None,
@@ -69,6 +68,7 @@ def load_checkpoint(
         >>> len(saved.history)
         2
     """
+    check_call(load_checkpoint, locals())
     check_folder(folder)
     return made(lambda: _content(Path(folder)), folder, model, guide, device)
 

@@ -10,7 +10,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.checks import checked_call, positive_integer
+from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae.datasets._minibatches import Data
 from pyro_vae.evaluation._log_evidence import standard_error
@@ -22,7 +22,6 @@ from pyro_vae.evaluation._surgery.subsets import Estimator, check_estimator
 _FEWEST_TO_REGRESS = 30
 
 
-@checked_call
 def elbo_surgery(
     model: Program,
     guide: Program,
@@ -107,6 +106,7 @@ def elbo_surgery(
         >>> print(f"{abs(surgery.mutual_information):.3f} {abs(surgery.marginal_kl):.3f}")
         0.000 0.000
     """
+    check_call(elbo_surgery, locals())
     num_particles = positive_integer("num_particles", num_particles)
     check_estimator(estimator)
     with Runner.open(
