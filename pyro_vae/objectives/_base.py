@@ -102,7 +102,7 @@ class Objective(pyro.infer.ELBO):
             A scalar tensor, in nats.
 
         Raises:
-            ValueError: Model and guide break the contract, or the objective does not support a site.
+            ValueError: The pair breaks the contract, or the objective does not support a site.
         """
         with self.not_counting():  # a subclass may call other objectives inside
             t = terms(
@@ -187,7 +187,7 @@ class Objective(pyro.infer.ELBO):
         return found
 
     def has_settled(self) -> bool:
-        """Return whether every schedule has reached its last value; patience starts to count then."""
+        """Return whether every schedule has reached its last value. Patience counts from then on."""
         return all(
             schedule.has_settled(float(each.step))
             for each in self._with_inner()
