@@ -187,7 +187,7 @@ class Objective(pyro.infer.ELBO):
         return found
 
     def has_settled(self) -> bool:
-        """Return whether every schedule has reached its last value. Patience counts from then on."""
+        """Return whether every schedule has reached its last value; patience counts from then."""
         return all(
             schedule.has_settled(float(each.step))
             for each in self._with_inner()

@@ -186,7 +186,7 @@ def test_objectives_drive_pyros_svi(name, pair, binary):
         (lambda: o.MIWAE(0, 2), "num_bounds must be at least 1"),
         (lambda: o.MIWAE(2, 0), "num_particles must be at least 1"),
         (lambda: o.CIWAE(1.5, 2), "beta must be between 0 and 1"),
-        (lambda: o.Renyi(1, 2), "take objectives.ELBO"),
+        (lambda: o.Renyi(1, 2), "Use objectives.ELBO"),
         (lambda: o.Renyi(float("inf"), 2), "alpha must be finite"),
         (lambda: o.CUBO(0.5), "n must be a number of at least 1"),
         (lambda: o.TVO(1), "num_particles must be at least 2"),
