@@ -190,7 +190,7 @@ class Renyi(Objective):
         \left( \frac{p(x, z_k)}{q(z_k|x)} \right)^{1-\alpha}, \qquad z_k \sim q(z|x)
 
     At alpha = 0 it equals the :class:`IWAE`. As alpha tends to 1, it tends to the :class:`ELBO`. For
-    a negative alpha it tends to an upper bound as K grows. For any finite K it is below that limit.
+    negative alpha it tends to an upper bound as K grows. For finite K it is below that limit.
 
     Args:
         alpha: any number but 1.
