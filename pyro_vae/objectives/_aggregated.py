@@ -112,9 +112,9 @@ class InfoVAE(Objective):
         - (\alpha + \lambda - 1) \, \mathrm{MMD}^2(q(z), p(z))
 
     (Zhao et al. 2019). At :math:`\alpha = 1` there is no KL. This is the Wasserstein autoencoder
-    with the MMD penalty (Tolstikhin et al. 2018, algorithm 2), which also accepts a point (Delta) as
-    posterior. The MMD is the unbiased estimate from the minibatch's samples and as many samples of
-    the prior. Its kernel is the sum of the inverse multiquadratics
+    with the MMD penalty (Tolstikhin et al. 2018, algorithm 2), which also accepts a point (Delta)
+    as posterior. The MMD is the unbiased estimate from the minibatch's samples and as many samples
+    of the prior. Its kernel is the sum of the inverse multiquadratics
     :math:`C / (C + \|z - z'\|^2)` for C = 2 D s and s = 0.1, 0.2, 0.5, 1, 2, 5, 10.
 
     Args:

@@ -189,8 +189,8 @@ class Renyi(Objective):
         \mathcal{L}_\alpha(x) = \frac{1}{1-\alpha} \log \frac1K \sum_{k=1}^K
         \left( \frac{p(x, z_k)}{q(z_k|x)} \right)^{1-\alpha}, \qquad z_k \sim q(z|x)
 
-    At alpha = 0 it equals the :class:`IWAE`. As alpha tends to 1, it tends to the :class:`ELBO`. For
-    negative alpha it tends to an upper bound as K grows. For finite K it is below that limit.
+    At alpha = 0 it equals the :class:`IWAE`. As alpha tends to 1, it tends to the :class:`ELBO`.
+    For negative alpha it tends to an upper bound as K grows. For finite K it is below that limit.
 
     Args:
         alpha: any number but 1.

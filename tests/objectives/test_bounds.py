@@ -200,7 +200,7 @@ def test_objectives_drive_pyros_svi(name, pair, binary):
         (lambda: o.FreeBits(over="epoch"), "over must be"),
         (lambda: o.InfoVAE(alpha=2.0), "alpha must be at most 1"),
         (lambda: o.Linear(0), "steps must be at least 1"),
-        (lambda: o.Cyclical(10, rise=0.0), "rise must be a share"),
+        (lambda: o.Cyclical(10, rise=0.0), "rise must be a fraction"),
         (lambda: o.BetaELBO(float("nan")), "beta must be finite"),
         (lambda: o.BetaTCVAE(num_data=0), "num_data must be at least 1"),
     ],
