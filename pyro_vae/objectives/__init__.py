@@ -1,4 +1,4 @@
-"""Objectives: bounds on the evidence and their gradients, to be compared by changing one name."""
+"""Objectives: bounds on the evidence and their gradients. Change one name to compare them."""
 
 from pyro_vae.objectives._aggregated import BetaTCVAE, InfoVAE
 from pyro_vae.objectives._base import Objective, gradient

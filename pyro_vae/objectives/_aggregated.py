@@ -1,4 +1,4 @@
-"""Objectives that weigh the aggregated posterior q(z), estimated from the minibatch."""
+"""Objectives with a term for the aggregated posterior q(z), estimated from the minibatch."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from pyro_vae.objectives._base import Objective
 
 
 class BetaTCVAE(Objective):
-    r"""The KL in three parts, each with a weight (Chen et al. 2018, eq. 2 and 4).
+    r"""The ELBO with its KL in three weighted parts (Chen et al. 2018, eq. 2 and 4).
 
     .. math::
         \mathrm{KL}(q(z|x) \| p(z)) = \underbrace{I_q[x, z]}_\alpha
         + \underbrace{\mathrm{KL}\Big(q(z) \| \prod_j q(z_j)\Big)}_\beta
         + \underbrace{\sum_j \mathrm{KL}(q(z_j) \| p(z_j))}_\gamma
 
-    averaged over the data; the second is the total correlation. q(z) and q(z_j) at a sample of
-    datum b are estimated from the B data of the minibatch, stratified (appendix): datum b itself
-    stands for one of the N data, the others for the rest. That is unbiased for q(z), and biased for
-    its logarithm; the three parts add up to the KL all the same.
+    averaged over the data. The second part is the total correlation. The minibatch gives estimates
+    of q(z) and q(z_j) at a sample of data point b, by stratified sampling (appendix). Data point b
+    has weight 1/N, and the other B - 1 share the rest. The estimate is unbiased for q(z) and biased
+    for its logarithm. The three parts still add up to the KL.
 
     Args:
         beta: weight of the total correlation.
         mutual_information: :math:`\alpha`.
         dimension_wise: :math:`\gamma`.
-        num_data: N; not needed where the plate ``"data"`` tells it, as it does if it subsamples.
+        num_data: N, size of the training set; not needed if the plate ``"data"`` subsamples.
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: a number out of range; in a loss, a site is global or scaled, or there are
-            several latents, or one of dependent dimensions, or N is not known or less than the
-            minibatch, or a minibatch has one datum.
-        TypeError: in a loss, the latent is no Gaussian under the guide.
+        ValueError: A number is out of range. Or, when the loss is computed, a site is global or
+            scaled, there are several latent sites, or the latent has dependent dimensions. Or N is
+            unknown or less than the minibatch, or the minibatch has one data point.
+        TypeError: The guide's distribution of the latent is not Gaussian, when the loss is
+            computed.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class BetaTCVAE(Objective):
         self.num_data = None if num_data is None else positive_integer("num_data", num_data)
 
     def bound(self, terms: Terms) -> Tensor:
-        """Average the likelihood over the particles, less the three weighted parts."""
+        """Average the log-likelihood minus the three weighted parts over the particles."""
         terms.require_reparameterized("BetaTCVAE")
         mutual_information, total_correlation, dimension_wise = self.parts(terms)
         return (
@@ -69,11 +70,11 @@ class BetaTCVAE(Objective):
         ).mean(0)
 
     def check_num_data(self, num_data: int) -> None:
-        """Refuse more data than ``num_data``."""
+        """Raise ValueError if there are more data points than ``num_data``."""
         if self.num_data is not None and self.num_data < num_data:
             raise ValueError(
-                f"BetaTCVAE was told num_data={self.num_data}, but it is given {num_data} data "
-                f"points. Pass the number of the training data, num_data={num_data} or more"
+                f"BetaTCVAE has num_data={self.num_data}, but got {num_data} data points. "
+                f"Pass the size of the training set, num_data={num_data} or more"
             )
 
     def parts(self, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,10 +86,12 @@ class BetaTCVAE(Objective):
             num_data = round(terms.scale * batch_size)
         if num_data is None:
             raise ValueError(
-                "BetaTCVAE needs the number of data that the minibatch comes from: pass num_data="
+                "BetaTCVAE needs the size of the training set, got num_data=None. Pass num_data="
             )
         if batch_size < 2 and num_data > 1:
-            raise ValueError("BetaTCVAE compares the data of a minibatch, which has one")
+            raise ValueError(
+                "BetaTCVAE needs at least 2 data points in a minibatch, got 1. Use larger batches"
+            )
         self.check_num_data(max(batch_size, round(terms.scale * batch_size)))
         of_others = -math.inf
         if num_data > 1:
@@ -102,27 +105,27 @@ class BetaTCVAE(Objective):
 
 
 class InfoVAE(Objective):
-    r"""The likelihood, the KL, and a distance of the aggregated posterior to the prior.
+    r"""The ELBO with a distance between the aggregated posterior and the prior.
 
     .. math::
         \frac1K \sum_k \log p(x|z_k) - (1 - \alpha) \, \mathrm{KL}(q(z|x) \| p(z))
         - (\alpha + \lambda - 1) \, \mathrm{MMD}^2(q(z), p(z))
 
-    (Zhao et al. 2019). At :math:`\alpha = 1` no KL is left: the Wasserstein autoencoder with
-    the MMD penalty (Tolstikhin et al. 2018, algorithm 2), for which a point as posterior will do.
-    The MMD is the unbiased estimate from the minibatch's samples and as many of the model's prior,
-    with the sum of the inverse multiquadratic kernels :math:`C / (C + \|z - z'\|^2)` for
-    C = 2 D s and s = 0.1, 0.2, 0.5, 1, 2, 5, 10.
+    (Zhao et al. 2019). At :math:`\alpha = 1` there is no KL. This is the Wasserstein autoencoder
+    with the MMD penalty (Tolstikhin et al. 2018, algorithm 2), which also accepts a point (Delta)
+    as posterior. The MMD is the unbiased estimate from the minibatch's samples and as many samples
+    of the prior. Its kernel is the sum of the inverse multiquadratics
+    :math:`C / (C + \|z - z'\|^2)` for C = 2 D s and s = 0.1, 0.2, 0.5, 1, 2, 5, 10.
 
     Args:
-        alpha: 1 removes the KL, 0 leaves it.
+        alpha: 1 minus the weight of the KL; 1 removes the KL, 0 keeps it.
         scale: :math:`\lambda`.
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: a number out of range; in a loss, a site is global or scaled, a guide site has
-            no reparameterised sample, or a minibatch has one datum.
+        ValueError: A number is out of range. Or, when the loss is computed, a site is global or
+            scaled, a guide site has no reparameterized sample, or a minibatch has one data point.
     """
 
     def __init__(
@@ -136,18 +139,20 @@ class InfoVAE(Objective):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         self.alpha, self.scale = real_number("alpha", alpha), positive_number("scale", scale)
         if alpha > 1:
-            raise ValueError(f"alpha must be at most 1, or the KL would be raised; got {alpha}")
+            raise ValueError(
+                f"alpha must be at most 1, got {alpha}. A larger alpha would reward the KL"
+            )
 
     def bound(self, terms: Terms) -> Tensor:
-        """Average the likelihood over the particles, less KL and distance."""
+        """Return the average log-likelihood minus the weighted KL and distance."""
         terms.require_reparameterized("InfoVAE")
         bound = terms.log_likelihood.mean(0)
         if self.alpha != 1:
             bound = bound - (1 - self.alpha) * terms.kl.mean(0)
         if not terms.samples:
             raise ValueError(
-                "InfoVAE compares the latents of guide and prior, and this pair has none in the "
-                'plate "data": use objectives.ELBO'
+                "InfoVAE compares the latent variables of guide and prior, got no latent site in "
+                'the plate "data". Use objectives.ELBO'
             )
         posterior, prior = terms.samples, terms.sample_joint().latents
         prior = _flat(prior[name] for name in posterior)
@@ -156,7 +161,7 @@ class InfoVAE(Objective):
         return bound - (self.alpha + self.scale - 1) * torch.stack(distances).mean()
 
     def shared(self, terms: Terms) -> float:
-        """Refuse global sites and scales; points are welcome if there is no KL."""
+        """Raise ValueError for global or scaled sites, and for Delta sites if there is a KL."""
         terms.require_independent_data("InfoVAE", points=self.alpha == 1)
         return 0.0
 
@@ -166,13 +171,15 @@ def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
 
     Args:
         x: samples of one distribution, ``(M, D)``.
-        y: of another, ``(N, D)``.
+        y: samples of another, ``(N, D)``.
 
     Raises:
-        ValueError: fewer than two samples of either.
+        ValueError: One of the two has fewer than two samples.
     """
     if min(len(x), len(y)) < 2:
-        raise ValueError("the discrepancy needs at least two data in a minibatch, got one")
+        raise ValueError(
+            "the MMD needs at least 2 data points in a minibatch, got 1. Use larger batches"
+        )
 
     def within(a: Tensor) -> Tensor:
         off_diagonal = 1 - torch.eye(len(a), dtype=a.dtype, device=a.device)
@@ -188,5 +195,5 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _flat(values: Iterable[Tensor]) -> Tensor:
-    """Put what each datum has at all sites into one row."""
+    """Concatenate the values of all sites into one row per data point."""
     return torch.cat([value.reshape(len(value), -1) for value in values], 1)

@@ -1,7 +1,7 @@
-"""What an objective is: a reduction of :class:`~pyro_vae.Terms` to one scalar loss.
+"""The base class of objectives: each reduces :class:`~pyro_vae.Terms` to one scalar loss.
 
-Every objective is a :class:`pyro.infer.ELBO`, so it serves in ``pyro.infer.SVI(..., loss=...)`` as
-well as in :func:`pyro_vae.fit`. A bound is maximised and a loss minimised; both are in nats.
+Every objective is a :class:`pyro.infer.ELBO`. So it works in ``pyro.infer.SVI(..., loss=...)`` and
+in :func:`pyro_vae.fit`. A bound is maximized and a loss minimized; both are in nats.
 """
 
 from __future__ import annotations
@@ -23,34 +23,35 @@ from pyro_vae._utils.checks import positive_integer, truth_value
 from pyro_vae.objectives._loss_module import LossModule
 from pyro_vae.objectives._schedules import LAST_STEP, Constant, Schedule, schedules_in
 
-# Not an attribute of the objective: a captured step watches those.
+# Not an attribute of the objective, because a captured step watches the attributes.
 _counting: ContextVar[bool] = ContextVar("counting", default=True)
 
 
 class Objective(pyro.infer.ELBO):
-    """A lower bound on the evidence, to be maximised.
+    """A lower bound on the evidence, to be maximized.
 
-    A subclass states its equation in :meth:`bound`, one value for each datum; the base class sums
-    over the data, scales by N/B where the plate ``"data"`` subsamples, and adds :meth:`shared`,
-    the part that belongs to no datum. That is all a new objective needs. The loss that a guide
-    adds by ``pyro.factor`` or an observed auxiliary site is added to that of any objective.
+    A new objective is a subclass that computes :meth:`bound`, one value per data point. The base
+    class sums it over the data and multiplies by N/B if the plate ``"data"`` subsamples. Then it
+    adds :meth:`shared`, the part that does not belong to single data points. A guide can add a loss
+    by ``pyro.factor`` or an observed auxiliary site. Every objective includes that loss.
 
-    One whose gradient is not that of its value sets ``hold_samples``. Its terms then depend on the
-    parameters directly, and not through the samples; it states the gradient by :func:`gradient`.
+    Set ``hold_samples`` if the gradient is not the derivative of the value. The terms then depend
+    on the parameters directly, and not through the samples. Compute the gradient by
+    :func:`gradient`.
 
     Args:
-        num_particles: K, samples of z for each datum and gradient step.
+        num_particles: K, samples of z per data point and gradient step.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Attributes:
         hold_samples: whether the terms are taken at samples held fixed.
-        takes_baselines: whether it uses the baselines that sites of the guide ask for by
-            ``infer={"baseline": ...}``; others refuse them.
-        step: how many steps of training the objective has led; schedules are functions of it.
-            Each loss that is taken while gradients are enabled counts as one. A second fit goes on
-            counting: give it an objective of its own to begin anew.
-        averages: decaying averages, by guide site, of signals whose score has such a baseline. They
-            change with each gradient that is taken.
+        takes_baselines: whether it uses the baselines of guide sites,
+            ``infer={"baseline": ...}``; other objectives reject them.
+        step: number of training steps so far; schedules are functions of it. Each loss computed
+            with gradients enabled counts as one step. A second fit continues the count. Create a
+            new objective to restart it.
+        averages: decaying averages of the signal, by guide site, for baselines that decay. They
+            change with each gradient.
 
     Raises:
         ValueError: ``num_particles`` is less than one.
@@ -71,22 +72,22 @@ class Objective(pyro.infer.ELBO):
         return f"{type(self).__name__}(num_particles={self.num_particles})"
 
     def __call__(self, model: Program, guide: Program) -> LossModule:
-        """Return a torch module that gives the loss of the pair when it is called with data."""
+        """Return a torch module that computes the loss of model and guide on a minibatch."""
         return LossModule(model, guide, self)
 
     @abstractmethod
     def bound(self, terms: Terms) -> Tensor:
-        """Reduce the terms to the bound of each datum, shape (B,), in nats."""
+        """Reduce the terms to the bound of each data point, shape (B,), in nats."""
 
     def shared(self, terms: Terms) -> Tensor | float:
-        """Return what the bound gains from global sites, a scalar; refuses them by default."""
+        """Return the contribution of global sites, a scalar. By default, raise if there are any."""
         terms.require_independent_data(type(self).__name__)
         return 0.0
 
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
-        r"""Return the loss, minus the bound summed over the batch, to be differentiated.
+        r"""Return the differentiable loss, minus the bound summed over the batch.
 
         Args:
             model: program of :math:`p(x, z)`.
@@ -94,17 +95,17 @@ class Objective(pyro.infer.ELBO):
             *args: the minibatch and any covariates.
             **kwargs: keyword arguments of both programs.
 
-        While gradients are enabled, each call counts as a step of training. So schedules advance
-        in every way to train: by :func:`pyro_vae.fit`, by Pyro's ``SVI``, and by
-        ``loss_fn = objective(model, guide)`` with ``loss_fn(x).backward()``.
+        While gradients are enabled, each call counts as a training step. So schedules advance
+        in :func:`pyro_vae.fit`, in Pyro's ``SVI``, and in a plain PyTorch loop with
+        ``loss_fn = objective(model, guide)`` and ``loss_fn(x).backward()``.
 
         Returns:
             A scalar tensor, in nats.
 
         Raises:
-            ValueError: the pair breaks the contract, or has a site the objective cannot take.
+            ValueError: The pair breaks the contract, or the objective does not support a site.
         """
-        with self.not_counting():  # of objectives that a subclass calls inside
+        with self.not_counting():  # a subclass may call other objectives inside
             t = terms(
                 model,
                 guide,
@@ -124,7 +125,7 @@ class Objective(pyro.infer.ELBO):
             loss = -(t.scale * self.bound(t).sum() + shared) + t.loss_of_guide()
         if torch.is_grad_enabled() and _counting.get():
             for each in self._with_inner():
-                each.step = each.step + 1  # not in place: the loss is yet to be differentiated
+                each.step = each.step + 1  # not in place: backward comes later
         return loss
 
     @torch.no_grad()
@@ -142,7 +143,7 @@ class Objective(pyro.infer.ELBO):
         return loss.detach()
 
     def to(self, device: torch.device) -> None:
-        """Move what the objective remembers to a device; ``fit`` does, for captured steps."""
+        """Move the state of the objective to a device. ``fit`` calls it for captured steps."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 value = value.clone() if value.is_inference() else value
@@ -154,7 +155,7 @@ class Objective(pyro.infer.ELBO):
     @staticmethod
     @contextlib.contextmanager
     def not_counting() -> Iterator[None]:
-        """Take losses inside the block without counting them as steps of training."""
+        """Compute losses inside the block without counting them as training steps."""
         token = _counting.set(False)
         try:
             yield
@@ -162,23 +163,23 @@ class Objective(pyro.infer.ELBO):
             _counting.reset(token)
 
     def advance(self) -> None:
-        """Count a step of training, in place; ``fit`` and ``loss_and_grads`` do."""
+        """Count a training step, in place. ``fit`` and ``loss_and_grads`` call it."""
         for each in self._with_inner():
             each.step.add_(1)
 
     @property
     def has_schedules(self) -> bool:
-        """Whether a weight of the objective changes with the number of steps."""
+        """Whether a weight of the objective changes with the step."""
         return any(_has_schedules(value) for value in vars(self).values())
 
     def with_last_values(self) -> Objective:
-        """Return the objective with each schedule at its last value, and the counter at its end.
+        """Return a copy of the objective with each schedule at its last value.
 
-        Losses of different times of a run can be compared under it alone: ``fit`` takes it for
-        validation.
+        Its step counter is at the end. ``fit`` uses the copy for validation, because only losses
+        with equal weights can be compared across a run.
 
         Raises:
-            ValueError: a schedule has no last value.
+            ValueError: A schedule has no last value.
         """
         found = copy.copy(self)
         for name, value in vars(self).items():
@@ -187,7 +188,7 @@ class Objective(pyro.infer.ELBO):
         return found
 
     def has_settled(self) -> bool:
-        """Tell whether each schedule has reached its last value; patience counts from then on."""
+        """Return whether every schedule has reached its last value; patience counts from then."""
         return all(
             schedule.has_settled(float(each.step))
             for each in self._with_inner()
@@ -196,31 +197,31 @@ class Objective(pyro.infer.ELBO):
         )
 
     def check_num_data(self, num_data: int) -> None:
-        """Refuse data of which the objective was told otherwise; ``fit`` calls it.
+        """Raise ValueError if the objective was built for fewer rows; ``fit`` calls it.
 
         Args:
-            num_data: how many rows the training data have.
+            num_data: number of rows of the training data.
 
         Raises:
-            ValueError: the objective was told of fewer.
+            ValueError: The objective was built with a smaller ``num_data``.
         """
 
     def _with_inner(self) -> Iterator[Objective]:
-        """Yield the objective, and those that it holds."""
+        """Yield the objective and the objectives in its attributes."""
         yield self
         for value in vars(self).values():
             for each in _objectives_in(value):
                 yield from each._with_inner()
 
     def less_baselines(self, bound: Tensor, terms: Terms, signal: Tensor) -> Tensor:
-        """Return a bound whose score function gradient is less the baselines of the guide's sites.
+        """Return the bound with the guide's baselines subtracted in its score function gradient.
 
-        The averages among them move on with each gradient, and stay as they are in evaluation.
+        The decaying averages are updated while gradients are enabled, and not in evaluation.
 
         Args:
             bound: shape (B,).
-            terms: that it is of.
-            signal: what weights the score of each site, shape (K, B).
+            terms: the terms of the bound.
+            signal: weight of the score of each site, shape (K, B).
         """
         if not terms.baselines:
             return bound
@@ -234,10 +235,10 @@ class Objective(pyro.infer.ELBO):
         return bound + terms.less_baselines(signal, before)
 
     def _get_trace(self, model, guide, args, kwargs):
-        raise TypeError(f"{type(self).__name__} reduces pyro_vae.terms; it takes no single trace")
+        raise TypeError(f"{type(self).__name__} works on pyro_vae.terms, not on a single trace")
 
     def _layout(self, model, guide, args, kwargs) -> dict[str, Any]:
-        """Find out once for a pair: unlike Pyro's, an objective may meet many pairs."""
+        """Return the plate nesting, found once per pair; one objective may serve many pairs."""
         if self._layout_of is not None and self._layout_of[:2] == (model, guide):
             return self._layout_of[2]
         if self.num_particles == 1 or not self.vectorize_particles:
@@ -248,7 +249,7 @@ class Objective(pyro.infer.ELBO):
 
 
 def _objectives_in(value: Any) -> Iterator[Objective]:
-    """Yield the objectives that a value is or holds."""
+    """Yield the objectives in a value, itself included."""
     if isinstance(value, Objective):
         yield value
     elif isinstance(value, dict | list | tuple):
@@ -262,7 +263,7 @@ def _has_schedules(value: Any) -> bool:
 
 
 def _at_last(value: Any) -> Any:
-    """Return an attribute of an objective with what it holds of schedules at their last values."""
+    """Return an attribute of an objective with its schedules at their last values."""
     if not _has_schedules(value):
         return value
     if isinstance(value, Objective):
@@ -284,17 +285,17 @@ def gradient(
     guide: Tensor | None = None,
     path: Tensor | None = None,
 ) -> Tensor:
-    r"""Return zeros whose gradient is one of all that the estimators differ by: three weights.
+    r"""Return zeros with the gradient below, given by three weights.
 
     .. math::
         \sum_k a_k \nabla_\theta \log p(x, z_k) - b_k \nabla_\phi \log q(z_k|x)
         + c_k \frac{\partial \log w_k}{\partial z_k} \nabla_\phi z_k
 
-    With a = b = c = 1/K this is the reparameterised gradient of the ELBO; with the normalised
-    weights, that of the IWAE.
+    With a = b = c = 1/K this is the reparameterized gradient of the ELBO. With the normalized
+    importance weights, it is the gradient of the IWAE.
 
     Args:
-        terms: taken with ``hold_samples``.
+        terms: computed with ``hold_samples=True``.
         joint: a, shape (K, B).
         guide: b.
         path: c.
@@ -303,7 +304,7 @@ def gradient(
         Shape (B,).
 
     Raises:
-        ValueError: the terms were taken otherwise.
+        ValueError: The terms were computed without ``hold_samples``.
     """
     terms.require_held_samples("objectives.gradient")
     total = torch.zeros_like(terms.log_weight[0])
@@ -317,7 +318,7 @@ def gradient(
 
 
 def _without_denormals(weights: Tensor) -> Tensor:
-    """Detach weights, and make those zero that would send denormal numbers back, which are slow."""
+    """Detach weights and zero the tiny ones, whose denormal gradients would be slow."""
     weights = weights.detach()
     size = weights.abs()
     return torch.where(size < 1e-21 * size.amax(0), 0.0, weights)

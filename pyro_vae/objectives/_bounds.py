@@ -1,4 +1,4 @@
-"""Bounds on the evidence that are differentiated as they stand."""
+"""Bounds on the evidence whose gradient is the derivative of their value."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class ELBO(Objective):
         \mathcal{L}(x) = \frac1K \sum_{k=1}^K \log p(x|z_k) + \log p(z_k) - \log q(z_k|x),
         \qquad z_k \sim q(z|x)
 
-    The gradient is reparameterised. Guide sites without a reparameterised sample (discrete ones,
-    say) get the score function estimator (Ranganath et al. 2014, eq. 3), each datum weighted by
-    its own bound, less the baseline of the site where ``infer={"baseline": ...}`` asks for one.
-    Global sites are accepted.
+    The gradient is reparameterized. Guide sites without a reparameterized sample, such as discrete
+    ones, use the score function estimator (Ranganath et al. 2014, eq. 3). Each data point is
+    weighted by its own bound, minus the baseline of the site if ``infer={"baseline": ...}`` sets
+    one. Global sites are supported.
 
     Args:
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: ``num_particles`` is less than one; in a loss, a guide site has no
-            reparameterised sample and some site is global.
+        ValueError: ``num_particles`` is less than one. Or, when the loss is computed, a guide site
+            has no reparameterized sample and some site is global.
 
     Example:
         >>> import pyro, torch, pyro_vae as pv
@@ -55,10 +55,10 @@ class ELBO(Objective):
         """Average the log-weight of the global sites over the particles."""
         if terms.not_reparameterized and terms.global_sites:
             raise ValueError(
-                f"guide site {terms.not_reparameterized[0]!r} has no reparameterised sample, and "
-                f'site {terms.global_sites[0]!r} stands outside the plate "data": the score '
-                "function would have to be weighted by the whole data set. Use "
-                "pyro.infer.Trace_ELBO."
+                f"guide site {terms.not_reparameterized[0]!r} has no reparameterized sample, and "
+                f'site {terms.global_sites[0]!r} is outside the plate "data". ELBO does not '
+                "support both together, because the score function would need the whole data "
+                "set as its weight. Use pyro.infer.Trace_ELBO."
             )
         return terms.log_weight_global.mean()
 
@@ -70,25 +70,25 @@ class MeanFieldELBO(Objective):
         \mathcal{L}(x) = \frac1K \sum_{k=1}^K \log p(x|z_k) - \mathrm{KL}(q(z|x) \| p(z)),
         \qquad z_k \sim q(z|x)
 
-    At a site whose KL torch and Pyro do not know, the sampled difference stands in, so the bound
-    holds for any guide. Global sites are accepted.
+    If torch and Pyro have no closed form for the KL of a site, the KL is estimated from samples.
+    So the bound holds for any guide. Global sites are supported.
 
     Args:
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: ``num_particles`` is less than one; in a loss, a guide site has no
-            reparameterised sample, or model and guide order their latents differently.
+        ValueError: ``num_particles`` is less than one. Or, when the loss is computed, a guide site
+            has no reparameterized sample, or model and guide order their latents differently.
     """
 
     def bound(self, terms: Terms) -> Tensor:
-        """Average the likelihood over the particles, less the KL."""
+        """Average the log-likelihood minus the KL over the particles."""
         terms.require_reparameterized("MeanFieldELBO")
         return (terms.log_likelihood - terms.kl).mean(0)
 
     def shared(self, terms: Terms) -> Tensor:
-        """The same of the global sites."""
+        """Return the same average for the global sites."""
         return (terms.log_likelihood_global - terms.kl_global).mean()
 
 
@@ -99,20 +99,20 @@ class IWAE(Objective):
         \mathcal{L}_K(x) = \log \frac1K \sum_{k=1}^K \frac{p(x, z_k)}{q(z_k|x)},
         \qquad z_k \sim q(z|x)
 
-    It rises with K and tends to :math:`\log p(x)`. The weights are those of single data points:
-    the scale of a subsampled plate multiplies the bound and never enters the logarithm.
+    It rises with K and tends to :math:`\log p(x)`. Each data point has its own weights. The scale
+    of a subsampled plate multiplies the bound and never enters the logarithm.
 
     Args:
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: ``num_particles`` is less than one; in a loss, a site is global or scaled, or a
-            guide site has no reparameterised sample.
+        ValueError: ``num_particles`` is less than one. Or, when the loss is computed, a site is
+            global or scaled, or a guide site has no reparameterized sample.
     """
 
     def bound(self, terms: Terms) -> Tensor:
-        """Take the logarithm of the average weight."""
+        """Return the logarithm of the average weight."""
         terms.require_reparameterized("IWAE")
         return log_mean_weight(terms.log_weight, 0)
 
@@ -124,15 +124,16 @@ class MIWAE(Objective):
         \mathcal{L}_{M,K}(x) = \frac1M \sum_{m=1}^M
         \log \frac1K \sum_{k=1}^K \frac{p(x, z_{mk})}{q(z_{mk}|x)}, \qquad z_{mk} \sim q(z|x)
 
-    Its value is that of the bound with K; the guide's gradient has a variance M times smaller.
+    Its expected value is that of the IWAE with K particles. The variance of the guide's gradient is
+    M times smaller.
 
     Args:
         num_bounds: M.
-        num_particles: K, of each bound.
+        num_particles: K, particles of each bound.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: a number is less than one; in a loss, what :class:`IWAE` refuses.
+        ValueError: A number is less than one, or a loss has a site that :class:`IWAE` rejects.
     """
 
     def __init__(self, num_bounds: int, num_particles: int, *, vectorize_particles: bool = True):
@@ -152,18 +153,19 @@ class MIWAE(Objective):
 
 
 class CIWAE(Objective):
-    r"""Between ELBO and IWAE, on the same particles (Rainforth et al. 2018).
+    r"""A mixture of ELBO and IWAE on the same particles (Rainforth et al. 2018).
 
     .. math::
         \beta \, \mathcal{L}_{\mathrm{ELBO}}(x) + (1 - \beta) \, \mathcal{L}_K(x)
 
     Args:
-        beta: between 0 and 1, the weight of the ELBO.
+        beta: weight of the ELBO, between 0 and 1.
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: ``beta`` is not between 0 and 1; in a loss, what :class:`IWAE` refuses.
+        ValueError: ``beta`` is not between 0 and 1, or a loss has a site that :class:`IWAE`
+            rejects.
     """
 
     def __init__(self, beta: float, num_particles: int, *, vectorize_particles: bool = True):
@@ -187,8 +189,8 @@ class Renyi(Objective):
         \mathcal{L}_\alpha(x) = \frac{1}{1-\alpha} \log \frac1K \sum_{k=1}^K
         \left( \frac{p(x, z_k)}{q(z_k|x)} \right)^{1-\alpha}, \qquad z_k \sim q(z|x)
 
-    At alpha = 0 it is the :class:`IWAE`; as alpha tends to 1, the :class:`ELBO`. For a negative
-    alpha it tends to an upper bound as K grows, but for any finite K lies below that limit.
+    At alpha = 0 it equals the :class:`IWAE`. As alpha tends to 1, it tends to the :class:`ELBO`.
+    For negative alpha it tends to an upper bound as K grows. For finite K it is below that limit.
 
     Args:
         alpha: any number but 1.
@@ -196,17 +198,17 @@ class Renyi(Objective):
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: ``alpha`` is 1 or not finite; in a loss, what :class:`IWAE` refuses.
+        ValueError: ``alpha`` is 1 or not finite, or a loss has a site that :class:`IWAE` rejects.
     """
 
     def __init__(self, alpha: float, num_particles: int, *, vectorize_particles: bool = True):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         self.alpha = real_number("alpha", alpha)
         if alpha == 1:
-            raise ValueError("alpha must not be 1: take objectives.ELBO, the limit")
+            raise ValueError("alpha must not be 1, got 1. Use objectives.ELBO, the limit at 1")
 
     def bound(self, terms: Terms) -> Tensor:
-        """Take the logarithm of the average power of the weights."""
+        """Return the logarithm of the average power of the weights, divided by the power."""
         terms.require_reparameterized("Renyi")
         power = 1 - self.alpha
         return log_mean_weight(power * terms.log_weight, 0) / power
@@ -219,18 +221,19 @@ def log_mean_weight(log_weight: Tensor, dim: int) -> Tensor:
 
 
 def _without_negligible(log_weight: Tensor, dim: int) -> Tensor:
-    """Raise each weight to at least e^-50 of the largest, below any rounding of their sum.
+    """Increase each weight to at least e^-50 of the largest, which is below rounding of the sum.
 
-    Their gradients become zero. As the denormal numbers that they would be, they would slow the
-    backward pass down by more than all other particles together.
+    The gradients of the increased weights become zero. Without this step they would be denormal
+    numbers, which slow down the backward pass more than all other particles together.
     """
     return log_weight.maximum(log_weight.detach().amax(dim, keepdim=True) - 50.0)
 
 
 def _with_score_function(terms: Terms) -> Tensor:
-    """Leave the log-weight as it is; add to its gradient that of the score, weighted by it.
+    """Return the same log-weight, with the score function gradient added to its gradient.
 
-    The log-weight holds log q of the same sites, whose expected gradient is zero: it is taken out.
+    The log-weight contains log q of the same sites. Its gradient is removed, because its
+    expectation is zero.
     """
     value, score = terms.log_weight, terms.score
     if score is None:

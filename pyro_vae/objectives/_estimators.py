@@ -1,6 +1,6 @@
-"""Other gradients of the same bounds: each a choice of three weights for each particle.
+"""Other gradients of the same bounds. Each one is a choice of three weights per particle.
 
-:func:`~pyro_vae.objectives.gradient` has the equation that they share.
+:func:`~pyro_vae.objectives.gradient` has the common equation.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pyro_vae.objectives._bounds import MIWAE, log_mean_weight
 class StickingTheLanding(Objective):
     r"""The ELBO with the path derivative (Roeder et al. 2017): a = c = 1/K, b = 0.
 
-    What is left out of the reparameterised gradient, the score of log q at fixed samples, is zero
-    on average; without it the gradient has no variance once q is the posterior.
+    This gradient leaves out the score of log q at fixed samples, which is zero on average. Without
+    the score, the gradient has no variance once q is the posterior.
 
     Args:
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: ``num_particles`` is less than one; in a loss, a site is global or scaled, or a
-            guide site has no reparameterised sample.
+        ValueError: ``num_particles`` is less than one. Or, when the loss is computed, a site is
+            global or scaled, or a guide site has no reparameterized sample.
     """
 
     hold_samples = True
@@ -43,25 +43,25 @@ class StickingTheLanding(Objective):
 
 
 class DReG(Objective):
-    r"""The IWAE bound with the doubly reparameterised gradient (Tucker et al. 2019).
+    r"""The IWAE bound with the doubly reparameterized gradient (Tucker et al. 2019).
 
     The weights are a = :math:`\tilde w`, b = 0, c = :math:`\tilde w^2`, where
-    :math:`\tilde w_k = w_k / \sum_j w_j`. The guide's gradient is unbiased, and its signal does not
-    drown in noise as K grows, as that of :class:`IWAE` does.
+    :math:`\tilde w_k = w_k / \sum_j w_j`. The guide's gradient is unbiased. Its signal-to-noise
+    ratio does not fall as K grows, unlike that of :class:`IWAE`.
 
     Args:
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: ``num_particles`` is less than one; in a loss, a site is global or scaled, or a
-            guide site has no reparameterised sample.
+        ValueError: ``num_particles`` is less than one. Or, when the loss is computed, a site is
+            global or scaled, or a guide site has no reparameterized sample.
     """
 
     hold_samples = True
 
     def bound(self, terms: Terms) -> Tensor:
-        """Take the logarithm of the average weight."""
+        """Return the logarithm of the average weight."""
         terms.require_reparameterized("DReG")
         log_weight = terms.log_weight.detach()
         weights = log_weight.softmax(0)
@@ -71,22 +71,22 @@ class DReG(Objective):
 class PIWAE(MIWAE):
     r"""One bound for the model, another for the guide (Rainforth et al. 2018).
 
-    The model ascends the IWAE bound of all M times K particles, which is the tighter one; the guide
-    ascends :class:`MIWAE`, whose gradient has the better signal. The value is the former's.
+    The model is trained with the tighter bound, the IWAE with all M times K particles. The guide is
+    trained with :class:`MIWAE`, whose gradient has less noise. The value is that of the IWAE.
 
     Args:
         num_bounds: M.
-        num_particles: K, of each of the guide's bounds.
+        num_particles: K, particles of each bound of the guide.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: a number is less than one; in a loss, what :class:`IWAE` refuses.
+        ValueError: A number is less than one, or a loss has a site that :class:`IWAE` rejects.
     """
 
     hold_samples = True
 
     def bound(self, terms: Terms) -> Tensor:
-        """Take the logarithm of the average of all weights."""
+        """Return the logarithm of the average of all weights."""
         terms.require_reparameterized("PIWAE")
         log_weight = terms.log_weight.detach()
         of_each = log_weight.unflatten(0, (self.num_bounds, -1)).softmax(1).flatten(0, 1)
@@ -97,17 +97,17 @@ class PIWAE(MIWAE):
 
 
 class CUBO(Objective):
-    r"""The chi upper bound on the evidence (Dieng et al. 2017), which the guide lowers.
+    r"""The chi upper bound on the evidence, minimized by the guide (Dieng et al. 2017).
 
     .. math::
         \mathcal{U}_n(x) = \frac1n \log \mathbb{E}_q\left[ \left(
         \frac{p(x, z)}{q(z|x)} \right)^n \right] \ge \log p(x)
 
-    The estimate puts the average over K particles in place of the expectation, and so lies below
-    the bound on average, by less the larger K is. The guide descends it, with b = c = -v, where
-    :math:`v_k = w_k^n / \sum_j w_j^n`. The model's parameters get no gradient: to lower an upper
-    bound would lower the evidence. Train them with another objective. The loss is the upper bound
-    itself.
+    The estimate replaces the expectation by the average over K particles. On average it is below
+    the bound, and the difference shrinks as K grows. The guide minimizes it, with b = c = -v,
+    where :math:`v_k = w_k^n / \sum_j w_j^n`. The model's parameters get no gradient, because
+    lowering an upper bound would lower the evidence. Train them with another objective. The loss
+    is the upper bound itself.
 
     Args:
         n: the order, at least 1.
@@ -115,7 +115,7 @@ class CUBO(Objective):
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: a number is less than one; in a loss, what :class:`IWAE` refuses.
+        ValueError: A number is less than one, or a loss has a site that :class:`IWAE` rejects.
     """
 
     hold_samples = True
@@ -129,7 +129,7 @@ class CUBO(Objective):
         self.n = float(n)
 
     def bound(self, terms: Terms) -> Tensor:
-        """Take the logarithm of the average power, and its opposite to be maximised."""
+        """Return minus the upper bound, because objectives are maximized."""
         terms.require_reparameterized("CUBO")
         powers = self.n * terms.log_weight.detach()
         down = -powers.softmax(0)
@@ -145,18 +145,19 @@ class TVO(Objective):
         \pi_\beta(z|x) \propto q(z|x)^{1-\beta} \, p(x, z)^\beta
 
     It is the left Riemann sum of :math:`\log p(x) = \int_0^1 \mathbb{E}_{\pi_\beta}[\log w]
-    d\beta`; its first term alone is the ELBO. The expectations weigh the same K particles by
-    :math:`w^\beta`. The gradient is the paper's, a covariance under these weights, so the guide's
-    samples need not be reparameterised.
+    d\beta`. Its first term alone is the ELBO. The expectations weight the same K particles by
+    :math:`w^\beta`. The gradient is the paper's, a covariance under these weights. So the guide's
+    samples need not be reparameterized.
 
     Args:
         num_particles: K, at least 2.
-        num_points: S, from 0 on: 0, then evenly spaced in log :math:`\beta` up to 1.
-        first: :math:`\beta_1`.
+        num_points: S, number of terms. The points are 0 and then S points up to 1, evenly spaced in
+            log :math:`\beta`.
+        first: :math:`\beta_1`, the first point after 0.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: numbers out of range; in a loss, a site is global or scaled.
+        ValueError: An argument is out of range, or a loss has a global or scaled site.
     """
 
     hold_samples = True
@@ -172,14 +173,14 @@ class TVO(Objective):
         positive_integer("num_points", num_points)
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         if num_particles < 2:
-            raise ValueError("TVO compares particles: num_particles must be at least 2, got 1")
+            raise ValueError("TVO compares particles, so num_particles must be at least 2, got 1")
         if not 0 < real_number("first", first) < 1:
             raise ValueError(f"first must be between 0 and 1, got {first}")
         inner = torch.logspace(math.log10(first), 0, num_points, dtype=torch.float64)
         self.points = [0.0, *(inner.tolist() if num_points > 1 else [1.0])]
 
     def bound(self, terms: Terms) -> Tensor:
-        """Sum the expected log-weights, each over its width."""
+        """Sum the expected log-weights, each multiplied by the width of its interval."""
         log_weight = terms.log_weight.detach()
         value = torch.zeros_like(log_weight[0])
         joint, guide = torch.zeros_like(log_weight), torch.zeros_like(log_weight)
@@ -200,21 +201,22 @@ class ScoreFunction(Objective):
     .. math::
         \frac1K \sum_k \left( \log w_k - b_k \right) \nabla_\phi \log q(z_k|x)
 
-    Each datum is weighted by its own bound. Sites that could be reparameterised are not: for the
-    comparison of the two. To treat one site so and others not, give its distribution
-    ``.has_rsample_(False)`` and take :class:`ELBO`.
+    Each data point is weighted by its own bound. Reparameterizable sites use the score function
+    too, so that the two estimators can be compared. To treat only one site in this way, call
+    ``.has_rsample_(False)`` on its distribution and use :class:`ELBO`.
 
     Args:
         num_particles: K.
-        baseline: b, which leaves the average as it is and lowers the variance. ``"others"``: the
-            average log-weight of the datum's other particles (Kool et al. 2019), for K of at least
-            2; ``"average"``: of the last batches, decaying by a tenth with each; None. Baselines
-            that guide sites ask for by ``infer={"baseline": ...}`` are subtracted besides.
+        baseline: b, which lowers the variance and keeps the mean. ``"others"`` is the average
+            log-weight of the data point's other particles (Kool et al. 2019) and needs K of at
+            least 2. ``"average"`` is a moving average over batches, with weight 0.1 for the newest.
+            None subtracts nothing. Baselines of guide sites, ``infer={"baseline": ...}``, are
+            subtracted in addition.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: ``num_particles`` or ``baseline`` out of range; in a loss, a site is global or
-            scaled.
+        ValueError: ``num_particles`` or ``baseline`` is invalid, or a loss has a global or scaled
+            site.
     """
 
     hold_samples = True
@@ -256,30 +258,30 @@ class ScoreFunction(Objective):
 
 
 class VIMCO(Objective):
-    r"""The IWAE bound for latents without a reparameterised sample (Mnih & Rezende 2016, eq. 9).
+    r"""The IWAE bound without reparameterization (Mnih & Rezende 2016, eq. 9).
 
     .. math::
         \sum_k \left( \hat L - \hat L_{-k} \right) \nabla_\phi \log q(z_k|x)
         + \sum_k \tilde w_k \nabla \log w_k
 
-    where :math:`\hat L_{-k}` has the geometric mean of the other weights in place of
-    :math:`w_k`. Sites that are reparameterised stay so.
+    where :math:`\hat L_{-k}` is the bound with :math:`w_k` replaced by the geometric mean of the
+    other weights. Reparameterized sites keep their reparameterized gradient.
 
     Args:
         num_particles: K, at least 2.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: ``num_particles`` is less than two; in a loss, a site is global or scaled.
+        ValueError: ``num_particles`` is less than two, or a loss has a global or scaled site.
     """
 
     def __init__(self, num_particles: int = 10, *, vectorize_particles: bool = True):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         if num_particles < 2:
-            raise ValueError("VIMCO compares particles: num_particles must be at least 2, got 1")
+            raise ValueError("VIMCO compares particles, so num_particles must be at least 2, got 1")
 
     def bound(self, terms: Terms) -> Tensor:
-        """Take the logarithm of the average weight."""
+        """Return the logarithm of the average weight."""
         bound = log_mean_weight(terms.log_weight, 0)
         if terms.score is None:
             return bound
@@ -292,23 +294,23 @@ class VIMCO(Objective):
 
 
 class ReweightedWakeSleep(Objective):
-    r"""Wake and sleep, with importance weights (Bornschein & Bengio 2015).
+    r"""The wake-sleep algorithm with importance weights (Bornschein & Bengio 2015).
 
-    The model ascends the IWAE bound (wake :math:`\theta`: a = :math:`\tilde w`). The guide lowers
-    the divergence from the posterior to itself, by ascending log q at samples of the posterior:
-    those of the guide, weighted (wake :math:`\phi`: b = :math:`-\tilde w`), or those that the model
-    draws together with an x (sleep :math:`\phi`). No sample needs to be reparameterised. The value
-    is the IWAE bound.
+    The model maximizes the IWAE bound (wake :math:`\theta`, a = :math:`\tilde w`). The guide
+    minimizes KL(p(z|x) || q(z|x)) by maximizing log q at samples of the posterior. In the wake
+    update these are the guide's own samples, weighted (wake :math:`\phi`,
+    b = :math:`-\tilde w`). In the sleep update the model samples z together with x
+    (sleep :math:`\phi`). No sample needs to be reparameterized. The value is the IWAE bound.
 
     Args:
         num_particles: K.
-        wake: weight of the wake update of the guide.
-        sleep: weight of its sleep update; the model must observe its arguments as they are.
+        wake: weight of the guide's wake update.
+        sleep: weight of the guide's sleep update; the model must observe its arguments unchanged.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: numbers out of range; in a loss, a site is global or scaled, or the model
-            does not observe its arguments as they are.
+        ValueError: A weight or ``num_particles`` is out of range. Or, when the loss is computed, a
+            site is global or scaled, or the model does not observe its arguments unchanged.
     """
 
     hold_samples = True
@@ -325,12 +327,12 @@ class ReweightedWakeSleep(Objective):
         wake, sleep = real_number("wake", wake), real_number("sleep", sleep)
         if not (wake >= 0 and sleep >= 0 and wake + sleep > 0):
             raise ValueError(
-                f"wake and sleep must be weights, not both zero, got {wake} and {sleep}"
+                f"wake and sleep must be weights >= 0, not both zero, got {wake} and {sleep}"
             )
         self.wake, self.sleep = wake, sleep
 
     def bound(self, terms: Terms) -> Tensor:
-        """Take the logarithm of the average weight."""
+        """Return the logarithm of the average weight."""
         log_weight = terms.log_weight.detach()
         weights = log_weight.softmax(0)
         bound = log_mean_weight(log_weight, 0)
@@ -338,8 +340,8 @@ class ReweightedWakeSleep(Objective):
         if self.sleep:
             if not terms.samples:
                 raise ValueError(
-                    "ReweightedWakeSleep with sleep trains the guide on latents that the model "
-                    'draws, and this pair has none in the plate "data": use objectives.ELBO'
+                    "ReweightedWakeSleep with sleep > 0 trains the guide on latent variables that "
+                    'the model samples. This pair has none in the plate "data". Use objectives.ELBO'
                 )
             dreamt = terms.sample_joint().log_guide()
             bound = bound + self.sleep * (dreamt - dreamt.detach())

@@ -1,4 +1,4 @@
-"""The loss of one pair as a torch module, for training loops of one's own."""
+"""The loss of a model and a guide as a torch module, for a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 
 class LossModule(ELBOModule):
-    """What ``objective(model, guide)`` gives: called with a minibatch, it returns the loss.
+    """The module that ``objective(model, guide)`` returns; a call with a minibatch gives the loss.
 
-    It warns where the loss depends on a parameter that :meth:`parameters` did not yield when they
-    were read last. A guide makes some of its parameters at its first call, and no module holds
-    those of a plain function. An optimizer of what was read would leave them as they are.
+    A call warns if the loss depends on a parameter that the last :meth:`parameters` did not yield.
+    A guide creates some of its parameters at its first call. The parameters of a plain function
+    are in no module. An optimizer built from the earlier list would not train them.
 
     Args:
         model: program of p(x, z).
@@ -24,8 +24,8 @@ class LossModule(ELBOModule):
         elbo: the objective.
     """
 
-    _read: frozenset[int] = frozenset()  # by id: what named_parameters yielded last
-    _compared: frozenset[int] = frozenset()  # what was read at the last comparison
+    _read: frozenset[int] = frozenset()  # ids of the parameters that named_parameters yielded last
+    _compared: frozenset[int] = frozenset()  # _read at the last comparison
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of both programs, as torch modules do."""
@@ -34,15 +34,15 @@ class LossModule(ELBOModule):
         return iter(found)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what the objective counts and remembers, for ``state_dict``."""
+        """Return the step and the averages of the objective, for ``state_dict``."""
         return {"step": self.elbo.step.clone(), "averages": dict(self.elbo.averages)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what :meth:`get_extra_state` returned, for ``load_state_dict``."""
+        """Restore the result of :meth:`get_extra_state`, for ``load_state_dict``."""
         self.elbo.step, self.elbo.averages = state["step"].clone(), dict(state["averages"])
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss of a minibatch, to be differentiated."""
+        """Return the differentiable loss of a minibatch."""
         loss = super().forward(*args, **kwargs)
         if self._read != self._compared and loss.requires_grad:
             self._compared = self._read
@@ -51,18 +51,17 @@ class LossModule(ELBOModule):
             missing = {id(leaf) for leaf in _leaves(loss)} - self._read
             if found := [names[each] for each in missing if each in names]:
                 warnings.warn(
-                    f"the loss depends on parameter {min(found)!r}, which parameters() did not "
-                    "yield when they were read last. If the optimizer was made of those, it does "
-                    "not train this one. Call this module once before you make the optimizer. "
-                    "Where a program is a function, make it a PyroModule, or train by "
-                    "pyro_vae.fit or pyro.infer.SVI",
+                    f"the loss depends on parameter {min(found)!r}, which the last parameters() "
+                    "did not yield. An optimizer built from that list does not train it. Call "
+                    "this module once before you create the optimizer. If a program is a "
+                    "function, make it a PyroModule, or train by pyro_vae.fit or pyro.infer.SVI",
                     stacklevel=2,
                 )
         return loss
 
 
 def _leaves(loss: Tensor) -> Iterator[Tensor]:
-    """Yield the leaves that a loss can be differentiated by."""
+    """Yield the leaf tensors of the autograd graph of a loss."""
     waiting, seen = [loss.grad_fn], set()
     while waiting:
         node = waiting.pop()

@@ -1,4 +1,4 @@
-"""Weights that change as training goes on: functions of the number of steps taken."""
+"""Schedules of weights, as functions of the training step."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from torch import Tensor
 
 from pyro_vae._utils.checks import positive_integer, real_number
 
-LAST_STEP = float(2**24)  # float32 counts no further
-_SPACING = 0.6180339887  # of the golden ratio: steps so spaced miss no part of any period
+LAST_STEP = float(2**24)  # a float32 counter stops here
+_SPACING = 0.6180339887  # golden ratio; steps with this spacing cover every part of any period
 
 
 class Schedule(ABC):
-    """A number for each step. A subclass computes it by tensor operations, without branches."""
+    """A number for each step. A subclass computes it by tensor operations without branches."""
 
     @abstractmethod
     def __call__(self, step: Tensor) -> Tensor:
-        """Return the value after so many steps, a scalar of a scalar."""
+        """Return the value at a step; both are scalar tensors."""
 
     def last_value(self) -> float:
-        """Return the value after the schedule's end; the largest one of a schedule that repeats.
+        """Return the value at the end of the schedule, or the largest value if it repeats.
 
-        Validation takes the objective at this value. Here it is found by calling the schedule: at
-        steps up to 2^24, the last that the counter reaches, for its end; and at steps between 2^17
-        and 2^19 for its largest value. A subclass may state it instead.
+        Validation computes the objective at this value. The base class finds it by calling the
+        schedule. The end is evaluated at steps up to 2^24, where the counter stops, and the
+        largest value at steps between 2^17 and 2^19. A subclass may return the value directly.
 
         Raises:
-            ValueError: the schedule neither ends nor repeats.
+            ValueError: The schedule neither ends nor repeats.
         """
         late = self._values_from(LAST_STEP / 4) + self._values_from(LAST_STEP / 2)
         if max(late) - min(late) <= 1e-3 * (1 + max(map(abs, late))):
             return late[-1]
         before, after = self._values_from(2.0**17), self._values_from(2.0**18)
         spread = max(before + after) - min(before + after)
-        if not abs(max(before) - max(after)) <= 0.02 * spread:  # NaN is refused too
+        if not abs(max(before) - max(after)) <= 0.02 * spread:  # NaN raises too
             raise ValueError(
                 f"the schedule {self!r} neither ends nor repeats: at steps {LAST_STEP / 2:g} and "
-                f"{LAST_STEP:g} it is {late[len(late) // 2 - 1]:g} and {late[-1]:g}. Give its "
+                f"{LAST_STEP:g} it is {late[len(late) // 2 - 1]:g} and {late[-1]:g}. Add to its "
                 "class a method last_value(self) that returns the value for validation"
             )
         return max(before + after)
 
     @torch.no_grad()
     def has_settled(self, step: float) -> bool:
-        """Tell whether the schedule has come to within 1% of its last value by a step.
+        """Return whether the schedule has come within 1% of its last value by a step.
 
-        A schedule that repeats has settled once it was there. Patience waits for that.
+        A schedule that repeats has settled after the first time. Patience starts to count then.
         """
         last, now = self.last_value(), float(self(torch.tensor(step)))
         near = 0.01 * max(abs(last), abs(last - float(self(torch.zeros(())))))
@@ -61,19 +61,19 @@ class Schedule(ABC):
             abs(late - last) <= near
             and abs(float(self(torch.tensor(LAST_STEP / 2))) - last) <= near
         ):
-            return False  # it ends there, later
+            return False  # the end comes later
         steps = torch.linspace(0.0, step, 256)[1:]
         return any(abs(float(self(each)) - last) <= near for each in steps)
 
     @torch.no_grad()
     def _values_from(self, first: float) -> list[float]:
-        """Return the values at steps spread from one step to its double, which comes last."""
+        """Return the values at steps between ``first`` and its double, the double last."""
         steps = [first + float(int(first * (n * _SPACING % 1))) for n in range(256)]
         return [float(self(torch.tensor(step))) for step in [*steps, 2 * first]]
 
 
 class Constant(Schedule):
-    """The same number at every step.
+    """A schedule with the same number at every step.
 
     Args:
         value: the number.
@@ -95,12 +95,12 @@ class Constant(Schedule):
 
 
 class Linear(Schedule):
-    """From one number to another at an even pace, then the latter (Bowman et al. 2016, sec. 3.1).
+    """A linear change from one number to another, then constant (Bowman et al. 2016, sec. 3.1).
 
     Args:
-        steps: how many the way takes.
+        steps: number of steps from ``start`` to ``end``.
         start: the first number.
-        end: the last.
+        end: the last number.
 
     Raises:
         ValueError: ``steps`` is less than one.
@@ -120,7 +120,7 @@ class Linear(Schedule):
         return f"Linear(steps={self.steps}, start={self.start:g}, end={self.end:g})"
 
     def __call__(self, step: Tensor) -> Tensor:
-        """Return the number after so many steps."""
+        """Return the number at a step."""
         return self.start + (self.end - self.start) * (step / self.steps).clamp(max=1.0)
 
     def last_value(self) -> float:
@@ -129,23 +129,23 @@ class Linear(Schedule):
 
 
 class Cyclical(Schedule):
-    """Rises linearly, stays, and begins again (Fu et al. 2019).
+    """A cycle that rises linearly, stays constant, and starts again (Fu et al. 2019).
 
     Args:
-        period: steps of a cycle.
-        rise: the share of it that rises.
+        period: number of steps of a cycle.
+        rise: fraction of the cycle that rises.
         start: the number at the beginning of a cycle.
-        end: the number that it rises to.
+        end: the number at the end of the rise.
 
     Raises:
-        ValueError: ``period`` is less than one, or ``rise`` not in (0, 1].
+        ValueError: ``period`` is less than one, or ``rise`` is not in (0, 1].
     """
 
     def __init__(self, period: int, rise: float = 0.5, start: float = 0.0, end: float = 1.0):
         self.period = positive_integer("period", period)
         self.rise = real_number("rise", rise)
         if not 0 < rise <= 1:
-            raise ValueError(f"rise must be a share of the period, in (0, 1], got {rise}")
+            raise ValueError(f"rise must be a fraction of the period, in (0, 1], got {rise}")
         self.start, self.end = real_number("start", start), real_number("end", end)
 
     def __repr__(self) -> str:
@@ -155,30 +155,30 @@ class Cyclical(Schedule):
         )
 
     def __call__(self, step: Tensor) -> Tensor:
-        """Return the number after so many steps."""
+        """Return the number at a step."""
         done = (step % self.period) / (self.period * self.rise)
         return self.start + (self.end - self.start) * done.clamp(max=1.0)
 
     def last_value(self) -> float:
-        """Return the larger one of the two numbers."""
+        """Return the larger of the two numbers."""
         if type(self).__call__ is Cyclical.__call__:
             return max(self.start, self.end)
         return super().last_value()
 
     def has_settled(self, step: float) -> bool:
-        """Tell whether the first rise is over."""
+        """Return whether the first rise is over."""
         if type(self).__call__ is Cyclical.__call__:
             return self.start >= self.end or step >= self.period * self.rise
         return super().has_settled(step)
 
 
 def as_schedule(name: str, value: float | Schedule) -> Schedule:
-    """Return a schedule as it is, and a number as one."""
+    """Return a schedule unchanged, and a number as a constant schedule."""
     return value if isinstance(value, Schedule) else Constant(real_number(name, value))
 
 
 def schedules_in(value: Any) -> Iterator[Schedule]:
-    """Yield the schedules that a value is or holds, constants apart."""
+    """Yield the schedules in a value, itself included, except constants."""
     if isinstance(value, Schedule) and not isinstance(value, Constant):
         yield value
     elif isinstance(value, dict | list | tuple):

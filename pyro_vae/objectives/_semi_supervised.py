@@ -1,4 +1,4 @@
-"""The objective for data of which some have labels."""
+"""The objective for partly labeled data."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pyro_vae.objectives._bounds import ELBO
 
 
 class SemiSupervisedELBO(ELBO):
-    r"""The ELBO, and :math:`\alpha \log q(y|x)` of labelled data (Kingma et al. 2014).
+    r"""The ELBO plus :math:`\alpha \log q(y|x)` of labeled data (Kingma et al. 2014).
 
-    In the ELBO a known class teaches the classifier q(y|x) nothing. What is added is no part of a
-    bound: the value is not one.
+    In the ELBO alone, a known class does not train the classifier q(y|x). With the added term the
+    value is not a bound on the evidence.
 
     Args:
-        classification: :math:`\alpha`, for each labelled row of a minibatch.
+        classification: :math:`\alpha`, per labeled row of a minibatch.
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: ``classification`` is not positive.
-        TypeError: when called: the guide does not classify, or there is no y.
+        TypeError: When the loss is computed, the guide has no ``classify`` or y is missing.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class SemiSupervisedELBO(ELBO):
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Return the loss, to be differentiated."""
+        """Return the differentiable loss."""
         classifier = guide.func if isinstance(guide, functools.partial) else guide
         if not hasattr(classifier, "classify") or len(args) != 2:
             raise TypeError(
-                "SemiSupervisedELBO needs a guide with classify(x) and data (x, y), such as "
-                f"guides.SemiSupervisedGuide; got {guide!r} and {len(args)} columns"
+                "SemiSupervisedELBO needs data (x, y) and a guide with classify(x), such as "
+                f"guides.SemiSupervisedGuide, got {guide!r} and {len(args)} columns"
             )
         x, y = args
         loss = super().differentiable_loss(model, guide, x, y, **kwargs)

@@ -1,4 +1,4 @@
-"""Bounds whose KL is weighed, floored or aimed at a value."""
+"""Bounds whose KL has a weight, a floor or a target value."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from pyro_vae.objectives._schedules import Schedule, as_schedule
 
 
 class BetaELBO(Objective):
-    r"""The ELBO with a weight on its KL (Higgins et al. 2017, eq. 4), which may change.
+    r"""The ELBO with a weight on its KL, constant or scheduled (Higgins et al. 2017, eq. 4).
 
     .. math::
         \frac1K \sum_k \log p(x|z_k) - \beta \, \mathrm{KL}(q(z|x) \| p(z))
 
-    The weight multiplies log q and log p(z) alike. The KL is taken in closed form where it is
-    known, and sampled elsewhere. Global sites are accepted, and weighed likewise.
+    The weight multiplies both log q and log p(z). The KL has its closed form if torch and Pyro
+    implement one, and is estimated from samples otherwise. Global sites are supported, with the
+    same weight.
 
     Args:
-        beta: the weight; or a schedule of it, such as
-            :class:`Linear(steps=1000) <pyro_vae.objectives.Linear>`, a warm-up.
+        beta: the weight, or a schedule, such as the warm-up
+            :class:`Linear(steps=1000) <pyro_vae.objectives.Linear>`.
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: a number out of range; in a loss, a guide site has no reparameterised sample.
+        ValueError: A number is out of range, or a guide site has no reparameterized sample when
+            the loss is computed.
 
     Example:
         >>> import pyro_vae as pv
@@ -50,35 +52,35 @@ class BetaELBO(Objective):
         return f"BetaELBO(beta={self.beta}, num_particles={self.num_particles})"
 
     def bound(self, terms: Terms) -> Tensor:
-        """Average the likelihood over the particles, less the weighted KL."""
+        """Average the log-likelihood minus the weighted KL over the particles."""
         terms.require_reparameterized("BetaELBO")
         return (terms.log_likelihood - self.beta(self.step) * terms.kl).mean(0)
 
     def shared(self, terms: Terms) -> Tensor:
-        """The same of the global sites."""
+        """Return the same average for the global sites."""
         return (terms.log_likelihood_global - self.beta(self.step) * terms.kl_global).mean()
 
 
 class FreeBits(Objective):
-    r"""The ELBO in which a small KL costs nothing more (Kingma et al. 2016, eq. 15).
+    r"""The ELBO with a lower limit on each part of the KL (Kingma et al. 2016, eq. 15).
 
     .. math::
         \frac1K \sum_k \log p(x|z_k) - \sum_j \max\left(\lambda, \mathrm{KL}_j\right)
 
-    The parts j of the latents have nothing to gain from a KL below :math:`\lambda`, and so none of
-    them collapses onto the prior for a small gain.
+    Reducing a KL below :math:`\lambda` does not increase the bound. So no part j of the latent
+    variables collapses to the prior for a small gain.
 
     Args:
-        least: :math:`\lambda`, in nats, of each part.
-        per: what a part is: each latent ``"site"`` or each ``"dimension"``.
-        over: where the KL is compared with its floor: averaged over the ``"batch"``, as in the
-            paper, or for each ``"datum"``.
+        least: :math:`\lambda` of each part, in nats.
+        per: the parts, either each latent ``"site"`` or each ``"dimension"``.
+        over: ``"batch"`` compares :math:`\lambda` with the average KL of the batch, as in the
+            paper. ``"datum"`` compares it with the KL of each data point.
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: an argument out of range; in a loss, a site is global or scaled, a guide site
-            has no reparameterised sample, or the KL has no such parts.
+        ValueError: An argument is out of range. Or, when the loss is computed, a site is global or
+            scaled, a guide site has no reparameterized sample, or the KL has no such parts.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class FreeBits(Objective):
         self.least, self.per, self.over = positive_number("least", least), per, over
 
     def bound(self, terms: Terms) -> Tensor:
-        """Average the likelihood over the particles, less the parts of the KL that count."""
+        """Return the average log-likelihood minus the parts of the KL, each at least ``least``."""
         terms.require_reparameterized("FreeBits")
         parts = terms.kl_of_sites() if self.per == "site" else terms.kl_of_dimensions()
         bound = terms.log_likelihood.mean(0)
@@ -112,7 +114,7 @@ class FreeBits(Objective):
 
 
 class CapacityELBO(Objective):
-    r"""The ELBO with its KL drawn to a target (Burgess et al. 2018, eq. 8).
+    r"""The ELBO with a target value for its KL (Burgess et al. 2018, eq. 8).
 
     .. math::
         \frac1K \sum_k \log p(x|z_k) - \gamma \left| \mathrm{KL} - C \right|
@@ -120,14 +122,14 @@ class CapacityELBO(Objective):
     The KL is averaged over the minibatch.
 
     Args:
-        capacity: C, in nats, or a schedule of it.
+        capacity: C in nats, a number or a schedule.
         weight: :math:`\gamma`.
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: a number out of range; in a loss, a site is global or scaled, or a guide site
-            has no reparameterised sample.
+        ValueError: A number is out of range. Or, when the loss is computed, a site is global or
+            scaled, or a guide site has no reparameterized sample.
     """
 
     def __init__(
@@ -145,7 +147,7 @@ class CapacityELBO(Objective):
         )
 
     def bound(self, terms: Terms) -> Tensor:
-        """Average the likelihood over the particles, less the weighted distance of the KL."""
+        """Return the average log-likelihood minus the weighted distance of the KL to its target."""
         terms.require_reparameterized("CapacityELBO")
         distance = (terms.kl.mean() - self.capacity(self.step)).abs()
         return terms.log_likelihood.mean(0) - self.weight * distance

@@ -188,7 +188,7 @@ def test_discrete_latents_beside_global_sites_are_refused():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Bernoulli(0.5))
 
-    with pytest.raises(ValueError, match="'z' has no reparameterised sample, and site 'total'"):
+    with pytest.raises(ValueError, match="'z' has no reparameterized sample, and site 'total'"):
         ELBO().loss(model, guide, torch.randn(5))
 
 

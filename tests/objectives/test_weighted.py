@@ -215,9 +215,9 @@ def test_index_code_information_is_the_closed_form():
 
 def test_total_correlation_refuses_what_it_cannot_estimate(pair, binary):
     model, guide = pair
-    with pytest.raises(ValueError, match="pass num_data="):
+    with pytest.raises(ValueError, match="Pass num_data="):
         o.BetaTCVAE().loss(model, guide, binary)
-    with pytest.raises(ValueError, match="data of a minibatch, which has one"):
+    with pytest.raises(ValueError, match="at least 2 data points in a minibatch, got 1"):
         o.BetaTCVAE(num_data=10).loss(model, guide, binary[:1])
     gaussian = Gaussian()
     with pytest.raises(ValueError, match="needs one latent site"):

@@ -465,7 +465,7 @@ def test_fewer_data_than_a_fit_takes_are_no_number_of_data(binary):
         19: lambda o: fit(make_pair(), DataLoader(Rows(binary), batch_size=20), objective=o),
         10: lambda o: o.loss(*make_pair(), binary),
     }.items():
-        with pytest.raises(ValueError, match=f"BetaTCVAE was told num_data={num_data}, but it is"):
+        with pytest.raises(ValueError, match=f"BetaTCVAE has num_data={num_data}, but got"):
             call(pv.objectives.BetaTCVAE(num_data=num_data))
     fit(make_pair(), binary, objective=pv.objectives.BetaTCVAE(num_data=50))
 
@@ -557,8 +557,8 @@ def test_a_pair_without_latents_is_trained(objective, capture, binary, without_c
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        (pv.objectives.InfoVAE(), "InfoVAE compares the latents of guide and prior"),
-        (pv.objectives.ReweightedWakeSleep(2, sleep=1.0), "ReweightedWakeSleep with sleep trains"),
+        (pv.objectives.InfoVAE(), "InfoVAE compares the latent variables of guide and prior"),
+        (pv.objectives.ReweightedWakeSleep(2, sleep=1.0), "ReweightedWakeSleep with sleep > 0 trains"),
         (pv.objectives.BetaTCVAE(num_data=50), "needs one latent site"),
         (pv.objectives.CUBO(), "depends on no parameter"),
     ],

@@ -152,7 +152,7 @@ def test_a_stream_with_a_bad_value_in_its_last_minibatch_is_not_told_of_its_size
 
 
 def test_held_out_data_that_are_a_stream_are_told_of_at_the_time():
-    told = r"a minibatch of 1 row, where others have 20: .* two data in a minibatch"
+    told = r"a minibatch of 1 row, where others have 20: .* 2 data points in a minibatch"
     with pytest.raises(ValueError, match=told):
         fit(EVEN, objective=o.InfoVAE(), validation=Stream(ONE_MORE))
 
