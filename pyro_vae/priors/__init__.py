@@ -1,4 +1,4 @@
-"""Priors: called without arguments, each gives the distribution p(z) of one datum."""
+"""Priors: a call without arguments returns the distribution p(z) of one data point."""
 
 from pyro_vae.priors._aggregated import AggregatedPosterior
 from pyro_vae.priors._flow import FlowPrior

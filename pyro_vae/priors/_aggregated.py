@@ -20,30 +20,30 @@ _ROWS_AT_A_TIME = 500
 
 
 class AggregatedPosterior(nn.Module):
-    r""":math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)`: the prior that a guide and data want.
+    r"""The aggregated posterior :math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)` as the prior.
 
     .. math::
         \frac1N \sum_n \mathrm{KL}(q(z|x_n) \| p(z)) = I_q[n, z] + \mathrm{KL}(q_{agg} \| p)
 
-    so no prior gives these data a higher ELBO (Hoffman & Johnson 2016; Tomczak & Welling 2018),
-    and this one gains the marginal KL that :func:`pyro_vae.elbo_surgery` reports. It is for a
-    guide that was trained: put it into a model of its own, evaluate that, sample from it. Codes
-    of the very data it was made of fit it too well: the gain on other data is smaller, the more so
-    the more of the mutual information's log N is used.
+    So no prior gives these data a higher ELBO (Hoffman & Johnson 2016; Tomczak & Welling 2018).
+    The gain is the marginal KL that :func:`pyro_vae.elbo_surgery` reports. Use this prior after
+    training: build a new model with it, evaluate that model, and sample from it. The prior fits the
+    latent codes of its own data too well, so the gain on other data is smaller. The difference
+    grows as the mutual information comes closer to its upper limit log N.
 
-    The posteriors are those at the time it is made. Diagonal Gaussians are kept as their
-    parameters; of any other guide a copy is kept, which runs on all the data at each call.
+    The prior keeps the posteriors from the time of its creation. For diagonal Gaussians it stores
+    their parameters. For any other guide it stores a copy, which runs on all the data at each call.
 
     Args:
         guide: program of q(z|x).
-        data: x ``(N, *event)``, or a tuple of it and covariates.
-        site: the latent.
-        subset: how many of the data, drawn at random, stand for all; all of them, if not given.
+        data: x ``(N, *event)``, or a tuple of x and covariates.
+        site: name of the latent site.
+        subset: number of data points to draw at random and use; default all.
 
     Raises:
-        ValueError: ``subset`` is not between 1 and N; data are not in memory, or none; the guide's
-            posterior of the latent is not known from x alone; the guide is neither a diagonal
-            Gaussian nor a module.
+        ValueError: ``subset`` is not between 1 and N. Or the data are empty or not in memory. Or
+            the guide's posterior of the latent depends on more than x. Or the guide is neither a
+            diagonal Gaussian nor a module.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -70,7 +70,9 @@ class AggregatedPosterior(nn.Module):
         count = len(columns[0])
         if subset is not None:
             if positive_integer("subset", subset) > count:
-                raise ValueError(f"subset must be between 1 and the {count} data, got {subset}")
+                raise ValueError(
+                    f"subset must be between 1 and the {count} data points, got {subset}"
+                )
             chosen = torch.randperm(count)[:subset].to(device)
             columns = [column[chosen] for column in columns]
         with programs.parameter_store(guide, guide), programs.evaluation_mode(guide):
@@ -118,7 +120,7 @@ class AggregatedPosterior(nn.Module):
             self._runs = False
 
     def as_arguments(self) -> dict[str, Any]:
-        """Return what :meth:`of_arguments` makes such a prior of: neither data nor posteriors."""
+        """Return the arguments of :meth:`of_arguments`, without data and posteriors."""
         return {
             "shapes": [tuple(getattr(self, name).shape) for name in self._names],
             "event_shape": tuple(self._event_shape),
@@ -136,9 +138,9 @@ class AggregatedPosterior(nn.Module):
         guide: nn.Module | None,
         method: str | None,
     ) -> AggregatedPosterior:
-        """Make a prior whose buffers are to be loaded."""
+        """Create a prior whose buffers are loaded afterwards."""
         if method not in (None, "forward"):
-            raise ValueError(f"a guide of this library has no method {method!r}")
+            raise ValueError(f"method must be None or 'forward', got {method!r}")
         prior = cls.__new__(cls)
         nn.Module.__init__(prior)
         columns = [torch.zeros(shape) for shape in shapes]
@@ -148,7 +150,7 @@ class AggregatedPosterior(nn.Module):
         return prior
 
     def train(self, mode: bool = True) -> AggregatedPosterior:
-        """Set the mode; the guide stays as it was evaluated."""
+        """Set the mode; the guide stays in evaluation mode."""
         super().train(mode)
         if self.guide is not None:
             self.guide.eval()
@@ -162,8 +164,9 @@ def _columns(data: Any) -> list[Any]:
     sizes = [len(column) for column in columns] if held else []
     if len(set(sizes)) != 1:
         raise ValueError(
-            "an aggregated posterior needs data in memory, x and covariates of as many rows, and "
-            f"at least one; got {[type(column).__name__ for column in columns]} of sizes {sizes}"
+            "an aggregated posterior needs data in memory: x and covariates with the same number "
+            f"of rows, at least one; got {[type(column).__name__ for column in columns]} of sizes "
+            f"{sizes}"
         )
     return columns
 
@@ -173,12 +176,12 @@ def _blocks(columns: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
 
 
 def _frozen(guide: Callable[..., Any]) -> tuple[nn.Module, str | None]:
-    """Return a copy of a guide's module, and the name of its method if the guide is one."""
+    """Return a copy of the guide's module, and the method's name if the guide is a method."""
     owner = getattr(guide, "__self__", guide)
     if not isinstance(owner, nn.Module):
-        raise ValueError(  # noqa: TRY004 - it is the family that asks for a module
-            "the posteriors of a guide that is no diagonal Gaussian are kept as a copy of the "
-            f"guide, which must be a module or a method of one; got {guide!r}"
+        raise ValueError(  # noqa: TRY004 - only this family needs a module
+            "a guide that is not a diagonal Gaussian is stored as a copy. It must be a module or a "
+            f"method of one, got {guide!r}"
         )
     copied = copy.deepcopy(owner).requires_grad_(False).eval()
     return copied, None if guide is owner else guide.__name__

@@ -17,21 +17,23 @@ from pyro_vae.distributions._casting import Normal, Transformed
 
 @records_init_args
 class FlowPrior(nn.Module):
-    r""":math:`p(z) = \mathcal{N}(f^{-1}(z); 0, I)\,|\det \partial f^{-1} / \partial z|`, f learned.
+    r"""A standard normal transformed by a learned flow f.
 
-    The density is taken at what the guide draws, so a step costs the way from z to noise: one pass
-    for coupling flows and masked autoregressive ones, D passes for inverse autoregressive ones, a
-    root for planar ones. Sampling goes the other way.
+    .. math:: p(z) = \mathcal{N}(f^{-1}(z); 0, I)\,|\det \partial f^{-1} / \partial z|
+
+    Each training step scores the guide's samples, so it computes the inverse, from z to noise. It
+    costs one pass for coupling flows and masked autoregressive flows, and D passes for inverse
+    autoregressive flows. Planar flows need a root search. Sampling computes f, from noise to z.
 
     Args:
         dim: D of z.
-        transform: called without arguments, gives f, a bijection of R^D, such as a
-            :class:`pyro_vae.flows.Composition`; a torch transform serves too.
+        transform: a module such as :class:`pyro_vae.flows.Composition`, which returns f when
+            called without arguments; or f itself, a torch transform. f is a bijection of R^D.
 
     Raises:
-        ValueError: ``dim`` is not positive. Or f is no bijection of R^D, or has no inverse. Or it
-            has parameters that are no module's.
-        TypeError: it is no transform.
+        ValueError: ``dim`` is not positive. Or f is not a bijection of R^D, or has no inverse. Or
+            f has parameters that belong to no module.
+        TypeError: f is not a torch transform.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -58,7 +60,7 @@ class FlowPrior(nn.Module):
         transform, dim = self._made(), len(self.loc)
         if not isinstance(transform, Transform):
             raise TypeError(
-                "the prior's transform must be a torch Transform, or a module that gives one, got "
+                "the prior's transform must be a torch Transform or a module that returns one, got "
                 f"{self.transform!r}"
             )
         of_reals = is_real(transform.domain) and is_real(transform.codomain)
@@ -71,8 +73,9 @@ class FlowPrior(nn.Module):
         self._require_inverse(transform, image)
         if image.requires_grad and not [*self.parameters()]:
             raise ValueError(
-                "the prior's transform has parameters that nothing would train, for they are not "
-                "found: pass a module, which gives the transform when called without arguments"
+                "the prior's transform has parameters that nothing would train, because no module "
+                "contains them. Pass a module that returns the transform when called without "
+                "arguments"
             )
 
     @staticmethod
@@ -82,9 +85,9 @@ class FlowPrior(nn.Module):
                 transform.inv(image.detach().clone())
         except (KeyError, NotImplementedError) as error:
             raise ValueError(
-                "the prior's transform must have an inverse, for z is scored where the guide draws "
-                f"it, and {type(transform).__name__} has none. Take one of pyro_vae.flows, whose "
-                "planar, radial and Sylvester flows are inverted too"
+                "the prior's transform must have an inverse to score the guide's samples, and "
+                f"{type(transform).__name__} has none. Use one of pyro_vae.flows. They all have an "
+                "inverse, the planar, radial and Sylvester flows too"
             ) from error
 
     def _image(self, transform: Transform) -> Tensor:
@@ -92,8 +95,8 @@ class FlowPrior(nn.Module):
             return transform(self.loc.clone())
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
-                f"the prior's transform must be a bijection of R^{len(self.loc)}, and cannot be "
-                f"applied to z of shape ({len(self.loc)},): {error}"
+                f"the prior's transform must be a bijection of R^{len(self.loc)}, but it fails on "
+                f"z of shape ({len(self.loc)},): {error}"
             ) from error
 
     def _made(self) -> Transform:

@@ -1,4 +1,4 @@
-"""Priors that the guide is a part of: mixtures of its posteriors of some rows, learned with it."""
+"""Priors that contain the guide: mixtures of its posteriors for some rows, trained with it."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from pyro_vae.priors._posteriors import (
 
 
 class GuideMixturePrior(nn.Module):
-    """A prior that is a mixture of what the guide makes of some rows.
+    """A prior that is a mixture of the guide's posteriors for some rows.
 
-    A guide is made for a model, and this prior is a part of the model: so it is told its guide
-    when that is made, by :meth:`through`. From then on the guide is a part of the model, too.
+    The prior is a part of the model, and the guide is created after the model. So create the guide
+    first and then call :meth:`bind_guide`. From then on the guide is a part of the model, too.
 
     Args:
-        *event_shape: shape of z; most often one number, its dimension.
+        *event_shape: shape of z, usually one number, its dimension.
 
     Raises:
-        ValueError: no size is given, or one is not positive; when called: no guide was told, or
-            one whose posterior of the latent is not known from x alone.
+        ValueError: No size is given, or a size is not positive. Or, when called, no guide is
+            bound, or the guide's posterior of the latent depends on more than x.
     """
 
     @checked
@@ -53,31 +53,31 @@ class GuideMixturePrior(nn.Module):
         self._checked = self._runs = False
 
     def bind_guide(self, guide: Callable[..., Any], site: str = "z") -> None:
-        """Tell the prior its guide.
+        """Bind the guide to the prior.
 
         Args:
             guide: program of q(z|x).
-            site: the latent that this is the prior of.
+            site: name of the latent site that has this prior.
         """
         if not callable(guide):
-            raise TypeError(f"guide must be a Pyro program, called with a minibatch; got {guide!r}")
+            raise TypeError(f"guide must be a Pyro program that accepts a minibatch, got {guide!r}")
         self.guide, self._site = guide, site
         self._checked = False
 
     @abstractmethod
     def rows(self) -> Tensor:
-        """Return the rows that the guide is to see, ``(K, *event of x)``."""
+        """Return the rows for the guide, ``(K, *event of x)``."""
 
     def mix(self, posteriors: TorchDistributionMixin) -> TorchDistributionMixin:
-        """Make the prior of the guide's posteriors of the rows, batch shape (K,)."""
+        """Build the prior from the guide's posteriors for the rows, batch shape (K,)."""
         return uniform_mixture([posteriors])
 
     def forward(self) -> TorchDistributionMixin:
         """Return p(z): batch shape (), event shape ``event_shape``."""
         if self.guide is None:
             raise ValueError(
-                f"{type(self).__name__} is a mixture of the guide's posteriors, and was told no "
-                "guide: make the guide for the model, then call prior.bind_guide(guide)"
+                f"{type(self).__name__} is a mixture of the guide's posteriors, but has no guide. "
+                "Create the guide for the model, then call prior.bind_guide(guide)"
             )
         rows = self.rows()
         if self._runs:
@@ -93,7 +93,7 @@ class GuideMixturePrior(nn.Module):
             self._runs = False
         if found.event_shape != self.event_shape:
             raise ValueError(
-                f"{type(self).__name__} is of z of shape {tuple(self.event_shape)}, but the guide "
+                f"{type(self).__name__} is for z of shape {tuple(self.event_shape)}, but the guide "
                 f"gives site {self._site!r} the shape {tuple(found.event_shape)}"
             )
         return self.mix(found)
@@ -101,23 +101,23 @@ class GuideMixturePrior(nn.Module):
 
 @records_init_args
 class VampPrior(GuideMixturePrior):
-    r"""Variational mixture of posteriors (Tomczak & Welling 2018, eq. 9).
+    r"""The variational mixture of posteriors, VampPrior (Tomczak & Welling 2018, eq. 9).
 
     .. math:: p(z) = \frac1K \sum_k q(z|u_k)
 
-    with pseudo-inputs u learned by the model's gradient. The aggregated posterior is the best
-    prior; this is one of K learned data. It is a fair prior for any guide whose density can be had
-    anywhere: with a flow's, K inversions are taken for each z.
+    with pseudo-inputs u learned by gradient descent. The aggregated posterior is the best prior,
+    and this one is the aggregated posterior of K learned data points. It works with any guide that
+    can score any value. With a flow as the guide, each z needs K inversions.
 
     Args:
-        *event_shape: shape of z; most often one number, its dimension.
-        pseudo_inputs: what they begin with, ``(K, *event of x)``, within the bounds: rows of the
-            data, say.
-        bounds: what they are clamped to; None for data without bounds.
+        *event_shape: shape of z, usually one number, its dimension.
+        pseudo_inputs: initial values, ``(K, *event of x)``, within the bounds, such as rows of the
+            data.
+        bounds: range to which the pseudo-inputs are clamped; None for data without bounds.
 
     Raises:
-        ValueError: there are no pseudo-inputs, or some outside of the bounds, or bounds that are
-            none; what :class:`GuideMixturePrior` refuses.
+        ValueError: There are no pseudo-inputs, or some are outside the bounds, or the bounds are
+            not in order. Also under the conditions of :class:`GuideMixturePrior`.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -138,14 +138,14 @@ class VampPrior(GuideMixturePrior):
     ):
         super().__init__(*event_shape)
         if bounds is not None and not (len(bounds) == 2 and bounds[0] < bounds[1]):
-            raise ValueError(f"bounds must be a lower and an upper one, got {bounds}")
+            raise ValueError(f"bounds must be a lower and an upper bound, in order, got {bounds}")
         self.pseudo_inputs = nn.Parameter(_rows("pseudo_inputs", pseudo_inputs))
         self.bounds = bounds
         low, high = self.pseudo_inputs.min().item(), self.pseudo_inputs.max().item()
         if bounds is not None and not bounds[0] <= low <= high <= bounds[1]:
             raise ValueError(
-                f"pseudo_inputs lie in [{low:g}, {high:g}], but the bounds are {bounds}: those "
-                "outside would never move. Clamp them, or pass other bounds, None for no bounds."
+                f"pseudo_inputs are in [{low:g}, {high:g}], but bounds is {bounds}. Those outside "
+                "have zero gradient. Clamp them, or pass other bounds, or None for no bounds."
             )
 
     def rows(self) -> Tensor:
@@ -159,17 +159,17 @@ class ExemplarPrior(GuideMixturePrior):
     .. math:: p(z) = \frac1M \sum_m \mathcal{N}(z; \mu(x_m), \sigma^2 I)
 
     with the mean :math:`\mu(x)` of the guide's Gaussian, and one learned :math:`\sigma` for all.
-    In training a new M of the exemplars is drawn at each call; in evaluation all of them count. A
-    datum is not kept from being its own exemplar, so let M be a small part of the data.
+    In training, each call draws M new exemplars at random. In evaluation, all exemplars are used.
+    A data point can be its own exemplar, so choose M much smaller than the data.
 
     Args:
-        dim: of z.
+        dim: dimension of z.
         exemplars: rows of the data, ``(N, *event of x)``.
-        num_drawn: M; all of them, if not given.
+        num_drawn: M; default all exemplars.
 
     Raises:
-        ValueError: there are no exemplars, or fewer than are to be drawn; the guide is no
-            diagonal Gaussian; what :class:`GuideMixturePrior` refuses.
+        ValueError: There are no exemplars, or fewer than ``num_drawn``, or the guide is not a
+            diagonal Gaussian. Also under the conditions of :class:`GuideMixturePrior`.
     """
 
     @checked
@@ -185,7 +185,7 @@ class ExemplarPrior(GuideMixturePrior):
         self.raw_scale = nn.Parameter(torch.tensor(0.0))
 
     def as_arguments(self) -> dict[str, Any]:
-        """Return the arguments that such a prior is made of."""
+        """Return the arguments that create this prior again."""
         return {
             "dim": self.event_shape[0],
             "exemplars": self.exemplars,
@@ -193,7 +193,7 @@ class ExemplarPrior(GuideMixturePrior):
         }
 
     def rows(self) -> Tensor:
-        """Return all exemplars; in training, some of them, drawn anew."""
+        """Return all exemplars, or in training a new random sample of them."""
         if not self.training or self.num_drawn is None:
             return self.exemplars
         count = len(self.exemplars)
@@ -205,8 +205,8 @@ class ExemplarPrior(GuideMixturePrior):
         gaussian = diagonal_gaussian(posteriors)
         if gaussian is None:
             raise ValueError(
-                "ExemplarPrior takes the means of a guide that is a diagonal Gaussian, such as "
-                f"AmortizedNormal; the guide's posterior is {posteriors}"
+                "ExemplarPrior needs a guide that is a diagonal Gaussian, such as AmortizedNormal, "
+                f"got the posterior {posteriors}"
             )
         loc = gaussian[0]
         scale = softplus_scale(self.raw_scale).to(loc).expand(loc.shape)

@@ -12,7 +12,7 @@ from pyro_vae.distributions import _mixtures as mixtures
 
 @records_init_args
 class MixtureOfNormals(nn.Module):
-    r"""A mixture of K diagonal Gaussians: weights, means and scales are learned.
+    r"""A mixture of K diagonal Gaussians with learned weights, means and scales.
 
     .. math:: p(z) = \sum_k \pi_k \, \mathcal{N}(z; \mu_k, \mathrm{diag}\,\sigma_k^2)
 
@@ -21,7 +21,7 @@ class MixtureOfNormals(nn.Module):
         components: K.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: A size is not positive.
 
     Example:
         >>> import torch, pyro_vae as pv

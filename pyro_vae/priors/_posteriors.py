@@ -1,7 +1,7 @@
-"""What a guide makes of given rows: the posteriors of one latent, and their even mixture.
+"""The guide's posteriors of one latent for given rows, and their uniform mixture.
 
-A guide is run here inside of a model, whose handlers must not see it; and only up to the latent,
-which is not drawn.
+The guide runs inside a model here, so its sites are blocked from the model's handlers. It runs only
+up to the latent, which is not sampled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Guide = Callable[..., Any]
 
 
 def posteriors(guide: Guide, site: str, rows: Sequence[Tensor]) -> TorchDistributionMixin:
-    """Return q(z|x_n) of the latent at a site, as a batch of distributions.
+    """Return q(z|x_n) of the latent at a site as one batch of distributions.
 
     Args:
         guide: program of q(z|x), checked by :func:`check_guide`.
@@ -46,10 +46,10 @@ def posteriors(guide: Guide, site: str, rows: Sequence[Tensor]) -> TorchDistribu
 
 
 def uniform_mixture(parts: Sequence[TorchDistributionMixin]) -> TorchDistributionMixin:
-    """Mix distributions with equal weights, Gaussians by matrix products.
+    """Return the mixture with equal weights; diagonal Gaussians are scored by matrix products.
 
     Args:
-        parts: each of batch shape (n_i,).
+        parts: distributions, each of batch shape (n_i,).
     """
     gaussians = [diagonal_gaussian(part) for part in parts]
     if None in gaussians:
@@ -59,7 +59,7 @@ def uniform_mixture(parts: Sequence[TorchDistributionMixin]) -> TorchDistributio
 
 
 def diagonal_gaussian(distribution: TorchDistributionMixin) -> tuple[Tensor, Tensor] | None:
-    """Return mean and standard deviation (N, D) if these are independent Gaussians, else None."""
+    """Return mean and standard deviation (N, D) of independent Gaussians, else None."""
     base = base_distribution(distribution)
     vectors = isinstance(distribution, Independent) and len(distribution.event_shape) == 1
     if not vectors or not isinstance(base, torch.distributions.Normal):
@@ -68,22 +68,23 @@ def diagonal_gaussian(distribution: TorchDistributionMixin) -> tuple[Tensor, Ten
 
 
 def check_guide(guide: Guide, site: str, rows: Sequence[Tensor]) -> None:
-    """Refuse a guide whose posterior of a latent is not known from x alone.
+    """Raise ValueError if the guide's posterior of a latent depends on more than x.
 
     Raises:
-        ValueError: the guide lacks the site, or gives it a point, or a density that it shares
-            with others, or one that depends on what it drew before.
+        ValueError: The guide does not have the site, or its distribution there is a Delta. Or the
+            site has a joint density with others, or depends on earlier samples.
     """
-    with restored_generators():  # a check that is made once must not move the noise
+    with restored_generators():  # the check must not change the random numbers
         found, once_more = _sites(guide, rows), _sites(guide, rows)
     if site not in found or data_frame(found[site]) is None:
         raise ValueError(
             f'the guide has no site {site!r} in the plate "data"; its sites are {[*found]}. Pass '
-            "the name of the latent that the prior is for: site=..."
+            "the name of the latent that has this prior as site=..."
         )
     if is_delta(found[site]):
         raise ValueError(
-            f"the guide gives latent site {site!r} a point (a Delta), which has no density"
+            f"the guide gives latent site {site!r} a point (a Delta), which has no density. "
+            "Use a guide with a density"
         )
     shared = [
         name
@@ -92,17 +93,17 @@ def check_guide(guide: Guide, site: str, rows: Sequence[Tensor]) -> None:
     ]
     if shared:
         raise ValueError(
-            f"the guide tells the density of latent site {site!r} together with others, at "
-            f"{shared[0]!r}: build it with joint=False"
+            f"the guide has one joint density of latent site {site!r} and others, at site "
+            f"{shared[0]!r}. To separate them, build it with joint=False"
         )
     with torch.no_grad():
-        value = found[site]["value"].clone()  # not as drawn: caches would know it
+        value = found[site]["value"].clone()  # a copy, because caches recognize the sample
         again = once_more[site]["fn"].log_prob(value)
         if site != next(iter(found)) and not torch.equal(again, found[site]["fn"].log_prob(value)):
             raise ValueError(
-                f"the guide's distribution of latent site {site!r} depends on what it draws "
-                f"before, {[*found][: [*found].index(site)]}: its aggregated posterior is an "
-                "integral. Let the guide draw that latent first, given x alone."
+                f"the guide's distribution of latent site {site!r} depends on earlier "
+                f"samples, {[*found][: [*found].index(site)]}. Its aggregated posterior is then an "
+                "integral. Let the guide sample that latent first, given only x."
             )
 
 
@@ -113,28 +114,28 @@ def _sites(guide: Guide, rows: Sequence[Tensor]) -> dict[str, Site]:
 
 
 def stand_in(event_shape: Sequence[int], like: Tensor) -> TorchDistributionMixin:
-    """Return what a model has for a prior while its guide, run for that, traces it for shapes.
+    """Return a temporary prior for use while the guide, run by this prior, traces the model.
 
     Raises:
-        ValueError: the guide runs the model for more than that.
+        ValueError: The guide runs the model with gradients enabled, not only to find shapes.
     """
     if torch.is_grad_enabled():
         raise ValueError(
-            "the guide runs the model, whose prior runs the guide: take a guide that does not "
-            "refine its posteriors by the model"
+            "the guide runs the model, whose prior runs the guide again. Use a guide that does not "
+            "refine its posteriors with the model"
         )
     zeros = torch.zeros(tuple(event_shape), dtype=like.dtype, device=like.device)
     return Normal(zeros, torch.ones_like(zeros)).to_event(len(event_shape))
 
 
-class _Reached(Exception):  # noqa: N818 - no error, but a way out
+class _Reached(Exception):  # noqa: N818 - not an error, but an early exit
     def __init__(self, distribution: TorchDistributionMixin):
         super().__init__()
         self.distribution = distribution
 
 
 class _StopAt(Messenger):
-    """Ends a program where it would draw a site."""
+    """A messenger that stops a program before it samples a site."""
 
     def __init__(self, site: str):
         super().__init__()

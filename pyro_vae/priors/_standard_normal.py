@@ -16,10 +16,10 @@ class StandardNormal(nn.Module):
     r""":math:`p(z) = \mathcal{N}(z; 0, I)` (Kingma & Welling 2014).
 
     Args:
-        *event_shape: shape of z; most often one number, its dimension.
+        *event_shape: shape of z, usually one number, its dimension.
 
     Raises:
-        ValueError: no size is given, or one is not positive.
+        ValueError: No size is given, or a size is not positive.
 
     Example:
         >>> import pyro_vae as pv
@@ -31,7 +31,7 @@ class StandardNormal(nn.Module):
         super().__init__()
         if not event_shape:
             raise ValueError(
-                "StandardNormal needs event_shape, the sizes of z, most often one, got none"
+                "StandardNormal needs event_shape, the sizes of z, got none. Pass at least one"
             )
         for size in event_shape:
             positive_integer("a size of event_shape", size)
