@@ -78,7 +78,8 @@ class MixtureOfDiagNormals(TorchDistribution):
         ):
             raise ValueError(
                 "MixtureOfDiagNormals needs logits (..., K), loc (..., K, D) and scale "
-                f"(..., K, D), got shapes {tuple(logits.shape)}, {tuple(loc.shape)} and {tuple(scale.shape)}"
+                f"(..., K, D), got shapes {tuple(logits.shape)}, {tuple(loc.shape)} and "
+                f"{tuple(scale.shape)}"
             )
         batch = torch.broadcast_shapes(logits.shape[:-1], loc.shape[:-2])
         # Keep the parameters' own batch shapes, so that expand does not copy a mixture.
