@@ -114,8 +114,8 @@ class InfoVAE(Objective):
     (Zhao et al. 2019). At :math:`\alpha = 1` there is no KL. This is the Wasserstein autoencoder
     with the MMD penalty (Tolstikhin et al. 2018, algorithm 2), which also accepts a point (Delta)
     as posterior. The MMD is the unbiased estimate from the minibatch's samples and as many samples
-    of the prior. Its kernel is the sum of
-    :math:`C / (C + \|z - z'\|^2)` (inverse multiquadratics) for C = 2 D s and s = 0.1, 0.2, 0.5, 1, 2, 5, 10.
+    of the prior. Its kernel is the sum of the inverse multiquadratics
+    :math:`C / (C + \|z - z'\|^2)`, where C = 2 D s for s = 0.1, 0.2, 0.5, 1, 2, 5, 10.
 
     Args:
         alpha: 1 minus the weight of the KL; 1 removes the KL, 0 keeps it.
