@@ -44,7 +44,7 @@ class Objective(pyro.infer.ELBO):
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Attributes:
-        hold_samples: whether the terms are taken at samples held fixed.
+        hold_samples: whether the terms are computed at fixed samples.
         takes_baselines: whether it uses the baselines of guide sites,
             ``infer={"baseline": ...}``; other objectives reject them.
         step: number of training steps so far; schedules are functions of it. Each loss computed
@@ -103,7 +103,7 @@ class Objective(pyro.infer.ELBO):
             A scalar tensor, in nats.
 
         Raises:
-            ValueError: The pair breaks the contract, or the objective does not support a site.
+            ValueError: Model or guide breaks the contract, or a site is not supported.
         """
         with self.not_counting():  # a subclass may call other objectives inside
             t = terms(
@@ -238,7 +238,7 @@ class Objective(pyro.infer.ELBO):
         raise TypeError(f"{type(self).__name__} works on pyro_vae.terms, not on a single trace")
 
     def _layout(self, model, guide, args, kwargs) -> dict[str, Any]:
-        """Return the plate nesting, found once per pair; one objective may serve many pairs."""
+        """Return the plate nesting, found once per pair of model and guide."""
         if self._layout_of is not None and self._layout_of[:2] == (model, guide):
             return self._layout_of[2]
         if self.num_particles == 1 or not self.vectorize_particles:

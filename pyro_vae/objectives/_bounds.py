@@ -12,7 +12,7 @@ from pyro_vae.objectives._base import Objective
 
 
 class ELBO(Objective):
-    r"""The evidence lower bound, all terms sampled (Kingma & Welling 2014, eq. 2 and 7).
+    r"""The evidence lower bound with all terms sampled (Kingma & Welling 2014, eq. 2 and 7).
 
     .. math::
         \mathcal{L}(x) = \frac1K \sum_{k=1}^K \log p(x|z_k) + \log p(z_k) - \log q(z_k|x),
@@ -79,7 +79,7 @@ class MeanFieldELBO(Objective):
 
     Raises:
         ValueError: ``num_particles`` is less than one. Or, when the loss is computed, a guide site
-            has no reparameterized sample, or model and guide order their latents differently.
+            has no reparameterized sample, or model and guide order their latent sites differently.
     """
 
     def bound(self, terms: Terms) -> Tensor:

@@ -79,8 +79,8 @@ class FreeBits(Objective):
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: An argument is out of range. Or, when the loss is computed, a site is global or
-            scaled, a guide site has no reparameterized sample, or the KL has no such parts.
+        ValueError: An argument is out of range. Or, in a loss, a site is global or scaled, a guide
+            site has no reparameterized sample, or the KL has no such parts.
     """
 
     def __init__(

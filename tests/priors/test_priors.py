@@ -354,7 +354,7 @@ def test_guides_whose_posterior_is_not_known_are_refused():
     prior = pv.priors.VampPrior(3, pseudo_inputs=rows)
     guide = amortized(model_with(pv.priors.StandardNormal(2)))
     prior.bind_guide(guide)
-    with pytest.raises(ValueError, match=r"of z of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"for z of shape \(3,\)"):
         prior()
     prior.bind_guide(guide, site="w")
     with pytest.raises(ValueError, match="no site 'w'"):

@@ -558,7 +558,10 @@ def test_a_pair_without_latents_is_trained(objective, capture, binary, without_c
     ("objective", "message"),
     [
         (pv.objectives.InfoVAE(), "InfoVAE compares the latent variables of guide and prior"),
-        (pv.objectives.ReweightedWakeSleep(2, sleep=1.0), "WakeSleep with sleep > 0 trains"),
+        (
+            pv.objectives.ReweightedWakeSleep(2, sleep=1.0),
+            "ReweightedWakeSleep with sleep > 0 trains",
+        ),
         (pv.objectives.BetaTCVAE(num_data=50), "needs one latent site"),
         (pv.objectives.CUBO(), "depends on no parameter"),
     ],
