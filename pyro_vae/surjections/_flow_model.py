@@ -77,7 +77,7 @@ class FlowModel(PyroModule):
         if isinstance(layers, Transform) or not isinstance(layers, Sequence | nn.ModuleList):
             layers = [layers]
         if not len(layers):
-            raise ValueError("FlowModel needs layers, one at least, got none")
+            raise ValueError("FlowModel needs at least one layer in layers, got none")
         self.prior = prior
         self.layers = nn.ModuleList(_as_layer(layer) for layer in layers)
         count = len(self.layers)
