@@ -725,7 +725,7 @@ BAD = {
     "no layers": (
         lambda: pv.surjections.FlowModel(pv.priors.StandardNormal(2), []),
         ValueError,
-        "at least one",
+        "one at least",
     ),
     "no layer": (
         lambda: pv.surjections.FlowModel(pv.priors.StandardNormal(2), [3]),
