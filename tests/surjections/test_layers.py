@@ -725,7 +725,7 @@ BAD = {
     "no layers": (
         lambda: pv.surjections.FlowModel(pv.priors.StandardNormal(2), []),
         ValueError,
-        "one at least",
+        "at least one layer",
     ),
     "no layer": (
         lambda: pv.surjections.FlowModel(pv.priors.StandardNormal(2), [3]),
