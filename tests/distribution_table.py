@@ -194,7 +194,7 @@ REFUSED = {
     "VonMises3D": (lambda: dist.VonMises3D(t([3.0, 0.0, 0.0])), NOT_RUN),
     "ZeroInflatedDistribution": (
         lambda: dist.ZeroInflatedDistribution(dist.Gamma(2.0, 1.0), gate=t(0.3)),
-        "a probability of its own"),
+        "has positive probability"),
     "ZeroInflatedNegativeBinomial": (
         lambda: dist.ZeroInflatedNegativeBinomial(3.0, probs=t(0.3), gate=t(0.3)), _NO_MAP),
     "ZeroInflatedPoisson": (lambda: dist.ZeroInflatedPoisson(t(3.0), gate=t(0.3)), _NO_MAP),

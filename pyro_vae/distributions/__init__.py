@@ -1,4 +1,4 @@
-"""Distributions that torch and Pyro lack, and facts about theirs that they do not state."""
+"""Distributions that torch and Pyro lack, and exact supports and KL divergences of theirs."""
 
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals
 

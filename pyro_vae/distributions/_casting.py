@@ -1,4 +1,4 @@
-"""Distributions of real numbers that score numbers of any real type, truth values included."""
+"""Distributions of real numbers that score values of any real dtype, including Booleans."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pyro_vae._utils.checks import require_tensor
 
 
 def value_for(parameter: Tensor, value: Tensor) -> Tensor:
-    """Return a value to be scored: what is no floating-point number in a parameter's type.
+    """Return a value to be scored, cast to a parameter's dtype unless it is floating-point.
 
-    torch takes no difference of truth values, and counts of ``uint8`` would wrap.
+    torch cannot subtract Booleans, and ``uint8`` counts would wrap around.
 
     Raises:
-        TypeError: it is no dense tensor of real numbers.
-        ValueError: it is empty.
+        TypeError: The value is not a dense tensor of real numbers.
+        ValueError: The value is empty.
     """
     if 0 in require_tensor("the value to be scored", value).shape:
         raise ValueError(f"the value to be scored is empty, of shape {tuple(value.shape)}")
@@ -32,11 +32,11 @@ class _OfLocation:
 
 
 class Normal(_OfLocation, dist.Normal):
-    """Pyro's."""
+    """Pyro's Normal for values of any real dtype."""
 
 
 class Transformed(dist.TransformedDistribution):
-    """Pyro's."""
+    """Pyro's TransformedDistribution for values of any real dtype."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(x)."""
@@ -44,14 +44,14 @@ class Transformed(dist.TransformedDistribution):
 
 
 class Laplace(_OfLocation, dist.Laplace):
-    """Pyro's."""
+    """Pyro's Laplace for values of any real dtype."""
 
 
 _LEAST_FOR_SERIES = 50.0
 
 
 class StudentT(dist.StudentT):
-    """Pyro's, without the difference of two large numbers where the degrees of freedom are many."""
+    """Pyro's StudentT, without the cancellation of large terms at many degrees of freedom."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(x)."""
@@ -69,7 +69,7 @@ class StudentT(dist.StudentT):
 def _log_half_step(x: Tensor) -> Tensor:
     r"""Return :math:`\log\Gamma(x + 1/2) - \log\Gamma(x)`.
 
-    Where x is large, by the series of its Gamma functions: the first term left out is below
+    For large x, use the series of the Gamma functions. The first omitted term is below
     :math:`1 / (400 x^7)`.
     """
     large = x.clamp(min=_LEAST_FOR_SERIES)

@@ -1,7 +1,7 @@
-r"""Angles: their support, a map from the real numbers onto it, and a wrapped Gaussian.
+r"""Angles: their support, a bijection from the real numbers, and a wrapped Gaussian.
 
-An angle and the same angle plus :math:`2\pi` are one value. A density of angles that is taken on
-the whole real line does not integrate, so values here lie in :math:`[-\pi, \pi]`.
+An angle and the same angle plus :math:`2\pi` are one value. A density of angles has no finite
+integral over the whole real line, so values here lie in :math:`[-\pi, \pi]`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pyro_vae._utils.transform_config import register
 from pyro_vae.distributions._casting import value_for
 
 _TURN = 2 * math.pi
-# Up to this scale the density is a sum over windings, from it on a Fourier series. Of either, what
-# is left out is below 1e-15 of the density.
+# Below this scale, log_prob sums over windings. From this scale on, it uses a Fourier series. The
+# relative truncation error of both is below 1e-15.
 _SWITCH, _WINDINGS, _WAVES = 1.8, 2, 4
 
 
 class _Circle(constraints.interval):
-    """Angles, in radians."""
+    """The support of angles, in radians."""
 
     def __init__(self):
         super().__init__(-math.pi, math.pi)
@@ -40,7 +40,7 @@ circle = _Circle()
 class CircleTransform(Transform):
     r"""Map the real numbers onto the angles, :math:`y = \pi \tanh(x / 2)`.
 
-    It is cut at :math:`\pm\pi`: a density that it pushes forward vanishes there.
+    The circle is cut at :math:`\pm\pi`. Densities of transformed values are zero there.
     """
 
     domain = constraints.real
@@ -58,7 +58,7 @@ class CircleTransform(Transform):
         return 2 * torch.atanh(_inside(y / math.pi))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the logarithm of the slope."""
+        """Return the logarithm of the derivative dy/dx."""
         return math.log(_TURN) - F.softplus(x, threshold=40.0) - F.softplus(-x, threshold=40.0)
 
 
@@ -73,22 +73,22 @@ def _inside(share: Tensor) -> Tensor:
 
 
 def maps_onto_angles(bijection: Transform) -> bool:
-    """Tell whether a bijection maps the reals onto angles, each number for itself."""
+    """Return True if a bijection is an elementwise map from the reals onto angles."""
     while isinstance(bijection, IndependentTransform):
         bijection = bijection.base_transform
     return isinstance(bijection, CircleTransform)
 
 
 class WrappedNormal(TorchDistribution):
-    r"""A Gaussian wound around the circle (Mardia & Jupp 2000, section 3.5.7).
+    r"""A Gaussian wrapped around the circle (Mardia & Jupp 2000, section 3.5.7).
 
     .. math::
         q(\theta) = \sum_{k \in \mathbb{Z}} \mathcal{N}(\theta + 2 \pi k; \mu, \sigma^2)
             = \frac{1}{2 \pi} \Bigl(1 + 2 \sum_{n \ge 1} e^{-n^2 \sigma^2 / 2}
               \cos n (\theta - \mu)\Bigr)
 
-    The first sum is taken up to a scale of 1.8 and the second from there on, each of a fixed
-    number of terms. A sample is reparameterized: its gradient is that of an expectation of
+    Below a scale of 1.8 the first sum is computed, and from there on the second. Both have a fixed
+    number of terms. Samples are reparameterized. Their gradient is correct for expectations of
     functions that are continuous on the circle, such as functions of sine and cosine.
 
     Args:
@@ -96,10 +96,11 @@ class WrappedNormal(TorchDistribution):
         scale: :math:`\sigma`, in radians.
 
     Shape:
-        batch shape that of loc and scale, broadcast; scalar events in :math:`[-\pi, \pi]`.
+        the batch shape is the broadcast shape of loc and scale. Events are scalars in
+        :math:`[-\pi, \pi]`.
 
     Raises:
-        ValueError: Validation finds a scale that is not positive.
+        ValueError: With validation on, a scale is not positive.
 
     Example:
         >>> import torch
@@ -150,12 +151,12 @@ class WrappedNormal(TorchDistribution):
         return torch.where(self.scale < _SWITCH, windings, fourier)
 
     def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
-        """Draw angles in [-pi, pi]."""
+        """Sample angles in [-pi, pi]."""
         shape = self._extended_shape(sample_shape)
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         return _wrapped(self.loc + self.scale * noise)
 
 
 def _wrapped(angle: Tensor) -> Tensor:
-    """Return angles as numbers in [-pi, pi], with a gradient of one."""
+    """Return the equal angles in [-pi, pi], with a gradient of one."""
     return torch.remainder(angle + math.pi, _TURN) - math.pi

@@ -1,7 +1,7 @@
-r"""KL divergences that are known in closed form, each of them held to quadrature by the tests.
+r"""KL divergences in closed form. The tests compare each with quadrature.
 
-Those of torch and Pyro are used where they are right; where they are not, here are our own. A pair
-of distributions that stands in no table here has no closed form, and its KL is sampled.
+If the formula of torch or Pyro is correct, it is used. Otherwise this module has its own. For a
+pair of distributions that no table here contains, the KL divergence is estimated from samples.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from pyro_vae.distributions import _continuous_bernoulli as tilted
 
-_OURS = {"torch", "pyro", "pyro_vae"}  # whose log_prob a closed form may be meant for
+_OURS = {"torch", "pyro", "pyro_vae"}  # closed forms hold only for the log_prob of these packages
 
-# Pairs of q and p where the formula of torch is right, given its parameters in float64.
+# For each type of q, the types of p for which torch's formula is correct in float64.
 _RIGHT = {
     D.Beta: (D.Beta, D.Exponential, D.Gamma, D.Normal, D.Pareto, D.Uniform),
     D.Cauchy: (D.Cauchy,),
@@ -59,7 +59,7 @@ _RIGHT = {
     D.Poisson: (D.Bernoulli, D.Binomial),
     D.Uniform: (D.Beta, D.Exponential, D.Gamma, D.Gumbel, D.Normal, D.Uniform),
 }  # fmt: skip
-# The same of Gaussians, in their own type.
+# Pairs of Gaussians for which torch's formula is correct in the dtype of the parameters.
 _RIGHT_AS_THEY_ARE = {
     (D.Normal, D.Normal),
     (D.LowRankMultivariateNormal, D.LowRankMultivariateNormal),
@@ -78,9 +78,9 @@ _PARAMETERS = {
 
 
 def known_kl(q: Any, p: Any) -> Tensor | None:
-    r"""Return :math:`\mathrm{KL}(q \| p)` of the batch shape, or None where no form is trusted.
+    r"""Return :math:`\mathrm{KL}(q \| p)`, of the batch shape, or None without a trusted formula.
 
-    A pair that is registered with torch by neither torch nor Pyro is trusted.
+    Formulas that a user or another package has registered with torch are trusted.
     """
     form = _form(type(q), type(p), len(registry._KL_REGISTRY))
     return None if form is None else form(q, p)
@@ -88,7 +88,13 @@ def known_kl(q: Any, p: Any) -> Tensor | None:
 
 @functools.lru_cache(maxsize=256)
 def _form(of_q: type, of_p: type, number_registered: int) -> Callable[[Any, Any], Any] | None:
-    """Return the closed form for two classes; it may change when one is registered."""
+    """Return the closed form for two classes, or None.
+
+    Args:
+        of_q: class of q.
+        of_p: class of p.
+        number_registered: size of torch's registry. A new entry thus invalidates the cache.
+    """
     written = _as_written(of_q) and _as_written(of_p)
     for pair in itertools.product(of_q.__mro__, of_p.__mro__):
         if pair in _OWN:
@@ -107,7 +113,7 @@ def _form(of_q: type, of_p: type, number_registered: int) -> Callable[[Any, Any]
 
 
 def _as_written(distribution: type) -> bool:
-    """Tell whether a class of distributions has a density that is no user's own."""
+    """Return True if the log_prob of a class comes from torch, Pyro or this package."""
     owner = next(cls for cls in distribution.__mro__ if "log_prob" in vars(cls))
     return _package(owner) in _OURS
 
@@ -117,7 +123,7 @@ def _package(thing: Any) -> str:
 
 
 def _in_float64(formula: Callable, of_q: type, of_p: type, q: Any, p: Any) -> Tensor:
-    """Evaluate a formula in float64, for it cancels, with both distributions of one batch shape."""
+    """Evaluate a formula with both batch shapes broadcast, in float64 because of cancellation."""
     shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
     wide = []
     for cls, each in ((of_q, q), (of_p, p)):
@@ -150,7 +156,7 @@ def _of_independent_normal(q: Any, p: Any) -> Tensor | None:
 
 def _of_masked(q: Any, p: Any) -> Tensor | None:
     if q._mask is not p._mask:
-        return None  # sampled: one of both may count where the other does not
+        return None  # estimate by sampling: the two masks may differ
     kl = known_kl(q.base_dist, p.base_dist)
     if kl is None or q._mask is True:
         return kl
@@ -158,7 +164,7 @@ def _of_masked(q: Any, p: Any) -> Tensor | None:
 
 
 def _of_transformed(q: Any, p: Any) -> Tensor | None:
-    """One to one, a transform that both have leaves the KL as it is."""
+    """Return the KL of the bases: a bijection that both distributions share does not change it."""
     if len(q.transforms) != len(p.transforms) or q.event_shape != p.event_shape:
         return None
     pairs = zip(q.transforms, p.transforms, strict=True)
@@ -168,7 +174,10 @@ def _of_transformed(q: Any, p: Any) -> Tensor | None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Tell whether two transforms are one, or two of the same numbers; tensors must be one."""
+    """Return True if two transforms are one object, or equal up to shared tensors.
+
+    Numbers are compared by value. Tensors and modules must be the same objects.
+    """
     if one is other:
         return True
     if type(one) is not type(other) or isinstance(one, Tensor | nn.Module):
@@ -188,7 +197,7 @@ def _made_of(transform: Transform) -> list[Any]:
 
 
 def _of_bernoulli(q: D.Bernoulli, p: D.Bernoulli) -> Tensor:
-    """From the logits: probabilities are rounded to zero and to one."""
+    """Return the KL from the logits, because probabilities are rounded to zero and one."""
     dtype, one, other = q.logits.dtype, q.logits.double(), p.logits.double()
     probs = one.sigmoid()
     probs = torch.where(_given(q, 0.0), 0.0, torch.where(_given(q, 1.0), 1.0, probs))
@@ -200,20 +209,20 @@ def _of_bernoulli(q: D.Bernoulli, p: D.Bernoulli) -> Tensor:
 
 
 def _given(distribution: D.Bernoulli, probability: float) -> Tensor:
-    """Tell where zero or one was given, of which torch makes a logit that is clamped."""
+    """Return True where the probability was passed as zero or one, so torch clamps its logit."""
     eps = torch.finfo(distribution.logits.dtype).eps
     clamped = distribution.logits.abs() < 1.001 * math.log((1 - eps) / eps)
     return (distribution.probs == probability) & clamped
 
 
 def _times(probs: Tensor, log_prob: Tensor) -> Tensor:
-    """Return the product, and zero where the probability is."""
+    """Return the product, which is zero wherever the probability is zero."""
     return torch.where(probs == 0, 0.0, probs * log_prob)
 
 
 def _of_categorical(q: D.Categorical, p: D.Categorical) -> Tensor:
     tiny = math.log(torch.finfo(p.logits.dtype).tiny)
-    impossible = (p.probs == 0) & (p.logits > tiny)  # zero as given, of which torch makes a logit
+    impossible = (p.probs == 0) & (p.logits > tiny)  # passed as zero, so torch clamps the logit
     log_p = torch.where(impossible, -math.inf, p.logits)
     return torch.where(q.probs == 0, 0.0, q.probs * (q.logits - log_p)).sum(-1)
 

@@ -1,4 +1,4 @@
-"""Mixtures: of diagonal Gaussians, with a reparameterised sample; of any distributions, even."""
+"""Mixtures of diagonal Gaussians, reparameterized, and uniform mixtures of any distributions."""
 
 from __future__ import annotations
 
@@ -23,30 +23,31 @@ class MixtureOfDiagNormals(TorchDistribution):
 
     .. math:: q(z) = \sum_k \pi_k \prod_d \mathcal{N}(z_d; \mu_{kd}, \sigma_{kd}^2)
 
-    A sample has gradients to all parameters, the weights included, though its component is drawn
-    at random: by implicit reparameterisation (Figurnov et al. 2018, eq. 5-6, and section 3.2 for
+    Samples are reparameterized: they have gradients with respect to all parameters, including the
+    weights. This is implicit reparameterization (Figurnov et al. 2018, eq. 5-6, and section 3.2 for
     more dimensions) of :math:`F_d(z) = Q(z_d | z_{<d}) = \sum_k \pi_k(z_{<d}) \Phi_{kd}(z_d)`,
 
     .. math:: \partial z = -\Bigl(\frac{\partial F}{\partial z}\Bigr)^{-1} \partial_\theta F
 
-    whose Jacobian is a lower triangle. Gradients of first order only.
+    The Jacobian is lower triangular. Only first-order gradients are available.
 
-    The gradient to the weights comes from draws between the components. The farther apart these
-    are, the rarer such draws, and the larger their share: no bias, but from some six standard
-    deviations on the gradient to the weights is practically zero until one comes.
+    The gradient with respect to the weights comes from samples between components. The farther
+    apart the components, the rarer these samples and the larger their contributions. The gradient
+    is unbiased. But from a distance of about six standard deviations, it is practically zero until
+    such a sample occurs.
 
     Args:
-        logits: of the weights, ``(*batch, K)``.
+        logits: logits of the weights, ``(*batch, K)``.
         loc: means, ``(*batch, K, D)``.
         scale: standard deviations, ``(*batch, K, D)``.
 
     Shape:
-        batch shape ``batch``, event shape ``(D,)``; a sample costs :math:`O(K D^2)`. One mixture
-        that is asked for many values (batch shape ``()``) scores them by a matrix product, so that
-        K may be tens of thousands.
+        the batch shape is ``batch`` and the event shape is ``(D,)``. A sample costs
+        :math:`O(K D^2)`. With batch shape ``()``, many values are scored by one matrix product, so
+        that K may be tens of thousands.
 
     Raises:
-        ValueError: the shapes do not fit, or validation finds a scale that is not positive.
+        ValueError: The shapes do not match. With validation on, a scale is not positive.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -76,11 +77,11 @@ class MixtureOfDiagNormals(TorchDistribution):
             or loc.shape != scale.shape
         ):
             raise ValueError(
-                "a mixture needs logits (..., K), loc (..., K, D) and scale (..., K, D), got "
-                f"{tuple(logits.shape)}, {tuple(loc.shape)} and {tuple(scale.shape)}"
+                "a mixture needs logits (..., K), loc (..., K, D) and scale (..., K, D), "
+                f"got shapes {tuple(logits.shape)}, {tuple(loc.shape)} and {tuple(scale.shape)}"
             )
         batch = torch.broadcast_shapes(logits.shape[:-1], loc.shape[:-2])
-        # Of their own batch shapes: to expand a mixture must not make many of one.
+        # Keep the parameters' own batch shapes, so that expand does not copy the mixture.
         self.logits, self.loc, self.scale = logits.log_softmax(-1), loc, scale
         super().__init__(batch, loc.shape[-1:], validate_args=validate_args)
 
@@ -121,7 +122,7 @@ class MixtureOfDiagNormals(TorchDistribution):
         return self.logits + self._log_scalars(value).sum(-1)
 
     def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
-        """Draw ``(*sample, *batch, D)``."""
+        """Sample ``(*sample, *batch, D)``."""
         with torch.no_grad():
             logits = self.logits.expand(*self.batch_shape, -1)
             component = Categorical(logits=logits).sample(sample_shape)
@@ -141,11 +142,11 @@ class MixtureOfDiagNormals(TorchDistribution):
         return (self.logits.exp().unsqueeze(-1) * self.loc).sum(-2)
 
     def _log_prob_of_rows(self, value: Tensor) -> Tensor:
-        r"""Score values by one mixture.
+        r"""Score values under a single mixture.
 
-        The square in :math:`-\tfrac12 \sum_d (z_d - \mu_{kd})^2 / \sigma_{kd}^2` is multiplied
-        out: all pairs are one matrix product of (z^2, z) with (-1/(2 sigma^2), mu/sigma^2). It
-        cancels: hence float64.
+        Expand the square in :math:`-\tfrac12 \sum_d (z_d - \mu_{kd})^2 / \sigma_{kd}^2`. Then all
+        pairs are one matrix product of (z^2, z) with (-1/(2 sigma^2), mu/sigma^2). Use float64,
+        because of cancellation.
         """
         loc, scale = self.loc.double(), self.scale.double()
         precision = scale.reciprocal().square()
@@ -164,19 +165,19 @@ class MixtureOfDiagNormals(TorchDistribution):
         return log_prob.expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
 
     def _log_scalars(self, value: Tensor) -> Tensor:
-        """Log-densities of each dimension under each component, ``(..., K, D)``."""
+        """Return the log-density of each dimension under each component, ``(..., K, D)``."""
         standardised = (value.unsqueeze(-2) - self.loc) / self.scale
         return -0.5 * (standardised.square() + math.log(2 * math.pi)) - self.scale.log()
 
     def _with_gradient(self, value: Tensor) -> Tensor:
         standardised = (value.unsqueeze(-2) - self.loc) / self.scale
         log_scalars = self._log_scalars(value)
-        before = log_scalars.cumsum(-1) - log_scalars  # of the dimensions before
+        before = log_scalars.cumsum(-1) - log_scalars  # sum over the preceding dimensions
         weights = (self.logits.unsqueeze(-1) + before).softmax(-2)
         below = torch.special.ndtr(standardised)
         uniform = (weights * below).sum(-2)
         with torch.no_grad():
-            slope = -standardised / self.scale  # of log_scalars in z
+            slope = -standardised / self.scale  # derivative of log_scalars with respect to z
             jacobian = (weights * below).mT @ slope
             jacobian = jacobian - uniform.unsqueeze(-1) * (weights.mT @ slope)
             density = (weights * log_scalars.exp()).sum(-2)
@@ -190,16 +191,18 @@ class MixtureOfDiagNormals(TorchDistribution):
 
 
 class UniformMixture(TorchDistribution):
-    r""":math:`\frac1N \sum_n q_n(z)` of distributions that are rows of one or of several batches.
+    r"""The uniform mixture :math:`\frac1N \sum_n q_n(z)` of all rows of one or several batches.
 
     Args:
-        parts: each of a batch shape that ends in ``(n_i,)``, N in all, and one event shape.
+        parts: distributions of batch shape ``(n_i,)``, N rows in all, with the same event shape.
 
     Shape:
-        batch shape ``()``, event shape that of the parts. Values are scored under all N rows.
+        the batch shape is ``()`` and the event shape is that of the parts. Values are scored under
+        all N rows.
 
     Raises:
-        ValueError: there are no parts, or their events differ.
+        ValueError: There are no parts, or a batch shape is not ``(n,)``, or the event shapes
+            differ.
     """
 
     arg_constraints = {}  # noqa: RUF012 - as torch declares them
@@ -209,14 +212,14 @@ class UniformMixture(TorchDistribution):
         events = {part.event_shape for part in self.parts}
         if len(events) != 1 or any(len(part.batch_shape) != 1 for part in self.parts):
             raise ValueError(
-                "a mixture needs parts of batch shape (n,) and of one event shape, got "
+                "UniformMixture needs parts of batch shape (n,) and of one event shape, got "
                 f"{[(tuple(p.batch_shape), tuple(p.event_shape)) for p in self.parts]}"
             )
         super().__init__(torch.Size(), events.pop(), validate_args=False)
 
     @property
     def support(self) -> constraints.Constraint:
-        """That of the parts."""
+        """The support of the parts."""
         return self.parts[0].support
 
     def expand(self, batch_shape, _instance=None) -> UniformMixture:
@@ -228,14 +231,14 @@ class UniformMixture(TorchDistribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-density, ``(...)``, of values ``(..., *event)``."""
+        """Return the log-density ``(...)`` of values ``(..., *event)``."""
         rows = value.unsqueeze(-1 - self.event_dim)
         scores = torch.cat([part.log_prob(rows) for part in self.parts], -1)
         log_prob = scores.logsumexp(-1) - math.log(scores.shape[-1])
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
-        """Draw ``(*sample, *batch, *event)``: a row at random, then from its distribution."""
+        """Sample a row at random, then a value ``(*sample, *batch, *event)`` of that row."""
         with torch.no_grad():
             shape = torch.Size(sample_shape) + self.batch_shape
             sizes = [part.batch_shape[0] for part in self.parts]

@@ -1,8 +1,8 @@
-"""The true support of a distribution: where its density lives.
+"""The true support of a distribution, where its density is above zero.
 
-The support that a distribution states may be wider. A von Mises distribution states the real line
-and means angles; a transformed distribution states all that its last transform can give. A guide
-on too wide a support has no density that the model could be compared with.
+The stated support, ``fn.support``, may be too wide. A von Mises distribution states the real line,
+but its values are angles. A transformed distribution states the whole codomain of its last
+transform. A guide on too wide a support has mass where the model has no density.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from torch.distributions.transforms import Transform
 from pyro_vae.distributions._circular import circle
 
 _TRANSFORMED = torch_distributions.TransformedDistribution
-_STATED = _TRANSFORMED.support  # as a class that says nothing else has it
+_STATED = _TRANSFORMED.support  # the support of every subclass that does not override it
 _NO_DENSITY = {
-    dist.Delta: "it has one value. Write pyro.deterministic in place of pyro.sample",
-    dist.Empirical: "its values are a finite set. Enumerate their numbers instead",
+    dist.Delta: "it has one value. Use pyro.deterministic instead of pyro.sample",
+    dist.Empirical: "its values are a finite set. Sample the index of a value instead",
     dist.ZeroInflatedDistribution: (
-        "zero has a probability of its own. Sample its gate and its value at two sites"
+        "zero has positive probability. Sample its gate and its value at two sites"
     ),
 }
-# An interval that may have no end; older versions of torch lack it.
+# Its support is an interval that may be unbounded. Older versions of torch lack it.
 _GENERALIZED_PARETO = getattr(torch_distributions, "GeneralizedPareto", torch_distributions.Pareto)
 _OPEN_ABOVE = (constraints.greater_than, constraints.greater_than_eq)
 _BETWEEN = (constraints.interval, constraints.half_open_interval)
 
 
 def states_too_wide(fn: Any) -> bool:
-    """Tell whether a distribution may state more than its support, without a look at numbers."""
+    """Return True if the class of a distribution may state more than its true support."""
     return isinstance(
         fn,
         torch_distributions.VonMises
@@ -54,11 +54,11 @@ def states_too_wide(fn: Any) -> bool:
 
 
 def support_of(fn: Any) -> Constraint:
-    """Return the support of a distribution as far as its density is above zero.
+    """Return the support of a distribution, where its density is above zero.
 
     Raises:
-        ValueError: The distribution states no support. Or it is no density on an open set of
-            numbers. Or its support cannot be told from its parts.
+        ValueError: The distribution states no support, or has no density on an open set of
+            numbers. Or its support cannot be derived from its parts.
     """
     support = _support_of(fn)
     if missing := len(fn.event_shape) - support.event_dim:
@@ -102,20 +102,20 @@ def _stated(fn: Any) -> Constraint:
         return fn.support
     except NotImplementedError:
         raise ValueError(
-            f"{type(fn).__name__} states no support. Give its class one, such as "
-            "`support = constraints.real_vector` if all vectors have a density above zero"
+            f"{type(fn).__name__} states no support. Add one to its class, such as "
+            "`support = constraints.real_vector` if every vector has a density above zero"
         ) from None
 
 
 def _require_density(fn: Any) -> None:
-    """Refuse a continuous support where there is mass at points, or none on one side."""
+    """Raise ValueError if the distribution has mass at points, or no density on one side."""
     reason = next((why for cls, why in _NO_DENSITY.items() if isinstance(fn, cls)), None)
     if reason is not None and not fn.support.is_discrete:
         raise ValueError(f"{type(fn).__name__} has no density: {reason}")
     if isinstance(fn, dist.Stable) and ((fn.stability < 1) & (fn.skew.abs() == 1)).any():
         raise ValueError(
-            "Stable with a stability below 1 and a skew of -1 or 1 has a density on one side of "
-            "its location alone: take a skew between them"
+            "Stable with a stability below 1 and a skew of -1 or 1 has a density only on one side "
+            "of its location: use a skew between -1 and 1"
         )
 
 
@@ -126,7 +126,7 @@ def _of_components(fn: torch_distributions.MixtureSameFamily) -> Constraint:
 
 
 def _first_along(support: Constraint, axis: int) -> Constraint:
-    """Take a dimension out of the bounds of a support that are equal along it."""
+    """Remove a dimension from the bounds of a support, which must be equal along it."""
     support = copy.copy(support)
     for attribute, value in vars(support).items():
         if isinstance(value, Constraint):
@@ -135,8 +135,8 @@ def _first_along(support: Constraint, axis: int) -> Constraint:
             first = value.select(axis, 0)
             if not (value == first.unsqueeze(axis)).all():
                 raise ValueError(
-                    "its components have different supports. Write a mixture of one support, or "
-                    "enumerate the component as a site of its own"
+                    "its components have different supports. Use components of equal support, or "
+                    "make the component a site that is enumerated"
                 )
             setattr(support, attribute, first)
     return support
@@ -151,11 +151,11 @@ def _folded(support: Constraint) -> Constraint:
 
 
 def image(support: Constraint, transform: Transform) -> Constraint:
-    """Return where a transform takes a support.
+    """Return the image of a support under a transform.
 
     Raises:
-        ValueError: The transform is not one to one, or is not defined on all of the support, or
-            takes a part of its domain to a support that has no name.
+        ValueError: The transform is not one-to-one, or is not defined on all of the support. Or the
+            image has no name as a constraint.
     """
     name = type(transform).__name__
     if isinstance(transform, transforms.ComposeTransform):
@@ -165,9 +165,9 @@ def image(support: Constraint, transform: Transform) -> Constraint:
     misstated = isinstance(transform, ELUTransform)
     if misstated or not transform.bijective:
         reason = (
-            "states positive values, but gives those from -1 on"
+            "states positive values, but its values start at -1"
             if misstated
-            else ("is not one to one, so that its values have no density")
+            else ("is not one-to-one, so its values have no density")
         )
         raise ValueError(f"{name} {reason}")
     scalar, scalar_support = _scalar(transform), _scalar_support(support)
@@ -182,17 +182,17 @@ def image(support: Constraint, transform: Transform) -> Constraint:
         extra = support.event_dim - len(transform.in_shape)
         return _independent(scalar_support, max(0, extra) + len(transform.out_shape))
     raise ValueError(
-        f"{name} maps its whole domain, {transform.domain}, onto {transform.codomain}, but the "
-        f"values before it are those of {support} alone, whose image has no name here. Sample the "
+        f"{name} maps its domain {transform.domain} onto {transform.codomain}, but its input is "
+        f"only {support}, whose image is not a named constraint. Sample the "
         "values before the transform at a site, and apply the transform in the model"
     )
 
 
 def _scalar(transform: Transform) -> Transform | None:
-    """Return a transform of each number for itself, None if it is of vectors."""
+    """Return the elementwise transform, or None if the transform acts on vectors."""
     while isinstance(transform, transforms.IndependentTransform):
         transform = transform.base_transform
-    affine = isinstance(transform, transforms.AffineTransform)  # may call its dimensions an event
+    affine = isinstance(transform, transforms.AffineTransform)  # its event_dim may be above zero
     return transform if affine or transform.domain.event_dim == 0 else None
 
 
@@ -200,21 +200,23 @@ def _scalar_image(support: Constraint, transform: Transform) -> Constraint:
     inside, outside = _bounds(support), _bounds(_scalar_support(transform.domain))
     codomain = _bounds(_scalar_support(transform.codomain))
     if inside is None or outside is None or codomain is None:
-        raise ValueError(f"the image of {support} under {type(transform).__name__} has no name")
+        raise ValueError(
+            f"the image of {support} under {type(transform).__name__} is not a named constraint"
+        )
     (lower, upper), (least, most), (first, last) = (
         [torch.as_tensor(bound).double() for bound in bounds]
         for bounds in (inside, outside, codomain)
     )
     if (lower < least).any() or (upper > most).any():
         raise ValueError(
-            f"{type(transform).__name__} is defined on {transform.domain}, but the values before "
-            f"it are those of {support}"
+            f"{type(transform).__name__} is defined on {transform.domain}, but its input has the "
+            f"support {support}"
         )
     at_lower, at_upper = _at(transform, lower), _at(transform, upper)
     rising = at_lower < at_upper
     low = torch.where(rising, at_lower, at_upper)
     high = torch.where(rising, at_upper, at_lower)
-    # At an end of its domain a transform may round, or be clamped.
+    # At the ends of the domain, use the codomain's ends: the transform may round or clamp there.
     low = torch.where(torch.where(rising, lower == least, upper == most), first, low)
     high = torch.where(torch.where(rising, upper == most, lower == least), last, high)
     used = [v for v in (*inside, *vars(transform).values()) if isinstance(v, Tensor) and v.dim()]
@@ -222,7 +224,7 @@ def _scalar_image(support: Constraint, transform: Transform) -> Constraint:
 
 
 def _at(transform: Transform, bound: Tensor) -> Tensor:
-    """Return a transform at a bound, without the parameters that do not matter there."""
+    """Return a transform at a bound, without the parameters that have no effect there."""
     if not isinstance(transform, transforms.AffineTransform):
         return transform(bound)
     loc, scale = (torch.as_tensor(v).to(bound) for v in (transform.loc, transform.scale))
@@ -232,7 +234,7 @@ def _at(transform: Transform, bound: Tensor) -> Tensor:
 
 
 def _fills(support: Constraint, domain: Constraint) -> bool:
-    """Tell whether a support is all of a domain."""
+    """Return True if a support is the whole domain."""
     if isinstance(domain, constraints.cat | constraints.stack):
         return all(_fills(support, each) for each in domain.cseq)
     real, whole = _scalar_support(support), _scalar_support(domain)
@@ -246,7 +248,7 @@ def _fills(support: Constraint, domain: Constraint) -> bool:
 
 
 def _scalar_support(support: Constraint) -> Constraint | None:
-    """Return the support of each number by itself, None if it is of vectors."""
+    """Return the support of each number, or None if the support is one of vectors."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     if support is constraints.real_vector:
@@ -255,7 +257,7 @@ def _scalar_support(support: Constraint) -> Constraint | None:
 
 
 def _bounds(support: Constraint | None) -> tuple[Any, Any] | None:
-    """Return the ends of an interval of real numbers, None for another support."""
+    """Return the ends of an interval of real numbers, or None for another support."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     if support is constraints.real:
@@ -270,7 +272,7 @@ def _bounds(support: Constraint | None) -> tuple[Any, Any] | None:
 
 
 def _between(lower: Any, upper: Any) -> Constraint:
-    """Return the interval between two bounds, each of them a number or a tensor."""
+    """Return the interval between two bounds, which are numbers or tensors."""
     no_lower, no_upper = _infinite(lower, -math.inf), _infinite(upper, math.inf)
     if no_lower and no_upper:
         return constraints.real
@@ -285,8 +287,8 @@ def _infinite(bound: Any, value: float) -> bool:
     infinite = torch.as_tensor(bound) == value
     if infinite.any() and not infinite.all():
         raise ValueError(
-            "its support is bounded for some numbers of the value and not for others. Sample the "
-            "two kinds at sites of their own"
+            "its support is bounded for some elements of the value and unbounded for others. "
+            "Sample the two kinds at two sites"
         )
     return bool(infinite.all())
 
@@ -306,7 +308,7 @@ def _independent(support: Constraint, event_dim: int) -> Constraint:
 
 
 def _equal(one: Constraint, other: Constraint) -> bool:
-    """Tell whether two supports are the same."""
+    """Return True if two supports are equal."""
     if isinstance(one, constraints.independent) and isinstance(other, constraints.independent):
         same = one.reinterpreted_batch_ndims == other.reinterpreted_batch_ndims
         return same and _equal(one.base_constraint, other.base_constraint)

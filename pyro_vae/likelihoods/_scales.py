@@ -104,7 +104,7 @@ class ScalePerOutput(Scale):
         self.raw = nn.Parameter(torch.full(shape, _raw_of(initial)))
 
     def forward(self, outputs: Tensor, *raw: Tensor) -> Tensor:
-        """Return the scales, of shape ``shape``."""
+        """Return the scales, of the shape passed to the constructor."""
         shape = self.raw.shape
         last = outputs.shape[max(outputs.dim() - len(shape), 0) :]
         if len(last) < len(shape) or any(n not in (1, m) for n, m in zip(shape, last, strict=True)):
@@ -180,7 +180,7 @@ class OptimalScale(nn.Module):
 
     @torch.no_grad()
     def update(self, deviation: Tensor) -> None:
-        """Update the running average with a minibatch's mean squared or absolute error, shape ()."""
+        """Update the running average with a minibatch's mean error, a tensor of shape ()."""
         later = self.average.lerp(deviation.to(self.average.dtype), self.momentum)
         self.average.copy_(torch.where(self.num_batches == 0, deviation, later))
         self.num_batches.add_(1)

@@ -1,4 +1,4 @@
-"""Networks: tensors in, tensors out. They know no site, no plate and no distribution."""
+"""Networks from tensors to tensors, without sites, plates or distributions."""
 
 from pyro_vae.nets._convolutional import ConvDecoder, ConvEncoder
 from pyro_vae.nets._dense import MLP, GatedMLP

@@ -1,4 +1,4 @@
-"""Convolutional networks of images."""
+"""Convolutional networks for images."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from pyro_vae.nets._images import ImageDecoder, ImageEncoder, checked_image_shap
 
 @records_init_args
 class ConvEncoder(ImageEncoder):
-    r"""Strided convolutions, each of which halves height and width, rounded up.
+    r"""Strided convolutions. Each halves height and width, rounded up.
 
     Args:
         image_shape: (C, H, W), of any size.
-        channels: of the convolutions, each followed by the activation.
-        activation: makes the nonlinearity.
+        channels: output channels of each convolution. The activation follows each.
+        activation: class or function that creates the nonlinearity.
 
     Attributes:
-        out_features: F, how many features an image has.
+        out_features: F, the number of features of an image.
 
     Shape:
         ``(..., C, H, W)`` to ``(..., F)``, for any leading dimensions.
 
     Raises:
-        ValueError: a size is not positive, or there are no channels; when called, x does not end
-            in ``image_shape``.
+        ValueError: A size is not positive, or ``channels`` is empty. Or, in a call, the shape of x
+            does not end in ``image_shape``.
         TypeError: ``channels`` is a number.
 
     Example:
@@ -56,20 +56,21 @@ class ConvEncoder(ImageEncoder):
 
 @records_init_args
 class ConvDecoder(ImageDecoder):
-    r"""A dense layer, then transposed convolutions, each of which doubles height and width.
+    r"""A dense layer, then transposed convolutions. Each convolution doubles height and width.
 
     Args:
-        in_features: how many numbers an image is made of.
-        image_shape: (C, H, W), of any size: odd ones come out as they are.
-        channels: of the layers, the smallest maps first: an encoder's, in reverse.
-        parameters_per_output: P, how many numbers a likelihood takes for each number of x.
-        activation: makes the nonlinearity between layers.
+        in_features: size of the last dimension of the input.
+        image_shape: (C, H, W), of any size. Odd heights and widths are exact, too.
+        channels: input channels of each convolution, smallest maps first: those of the encoder in
+            reverse.
+        parameters_per_output: P, the number of parameters of the likelihood per number of x.
+        activation: class or function that creates the nonlinearity between layers.
 
     Shape:
         ``(..., in_features)`` to ``(..., P C, H, W)``, for any leading dimensions.
 
     Raises:
-        ValueError: a size is not positive, or there are no channels.
+        ValueError: A size is not positive, or ``channels`` is empty.
         TypeError: ``channels`` is a number.
 
     Example:
@@ -96,7 +97,7 @@ class ConvDecoder(ImageDecoder):
         checked_image_shape(image_shape, channels)
         layers: list[nn.Module] = []
         for size, next_size, made in enlargements(image_shape, channels, parameters_per_output):
-            padding = [1 - n % 2 for n in made]  # 2n - 1 of n, or 2n
+            padding = [1 - n % 2 for n in made]  # from n to 2n - 1 or 2n
             layers += [
                 activation(),
                 nn.ConvTranspose2d(size, next_size, 3, stride=2, padding=1, output_padding=padding),

@@ -16,7 +16,7 @@ class _Dense(nn.Sequential):
     """Layers over the last dimension, the first of them linear."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the layers make of x."""
+        """Return the output of the layers for x."""
         try:
             return super().forward(x)
         except (AttributeError, NotImplementedError, RuntimeError, TypeError):
@@ -32,16 +32,16 @@ class MLP(_Dense):
 
     Args:
         in_features: size of the last dimension of the input.
-        hidden: sizes of the hidden layers, each followed by the activation.
-        out_features: size of a last linear layer; without it the output is the last hidden layer,
-            activation included, as an amortized guide's encoder wants it.
-        activation: makes the nonlinearity between layers.
+        hidden: sizes of the hidden layers. The activation follows each.
+        out_features: size of a last linear layer. Without it, the output is the last hidden layer
+            after its activation, as an encoder of an amortized guide needs it.
+        activation: class or function that creates the nonlinearity between layers.
 
     Shape:
         (..., in_features) to (..., out_features or hidden[-1]), for any leading dimensions.
 
     Raises:
-        ValueError: neither hidden layers nor ``out_features``; a size that is not positive.
+        ValueError: There are neither hidden layers nor ``out_features``, or a size is not positive.
         TypeError: ``hidden`` is a number.
 
     Example:
@@ -73,19 +73,19 @@ class GatedMLP(_Dense):
 
     .. math:: h = (A x + a) \odot \sigma(B x + b)
 
-    There is no other nonlinearity. All weights begin at draws of
+    There is no other nonlinearity. The initial weights are samples from
     :math:`\mathcal{N}(0, 2 / \text{fan-in})`.
 
     Args:
         in_features: size of the last dimension of the input.
         hidden: sizes of the gated layers.
-        out_features: size of a last linear layer; without it the output is the last gated layer.
+        out_features: size of a last linear layer. Without it, the output is the last gated layer.
 
     Shape:
         (..., in_features) to (..., out_features or hidden[-1]), for any leading dimensions.
 
     Raises:
-        ValueError: neither hidden layers nor ``out_features``; a size that is not positive.
+        ValueError: There are neither hidden layers nor ``out_features``, or a size is not positive.
         TypeError: ``hidden`` is a number.
 
     Example:
@@ -114,7 +114,7 @@ def layer_sizes(
     """Return the sizes of the input and of the hidden layers.
 
     Raises:
-        ValueError: neither hidden layers nor ``out_features``; a size that is not positive.
+        ValueError: There are neither hidden layers nor ``out_features``, or a size is not positive.
         TypeError: ``hidden`` is a number.
     """
     if isinstance(hidden, int):

@@ -1,4 +1,4 @@
-"""What networks of images share: their sizes, and leading dimensions around convolutions."""
+"""Base classes of image networks, which handle sizes and any leading dimensions."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pyro_vae._utils.checks import require_floats, require_same_type, require_te
 
 
 class ImageEncoder(nn.Module):
-    """Applies layers to images, whatever dimensions lead, and flattens what comes out.
+    """Apply layers to images with any leading dimensions, and flatten the output.
 
     Args:
         image_shape: (C, H, W).
-        channels: of the layers; each halves height and width, rounded up.
-        layers: from ``(N, C, H, W)`` to ``(N, channels[-1], h, w)``.
+        channels: output channels of each layer. Each layer halves height and width, rounded up.
+        layers: module from ``(N, C, H, W)`` to ``(N, channels[-1], h, w)``.
 
     Attributes:
-        out_features: F, how many features an image has.
+        out_features: F, the number of features of an image.
 
     Shape:
         ``(..., C, H, W)`` to ``(..., F)``.
@@ -37,13 +37,13 @@ class ImageEncoder(nn.Module):
         """Return the features of images.
 
         Raises:
-            TypeError: x is no tensor of floating-point numbers of the type of the weights.
-            ValueError: x does not end in the image's shape.
+            TypeError: x is not a floating-point tensor of the dtype of the weights.
+            ValueError: The shape of x does not end in ``image_shape``.
         """
         if tuple(require_tensor("x", x).shape[-3:]) != self.image_shape:
             raise ValueError(
-                f"{type(self).__name__} expects images x (..., C, H, W) that end in "
-                f"{self.image_shape}, got shape {tuple(x.shape)}: reshape them, rows by "
+                f"x must have shape (..., C, H, W) ending in {self.image_shape} for "
+                f"{type(self).__name__}, got shape {tuple(x.shape)}: reshape it, flat rows with "
                 f"nn.Unflatten(-1, {self.image_shape})"
             )
         require_floats("x", x, self.image_shape)
@@ -54,15 +54,15 @@ class ImageEncoder(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """Makes small maps of features, and applies layers that enlarge them to images.
+    """Make small feature maps, and apply layers that enlarge them to images.
 
     Args:
-        in_features: how many numbers an image is made of.
+        in_features: size of the last dimension of the input.
         image_shape: (C, H, W).
-        channels: of the layers, the smallest maps first; each doubles height and width, to what
-            the encoder has halved.
-        parameters_per_output: P, how many numbers a likelihood takes for each number of x.
-        layers: from ``(N, channels[0], h, w)`` to ``(N, P C, H, W)``.
+        channels: input channels of each layer, smallest maps first. Each layer doubles height and
+            width, and so inverts a halving of the encoder.
+        parameters_per_output: P, the number of parameters of the likelihood per number of x.
+        layers: module from ``(N, channels[0], h, w)`` to ``(N, P C, H, W)``.
 
     Shape:
         ``(..., in_features)`` to ``(..., P C, H, W)``.
@@ -93,8 +93,8 @@ class ImageDecoder(nn.Module):
         """Return images, or parameters of images.
 
         Raises:
-            TypeError: z is no tensor of floating-point numbers of the type of the weights.
-            ValueError: z does not end in ``in_features``.
+            TypeError: z is not a floating-point tensor of the dtype of the weights.
+            ValueError: The last dimension of z is not ``in_features``.
         """
         require_floats("z", z, (self.first.in_features,))
         require_same_type("z", z, self.first.weight)
@@ -106,11 +106,11 @@ class ImageDecoder(nn.Module):
 def checked_image_shape(
     image_shape: Sequence[int], channels: Sequence[int]
 ) -> tuple[int, int, int]:
-    """Return the shape of images.
+    """Return the shape of images as a tuple.
 
     Raises:
-        ValueError: it is not of three positive sizes, or there are no channels, or one is not
-            positive.
+        ValueError: ``image_shape`` does not have three positive sizes. Or ``channels`` is empty or
+            has a number that is not positive.
         TypeError: ``channels`` is a number.
     """
     if isinstance(channels, int):
@@ -125,7 +125,7 @@ def checked_image_shape(
 
 
 def halvings(image_shape: Sequence[int], channels: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield height and width of an image and, for each layer, what is left of them."""
+    """Yield the height and width of an image, then those after each layer."""
     height, width = image_shape[1:]
     yield height, width
     for _ in channels:
@@ -136,7 +136,7 @@ def halvings(image_shape: Sequence[int], channels: Sequence[int]) -> Iterator[tu
 def enlargements(
     image_shape: Sequence[int], channels: Sequence[int], parameters_per_output: int
 ) -> Iterator[tuple[int, int, tuple[int, int]]]:
-    """Yield, for each layer of a decoder, its channels in and out and the size that it makes.
+    """Yield each decoder layer's input channels, output channels and output size.
 
     Raises:
         ValueError: ``parameters_per_output`` is not positive.

@@ -11,19 +11,19 @@ from pyro_vae._utils.init_args import records_init_args
 
 @records_init_args
 class Joined(nn.Module):
-    """Calls a network on several tensors, one behind the other in the last dimension.
+    """Call a network on several tensors, concatenated along the last dimension.
 
-    So a decoder of p(x|z, y) or an encoder of q(z|x, y) is made of any network. Leading dimensions
-    broadcast: labels ``(B, L)`` go with samples ``(K, B, D)``.
+    This turns any network into a decoder of p(x|z, y) or an encoder of q(z|x, y). Leading
+    dimensions broadcast, such as labels ``(B, L)`` with samples ``(K, B, D)``.
 
     Args:
-        network: of the last dimension, as large as the tensors' together.
+        network: network whose input size is the sum of the tensors' last dimensions.
 
     Shape:
-        several of (..., n) to what the network makes of (..., sum of n).
+        several tensors (..., n) to the network's output for (..., sum of n).
 
     Raises:
-        ValueError: when called: there is no tensor, or one without dimensions, or the leading
+        ValueError: In a call, there is no tensor, or a tensor has no dimensions, or the leading
             dimensions do not broadcast.
 
     Example:

@@ -1,4 +1,4 @@
-"""Residual networks of images."""
+"""Residual networks for images."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pyro_vae.nets._images import ImageDecoder, ImageEncoder, checked_image_shap
 
 @records_init_args
 class ResidualBlock(nn.Module):
-    r"""A block whose way around is the identity (He et al. 2016, "Identity mappings").
+    r"""A residual block with an identity shortcut (He et al. 2016, "Identity mappings").
 
     .. math:: y = x + W_2 * a(W_1 * a(x))
 
-    with the activation a before each convolution. There is no normalisation: batch statistics
-    would mix data and particles.
+    The activation a is before each convolution. There is no batch normalization, because it would
+    mix data points and particles.
 
     Args:
-        channels: of x and y.
-        activation: makes the nonlinearity.
+        channels: number of channels of x and y.
+        activation: class or function that creates the nonlinearity.
 
     Shape:
-        ``(N, channels, H, W)`` to the same.
+        ``(N, channels, H, W)`` to the same shape.
     """
 
     def __init__(self, channels: int, activation: Callable[[], nn.Module] = nn.ReLU):
@@ -51,23 +51,23 @@ class ResidualBlock(nn.Module):
 
 @records_init_args
 class ResidualEncoder(ImageEncoder):
-    r"""Strided convolutions, each halving height and width, with residual blocks behind each.
+    r"""Strided convolutions that halve height and width, each followed by residual blocks.
 
     Args:
         image_shape: (C, H, W), of any size.
-        channels: of the strided convolutions and of the blocks behind them.
-        blocks: how many stand behind each.
-        activation: makes the nonlinearity.
+        channels: output channels of each strided convolution and its blocks.
+        blocks: number of residual blocks after each strided convolution.
+        activation: class or function that creates the nonlinearity.
 
     Attributes:
-        out_features: F, how many features an image has.
+        out_features: F, the number of features of an image.
 
     Shape:
         ``(..., C, H, W)`` to ``(..., F)``, for any leading dimensions.
 
     Raises:
-        ValueError: a size is not positive, or there are no channels or blocks; when called, x does
-            not end in ``image_shape``.
+        ValueError: A size is not positive, ``channels`` is empty, or ``blocks`` is less than one.
+            Or, in a call, the shape of x does not end in ``image_shape``.
         TypeError: ``channels`` is a number.
 
     Example:
@@ -95,23 +95,23 @@ class ResidualEncoder(ImageEncoder):
 
 @records_init_args
 class ResidualDecoder(ImageDecoder):
-    r"""A dense layer, then residual blocks, enlargement and a convolution, over and over.
+    r"""A dense layer, then stages of residual blocks, upsampling and a convolution.
 
-    Maps are enlarged to the nearest neighbour.
+    Upsampling is nearest-neighbor.
 
     Args:
-        in_features: how many numbers an image is made of.
-        image_shape: (C, H, W), of any size: odd ones come out as they are.
-        channels: of the blocks, the smallest maps first: an encoder's, in reverse.
-        parameters_per_output: P, how many numbers a likelihood takes for each number of x.
-        blocks: how many stand before each enlargement.
-        activation: makes the nonlinearity.
+        in_features: size of the last dimension of the input.
+        image_shape: (C, H, W), of any size. Odd heights and widths are exact, too.
+        channels: channels of the blocks, smallest maps first: those of the encoder in reverse.
+        parameters_per_output: P, the number of parameters of the likelihood per number of x.
+        blocks: number of residual blocks before each upsampling.
+        activation: class or function that creates the nonlinearity.
 
     Shape:
         ``(..., in_features)`` to ``(..., P C, H, W)``, for any leading dimensions.
 
     Raises:
-        ValueError: a size is not positive, or there are no channels or blocks.
+        ValueError: A size is not positive, ``channels`` is empty, or ``blocks`` is less than one.
         TypeError: ``channels`` is a number.
 
     Example:

@@ -195,19 +195,19 @@ def test_the_support_of_a_chain_of_transforms(name):
 
 
 NO_SUPPORT = {
-    "absolute": (lambda: transformed(dist.Normal(0.0, 1.0), T.AbsTransform()), "not one to one"),
+    "absolute": (lambda: transformed(dist.Normal(0.0, 1.0), T.AbsTransform()), "not one-to-one"),
     "softmax": (
         lambda: transformed(dist.Normal(torch.zeros(3), 1.0).to_event(1), T.SoftmaxTransform()),
-        "not one to one"),
+        "not one-to-one"),
     "power of what is negative": (
         lambda: transformed(dist.Normal(0.0, 1.0), T.PowerTransform(2.0)), "is defined on"),
-    "elu": (lambda: transformed(dist.Normal(0.0, 1.0), dist.transforms.ELUTransform()), "from -1"),
+    "elu": (lambda: transformed(dist.Normal(0.0, 1.0), dist.transforms.ELUTransform()), "start at -1"),
     "ordered positive numbers": (
         lambda: transformed(dist.Gamma(torch.ones(3), 1.0).to_event(1),
-                            dist.transforms.OrderedTransform()), "has no name"),
+                            dist.transforms.OrderedTransform()), "not a named constraint"),
     "bounded in part": (
         lambda: dist.GeneralizedPareto(0.0, 1.0, torch.tensor([0.3, -0.3])).to_event(1),
-        "for some numbers"),
+        "for some elements"),
     "flow without an inverse": (
         lambda: transformed(dist.Normal(torch.zeros(2), 1.0).to_event(1), PLANAR),
         "TransformedDistribution of Planar, which cannot score"),
