@@ -201,7 +201,7 @@ NO_SUPPORT = {
         "not one-to-one"),
     "power of what is negative": (
         lambda: transformed(dist.Normal(0.0, 1.0), T.PowerTransform(2.0)), "is defined on"),
-    "elu": (lambda: transformed(dist.Normal(0.0, 1.0), dist.transforms.ELUTransform()), "start at -1"),
+    "elu": (lambda: transformed(dist.Normal(0.0, 1.0), dist.transforms.ELUTransform()), "at -1"),
     "ordered positive numbers": (
         lambda: transformed(dist.Gamma(torch.ones(3), 1.0).to_event(1),
                             dist.transforms.OrderedTransform()), "not a named constraint"),

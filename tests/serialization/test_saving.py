@@ -755,7 +755,7 @@ def test_programs_that_do_not_fit_are_left_as_they_are(tmp_path):
     model, guide = own_pair()
     before = {name: tensor.clone() for name, tensor in state(model, guide).items()}
     with pytest.raises(
-        pv.serialization.UnreadableFile, match=r"no constraint or transform has the name 'os.sys"
+        pv.serialization.UnreadableFile, match=r"no constraint or transform named 'os.sys"
     ):
         pv.load(tmp_path / "pair", model, guide)
     assert all(torch.equal(before[name], t) for name, t in state(model, guide).items())
