@@ -526,7 +526,7 @@ def test_values_that_wait_for_a_first_call_are_not_lost(tmp_path):
     model, guide, (x,) = trained(latent_variable)
     fresh = guides.AmortizedNormal(model, encoder())
     fresh.load_state_dict(guide.state_dict())
-    with pytest.raises(ValueError, match="wait for its first call"):
+    with pytest.raises(ValueError, match="uses only at its first call"):
         pv.save(tmp_path / "pair", model, fresh)
     fresh(x)
     pv.save(tmp_path / "pair", model, fresh)
@@ -720,7 +720,7 @@ HOSTILE = {
 def test_priors_through_themselves_are_refused(tmp_path, through):
     pv.save(tmp_path / "pair", *trained(vamp)[:2])
     tampered(tmp_path / "pair", lambda c: c["recipe"]["through"][0].update(guide=through))
-    with pytest.raises(pv.serialization.UnreadableFile, match=r"holds no pair"):
+    with pytest.raises(pv.serialization.UnreadableFile, match=r"has no pair"):
         pv.load(tmp_path / "pair")
 
 
@@ -730,7 +730,7 @@ def test_hostile_records_are_refused_before_they_take_memory(tmp_path, name):
     pv.save(tmp_path / "pair", model, guide)
     tampered(tmp_path / "pair", HOSTILE[name])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"is not loaded|holds no pair"):
+    with pytest.raises(ValueError, match=r"is not loaded|has no pair"):
         pv.load(tmp_path / "pair")
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 300_000  # kilobytes
