@@ -78,7 +78,7 @@ def to_config(mapping: Mapping) -> list[Any]:
 
     Example:
         >>> from torch.distributions import constraints
-        >>> describe(constraints.interval(0.0, 2.0))
+        >>> to_config(constraints.interval(0.0, 2.0))
         ['interval', 0.0, 2.0]
     """
     for name, value in _NAMED.items():

@@ -166,7 +166,7 @@ def made(
     given = {name: p for name, p in (("model", model), ("guide", guide)) if p is not None}
     for name, program in given.items():
         if not callable(program):
-            raise TypeError(f"{name} must be a callable Pyro program, got {program!r}")
+            raise TypeError(f"{name} must be a Pyro program, called with x; got {program!r}")
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:

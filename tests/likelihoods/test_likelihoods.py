@@ -289,7 +289,7 @@ def brute_force(level, levels, loc, scale):
 
 
 @pytest.mark.parametrize("levels", [2, 3, 17, 256])
-def test_discretised_logistics_are_differences_of_sigmoids(levels):
+def test_discretized_logistics_are_differences_of_sigmoids(levels):
     numbers = torch.randn(200, 2) * torch.tensor([1.5, 2.0])
     numbers[:, 1] -= 2
     p = L.DiscretizedLogistic(nn.Identity(), levels)(numbers)

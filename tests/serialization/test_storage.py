@@ -490,9 +490,9 @@ def test_other_kinds_and_newer_versions_are_refused(tmp_path):
     seal(run, record | {"format_version": 2})
     refused(run, "Install a newer pyro_vae")
     seal(run, record | {"format_version": 0})
-    refused(run, "no record")
+    refused(run, "not a record")
     seal(run, record | {"format": "other"})
-    refused(run, "no record")
+    refused(run, "not a record")
 
 
 @pytest.mark.parametrize(
