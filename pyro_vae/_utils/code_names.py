@@ -1,4 +1,7 @@
-"""What the code of a function refers to: closure, globals, defaults, imports, what it wraps."""
+"""Find the objects that a function's code refers to by name.
+
+These are in its closure, globals, defaults, imports and the function that it wraps.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-# Their own objects are not looked into, nor the code of their functions and classes.
+# The search skips the objects of these packages, and the code of their functions and classes.
 PACKAGE = __name__.partition(".")[0]
 MACHINERY = {"builtins", "numpy", "pandas", "pyro", "torch"}
 _IMPORT = dis.opmap["IMPORT_NAME"]
@@ -25,21 +28,21 @@ def package(thing: Any) -> str:
 
 
 def of_libraries(thing: Any) -> bool:
-    """Tell whether a function, class or module is one of Python, torch, Pyro, numpy, this."""
+    """Return True if a function, class or module is from a known library or this package."""
     return package(thing) in _NOT_FOLLOWED
 
 
 def named_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yield what a function's code refers to by name, each with the name that leads to it.
+    """Yield the objects that a function's code refers to, each with the name that leads to it.
 
     Args:
-        function: its defaults, closure, attributes and the function that it wraps are looked at,
-            and the globals and imported modules that its code and inner functions name.
+        function: the function. Its defaults, closure, attributes and wrapped function are searched,
+            and so are the globals and imported modules that its code and inner functions name.
     """
     if "__wrapped__" in vars(function):
         yield "", function.__wrapped__
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
-        with contextlib.suppress(ValueError):  # a name that is not assigned yet
+        with contextlib.suppress(ValueError):  # the name is not assigned yet
             yield f".{name}", cell.cell_contents
     if not of_libraries(function):
         yield from _globals(function)
@@ -75,7 +78,7 @@ def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _sibling(name: str, function: types.FunctionType) -> Any:
-    """Return the module that the function imports from its own package, if it has done so."""
+    """Return the module that the function imports from its own package, if it is imported."""
     parent = function.__globals__.get("__package__")
     return sys.modules.get(f"{parent}.{name}") if parent else None
 
@@ -83,13 +86,13 @@ def _sibling(name: str, function: types.FunctionType) -> Any:
 def _attributes_of_module(
     module: types.ModuleType, name: str, names: list[str], seen: set[int]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield those attributes of a module whose names the code has, also through submodules.
+    """Yield the attributes of a module and its submodules that the code names.
 
     Args:
-        module: that the code has by a name.
-        name: that leads to it.
-        names: all that the code has.
-        seen: ids of modules that were looked into.
+        module: module that the code names.
+        name: name that leads to the module.
+        names: all names in the code.
+        seen: ids of the modules searched so far.
     """
     if of_libraries(module):
         return

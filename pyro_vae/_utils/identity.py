@@ -1,4 +1,4 @@
-"""Which program a callable is, under its partials and Pyro's handlers."""
+"""Identify the program inside partials and Pyro's handlers."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ from pyro.poutine.messenger import Messenger
 
 
 def owner_of(program: Callable[..., Any]) -> Any:
-    """Return the object that a program lives as long as: itself, or a method's instance."""
+    """Return the object whose lifetime a program shares: the function, or a method's instance."""
     core = _core(program)
     return getattr(core, "__self__", core)
 
 
 def method_of(program: Callable[..., Any]) -> Any:
-    """Return what tells apart the programs of one owner.
+    """Return a key that distinguishes the programs of one owner.
 
-    Two partials of a function with equal arguments are one program. Numbers, texts, arrays and
-    containers of them are compared by type and value; tensors, modules and other objects by
-    identity, or by the ``==`` that their class has, if they can be hashed.
+    Two partials of a function with equal arguments are one program. Numbers, strings, arrays and
+    containers of them are compared by type and value. Hashable objects are compared by ``==``,
+    which is identity for tensors and modules. All other objects are compared by identity.
     """
     of_owner = getattr(_core(program), "__func__", None)
     if not isinstance(program, functools.partial):
         return of_owner
     if (handler := _handler(program)) is not None:
-        return of_owner, handler  # not the function: the key must not keep its owner alive
+        return of_owner, handler  # no function, which would keep the owner alive
     try:
         return of_owner, (_key(program.args), _key(program.keywords))
-    except RecursionError:  # an argument holds itself
-        return of_owner, weakref.ref(program)  # this very partial; it would keep its owner alive
+    except RecursionError:  # an argument contains itself
+        return of_owner, weakref.ref(program)  # weak, so that the owner is not kept alive
 
 
 def function_of(method: Any) -> Any:
-    """Return the function of what :func:`method_of` gave, without the arguments of a partial."""
+    """Return the function of a key from :func:`method_of`, without the arguments of a partial."""
     return method[0] if isinstance(method, tuple) else method
 
 
 def _core(program: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function or method inside of partials and Pyro's handlers."""
+    """Return the function or method inside partials and Pyro's handlers."""
     while isinstance(program, functools.partial):
         program = program.func if _handler(program) is None else program.args[-1]
     return program
 
 
 def _handler(program: functools.partial) -> Messenger | None:
-    """The handler, if this is one applied to a function: a partial of poutine's of the two."""
+    """Return the Pyro handler if the partial is one applied to a function, or None."""
     return next((a for a in program.args if isinstance(a, Messenger)), None)
 
 
 def _key(value: Any) -> Any:
-    """Make something hashable that is equal for equal values of one type."""
+    """Return a hashable key that is equal for equal values of one type."""
     kind = type(value)
     if isinstance(value, Mapping):
         return kind, frozenset((_key(k), _key(v)) for k, v in value.items())
@@ -85,7 +85,7 @@ def _keys(values: Iterable[Any]) -> tuple:
 
 
 class _Same:
-    """An object that is equal to itself alone, and lives as long as this."""
+    """A key that compares an object by identity and keeps it alive."""
 
     def __init__(self, thing: Any):
         self._thing = thing

@@ -1,4 +1,4 @@
-"""How an object was made: its class and its arguments, remembered for whoever makes it again."""
+"""Record the class and constructor arguments of an object, so that it can be rebuilt."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _INIT_ARGS = "_making"
 
 @dataclass(frozen=True)
 class Unknown:
-    """In place of an argument that no recipe can tell: what kind of thing it was."""
+    """Placeholder for an argument that a recipe cannot hold, with the kind of the argument."""
 
     kind: str
 
 
 @dataclass(frozen=True)
 class Described:
-    """In place of a transform: what :mod:`pyro_vae._utils.transform_config` says of it."""
+    """Placeholder for a transform, with its :mod:`pyro_vae._utils.transform_config`."""
 
     structure: Any
 
 
 class InitArgs:
-    """The call that made an object.
+    """The constructor call that made an object.
 
-    It holds the arguments by reference. Walks over the object's attributes do not look into it:
-    what the object needs of them, it holds itself.
+    It refers to the arguments without copies. Searches of the object's attributes skip it, because
+    the object itself has the arguments that it uses.
 
     Args:
         cls: class of the object.
@@ -51,7 +51,7 @@ class InitArgs:
         self.cls, self.args, self.kwargs = cls, args, kwargs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InitArgs:
-        """Refer to the copies of what was copied with the object, before, and to all else as is."""
+        """Refer to the copies of arguments copied with the object, and to the other originals."""
 
         def copied(leaf: Any) -> Any:
             return memo.get(id(leaf), leaf)
@@ -59,21 +59,21 @@ class InitArgs:
         return InitArgs(self.cls, _map(copied, self.args), _map(copied, self.kwargs))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave functions out that cannot be pickled: the object may well be without them."""
+        """Leave out functions that cannot be pickled. The object itself may not hold them."""
         return InitArgs, (self.cls, _map(_picklable, self.args), _map(_picklable, self.kwargs))
 
 
 def records_init_args(cls: Class) -> Class:
-    """Let the objects of a class remember the arguments that they were made with.
+    """Make the objects of a class record their constructor arguments.
 
-    Its constructor refuses arguments that its annotations rule out; see
-    :func:`pyro_vae._utils.checks.checked`. Nothing else changes: neither the signature nor what
-    a ``state_dict`` holds. A subclass remembers its own arguments if it is recorded, too.
+    The constructor also checks arguments against its annotations; see
+    :func:`pyro_vae._utils.checks.checked`. The signature and the ``state_dict`` do not change. A
+    subclass records its own arguments only if it is decorated, too.
     """
     original = checked(cls.__init__)
 
     @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it becomes it
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it replaces it
         original(self, *args, **kwargs)
         making = InitArgs(cls, _map(_kept, args), _map(_kept, kwargs))
         object.__setattr__(
@@ -85,10 +85,10 @@ def records_init_args(cls: Class) -> Class:
 
 
 def init_args_of(thing: Any) -> dict[str, Any] | None:
-    """Return the arguments that an object is made of, by name; None if it does not tell.
+    """Return the constructor arguments of an object by name, or None if none are recorded.
 
-    A class may tell others than it was made with, by a method ``as_arguments``; what makes an
-    object of those is its class method ``of_arguments``, if it has one, or its constructor.
+    A class may define a method ``as_arguments`` that returns other arguments. Its class method
+    ``of_arguments`` then rebuilds the object from them. Without it, the constructor does.
     """
     if hasattr(type(thing), "as_arguments"):
         return _map(_kept, thing.as_arguments())
@@ -99,13 +99,13 @@ def init_args_of(thing: Any) -> dict[str, Any] | None:
 
 
 def kind_of(thing: Any) -> str:
-    """Name an object's kind for a message: its name, if it has one, or its class."""
+    """Return an object's kind for a message: its class, and its name if it has one."""
     name = getattr(thing, "__qualname__", None)
     return f"the {type(thing).__name__} {name}" if name else f"a {type(thing).__name__}"
 
 
 def _kept(leaf: Any) -> Any:
-    """What is remembered of an argument."""
+    """Return the recorded form of an argument."""
     if isinstance(leaf, torch.Tensor):
         return leaf.detach()
     if isinstance(leaf, Transform) and not isinstance(leaf, nn.Module):  # inverses are not copied
@@ -125,7 +125,7 @@ def _picklable(leaf: Any) -> Any:
 
 
 def _map(function: Callable[[Any], Any], thing: Any) -> Any:
-    """Apply a function to what lists, tuples and dictionaries hold."""
+    """Apply a function to the leaves of nested lists, tuples and dictionaries."""
     if isinstance(thing, list | tuple):
         return (list if isinstance(thing, list) else tuple)(_map(function, each) for each in thing)
     if isinstance(thing, dict):

@@ -1,8 +1,8 @@
-"""Find the torch modules that a program uses, wherever it keeps them.
+"""Find the torch modules that a program uses.
 
-Evaluation mode, devices and running averages belong to modules, and Pyro does not say which
-modules a plain function runs: so they are looked for where its code can reach them by name. Those
-that no name leads to are met when they run.
+Evaluation mode, devices and running averages belong to modules, but Pyro does not list the modules
+that a plain function runs. So search for them wherever the function's code can reach them by name.
+Modules that no name reaches are found when they run.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from pyro_vae._utils.identity import owner_of
 from pyro_vae._utils.referenced_objects import referenced_objects
 
 NAME_IT = (
-    "let the program's code name it, by a closure, a global, a default argument, an attribute or a "
-    "container"
+    "make the program's code refer to it by a closure, a global, a default argument, an attribute "
+    "or a container"
 )
-# By the owners of guide and model: modules that ran in the pair, and that no name leads to. All
-# are held weakly.
+# By the owners of guide and model: modules that ran in the pair and that no name reaches. All
+# references are weak.
 _met = WeakIdKeyDictionary()
 
 
 def modules(*programs: Any) -> list[nn.Module]:
-    """Return the modules that programs are, are methods of, hold, or refer to by name.
+    """Return the modules among the programs, and those that they hold or refer to by name.
 
-    Modules that :func:`remember_unnamed` met in the programs come last.
+    Modules that :func:`remember_unnamed` found in the programs come last.
 
     Args:
         *programs: callables.
@@ -42,7 +42,7 @@ def modules(*programs: Any) -> list[nn.Module]:
 
 
 def unnamed(*programs: Any) -> list[nn.Module]:
-    """Return those of :func:`modules` that no name leads to."""
+    """Return the modules of :func:`modules` that no name reaches."""
     met = _met_in(programs)
     return _outside(_named(*programs), met) if met else []
 
@@ -51,21 +51,21 @@ def unnamed(*programs: Any) -> list[nn.Module]:
 def before_unknown(
     act: Callable[[nn.Module], None], *known: nn.Module, calls: int | None = None
 ) -> Iterator[None]:
-    """Call a function with each module that is about to run and is unknown, each once.
+    """Call a function once with each unknown module that is about to run.
 
-    Modules in other threads are left alone.
+    Modules in other threads are ignored.
 
     Args:
         act: the function.
-        *known: modules, which with all parts of theirs are known.
-        calls: how many runs of modules are looked at; None for all. A look takes a microsecond.
+        *known: known modules. Their submodules are known, too.
+        calls: number of module calls to check, or None for all. A check takes a microsecond.
     """
     seen = {id(part): part for module in known for part in module.modules()}
     thread, count = threading.get_ident(), 0
 
     def look(module: nn.Module, _: Any) -> None:
         nonlocal count
-        # The compiler of a module that runs writes down what it does, which this is no part of.
+        # While a module is compiled, the compiler must not trace this hook.
         if torch.compiler.is_compiling() or threading.get_ident() != thread:
             return
         count += 1
@@ -84,18 +84,18 @@ def before_unknown(
 
 @contextlib.contextmanager
 def remember_unnamed(model: Any, guide: Any) -> Iterator[None]:
-    """Let :func:`modules` return the modules, too, that run in the block and that no name leads to.
+    """Make :func:`modules` also return the modules that run in the block and that no name reaches.
 
     Args:
         model: a callable.
-        guide: another; the block must run these two and nothing else.
+        guide: another callable. The block must run only these two.
     """
     ran: list[nn.Module] = []
     try:
         with before_unknown(ran.append, *modules(model, guide)):
             yield
     finally:
-        if found := _outside(_named(model, guide), ran):  # the run may have made some, and named it
+        if found := _outside(_named(model, guide), ran):  # the run may have created and named some
             with contextlib.suppress(TypeError):  # an owner that allows no weak references
                 by_model = _met.setdefault(owner_of(guide), WeakIdKeyDictionary())
                 met = by_model.setdefault(owner_of(model), WeakIdKeyDictionary())
@@ -110,13 +110,13 @@ def _named(*programs: Any) -> list[nn.Module]:
 
 
 def _outside(named: list[nn.Module], others: list[nn.Module]) -> list[nn.Module]:
-    """Return those of the others that are no parts of what is named."""
+    """Return the other modules that are not part of a named module."""
     known = {id(part) for module in named for part in module.modules()}
     return [module for module in others if id(module) not in known]
 
 
 def _met_in(programs: tuple[Any, ...]) -> list[nn.Module]:
-    """Return what was met in pairs of which both programs are among these."""
+    """Return the remembered modules of all pairs whose guide and model are both given."""
     owners = {id(owner): owner for owner in map(owner_of, programs)}
     return [
         module

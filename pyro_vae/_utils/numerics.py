@@ -1,4 +1,4 @@
-"""Roots, gradients of implicit functions, and positive numbers from unconstrained ones."""
+"""Roots, gradients of implicit functions, and maps to positive numbers."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from torch.nn import functional as F
 
-# Each two steps halve the bracket or the step; Newton's last ones double the digits.
+# Every two steps halve the bracket or the step. The last Newton steps double the correct digits.
 _ITERATIONS = 100
 _ZERO_TO_ONE = math.log(math.expm1(1.0))  # softplus(log(e - 1)) = 1
 MIN_SCALE = 1e-6
 
 
 def implicit(value: Tensor, residual: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
-    r"""Return z as it is, with the gradient of what keeps :math:`F(z; \theta)` where it is.
+    r"""Return z, with the gradient that keeps :math:`F(z; \theta)` constant.
 
     .. math::
         \partial z = -J^{-1} \, \partial_\theta F, \qquad J = \partial F / \partial z
 
     Args:
-        value: z, however it was found.
+        value: z, from any solver.
         residual: F at z, differentiable in :math:`\theta` alone.
-        solve: maps g to :math:`J^{-\top} g`.
+        solve: function from g to :math:`J^{-\top} g`.
 
     Raises:
-        RuntimeError: at a second derivative, which this is not.
+        RuntimeError: A second derivative is computed. Only first-order gradients are available.
     """
     return _Implicit.apply(value.detach(), residual, solve)
 
@@ -51,18 +51,18 @@ def increasing_root(
     low: Tensor,
     high: Tensor,
 ) -> Tensor:
-    r"""Solve f(x) = 0 for f increasing, by Newton's method kept inside a bracket.
+    r"""Solve f(x) = 0 for increasing f, by Newton's method inside a bracket.
 
-    Where Newton's step leaves the bracket, or is not half of the step before the last, bisection
-    takes its place (Press et al. 2007, section 9.4). The number of steps is fixed, so that nothing
-    depends on values. The gradient is that of the implicit function theorem,
-    :math:`\partial x = -\partial f / f'(x)`, of first order: the iteration is not differentiated.
+    A Newton step is replaced by bisection if it leaves the bracket, or is more than half of the
+    step before the last (Press et al. 2007, section 9.4). The number of steps is fixed, so control
+    flow does not depend on values. The first-order gradient :math:`\partial x = -\partial f /
+    f'(x)` comes from the implicit function theorem, not through the iteration.
 
     Args:
-        function: f, elementwise; it may close over tensors that require a gradient.
+        function: f, elementwise. It may close over tensors that require a gradient.
         slope: f', positive.
-        low: where f is not positive.
-        high: where f is not negative.
+        low: points where f is not positive.
+        high: points where f is not negative.
     """
     with torch.no_grad():
         x = (low + high) / 2
@@ -80,22 +80,23 @@ def increasing_root(
 
 
 def softplus_scale(raw: Tensor) -> Tensor:
-    """Map numbers to positive ones by a softplus: zero to one, none to zero.
+    """Map numbers to positive ones by a softplus, with zero mapped to one.
 
-    A softplus grows linearly, where the gradient of an exponential explodes with it.
+    A softplus grows linearly, so its gradient does not explode as that of an exponential does.
     """
     return softplus(raw + _ZERO_TO_ONE) + MIN_SCALE
 
 
 def softplus(number: Tensor) -> Tensor:
-    r"""Return :math:`\log(1 + e^t)`, to the rounding of float64.
+    r"""Return :math:`\log(1 + e^t)`, exact to float64 rounding.
 
-    From 20 on, torch's own is t: an error of 2e-9, which a likelihood of large counts multiplies.
+    torch's softplus returns t above 20. The error is 2e-9, which a likelihood of large counts
+    multiplies.
     """
     return F.softplus(number, threshold=40.0)
 
 
 def inverse_softplus_scale(value: float) -> float:
-    """Return the number that :func:`softplus_scale` maps to a given one, which is above 1e-6."""
+    """Return the number that :func:`softplus_scale` maps to a value above 1e-6."""
     rest = value - MIN_SCALE
     return rest + math.log(-math.expm1(-rest)) - _ZERO_TO_ONE

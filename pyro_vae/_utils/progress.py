@@ -17,7 +17,7 @@ from pyro_vae._utils.distributed import rank
 
 
 def progress_bar(**options) -> Progress:
-    """Make the bar that the library shows: description, bar, count, time left, a status."""
+    """Return the library's progress bar, with description, bar, count, time left and status."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=10),
@@ -32,13 +32,13 @@ def progress_bar(**options) -> Progress:
 def task(
     progress: bool | Progress, description: str, total: int | None, *, transient: bool = False
 ) -> Iterator[Callable[..., None]]:
-    """Show one task; yield ``advance(count, status="")``. In a group, the first process shows it.
+    """Show one task, and yield ``advance(count, status="")``. Only the first process shows it.
 
     Args:
-        progress: True draws a bar of its own, False nothing; a Progress gets one more task.
+        progress: True shows a new bar, and False shows nothing. A Progress gets one more task.
         description: text before the bar.
-        total: how many advances finish it, None if that is not known.
-        transient: take the row out of a shared Progress when the task is done.
+        total: count at which the task is finished, or None if unknown.
+        transient: whether to remove the row from a shared Progress when the task is done.
     """
     if progress is False or progress is None or rank() > 0:
         yield lambda count=1, status="": None
@@ -53,5 +53,5 @@ def task(
         yield advance
         if transient and progress is not True:
             bar.remove_task(row)
-        else:  # done, though perhaps before its time
+        else:  # the task may end early
             bar.update(row, total=bar.tasks[bar.task_ids.index(row)].completed)

@@ -1,4 +1,4 @@
-"""Repeatable random numbers that leave the process's own sequence as it was."""
+"""Reproducible random numbers that do not change the process's own random state."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pyro_vae._utils.checks import is_whole_number
 
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Seed torch's generators inside the block; restore them after it. None changes nothing.
+    """Seed torch's generators inside the block, and restore them after it. None has no effect.
 
     Raises:
-        TypeError: the seed is no whole number.
-        ValueError: it has more than 64 bits.
+        TypeError: The seed is not an integer.
+        ValueError: The seed has more than 64 bits.
     """
     if seed is None:
         yield
         return
     if not is_whole_number(seed):
-        raise TypeError(f"seed must be a whole number or None, got {seed!r}")
+        raise TypeError(f"seed must be an integer or None, got {seed!r}")
     if not -(2**63) <= seed < 2**63:
-        raise ValueError("seed must be a number of 64 bits")
+        raise ValueError("seed must be an integer of 64 bits, got a larger one")
     with restored_generators():
         torch.manual_seed(int(seed))
         yield
@@ -36,7 +36,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restored_generators() -> Iterator[None]:
-    """Restore torch's generators after the block, so that they draw the same numbers again."""
+    """Restore torch's generators to their previous state after the block."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield
@@ -44,10 +44,10 @@ def restored_generators() -> Iterator[None]:
 
 @contextlib.contextmanager
 def separate_draws(*names: str) -> Iterator[None]:
-    """Draw inside the block from a seed that depends on torch's next number and on names.
+    """Seed torch inside the block from its next random number and from names.
 
-    The generators are restored after the block. So modules that a program makes at its first call
-    follow the seed, and do not change the numbers that the call itself draws.
+    The generators are restored after the block. So modules that a program creates in its first call
+    depend on the seed, but do not change the call's own random numbers.
     """
     with restored_generators():
         number = torch.randint(2**62, (), device="cpu").item()
@@ -56,7 +56,7 @@ def separate_draws(*names: str) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return where the generators stand: torch's, on the CPU and the device, Python's, numpy's."""
+    """Return the states of torch's (CPU and device), Python's and numpy's generators."""
     _, internal, gauss = random.getstate()
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.empty(0)
     return {
@@ -68,7 +68,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put the generators back to where they stood at :func:`random_state`."""
+    """Restore the generator states from :func:`random_state`."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["device"], device)
@@ -81,7 +81,7 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 
 
 def _of_numpy() -> list[int]:
-    """Return where numpy's old generator stands; nothing, if somebody has put another there."""
+    """Return the state of numpy's legacy generator, or [] if it is not a Mersenne Twister."""
     state = np.random.get_state(legacy=False)  # noqa: NPY002
     if state["bit_generator"] != "MT19937":
         return []
@@ -98,10 +98,10 @@ def _number(bits: int) -> float:
 
 
 class OwnSequence:
-    """Random numbers apart from the process's own: torch's on the CPU, Python's, numpy's.
+    """A separate random sequence of torch (CPU), Python and numpy.
 
     Args:
-        seed: what they begin from.
+        seed: seed of the sequence.
     """
 
     def __init__(self, seed: int):
@@ -110,7 +110,7 @@ class OwnSequence:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """Draw from this sequence inside the block, where the last block left it."""
+        """Use this sequence inside the block, continued from the end of the last block."""
         cpu = torch.device("cpu")
         outside = random_state(cpu)
         if self._state is None:
@@ -128,7 +128,7 @@ class OwnSequence:
 
 @contextlib.contextmanager
 def preserve_rng_state(inputs: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
-    """Yield what puts torch's generators back to where they are now."""
+    """Yield a function that restores the current states of torch's generators."""
     device = inputs[0].device
     state = torch.get_rng_state()
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -142,20 +142,20 @@ def preserve_rng_state(inputs: Sequence[Tensor]) -> Iterator[Callable[[], None]]
 
 
 def generator_state(inputs: Sequence[Tensor]) -> Tensor:
-    """Return where torch's generator of the inputs' device stands."""
+    """Return the state of torch's generator on the inputs' device."""
     device = inputs[0].device
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def noise_from_elsewhere() -> list[list[int]]:
-    """Return where the generators of Python and numpy stand."""
+    """Return the states of Python's and numpy's generators."""
     state = random_state(torch.device("cpu"))
     return [state[name].tolist() for name in ("python", "numpy")]
 
 
 @contextlib.contextmanager
 def preserve_tensors(tensors: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
-    """Yield what gives tensors the values back that they have now."""
+    """Yield a function that restores the current values of tensors."""
     saved = [tensor.clone() for tensor in tensors]
 
     def restore() -> None:

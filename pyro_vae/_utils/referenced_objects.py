@@ -1,7 +1,8 @@
-"""What a program's code can reach by name: closures, globals, attributes, containers.
+"""Find the objects that a program's code can reach by name.
 
-A plain function does not say which modules it runs or on which numbers it depends; this walk
-finds them, for whoever moves modules to a device or watches for numbers that change.
+A plain function does not list the modules that it runs or the numbers that it uses. This search
+finds them in closures, globals, attributes and containers. It is used to move modules to a device
+and to detect numbers that change.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from pyro_vae._utils.code_names import MACHINERY, PACKAGE, named_by, of_librarie
 
 
 def referenced_objects(**roots: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what the roots are, hold, or refer to by name, each once, with a name for it.
+    """Yield the roots and all objects that they hold or refer to, each once, with its name.
 
-    A function's names are looked up in its closure, its defaults, its globals and in the modules
-    that it imports, and so are those of the functions it calls, wraps or defines, and of the
-    methods of objects; lists, dictionaries, modules, classes and plain objects are looked into.
+    A function's names are looked up in its closure, defaults, globals and imported modules. The
+    same holds for functions that it calls, wraps or defines, and for methods of objects. Lists,
+    dictionaries, modules, classes and plain objects are searched, too.
 
     Args:
-        **roots: callables, by the name that their own names begin with.
+        **roots: callables. Each keyword is the prefix of the yielded names.
     """
     waiting: deque[tuple[str, Any]] = deque(roots.items())
-    seen: dict[int, Any] = {}  # by id, and kept alive, so that no id is given to another thing
+    seen: dict[int, Any] = {}  # by id, and kept alive so that no id is reused
     while waiting:
         name, thing = waiting.popleft()
         if isinstance(thing, VALUES):
@@ -51,7 +52,7 @@ def referenced_objects(**roots: Any) -> Iterator[tuple[str, Any]]:
             waiting.extend((name + suffix, each) for suffix, each in _parts(thing))
 
 
-# Things without parts.
+# Types of objects without parts.
 VALUES = (str, bytes, bool, int, float, complex, type(None), torch.Tensor)
 _CONTAINERS = (Mapping, list, tuple, set, frozenset, deque)
 _BUILT_IN = {dict, list, tuple, set, frozenset, deque, OrderedDict}
@@ -86,7 +87,7 @@ def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
             yield from _parts_of_class(thing, {})
             yield from _parts_of_class(type(thing), {})
     elif isinstance(thing, Distribution | Transform) and package(type(thing)) in MACHINERY:
-        # Their tensors come and go as they are computed.
+        # Skip their tensors, which are temporary.
         found = vars(thing).items()
         yield from ((f".{n}", v) for n, v in found if isinstance(v, _OF_DISTRIBUTIONS))
     elif isinstance(thing, types.GeneratorType):
@@ -116,7 +117,7 @@ def _items(things: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _behind(proxy: Any) -> Any:
-    """Return what a weak proxy stands for, None if that is gone."""
+    """Return the object of a weak proxy, or None if it no longer exists."""
     try:
         return proxy.__repr__.__self__
     except ReferenceError:
@@ -128,7 +129,7 @@ def _attributes(things: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _slots(thing: Any) -> dict[str, Any]:
-    """Return what an object holds in slots, by name."""
+    """Return the values of an object's slots, by name."""
     cls = type(thing)
     if cls not in _slots_of:
         _slots_of[cls] = [
@@ -148,13 +149,13 @@ def _parts_of_module(module: nn.Module) -> Iterator[tuple[str, Any]]:
     attributes = dict(vars(module))
     for kind in ("_parameters", "_buffers", "_modules"):
         yield from _attributes(attributes.pop(kind))
-    if package(type(module)) in MACHINERY:  # its own affairs, but for what it was given
+    if package(type(module)) in MACHINERY:  # skip internals, except attributes that users set
         attributes = {
             name: v
             for name, v in attributes.items()
             if isinstance(v, VALUES) or name in _GIVEN or not name.startswith("_")
         }
-    # Transforms of Pyro keep their last input and output there.
+    # Pyro's transforms cache their last input and output in these attributes.
     yield from _attributes({n: v for n, v in attributes.items() if not n.startswith("_cached")})
     yield "", getattr(type(module), "forward", None)
     yield from _parts_of_class(type(module), vars(module))
@@ -164,11 +165,11 @@ _GIVEN = {"_forward_hooks", "_forward_pre_hooks", "_pyro_samples"}
 
 
 def _parts_of_class(cls: type, hidden: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What its methods refer to, and its own values; not those of libraries' classes.
+    """Yield the methods and values of a class, except those of libraries' classes.
 
     Args:
-        cls: a class, or that of an object.
-        hidden: the object's own attributes, behind which those of the class are not seen.
+        cls: a class, or the class of an object.
+        hidden: the object's own attributes, which hide class attributes of the same name.
     """
     for base in cls.__mro__:
         if of_libraries(base):
@@ -185,7 +186,7 @@ def _parts_of_class(cls: type, hidden: Mapping[str, Any]) -> Iterator[tuple[str,
 
 
 def _is_plain_object(thing: Any) -> bool:
-    """Whether to look into an object's attributes: not into those of a library's own machinery."""
+    """Return True if an object's attributes should be searched: not those of library internals."""
     if isinstance(thing, types.ModuleType):
         return False
     known = isinstance(thing, types.SimpleNamespace | poutine.messenger.Messenger)

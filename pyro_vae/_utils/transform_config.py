@@ -1,6 +1,6 @@
-"""Constraints and transforms of torch and Pyro as plain structures, and back.
+"""Convert constraints and transforms of torch and Pyro to plain structures, and back.
 
-A structure is ``[name, *arguments]``, where an argument is a number, a tensor or another structure.
+A structure is ``[name, *arguments]``. Each argument is a number, a tensor or another structure.
 Names are looked up in the tables below, and nowhere else.
 """
 
@@ -18,7 +18,7 @@ from torch.distributions.transforms import Transform
 Mapping = Constraint | Transform
 Class = TypeVar("Class", bound=type[Transform])
 
-# Constraints that are values.
+# Constraints that are constants.
 _NAMED = {
     name: getattr(constraints, name)
     for name in [
@@ -29,7 +29,7 @@ _NAMED = {
         "square", "symmetric", "unit_interval", "unit_lower_cholesky",
     ]
 }  # fmt: skip
-# What is made by a call: attributes that hold its arguments.
+# Classes of constraints and transforms, with the attributes that hold their arguments.
 _BOUNDS = ("lower_bound", "upper_bound")
 _MADE: dict[str, tuple[type, tuple[str, ...]]] = {
     "greater_than": (constraints.greater_than, ("lower_bound",)),
@@ -74,7 +74,7 @@ def to_config(mapping: Mapping) -> list[Any]:
     """Return the structure of a constraint or a transform.
 
     Raises:
-        TypeError: it is none that the tables know.
+        TypeError: The tables have no such constraint or transform.
 
     Example:
         >>> from torch.distributions import constraints
@@ -87,7 +87,7 @@ def to_config(mapping: Mapping) -> list[Any]:
     if isinstance(mapping, transforms._InverseTransform):
         return [_INVERSE, to_config(mapping.inv)]
     if type(mapping) not in _BY_TYPE:
-        raise TypeError(f"{type(mapping).__name__} is no constraint or transform that has a name")
+        raise TypeError(f"{type(mapping).__name__} is not a known constraint or transform")
     name, attributes = _BY_TYPE[type(mapping)]
     structure = [name, *(_value(getattr(mapping, attribute)) for attribute in attributes)]
     if isinstance(mapping, Transform) and mapping._cache_size:
@@ -99,10 +99,10 @@ def from_config(structure: Any) -> Mapping:
     """Return the constraint or transform of a structure.
 
     Raises:
-        ValueError: it is no such structure.
+        ValueError: The structure is invalid.
     """
     if not isinstance(structure, list) or not structure or not isinstance(structure[0], str):
-        raise ValueError(f"a constraint or transform is a list with its name first: {structure!r}")
+        raise ValueError(f"a constraint or transform must be [name, ...], got {structure!r}")
     name, *arguments = structure
     if name in _NAMED and not arguments:
         return _NAMED[name]
@@ -111,15 +111,15 @@ def from_config(structure: Any) -> Mapping:
         if isinstance(inner, Transform):
             return inner.inv
     if name not in _MADE:
-        raise ValueError(f"no constraint or transform has the name {name!r}")
+        raise ValueError(f"there is no constraint or transform named {name!r}")
     options = arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
     cls, attributes = _MADE[name]
     if len(arguments) != len(attributes) or not options.keys() <= {"cache_size"}:
-        raise ValueError(f"{name} has {len(attributes)} arguments, not {arguments}")
+        raise ValueError(f"{name} must have {len(attributes)} arguments, got {arguments}")
     try:
         return cls(*map(_restored, arguments), **options)
     except Exception as error:
-        raise ValueError(f"{name} cannot be made of {arguments}: {error}") from error
+        raise ValueError(f"{name} cannot be made from {arguments}: {error}") from error
 
 
 def _value(value: Any) -> Any:
@@ -133,7 +133,7 @@ def _value(value: Any) -> Any:
         return value.detach()
     if isinstance(value, int | float):
         return value
-    raise TypeError(f"{type(value).__name__} is no argument that could be told")
+    raise TypeError(f"an argument of type {type(value).__name__} cannot be converted")
 
 
 def _restored(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Pyro's and torch's checks of values, switched for a block and put back as they were."""
+"""Switch Pyro's and torch's value checks for a block, then restore them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from torch.distributions import Distribution
 
 @contextlib.contextmanager
 def values_checked(on: bool) -> Iterator[None]:
-    """Switch the checks of values on or off inside the block, then restore the previous state.
+    """Switch value checks on or off inside the block, then restore the previous state.
 
-    ``pyro.validation_enabled`` gives torch's distributions the state of Pyro's afterwards; here
-    each of the four switches gets its own state back, after an error too.
+    Each of the four switches is restored to its own state, even after an error. In contrast,
+    ``pyro.validation_enabled`` sets torch's switch to the state of Pyro's.
 
     Args:
-        on: whether distributions and Pyro check values. Off, it holds for all distributions that
-            were made before the block, even those that keep a setting of their own: a copy by
-            ``expand`` keeps the one that was valid when it was made. A distribution that is made
-            inside the block with ``validate_args=True`` checks values.
+        on: whether distributions and Pyro check values. False holds for all distributions made
+            before the block, even those with their own setting, such as copies by ``expand``. A
+            distribution made inside the block with ``validate_args=True`` does check values.
 
     Example:
         >>> import pyro.distributions as dist
@@ -51,7 +50,7 @@ def values_checked(on: bool) -> Iterator[None]:
 
 
 class _Off:
-    """The attribute ``_validate_args`` of all distributions, their own values hidden behind it."""
+    """A descriptor ``_validate_args`` that hides the distributions' own values."""
 
     def __get__(self, distribution: Distribution | None, owner: type | None = None) -> bool:
         return distribution is not None and vars(distribution).get(_ASKED, False)

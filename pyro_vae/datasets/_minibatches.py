@@ -1,4 +1,4 @@
-"""One way to walk over data, whether tensors, arrays, a torch Dataset or a DataLoader."""
+"""Minibatches of tensors, arrays, a torch Dataset or a DataLoader, with one interface."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Minibatches:
     """Minibatches ``(x, *covariates)`` of any data, on one device.
 
     Args:
-        data: a tensor or array x of N rows; a tuple (x, *covariates) of them; a torch Dataset
-            whose items are one of these; or a DataLoader, whose batch size and order then rule.
-            Rows of a ``numpy.memmap`` are read from the file as they are needed.
-        batch_size: rows of a minibatch; the last may have fewer.
-        device: where the minibatches are wanted.
-        shuffle: draw a new order at each pass.
-        generator: of that order; what a stream draws for its own order is seeded from it too.
-        transform: applied to each x on the device, as dynamic binarisation needs it.
-        name: what messages call the data.
+        data: a tensor or array x of N rows, a tuple (x, *covariates) of these, a torch Dataset
+            with such items, or a DataLoader. A DataLoader keeps its own batch size and order.
+            Rows of a ``numpy.memmap`` are read from the file on demand.
+        batch_size: number of rows per minibatch. The last minibatch may have fewer.
+        device: device of the minibatches.
+        shuffle: whether each pass has a new random order.
+        generator: generator of this order. It also seeds the random numbers of a stream.
+        transform: function applied to each x on the device, such as dynamic binarization.
+        name: name of the data in error messages.
 
     Attributes:
         values_checked: whether each value is known to lie in the support of the site that
@@ -53,9 +53,9 @@ class Minibatches:
             and the number of rows before it; ``validation.check_pair`` sets it.
 
     Raises:
-        TypeError: ``transform`` cannot be called.
-        ValueError: there is no row; the lengths differ; the data are of a kind that cannot be
-            read.
+        TypeError: ``transform`` is not callable.
+        ValueError: The data have no rows, or the lengths differ, or the type of the data is not
+            supported.
     """
 
     values_checked = False
@@ -106,12 +106,12 @@ class Minibatches:
                 for i, column in enumerate(columns)
             )
             if not columns:
-                raise ValueError(f"{name} is empty: a tuple without x")
+                raise ValueError(f"{name} is an empty tuple: pass x or (x, *covariates)")
             _require_one_length(self.tensors, name)
 
     @property
     def num_data(self) -> int | None:
-        """The number of rows, None where the data are a stream of unknown length."""
+        """The number of rows, or None for a stream of unknown length."""
         if self.tensors is not None:
             return len(self.tensors[0])
         try:
@@ -121,24 +121,24 @@ class Minibatches:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process of a group is given rows of its own: by a DistributedSampler."""
+        """Whether a DistributedSampler gives each process its own rows."""
         return any(isinstance(s, DistributedSampler) for s in _samplers(self._loader))
 
     @property
     def columns_to_validate(self) -> Batch | None:
-        """All columns, as the programs will see them; None if streamed or transformed."""
+        """All columns, as the model and guide get them, or None if streamed or transformed."""
         return self.tensors if self.transform is None else None
 
     @property
     def num_batches(self) -> int | None:
-        """Minibatches in a pass, None where that is not known beforehand."""
+        """The number of minibatches per pass, or None for a stream."""
         return None if self.tensors is None else -(-self.num_data // self.batch_size)
 
     @property
     def sizes(self) -> list[int] | None:
-        """The usual number of rows of a minibatch, and that of the last one if it is another.
+        """The usual minibatch size, and the size of the last minibatch if it differs.
 
-        None where they are not known beforehand.
+        None if the sizes are unknown before the pass.
         """
         count, size, drop_last = self.num_data, self.batch_size, False
         if self.tensors is None:
@@ -155,21 +155,21 @@ class Minibatches:
         return [size, rest] if rest and not drop_last else [size]
 
     def nonfinite_rows(self) -> Tensor | None:
-        """Return the numbers of the rows with NaN or infinite values; None of a stream."""
+        """Return the indices of the rows with NaN or infinite values, or None for a stream."""
         if self.tensors is None:
             return None
         finite = [finite_rows(column) for column in self.tensors]
         return (~torch.stack(finite).all(0)).nonzero()[:, 0]
 
     def in_memory(self) -> Batch:
-        """Return all rows as tensors, read once from a stream."""
+        """Return all rows as tensors. A stream is read once."""
         if self.tensors is not None:
             return self._transformed(column.clone() for column in self.tensors)
         self.first()
         return tuple(torch.cat(columns) for columns in zip(*self, strict=True))
 
     def digest(self) -> str | None:
-        """Return what tells data in memory from others: of their types, shapes and first rows."""
+        """Return a hash of the dtypes, shapes and first rows, or None for a stream."""
         if self.tensors is None:
             return None
         found = hashlib.sha256()
@@ -180,7 +180,7 @@ class Minibatches:
         return found.hexdigest()[:16]
 
     def first(self) -> Batch:
-        """Return the first minibatch in the data's own order; the next pass begins with it."""
+        """Return the first minibatch, unshuffled. The next pass of a stream starts with it."""
         if self.tensors is not None:
             return self._transformed(c[: self.batch_size].clone() for c in self.tensors)
         if self._begun is None:
@@ -188,7 +188,7 @@ class Minibatches:
         return self._transformed(column.clone() for column in self._begun.first)
 
     def spread(self) -> Batch:
-        """Return a minibatch from all over the data; the first one of a stream."""
+        """Return a minibatch of evenly spaced rows, or the first minibatch of a stream."""
         if self.tensors is None:
             return self.first()
         size = min(self.batch_size, self.num_data)
@@ -214,19 +214,19 @@ class Minibatches:
             generator.manual_seed(seed)
 
     def selections(self, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """Yield what :meth:`prepare` makes minibatches of, on the device.
+        """Yield the inputs of :meth:`prepare`, on the device.
 
-        The numbers of their rows, if the data are tensors; of a stream, its columns as they come.
+        For tensors, they are the row indices of a minibatch. For a stream, they are its columns.
 
         Args:
-            start: how many minibatches of the pass to leave out.
+            start: number of minibatches of the pass to skip.
         """
         if self._loader is not None:
             begun, self._begun = self._begun, None
             stream = self._stream() if begun is None else begun
             yield from itertools.islice(stream, start, None)
             return
-        # A minibatch of all data keeps their order: a guide may have parameters by position.
+        # Keep the order of a full batch, because a guide may have one parameter per position.
         if self._shuffle and self.batch_size < self.num_data:
             order = torch.randperm(self.num_data, generator=self._generator).to(self.device)
         else:
@@ -235,7 +235,7 @@ class Minibatches:
             yield from ((rows,) for rows in rest.split(self.batch_size))
 
     def prepare(self, *selection: Tensor) -> Batch:
-        """Gather a minibatch and transform its x: operations of tensors alone."""
+        """Gather a minibatch and transform its x, with tensor operations alone."""
         if self.tensors is None:
             return self._transformed(selection)
         (rows,) = selection
@@ -250,8 +250,8 @@ class Minibatches:
     def _stream(self) -> Iterator[Batch]:
         sequence = contextlib.nullcontext
         if self._generator is not None:
-            # What a stream draws for itself is not mixed with the noise of the steps: so a pass
-            # can be begun again, and gone on with from its middle.
+            # A stream has its own random sequence, apart from the noise of the training steps. So a
+            # pass can be repeated, or resumed from its middle.
             seed = torch.randint(2**62, (), generator=self._generator).item()
             sequence = OwnSequence(seed)
             for sampler in _samplers(self._loader):
@@ -277,8 +277,8 @@ class Minibatches:
             yield found
         if not rows:
             raise ValueError(
-                f"{self.name} is empty: its loader yields no minibatch. (A stream that can be "
-                "read only once does not serve for several passes.)"
+                f"{self.name} is empty: its loader yields no minibatch. Use a stream that can be "
+                "read several times."
             )
 
     def _next(self, stream: Iterator[Any]) -> Any:
@@ -288,8 +288,8 @@ class Minibatches:
             if "collate" not in str(error):
                 raise
             raise ValueError(
-                f"{self.name} has items that torch's DataLoader cannot put together: {error}. Let "
-                "the Dataset give tensors or numpy arrays, or pass a DataLoader with a collate_fn"
+                f"{self.name} has items that torch's DataLoader cannot collate: {error}. Return "
+                "tensors or numpy arrays from the Dataset, or pass a DataLoader with a collate_fn"
             ) from error
 
     def _check_nonfinite(self, columns: Batch, row_offset: int) -> None:
@@ -300,13 +300,13 @@ class Minibatches:
             set_random_state(noise, self.device)
 
     def _transformed(self, columns: Iterable[Tensor]) -> Batch:
-        """Transform x, which may be written to."""
+        """Return the columns with x transformed. The transform may modify x in place."""
         x, *covariates = columns
         return (x if self.transform is None else self.transform(x), *covariates)
 
 
 class _RowsOnDisk(Dataset):
-    """Columns of which some lie in files, read by whole minibatches of row numbers."""
+    """Columns, some of them in files, that are read one minibatch of row indices at a time."""
 
     def __init__(self, columns: Sequence[Any], name: str):
         for i, column in enumerate(columns):
@@ -324,8 +324,8 @@ class _RowsOnDisk(Dataset):
 def _columns(data: Data, name: str) -> Sequence[Any]:
     if isinstance(data, list):
         raise ValueError(  # noqa: TRY004 - bad data are a ValueError throughout
-            f"{name} must be {_KINDS}, got a list. Of rows, pass torch.stack(rows); of "
-            "minibatches, torch.cat(minibatches); of columns, a tuple (x, *covariates)"
+            f"{name} must be {_KINDS}, got a list. For rows, pass torch.stack(rows); for "
+            "minibatches, torch.cat(minibatches); for columns, a tuple (x, *covariates)"
         )
     columns = data.tensors if isinstance(data, TensorDataset) else data
     return columns if isinstance(columns, tuple) else (columns,)
@@ -347,7 +347,7 @@ def _samplers(loader: DataLoader | None) -> list[Any]:
 
 
 class _Begun:
-    """A pass over a stream that was begun to see its first minibatch, which it keeps."""
+    """A started pass over a stream, with its first minibatch kept."""
 
     def __init__(self, stream: Iterator[Batch]):
         self.first = next(stream)
@@ -359,28 +359,29 @@ class _Begun:
 
 
 def _native(values: np.ndarray | Tensor, name: str) -> np.ndarray | Tensor:
-    """Return an array of numbers in this machine's order of bytes."""
+    """Return an array of numbers in the native byte order."""
     if isinstance(values, Tensor):
         return values
     if values.dtype.kind not in "biuf" or values.dtype.itemsize > 8:
         raise ValueError(f"{name} must hold numbers, got dtype {values.dtype}")
     if np.ma.is_masked(values):
         raise ValueError(
-            f"{name} is masked in places: fill these, or model them as missing with poutine.mask"
+            f"{name} has masked values: fill them, or model them as missing with poutine.mask"
         )
     return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
 
 
 def as_tensor(values: Any, name: str, *, finite: bool = True) -> Tensor:
-    """Take one column of data as a tensor with N >= 1 rows and no NaN or infinity.
+    """Return one column of data as a tensor with N >= 1 rows.
 
     Args:
         values: tensor or numpy array (N, ...).
-        name: what messages call it.
-        finite: whether to refuse NaN and infinite values.
+        name: name of the column in error messages.
+        finite: whether NaN and infinite values raise a ValueError.
 
     Raises:
-        ValueError: it is neither, holds no real numbers, has no rows, or is not finite.
+        ValueError: The values are not a dense tensor or numpy array of real numbers, or have no
+            rows. With ``finite``, they include NaN or infinity.
     """
     if isinstance(values, np.ndarray):
         values = torch.from_numpy(np.array(_native(values, name)))  # a copy: it may be read-only
@@ -396,11 +397,11 @@ def as_tensor(values: Any, name: str, *, finite: bool = True) -> Tensor:
         )
     values = values.detach()
     if values.is_inference() and not torch.is_inference_mode_enabled():
-        values = values.clone()  # which can take part in a gradient
-    if values.dtype in (torch.uint16, torch.uint32, torch.uint64):  # few operations take them
+        values = values.clone()  # autograd can use a clone
+    if values.dtype in (torch.uint16, torch.uint32, torch.uint64):  # few operations support them
         values = values.to(torch.int64)
         if (values < 0).any():
-            raise ValueError(f"{name} has numbers of 2**63 and more")
+            raise ValueError(f"{name} must hold numbers below 2**63, got larger ones")
     if values.dim() == 0 or len(values) == 0 or values.numel() == 0:
         raise ValueError(
             f"{name} is empty: expected shape (N, *event) with N >= 1, got {tuple(values.shape)}"
@@ -419,7 +420,7 @@ def _all_finite(columns: Sequence[Tensor]) -> bool:
 
 
 def finite_rows(values: Tensor) -> Tensor:
-    """Tell of each row whether all its numbers are finite, shape (N,)."""
-    if not values.is_floating_point() or values.sum().isfinite():  # a sum is fast to compute
+    """Return True for each row whose numbers are all finite, shape (N,)."""
+    if not values.is_floating_point() or values.sum().isfinite():  # the sum is a fast test
         return values.new_ones(len(values), dtype=torch.bool)
     return torch.isfinite(values).flatten(1).all(1) if values.dim() > 1 else values.isfinite()

@@ -91,7 +91,7 @@ class SequenceModel(PyroModule):
         inside = None
         if lengths is not None:
             inside = _inside(x, lengths)
-            # The mask is no protection from NaN, since 0 * NaN is NaN. So replace the padding.
+            # Replace the padding, because a mask does not remove NaN gradients: 0 * NaN is NaN.
             x = torch.where(inside.reshape(inside.shape + (1,) * (x.dim() - 2)), x, x[:, :1])
         p_1, steps = self.prior(), []
         with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):

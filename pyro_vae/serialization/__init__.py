@@ -1,4 +1,4 @@
-"""A pair on disk: to hand on, and to read years later without the code that trained it."""
+"""Save a pair, and load it years later or elsewhere without the code that trained it."""
 
 from pyro_vae.serialization._folder import UnreadableFile
 from pyro_vae.serialization._pair import Saved, load, save

@@ -1,12 +1,14 @@
-"""Nested structures as JSON and tensors: what JSON lacks is an object with one key, a ``$`` first.
+"""Encode nested structures as JSON and tensors.
+
+A value that JSON lacks is an object with one key, which starts with ``$``:
 
 ========================  ===========================================================
-``{"$tensor": name}``     a tensor of the tensors' file
+``{"$tensor": name}``     a tensor in the file of tensors
 ``{"$array": name}``      the same, as a numpy array
 ``{"$tuple": [...]}``     a tuple
-``{"$dict": [[k, v]]}``   a dictionary with keys that JSON would mistake
-``{"$int": "0x..."}``     a whole number beyond 64 bits
-``{"$float": "inf ..."}`` a number that is not finite, and its bits
+``{"$dict": [[k, v]]}``   a dictionary with keys that JSON would change
+``{"$int": "0x..."}``     an integer of more than 64 bits
+``{"$float": "inf ..."}`` a NaN or infinite number, and its bits
 ========================  ===========================================================
 """
 
@@ -22,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_DEPTH = 100  # of lists and dictionaries within each other
-RESERVED = "__metadata__"  # no name for a tensor in a safetensors file
+MAX_DEPTH = 100  # maximum nesting of lists and dictionaries
+RESERVED = "__metadata__"  # not allowed as a tensor's name in a safetensors file
 DTYPES = frozenset({
     torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32,
     torch.uint64, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
@@ -33,24 +35,25 @@ DTYPES = frozenset({
 
 
 def encode(content: Mapping[Any, Any]) -> tuple[Any, dict[str, Tensor]]:
-    """Part a structure into what JSON can say and its tensors.
+    """Split a structure into a JSON value and its tensors.
 
     Returns:
-        The first; the second by name, on the CPU, contiguous, no two in the same memory.
+        The JSON value, and the tensors by name. Tensors are on the CPU and contiguous, and share no
+        memory.
 
     Raises:
-        TypeError: something in it is of another type, by the way that leads to it.
-        ValueError: it is nested more than 100 deep, or holds itself.
+        TypeError: The structure has a value of an unsupported type. The message gives its path.
+        ValueError: The structure is nested more than 100 deep, or contains itself.
     """
     encoder = _Encoder()
     return encoder.encode(content, ()), encoder.tensors
 
 
 def decode(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Put a structure together again.
+    """Return the structure that :func:`encode` has split.
 
     Raises:
-        ValueError: this is nothing that :func:`encode` gives.
+        ValueError: The arguments are not an output of :func:`encode`.
     """
     waiting = dict(tensors)
     content = _decode(plain, waiting, depth=0)
@@ -62,14 +65,14 @@ def decode(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
 class _Encoder:
     def __init__(self):
         self.tensors: dict[str, Tensor] = {}
-        self._places: set[int] = set()  # memory that tensors lie in
+        self._places: set[int] = set()  # addresses of the tensors' memory
 
     def encode(self, thing: Any, path: tuple[Any, ...]) -> Any:
         if len(path) > MAX_DEPTH:
             raise ValueError(
-                f"{described(path[:3])}... is nested more than {MAX_DEPTH} deep, or holds itself"
+                f"{described(path[:3])}... is nested more than {MAX_DEPTH} deep, or contains itself"
             )
-        # What derives from these types (numpy's float64, say) comes back as one of them.
+        # Subclasses of these types, such as numpy's float64, are restored as these types.
         if thing is None or isinstance(thing, bool):
             return thing
         if isinstance(thing, str):
@@ -90,7 +93,7 @@ class _Encoder:
             return self._encode_mapping(thing, path)
         raise TypeError(
             f"{described(path)} is {_kind_of(thing)}: only dictionaries, lists, tuples, strings, "
-            "numbers, None, tensors and numpy arrays can be written"
+            "numbers, None, tensors and numpy arrays can be saved"
         )
 
     def _encode_all(self, pairs: Iterable[tuple[Any, Any]], path: tuple[Any, ...]) -> list[Any]:
@@ -101,7 +104,7 @@ class _Encoder:
             if isinstance(key, bool) or not isinstance(key, str | int):
                 raise TypeError(
                     f"{described(path)} has the key {key!r}, {_kind_of(key)}: keys must be strings "
-                    "or whole numbers"
+                    "or integers"
                 )
         values = self._encode_all(things.items(), path)
         if all(isinstance(key, str) and not key.startswith("$") for key in things):
@@ -123,7 +126,7 @@ class _Encoder:
 
 
 def described(path: tuple[Any, ...]) -> str:
-    """Return how Python code would reach a place in the structure."""
+    """Return the Python expression for a path in the structure."""
     return "content" + "".join(f"[{key!r}]" for key in path)
 
 
@@ -136,10 +139,10 @@ def _kind_of(thing: Any) -> str:
 def _plain_tensor(tensor: Tensor, path: tuple[Any, ...]) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
         kind = "meta, nested or quantized" if tensor.layout == torch.strided else tensor.layout
-        raise TypeError(f"{described(path)} is a {kind} tensor: make it a dense one")
+        raise TypeError(f"{described(path)} is a {kind} tensor: convert it to a dense tensor")
     if tensor.dtype not in DTYPES:
-        raise TypeError(f"{described(path)} is a tensor of {tensor.dtype}, which has no place in "
-                        "a safetensors file: convert it")  # fmt: skip
+        raise TypeError(f"{described(path)} is a tensor of {tensor.dtype}, which safetensors does "
+                        "not support: convert it")  # fmt: skip
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
@@ -151,8 +154,8 @@ def _tensor_of_array(array: np.ndarray, path: tuple[Any, ...]) -> Tensor:
         tensor = torch.from_numpy(native)
     except TypeError as error:
         raise TypeError(
-            f"{described(path)} is an array of {array.dtype}: only numbers and booleans can be "
-            "written"
+            f"{described(path)} is an array of {array.dtype}: only numbers and Booleans can be "
+            "saved"
         ) from error
     return _plain_tensor(tensor, path)
 
@@ -161,7 +164,7 @@ def _array_of_tensor(tensor: Tensor) -> np.ndarray:
     try:
         return tensor.numpy()
     except TypeError as error:
-        raise ValueError(f"numpy has no arrays of {tensor.dtype}") from error
+        raise ValueError(f"numpy does not support {tensor.dtype}") from error
 
 
 def _non_finite(number: float) -> str:
@@ -203,9 +206,9 @@ def _decode_pairs(pairs: list[Any], waiting: dict[str, Tensor], depth: int) -> d
     content: dict[Any, Any] = {}
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError("the content has a dictionary of other things than pairs")
+            raise ValueError("the content has a dictionary whose items are not pairs")
         key = _decode(pair[0], waiting, depth + 1)
         if isinstance(key, bool) or not isinstance(key, str | int) or key in content:
-            raise ValueError(f"the content has the key {key!r}, twice or of another type")
+            raise ValueError(f"the content has the key {key!r} twice, or it is of the wrong type")
         content[key] = _decode(pair[1], waiting, depth + 1)
     return content

@@ -1,13 +1,13 @@
-"""A nested structure in one folder, and back: tensors beside a record in JSON.
+"""Write a nested structure to a folder, as tensors and a JSON record, and read it back.
 
-A folder is written whole or not at all: under a hidden name beside its own, which names the host
-and the process that write it, and the purpose::
+A folder is written completely or not at all. It is first written under a hidden name, next to the
+final one. The hidden name has the host, the writing process and the purpose::
 
     .run.<host>.<process>.<random>.writing     becomes run
     .run.<host>.<process>.<random>.replaced    was run before
 
-A file is not trusted. Nothing in it is run or imported. It is read once, from one descriptor, and
-its checksum is compared before its content is parsed.
+Files are not trusted. Nothing in them is run or imported. A file is read once, from one descriptor,
+and its checksum is compared before its content is used.
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ WRITING, REPLACED = "writing", "replaced"
 
 
 class UnreadableFile(ValueError):  # noqa: N818 - the name says what the file is
-    """A file that is not what was written; the message says which, why, and what to do."""
+    """A file that cannot be loaded. The message gives its path, the reason and a remedy."""
 
 
 def unreadable(
-    path: Path, what: str, advice: str = "Take another copy of the folder, or write it anew."
+    path: Path, what: str, advice: str = "Use another copy of the folder, or save it again."
 ) -> UnreadableFile:
-    """Return the error for a file: what it is, or does."""
+    """Return an UnreadableFile with the path, the problem and advice."""
     return UnreadableFile(f"{path} {what}. {advice}")
 
 
 def hidden(folder: Path, purpose: str) -> Path:
-    """Return an unused name beside a folder, which tells who uses it and what for."""
+    """Return an unused hidden name next to a folder, with host, process and purpose."""
     token = secrets.token_hex(4)
     return folder.with_name(f".{folder.name}.{_host()}.{os.getpid()}.{token}.{purpose}")
 
 
 def replaced(folder: Path) -> list[Path]:
-    """Return where the folder is, if it has been taken away to be replaced: most often nowhere."""
+    """Return the hidden folders that hold an old version of a folder, usually none."""
     return [path for path, purpose, _ in _beside(folder) if purpose == REPLACED]
 
 
 def clear(folder: Path) -> None:
-    """Undo what writers of a folder have left that are no more.
+    """Clean up after writers of a folder that have died.
 
-    What they were writing is removed, and what they were about to replace is put back. Writers on
-    other hosts are left alone, for they may live.
+    Remove their unfinished folders, and restore a folder that they were replacing. Ignore writers
+    on other hosts, which may still be running.
     """
     for path, purpose, dead in _beside(folder):
         if not dead:
@@ -76,7 +76,7 @@ def clear(folder: Path) -> None:
 
 
 def _beside(folder: Path) -> list[tuple[Path, str, bool]]:
-    """Return hidden folders beside a folder, what each is for, and whether its writer is dead."""
+    """Return the hidden folders next to a folder, with purpose and whether the writer is dead."""
     pattern = re.compile(
         rf"\.{re.escape(folder.name)}\.([\w-]+)\.(\d+)\.[0-9a-f]{{8}}\.({WRITING}|{REPLACED})"
     )
@@ -99,29 +99,29 @@ def _lives(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # another user's; no process at all
+    except (PermissionError, OverflowError):  # another user's process; an invalid number
         return True
     return True
 
 
-MAX_RECORD = 32 * 2**20  # bytes; parsed, it may take thirty times as much
+MAX_RECORD = 32 * 2**20  # bytes; parsed, it may need thirty times as much memory
 _BEGINNINGS = {b"\x80": "a pickle", b"PK": "a zip archive, such as torch.save makes"}
 
 
 def read(folder: str | Path, *, kind: str) -> dict[Any, Any]:
-    """Read what :func:`pyro_vae.serialization._folder.write` has written into a folder.
+    """Read a folder that :func:`pyro_vae.serialization._folder.write` has written.
 
     Args:
-        folder: to read.
-        kind: of the content, as it was written.
+        folder: folder to read.
+        kind: kind of the content, as passed to ``write``.
 
     Returns:
-        The content. Tensors are on the CPU, contiguous, and share no memory.
+        The content. Tensors are on the CPU and contiguous, and share no memory.
 
     Raises:
-        UnreadableFile: the folder or one of its two files is missing, damaged, of another kind or
-            of a newer version, no regular file, or never was one of these. It is a ValueError.
-        OSError: reading failed, or is not permitted.
+        UnreadableFile: The folder or one of its two files is missing, damaged, not a regular file,
+            of another kind or of a newer version. UnreadableFile is a ValueError.
+        OSError: Reading failed, or is not permitted.
 
     Example:
         >>> import tempfile, torch
@@ -135,25 +135,25 @@ def read(folder: str | Path, *, kind: str) -> dict[Any, Any]:
     folder = Path(folder)
     try:
         for _ in range(2):
-            with contextlib.suppress(_Missing):  # it may have been replaced while it was read
+            with contextlib.suppress(_Missing):  # the folder may be replaced during the read
                 return _read(folder, kind)
         return _read(folder, kind)
     except MemoryError as error:
-        raise UnreadableFile(f"{folder} asks for more memory than there is") from error
+        raise UnreadableFile(f"{folder} needs more memory than this machine has") from error
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """Return the record of a folder, checked but for what the content says.
+    """Return the record of a folder, checked except for its content.
 
     Raises:
-        UnreadableFile: as :func:`read`.
+        UnreadableFile: The folder or its record is not readable; see :func:`read`.
     """
     with _opened(folder) as directory:
         return _record(folder / RECORD, directory)
 
 
 def checksum(record: dict[str, Any]) -> str:
-    """Return the sha256 of a record, without its own, as JSON in its shortest form."""
+    """Return the sha256 of a record as compact JSON, without its key ``"sha256"``."""
     rest = {key: value for key, value in record.items() if key != "sha256"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -165,7 +165,7 @@ class _Missing(UnreadableFile):
 
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[int]:
-    """Open a folder, so that its files are of the same one even while it is replaced."""
+    """Open a folder, so that all files come from the same folder even if it is replaced."""
     try:
         directory = _open_folder(folder)
     except FileNotFoundError:
@@ -180,12 +180,12 @@ def _open_folder(folder: Path) -> int:
     try:
         return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except NotADirectoryError:
-        advice = f"Name the one that holds {RECORD}."
-        raise unreadable(folder, "is no folder", advice) from None
+        advice = f"Pass the folder that has {RECORD}."
+        raise unreadable(folder, "is not a folder", advice) from None
 
 
 def _open_replaced(folder: Path) -> int:
-    """Open a folder that was taken away to be replaced, by a writer that came no further."""
+    """Open the old version of a folder whose writer died before replacing it."""
     for place in replaced(folder):
         with contextlib.suppress(FileNotFoundError):
             return _open_folder(place)
@@ -198,7 +198,7 @@ def _read(folder: Path, kind: str) -> dict[Any, Any]:
         record = _record(path, directory)
         if record["kind"] != kind:
             raise unreadable(
-                path, f"is of the kind {record['kind']!r}, not {kind!r}", "Read it as what it is."
+                path, f"is of the kind {record['kind']!r}, not {kind!r}", "Read it as its own kind."
             )
         tensors = _tensors(folder / TENSORS, directory, record["tensors"])
     try:
@@ -206,19 +206,19 @@ def _read(folder: Path, kind: str) -> dict[Any, Any]:
     except ValueError as error:
         raise unreadable(path, f"is damaged: {error}") from error
     if not isinstance(content, dict):
-        raise unreadable(path, "holds no dictionary")
+        raise unreadable(path, "has content that is not a dictionary")
     return content
 
 
 def _record(path: Path, directory: int) -> dict[str, Any]:
-    """Read and check the record, but for what the content says."""
+    """Read and check the record, except for its content."""
     data = _bytes(path, directory, MAX_RECORD)
     try:
         record = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=float)
     except (ValueError, RecursionError) as error:
-        raise unreadable(path, f"is no record of pyro_vae{_foreign(data, error)}") from error
+        raise unreadable(path, f"is not a record of pyro_vae{_foreign(data, error)}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise unreadable(path, "is JSON, but no record of pyro_vae")
+        raise unreadable(path, "is JSON, but not a record of pyro_vae")
     version = record.get("format_version")
     if isinstance(version, int) and version > VERSION:
         raise unreadable(
@@ -227,29 +227,29 @@ def _record(path: Path, directory: int) -> dict[str, Any]:
             "Install a newer pyro_vae.",
         )
     if record.get("sha256") != _checksum_or_none(record):
-        raise unreadable(path, "is damaged: its content has another checksum than it says")
+        raise unreadable(path, "is damaged: its content does not match its checksum")
     expected = {"format": str, "format_version": int, "kind": str, "tensors": dict, "sha256": str}
     wrong = [key for key, kind in expected.items() if not isinstance(record.get(key), kind)]
     if wrong or "content" not in record or version != VERSION:
-        raise unreadable(path, f"is no record of pyro_vae: {wrong or ['content']} is missing")
+        raise unreadable(path, f"is not a record of pyro_vae: {wrong or ['content']} is missing")
     return record
 
 
 def _tensors(path: Path, directory: int, expected: dict[str, Any]) -> dict[str, Tensor]:
-    """Read the tensors, whose size and checksum the record tells."""
+    """Read the tensors, and check them against the size and checksum in the record."""
     size = expected.get("bytes")
     if not isinstance(size, int):
         raise unreadable(path, f"has no size in {RECORD}")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
-        raise unreadable(path, f"has {size} bytes, and this machine {memory} of memory")
+        raise unreadable(path, f"has {size} bytes, and this machine has {memory} of memory")
     data = _bytes(path, directory, size, exactly=True)
     if hashlib.sha256(data).hexdigest() != expected.get("sha256"):
-        raise unreadable(path, f"is damaged: {RECORD} has another checksum for it")
+        raise unreadable(path, f"is damaged: it does not match its checksum in {RECORD}")
     try:
         return safetensors.torch.load(data)
-    except Exception as error:  # the library has no class of errors for what a file may hold
-        raise unreadable(path, f"is no safetensors file{_foreign(data, error)}") from error
+    except Exception as error:  # safetensors has no common error class
+        raise unreadable(path, f"is not a safetensors file{_foreign(data, error)}") from error
 
 
 def _bytes(path: Path, directory: int, limit: int, exactly: bool = False) -> bytes:
@@ -261,12 +261,12 @@ def _bytes(path: Path, directory: int, limit: int, exactly: bool = False) -> byt
         raise _Missing(str(unreadable(path, "is missing"))) from None
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EMLINK):
-            raise unreadable(path, "is a link or a device, no regular file") from error
+            raise unreadable(path, "is a link or a device, not a regular file") from error
         raise OSError(error.errno, f"cannot open {path}: {error.strerror}", str(path)) from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise unreadable(path, "is no regular file")
+            raise unreadable(path, "is not a regular file")
         if status.st_size > limit or (exactly and status.st_size != limit):
             bound = "" if exactly else "at most "
             raise unreadable(path, f"has {status.st_size} bytes, not {bound}{limit}")
@@ -282,14 +282,14 @@ def _bytes(path: Path, directory: int, limit: int, exactly: bool = False) -> byt
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     things = dict(pairs)
     if len(things) < len(pairs):
-        raise ValueError("a key stands in an object twice")
+        raise ValueError("an object has a key twice")
     return things
 
 
 def _checksum_or_none(record: dict[str, Any]) -> str | None:
     try:
         return checksum(record)
-    except (ValueError, RecursionError):  # numbers that JSON does not know
+    except (ValueError, RecursionError):  # numbers that JSON lacks
         return None
 
 
@@ -303,28 +303,29 @@ def _foreign(data: bytes, error: Exception) -> str:
 def write(
     folder: str | Path, content: Mapping[Any, Any], *, kind: str, overwrite: bool = False
 ) -> None:
-    """Write a nested structure into a folder: ``record.json`` and ``tensors.safetensors``.
+    """Write a nested structure to a folder, as ``record.json`` and ``tensors.safetensors``.
 
-    The folder is written under a hidden name beside its own, brought to the disk, and renamed: a
-    process that is killed at any instant leaves the whole folder or none, and where one is
-    replaced, the old one or the new one. What it leaves beside, the next write removes.
+    The folder is written under a hidden name, synced to disk and then renamed. A process killed at
+    any time leaves the complete folder or none. If it replaces a folder, it leaves the old or the
+    new one. The next write removes its temporary files.
 
     Args:
-        folder: to write; folders above it are made. An empty one may be there.
-        content: dictionaries with keys that are strings or whole numbers, lists, tuples, strings,
-            numbers, booleans, None, tensors and numpy arrays, 100 deep at most. All come back as
-            they are, to the bit; tensors on the CPU, and without gradients.
-        kind: of the content, any word; who reads it says the same.
+        folder: folder to write. Missing parent folders are created. The folder may exist if it is
+            empty.
+        content: dictionaries whose keys are strings or integers, lists, tuples, strings, numbers,
+            Booleans, None, tensors and numpy arrays, nested at most 100 deep. All are restored
+            exactly, bit by bit. Tensors are restored on the CPU and without gradients.
+        kind: any word for the kind of content. ``read`` needs the same word.
         overwrite: whether to replace a folder of the same kind.
 
     Raises:
-        TypeError: something in the content is of another type, by the way that leads to it.
-        ValueError: it is nested more than 100 deep, or holds itself, or its record takes more than
-            32 MiB.
-        FileExistsError: there is a folder or file of that name, and it is not to be replaced, or is
-            none that was written here as one of this kind.
-        OSError: it could not be written: a full disk, a lack of permission. What was there before
-            is as it was.
+        TypeError: The content has a value of an unsupported type. The message gives its path.
+        ValueError: The content is nested more than 100 deep, or contains itself, or its record is
+            larger than 32 MiB.
+        FileExistsError: The folder exists, and ``overwrite`` is False or it is not a folder of this
+            kind.
+        OSError: Writing failed, for example because of a full disk or a missing permission. The
+            previous folder is unchanged.
 
     Example:
         See :func:`pyro_vae.serialization._folder.read`.
@@ -335,7 +336,7 @@ def write(
             f"{type(content).__name__} and {type(kind).__name__}"
         )
     plain, named = encode(content)
-    # Bytes, rather than a file by the library, whose errors do not tell a full disk.
+    # Serialize to bytes. If safetensors wrote the file, its errors would not report a full disk.
     tensors = safetensors.torch.save(named)
     record = {
         "format": FORMAT,
@@ -347,8 +348,8 @@ def write(
     text = json.dumps(record | {"sha256": checksum(record)}, indent=1, allow_nan=False).encode()
     if len(text) > MAX_RECORD:
         raise ValueError(
-            f"the record takes {len(text)} bytes, and may take {MAX_RECORD}: store long lists as "
-            "tensors"
+            f"the record must have at most {MAX_RECORD} bytes, got {len(text)}: store long lists "
+            "as tensors"
         )
     folder = Path(os.path.abspath(folder))
     try:
@@ -368,7 +369,7 @@ def write(
 
 
 def _check_place(folder: Path, kind: str, overwrite: bool) -> bool:
-    """Tell whether there is a folder to be replaced; refuse to replace others."""
+    """Return True if there is a folder to replace; raise FileExistsError if it must be kept."""
     if not os.path.lexists(folder):
         return False
     is_folder = folder.is_dir() and not folder.is_symlink()
@@ -383,7 +384,7 @@ def _check_place(folder: Path, kind: str, overwrite: bool) -> bool:
         ours = False
     if not ours:
         raise FileExistsError(
-            f"{folder} is not replaced, for it is no folder of the kind {kind!r} and nothing else: "
+            f"{folder} is not replaced, because it is not a folder of the kind {kind!r} alone: "
             "remove it yourself, or pass another name"
         )
     return True
@@ -395,7 +396,7 @@ def _temporary(folder: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-    finally:  # it has another name by now, if all went well
+    finally:  # after success it has its final name, and nothing is removed
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -407,7 +408,7 @@ def _write_file(path: Path, data: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
+    """Sync the entries of a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -416,7 +417,7 @@ def _sync(folder: Path) -> None:
 
 
 def _put(temporary: Path, folder: Path, replaces: bool) -> None:
-    """Give a folder its name, in place of what has it; or leave all as it was."""
+    """Rename the temporary folder to its final name, or restore the previous state on an error."""
     old = hidden(folder, REPLACED)
     with contextlib.ExitStack() as undo:
         if replaces:

@@ -1,4 +1,4 @@
-"""A bound on what may be made while a file's instructions are followed."""
+"""A limit on the memory and modules that loading a file may use."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ MAX_PARTS = 10_000  # modules and parameters
 
 
 class MemoryLimit(TorchDispatchMode):
-    """Refuses operations of torch before they take too much memory, and endless lists of modules.
+    """Raise ValueError before torch uses too much memory, or if there are too many modules.
 
-    Each operation is first made without data, on the device ``"meta"``, to see how much it would
-    take. What operations make of no tensor (parameters, before all) is counted together; what
-    they make of others, each by itself.
+    Each operation first runs on the device ``"meta"``, without data, to find its output size. The
+    outputs of operations without tensor inputs, mainly parameters, are limited in total. All other
+    outputs are limited one by one.
 
     Args:
-        memory: bytes.
+        memory: limit in bytes.
 
     Raises:
-        ValueError: as said, within the block.
+        ValueError: An operation in the block exceeds the memory limit. Or the block creates more
+            than 10,000 modules and parameters.
     """
 
     def __init__(self, memory: int):
@@ -36,7 +37,7 @@ class MemoryLimit(TorchDispatchMode):
         self._memory, self._left, self._parts = memory, memory, 0
 
     def __enter__(self) -> MemoryLimit:
-        """Begin."""
+        """Enable the limit."""
         self._hooks = [
             register_module_module_registration_hook(self._count),
             register_module_parameter_registration_hook(self._count),
@@ -44,7 +45,7 @@ class MemoryLimit(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        """End."""
+        """Disable the limit."""
         for hook in self._hooks:
             hook.remove()
         super().__exit__(*error)
@@ -52,7 +53,7 @@ class MemoryLimit(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Look at what an operation would take, then run it."""
+        """Check the output size of an operation, then run it."""
         kwargs = kwargs or {}
         if not func._schema.is_mutable:
             inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
@@ -61,8 +62,8 @@ class MemoryLimit(TorchDispatchMode):
                 self._left -= size
             if self._left < 0 or size > self._memory:
                 raise ValueError(
-                    f"it would take more than {self._memory} bytes of memory, which the tensors "
-                    "beside it do not call for"
+                    f"it would take more than {self._memory} bytes of memory, too much for the "
+                    "tensors saved with it"
                 )
         return func(*args, **kwargs)
 
@@ -73,7 +74,7 @@ class MemoryLimit(TorchDispatchMode):
 
 
 def _size(func: Callable, args: tuple, kwargs: dict[str, Any]) -> int:
-    """Return how many bytes an operation gives, or zero where only its values would tell."""
+    """Return an operation's output size in bytes, or zero if the size depends on values."""
 
     def without_data(leaf: Any) -> Any:
         return leaf.to("meta") if isinstance(leaf, Tensor) else leaf

@@ -1,4 +1,4 @@
-"""`save` and `load`: a pair of programs in one folder."""
+"""`save` and `load`: a model and guide in one folder."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ KIND = "pair"
 
 @dataclass(frozen=True)
 class Saved:
-    """A pair that was loaded.
+    """A loaded pair.
 
     Args:
         model: program of p(x, z), with its parameters.
         guide: program of q(z|x), with its parameters.
-        history: of its fit, if it was saved with it.
-        notes: as they were given.
-        versions: of ``pyro_vae``, ``torch``, ``pyro-ppl`` and ``python`` that it was saved with,
-            and the ``date``.
+        history: the history of the fit if saved, or None.
+        notes: the notes as passed to :func:`save`.
+        versions: versions of ``pyro_vae``, ``torch``, ``pyro-ppl`` and ``python`` when saved, and
+            the ``date``.
     """
 
     model: Program
@@ -63,27 +63,29 @@ def save(
     notes: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save a pair in a folder of two files: ``record.json`` and ``tensors.safetensors``.
+    """Save a pair to a folder of two files, ``record.json`` and ``tensors.safetensors``.
 
-    The tensors are all parameters and buffers, by names such as
-    ``model.likelihood.decoder.0.weight``, and the values of ``pyro.param``. The record tells how
-    programs made of this library's classes and of torch's layers are made, so that :func:`load`
-    makes them again; other programs are to be passed to it. No code is saved, and nothing pickled.
+    The tensors are all parameters and buffers, with names such as
+    ``model.likelihood.decoder.0.weight``, and the values of ``pyro.param``. For programs made of
+    this library's classes and of torch's layers, the record has the constructor arguments, so that
+    :func:`load` can rebuild them. Other programs must be passed to :func:`load`. No code is saved
+    or pickled.
 
     Args:
-        folder: to make. A crash or a full disk leaves what was there before.
+        folder: folder to create. After a crash or a full disk, its previous content is unchanged.
         model: program of p(x, z).
         guide: program of q(z|x).
-        history: a data frame to keep with them, such as that of :class:`pyro_vae.training.Fit`.
-        notes: whatever else is to be kept: dictionaries, lists, strings, numbers, tensors, arrays.
-        overwrite: whether to replace a pair that was saved there.
+        history: data frame to save with the pair, such as that of :class:`pyro_vae.training.Fit`.
+        notes: other values to save: dictionaries, lists, strings, numbers, tensors, arrays.
+        overwrite: whether to replace a pair saved in the same folder.
 
     Raises:
-        FileExistsError: there is something that is not to be replaced.
-        OSError: it could not be written.
-        TypeError: the notes hold something else; a ``pyro.param`` has a constraint without a name.
-        ValueError: the guide has loaded values that wait for its first call; a parameter belongs to
-            a module that no name leads to, and would be missing.
+        FileExistsError: The folder exists, and ``overwrite`` is False or it is not a saved pair.
+        OSError: Writing failed.
+        TypeError: The notes have a value of another type. Or the constraint of a ``pyro.param`` has
+            no name.
+        ValueError: The guide has loaded values that it uses only at its first call. Or a parameter
+            belongs to a module that no name reaches, and so cannot be saved.
 
     Example:
         >>> import tempfile, torch, pyro_vae as pv
@@ -127,21 +129,20 @@ def load(
     """Load a pair that :func:`save` has saved.
 
     Args:
-        folder: where it is.
-        model: program to put the parameters into, in place, made as the one that was saved. If not
-            given, it is made as the record tells; a program that is code of your own must be given.
-        guide: likewise. A guide of this library is made for the model that is given.
-        device: where the parameters go.
+        folder: folder of the pair.
+        model: program built like the saved one, whose parameters are replaced in place. By default
+            it is rebuilt from the record. Pass it if it is your own code.
+        guide: the same for the guide. A guide of this library is rebuilt for the given model.
+        device: device of the parameters.
 
     Returns:
-        The pair, with its history and notes. It gives the numbers of the pair that was saved, to
-        the bit.
+        The pair, with its history and notes. Its results equal those of the saved pair, bit by bit.
 
     Raises:
-        UnreadableFile: a file is missing, damaged, or none of such a folder; nothing in it was run.
-            It is a ValueError.
-        ValueError: a program must be given; or what was given has other parameters than what was
-            saved, and it is told which.
+        UnreadableFile: A file is missing, damaged or not part of a saved pair. Nothing in it was
+            run. UnreadableFile is a ValueError.
+        ValueError: A program must be passed but is missing. Or a passed program has other
+            parameters than the saved one; the message names them.
 
     Example:
         See :func:`save`.
@@ -164,11 +165,11 @@ def made(
     guide: Program | None,
     device: str | torch.device,
 ) -> Saved:
-    """Make the pair of a folder that was read; arguments and errors are those of :func:`load`.
+    """Return the pair of a folder's content. Other arguments and errors are as in :func:`load`.
 
     Args:
-        read: gives what :func:`save` has written.
-        folder: for messages.
+        read: function that returns the content that :func:`save` has written.
+        folder: folder name for error messages.
         model: see :func:`load`.
         guide: see :func:`load`.
         device: see :func:`load`.
@@ -189,8 +190,8 @@ def made(
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise UnreadableFile(
-            f"{folder} holds no pair that this pyro_vae can make: {reason}. If another version "
-            "saved it, take that; or pass model and guide."
+            f"{folder} has no pair that this pyro_vae can rebuild: {reason}. If another version "
+            "saved it, use that version; or pass model and guide."
         ) from error
 
 
@@ -200,15 +201,15 @@ def _read(folder: Path) -> dict[str, Any]:
     except UnreadableFile as error:
         if "step-" in folder.name or any(folder.glob("step-*")):
             raise UnreadableFile(
-                f"{folder} has checkpoints of a fit: load its pair by pyro_vae.load_checkpoint"
+                f"{folder} has checkpoints of a fit: load its pair with pyro_vae.load_checkpoint"
             ) from error
         raise
 
 
 def check_folder(folder: str | Path) -> None:
-    """Refuse what names no folder."""
+    """Raise TypeError if the argument is not a path."""
     if not isinstance(folder, str | os.PathLike):
-        raise TypeError(f"folder must be the name of a folder, got {folder!r}")
+        raise TypeError(f"folder must be a string or path, got {folder!r}")
 
 
 class _NotGivenError(ValueError):
@@ -225,10 +226,10 @@ def _loaded(content: Mapping[str, Any], given: dict[str, Program], device: torch
     programs.require_programs(model, guide)
     make_heads(model, guide, content["heads"], memory)
     if found := differences(module_tensors(model, guide), tensors):
-        message = f"the programs have other parameters than were saved. {found}"
+        message = f"the programs have other parameters than the saved ones. {found}"
         if not given:
             raise ValueError(message)
-        raise _NotGivenError(f"{message}. Make them as they were then.")
+        raise _NotGivenError(f"{message}. Build them like the saved ones.")
     load_state(model, guide, content, device)
     history = content["history"]
     return Saved(
@@ -244,13 +245,13 @@ def dataframe_to_dict(frame: pd.DataFrame) -> dict[str, Any]:
     """Return the structure of a data frame.
 
     Raises:
-        ValueError: two columns have one name.
+        ValueError: Two columns have the same name.
     """
     import pandas as pd
 
     if not frame.columns.is_unique:
         twice = frame.columns[frame.columns.duplicated()].to_list()
-        raise ValueError(f"history must have a name for each column, got {twice} twice")
+        raise ValueError(f"history must have distinct column names, got {twice} twice")
     default = isinstance(frame.index, pd.RangeIndex) and frame.index.equals(
         pd.RangeIndex(len(frame))
     )

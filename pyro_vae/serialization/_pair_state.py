@@ -1,4 +1,4 @@
-"""The state of a pair: written to a folder, and loaded into programs that were made alike."""
+"""The state of a pair, to be saved and to be loaded into programs built the same way."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _FORMER_ATTRIBUTES = {
 
 
 def state_of(model: Program, guide: Program) -> dict[str, Any]:
-    """Return all of a pair's state: its tensors, and what else is needed to use them.
+    """Return a pair's full state: its tensors, modes, heads and constraints.
 
     Raises:
-        ValueError: a guide has loaded values that wait for its first call.
-        ValueError: a module with tensors runs in the pair, and no name leads to it.
-        TypeError: a ``pyro.param`` has a constraint without a name.
+        ValueError: A guide has loaded values that it uses only at its first call. Or a module with
+            tensors runs in the pair, but no name reaches it.
+        TypeError: The constraint of a ``pyro.param`` has no name.
     """
     require_names(model, guide)
     modules_of_pair = named_modules(model, guide)
@@ -67,7 +67,7 @@ def state_of(model: Program, guide: Program) -> dict[str, Any]:
 
 
 class Description:
-    """What a checkpoint says of the pair beside its tensors, from which it can be made again.
+    """The description of a pair in a checkpoint, which can rebuild it except for its tensors.
 
     Args:
         model: program of p(x, z).
@@ -104,8 +104,8 @@ class Description:
         }
         if changed := _changed(values, here["values"]):
             warnings.warn(
-                f"the pair is not as it was when the checkpoint was written: {changed}. The run "
-                "goes on with what is here: if that was changed on the way, change it first",
+                f"the pair has changed since the checkpoint: {changed}. The run resumes with the "
+                "current values. If the saved ones are right, set them before you resume",
                 stacklevel=2,
             )
         set_modes(
@@ -123,45 +123,43 @@ def _renamed(name: str) -> str:
 
 
 def _changed(saved: Mapping[str, str], here: Mapping[str, str]) -> str:
-    """Tell which named things are others, or nothing."""
+    """Return a text about the names whose values differ, or an empty one."""
     names = [n for n in sorted(saved.keys() | here.keys()) if saved.get(n) != here.get(n)]
-    told = [
-        f"{n} was {saved.get(n, 'not there')}, here {here.get(n, 'is none')}" for n in names[:3]
-    ]
+    told = [f"{n} was {saved.get(n, 'missing')}, now {here.get(n, 'missing')}" for n in names[:3]]
     return "; ".join(told) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def parts_of(model: Program, guide: Program) -> dict[str, dict[str, str]]:
-    """Return what a pair has besides tensors: kinds of modules, numbers and words, by name."""
+    """Return a pair's parts other than tensors, by name: module types, numbers and strings."""
     reached = [*referenced_objects(model=model, guide=guide)]
     kinds = {name: type(module).__qualname__ for name, module in modules_in(reached)}
     return {"modules": kinds, "values": settings_in(reached)}
 
 
 def _heads(owners: list[tuple[str, nn.Module]]) -> dict[str, Any]:
-    """Return what guides made at their first call, by the names of the guides."""
+    """Return the modules that guides built at their first call, by the names of the guides."""
     found = {}
     for name, owner in owners:
         if owner.built.has_pending_state:
             raise ValueError(
-                f"{name} has loaded values that wait for its first call: call it on a minibatch, "
-                "then save it"
+                f"{name} has loaded values that it uses only at its first call: call it on a "
+                "minibatch, then save it"
             )
         if len(owner.built):
-            with contextlib.suppress(TypeError):  # a support without a name: call it before loading
+            with contextlib.suppress(TypeError):  # the support has no name
                 described = [site_to_config(site) for site in owner.built.sites]
                 found[name] = {"sites": described, "width": owner.built.width}
     return found
 
 
 def recipe_of(model: Program, guide: Program, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Tell how the programs are made; try it, since they may have been changed after that."""
+    """Return the recipe of the programs. Test it, since they may have changed since creation."""
     structure = recipe(model=model, guide=guide)
     reasons, pair = structure["given"], {"model": model, "guide": guide}
     for name, other in (("guide", "model"), ("model", "guide")):
         within = referenced_objects(**{name: pair[name]})
         if name in reasons and any(thing is pair[other] for _, thing in within):
-            reasons.setdefault(other, f"the {name} has that {other} within")
+            reasons.setdefault(other, f"the {name} contains that {other}")
     given = {name: pair[name] for name in reasons}
     if len(given) == 2:
         return structure
@@ -180,7 +178,7 @@ def recipe_of(model: Program, guide: Program, content: Mapping[str, Any]) -> dic
         problem = "its attributes have other values"
     if not problem:
         return structure
-    reason = f"it is not as it was made: {problem}"
+    reason = f"it has changed since it was made: {problem}"
     return {
         "things": [],
         "roots": {name: {"given": name} for name in ("model", "guide")},
@@ -190,7 +188,7 @@ def recipe_of(model: Program, guide: Program, content: Mapping[str, Any]) -> dic
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what writes, and the date."""
+    """Return the current versions of the packages and Python, and the date."""
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     found = {package: _version(package) for package in ("pyro_vae", "torch", "pyro-ppl")}
     return {**found, "python": platform.python_version(), "date": date}
@@ -199,15 +197,15 @@ def versions() -> dict[str, str]:
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from its source
+    except importlib.metadata.PackageNotFoundError:  # not installed, but run from source
         return "unknown"
 
 
 def make_heads(model: Program, guide: Program, found: Mapping[str, Any], memory: int) -> None:
-    """Let guides make what they made at their first call.
+    """Make guides build the modules that they otherwise build at their first call.
 
     Raises:
-        ValueError: it cannot be made so, or takes more bytes than ``memory``.
+        ValueError: The modules cannot be built, or take more bytes than ``memory``.
     """
     of_pair = owners(named_modules(model, guide))
     with torch.random.fork_rng(devices=[]), MemoryLimit(memory):
@@ -220,23 +218,23 @@ def make_heads(model: Program, guide: Program, found: Mapping[str, Any], memory:
                 try:
                     owner.build(of_model, width, torch.empty(0))
                 except Exception as error:
-                    raise ValueError(f"{name} cannot make its head: {error}") from error
+                    raise ValueError(f"{name} cannot build its head: {error}") from error
 
 
 def module_tensors(model: Program, guide: Program) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a pair's modules, as they are."""
+    """Return the parameters and buffers of a pair's modules, without copies."""
     with programs.parameter_store(model, guide):
         found = state(model, guide)
     return {name: tensor for name, tensor in found.items() if not name.startswith(FREE_PARAM)}
 
 
 def settings(model: Program, guide: Program) -> dict[str, str]:
-    """Return numbers and words that the programs hold by public names."""
+    """Return the numbers and strings that the programs hold under public names."""
     return settings_in(referenced_objects(model=model, guide=guide))
 
 
 def settings_in(reached: Iterable[tuple[str, Any]]) -> dict[str, str]:
-    """Return those among all that the programs reach, by name."""
+    """Return the numbers and strings among the reached objects, by name."""
     found = {}
     for name, thing in reached:
         attribute = name.rpartition(".")[2]
@@ -247,7 +245,7 @@ def settings_in(reached: Iterable[tuple[str, Any]]) -> dict[str, str]:
 
 
 def differences(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
-    """Tell how the tensors of programs differ from those of a file; nothing if they fit."""
+    """Return a text about how tensors differ from saved ones in name or shape, empty if not."""
     wanted = [name for name in tensors if not name.startswith(FREE_PARAM)]
     shapes = [
         f"{name} (saved {tuple(tensors[name].shape)}, here {tuple(live[name].shape)})"
@@ -265,7 +263,7 @@ def differences(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> st
 def load_state(
     model: Program, guide: Program, content: Mapping[str, Any], device: torch.device
 ) -> None:
-    """Put a saved state into programs whose tensors have the names and shapes of those saved."""
+    """Load a saved state into programs whose tensors have the saved names and shapes."""
     tensors = content["tensors"]
     frozen, evaluating = set(content["frozen"]), set(content["evaluating"])
     bare = {
@@ -277,10 +275,10 @@ def load_state(
         name: mappings.from_config(content["constraints"][FREE_PARAM + name]) for name in bare
     }
     met = {program: frozenset(content["met"][program]) for program in ("model", "guide")}
-    # All is read: from here on nothing is refused.
+    # The content is checked. No error is raised from here on, so the load is complete or not begun.
     live = module_tensors(model, guide)
     for name, tensor in live.items():
-        tensor.data = tensors[name]  # the very parameters stay, with the type that was saved
+        tensor.data = tensors[name]  # keep the parameter object, with the saved dtype
     for module in modules(model, guide):
         module.to(device)
     set_modes(live, named_modules(model, guide), frozen, evaluating)
@@ -300,7 +298,7 @@ def set_modes(
     frozen: set[str],
     evaluating: set[str],
 ) -> None:
-    """Freeze parameters, and put modules into evaluation mode, by name; and no others."""
+    """Freeze exactly the named parameters, and set exactly the named modules to evaluation mode."""
     for name, tensor in tensors.items():
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(name not in frozen)
@@ -309,17 +307,17 @@ def set_modes(
 
 
 def named_modules(model: Program, guide: Program) -> list[tuple[str, nn.Module]]:
-    """Return the modules of a pair, by the ways that lead to them."""
+    """Return the modules of a pair with the names that reach them."""
     return modules_in(referenced_objects(model=model, guide=guide))
 
 
 def modules_in(reached: Iterable[tuple[str, Any]]) -> list[tuple[str, nn.Module]]:
-    """Return those among all that the programs reach, by name."""
+    """Return the modules among the reached objects, with their names."""
     return [(name, thing) for name, thing in reached if isinstance(thing, nn.Module)]
 
 
 def owners(named_modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    """Return the guides among modules that make a part of themselves at their first call."""
+    """Return the guides that build some of their modules at their first call."""
     return [
         (n, module)
         for n, module in named_modules
@@ -333,5 +331,5 @@ def _some(names: list[str]) -> str:
 
 
 def memory_of(tensors: Mapping[str, Tensor]) -> int:
-    """Return how many bytes programs may take that have these tensors."""
+    """Return the memory limit in bytes for programs with these tensors."""
     return 8 * sum(t.numel() * t.element_size() for t in tensors.values()) + 64 * 2**20

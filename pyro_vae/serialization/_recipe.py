@@ -1,6 +1,6 @@
-"""Programs as recipes, and back: plain structures of names, numbers and tensors.
+"""Convert programs to recipes, plain structures of names, numbers and tensors, and back.
 
-A recipe lists objects, each made of those before it::
+A recipe lists objects. Each is made from the objects before it::
 
     {"things": [
         {"class": "priors.StandardNormal", "arguments": {"event_shape": (2,)}},
@@ -8,8 +8,8 @@ A recipe lists objects, each made of those before it::
         {"class": "likelihoods.Bernoulli", "arguments": {"decoder": {"thing": 1}}},
         {"class": "models.LatentVariableModel", "arguments": {"prior": {"thing": 0}, ...}}],
      "roots": {"model": {"thing": 3}},
-     "through": [],  # priors that the guide is a part of, when all is made
-     "given": {}}  # programs without a recipe, and why
+     "through": [],  # priors that contain the guide, which are bound at the end
+     "given": {}}  # programs without a recipe, and the reasons
 
 A recipe from a file is not trusted: its classes are looked up in the registry.
 """
@@ -35,18 +35,18 @@ from pyro_vae.serialization._memory_limit import MAX_PARTS, MemoryLimit
 
 
 def recipe(**programs: Any) -> dict[str, Any]:
-    """Tell how programs were made, so that :func:`rebuild` can make them again.
+    """Return the recipe of programs, from which :func:`rebuild` can rebuild them.
 
-    What they share is told once. Made so are a guide without what it makes at its first call, and
-    parameters as they begin: the rest is in the state of the programs.
+    Shared objects are listed once. A rebuilt program has initial parameters, and a rebuilt guide
+    lacks the modules that it builds at its first call. These are in the state of the programs.
 
     Args:
         **programs: objects of this library's classes, by name.
 
     Returns:
-        A plain structure. A program that cannot be told, being a function or an object of another
-        class or made of such, stands under ``"given"`` with the reason, and :func:`rebuild` must
-        be given it; others may be made of it.
+        A plain structure. Functions, objects of other classes and programs made of them have no
+        recipe. They are listed under ``"given"`` with the reason, and must be passed to
+        :func:`rebuild`. Other programs may contain them.
 
     Example:
         >>> import pyro_vae as pv
@@ -67,7 +67,7 @@ def recipe(**programs: Any) -> dict[str, Any]:
 
 
 def _attempt(programs: dict[str, Any], given: dict[str, str]) -> dict[str, Any] | None:
-    """Describe programs, or take one more as given."""
+    """Return the recipe of programs, or None after adding one more to the given ones."""
     try:
         return _Describer(programs, given).describe()
     except _CannotTellError as error:
@@ -82,25 +82,25 @@ class _CannotTellError(TypeError):
 
 
 class _Describer:
-    """One attempt, with some of the programs taken as given."""
+    """One attempt at a recipe, with some programs as given ones."""
 
     def __init__(self, programs: dict[str, Any], given: dict[str, str]):
         self._programs, self._given = programs, given
         self._things: list[dict[str, Any]] = []
-        self._numbers: dict[int, int] = {}  # of modules, by id: the programs keep them alive
+        self._numbers: dict[int, int] = {}  # by id of the modules, which the programs keep alive
         self._through: list[tuple[str, GuideMixturePrior]] = []
 
     def describe(self) -> dict[str, Any]:
         roots = {name: self._tell(name, name, thing) for name, thing in self._programs.items()}
         through = []
-        for root, prior in self._through:  # it may grow
+        for root, prior in self._through:  # the list may grow in this loop
             guide = self._tell(root, f"the guide of {root}'s {type(prior).__name__}", prior.guide)
             place = {"thing": self._numbers[id(prior)]}
             through.append({"prior": place, "guide": guide, "site": prior._site})
         return {"things": self._things, "roots": roots, "through": through, "given": self._given}
 
     def _tell(self, root: str, path: str, value: Any) -> Any:
-        """Return what stands for an argument in the recipe."""
+        """Return the entry of the recipe for an argument."""
         for name in self._given:
             program = self._programs[name]
             if value is program or (inspect.ismethod(value) and value == program):
@@ -132,13 +132,13 @@ class _Describer:
         if isinstance(value, nn.Module):
             return {"thing": self._number(root, path, value)}
         kind = value.kind if isinstance(value, Unknown) else kind_of(value)
-        raise _CannotTellError(root, f"{path} is {kind}, of which only you know the code")
+        raise _CannotTellError(root, f"{path} is {kind}, which is code of your own")
 
     def _tell_all(self, root: str, path: str, values: dict[Any, Any]) -> dict[Any, Any]:
         return {key: self._tell(root, f"{path}.{key}", value) for key, value in values.items()}
 
     def _number(self, root: str, path: str, module: nn.Module) -> int:
-        """Return the number of a module among the things; describe it if it has none."""
+        """Return the number of a module in the list, and add the module if it is new."""
         if id(module) not in self._numbers:
             thing = self._describe_module(root, path, module)
             self._numbers[id(module)] = len(self._things)
@@ -163,20 +163,20 @@ class _Describer:
 
 
 def rebuild(structure: dict[str, Any], *, memory: int, **given: Any) -> dict[str, Any]:
-    """Make programs again.
+    """Rebuild programs from a recipe.
 
     Args:
-        structure: what :func:`recipe` gave.
-        memory: how many bytes they may take.
-        **given: programs to take instead of those of the recipe, by name: those that it cannot
-            tell, and any others.
+        structure: a recipe from :func:`recipe`.
+        memory: memory limit in bytes.
+        **given: programs to use instead of those of the recipe, by name. Programs without a recipe
+            are required.
 
     Returns:
-        The programs by name, with parameters as they begin. No random number is used up.
+        The programs by name, with initial parameters. The random state is unchanged.
 
     Raises:
-        ValueError: the structure is no recipe, or of another version of the library; it takes too
-            much memory; a program is missing that must be given.
+        ValueError: The structure is not a recipe, or is from another version of the library. Or it
+            takes too much memory. Or a required program is missing.
 
     Example:
         See :func:`recipe`.
@@ -185,7 +185,7 @@ def rebuild(structure: dict[str, Any], *, memory: int, **given: Any) -> dict[str
         with torch.random.fork_rng(devices=[]), MemoryLimit(memory):
             return _Builder(structure, given).build()
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"this is no recipe: {error!r}") from error
+        raise ValueError(f"this is not a recipe: {error!r}") from error
 
 
 class _Builder:
@@ -201,22 +201,23 @@ class _Builder:
             name: self._given[name] if name in self._given else self._make(value)
             for name, value in roots.items()
         }
-        # A program that is given takes the place of what the recipe says, wherever it stands.
+        # A given program replaces the program of the recipe everywhere.
         for entry in self._structure["through"]:
             if isinstance(prior := self._made.get(entry["prior"]["thing"]), GuideMixturePrior):
                 guide = next((programs[n] for n, v in roots.items() if v == entry["guide"]), None)
                 guide = self._make(entry["guide"]) if guide is None else guide
                 if isinstance(guide, nn.Module) and any(each is prior for each in guide.modules()):
-                    raise ValueError("a prior is a mixture of what it is itself a part of")
+                    raise ValueError("a prior is a mixture of a guide that contains the prior")
                 prior.bind_guide(guide, site=entry["site"])
         return programs
 
     def _make(self, value: Any, before: int | None = None) -> Any:
-        """Return what a value of the recipe stands for.
+        """Return the object of a recipe's value.
 
         Args:
-            value: of a thing's argument.
-            before: the thing's number; it is made of things before it, so that there is an end.
+            value: value of an argument.
+            before: number of the object that has the argument. Only objects before it are allowed,
+                so the recursion ends.
         """
         if isinstance(value, list | tuple):
             return type(value)(self._make(each, before) for each in value)
@@ -238,7 +239,7 @@ class _Builder:
             return functools.partial(self._make(value["partial"], before), *args, **keywords)
         number = value["thing"]
         if not 0 <= number < (len(self._structure["things"]) if before is None else before):
-            raise ValueError(f"a thing is made of number {number}, which does not come before it")
+            raise ValueError(f"an object is made from number {number}, which is not before it")
         if number not in self._made:
             self._made[number] = self._thing(number)
         return self._made[number]
@@ -246,7 +247,7 @@ class _Builder:
     def _of_user(self, name: str) -> Any:
         if name not in self._given:
             reason = self._structure["given"][name]
-            raise ValueError(f"the {name} must be given, for {reason}")
+            raise ValueError(f"the {name} must be given, because {reason}")
         return self._given[name]
 
     def _thing(self, number: int) -> nn.Module:
@@ -261,12 +262,12 @@ class _Builder:
         make = getattr(cls, "of_arguments", cls)
         signature = inspect.signature(make)
         if unknown := arguments.keys() - signature.parameters.keys():
-            raise ValueError(f"{thing['class']} takes no argument {sorted(unknown)[0]!r}")
+            raise ValueError(f"{thing['class']} has no argument {sorted(unknown)[0]!r}")
         bound = inspect.BoundArguments(signature, _in_order(arguments, signature))
         try:
             return make(*bound.args, **bound.kwargs)
         except Exception as error:
-            raise ValueError(f"no {thing['class']} can be made so: {error}") from error
+            raise ValueError(f"{thing['class']} cannot be made: {error}") from error
 
     def _container(self, thing: dict[str, Any], number: int) -> nn.Module:
         module = registry.CONTAINERS[thing["class"]]()
@@ -294,7 +295,7 @@ def site_to_config(site: LatentSite) -> dict[str, Any]:
     """Return the structure of a site.
 
     Raises:
-        TypeError: its support has no name.
+        TypeError: The support of the site has no name.
     """
     return {
         "name": site.name,
@@ -311,17 +312,17 @@ def site_from_config(structure: Any) -> LatentSite:
     """Return the site of a structure.
 
     Raises:
-        ValueError: it is no such structure.
+        ValueError: The structure is not that of a latent site.
     """
     if not isinstance(structure, dict) or structure.keys() != _TYPES.keys():
-        raise ValueError(f"a latent site has {[*_TYPES]}")
+        raise ValueError(f"a latent site must have the keys {[*_TYPES]}")
     bijection = mappings.from_config(structure["bijection"])
     wrong = [name for name, kind in _TYPES.items() if not isinstance(structure[name], kind)]
     if wrong or not isinstance(bijection, Transform):
-        raise ValueError(f"this is no latent site: {structure}")
+        raise ValueError(f"this is not a latent site: {structure}")
     try:
         plates = tuple(CondIndepStackFrame(*frame) for frame in structure["plates"])
         shapes = {name: torch.Size(structure[name]) for name in ("batch_shape", "event_shape")}
     except TypeError as error:
-        raise ValueError(f"a latent site has plates and shapes that are none: {error}") from error
+        raise ValueError(f"a latent site has invalid plates or shapes: {error}") from error
     return LatentSite(**{**structure, **shapes, "plates": plates, "bijection": bijection})

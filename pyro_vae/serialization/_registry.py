@@ -1,6 +1,6 @@
-"""The classes that a recipe may name, and no others: components of this library, layers of torch.
+"""The only classes that a recipe may name: components of this library and layers of torch.
 
-A name in a file is looked up here. Nothing is imported by it.
+A name in a file is looked up here. It never causes an import.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _PACKAGES = {
     "flows": flows,
     "surjections": surjections,
 }
-# Names of classes, or of their folders, in files that were written before these moved.
+# Former names of classes or of their folders, which older files have.
 _FORMER = {
     "layers": "surjections",
     "models.FlowModel": "surjections.FlowModel",
     "guides.FlowGuide": "surjections.FlowGuide",
 }
-# Layers of torch whose attributes are the arguments that they were made with.
+# Layers of torch whose attributes are their constructor arguments.
 _TORCH = (
     nn.AdaptiveAvgPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Bilinear,
     nn.CELU, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
@@ -44,7 +44,7 @@ CONTAINERS = {"torch.nn.Sequential": nn.Sequential, "torch.nn.ModuleList": nn.Mo
 
 @functools.cache
 def classes() -> dict[str, type]:
-    """Return the classes by the names that recipes give them."""
+    """Return the classes by their names in recipes."""
     found: dict[str, type] = {}
     for package, module in _PACKAGES.items():
         for name in module.__all__:
@@ -63,26 +63,26 @@ def classes() -> dict[str, type]:
 
 @functools.cache
 def names() -> dict[type, str]:
-    """Return the names of the classes."""
+    """Return the names in recipes by class."""
     return {cls: name for name, cls in classes().items()}
 
 
 def find(name: Any) -> type:
-    """Return the class of a name.
+    """Return the class with a name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: No class has this name.
     """
     if isinstance(name, str):
         folder, _, rest = name.partition(".")
         now = _FORMER.get(name) or f"{_FORMER.get(folder, folder)}.{rest}"
         if now in classes():
             return classes()[now]
-    raise ValueError(f"no class of this library has the name {name!r}")
+    raise ValueError(f"this library has no class named {name!r}")
 
 
 def arguments_of_layer(layer: nn.Module) -> dict[str, Any] | None:
-    """Return the arguments that a layer of torch was made with; None if it is none of the list."""
+    """Return the constructor arguments of a torch layer, or None if it is not a known layer."""
     if type(layer) not in _TORCH:
         return None
     arguments = {}

@@ -204,7 +204,7 @@ NO_SUPPORT = {
     "elu": (lambda: transformed(dist.Normal(0.0, 1.0), dist.transforms.ELUTransform()), "at -1"),
     "ordered positive numbers": (
         lambda: transformed(dist.Gamma(torch.ones(3), 1.0).to_event(1),
-                            dist.transforms.OrderedTransform()), "but its input is only"),
+                            dist.transforms.OrderedTransform()), "not a named constraint"),
     "bounded in part": (
         lambda: dist.GeneralizedPareto(0.0, 1.0, torch.tensor([0.3, -0.3])).to_event(1),
         "for some elements"),

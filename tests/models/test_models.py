@@ -105,7 +105,7 @@ class TestHierarchicalModel:
 
     def test_what_makes_no_hierarchy(self):
         prior = pv.priors.StandardNormal(2)
-        with pytest.raises(ValueError, match="at least one module for HierarchicalModel"):
+        with pytest.raises(ValueError, match="single latent layer, use LatentVariableModel"):
             pv.models.HierarchicalModel(prior, [], bernoulli(2))
         with pytest.raises(TypeError, match="a sequence of modules"):
             pv.models.HierarchicalModel(prior, gaussian(2, 3), bernoulli(3))
@@ -381,7 +381,7 @@ def test_few_data_of_few_dimensions_are_no_sequence(shape):
 
 
 def test_a_mixture_model_needs_a_mixture():
-    with pytest.raises(TypeError, match=r"prior must be a priors.MixtureOfNormals"):
+    with pytest.raises(TypeError, match=r"must be a priors.MixtureOfNormals"):
         pv.models.MixtureModel(pv.priors.StandardNormal(2), bernoulli(2))
 
 

@@ -82,7 +82,7 @@ def test_a_residual_block_is_the_identity_and_its_branch():
         (lambda: pv.nets.ResidualDecoder(3, (1, 8, 8), blocks=0), "blocks must be at least 1"),
         (
             lambda: pv.nets.ConvEncoder((1, 28, 20))(torch.zeros(5, 560)),
-            r"ending in \(1, 28, 20\) .*got shape \(5, 560\): .*nn.Unflatten",
+            r"ending in \(1, 28, 20\) .* got shape \(5, 560\): .*nn.Unflatten",
         ),
         (lambda: pv.nets.ResidualEncoder((1, 2, 2))(torch.zeros(2, 2)), r"got shape \(2, 2\)"),
         (lambda: pv.nets.GatedMLP(3, []), "GatedMLP needs a hidden layer or out_features"),

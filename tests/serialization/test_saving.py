@@ -517,7 +517,9 @@ def test_programs_that_were_changed_after_they_were_made_must_be_given(tmp_path,
         guide.encoder.register_forward_hook(lambda *_: None)
         model.likelihood.register_forward_pre_hook(lambda *_: None)
     pv.save(tmp_path / "pair", model, guide)
-    with pytest.raises(ValueError, match=r"pass model and guide to load: (it is not as|.* hooks)"):
+    with pytest.raises(
+        ValueError, match=r"pass model and guide to load: (it has changed since|.* hooks)"
+    ):
         pv.load(tmp_path / "pair")
     pv.load(tmp_path / "pair", *copy.deepcopy((model, guide)))
 
@@ -526,7 +528,7 @@ def test_values_that_wait_for_a_first_call_are_not_lost(tmp_path):
     model, guide, (x,) = trained(latent_variable)
     fresh = guides.AmortizedNormal(model, encoder())
     fresh.load_state_dict(guide.state_dict())
-    with pytest.raises(ValueError, match="wait for its first call"):
+    with pytest.raises(ValueError, match="uses only at its first call"):
         pv.save(tmp_path / "pair", model, fresh)
     fresh(x)
     pv.save(tmp_path / "pair", model, fresh)
@@ -720,7 +722,7 @@ HOSTILE = {
 def test_priors_through_themselves_are_refused(tmp_path, through):
     pv.save(tmp_path / "pair", *trained(vamp)[:2])
     tampered(tmp_path / "pair", lambda c: c["recipe"]["through"][0].update(guide=through))
-    with pytest.raises(pv.serialization.UnreadableFile, match=r"holds no pair"):
+    with pytest.raises(pv.serialization.UnreadableFile, match=r"has no pair"):
         pv.load(tmp_path / "pair")
 
 
@@ -730,7 +732,7 @@ def test_hostile_records_are_refused_before_they_take_memory(tmp_path, name):
     pv.save(tmp_path / "pair", model, guide)
     tampered(tmp_path / "pair", HOSTILE[name])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"is not loaded|holds no pair"):
+    with pytest.raises(ValueError, match=r"is not loaded|has no pair"):
         pv.load(tmp_path / "pair")
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 300_000  # kilobytes
@@ -755,7 +757,7 @@ def test_programs_that_do_not_fit_are_left_as_they_are(tmp_path):
     model, guide = own_pair()
     before = {name: tensor.clone() for name, tensor in state(model, guide).items()}
     with pytest.raises(
-        pv.serialization.UnreadableFile, match=r"no constraint or transform has the name 'os.sys"
+        pv.serialization.UnreadableFile, match=r"no constraint or transform named 'os.sys"
     ):
         pv.load(tmp_path / "pair", model, guide)
     assert all(torch.equal(before[name], t) for name, t in state(model, guide).items())

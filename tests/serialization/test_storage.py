@@ -154,7 +154,7 @@ def test_other_types_are_named_by_their_place(tmp_path, thing, message):
 def test_structures_that_hold_themselves_are_refused(tmp_path):
     endless = []
     endless.append(endless)
-    with pytest.raises(ValueError, match="more than 100 deep, or holds itself"):
+    with pytest.raises(ValueError, match="more than 100 deep, or contains itself"):
         write(tmp_path / "run", {"a": endless})
     deep = 0
     for level in range(98):
@@ -472,13 +472,13 @@ def test_only_regular_files_are_opened(tmp_path, monkeypatch, kind, name):
         (run / name).symlink_to("/dev/zero")
     elif kind == "socket":
         socket.socket(socket.AF_UNIX).bind(name)
-    refused(run, f"{name} is (missing|no regular file|a link)")
+    refused(run, f"{name} is (missing|not a regular file|a link)")
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path):
     refused(tmp_path / "nowhere", "does not exist")
     (tmp_path / "file").write_bytes(pickle.dumps(1))
-    refused(tmp_path / "file", "is no folder")
+    refused(tmp_path / "file", "is not a folder")
     refused(tmp_path, "record.json is missing")
 
 
@@ -490,9 +490,9 @@ def test_other_kinds_and_newer_versions_are_refused(tmp_path):
     seal(run, record | {"format_version": 2})
     refused(run, "Install a newer pyro_vae")
     seal(run, record | {"format_version": 0})
-    refused(run, "no record")
+    refused(run, "not a record")
     seal(run, record | {"format": "other"})
-    refused(run, "no record")
+    refused(run, "not a record")
 
 
 @pytest.mark.parametrize(
@@ -557,7 +557,7 @@ def entry(shape, offsets, dtype="F32"):
 def test_hostile_headers_are_refused(tmp_path, data):
     write(tmp_path / "run", {"z": torch.zeros(1)})
     seal(tmp_path / "run", tensors=data)
-    refused(tmp_path / "run", "tensors.safetensors is no safetensors file")
+    refused(tmp_path / "run", "tensors.safetensors is not a safetensors file")
 
 
 @pytest.mark.parametrize(
@@ -600,7 +600,7 @@ def test_more_tensors_than_memory_are_refused_unread(tmp_path):
     record["tensors"]["bytes"] = 2**42
     record["sha256"] = checksum(record)
     path.write_text(json.dumps(record))
-    with pytest.raises(pv.serialization.UnreadableFile, match="bytes, and this machine"):
+    with pytest.raises(pv.serialization.UnreadableFile, match="bytes, and this machine has"):
         read(tmp_path / "run", kind="test")
 
 

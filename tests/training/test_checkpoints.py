@@ -788,12 +788,12 @@ def test_a_pair_whose_numbers_were_changed_on_the_way(binary, tmp_path):
     pv.fit(*programs, binary, epochs=2, after_epoch=sharpen, **begun)
     with pytest.raises(ValueError, match="pass model and guide"):  # not made as it is now
         pv.load_checkpoint(tmp_path)
-    with pytest.warns(UserWarning, match=r"scale.value was 0.333\d*, here 1.0"):
+    with pytest.warns(UserWarning, match=r"scale.value was 0.333\d*, now 1.0"):
         pv.fit(*own_scale(), binary, epochs=3, **resumed)
     other, _ = own_scale()
     other.likelihood.decoder[1] = nn.ReLU()
     guide = pv.guides.AmortizedNormal(other, encoder=pv.nets.MLP(16, [7]))
-    with pytest.raises(ValueError, match="was Tanh, here ReLU"):
+    with pytest.raises(ValueError, match="was Tanh, now ReLU"):
         pv.fit(other, guide, binary, epochs=4, **resumed)
 
 

@@ -423,7 +423,7 @@ def same_pairs(count):
 
 @pytest.mark.parametrize("make", [list, lambda x: list(x.split(20)), lambda x: [x], lambda x: []])
 def test_lists_are_refused_with_what_to_pass(make, binary):
-    told = r"data must be a tensor, .* got a list. Of rows, pass torch.stack\(rows\)"
+    told = r"data must be a tensor, .* got a list. For rows, pass torch.stack\(rows\)"
     with pytest.raises(ValueError, match=told):
         fit(make_pair(), make(binary))
     with pytest.raises(ValueError, match=told):
@@ -445,9 +445,7 @@ def test_items_that_cannot_be_put_together_are_refused_by_name(binary):
         def __getitem__(self, i):
             return object()
 
-    with pytest.raises(
-        ValueError, match="data has items that torch's DataLoader cannot put togeth"
-    ):
+    with pytest.raises(ValueError, match="data has items that torch's DataLoader cannot collate: "):
         fit(make_pair(), Objects(binary))
 
 
