@@ -315,7 +315,7 @@ def test_evaluation_of_latents_refuses_pairs_without_latents():
 
 def test_a_seed_is_a_whole_number(pair, binary):
     for seed in ("a", 1.5, True):
-        with pytest.raises(TypeError, match="seed must be an integer or None"):
+        with pytest.raises(TypeError, match="seed must be a whole number or None"):
             pv.evidence(*pair, binary, seed=seed)
 
 
