@@ -3,6 +3,7 @@ import signal
 
 import pytest
 import torch
+from torch.utils.data import Dataset, IterableDataset
 
 import pyro_vae as pv
 from pyro_vae._capture import Captured
@@ -16,6 +17,25 @@ def make_pair(latent=2, data=16, hidden=8):
         likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(latent, [hidden], data)),
     )
     return model, pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(data, [hidden]))
+
+
+class Rows(Dataset):
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i]
+
+
+class Stream(IterableDataset):
+    def __init__(self, x):
+        self.x = x
+
+    def __iter__(self):
+        return iter(self.x)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pyro_vae as pv
-from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.parameters import parameters_of
 from pyro_vae._programs.validation import check_pair
 from pyro_vae.datasets._minibatches import Minibatches
 from pyro_vae.training._step import TrainStep
@@ -142,7 +142,7 @@ def ours(capture):
     batches = Minibatches(X, BATCH, shuffle=True, transform=binarise)
     trace = check_pair(model, guide, batches.first())
     objective.loss(model, guide, *batches.first())
-    parameters = programs.parameters(model, guide, trace)
+    parameters = parameters_of(model, guide, trace)
     train_state = TrainState(model, guide, objective, binarise, parameters)
     train_step = TrainStep(train_state, batches, capture=capture)
     pyro.enable_validation(False)

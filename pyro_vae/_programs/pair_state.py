@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae._programs import fits
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils import transform_config as mappings
+from pyro_vae._programs.parameters import free_param_names
+from pyro_vae._utils import transform_config
 from pyro_vae._utils.modules import NAME_IT, modules, unnamed
 from pyro_vae._utils.referenced_objects import referenced_objects
 
@@ -58,7 +58,7 @@ def state(model: Program, guide: Program) -> dict[str, Tensor]:
         for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
             found[f"{UNNAMED} {number}.{name}"] = tensor
     named = dict(pyro.get_param_store().named_parameters())
-    found |= {FREE_PARAM + name: named[name] for name in sorted(programs.free_param_names())}
+    found |= {FREE_PARAM + name: named[name] for name in sorted(free_param_names())}
     return found
 
 
@@ -162,8 +162,10 @@ def constraints_of_free_params() -> dict[str, Any]:
         TypeError: A constraint of this kind cannot be saved.
     """
     constraints = pyro.get_param_store().get_state()["constraints"]
-    names = programs.free_param_names()
-    return {FREE_PARAM + name: mappings.to_config(constraints[name]) for name in sorted(names)}
+    names = free_param_names()
+    return {
+        FREE_PARAM + name: transform_config.to_config(constraints[name]) for name in sorted(names)
+    }
 
 
 def make_free_params(constraints: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
@@ -177,7 +179,7 @@ def make_free_params(constraints: Mapping[str, Any], values: Mapping[str, Tensor
     names = sorted(constraints.keys() - {FREE_PARAM + known for known in store.keys()})  # noqa: SIM118
     bare = [name.removeprefix(FREE_PARAM) for name in names]
     made = [values[name].detach().clone().requires_grad_() for name in names]
-    bounds = [mappings.from_config(constraints[name]) for name in names]
+    bounds = [transform_config.from_config(constraints[name]) for name in names]
     store.set_state(
         {
             "params": dict(zip(bare, made, strict=True)),

@@ -126,7 +126,9 @@ def param_names_used(model: Program, guide: Program) -> dict[str, list[str]]:
     }
 
 
-def parameters(model: Program, guide: Program, trace: PairTrace) -> dict[str, list[torch.Tensor]]:
+def parameters_of(
+    model: Program, guide: Program, trace: PairTrace
+) -> dict[str, list[torch.Tensor]]:
     """Return trainable tensors by program: those used in a run, and those of its own modules.
 
     Both programs may hold a parameter (methods of one module, a guide that keeps its model). It

@@ -13,9 +13,9 @@ import itertools
 import torch
 from torch import Tensor
 
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.minibatch_supports import check_supports
 from pyro_vae._programs.pair_trace import Factor, PairTrace, Program
+from pyro_vae._programs.parameters import evaluation_mode, has_finite_parameters
 from pyro_vae._programs.positions import check_positions
 from pyro_vae._programs.sites import data_frame
 from pyro_vae._utils.checks import ShapeError
@@ -215,12 +215,12 @@ def _check_nonfinite_rows(
 
         def check(batch: Batch, row_offset: int) -> None:
             numbers = row_offset + torch.arange(len(batch[0]))
-            with programs.evaluation_mode(model, guide):
+            with evaluation_mode(model, guide):
                 try:
                     _run(model, guide, batch, numbers, batches.name, weighs=weighs)
                 except ValueError:
                     # NaN parameters come from a training step, not from the data.
-                    if programs.has_finite_parameters(model, guide):
+                    if has_finite_parameters(model, guide):
                         raise
 
         batches.check_nonfinite = check

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributions.transforms import Transform
 
-from pyro_vae._utils import transform_config as mappings
+from pyro_vae._utils import transform_config
 from pyro_vae._utils.checks import checked
 
 Class = TypeVar("Class", bound=type)
@@ -110,7 +110,7 @@ def _kept(leaf: Any) -> Any:
         return leaf.detach()
     if isinstance(leaf, Transform) and not isinstance(leaf, nn.Module):  # inverses are not copied
         try:
-            return Described(mappings.to_config(leaf))
+            return Described(transform_config.to_config(leaf))
         except TypeError as error:
             return Unknown(str(error))
     return leaf

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._utils.checks import checked
-from pyro_vae.datasets import _download as sources
+from pyro_vae.datasets import _download as download
 
 Binarization: TypeAlias = Literal["none", "fixed", "dynamic"]
 
@@ -154,23 +154,23 @@ Splits: TypeAlias = tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int]]
 
 
 def _digits(folder) -> Splits:
-    return _permuted(sources.load_digits(), levels=16, held_out=(200, 300)), (8, 8)
+    return _permuted(download.load_digits(), levels=16, held_out=(200, 300)), (8, 8)
 
 
 def _freyfaces(folder) -> Splits:
-    images = sources.FREYFACES.load(folder)
+    images = download.FREYFACES.load(folder)
     return _permuted(images, levels=255, held_out=(200, 200)), (28, 20)
 
 
 def _mnist(folder) -> Splits:
-    return _idx(sources.MNIST, folder), (28, 28)
+    return _idx(download.MNIST, folder), (28, 28)
 
 
 def _fashion(folder) -> Splits:
-    return _idx(sources.FASHION, folder), (28, 28)
+    return _idx(download.FASHION, folder), (28, 28)
 
 
-def _idx(files: tuple[sources.SourceFile, sources.SourceFile], folder):
+def _idx(files: tuple[download.SourceFile, download.SourceFile], folder):
     images, test = (_intensities(file.load(folder), 255) for file in files)
     return images[:50_000], images[50_000:], test
 
@@ -190,19 +190,19 @@ def _intensities(images: np.ndarray, levels: int) -> Tensor:
 
 
 def _digit_labels(folder) -> list[np.ndarray]:
-    labels = sources.load_digits("labels")
+    labels = download.load_digits("labels")
     return np.split(labels[_order(len(labels))], [1297, 1497])
 
 
-def _idx_labels(files: tuple[sources.SourceFile, sources.SourceFile], folder) -> list[np.ndarray]:
+def _idx_labels(files: tuple[download.SourceFile, download.SourceFile], folder) -> list[np.ndarray]:
     train, test = (file.load(folder) for file in files)
     return [train[:50_000], train[50_000:], test]
 
 
 _LABELS: dict[str, Callable[[str | Path | None], list[np.ndarray]]] = {
     "digits": _digit_labels,
-    "mnist": functools.partial(_idx_labels, sources.MNIST_LABELS),
-    "fashion-mnist": functools.partial(_idx_labels, sources.FASHION_LABELS),
+    "mnist": functools.partial(_idx_labels, download.MNIST_LABELS),
+    "fashion-mnist": functools.partial(_idx_labels, download.FASHION_LABELS),
 }
 _LOADERS: dict[str, Callable[[str | Path | None], Splits]] = {
     "digits": _digits,

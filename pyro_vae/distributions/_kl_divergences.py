@@ -22,7 +22,7 @@ from torch.distributions import kl_divergence
 from torch.distributions.transforms import Transform, _InverseTransform
 from torch.nn import functional as F
 
-from pyro_vae.distributions import _continuous_bernoulli as tilted
+from pyro_vae.distributions import _continuous_bernoulli as continuous_bernoulli
 
 _OURS = {"torch", "pyro", "pyro_vae"}  # closed forms hold only for the log_prob of these packages
 
@@ -261,24 +261,30 @@ def _of_uniform_and_pareto(q: D.Uniform, p: D.Pareto) -> Tensor:
 
 def _negative_entropy(q: D.ContinuousBernoulli) -> Tensor:
     logits = q.logits.double()
-    return logits * tilted.mean(logits) - tilted.log_mass(logits)
+    return logits * continuous_bernoulli.mean(logits) - continuous_bernoulli.log_mass(logits)
 
 
 def _of_tilted(q: D.ContinuousBernoulli, p: D.ContinuousBernoulli) -> Tensor:
     one, other = q.logits.double(), p.logits.double()
-    kl = _negative_entropy(q) - other * tilted.mean(one) + tilted.log_mass(other)
+    kl = (
+        _negative_entropy(q)
+        - other * continuous_bernoulli.mean(one)
+        + continuous_bernoulli.log_mass(other)
+    )
     return kl.to(q.logits.dtype)
 
 
 def _of_tilted_and_exponential(q: D.ContinuousBernoulli, p: D.Exponential) -> Tensor:
     rate = p.rate.double()
-    kl = _negative_entropy(q) - rate.log() + rate * tilted.mean(q.logits.double())
+    kl = _negative_entropy(q) - rate.log() + rate * continuous_bernoulli.mean(q.logits.double())
     return kl.to(q.logits.dtype)
 
 
 def _of_tilted_and_normal(q: D.ContinuousBernoulli, p: D.Normal) -> Tensor:
     logits, loc, scale = q.logits.double(), p.loc.double(), p.scale.double()
-    square = tilted.variance(logits) + (tilted.mean(logits) - loc).square()
+    square = (
+        continuous_bernoulli.variance(logits) + (continuous_bernoulli.mean(logits) - loc).square()
+    )
     normal = scale.log() + 0.5 * math.log(2 * math.pi) + 0.5 * square / scale.square()
     return (_negative_entropy(q) + normal).to(q.logits.dtype)
 
@@ -290,14 +296,14 @@ def _of_tilted_and_uniform(q: D.ContinuousBernoulli, p: D.Uniform) -> Tensor:
 
 def _of_uniform_and_tilted(q: D.Uniform, p: D.ContinuousBernoulli) -> Tensor:
     low, high, logits = q.low.double(), q.high.double(), p.logits.double()
-    kl = tilted.log_mass(logits) - logits * (low + high) / 2 - (high - low).log()
+    kl = continuous_bernoulli.log_mass(logits) - logits * (low + high) / 2 - (high - low).log()
     return torch.where((low < 0) | (high > 1), math.inf, kl).to(q.low.dtype)
 
 
 def _of_beta_and_tilted(q: D.Beta, p: D.ContinuousBernoulli) -> Tensor:
     a, b, logits = q.concentration1.double(), q.concentration0.double(), p.logits.double()
     negative_entropy = -D.Beta(a, b, validate_args=False).entropy()
-    kl = negative_entropy - logits * a / (a + b) + tilted.log_mass(logits)
+    kl = negative_entropy - logits * a / (a + b) + continuous_bernoulli.log_mass(logits)
     return kl.to(q.concentration1.dtype)
 
 

@@ -11,8 +11,8 @@ from pyro.distributions import VonMises
 from rich.progress import Progress
 from torch import Tensor
 
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.parameters import device_of
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.sites import (
     Site,
@@ -197,7 +197,7 @@ def collapse_report(
     num_particles = positive_integer("num_particles", num_particles, minimum=2)
     positive_number("threshold", threshold)
     check_estimator(estimator)
-    batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
+    batches = Minibatches(data, batch_size, device=device_of(model, guide))
     moments: list[dict[str, Tensor]] = []
     parts = []
     with (

@@ -6,8 +6,8 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.parameters import evaluation_mode, free_param_names, parameter_store
 from pyro_vae._programs.terms import Terms, find_plate_nesting
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.random import seeded
@@ -54,13 +54,13 @@ def evaluation_context(
     drawn_from = guide if drawn_from is None else drawn_from
     with (
         seeded(seed),
-        programs.parameter_store(model, guide) as store,
-        programs.evaluation_mode(model, guide),
+        parameter_store(model, guide) as store,
+        evaluation_mode(model, guide),
     ):
         first = batches.first()
         known = set(store["params"])
         trace = check_pair(model, drawn_from, first, batches, weighs=weighs)
-        if fresh := sorted(programs.free_param_names() - known):
+        if fresh := sorted(free_param_names() - known):
             warnings.warn(
                 f"{who} found no value of pyro.param {fresh[0]!r} and takes its initial one: this "
                 "pair was not fitted, nor do its programs wrap ones that were",

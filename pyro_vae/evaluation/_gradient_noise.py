@@ -15,8 +15,15 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import PairTrace, Program
+from pyro_vae._programs.parameters import (
+    device_of,
+    evaluation_mode,
+    parameter_store,
+    parameters_of,
+    require_programs,
+    require_trainable_tensors,
+)
 from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.extras import require
 from pyro_vae._utils.modules import modules, remember_unnamed
@@ -186,21 +193,21 @@ def gradient_noise(
     """
     check_call(gradient_noise, locals())
     repeats = positive_integer("repeats", repeats, minimum=2)  # one has no variance
-    programs.require_programs(model, guide)
-    programs.require_trainable_tensors(model, guide)
+    require_programs(model, guide)
+    require_trainable_tensors(model, guide)
     named = _named(objectives)
     taken = named if reference is None else {**named, **_named({None: reference}, "reference")}
     columns = x if isinstance(x, (tuple, list)) else (x,)
-    device = programs.device_of(model, guide)
+    device = device_of(model, guide)
     batch = tuple(as_tensor(column, "x", finite=False).to(device) for column in columns)
     with contextlib.ExitStack() as stack:
         stack.enter_context(seeded(seed))
-        stack.enter_context(programs.parameter_store(model, guide))
-        with programs.evaluation_mode(model, guide), remember_unnamed(model, guide):
+        stack.enter_context(parameter_store(model, guide))
+        with evaluation_mode(model, guide), remember_unnamed(model, guide):
             trace = PairTrace(model, guide, batch)
         stack.enter_context(_as_before(model, guide, taken))
         count = trace.scale * len(batch[0])
-        parameters = programs.parameters(model, guide, trace)
+        parameters = parameters_of(model, guide, trace)
         parameters = {program: found for program, found in parameters.items() if found}
         if not parameters:
             raise ValueError("model and guide have no parameters that require a gradient")

@@ -13,8 +13,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae._capture import Capture, Captured, check_capture
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.parameters import require_programs, require_trainable_tensors
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.interrupts import Interrupted
@@ -192,8 +192,8 @@ def inference_gaps(
     if not isinstance(ascent, Ascent):
         raise TypeError(f"ascent must be a pyro_vae.evaluation.Ascent, got {ascent!r}")
     _check_guide(guide)
-    programs.require_programs(model, guide)
-    programs.require_trainable_tensors(model, guide)
+    require_programs(model, guide)
+    require_trainable_tensors(model, guide)
     with Runner.open(
         "inference_gaps",
         model,

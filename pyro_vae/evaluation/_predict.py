@@ -5,8 +5,8 @@ from __future__ import annotations
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import PairTrace, Program
+from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
 from pyro_vae._programs.predictions import drawn_observations, mean_or_draw, means
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.sites import Site, Unobserve, to_particle_layout
@@ -69,8 +69,8 @@ def reconstruct(
     x, *covariates = _columns(model, guide, x, *covariates)
     with (
         seeded(seed),
-        programs.parameter_store(model, guide),
-        programs.evaluation_mode(model, guide),
+        parameter_store(model, guide),
+        evaluation_mode(model, guide),
     ):
         check_pair(model, guide, (x, *covariates), weighs=True, name="x")
         drawing = poutine.infer_config(guide, lambda site: {"enumerate": None})
@@ -114,14 +114,14 @@ def generate(
     x, *covariates = _columns(model, guide, x, *covariates)
     with (
         seeded(seed),
-        programs.parameter_store(model, guide),
-        programs.evaluation_mode(model),
+        parameter_store(model, guide),
+        evaluation_mode(model),
     ):
         return mean_of_x(model, x, *covariates, by_site=by_site)
 
 
 def _columns(model: Program, guide: Program, x: Tensor, *covariates: Tensor) -> list[Tensor]:
-    device = programs.device_of(model, guide)
+    device = device_of(model, guide)
     named = [(x, "x"), *((each, "each of covariates") for each in covariates)]
     columns = [as_tensor(values, name, finite=False) for values, name in named]
     return [column.to(device).contiguous() for column in columns]

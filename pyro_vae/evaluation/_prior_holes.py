@@ -11,8 +11,8 @@ from pyro import poutine
 from rich.progress import Progress
 from torch import Tensor
 
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.parameters import device_of
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.sites import Unobserve, data_frame, random_sites, to_particle_layout
 from pyro_vae._programs.terms import terms
@@ -144,7 +144,7 @@ def prior_holes(
             f"num_samples to {math.ceil(1 / min(quantile, 1 - quantile))} at least"
         )
     batch_size = positive_integer("batch_size", batch_size)
-    batches = Minibatches(data, batch_size, device=programs.device_of(model, guide))
+    batches = Minibatches(data, batch_size, device=device_of(model, guide))
     with (
         defer_keyboard_interrupt() as interrupted,
         evaluation_context(

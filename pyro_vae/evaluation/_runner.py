@@ -11,8 +11,8 @@ from typing import Any
 from rich.progress import Progress
 from torch import Tensor
 
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.parameters import device_of
 from pyro_vae._utils.distributed import interleave
 from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae._utils.progress import task
@@ -140,7 +140,7 @@ class Runner:
             if state is not None:
                 seed, done = state.check_seed(who, seed, settings), state.parts
             seed = group.common_seed(seed)
-            device = programs.device_of(model, guide)
+            device = device_of(model, guide)
             batches = Minibatches(data, batch_size, device=device, name=data_name)
             with (
                 evaluation_context(

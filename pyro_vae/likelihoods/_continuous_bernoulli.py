@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import register_kl
 
 from pyro_vae._utils.init_args import records_init_args
-from pyro_vae.distributions import _continuous_bernoulli as tilted
+from pyro_vae.distributions import _continuous_bernoulli as continuous_bernoulli
 from pyro_vae.distributions._casting import value_for
 from pyro_vae.distributions._continuous_bernoulli import log_mass
 from pyro_vae.likelihoods._base import Likelihood
@@ -69,12 +69,12 @@ class _ContinuousBernoulli(dist.ContinuousBernoulli):
     @property
     def mean(self) -> Tensor:
         r"""The mean, :math:`1 / (1 - e^{-l}) - 1 / l`."""
-        return tilted.mean(self.logits)
+        return continuous_bernoulli.mean(self.logits)
 
     @property
     def variance(self) -> Tensor:
         r"""The variance, :math:`1 / l^2 - e^{-l} / (1 - e^{-l})^2`."""
-        return tilted.variance(self.logits)
+        return continuous_bernoulli.variance(self.logits)
 
     @property
     def stddev(self) -> Tensor:

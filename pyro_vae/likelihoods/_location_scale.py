@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_vae._utils.checks import positive_number
 from pyro_vae._utils.init_args import records_init_args
-from pyro_vae.distributions import _casting as real
+from pyro_vae.distributions import _casting as casting
 from pyro_vae.likelihoods._base import Likelihood
 from pyro_vae.likelihoods._scales import OptimalScale, Scale, SharedScale, as_scale
 
@@ -111,7 +111,7 @@ class Normal(_WithOptimalScale):
 
     def distribution(self, loc: Tensor, scale: Tensor) -> TorchDistributionMixin:
         """Return independent Gaussians."""
-        return real.Normal(loc, scale).to_event(self.event_dim)
+        return casting.Normal(loc, scale).to_event(self.event_dim)
 
     @staticmethod
     def deviations(residuals: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class Laplace(_WithOptimalScale):
 
     def distribution(self, loc: Tensor, scale: Tensor) -> TorchDistributionMixin:
         """Return independent Laplace distributions."""
-        return real.Laplace(loc, scale).to_event(self.event_dim)
+        return casting.Laplace(loc, scale).to_event(self.event_dim)
 
     @staticmethod
     def deviations(residuals: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class StudentT(LocationScale):
     def distribution(self, loc: Tensor, scale: Tensor) -> TorchDistributionMixin:
         """Return independent t distributions."""
         df = loc.new_full((), self._df) if self._df is not None else 1 + self.df_above_one(loc)
-        return real.StudentT(df, loc, scale).to_event(self.event_dim)
+        return casting.StudentT(df, loc, scale).to_event(self.event_dim)
 
 
 class _AtOptimalScale(TorchDistribution):
@@ -235,7 +235,7 @@ class _AtOptimalScale(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(x|z) at the optimal scale."""
-        value = real.value_for(self.loc, value)
+        value = casting.value_for(self.loc, value)
         if self._validate_args:
             self._validate_sample(value)
         return self.likelihood.at_best(self.loc, value).log_prob(value)

@@ -10,7 +10,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
-from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
 from pyro_vae._utils.checks import checked, positive_integer
 from pyro_vae.datasets._minibatches import as_tensor
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals, UniformMixture
@@ -65,7 +65,7 @@ class AggregatedPosterior(nn.Module):
         subset: int | None = None,
     ):
         super().__init__()
-        device = programs.device_of(guide, guide)
+        device = device_of(guide, guide)
         columns = [column.to(device) for column in _columns(data)]
         count = len(columns[0])
         if subset is not None:
@@ -75,7 +75,7 @@ class AggregatedPosterior(nn.Module):
                 )
             chosen = torch.randperm(count)[:subset].to(device)
             columns = [column[chosen] for column in columns]
-        with programs.parameter_store(guide, guide), programs.evaluation_mode(guide):
+        with parameter_store(guide, guide), evaluation_mode(guide):
             blocks = _blocks(columns)
             for block in blocks:
                 check_guide(guide, site, block)

@@ -10,7 +10,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
-from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.parameters import evaluation_mode
 from pyro_vae._utils.checks import checked
 from pyro_vae._utils.init_args import records_init_args
 from pyro_vae._utils.numerics import softplus_scale
@@ -85,7 +85,7 @@ class GuideMixturePrior(nn.Module):
         self._runs = True
         try:
             if not self._checked:
-                with programs.evaluation_mode(self.guide):
+                with evaluation_mode(self.guide):
                     check_guide(self.guide, self._site, [rows])
                 self._checked = True
             found = posteriors(self.guide, self._site, [rows])

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.parameters import device_of
 from pyro_vae._programs.terms import terms
 from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.extras import require
@@ -68,7 +68,7 @@ def to_arviz(
     check_call(to_arviz, locals())
     num_draws = positive_integer("num_draws", num_draws)
     arviz = require("arviz", "arviz", "to_arviz")
-    batches = Minibatches(data, 2**31, device=programs.device_of(model, guide))
+    batches = Minibatches(data, 2**31, device=device_of(model, guide))
     with evaluation_context(
         "to_arviz", model, guide, batches, vectorize_particles=vectorize_particles, seed=seed
     ) as plate_nesting:

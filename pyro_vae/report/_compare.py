@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store, parameters_of
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.extras import require
@@ -317,8 +317,8 @@ def _unpack(name: str, pair) -> tuple[Program, Program]:
 
 def _check(model: Program, guide: Program, columns: tuple[Tensor, ...]) -> list[Tensor]:
     """Refuse a pair that breaks the contract; return its trainable parameters."""
-    data = Minibatches(columns, 100, device=programs.device_of(model, guide))
-    with programs.parameter_store(model, guide), programs.evaluation_mode(model, guide):
+    data = Minibatches(columns, 100, device=device_of(model, guide))
+    with parameter_store(model, guide), evaluation_mode(model, guide):
         trace = check_pair(model, guide, data.first(), data, weighs=True)
-        both = programs.parameters(model, guide, trace).values()
+        both = parameters_of(model, guide, trace).values()
         return list(dict.fromkeys(itertools.chain(*both)))

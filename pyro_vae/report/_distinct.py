@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pyro_vae._programs import fits
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import changed, state
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.parameters import parameter_store
 from pyro_vae._utils.identity import method_of, owner_of
 from pyro_vae.training import Fit
 
@@ -117,7 +117,7 @@ def _now(candidate: Candidate) -> _Now:
     fitted = fits.find(*pair)
     last = {} if fitted is None else fitted.digests
     digests = last if candidate.fit is None else candidate.fit.digests
-    with programs.parameter_store(*pair):
+    with parameter_store(*pair):
         tensors, names = state(*pair), changed(*pair, digests)
     recorded = {id(tensor) for name, tensor in tensors.items() if name in digests}
     return _Now(tensors, recorded, names, bool(last) and last != digests)

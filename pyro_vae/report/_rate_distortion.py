@@ -13,8 +13,14 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae._programs import fits
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.parameters import (
+    bind,
+    device_of,
+    evaluation_mode,
+    parameter_store,
+    parameters_of,
+)
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call, positive_integer, positive_number
@@ -123,7 +129,7 @@ def rate_distortion(
             "evidence is that of one model, and refit='both' fits one for each beta: leave it out"
         )
     batch_size = fit_options.get("batch_size", 100)
-    device = programs.device_of(model, guide)
+    device = device_of(model, guide)
     first = Minibatches(data, batch_size, device=device).first()
     measured = data if test is None else test
     name = "data" if test is None else "test"
@@ -131,13 +137,13 @@ def rate_distortion(
     rows = []
     with (
         seeded(seed),
-        programs.parameter_store(model, guide, fresh=True) as store,
+        parameter_store(model, guide, fresh=True) as store,
         task(progress, description, len(betas), transient=True) as advance,
     ):
-        with programs.evaluation_mode(model, guide):
+        with evaluation_mode(model, guide):
             trace = check_pair(model, guide, first)
-            programs.bind(model, guide, store, trace)
-            parameters = programs.parameters(model, guide, trace)
+            bind(model, guide, store, trace)
+            parameters = parameters_of(model, guide, trace)
         held = _held(parameters) if refit == "guide" else []
         seeds = torch.randint(2**62, (2,)).tolist()  # the same noise for every beta
         with _as_before(model, guide), _frozen(held):

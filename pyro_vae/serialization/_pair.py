@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import require_parameters
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.parameters import parameter_store, require_programs
 from pyro_vae.serialization._folder import UnreadableFile, read, write
 from pyro_vae.serialization._pair_state import (
     differences,
@@ -106,8 +106,8 @@ def save(
     """
     check_call(save, locals())
     check_folder(folder)
-    programs.require_programs(model, guide)
-    with programs.parameter_store(model, guide):
+    require_programs(model, guide)
+    with parameter_store(model, guide):
         require_parameters(model, guide)
     content = state_of(model, guide)
     content |= {
@@ -223,7 +223,7 @@ def _loaded(content: Mapping[str, Any], given: dict[str, Program], device: torch
     tensors, memory = content["tensors"], memory_of(content["tensors"])
     pair = rebuild(content["recipe"], memory=memory, **given)
     model, guide = pair["model"], pair["guide"]
-    programs.require_programs(model, guide)
+    require_programs(model, guide)
     make_heads(model, guide, content["heads"], memory)
     if found := differences(module_tensors(model, guide), tensors):
         message = f"the programs have other parameters than the saved ones. {found}"

@@ -14,7 +14,6 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import (
     FREE_PARAM,
     constraints_of_free_params,
@@ -22,7 +21,13 @@ from pyro_vae._programs.pair_state import (
     state,
 )
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils import transform_config as mappings
+from pyro_vae._programs.parameters import (
+    bind_names,
+    free_param_names,
+    param_names_used,
+    parameter_store,
+)
+from pyro_vae._utils import transform_config
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.referenced_objects import VALUES, referenced_objects
 from pyro_vae.guides._lazy_modules import LazyModules
@@ -48,10 +53,10 @@ def state_of(model: Program, guide: Program) -> dict[str, Any]:
     """
     require_names(model, guide)
     modules_of_pair = named_modules(model, guide)
-    with programs.parameter_store(model, guide):
+    with parameter_store(model, guide):
         tensors = state(model, guide)
         constraints = constraints_of_free_params()
-        met = programs.param_names_used(model, guide)
+        met = param_names_used(model, guide)
     return {
         "tensors": tensors,
         "frozen": [
@@ -223,7 +228,7 @@ def make_heads(model: Program, guide: Program, found: Mapping[str, Any], memory:
 
 def module_tensors(model: Program, guide: Program) -> dict[str, Tensor]:
     """Return the parameters and buffers of a pair's modules, without copies."""
-    with programs.parameter_store(model, guide):
+    with parameter_store(model, guide):
         found = state(model, guide)
     return {name: tensor for name, tensor in found.items() if not name.startswith(FREE_PARAM)}
 
@@ -272,7 +277,8 @@ def load_state(
         if name.startswith(FREE_PARAM)
     }
     constraints = {
-        name: mappings.from_config(content["constraints"][FREE_PARAM + name]) for name in bare
+        name: transform_config.from_config(content["constraints"][FREE_PARAM + name])
+        for name in bare
     }
     met = {program: frozenset(content["met"][program]) for program in ("model", "guide")}
     # The content is checked. No error is raised from here on, so the load is complete or not begun.
@@ -284,12 +290,12 @@ def load_state(
     set_modes(live, named_modules(model, guide), frozen, evaluating)
     if bare:
         params = {name: tensor.to(device).requires_grad_() for name, tensor in bare.items()}
-        with programs.parameter_store(model, guide, fresh=True) as store:
+        with parameter_store(model, guide, fresh=True) as store:
             live = pyro.get_param_store()
-            for name in programs.free_param_names():
+            for name in free_param_names():
                 del live[name]
             live.set_state({"params": params, "constraints": constraints})
-        programs.bind_names(model, guide, store, met)
+        bind_names(model, guide, store, met)
 
 
 def set_modes(

@@ -27,7 +27,7 @@ from torch import nn
 from torch.distributions.transforms import Transform
 
 from pyro_vae._programs.latent_sites import LatentSite
-from pyro_vae._utils import transform_config as mappings
+from pyro_vae._utils import transform_config
 from pyro_vae._utils.init_args import Described, Unknown, init_args_of, kind_of
 from pyro_vae.priors import GuideMixturePrior
 from pyro_vae.serialization import _registry as registry
@@ -228,7 +228,7 @@ class _Builder:
         if value.keys() == {"class"}:
             return registry.find(value["class"])
         if value.keys() == {"mapping"}:
-            return mappings.from_config(value["mapping"])
+            return transform_config.from_config(value["mapping"])
         if value.keys() == {"site"}:
             return site_from_config(value["site"])
         if value.keys() == {"dictionary"}:
@@ -302,7 +302,7 @@ def site_to_config(site: LatentSite) -> dict[str, Any]:
         "plates": tuple(tuple(frame) for frame in site.plates),
         "batch_shape": tuple(site.batch_shape),
         "event_shape": tuple(site.event_shape),
-        "bijection": mappings.to_config(site.bijection),
+        "bijection": transform_config.to_config(site.bijection),
         "masked": site.masked,
         "nesting": site.nesting,
     }
@@ -316,7 +316,7 @@ def site_from_config(structure: Any) -> LatentSite:
     """
     if not isinstance(structure, dict) or structure.keys() != _TYPES.keys():
         raise ValueError(f"a latent site must have the keys {[*_TYPES]}")
-    bijection = mappings.from_config(structure["bijection"])
+    bijection = transform_config.from_config(structure["bijection"])
     wrong = [name for name, kind in _TYPES.items() if not isinstance(structure[name], kind)]
     if wrong or not isinstance(bijection, Transform):
         raise ValueError(f"this is not a latent site: {structure}")

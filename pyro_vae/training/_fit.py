@@ -17,9 +17,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae._capture import Capture, check_capture
 from pyro_vae._programs import fits
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import digests as digests_of_pair
 from pyro_vae._programs.pair_trace import PairTrace, Program
+from pyro_vae._programs.parameters import (
+    bind,
+    evaluation_mode,
+    parameter_store,
+    parameters_of,
+    require_programs,
+    require_trainable_tensors,
+)
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes, rank
@@ -227,13 +234,13 @@ def fit(
     learning_rate = learning_rate_of(learning_rate, optimizer)
     alternation = alternation_of(guide_steps, model_steps)
     check_capture(capture)
-    programs.require_programs(model, guide)
-    programs.require_trainable_tensors(model, guide)
+    require_programs(model, guide)
+    require_trainable_tensors(model, guide)
     device = torch_device(device)
     started = time.perf_counter()
     checkpoints = checkpoints_of(checkpoint)
     saved = None if checkpoints is None else checkpoints.begin()
-    with seeded(seed), programs.parameter_store(model, guide, fresh=True) as store:
+    with seeded(seed), parameter_store(model, guide, fresh=True) as store:
         order_seed, noise_seed = broadcast_from_first(torch.randint(2**62, (2,))).tolist()
         batches, held_out = _minibatches(
             data, validation, batch_size, device=device, seed=order_seed, transform=transform
@@ -367,7 +374,7 @@ def _check_pair(
         skips: Whether the fit may skip steps whose loss is NaN or infinite.
     """
     first, first_held_out = batches.first(), None
-    with programs.evaluation_mode(model, guide):  # so that running averages stay as they are
+    with evaluation_mode(model, guide):  # so that running averages stay as they are
         trace = check_pair(model, guide, first, batches)
         if held_out is not None:
             first_held_out = held_out.first()
@@ -375,8 +382,8 @@ def _check_pair(
         check_enumeration(objective, trace)
         loss_value(objective, model, guide, *first)  # to raise its errors now
         _check_scale_of_global_latents(trace, batches.num_data)
-        programs.bind(model, guide, store, trace)
-        parameters = programs.parameters(model, guide, trace)
+        bind(model, guide, store, trace)
+        parameters = parameters_of(model, guide, trace)
     for each, rows, training in ((batches, first, True), (held_out, first_held_out, False)):
         if each is not None:
             try_sizes(

@@ -10,8 +10,8 @@ import pyro.infer
 import torch
 from torch import Tensor
 
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.parameters import evaluation_mode
 from pyro_vae._programs.validation import PROGRAM_ERRORS, reason
 from pyro_vae._utils.distributed import num_processes
 from pyro_vae._utils.modules import modules
@@ -55,7 +55,7 @@ def try_sizes(
     whole, *rest = batches.sizes or [None]
     if whole != len(first[0]):
         return
-    mode = contextlib.nullcontext() if training else programs.evaluation_mode(model, guide)
+    mode = contextlib.nullcontext() if training else evaluation_mode(model, guide)
     with mode, torch.no_grad(), values_checked(False):
         shares = [share for size in (whole, *rest) for share in _shares(size, batches)]
         were_finite = False

@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae._capture import Capture, Captured
-from pyro_vae._programs import parameters as programs
+from pyro_vae._programs.parameters import evaluation_mode
 from pyro_vae._programs.sites import data_frame
 from pyro_vae._utils.distributed import num_processes, rank, sum_over_processes
 from pyro_vae.datasets._minibatches import Batch, Minibatches
@@ -125,7 +125,7 @@ class TrainStep:
         sums = torch.zeros(2, dtype=torch.float64, device=batches.device)
         refused, size, most = None, 0, 0
         try:
-            with programs.evaluation_mode(*self._pair):
+            with evaluation_mode(*self._pair):
                 for batch in batches:
                     mine = batch if batches.is_sharded else local_rows(batch)
                     most = max(most, size)
@@ -165,7 +165,7 @@ class TrainStep:
     @torch.no_grad()
     def run_held_out(self, batch: Batch) -> None:
         """Run the pair on validation data likewise."""
-        with programs.evaluation_mode(*self._pair):
+        with evaluation_mode(*self._pair):
             self._value(batch)
 
     def row_offset(self, selection: tuple[Tensor, ...]) -> int:
@@ -261,7 +261,7 @@ class TrainStep:
         return loss / (data.scale * batch[0].shape[0])
 
     def _takes(self, batch: Batch, objective: pyro.infer.ELBO | None) -> bool:
-        with programs.evaluation_mode(*self._pair):
+        with evaluation_mode(*self._pair):
             try:
                 self._value(batch, objective)
             except ValueError:

@@ -15,10 +15,10 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyro_vae._programs import parameters as programs
 from pyro_vae._programs.pair_state import FREE_PARAM, constraints_of_free_params, make_free_params
 from pyro_vae._programs.pair_state import state as tensors_of_pair
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.parameters import free_param_names
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.referenced_objects import VALUES, referenced_objects
@@ -149,7 +149,7 @@ class TrainState:
 
     def snapshot(self) -> dict[str, Any]:
         """Copy all, for :meth:`restore` in this process."""
-        if programs.free_param_names() != self._free_param_names():
+        if free_param_names() != self._free_param_names():
             self._named = self._named_tensors()
         return {
             "tensors": self.snapshot_tensors(),
@@ -207,7 +207,7 @@ class TrainState:
     def _forget_later_parameters(self, state: Mapping[str, Any]) -> None:
         """Remove parameters that the programs made after a state, so that they make them again."""
         store = pyro.get_param_store()
-        for name in programs.free_param_names():
+        for name in free_param_names():
             if FREE_PARAM + name not in state["tensors"]:
                 del store[name]
         self._named = {name: self._named[name] for name in state["tensors"]}

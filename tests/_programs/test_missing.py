@@ -5,8 +5,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import Rows, Stream
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae.datasets._minibatches import finite_rows
@@ -100,25 +101,6 @@ def log_evidence(x):
         normal = torch.distributions.MultivariateNormal(MEAN[known], covariance[known][:, known])
         values.append(normal.log_prob(row[known]) if known.any() else torch.tensor(0.0))
     return torch.stack(values).double()
-
-
-class Rows(Dataset):
-    def __init__(self, x):
-        self.x = x
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, i):
-        return self.x[i]
-
-
-class Stream(IterableDataset):
-    def __init__(self, x):
-        self.x = x
-
-    def __iter__(self):
-        return iter(self.x)
 
 
 WRAPS = [lambda x: x, lambda x: x.numpy(), Rows, Stream,

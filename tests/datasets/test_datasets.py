@@ -10,7 +10,7 @@ import scipy.io
 import torch
 
 import pyro_vae as pv
-from pyro_vae.datasets import _download as sources
+from pyro_vae.datasets import _download as download
 from pyro_vae.datasets._download import SourceFile, idx_header, read_freyfaces, read_idx
 
 SHAPE = (7, 28, 28)
@@ -43,7 +43,7 @@ def source(content):
 def cache(tmp_path, monkeypatch):
     """An empty cache and no data folder: what the user of this machine has must not matter."""
     monkeypatch.setattr(pooch, "os_cache", lambda project: tmp_path / "cache" / project)
-    monkeypatch.delenv(sources.FOLDER_VARIABLE, raising=False)
+    monkeypatch.delenv(download.FOLDER_VARIABLE, raising=False)
     return tmp_path / "cache" / "pyro_vae" / "toy"
 
 
@@ -83,7 +83,7 @@ def test_the_data_folder_is_looked_at_first(
     name = "toy-ubyte.gz" if zipped else "toy-ubyte"
     put(tmp_path, name, gzip.compress(content) if zipped else content)
     if by == "environment":
-        monkeypatch.setenv(sources.FOLDER_VARIABLE, str(tmp_path))
+        monkeypatch.setenv(download.FOLDER_VARIABLE, str(tmp_path))
     array = source.load(tmp_path if by == "argument" else None)
     assert np.array_equal(array, images)
     assert mirrors["asked"] == []

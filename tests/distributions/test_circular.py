@@ -14,7 +14,7 @@ from torch.distributions import biject_to
 
 import pyro_vae as pv
 from pyro_vae import flows, guides, objectives
-from pyro_vae._utils import transform_config as mappings
+from pyro_vae._utils import transform_config
 from pyro_vae.distributions._circular import CircleTransform, WrappedNormal, circle
 from pyro_vae.evaluation._scoring import guide_log_prob
 
@@ -88,7 +88,7 @@ def test_the_map_onto_the_circle():
         t.log_abs_det_jacobian(x, y)[near], slope.log()[near], rtol=1e-6, atol=1e-6
     )
     assert biject_to(circle) == t
-    assert mappings.from_config(mappings.to_config(biject_to(circle))) == t
+    assert transform_config.from_config(transform_config.to_config(biject_to(circle))) == t
 
 
 class Angles:

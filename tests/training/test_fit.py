@@ -5,12 +5,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import make_pair
+from conftest import Rows, Stream, make_pair
 from oracles import LinearGaussian
 from pyro.optim.adagrad_rmsprop import AdagradRMSProp
 from pyro.optim.clipped_adam import ClippedAdam
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyro_vae as pv
 
@@ -18,25 +18,6 @@ import pyro_vae as pv
 def fit(pair, data, **changes):
     defaults = {"epochs": 2, "batch_size": 20, "seed": 0, "progress": False}
     return pv.fit(*pair, data, **(defaults | changes))
-
-
-class Rows(Dataset):
-    def __init__(self, x):
-        self.x = x
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, i):
-        return self.x[i]
-
-
-class Stream(IterableDataset):
-    def __init__(self, x):
-        self.x = x
-
-    def __iter__(self):
-        return iter(self.x)
 
 
 @pytest.mark.parametrize(

@@ -5,32 +5,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import make_pair
+from conftest import Rows, Stream, make_pair
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae import objectives as o
 from pyro_vae.training import _fit as fitting
-
-
-class Rows(Dataset):
-    def __init__(self, x):
-        self.x = x
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, i):
-        return self.x[i]
-
-
-class Stream(IterableDataset):
-    def __init__(self, x):
-        self.x = x
-
-    def __iter__(self):
-        return iter(self.x)
 
 
 def normalized():
