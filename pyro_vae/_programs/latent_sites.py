@@ -30,6 +30,7 @@ from pyro_vae._programs.sites import (
     mask_of_events,
     random_sites,
 )
+from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import restored_generators
 from pyro_vae.distributions._circular import maps_onto_angles
 from pyro_vae.distributions._supports import support_of
@@ -176,8 +177,8 @@ def _latents(model: Callable[..., Any], *arguments: Any) -> list[Site]:
         seen = [name for name, node in tracer.trace.nodes.items() if node["type"] == "sample"]
         raise ValueError(
             "a guide is made by a run of the model alone, but the distribution at the site after "
-            f"{seen} cannot be sampled or expanded: NotImplementedError {error}. Use a "
-            "distribution that can be sampled, and expanded in a plate."
+            f"{seen} cannot be sampled or expanded: NotImplementedError: {first_line(error)}. "
+            "Use a distribution that can be sampled, and expanded in a plate."
         ) from error
     sites = list(random_sites(tracer.trace))
     for site in sites:

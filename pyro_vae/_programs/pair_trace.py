@@ -48,6 +48,7 @@ from pyro_vae._programs.sites import (
     to_particle_layout,
     values_outside_support,
 )
+from pyro_vae._utils.messages import first_line
 
 
 @dataclass(frozen=True)
@@ -360,7 +361,7 @@ class PairTrace:
             raise ValueError(
                 values_outside_support(site, site["value"])
                 or f"site {site['name']!r}, of event shape {tuple(site['fn'].event_shape)}, cannot "
-                f"score its value of shape {tuple(site['value'].shape)}: {error}"
+                f"score its value of shape {tuple(site['value'].shape)}: {first_line(error)}"
             ) from error
         except (KeyError, NotImplementedError) as error:
             raise ValueError(cannot_score(site, error)) from error

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Independent, constraints
 from torch.distributions.constraints import Constraint
 
+from pyro_vae._utils.messages import first_line
 from pyro_vae.distributions._kl_divergences import known_kl
 
 Site = dict[str, Any]  # a node of pyro.poutine.Trace
@@ -360,7 +361,7 @@ def cannot_score(site: Site, error: Exception) -> str:
     parts = [type(part).__name__ for part in (each, *getattr(each, "transforms", ()))]
     return (
         f"site {site['name']!r} has the distribution {' of '.join(parts)}, which cannot score a "
-        f"value that it did not sample itself ({type(error).__name__} {error}). Use a "
+        f"value that it did not sample itself ({type(error).__name__}: {first_line(error)}). Use a "
         "distribution with a log_prob. Instead of a flow without an inverse, use one of "
         "pyro_vae.flows"
     )

@@ -24,6 +24,7 @@ from pyro_vae._programs.held_samples import path_adjoints
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.sites import require_one_observation
 from pyro_vae._utils.checks import positive_integer, require_callable, truth_value
+from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import restored_generators
 
 
@@ -119,7 +120,8 @@ def _run(model: Program, guide: Program, args: Any, kwargs: Any, **options: Any)
             name = "x" if number == 0 else f"covariate {number} of x"
             if isinstance(column, Tensor) and not torch.isfinite(column).all():
                 raise ValueError(
-                    f"{name} has NaN or infinite values, and the pair cannot run on them: {error}"
+                    f"{name} has NaN or infinite values, and the pair cannot run on them: "
+                    f"{first_line(error)}"
                 ) from error
         raise
 
@@ -148,7 +150,7 @@ def find_plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any
         except (RuntimeError, IndexError, ValueError) as error:
             raise ValueError(
                 "model and guide run, but not with a leading dimension of particles: "
-                f"{str(error).rstrip('.')}. Let their networks accept any leading dimensions, or "
+                f"{first_line(error)}. Let their networks accept any leading dimensions, or "
                 "pass vectorize_particles=False."
             ) from error
     return trace.plate_nesting

@@ -17,8 +17,10 @@ from pyro_vae._programs.minibatch_supports import check_supports
 from pyro_vae._programs.pair_trace import Factor, PairTrace, Program
 from pyro_vae._programs.parameters import evaluation_mode, has_finite_parameters
 from pyro_vae._programs.positions import check_positions
+from pyro_vae._programs.runs import as_guide, trace_of
 from pyro_vae._programs.sites import data_frame
 from pyro_vae._utils.checks import ShapeError
+from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.modules import NAME_IT, remember_unnamed, unnamed
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Minibatches, finite_rows
@@ -79,11 +81,6 @@ def check_pair(
     return trace
 
 
-def reason(error: Exception) -> str:
-    """Return the message of an error without Pyro's list of trace shapes."""
-    return str(error).split("Trace Shapes:")[0].strip()
-
-
 def _run(
     model: Program, guide: Program, batch: Batch, rows: Tensor, name: str, *, weighs: bool
 ) -> PairTrace:
@@ -133,7 +130,7 @@ def _what_they_reach(model: Program, guide: Program, batch: Batch) -> str:
         try:
             trace = PairTrace(model, guide, batch)
         except (ValueError, *PROGRAM_ERRORS) as error:
-            return f"the pair cannot run on them: {type(error).__name__}: {reason(error)}"
+            return f"the pair cannot run on them: {type(error).__name__}: {first_line(error)}"
     for role, factors in (("guide", trace.guide), ("model", trace.model)):
         for factor in factors.values():
             if not (finite := torch.isfinite(factor.log_prob)).all():
@@ -143,6 +140,16 @@ def _what_they_reach(model: Program, guide: Program, batch: Batch) -> str:
         "the site that observes them is masked, but its distribution still receives them: its "
         "gradient is not finite"
     )
+
+
+def _failing_program(guide: Program, batch: Batch) -> str:
+    """Return ``"guide"`` if the guide alone cannot run on a minibatch, else ``"model"``."""
+    try:
+        with torch.no_grad():
+            trace_of(as_guide(guide), *batch)
+    except PROGRAM_ERRORS:
+        return "guide"
+    return "model"
 
 
 def _with_zeros(column: Tensor) -> Tensor:
@@ -161,18 +168,18 @@ def _run_on_numbers(
         column = name if name == "x" else f"{name} x"
         rest = "" if len(batch) == 1 else f" and {len(batch) - 1} covariates"
         raise ValueError(
-            f"model and guide could not run on {column} of shape {tuple(x.shape)} and dtype "
-            f"{x.dtype}{rest}: {type(error).__name__}: {reason(error)}. "
-            f"{_columns_not_taken(model, guide, batch)}Check that the programs and their networks "
-            "expect these arguments, shapes and dtypes."
+            f"the {_failing_program(guide, batch)} cannot run on {column} of shape "
+            f"{tuple(x.shape)} and dtype {x.dtype}{rest}: {type(error).__name__}: "
+            f"{first_line(error)}. {_columns_not_taken(model, guide, batch)}Correct the "
+            "program, or pass data of the shape and dtype that it expects."
         ) from error
     except ValueError as error:
         if "Shape mismatch inside plate" not in str(error):
             raise
         raise ValueError(
-            f'{error}, for data x of shape {tuple(x.shape)}. In the plate "data" the batch shape '
-            f"of a site must be ({x.shape[0]},). All other dimensions belong to the event: declare "
-            "them with .to_event(n)."
+            f"{first_line(error)}, for data x of shape {tuple(x.shape)}. In the plate 'data' the "
+            f"batch shape of a site must be ({x.shape[0]},). All other dimensions belong to the "
+            "event: declare them with .to_event(n)."
         ) from error
     _check_trace(trace, x, weighs=weighs)
     return trace

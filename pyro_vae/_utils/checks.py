@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyro_vae._utils.messages import first_line
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # of float32
@@ -224,7 +226,7 @@ def checked(function: Function) -> Function:
             if not found:
                 raise
             text = ", ".join(f"{name}={shown(value)}" for name, value in found.items())
-            raise ValueError(f"nothing can be made with {text}: {error}") from error
+            raise ValueError(f"nothing can be made with {text}: {first_line(error)}") from error
 
     return typing.cast(Function, held)
 

@@ -15,6 +15,8 @@ from torch.distributions import transforms
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
+from pyro_vae._utils.messages import first_line
+
 Mapping = Constraint | Transform
 Class = TypeVar("Class", bound=type[Transform])
 
@@ -119,7 +121,7 @@ def from_config(structure: Any) -> Mapping:
     try:
         return cls(*map(_restored, arguments), **options)
     except Exception as error:
-        raise ValueError(f"{name} cannot be made from {arguments}: {error}") from error
+        raise ValueError(f"{name} cannot be made from {arguments}: {first_line(error)}") from error
 
 
 def _value(value: Any) -> Any:

@@ -12,6 +12,7 @@ from torch.distributions.transforms import Transform
 from pyro_vae._programs.sites import is_real
 from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.init_args import records_init_args
+from pyro_vae._utils.messages import first_line
 from pyro_vae.distributions._casting import Normal, Transformed
 
 
@@ -96,7 +97,7 @@ class FlowPrior(nn.Module):
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
                 f"the prior's transform must be a bijection of R^{len(self.loc)}, but it fails on "
-                f"z of shape ({len(self.loc)},): {error}"
+                f"z of shape ({len(self.loc)},): {first_line(error)}"
             ) from error
 
     def _made(self) -> Transform:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import evaluation_mode
-from pyro_vae._programs.validation import PROGRAM_ERRORS, reason
+from pyro_vae._programs.validation import PROGRAM_ERRORS
 from pyro_vae._utils.distributed import num_processes
+from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.random import random_state, set_random_state
 from pyro_vae._utils.referenced_objects import referenced_objects
@@ -65,7 +66,7 @@ def try_sizes(
                 try:
                     loss = float(loss_value(objective, model, guide, *rows))
                 except (ValueError, *PROGRAM_ERRORS) as error:
-                    told = f"{type(error).__name__}: {reason(error)}"
+                    told = f"{type(error).__name__}: {first_line(error)}"
                     raise ValueError(_message(batches, size, training, told)) from error
             is_finite = math.isfinite(loss)
             if nonfinite_too and were_finite and not is_finite:
@@ -77,8 +78,8 @@ def smaller_minibatch(error: Exception, size: int, usual: int) -> ValueError:
     """Make the error of a run that meets a minibatch smaller than usual, and cannot take it."""
     return ValueError(
         f"model, guide and objective cannot take a minibatch of {_rows(size)}, where others have "
-        f"{usual}: {type(error).__name__}: {reason(error)}. Have the data give minibatches of one "
-        "size: a DataLoader does with drop_last=True"
+        f"{usual}: {type(error).__name__}: {first_line(error)}. "
+        "Use minibatches of one size, such as a DataLoader with drop_last=True"
     )
 
 

@@ -159,7 +159,7 @@ def test_a_page_of_data_that_are_no_images(tmp_path):
 def test_every_pair_is_checked_before_any_is_judged(binary, monkeypatch):
     judged = []
     monkeypatch.setattr("pyro_vae.report._compare.evidence", lambda *a, **k: judged.append(a))
-    with pytest.raises(ValueError, match="could not run on data x"):
+    with pytest.raises(ValueError, match="the guide cannot run on data x"):
         pv.compare({"good": make_pair(), "bad": make_pair(data=9)}, binary)
     assert judged == []
 

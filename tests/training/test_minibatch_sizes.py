@@ -116,7 +116,7 @@ class OfTwenty(nn.Module):
 @pytest.mark.parametrize("encoder", [normalized, OfTwenty])
 def test_a_stream_is_told_at_the_time(encoder):
     """Its length is known when it ends."""
-    told = r"a minibatch of 1 row, where others have 20: .* DataLoader does with drop_last=True"
+    told = r"a minibatch of 1 row, where others have 20: .* DataLoader with drop_last=True"
     with pytest.raises(ValueError, match=told) as caught:
         fit(Stream(ONE_MORE), encoder())
     assert "Trace Shapes" not in str(caught.value)
