@@ -119,12 +119,13 @@ def common_data_frame(sites: list[Site]) -> CondIndepStackFrame:
     """
     frames = {site["name"]: data_frame(site) for site in sites if data_frame(site) is not None}
     if not frames:
-        plates = {frame.name for site in sites for frame in site["cond_indep_stack"]}
+        plates = {f.name: f.size for site in sites for f in site["cond_indep_stack"]}
+        plates.pop(PARTICLE_PLATE, None)
         raise ValueError(
-            'no site of the model is inside a vectorized plate named "data". Its sites are '
-            f"{[site['name'] for site in sites]} and its plates "
-            f"{sorted(plates - {PARTICLE_PLATE})}. Put every site that has one value per data "
-            'point inside `with pyro.plate("data", x.shape[0]):`.'
+            "no site is inside a vectorized plate of the data points, whose size is the number of "
+            f"rows of x. The sites are {[site['name'] for site in sites]}, and the plates are, by "
+            f"size, {plates}. Put every site that has one value per data point inside "
+            '`with pyro.plate("data", x.shape[0]):`.'
         )
     (first, frame), *others = frames.items()
     for name, other in others:

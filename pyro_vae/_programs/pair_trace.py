@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import torch
@@ -24,6 +25,7 @@ from pyro_vae._programs.agreement import (
     common_data_frame,
 )
 from pyro_vae._programs.ancestral import JointSample
+from pyro_vae._programs.data_plate import find_data_plate, is_examined
 from pyro_vae._programs.enumeration import (
     Enumeration,
     SummedOut,
@@ -49,6 +51,7 @@ from pyro_vae._programs.sites import (
     values_outside_support,
 )
 from pyro_vae._utils.messages import first_line
+from pyro_vae._utils.random import random_state, set_random_state
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,11 @@ class PairTrace:
             particles = pyro.plate(PARTICLE_PLATE, num_particles, dim=self.particle_dim)
             model, guide = particles(model), particles(guide)
         run = functools.partial(self._run, model, guide, args, kwargs, hold_samples)
-        guide_trace, model_trace = run(-1 - plate_nesting) if enumerates else run(None)
+        first_enumerated = -1 - plate_nesting if enumerates else None
+        if is_examined(model) and is_examined(guide):
+            guide_trace, model_trace = run(first_enumerated)
+        else:
+            guide_trace, model_trace = self._first_run(lambda: run(first_enumerated))
         sites = [*_sites(guide_trace, model_trace)]
         for site in sites:
             check_enumeration(site)
@@ -172,6 +179,34 @@ class PairTrace:
         # Observed sites of the guide are not part of log q: they are a loss that training adds.
         self.guide = {n: f for n, f in of_guide.items() if not is_loss_of_guide(f.site)}
         self.guide_losses = [f for f in of_guide.values() if is_loss_of_guide(f.site)]
+
+    def _first_run(
+        self, run: Callable[[], tuple[poutine.Trace, poutine.Trace]]
+    ) -> tuple[poutine.Trace, poutine.Trace]:
+        """Run the pair; if its data plates have other names than "data", find them and run again.
+
+        The second run has the same noise as the first.
+        """
+        (model, guide), (args, kwargs) = self._pair, self._arguments
+        device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
+        before = random_state(device)
+        traces = run()
+
+        def run_guide(*args: Any, **kwargs: Any) -> poutine.Trace:
+            return trace_of(as_guide(guide), *args, **kwargs)
+
+        def run_model(*args: Any, **kwargs: Any) -> poutine.Trace:
+            return trace_of(replay(model, run_guide(*args, **kwargs)), *args, **kwargs)
+
+        programs = (("guide", guide, run_guide), ("model", model, run_model))
+        found = [
+            find_data_plate(role, program, args, kwargs, run, trace)
+            for (role, program, run), trace in zip(programs, traces, strict=True)
+        ]
+        if not any(found):
+            return traces
+        set_random_state(before, device)
+        return run()
 
     def _run(
         self,

@@ -18,6 +18,7 @@ from pyro.poutine.runtime import _PYRO_STACK, get_plates
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import Distribution
 
+from pyro_vae._programs.data_plate import data_plates_named
 from pyro_vae._programs.sites import ROWS_WERE_DRAWN, Site
 
 Program = Callable[..., Any]
@@ -26,10 +27,11 @@ Program = Callable[..., Any]
 def trace_of(program: Program, *args: Any, **kwargs: Any) -> poutine.Trace:
     """Run a program and return the trace of its sites.
 
-    Errors of the program keep their messages. ``poutine.trace(program).get_trace`` would append
-    the shapes of all sites to them.
+    The plate of the data points has the name ``"data"`` in the trace, whatever name the program
+    uses. Errors of the program keep their messages. ``poutine.trace(program).get_trace`` would
+    append the shapes of all sites to them.
     """
-    with poutine.trace() as messenger:
+    with poutine.trace() as messenger, data_plates_named(program, args):
         program(*args, **kwargs)
     return messenger.trace
 
@@ -102,7 +104,8 @@ def plate_of_guide(
     """Return a plate for a guide that has no access to the row indices of the minibatch.
 
     The rows of the plate are not recorded. So the model keeps its own rows, and several guides
-    can each open a plate of the same name. Inside a plate of that name, the result does nothing.
+    can each open a plate of the same name. Inside a plate of that name, or of that dimension and
+    size, the result does nothing.
 
     Args:
         name: the name of the plate.
@@ -110,7 +113,7 @@ def plate_of_guide(
         dim: batch dimension of the plate, from the right.
         full_size: number of rows that the minibatch represents, if it is a subsample.
     """
-    if any(frame.name == name for frame in get_plates()):
+    if any(f.name == name or (f.dim, f.size) == (dim, size) for f in get_plates()):
         return contextlib.nullcontext()
     with poutine.block():
         if full_size in (None, size):
