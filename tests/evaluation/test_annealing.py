@@ -503,13 +503,13 @@ def test_pairs_of_a_pass_bound_the_chains_that_run_at_once():
         ({"leapfrog_steps": 0}, ValueError, "leapfrog_steps must be at least 1"),
         ({"pilot": 0}, ValueError, "pilot must be at least 1"),
         ({"start": "posterior"}, ValueError, 'start must be "guide" or "prior"'),
-        ({"target_acceptance": 1.0}, ValueError, "target_acceptance must lie between 0 and 1"),
+        ({"target_acceptance": 1.0}, ValueError, "target_acceptance must be between 0 and 1"),
         ({"step_size": 0.0}, ValueError, "step_size must be positive"),
         ({"schedule": "cosine"}, ValueError, 'schedule must be "sigmoid", "linear" or numbers'),
         ({"schedule": 3}, TypeError, 'schedule must be "sigmoid", "linear" or numbers'),
-        ({"schedule": (0.0, 0.5)}, ValueError, "must rise from 0 to 1"),
-        ({"schedule": (0.0, 0.5, 0.5, 1.0)}, ValueError, "must rise from 0 to 1"),
-        ({"schedule": (1.0,)}, ValueError, "must rise from 0 to 1"),
+        ({"schedule": (0.0, 0.5)}, ValueError, "must increase from 0 to 1"),
+        ({"schedule": (0.0, 0.5, 0.5, 1.0)}, ValueError, "must increase from 0 to 1"),
+        ({"schedule": (1.0,)}, ValueError, "must increase from 0 to 1"),
     ],
 )
 def test_settings_that_make_no_sense(options, error, message):
