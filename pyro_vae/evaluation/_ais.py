@@ -35,8 +35,8 @@ class AIS:
 
     with :math:`z_{c,0} \sim p_0`. One step of Hamiltonian Monte Carlo, which leaves
     :math:`p_{b_t}` invariant, moves :math:`z_{c,t-1}` to :math:`z_{c,t}`. The average of the
-    weights is an unbiased estimate of p(x) for any number of temperatures and any step sizes. The
-    step sizes do not depend on the chains. A pilot run of other chains tunes them, for each data
+    weights is an unbiased estimate of p(x) for any number of temperatures, and for any step sizes
+    that do not depend on the chains. A pilot run of other chains tunes the step sizes for each data
     point and temperature. Wu et al. (2017) evaluate decoders in this way.
 
     Args:
@@ -84,14 +84,15 @@ class AIS:
         if isinstance(self.schedule, str):
             if self.schedule not in ("sigmoid", "linear"):
                 raise ValueError(
-                    'schedule must be "sigmoid", "linear" or numbers that increase from 0 to 1, got '
-                    f"{self.schedule!r}"
+                    'schedule must be "sigmoid", "linear" or numbers that increase from 0 to 1, '
+                    f"got {self.schedule!r}"
                 )
             return
         schedule = self.schedule.tolist() if hasattr(self.schedule, "tolist") else self.schedule
         if not isinstance(schedule, Iterable):
             raise TypeError(
-                f'schedule must be "sigmoid", "linear" or numbers that increase from 0 to 1, got {self.schedule!r}'
+                'schedule must be "sigmoid", "linear" or numbers that increase from 0 to 1, got '
+                f"{self.schedule!r}"
             )
         numbers = tuple(real_number("each number of schedule", b) for b in schedule)
         rising = all(a < b for a, b in pairwise(numbers))
