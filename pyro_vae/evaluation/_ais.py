@@ -35,9 +35,9 @@ class AIS:
 
     with :math:`z_{c,0} \sim p_0`. One step of Hamiltonian Monte Carlo, which leaves
     :math:`p_{b_t}` invariant, moves :math:`z_{c,t-1}` to :math:`z_{c,t}`. The average of the
-    weights is an unbiased estimate of p(x) for any number of temperatures, and for any step sizes
-    that do not depend on the chains. A pilot run of other chains tunes the step sizes for each data
-    point and temperature. Wu et al. (2017) evaluate decoders in this way.
+    weights is an unbiased estimate of p(x) for any number of temperatures. The step sizes may have
+    any values that do not depend on the chains. A pilot run of other chains tunes them for each
+    data point and temperature. Wu et al. (2017) evaluate decoders in this way.
 
     Args:
         num_chains: C, the number of chains.
