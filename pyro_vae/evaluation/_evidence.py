@@ -54,9 +54,9 @@ def evidence(
     prior, to the posterior.
 
     ``pairs_per_pass`` bounds the memory for any K and N. The standard error is that of the delta
-    method, :math:`\sqrt{\mathrm{var}(w)/K} / \bar w`. On average, the estimate of log p(x) is too low
-    by about half of the squared standard error. A warning is issued if more than half of the values
-    are unreliable (see :attr:`Evidence.untrusted`).
+    method, :math:`\sqrt{\mathrm{var}(w)/K} / \bar w`. On average, the estimate of log p(x) is
+    too low by about half of the squared standard error. A warning is issued if more than half of
+    the values are unreliable (see :attr:`Evidence.untrusted`).
 
     Args:
         model: program of p(x, z).
