@@ -630,9 +630,11 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(method):
         pv.evidence(oracle.model, oracle.guide, x, resume=of_sandwich.value)
     with pytest.raises(TypeError, match=r"resume must be the pyro_vae\.evaluation\.Interrupted"):
         pv.evidence(oracle.model, oracle.guide, x, resume=3)
-    with pytest.raises(ValueError, match="resume holds 20 data, which end inside of a pass"):
+    with pytest.raises(
+        ValueError, match="resume has 20 data points, but in this call no minibatch"
+    ):
         pv.evidence(oracle.model, oracle.guide, x, resume=so_far, **{**options, "batch_size": 15})
-    with pytest.raises(ValueError, match="resume holds 5 data more than there are"):
+    with pytest.raises(ValueError, match="resume has 5 data points more than data"):
         pv.evidence(
             oracle.model, oracle.guide, x[:15], resume=so_far, **{**options, "batch_size": 5}
         )
