@@ -80,8 +80,8 @@ def evidence(
         with all data, evaluates its share of the minibatches, and returns the whole result.
 
     Raises:
-        Interrupted: Ctrl-C was pressed. It is a KeyboardInterrupt, and ``.partial`` has the
-            estimates for the first data points. Unfinished chains are dropped.
+        Interrupted: Ctrl-C was pressed. This KeyboardInterrupt has the estimates for the first data
+            points in ``.partial``. Unfinished chains are dropped.
         ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md). A
             site is global or scaled, so that no weight belongs to a single data point. Annealed
             importance sampling cannot move a latent variable, or cannot score the guide.

@@ -85,7 +85,7 @@ class Group:
         return int(self.broadcast(torch.randint(2**62, ()), 0)) if seed is None else seed
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        """Replace a tensor by that of one process; see :func:`distributed.broadcast`."""
+        """Return the tensor of one process; see :func:`distributed.broadcast`."""
         with self._collective():
             return distributed.broadcast(tensor, source)
 
@@ -102,9 +102,9 @@ class Group:
             return distributed.gather(value)
 
     def gather_last(self, value: Any, *, last: bool = True) -> list[Any]:
-        """Return the value of each process, also if one of them was interrupted.
+        """Return the value of each process, also after an interrupt of one process.
 
-        If :attr:`interrupted` is true afterwards, it was the last collective.
+        If :attr:`interrupted` is true afterwards, this was the last collective.
 
         Args:
             value: value of this process.
@@ -138,7 +138,7 @@ class Group:
             raise
 
     def _agree(self, *, stopping: bool = False, at_end: bool = False) -> None:
-        """Exchange the status, and raise unless all processes take part in a collective."""
+        """Exchange the status and raise an error unless all processes join the collective."""
         if self.num_processes == 1:
             return
         if not self._expected:
@@ -176,8 +176,8 @@ class Shard:
     """The parts of the data that one process evaluates.
 
     Part i belongs to process i mod R, counted from the first part that is not done. Each part has
-    its own seed, drawn in order from torch's generator. So its random numbers are the same in any
-    process, and in a call that resumes.
+    its own seed, drawn in order from torch's generator. So the random numbers of a part are the
+    same in any process and in a resumed call.
 
     Args:
         group: the processes.
