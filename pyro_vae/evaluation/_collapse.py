@@ -148,9 +148,9 @@ def collapse_report(
 
     A unit is active if two conditions hold:
 
-    - Its activity is above ``threshold`` times the prior's variance of :math:`z_d`. By default, this
-      is 0.01 for a standard normal prior. If the prior has no finite variance, a variance of one is
-      used.
+    - Its activity is above ``threshold`` times the prior's variance of :math:`z_d`. For a standard
+      normal prior, this is 0.01 by default. If the prior has no finite variance, a variance of one
+      is used.
     - Its KL is above half of ``threshold``. If the unit has no KL of its own, the KL of its site or
       of all latents is used.
 

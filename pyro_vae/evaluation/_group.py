@@ -85,7 +85,7 @@ class Group:
         return int(self.broadcast(torch.randint(2**62, ()), 0)) if seed is None else seed
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        """Return the tensor of one process; see :func:`distributed.broadcast`."""
+        """Overwrite a tensor with that of one process; see :func:`distributed.broadcast`."""
         with self._collective():
             return distributed.broadcast(tensor, source)
 
