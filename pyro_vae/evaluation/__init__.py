@@ -1,4 +1,4 @@
-"""Evaluation: what a fitted pair is worth, each figure with its error."""
+"""Evaluate a fitted pair: log p(x), posterior collapse, inference gaps, and their errors."""
 
 from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae.evaluation._ais import AIS

@@ -1,4 +1,4 @@
-r"""Annealed importance sampling: the evidence by chains that walk from a start to the posterior."""
+r"""Annealed importance sampling: estimate log p(x) with chains from a start to the posterior."""
 
 from __future__ import annotations
 
@@ -18,41 +18,42 @@ from pyro_vae.evaluation._hamiltonian import transition
 from pyro_vae.evaluation._tempered_path import Start, State, TemperedPath
 from pyro_vae.evaluation._weights import WeightStream
 
-_STEEPNESS = 4.0  # of the sigmoid schedule, between -4 and 4
-_PILOT_TRANSITIONS = 100  # at the least, where temperatures are few
+_STEEPNESS = 4.0  # the sigmoid schedule covers the arguments from -4 to 4
+_PILOT_TRANSITIONS = 100  # at least, over all temperatures
 _PILOT_WARMUP = 30
 _PILOT_GAIN = 0.25
 
 
 @dataclass(frozen=True)
 class AIS:
-    r"""Annealed importance sampling (Neal 2001), for ``evidence(method=...)``.
+    r"""Settings of annealed importance sampling (Neal 2001), for ``evidence(method=...)``.
 
     .. math::
         \log \hat p(x) = \log \frac1C \sum_{c=1}^C \prod_{t=1}^T
         \frac{p_{b_t}(z_{c,t-1})}{p_{b_{t-1}}(z_{c,t-1})}, \qquad
         p_b(z) \propto p_0(z)^{1-b} \, p(x, z)^b
 
-    with :math:`z_{c,0} \sim p_0`, and :math:`z_{c,t}` by a step of Hamiltonian Monte Carlo from
-    :math:`z_{c,t-1}` that leaves :math:`p_{b_t}` as it is. The average of the weights is p(x)
-    without bias, whatever the number of temperatures and the step sizes, because these do not
-    depend on the chains: they are tuned, for each datum and temperature, in a pilot run of other
-    chains. Decoders were judged so by Wu et al. 2017.
+    with :math:`z_{c,0} \sim p_0`. One step of Hamiltonian Monte Carlo, which leaves
+    :math:`p_{b_t}` invariant, moves :math:`z_{c,t-1}` to :math:`z_{c,t}`. The average of the
+    weights is an unbiased estimate of p(x) for any number of temperatures. The step sizes may have
+    any values that do not depend on the chains. A pilot run of other chains tunes them for each
+    data point and temperature. Wu et al. (2017) evaluate decoders in this way.
 
     Args:
-        num_chains: C.
-        num_temperatures: T.
+        num_chains: C, the number of chains.
+        num_temperatures: T, the number of temperatures after the first.
         start: :math:`p_0`, q(z|x) (``"guide"``) or p(z) (``"prior"``).
-        leapfrog_steps: of a step.
-        target_acceptance: what the pilot run tunes the step sizes to.
-        pilot: how many chains that run has.
-        step_size: of all data and temperatures, in place of the pilot run.
-        schedule: of the temperatures: ``"sigmoid"`` (dense at both ends; Wu et al. 2017),
-            ``"linear"``, or numbers that rise from 0 to 1, which then set T.
+        leapfrog_steps: leapfrog steps in one step of Hamiltonian Monte Carlo.
+        target_acceptance: acceptance probability to which the pilot run tunes the step sizes.
+        pilot: number of chains in the pilot run.
+        step_size: the same for all data points and temperatures. The default is to tune step sizes
+            in the pilot run.
+        schedule: ``"sigmoid"`` (dense at both ends; Wu et al. 2017), ``"linear"``, or the
+            temperatures themselves, which increase from 0 to 1 and set T.
 
     Raises:
-        ValueError: a number is out of its range, or a word unknown.
-        TypeError: what should be a number is none.
+        ValueError: A number is out of range, or ``start`` or ``schedule`` is an unknown word.
+        TypeError: A value has the wrong type.
 
     Example:
         >>> import pyro_vae as pv
@@ -76,35 +77,35 @@ class AIS:
             raise ValueError(f'start must be "guide" or "prior", got {self.start!r}')
         if positive_number("target_acceptance", self.target_acceptance) >= 1:
             raise ValueError(
-                f"target_acceptance must lie between 0 and 1, got {self.target_acceptance}"
+                f"target_acceptance must be between 0 and 1, got {self.target_acceptance}"
             )
         if self.step_size is not None:
             positive_number("step_size", self.step_size)
         if isinstance(self.schedule, str):
             if self.schedule not in ("sigmoid", "linear"):
                 raise ValueError(
-                    'schedule must be "sigmoid", "linear" or numbers that rise from 0 to 1, got '
-                    f"{self.schedule!r}"
+                    'schedule must be "sigmoid", "linear" or numbers that increase from 0 to 1, '
+                    f"got {self.schedule!r}"
                 )
             return
         schedule = self.schedule.tolist() if hasattr(self.schedule, "tolist") else self.schedule
         if not isinstance(schedule, Iterable):
             raise TypeError(
-                'schedule must be "sigmoid", "linear" or numbers that rise from 0 to 1, got '
+                'schedule must be "sigmoid", "linear" or numbers that increase from 0 to 1, got '
                 f"{self.schedule!r}"
             )
         numbers = tuple(real_number("each number of schedule", b) for b in schedule)
         rising = all(a < b for a, b in pairwise(numbers))
         if len(numbers) < 2 or numbers[0] != 0 or numbers[-1] != 1 or not rising:
             raise ValueError(
-                f"schedule must rise from 0 to 1, each number above the last, got {numbers}"
+                f"schedule must increase from 0 to 1, each number above the last, got {numbers}"
             )
         object.__setattr__(self, "schedule", numbers)
         object.__setattr__(self, "num_temperatures", len(numbers) - 1)
 
     @property
     def temperatures(self) -> Tensor:
-        """From b_0 = 0 to b_T = 1, shape (T + 1,), float64."""
+        """The temperatures from b_0 = 0 to b_T = 1, shape (T + 1,), float64."""
         if not isinstance(self.schedule, str):
             return torch.tensor(self.schedule, dtype=torch.float64)
         even = torch.linspace(0, 1, self.num_temperatures + 1, dtype=torch.float64)
@@ -116,16 +117,16 @@ class AIS:
 
 @dataclass(frozen=True)
 class Annealing:
-    r"""What annealed importance sampling saw on its way, float64 on the CPU.
+    r"""Results of annealed importance sampling at each temperature, float64 on the CPU.
 
     Args:
-        settings: of it.
-        log_normalizers: estimates of :math:`\log \int p_b(z) dz`, shape (T + 1, N); the first is
-            zero, the last is log p(x).
-        monte_carlo_errors: their standard errors, shape (T + 1, N).
-        acceptance: average probability of acceptance at the temperatures between the first and
-            the last, shape (T - 1, N).
-        step_sizes: of these, shape (T - 1, N).
+        settings: settings of the run.
+        log_normalizers: estimates of :math:`\log \int p_b(z) dz`, shape (T + 1, N). The first is
+            zero, and the last is log p(x).
+        monte_carlo_errors: standard errors of ``log_normalizers``, shape (T + 1, N).
+        acceptance: average acceptance probability at the temperatures between the first and the
+            last, shape (T - 1, N).
+        step_sizes: step sizes at the same temperatures, shape (T - 1, N).
     """
 
     settings: AIS
@@ -136,28 +137,28 @@ class Annealing:
 
     @property
     def temperatures(self) -> Tensor:
-        """b, shape (T + 1,)."""
+        """The temperatures b, shape (T + 1,)."""
         return self.settings.temperatures
 
     @property
     def by_datum(self) -> list[Tensor]:
-        """All but the settings, a row for each datum."""
+        """All fields but the settings, with one row for each data point."""
         seen = (self.log_normalizers, self.monte_carlo_errors, self.acceptance, self.step_sizes)
         return [each.T for each in seen]
 
     @classmethod
     def of_data(cls, settings: AIS, by_datum: Sequence[Tensor]) -> Annealing:
-        """Make it again of what :attr:`by_datum` gives."""
+        """Build an object from the tensors of :attr:`by_datum`."""
         return cls(settings, *(each.T for each in by_datum))
 
 
 class Annealer:
-    """Runs the chains of annealed importance sampling, minibatch after minibatch.
+    """Runs the chains of annealed importance sampling, minibatch by minibatch.
 
     Args:
-        ais: its settings.
-        path: from the start to p(x, z).
-        watch: the programs, by name, for the capture.
+        ais: settings of the run.
+        path: path from the start to p(x, z).
+        watch: the programs by name, which the capture checks for changes.
         capture: replay the operations of a gradient as compiled code; see :func:`pyro_vae.fit`.
     """
 
@@ -172,10 +173,10 @@ class Annealer:
     def step_sizes(
         self, batch: Sequence[Tensor], num_batches: int | None, status: Callable[[str], None]
     ) -> list[Tensor]:
-        """Tune the step sizes at all temperatures between the ends, each ``(B,)``.
+        """Tune the step sizes at all temperatures between the first and the last, each ``(B,)``.
 
-        The pilot's chains go the same way. At each temperature the logarithm of a datum's step
-        size follows the acceptance that its chains see.
+        The chains of the pilot run pass through the same temperatures. At each temperature, the
+        acceptance of a data point's chains adjusts the logarithm of that data point's step size.
         """
         ais, inner = self._ais, self._temperatures[1:-1]
         size = len(batch[0])
@@ -204,13 +205,13 @@ class Annealer:
         num_batches: int | None,
         status: Callable[[str], None],
     ) -> tuple[WeightStream, Annealing]:
-        """Walk from the start to the posterior; return the weights, and what was seen.
+        """Move chains from the start to the posterior. Return the weights and the results.
 
         Args:
             batch: x and covariates.
-            step_sizes: as :meth:`step_sizes` gives them.
-            num_batches: how many such minibatches are to come, None where that is not known.
-            status: told the temperature.
+            step_sizes: the result of :meth:`step_sizes`.
+            num_batches: number of such minibatches still to come, None if unknown.
+            status: called with the number of each temperature, as text.
         """
         ais, b = self._ais, self._temperatures
         state, evaluate, moving = self._begin(batch, ais.num_chains, num_batches)
@@ -241,14 +242,14 @@ class Annealer:
         num_batches: int | None,
         status: Callable[[str], None],
     ) -> Tensor:
-        """Walk from the posterior to the start; return the log-weights of the way there, (C, B).
+        """Move chains from the posterior to the start and return their log-weights, (C, B).
 
         Args:
             batch: x and covariates.
-            rows: exact draws from the posterior, ``(C, B, D)``.
-            step_sizes: as :meth:`step_sizes` gives them.
-            num_batches: how many such minibatches are to come, None where that is not known.
-            status: told the temperature.
+            rows: exact samples from the posterior, ``(C, B, D)``.
+            step_sizes: the result of :meth:`step_sizes`.
+            num_batches: number of such minibatches still to come, None if unknown.
+            status: called with the number of each temperature, as text.
         """
         b = self._temperatures
         evaluate = self._evaluation(batch, len(rows), num_batches)
@@ -274,7 +275,7 @@ class Annealer:
     def _evaluation(
         self, batch: Sequence[Tensor], num_chains: int, num_batches: int | None
     ) -> Callable[[Tensor], State]:
-        """Return what evaluates the path for so many chains; one capture for each shape."""
+        """Return a function that evaluates the path for all chains, captured once per shape."""
         shape = (num_chains, *(column.shape for column in batch))
         if shape not in self._captured:
             captured = Captured(
@@ -290,7 +291,7 @@ class Annealer:
         captured.recheck()
 
         def evaluate(rows: Tensor) -> State:
-            # The next call may overwrite what a capture gives.
+            # The next call may overwrite the outputs of a capture.
             return State(rows, *(part.clone() for part in captured(rows.contiguous(), *batch)))
 
         return evaluate

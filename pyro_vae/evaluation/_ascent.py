@@ -1,4 +1,4 @@
-"""The best member of a guide's family for each datum, by gradient ascent from the encoder's."""
+"""Find the best member of a guide's family for each data point by gradient ascent."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Ascent:
-    r"""How to ascend the ELBO of each datum by parameters of its own, and when to stop.
+    r"""Settings to maximize the ELBO of each data point over parameters of its own.
 
-    Adam takes steps along reparameterised gradients. After each window of steps the ELBO seen in
-    it, averaged over the minibatch, is compared with that of the best window so far. When several
-    windows in a row have brought nothing, the ascent ends, and the parameters are averaged over
-    the steps since the best window began (Polyak & Juditsky 1992): their noise averages out.
+    Adam follows reparameterized gradients. The ELBO is averaged over the minibatch and over each
+    window of steps. The ascent ends after several windows in a row without a new best ELBO. The
+    result is the average of the parameters over all steps since the start of the best window
+    (Polyak & Juditsky 1992). The average has less noise than the last step.
 
     Args:
-        learning_rate: of Adam.
-        num_particles: draws of z for each datum and step.
-        window: steps of a window.
-        patience: windows without a gain that end the ascent.
-        max_steps: at which it ends in any case.
+        learning_rate: learning rate of Adam.
+        num_particles: samples of z for each data point and step.
+        window: number of steps in a window.
+        patience: number of windows without a new best ELBO after which the ascent ends.
+        max_steps: largest number of steps.
 
     Raises:
-        ValueError: a number out of range.
-        TypeError: what must be a whole number is none.
+        ValueError: A number is out of range.
+        TypeError: A value is not a number, or not a whole number where one is needed.
 
     Example:
         >>> import pyro_vae as pv
@@ -53,22 +53,23 @@ class Ascent:
         positive_integer("max_steps", self.max_steps, minimum=self.window)
 
     def __call__(self, step: Step, start: Tensor) -> Ascended:
-        """Ascend.
+        """Run the ascent from a start.
 
         Args:
-            step: gives the ELBO of each datum (B,) at parameters (B, P), and its gradient.
-            start: where to begin, (B, P).
+            step: function of the parameters (B, P) that returns the ELBO of each data point, (B,),
+                and its gradient.
+            start: initial parameters, (B, P).
         """
         parameters = start.detach().clone()
-        # Adam treats each number by itself, and so each datum.
+        # Adam updates each number by itself, so the data points do not affect each other.
         optimizer = torch.optim.Adam([parameters], lr=self.learning_rate, maximize=True)
-        # What is summed: parameters since the best window began, and in the window at hand.
+        # Sums of the parameters since the best window began, and in the current window.
         since_best, in_window = torch.zeros_like(parameters), torch.zeros_like(parameters)
         steps_since_best, best, waited = 0, -math.inf, 0
         elbos = torch.zeros(len(start), dtype=torch.float64, device=start.device)
         for number in range(1, self.max_steps + 1):
             elbo, gradient = step(parameters)
-            # A step that overflows is left out: it would spoil all that follow it.
+            # Replace NaN and infinite gradients by zero. They would spoil all later steps.
             parameters.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
             optimizer.step()
             elbos += elbo
@@ -91,12 +92,12 @@ class Ascent:
 
 @dataclass(frozen=True)
 class Ascended:
-    """Where an ascent ended.
+    """The result of an ascent.
 
     Args:
-        parameters: of the family for each datum, (B, P).
-        steps: how many were taken.
-        converged: whether it ended by itself, and had a finite ELBO in some window.
+        parameters: parameters of the best member for each data point, (B, P).
+        steps: number of steps.
+        converged: whether ``patience`` ended the ascent and some window had a finite ELBO.
     """
 
     parameters: Tensor

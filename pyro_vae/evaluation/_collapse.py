@@ -1,4 +1,4 @@
-r"""Posterior collapse: latents that say nothing of their datum, unit by unit, and a verdict."""
+r"""Report posterior collapse: the latents, and their units, that carry little information."""
 
 from __future__ import annotations
 
@@ -40,16 +40,21 @@ LEAST_INFORMATION = 0.1  # nats
 
 @dataclass(frozen=True)
 class CollapseReport:
-    """How much each unit of the latents says of its datum, and all of them together.
+    """The information about x in each unit of the latents, and in all units together.
 
     Args:
-        units: a row for each number of each latent site, indexed by ``site`` and ``unit``:
-            ``activity`` and ``activity_error`` (its standard error, for the population of the
-            data), ``active``, ``posterior_variance`` (averaged over the data), ``prior_variance``,
-            ``kl`` (nats; NaN where it has no such parts).
-        rate: the average KL from guide to prior, in nats.
-        surgery: what :func:`pyro_vae.elbo_surgery` finds; None where it cannot be had.
-        note: why not.
+        units: table indexed by ``site`` and ``unit``, with one row for each number in each latent
+            site. The columns are
+
+            - ``activity``;
+            - ``activity_error``, the standard error of ``activity`` for the population of the data;
+            - ``active``;
+            - ``posterior_variance``, averaged over the data;
+            - ``prior_variance``;
+            - ``kl``, in nats, or NaN if the KL has no separate parts for the units.
+        rate: average KL from guide to prior, in nats.
+        surgery: result of :func:`pyro_vae.elbo_surgery`, None if it cannot be computed.
+        note: the reason why ``surgery`` is None, or an empty string.
     """
 
     units: pd.DataFrame
@@ -59,15 +64,15 @@ class CollapseReport:
 
     @property
     def num_active(self) -> int:
-        """How many units are active."""
+        """The number of active units."""
         return int(self.units["active"].sum())
 
     @property
     def information(self) -> float:
-        """The mutual information of datum and latents; the rate, its upper bound, without it.
+        """The mutual information of x and the latents. If unknown, its upper bound, the rate.
 
-        The rate also where the prior depends on covariates, of which the latents may tell without
-        telling anything more of x.
+        It is also the rate if the prior depends on covariates. The latents may then depend on the
+        covariates alone, and not on x.
         """
         return self.surgery.mutual_information if self._is_informed else self.rate
 
@@ -79,9 +84,10 @@ class CollapseReport:
     def state(self) -> str:
         """``"collapsed"``, ``"partly collapsed"`` or ``"healthy"``.
 
-        Collapsed: the mutual information is below 0.1 nats; where it is not known, the rate, its
-        upper bound, is, or no unit is active. Partly collapsed: a latent site has no active unit.
-        Healthy: anything else; that a latent has units to spare is no fault.
+        - ``"collapsed"``: The mutual information is below 0.1 nats. If it is unknown, the rate is
+          below 0.1 nats or no unit is active.
+        - ``"partly collapsed"``: A latent site has no active unit.
+        - ``"healthy"``: All other cases. A latent site may have inactive units.
         """
         if self.information < LEAST_INFORMATION:
             return "collapsed"
@@ -91,14 +97,14 @@ class CollapseReport:
 
     @property
     def verdict(self) -> str:
-        """The state and its reasons, in a line; what decides comes first, where they disagree."""
+        """The state and its reasons in one line. If reasons disagree, the deciding one is first."""
         little = self.information < LEAST_INFORMATION
         name = "mutual information" if self._is_informed else "rate"
         information = f"{name} {_nats(self.information)} nats"
         if self._is_informed and self.surgery.saturated:
             information += f" (saturated: log N is {self.surgery.log_n:.2f})"
         if little and self.num_active:
-            found = self._active_units("pass the threshold of activity")
+            found = self._active_units("are above the activity threshold")
             return f"{self.state}: {information}, below {LEAST_INFORMATION}, though {found}"
         though = "though " if self._is_informed and not little and not self.num_active else ""
         return f"{self.state}: {self._active_units('active')}, {though}{information}"
@@ -132,47 +138,53 @@ def collapse_report(
     progress: bool | Progress = False,
     description: str = "collapse",
 ) -> CollapseReport:
-    r"""Tell whether the latents are used, and which of their units are.
+    r"""Report whether the latents are used, and which of their units are active.
 
-    The activity of a unit (Burda et al. 2016, section 5.2) is how far the mean of its posterior
-    moves with the datum,
+    The activity of a unit (Burda et al. 2016, section 5.2) is the variance of its posterior mean
+    over the data,
 
     .. math::
         A_d = \mathrm{Var}_{x}\bigl(\mathbb{E}_{q(z|x)}[z_d]\bigr)
 
-    It is active where that is above a share of the prior's variance of :math:`z_d`: for a standard
-    normal prior, above 0.01; and, where the prior has no variance, above that share of one. Its KL
-    (that of its site, or of all latents, where it has none of its own) must be above half the share
-    as well. A Gaussian of such an activity has no less under a normal prior that is one for all
-    data; a unit that follows its prior, as this moves with covariates or with latents above, has
-    none, and is not used. :math:`A_d` is estimated without bias: what the draws add to the
-    variance of their means is taken off, by the variance among draws of one datum. So it may come
-    out a little below zero.
+    A unit is active if two conditions hold:
 
-    Any guide will do: a unit is a number of what the guide draws, on the support of its site.
-    A unit that is not used has the prior's variance, a KL near zero and no activity. To see how
-    the units fare during training, call this between fits of a few epochs each.
+    - Its activity is above ``threshold`` times the prior's variance of :math:`z_d`. For a standard
+      normal prior, this is 0.01 by default. If the prior has no finite variance, a variance of one
+      is used.
+    - Its KL is above half of ``threshold``. If the unit has no KL of its own, the KL of its site or
+      of all latents is used.
+
+    A Gaussian unit that passes the first condition passes the second too, under one normal prior
+    for all data. A prior may also depend on covariates or on earlier latents. A unit that only
+    follows such a prior has a KL of zero and is not used.
+
+    The estimate of :math:`A_d` is unbiased. The sampling variance of the means is estimated from
+    the samples of each data point and subtracted. So the estimate can be slightly below zero.
+
+    Any guide is accepted. A unit is one number in a sample of the guide, on the support of its
+    site. An unused unit has the prior's variance, a KL near zero and an activity near zero. To
+    follow the units during training, call this function between fits of a few epochs each.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        data: what :func:`pyro_vae.fit` takes, read twice; the training set as a rule.
-        threshold: that share of the prior's variance.
-        num_particles: draws of z for each datum, at least 2.
-        estimator: of the mutual information; see :func:`pyro_vae.elbo_surgery`.
+        data: the data, as in :func:`pyro_vae.fit`, read twice; usually the training set.
+        threshold: share of the prior's variance that the activity must exceed.
+        num_particles: samples of z for each data point, at least 2.
+        estimator: estimator of the mutual information; see :func:`pyro_vae.elbo_surgery`.
         batch_size: data points at a time.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
-        seed: fixes the draws and leaves the process's random numbers as they were.
-        progress: show bars; or a rich Progress to add them to.
+        seed: of the samples. The random numbers of the process are restored afterwards.
+        progress: show progress bars, or add them to a rich Progress.
         description: text before the bars.
 
     Returns:
         The :class:`CollapseReport`.
 
     Raises:
-        ValueError: bad data or arguments, fewer than two data, or a pair that breaks the contract;
-            a site is global or scaled; a likelihood of zero, or a rate that is NaN; a prior that
-            cannot be drawn from.
+        ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md).
+            There are fewer than two data points. A site is global or scaled. A likelihood is zero,
+            or the rate is NaN. The prior cannot be sampled.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -241,7 +253,7 @@ def collapse_report(
     for site in moments[0]:
         found = torch.cat([each[site] for each in moments], 1).cpu()
         if found.shape[1] < 2:
-            raise ValueError("collapse_report compares data with each other: got a single one")
+            raise ValueError("data must have at least two data points for collapse_report, got one")
         kl = rate if averages.kl_of_sites is None else averages.kl_of_sites[site].item()
         each = averages.kl_of_dimensions and averages.kl_of_dimensions[site].flatten()
         rows += _rows(site, found, num_particles, threshold, kl, each)
@@ -254,14 +266,14 @@ def collapse_report(
 
 
 def _moments(t: Terms, model: Program, batch: Batch) -> dict[str, Tensor]:
-    """Return means and variances of guide and prior by latent: (4, B, units)."""
+    """Return means and variances under guide and prior for each latent, (4, B, units)."""
     found = {}
     try:
         sites = {s["name"]: s for s in random_sites(trace_of(model, *batch))}
     except NotImplementedError as error:
         raise ValueError(
-            f"collapse_report measures latents against what the model draws: {error or 'a prior'}"
-            " that cannot be drawn from, such as an improper one, has no variance to compare with"
+            "collapse_report needs samples of the prior, but sampling from the model failed "
+            f"(cause: {error or 'a prior'}). Replace improper priors by proper ones."
         ) from error
     for name, draws in t.samples.items():
         draws = draws.double().flatten(2) if draws.dim() > 2 else draws.double().unsqueeze(2)
@@ -274,13 +286,13 @@ def _moments(t: Terms, model: Program, batch: Batch) -> dict[str, Tensor]:
 
 
 def _prior(site: Site) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of a latent's prior; its draw and zero where it does not know them.
+    """Return mean and variance of a latent's prior, or its sample and zero if they are unknown.
 
-    NaN where there are none, as of a Cauchy distribution.
+    Mean and variance are NaN if they do not exist, as for a Cauchy distribution.
     """
     fn, value = site["fn"], site["value"].double()
     drawn = value, torch.zeros_like(value)
-    if isinstance(base_distribution(fn), VonMises):  # whose variance is that of an angle
+    if isinstance(base_distribution(fn), VonMises):  # its variance is that of an angle
         return drawn
     try:
         known = fn.mean.double(), fn.variance.double()
@@ -300,7 +312,7 @@ def _rows(
 ) -> list[dict[str, object]]:
     means, variances, prior_means, prior_variances = moments
     count = len(means)
-    # What each datum adds to the variance between data, less the noise in its mean.
+    # The terms of the variance over the data, each less the noise in the data point's mean.
     squares = (means - means.mean(0)).square() * count / (count - 1) - variances / num_particles
     activity, prior = squares.mean(0), prior_variances.mean(0) + prior_means.var(0)
     scale = torch.where(prior.isfinite(), prior, 1.0)
@@ -324,7 +336,7 @@ def _rows(
 
 
 def _nats(information: float) -> str:
-    """Show a number of nats so that it is seen to be below the least information, if it is."""
+    """Format a number of nats. The text is below the least information if the number is."""
     shown = f"{max(information, 0.0):.2f}" if information == information else "nan"
     if information < LEAST_INFORMATION <= float(shown):
         return f"{math.floor(1e4 * information) / 1e4:.4f}"

@@ -32,24 +32,25 @@ def evaluation_context(
     """Set the seed, open the parameter store, set evaluation mode, and check the pair.
 
     Args:
-        who: the estimator, which messages name.
+        who: name of the estimator, for messages.
         model: program of p(x, z).
         guide: program of q(z|x).
         batches: the data. The pair is checked on the first minibatch. Validation of values stays
             on in the block, for the other minibatches.
-        vectorize_particles: whether the programs must take the particles' dimension.
-        seed: of the draws inside the block.
-        drawn_from: replaces the guide where nothing is drawn from it.
+        vectorize_particles: whether the programs must accept the particles' dimension.
+        seed: seed of the samples inside the block.
+        drawn_from: program that replaces the guide in the check, if no sample comes from the guide.
         needs_latents: whether the estimator needs latents.
-        weighs: whether draws may have a density of zero under the model, and so no weight.
-        stacklevel: of a warning, which names the caller of the estimator.
+        weighs: whether a sample may have a density of zero under the model, and so a weight of
+            zero.
+        stacklevel: stack level of a warning, which names the caller of the estimator.
 
     Yields:
-        How many batch dimensions the programs use.
+        The number of batch dimensions that the programs use.
 
     Raises:
-        ValueError: The pair breaks the contract. A site is global or scaled. There are no latents,
-            and the estimator needs some.
+        ValueError: The pair breaks a rule (docs/contract.md). A site is global or scaled. The
+            estimator needs latents and the pair has none.
     """
     drawn_from = guide if drawn_from is None else drawn_from
     with (
@@ -62,16 +63,16 @@ def evaluation_context(
         trace = check_pair(model, drawn_from, first, batches, weighs=weighs)
         if fresh := sorted(free_param_names() - known):
             warnings.warn(
-                f"{who} found no value of pyro.param {fresh[0]!r} and takes its initial one: this "
-                "pair was not fitted, nor do its programs wrap ones that were",
+                f"{who} found no value of pyro.param {fresh[0]!r} and uses its initial value. Fit "
+                "this pair first, or let its programs wrap fitted programs.",
                 stacklevel=stacklevel,
             )
         Terms([trace]).require_independent_data(who)
         if needs_latents and not trace.samples():
             raise ValueError(
-                f"{who} is about latents, and this pair has none: its sites are "
-                f"{[*trace.model, *trace.guide]}. Let model and guide sample one in the plate "
-                '"data"'
+                f"{who} needs a latent variable, but this pair has none: its sites are "
+                f"{[*trace.model, *trace.guide]}. Sample a latent variable in model and guide, in "
+                'the plate "data".'
             )
         with values_checked(True):
             if vectorize_particles:

@@ -1,4 +1,4 @@
-"""A model at given latents: drawn from its prior, or wherever a sampler wants to know p(x, z)."""
+"""Score a model at given latents, such as samples of its prior or states of a sampler."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ from pyro_vae._programs.terms import Terms, terms
 def prior_sites(
     model: Program, batch: tuple[Tensor, ...], num_particles: int, plate_nesting: int
 ) -> dict[str, Site]:
-    """Run a model by itself and return its latents in the plate ``"data"``, but enumerated ones.
+    """Run a model without a guide and return its latents in the plate ``"data"``.
 
-    What is enumerated is drawn here, so that the others are draws of their marginal.
+    Enumerated latents are sampled but not returned. So the other latents have their marginal
+    distribution.
 
     Args:
         model: program of p(x, z).
         batch: a minibatch x of B rows, and covariates.
-        num_particles: K, drawn under an outer plate; that plate is left out when K is 1.
-        plate_nesting: how many batch dimensions the program uses itself.
+        num_particles: K, the size of an outer plate. With K = 1 there is no outer plate.
+        plate_nesting: number of batch dimensions of the program, without that of the particles.
     """
     if num_particles > 1:
         model = pyro.plate(PARTICLE_PLATE, num_particles, dim=-1 - plate_nesting)(model)
@@ -48,7 +49,7 @@ def prior_sites(
 
 
 def point(name: str, value: Tensor, event_dim: int) -> None:
-    """Give a latent site a value, at a density of one."""
+    """Fix a latent site at a value, with a density of one."""
     pyro.sample(name, dist.Delta(value, event_dim=event_dim))
 
 
@@ -65,8 +66,8 @@ def log_likelihood_at_prior_draws(
         model: program of p(x, z).
         *batch: a minibatch x of B rows, and covariates.
         num_particles: K.
-        plate_nesting: how many batch dimensions the program uses.
-        vectorize_particles: draw them in one run; False runs the model K times.
+        plate_nesting: number of batch dimensions of the program, without that of the particles.
+        vectorize_particles: draw all particles in one run. False runs the model K times.
     """
 
     def draw(count: int) -> Terms:
@@ -80,13 +81,14 @@ def log_likelihood_at_prior_draws(
 
 
 def has_one_prior(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> bool:
-    """Tell whether p(z) is the same for all data of a minibatch, at one and the same z.
+    """Return whether all data points of a minibatch have the same prior p(z).
 
-    It is not if it depends on covariates, or on x.
+    They do not if the prior depends on covariates or on x. The prior is evaluated at the same z for
+    all data points.
 
     Args:
         model: program of p(x, z).
-        guide: program of q(z|x), whose draws for the first datum are what the prior is asked for.
+        guide: program of q(z|x). Its sample for the first data point is the z.
         batch: a minibatch.
     """
     guide_trace = trace_of(as_guide(guide), *batch)
@@ -105,10 +107,10 @@ def has_one_prior(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> 
 
 
 def prior_guide(model: Program) -> Program:
-    """Make a guide that draws each latent as the model does, for who has no guide.
+    """Return a guide that samples each latent from the model's distribution.
 
-    It is there to be checked beside the model: of two latents the second is drawn given another
-    draw of the first.
+    Use it to check a model without a guide. It does not sample the joint prior: each latent is
+    sampled given other values of the earlier latents.
     """
 
     def guide(*batch: Tensor) -> None:
@@ -126,7 +128,7 @@ def prior_guide(model: Program) -> Program:
 
 
 def _guide_to(sites: Mapping[str, Site]) -> Program:
-    """Make a guide to the values of a model's sites."""
+    """Return a guide that fixes the latents at the values of a model's sites."""
 
     def guide(*batch: Tensor) -> None:
         for name, site in _inside_all(sites, batch[0]):
@@ -136,7 +138,7 @@ def _guide_to(sites: Mapping[str, Site]) -> Program:
 
 
 def _inside_all(sites: Mapping[str, Site], x: Tensor) -> Iterator[tuple[str, Site]]:
-    """Yield sites of a model, each inside of the plates and the mask that it stands in."""
+    """Yield the sites of a model, each inside its plates and its mask."""
     plates: dict[str, contextlib.AbstractContextManager] = {}
     for name, site in sites.items():
         with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-r"""The evidence log p(x) of each datum: by importance sampling, from the guide or otherwise."""
+r"""Estimate the evidence log p(x) of each data point, by importance sampling or with chains."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def evidence(
     prior, to the posterior.
 
     ``pairs_per_pass`` bounds the memory for any K and N. The standard error is that of the delta
-    method, :math:`\sqrt{\mathrm{var}(w)/K} / \bar w`. The estimate of log p(x) is low by about half
-    its square. A warning is issued if more than half of the values are unreliable (see
-    :attr:`Evidence.untrusted`).
+    method, :math:`\sqrt{\mathrm{var}(w)/K} / \bar w`. On average, the estimate of log p(x) is
+    too low by about half of the squared standard error. A warning is issued if more than half of
+    the values are unreliable (see :attr:`Evidence.untrusted`).
 
     Args:
         model: program of p(x, z).
@@ -70,18 +70,18 @@ def evidence(
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
         seed: of the samples. The random numbers of the process are restored afterwards.
-        resume: the exception of an interrupted call (Ctrl-C) with the same arguments. Or the
-            estimates for the first data points, which are continued with the given seed.
+        resume: the exception of an interrupted call (Ctrl-C) with the same arguments, or the
+            :class:`Evidence` of the first data points. The given seed is then used for the others.
         progress: show a progress bar, or add one to a rich Progress.
         description: text before the bar.
 
     Returns:
         The :class:`Evidence`. In a group of processes (torch.distributed), each process is called
-        with all data, does its share of the minibatches, and returns the whole result.
+        with all data, evaluates its share of the minibatches, and returns the whole result.
 
     Raises:
-        Interrupted: Ctrl-C was pressed. It is a KeyboardInterrupt, and ``.partial`` has the
-            estimates for the first data points. Unfinished chains are dropped.
+        Interrupted: Ctrl-C was pressed. This KeyboardInterrupt has the estimates for the first data
+            points in ``.partial``. Unfinished chains are dropped.
         ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md). A
             site is global or scaled, so that no weight belongs to a single data point. Annealed
             importance sampling cannot move a latent variable, or cannot score the guide.
@@ -115,12 +115,16 @@ def evidence(
     so_far = resume.partial if isinstance(resume, Interrupted) else resume
     if isinstance(so_far, Evidence) and (so_far.method, so_far.num_particles) != (name, num_draws):
         raise ValueError(
-            f"resume holds estimates by {so_far.method} of {so_far.num_particles} draws, not by "
-            f"{name} of {num_draws}"
+            f"resume has estimates by {so_far.method} with {so_far.num_particles} samples for each "
+            f"data point, but this call uses {name} with {num_draws}. Pass the arguments of the "
+            "earlier call."
         )
     if isinstance(resume, Evidence) and ais is not None and resume.annealing.settings != ais:
-        raise ValueError(f"resume holds estimates by {resume.annealing.settings}, not by {ais}")
-    # A guide that nothing is drawn from need not be one that could be.
+        raise ValueError(
+            f"resume has estimates by {resume.annealing.settings}, but method is {ais}. Pass the "
+            "method of the earlier call."
+        )
+    # If no sample comes from the guide, another guide is checked with the model.
     drawn_from = prior_guide(model) if name == "naive" or (ais and ais.start == "prior") else guide
     done = [_columns(resume)] if isinstance(resume, Evidence) else []
     with Runner.open(
@@ -166,7 +170,7 @@ def evidence(
 
 
 def _columns(evidence: Evidence) -> tuple[Tensor, ...]:
-    """Return what a run estimates of each datum."""
+    """Return the tensors that hold one row for each data point."""
     seen = [] if evidence.annealing is None else evidence.annealing.by_datum
     return (
         evidence.values,
@@ -180,9 +184,9 @@ def _columns(evidence: Evidence) -> tuple[Tensor, ...]:
 def _sampler(
     runner: Runner, num_particles: int, pairs_per_pass: int, capture: Capture, from_prior: bool
 ) -> Callable[[Batch], tuple[Tensor, ...]]:
-    """Return a function that draws and weighs the particles of a minibatch."""
+    """Return a function that samples and weights the particles of a minibatch."""
     batches = runner.batches
-    # All passes have one size, so that one capture serves all. The last draws a few too many.
+    # All passes have one size and share a capture. The last pass may have too many particles.
     passes = -(-num_particles // max(1, pairs_per_pass // len(batches.first()[0])))
     options = {"num_particles": -(-num_particles // passes), **runner.particle_options}
 
@@ -214,7 +218,7 @@ def _sampler(
 def _annealer(
     runner: Runner, ais: AIS, max_rows: int, capture: Capture
 ) -> Callable[[Batch], tuple[Tensor, ...]]:
-    """Return a function that runs the chains of at most so many data points at a time."""
+    """Return a function that runs the chains of a batch of at most ``max_rows`` data points."""
     batches = runner.batches
     path = TemperedPath(
         runner.model, runner.guide, batches.first(), start=ais.start, **runner.particle_options

@@ -1,4 +1,4 @@
-"""log p(x) and two ELBOs of each datum from log-weights, the gaps between them, and all errors."""
+"""Estimate log p(x), two ELBOs and their gaps for each data point, with all errors."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ QUANTITIES = (
 )
 SOURCES = ("amortized", "best", "given")  # where an estimate of log p(x) comes from
 CLEARLY = 3.0  # standard errors
-BY_CHANCE = 0.01  # how often another estimate may be taken, at any of the data, for no reason
+BY_CHANCE = 0.01  # probability that chance replaces the estimate of any data point
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A quantity of each datum, in nats, float64 on the CPU.
+    """A quantity for each data point, in nats, float64 on the CPU.
 
     Args:
-        values: shape (N,).
-        monte_carlo_errors: standard error of each value, of the draws alone, shape (N,).
+        values: one value for each data point, shape (N,).
+        monte_carlo_errors: standard error of each value due to sampling alone, shape (N,).
     """
 
     values: Tensor
@@ -39,17 +39,17 @@ class Estimate:
 
     @property
     def mean(self) -> float:
-        """The average over the data."""
+        """The average over the data points."""
         return self.values.mean().item()
 
     @property
     def standard_error(self) -> float:
-        """Standard error of the mean, for the population that the data are drawn from."""
+        """Standard error of the mean, for the population from which the data are sampled."""
         return standard_error(self.values)
 
     @property
     def monte_carlo_error(self) -> float:
-        """Standard error of the mean for these very data: that of the draws alone."""
+        """Standard error of the mean for exactly these data, due to sampling alone."""
         return self.monte_carlo_errors.square().sum().sqrt().item() / len(self.values)
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """Of log-weights w of one guide: log mean w and mean log w, and how their errors covary."""
+    """log mean w and mean log w of the weights w of one guide, with the covariance of errors."""
 
     log_evidence: Tensor
     elbo: Tensor
@@ -69,20 +69,20 @@ class WeightSummary:
 
     @property
     def columns(self) -> list[Tensor]:
-        """All of them, in order, each with a row for each datum."""
+        """All fields in order, each with one row for each data point."""
         return [getattr(self, field.name) for field in fields(self)]
 
     @classmethod
     def of(cls, draw: Callable[[], Tensor], num_particles: int) -> WeightSummary:
-        """Draw as many log-weights (K, B) as are wanted, and summarise them."""
+        """Sample ``num_particles`` log-weights for each data point and summarize them."""
         chunks, count = [], 0
         while count < num_particles:
-            chunks.append(draw()[: num_particles - count].double().clone())  # it is overwritten
+            chunks.append(draw()[: num_particles - count].double().clone())  # draw() reuses it
             count += len(chunks[-1])
         log_weights = torch.cat(chunks)
         log_evidence = log_weights.logsumexp(0) - math.log(count)
         elbo = log_weights.mean(0)
-        # What each draw adds to the two, to first order (the delta method).
+        # Contribution of each sample to both estimates, to first order (the delta method).
         to_evidence = (log_weights - log_evidence).exp() - 1
         to_elbo = log_weights - elbo
         scale = count * (count - 1)
@@ -98,7 +98,7 @@ class WeightSummary:
 
 @dataclass(frozen=True)
 class GapEstimates:
-    """What :class:`InferenceGaps` says of each datum, and where ascents have failed."""
+    """The fields of :class:`InferenceGaps` that have one row for each data point."""
 
     log_evidence: Estimate
     best_elbo: Estimate
@@ -113,18 +113,18 @@ class GapEstimates:
 def estimate_gaps(
     amortized: WeightSummary, best: WeightSummary, given: tuple[Tensor, Tensor, Tensor] | None
 ) -> GapEstimates:
-    """Return all quantities, with their Monte Carlo errors.
+    """Return all quantities with their Monte Carlo errors.
 
-    Where the best member is clearly worse than the guide, its ascent has failed, and the guide
-    takes its place.
+    If the best member is clearly worse than the guide, its ascent has failed. The guide is then
+    used as the best member.
 
     Args:
-        amortized: of draws from the guide.
-        best: of draws from the best member of its family.
-        given: another estimate of log p(x), its error and its k-hat, each (N,).
+        amortized: summary of samples from the guide.
+        best: summary of samples from the best member of the guide's family.
+        given: another estimate of log p(x), its error and its k-hat, each (N,), or None.
     """
     margin = CLEARLY * (amortized.elbo_variance + best.elbo_variance).sqrt()
-    # Not <, so that an ascent that ended in NaN counts as failed.
+    # Not <: with a NaN, the ascent counts as failed.
     failed = ~(best.elbo >= amortized.elbo - margin)
     best_elbo = torch.where(failed, amortized.elbo, best.elbo)
     best_variance = torch.where(failed, amortized.elbo_variance, best.elbo_variance)
@@ -140,7 +140,7 @@ def estimate_gaps(
     log_evidence, evidence_variance, khat_of_it = (
         each.gather(0, sources.unsqueeze(0))[0] for each in (values, variances, khats)
     )
-    # Errors of the same draws cancel in part.
+    # The errors of two estimates from the same samples partly cancel.
     same_draws = sources == torch.where(failed, 0, 1)
     shared = torch.where(same_draws, covariance, 0.0)
     of_approximation = evidence_variance + best_variance - 2 * shared
@@ -157,29 +157,33 @@ def estimate_gaps(
 
 
 def select_estimator(values: Tensor, variances: Tensor, khats: Tensor) -> Tensor:
-    """Choose among S estimates of log p(x) of each datum.
+    """Select one of S estimates of log p(x) for each data point.
 
-    The one of least error at most data: not datum by datum, where an error that is too small comes
-    with a value that is too low. But another, where it is reliable and clearly higher: p(x) is
-    estimated without bias, so that weights that the draws have missed make a sure estimate too low,
-    and nothing but a few large ones makes an estimate too high. Clearly is by three standard errors
-    and more, the more data there are: each that was taken by chance would add as much to the sum,
-    and among 1000 data one is three standard errors too high.
+    The default is the estimate with the smallest median variance over the data. A choice by the
+    variance of each data point would be biased: too small an error comes with too low a value.
+
+    Another estimate is used for a data point if it is reliable (k-hat at most 0.7) and clearly
+    higher. The reason is that estimates of p(x) are unbiased. If the samples miss large weights, an
+    estimate is too low and its error too small. Only a few large weights make an estimate too high.
+
+    Clearly higher means by three standard errors, and by more if there are many data points. Among
+    1000 data points, chance makes about one estimate three standard errors too high. Each estimate
+    selected by chance would raise the sum by as much.
 
     Args:
-        values: (S, N).
-        variances: of their errors, (S, N).
+        values: the estimates, (S, N).
+        variances: squared standard errors of the estimates, (S, N).
         khats: Pareto diagnostics, (S, N).
 
     Returns:
-        Numbers from 0 to S - 1, (N,).
+        Numbers of the selected estimates, from 0 to S - 1, (N,).
     """
     values = values.nan_to_num(nan=-math.inf)
     variances = variances.nan_to_num(nan=math.inf)
     least = variances.median(1).values.argmin()
     tries = max(1, (len(values) - 1) * values.shape[1])
     by_chance = statistics.NormalDist().inv_cdf(1 - BY_CHANCE / tries)
-    of_least = variances[least].where(variances[least].isfinite(), 0.0)  # where it has no value
+    of_least = variances[least].where(variances[least].isfinite(), 0.0)  # 0 if infinite
     margin = max(CLEARLY, by_chance) * (variances + of_least).sqrt()
     higher = (values > values[least] + margin) & (khats <= UNRELIABLE_KHAT)
     highest = values.masked_fill(~higher, -math.inf).argmax(0)

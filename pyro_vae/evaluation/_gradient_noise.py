@@ -1,4 +1,4 @@
-"""How noisy an objective's gradient is: which of them suits a problem, before a long run."""
+"""Measure the gradient noise of objectives, to choose an objective before a long fit."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ PROGRAMS = ("model", "guide")
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one objective's gradient per datum, all parameters of a program in one row.
+    """Moments of one objective's gradient, per data point, for all P parameters of a program.
 
     Args:
-        mean: over the repeats, shape (P,).
-        variance: of one gradient, shape (P,).
-        repeats: R.
+        mean: average over the repeats, shape (P,).
+        variance: variance of a single gradient, shape (P,).
+        repeats: R, the number of gradients.
     """
 
     mean: Tensor
@@ -56,8 +56,8 @@ class Moments:
     def signal_to_noise(self) -> float:
         r""":math:`|\mathbb{E}\,g_p| / \mathrm{sd}(g_p)`, averaged over the parameters that vary.
 
-        Rainforth et al. (2018). The noise of the estimated mean adds some
-        :math:`\sqrt{2 / \pi R}` where there is no signal.
+        See Rainforth et al. (2018). If the true gradient is zero, this ratio is about
+        :math:`\sqrt{2 / \pi R}`, from the noise of the mean alone.
         """
         varies = self.variance > 0
         if not varies.any():
@@ -65,9 +65,10 @@ class Moments:
         return (self.mean[varies].abs() / self.variance[varies].sqrt()).mean().item()
 
     def distance(self, other: Moments) -> tuple[float, float]:
-        """Estimate the norm of the difference of two means, and what noise alone would make it.
+        """Estimate the distance of two means, and the distance due to noise alone.
 
-        The square of the first is unbiased, less what noise adds; where that is negative, zero.
+        The expected square of the noise is subtracted from the squared distance. A negative
+        difference counts as zero.
         """
         noise = (self.variance / self.repeats + other.variance / other.repeats).sum().item()
         square = (self.mean - other.mean).square().sum().item()
@@ -76,11 +77,12 @@ class Moments:
 
 @dataclass(frozen=True)
 class GradientNoise:
-    """The gradients of several objectives on one minibatch, taken many times.
+    """The moments of several objectives' gradients on one minibatch.
 
     Args:
-        moments: by objective, then of ``"model"`` and of ``"guide"``.
-        reference: likewise of the objective that biases are told against; None without one.
+        moments: moments by objective, then by ``"model"`` and ``"guide"``.
+        reference: moments of the reference objective by ``"model"`` and ``"guide"``. None without a
+            reference.
     """
 
     moments: dict[str, dict[str, Moments]]
@@ -88,11 +90,17 @@ class GradientNoise:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row for each objective and program, in nats per datum and unit of the parameters.
+        """One row per objective and program, in nats per data point and unit of the parameters.
 
-        ``norm`` of the mean gradient, ``standard_deviation`` (of the whole gradient: the root of
-        the sum of variances), ``signal_to_noise``; with a reference, ``bias``, the norm of the
-        difference of the means, and ``bias_noise``, what the repeats would make of no bias.
+        The columns are
+
+        - ``norm``, the norm of the mean gradient;
+        - ``standard_deviation``, the square root of the sum of the variances;
+        - ``signal_to_noise``, averaged over the parameters that vary (Rainforth et al. 2018);
+        - ``bias``, the norm of the difference between the means of the objective and the reference;
+        - ``bias_noise``, the expected size of ``bias`` if there is no bias.
+
+        The last two need a reference.
         """
         import pandas as pd
 
@@ -116,7 +124,7 @@ class GradientNoise:
         return self.table.to_string(float_format="{:.3g}".format)
 
     def plot(self) -> Figure:
-        """Draw the signal-to-noise ratios, those of the model beside those of the guide.
+        """Plot the signal-to-noise ratios of model and guide, side by side.
 
         Raises:
             ImportError: The extra ``report`` is not installed.
@@ -149,32 +157,33 @@ def gradient_noise(
     progress: bool | Progress = False,
     description: str = "gradient noise",
 ) -> GradientNoise:
-    r"""Take each objective's gradient on one minibatch many times, and compare their moments.
+    r"""Compute each objective's gradient on one minibatch many times and compare the moments.
 
-    The pair stays as it is. Gradients are of the bound per datum, as :func:`pyro_vae.fit` ascends
-    it, by the parameters of model and guide apart; a parameter that both use counts in both.
+    The pair is not changed. The gradients are those of the bound per data point, as in
+    :func:`pyro_vae.fit`. Model and guide have separate results. A parameter that both programs use
+    counts in both.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        x: the minibatch, ``(B, *event)``, or a tuple of it and covariates.
-        objectives: by name, or a sequence, named as they are printed.
-        repeats: R, how often each gradient is taken, at least 2.
-        reference: the objective whose mean gradient biases are told against: the same bound with
-            many particles and an estimator that is unbiased for it. For the model's gradient,
-            ``IWAE`` with many particles is close to that of log p(x).
-        seed: fixes the draws and leaves the process's random numbers as they were.
-        progress: show a bar; or a rich Progress to add one to.
+        x: the minibatch, ``(B, *event)``, or a tuple of x and covariates.
+        objectives: a dictionary by name, or a sequence, which uses the printed objectives as names.
+        repeats: R, the number of gradients of each objective, at least 2.
+        reference: the objective whose mean gradient is taken as the true one. Use the same bound
+            with many particles and an unbiased gradient estimator. For the model, the gradient of
+            ``IWAE`` with many particles is close to the gradient of log p(x).
+        seed: of the samples. The random numbers of the process are restored afterwards.
+        progress: show a progress bar, or add one to a rich Progress.
         description: text before the bar.
 
     Returns:
         The :class:`GradientNoise`.
 
     Raises:
-        ValueError: no objectives, two of one name, fewer than two repeats; a pair or a site that
-            an objective refuses; a pair without parameters, or made under
-            ``torch.inference_mode``.
-        TypeError: an objective is no ``pyro.infer.ELBO``.
+        ValueError: There are no objectives, two objectives have the same name, or ``repeats`` is
+            below 2. An objective does not accept the pair or a site. The pair has no parameters, or
+            was made under ``torch.inference_mode``.
+        TypeError: An objective is not a ``pyro.infer.ELBO``.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -192,7 +201,7 @@ def gradient_noise(
         True
     """
     check_call(gradient_noise, locals())
-    repeats = positive_integer("repeats", repeats, minimum=2)  # one has no variance
+    repeats = positive_integer("repeats", repeats, minimum=2)  # one gradient has no variance
     require_programs(model, guide)
     require_trainable_tensors(model, guide)
     named = _named(objectives)
@@ -213,7 +222,7 @@ def gradient_noise(
             raise ValueError("model and guide have no parameters that require a gradient")
 
         def bound(objective: pyro.infer.ELBO) -> Tensor:
-            # At the weights of the moment: these losses are no steps of training.
+            # With the current weights: these losses do not count as training steps.
             with getattr(objective, "not_counting", contextlib.nullcontext)():
                 return -objective.differentiable_loss(model, guide, *batch) / count
 
@@ -227,7 +236,7 @@ def gradient_noise(
 
 @contextlib.contextmanager
 def _as_before(model: Program, guide: Program, objectives: Mapping) -> Iterator[None]:
-    """Put back what runs change: buffers of modules, and what objectives remember."""
+    """Restore the buffers of modules and the state of objectives after the block."""
     tensors = [b for module in modules(model, guide) for b in module.buffers()]
     for objective in objectives.values():
         for name, value in vars(objective).items():
@@ -253,7 +262,7 @@ def _moments(
     repeats: int,
     advance: Callable[[int], None],
 ) -> dict[str, Moments]:
-    """Differentiate again and again; by Welford's update, so that no gradient is kept."""
+    """Compute the gradients and their moments by Welford's update, which keeps no gradient."""
     all_of_them = list(dict.fromkeys(p for found in parameters.values() for p in found))
     mean = [torch.zeros_like(p, dtype=torch.float64) for p in all_of_them]
     square = [torch.zeros_like(each) for each in mean]
@@ -279,20 +288,21 @@ def _named(objectives: Any, argument: str = "objectives") -> dict[str, pyro.infe
     if isinstance(objectives, pyro.infer.ELBO):
         objectives = [objectives]
     if not isinstance(objectives, Iterable) or isinstance(objectives, str | Tensor | np.ndarray):
-        raise TypeError(f"objectives must be a list or a dict of them, got {objectives!r}")
+        raise TypeError(f"objectives must be a list or a dict of objectives, got {objectives!r}")
     by_name = isinstance(objectives, Mapping)
     named = list(objectives.items()) if by_name else [(str(each), each) for each in objectives]
     if not named:
-        raise ValueError("objectives must hold at least one, got none")
+        raise ValueError("objectives must contain at least one objective, got none")
     for _, objective in named:
         known = isinstance(objective, pyro.infer.ELBO)
         if not known or not hasattr(objective, "differentiable_loss"):
             raise TypeError(
-                f"{argument} must be of pyro.infer.ELBO, with a differentiable_loss, got "
+                f"{argument} must be of type pyro.infer.ELBO, with a differentiable_loss, got "
                 f"{objective!r}"
             )
     if len(dict(named)) < len(named):
         raise ValueError(
-            f"two objectives have one name: {[name for name, _ in named]}. Pass a dict."
+            f"objectives must have different names, got {[name for name, _ in named]}. Pass a dict "
+            "of objectives by name."
         )
     return dict(named)

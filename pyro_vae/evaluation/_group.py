@@ -20,18 +20,17 @@ LazyBatch = tuple[int, Callable[[], Batch]]  # the number of its rows, and a fun
 
 class _Status(IntEnum):
     WORKING = 0
-    STOPPING = 1  # interrupted, and takes part in the last collective with its partial result
-    LEFT = 2  # interrupted, and takes part in no further collective
+    STOPPING = 1  # interrupted; joins the last collective with its partial result
+    LEFT = 2  # interrupted; joins no further collective
     FAILED = 3
 
 
 class Group:
     """A context in which collectives run in all processes of a group, or in none.
 
-    Before each collective, all processes exchange a status, so nobody hangs when one has failed.
-    The failed process raises its own error. The others raise a RuntimeError that names it, at the
-    collective in which it is missing. Without a group, or in a group of one process, nothing is
-    exchanged.
+    Before each collective, all processes exchange a status, so no process hangs after a failure.
+    The failed process raises its own error. The others raise a RuntimeError with the number of the
+    failed process, at their next collective. A single process exchanges nothing.
 
     An interrupt (Ctrl-C) is held back until the next :meth:`check`, because it must not end a
     collective or a handler of Pyro early. A second interrupt is not held back. An interrupted
@@ -45,7 +44,7 @@ class Group:
 
     def __init__(self):
         self.rank, self.num_processes = distributed.rank(), distributed.num_processes()
-        self._expected = self.num_processes > 1  # at a collective still to come
+        self._expected = self.num_processes > 1  # in a later collective
         self._stopping = False
         self._deferred = defer_keyboard_interrupt()
         self._interrupt_came: Callable[[], bool] = lambda: False
@@ -60,12 +59,12 @@ class Group:
                 interrupted = issubclass(kind, KeyboardInterrupt)
                 self._exchange(_Status.LEFT if interrupted else _Status.FAILED)
         finally:
-            self._stopping |= self._interrupt_came()  # though after the last check
+            self._stopping |= self._interrupt_came()  # even if it came after the last check
             self._deferred.__exit__(None, None, None)
 
     @property
     def interrupted(self) -> bool:
-        """Whether this process was interrupted, or another one told it of an interrupt."""
+        """Whether this process was interrupted, or received an interrupt from another process."""
         return self._stopping
 
     def check(self) -> None:
@@ -78,15 +77,15 @@ class Group:
             raise KeyboardInterrupt
 
     def max_share(self, count: int) -> int:
-        """Return how many of this many parts one process has at most."""
+        """Return the largest number of parts in one process, if there are ``count`` in all."""
         return -(-count // self.num_processes)
 
     def common_seed(self, seed: int | None) -> int:
-        """Return the seed; if it is None, one that the first process draws for all."""
+        """Return the seed. If it is None, the first process draws a seed for all processes."""
         return int(self.broadcast(torch.randint(2**62, ()), 0)) if seed is None else seed
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        """Replace a tensor by that of one process; see :func:`distributed.broadcast`."""
+        """Overwrite a tensor with that of one process; see :func:`distributed.broadcast`."""
         with self._collective():
             return distributed.broadcast(tensor, source)
 
@@ -103,13 +102,13 @@ class Group:
             return distributed.gather(value)
 
     def gather_last(self, value: Any, *, last: bool = True) -> list[Any]:
-        """Return the value of each process, also if one of them was interrupted.
+        """Return the value of each process, also after an interrupt of one process.
 
-        If :attr:`interrupted` is true afterwards, it was the last collective.
+        If :attr:`interrupted` is true afterwards, this was the last collective.
 
         Args:
-            value: of this process.
-            last: whether it is the last collective in any case.
+            value: value of this process.
+            last: whether this is the last collective even without an interrupt.
         """
         known = self._stopping
         with self._collective(at_end=True):
@@ -123,7 +122,7 @@ class Group:
         return values
 
     def stop(self) -> None:
-        """Tell the other processes of an interrupt, unless one of them told this process."""
+        """Send an interrupt to the other processes, unless it came from another process."""
         if not self._stopping:
             self._stopping = True
             with self._collective(stopping=True):
@@ -139,7 +138,7 @@ class Group:
             raise
 
     def _agree(self, *, stopping: bool = False, at_end: bool = False) -> None:
-        """Exchange the status, and raise unless all processes take part in a collective."""
+        """Exchange the status and raise an error unless all processes join the collective."""
         if self.num_processes == 1:
             return
         if not self._expected:
@@ -150,8 +149,8 @@ class Group:
         if _Status.FAILED in statuses:
             failed = [str(rank) for rank, each in enumerate(statuses) if each == _Status.FAILED]
             raise RuntimeError(
-                f"this needs all {self.num_processes} processes of the group, but it failed in "
-                f"process {', '.join(failed)}: see what that one raised"
+                f"The evaluation needs all {self.num_processes} processes of the group, but it "
+                f"failed in process {', '.join(failed)}. See the error of that process."
             )
         if _Status.LEFT in statuses:
             raise KeyboardInterrupt("another process was interrupted")
@@ -168,7 +167,7 @@ class Group:
 
 
 def lazy_batches(batches: Minibatches) -> Iterator[LazyBatch]:
-    """Yield each minibatch's size, and a function that reads it: a process reads only its own."""
+    """Yield the size of each minibatch and a function that reads it."""
     for selection in batches.selections():
         yield len(selection[0]), partial(batches.prepare, *selection)
 
@@ -177,14 +176,14 @@ class Shard:
     """The parts of the data that one process evaluates.
 
     Part i belongs to process i mod R, counted from the first part that is not done. Each part has
-    its own seed, drawn in order from torch's generator. So its random numbers are the same in any
-    process, and in a call that resumes.
+    its own seed, drawn in order from torch's generator. So the random numbers of a part are the
+    same in any process and in a resumed call.
 
     Args:
         group: the processes.
         batches: minibatches, in an order that is the same in all processes.
-        max_rows: of a part. A minibatch of more rows is cut into parts.
-        num_done: how many data points, the first of all, are done already.
+        max_rows: largest number of rows of a part. A larger minibatch is split into parts.
+        num_done: number of data points at the beginning of the data that are done already.
         advance: called with the number of data points of each part, of all processes.
     """
 
@@ -199,7 +198,7 @@ class Shard:
     ):
         self._group, self._batches, self._max_rows = group, batches, max_rows
         self._num_done, self._advance = num_done, advance
-        self.num_parts = self.num_data = 0  # so far, of all processes, without those done before
+        self.num_parts = self.num_data = 0  # so far, of all processes, without the done data
 
     def __iter__(self) -> Iterator[tuple[Batch, int]]:
         """Yield the batch and the seed of each part of this process.
@@ -215,8 +214,8 @@ class Shard:
                 seed = int(torch.randint(2**62, ()))
                 if 0 < left < size:
                     raise ValueError(
-                        f"resume holds {self._num_done} data, which end inside of a pass: resume "
-                        "with the data, the batch_size and the method that were stopped"
+                        f"resume has {self._num_done} data points, but in this call no minibatch "
+                        "ends there. Pass the same data, batch_size and method as before."
                     )
                 if left:
                     left -= size
@@ -229,4 +228,6 @@ class Shard:
                         yield tuple(column[start : start + size] for column in whole), seed
                 self._advance(size)
         if left:
-            raise ValueError(f"resume holds {left} data more than there are")
+            raise ValueError(
+                f"resume has {left} data points more than data. Pass the same data as before."
+            )

@@ -503,13 +503,13 @@ def test_pairs_of_a_pass_bound_the_chains_that_run_at_once():
         ({"leapfrog_steps": 0}, ValueError, "leapfrog_steps must be at least 1"),
         ({"pilot": 0}, ValueError, "pilot must be at least 1"),
         ({"start": "posterior"}, ValueError, 'start must be "guide" or "prior"'),
-        ({"target_acceptance": 1.0}, ValueError, "target_acceptance must lie between 0 and 1"),
+        ({"target_acceptance": 1.0}, ValueError, "target_acceptance must be between 0 and 1"),
         ({"step_size": 0.0}, ValueError, "step_size must be positive"),
         ({"schedule": "cosine"}, ValueError, 'schedule must be "sigmoid", "linear" or numbers'),
         ({"schedule": 3}, TypeError, 'schedule must be "sigmoid", "linear" or numbers'),
-        ({"schedule": (0.0, 0.5)}, ValueError, "must rise from 0 to 1"),
-        ({"schedule": (0.0, 0.5, 0.5, 1.0)}, ValueError, "must rise from 0 to 1"),
-        ({"schedule": (1.0,)}, ValueError, "must rise from 0 to 1"),
+        ({"schedule": (0.0, 0.5)}, ValueError, "must increase from 0 to 1"),
+        ({"schedule": (0.0, 0.5, 0.5, 1.0)}, ValueError, "must increase from 0 to 1"),
+        ({"schedule": (1.0,)}, ValueError, "must increase from 0 to 1"),
     ],
 )
 def test_settings_that_make_no_sense(options, error, message):
@@ -630,13 +630,17 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(method):
         pv.evidence(oracle.model, oracle.guide, x, resume=of_sandwich.value)
     with pytest.raises(TypeError, match=r"resume must be the pyro_vae\.evaluation\.Interrupted"):
         pv.evidence(oracle.model, oracle.guide, x, resume=3)
-    with pytest.raises(ValueError, match="resume holds 20 data, which end inside of a pass"):
+    with pytest.raises(
+        ValueError, match="resume has 20 data points, but in this call no minibatch"
+    ):
         pv.evidence(oracle.model, oracle.guide, x, resume=so_far, **{**options, "batch_size": 15})
-    with pytest.raises(ValueError, match="resume holds 5 data more than there are"):
+    with pytest.raises(ValueError, match="resume has 5 data points more than data"):
         pv.evidence(
             oracle.model, oracle.guide, x[:15], resume=so_far, **{**options, "batch_size": 5}
         )
-    with pytest.raises(ValueError, match=r"resume holds estimates by .*, not by naive of 40"):
+    with pytest.raises(
+        ValueError, match=r"resume has estimates by .*, but this call uses naive with 40"
+    ):
         pv.evidence(oracle.model, oracle.guide, x, resume=so_far, **{**options, "method": "naive"})
 
 
@@ -738,7 +742,7 @@ def test_estimates_of_other_settings_are_not_gone_on_with():
         dataclasses.replace(ais, num_temperatures=ais.num_temperatures + 1),
         dataclasses.replace(ais, schedule="linear"),
     ):
-        with pytest.raises(ValueError, match=r"resume holds estimates by AIS\(.*not by AIS\("):
+        with pytest.raises(ValueError, match=r"resume has estimates by AIS\(.*but method is AIS\("):
             pv.evidence(oracle.model, oracle.guide, x, method=other, resume=first, **options)
     whole = pv.evidence(oracle.model, oracle.guide, x, method=ais, resume=first, **options)
     assert torch.equal(whole.values[:10], first.values)

@@ -307,9 +307,9 @@ def test_evaluation_of_latents_refuses_pairs_without_latents():
     torch.testing.assert_close(estimate.values, dist.Normal(0.0, 1.0).log_prob(x).double())
     ais = functools.partial(pv.evidence, method="ais")
     for judge in (pv.elbo_surgery, pv.prior_holes, pv.collapse_report, ais):
-        with pytest.raises(ValueError, match="is about latents, and this pair has none"):
+        with pytest.raises(ValueError, match="needs a latent variable, but this pair has none"):
             judge(model, guide, x)
-    with pytest.raises(ValueError, match="sandwich is about latents"):
+    with pytest.raises(ValueError, match="sandwich needs a latent variable"):
         pv.sandwich(model, like=x)
 
 

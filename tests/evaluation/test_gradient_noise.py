@@ -137,9 +137,9 @@ def test_bad_arguments_are_refused(binary):
         pv.gradient_noise(*pair, binary, [o.ELBO()], repeats=1)
     with pytest.raises(ValueError, match="at least one"):
         pv.gradient_noise(*pair, binary, [])
-    with pytest.raises(ValueError, match="have one name"):
+    with pytest.raises(ValueError, match="must have different names"):
         pv.gradient_noise(*pair, binary, [o.ELBO(), o.ELBO()])
-    with pytest.raises(TypeError, match=r"must be of pyro\.infer\.ELBO"):
+    with pytest.raises(TypeError, match=r"must be of type pyro\.infer\.ELBO"):
         pv.gradient_noise(*pair, binary, ["ELBO"])
 
     def model(x):

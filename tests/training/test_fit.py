@@ -549,7 +549,7 @@ def test_what_needs_latents_is_refused_without_them(objective, message, binary):
     pair, y = Classifier(), torch.zeros(50, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
         fit((pair.model, pair.guide), (binary, y), objective=objective)
-    with pytest.raises(ValueError, match="is about latents, and this pair has none"):
+    with pytest.raises(ValueError, match="needs a latent variable, but this pair has none"):
         pv.elbo_surgery(pair.model, pair.guide, (binary, y), progress=False)
 
 
