@@ -442,7 +442,7 @@ def test_gaps_refuse_bad_arguments_and_guides(pair, binary):
     evidence = pv.evidence(model, guide, binary[:7], num_particles=10)
     with pytest.raises(ValueError, match="7 values for 50 data"):
         pv.inference_gaps(model, guide, binary, evidence=evidence)
-    with pytest.raises(TypeError, match=r"what pv\.evidence gives"):
+    with pytest.raises(TypeError, match=r"a result of pv\.evidence"):
         pv.inference_gaps(model, guide, binary, evidence=evidence.values)
     with pytest.raises(ValueError, match="learning_rate must be positive"):
         pv.evaluation.Ascent(learning_rate=0.0)
