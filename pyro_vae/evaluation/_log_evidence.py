@@ -120,9 +120,10 @@ def warn_of(evidence: Evidence) -> None:
     elif evidence.untrusted.double().mean() > 0.5:
         warnings.warn(
             f"the {evidence.method} estimate of log p(x) is unreliable for "
-            f"{int(evidence.untrusted.sum())} of {len(evidence.values)} data points. Their k-hat is "
-            f"above {UNRELIABLE_KHAT}, or a few of {evidence.num_particles} samples have nearly all "
-            "weight. The estimate is probably too low. " + _REMEDIES[evidence.method],
+            f"{int(evidence.untrusted.sum())} of {len(evidence.values)} data points. Their k-hat "
+            f"is above {UNRELIABLE_KHAT}, or their effective sample size is too low (of "
+            f"{evidence.num_particles}). The estimate is probably too low. "
+            + _REMEDIES[evidence.method],
             UnreliableEvidence,
             stacklevel=3,  # the caller of evidence
         )

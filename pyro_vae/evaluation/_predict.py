@@ -44,9 +44,9 @@ def reconstruct(
         Shape ``(B, *event)``; by site, each ``(B, *inner plates, *event)``. On the CPU.
 
     Raises:
-        ValueError: The pair breaks a rule (docs/contract.md). Without ``by_site``: the model
-            observes sums or other mixtures of numbers of x, observes a number of x twice, or does
-            not observe all of x.
+        ValueError: The pair breaks a rule (docs/contract.md). Without ``by_site``: the model does
+            not observe all of x, observes a number of x twice, or observes mixtures of numbers of
+            x, such as sums.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -106,8 +106,8 @@ def generate(
         Shape ``(B, *event)``; by site, each ``(B, *inner plates, *event)``. On the CPU.
 
     Raises:
-        ValueError: Without ``by_site``, the model observes sums or other mixtures of numbers of x,
-            observes a number of x twice, or does not observe all of x.
+        ValueError: Without ``by_site``: the model does not observe all of x, observes a number of
+            x twice, or observes mixtures of numbers of x, such as sums.
     """
     check_call(generate, locals())
     guide = model if guide is None else guide

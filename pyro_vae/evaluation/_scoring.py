@@ -88,9 +88,9 @@ def require_one_density(drawn: Tensor, scored: Tensor) -> None:
     if not difference <= _ROUNDING * (1 + drawn.double().abs().mean()):
         raise ValueError(
             "the guide's density at its own samples differs from run to run, by "
-            f"{difference.item():.3g} nats on average, so it has no aggregated posterior. The guide "
-            "may refine itself by random steps, or sample noise outside of sites. Fix this noise, "
-            "or pass the guide that it refines"
+            f"{difference.item():.3g} nats on average, so it has no aggregated posterior. The "
+            "guide may refine itself by random steps, or sample noise outside of sites. Fix this "
+            "noise, or pass the guide that it refines"
         )
 
 
