@@ -45,8 +45,7 @@ def reconstruct(
 
     Raises:
         ValueError: The pair breaks a rule (docs/contract.md). Without ``by_site``: the model does
-            not observe all of x, observes a number of x twice, or observes mixtures of numbers of
-            x, such as sums.
+            not observe all of x, observes a number of x twice, or observes sums of numbers of x.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -107,7 +106,7 @@ def generate(
 
     Raises:
         ValueError: Without ``by_site``: the model does not observe all of x, observes a number of
-            x twice, or observes mixtures of numbers of x, such as sums.
+            x twice, or observes sums of numbers of x.
     """
     check_call(generate, locals())
     guide = model if guide is None else guide

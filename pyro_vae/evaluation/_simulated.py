@@ -47,7 +47,7 @@ def simulate(model: Program, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
         ]
         if not places:
             raise ValueError(
-                "sandwich puts simulated data in place of the arguments of the model. But site "
+                "sandwich replaces the arguments of the model with simulated data, but site "
                 f"{site['name']!r} does not observe an argument or a view of one. Let it observe "
                 "x itself"
             )

@@ -127,7 +127,7 @@ def test_a_sandwich_that_was_stopped_goes_on_as_if_it_had_not_been():
         assert torch.equal(getattr(resumed, name), getattr(whole, name))
     assert torch.equal(resumed.data[0], whole.data[0])
     options["ais"] = pv.evaluation.AIS(6, 4)
-    with pytest.raises(ValueError, match=r"resume was stopped with ais=AIS\(num_chains=5"):
+    with pytest.raises(ValueError, match=r"resume comes from a call with ais=AIS\(num_chains=5"):
         pv.sandwich(oracle.model, oracle.guide, resume=stopped.value, **options)
 
 
