@@ -49,8 +49,8 @@ class InferenceGaps:
         amortization_gap: ``best_elbo`` minus ``amortized_elbo``.
         parameters: parameters of the best members, (N, P), as ``guide.sample`` accepts them. They
             have the dtype of the data.
-        sources: the source of each log p(x), shape (N,). 0 and 1 mean importance sampling from the
-            guide and from the best member. 2 means the ``evidence`` argument.
+        sources: the source of each log p(x), shape (N,). It is 0 for importance sampling from the
+            guide, 1 for the best member, and 2 for the ``evidence`` argument.
         khat: Pareto diagnostic of those weights, shape (N,).
         failed: whether the ascent of a data point failed, shape (N,). It then ended in NaN, or
             more than three standard errors below its start. The guide replaces the best member

@@ -119,8 +119,7 @@ def prior_holes(
         ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md).
             There are fewer than two data points, or too few samples for the quantile. A site is
             global or scaled. The guide cannot score latents that it did not sample, or scores them
-            differently from run to run, or has a mask that differs between data points. A density
-            is NaN.
+            differently from run to run. Its mask differs between data points. A density is NaN.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
