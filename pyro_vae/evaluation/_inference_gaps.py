@@ -51,7 +51,7 @@ class InferenceGaps:
             have the dtype of the data.
         sources: the source of each log p(x), shape (N,). It is 0 for importance sampling from the
             guide, 1 for the best member, and 2 for the ``evidence`` argument.
-        khat: Pareto diagnostic of those weights, shape (N,).
+        khat: Pareto diagnostic of the weights of that source, shape (N,).
         failed: whether the ascent of a data point failed, shape (N,). It then ended in NaN, or
             more than three standard errors below its start. The guide replaces the best member
             there, so the amortization gap is zero.
@@ -87,13 +87,13 @@ class InferenceGaps:
         counts = torch.bincount(self.sources, minlength=len(SOURCES)).tolist()
         used = ", ".join(f"{name} {n}" for name, n in zip(SOURCES, counts, strict=True) if n)
         count = int(self.failed.sum())
-        failed = f", {count} data below their start" if count else ""
+        failed = f", {count} data points below their start" if count else ""
         return (
             f"{self.table.to_string(float_format='{:.3f}'.format)}\n"
             f"{len(self.sources)} data, {self.num_particles} particles; log p(x) from {used}; "
             f"{khat_share(self.khat)}; "
             f"{min(self.steps)} to {max(self.steps)} steps, "
-            f"{sum(self.converged)} of {len(self.converged)} ascents ended by themselves{failed}"
+            f"{sum(self.converged)} of {len(self.converged)} ascents converged{failed}"
         )
 
 
@@ -251,8 +251,8 @@ def _comparison(
         return [run(parameters, batch, particles_per_pass).log_weight]
 
     capturing = {"watch": runner.programs, "capture": capture}
-    step = Captured(elbo_and_gradient, name="a step of an ascent", **capturing)
-    draw = Captured(log_weights, name="a pass of these gaps", **capturing)
+    step = Captured(elbo_and_gradient, name="a step of the ascent", **capturing)
+    draw = Captured(log_weights, name="a pass of inference_gaps", **capturing)
     if batches.num_batches:  # a lower bound
         share = runner.group.max_share(batches.num_batches)
         step.calls_left = share * ascent.window * (1 + ascent.patience)

@@ -199,8 +199,8 @@ class Layout:
         """Return the numbers in the layout of x, on the CPU.
 
         Each place of x is filled from the site that observes this number of x unchanged. If there
-        is no such site, a site fills it that observes a number computed from it. Masked numbers,
-        such as padding, fill the remaining places.
+        is none, it is filled from a site that observes a number computed from this one. Masked
+        numbers, such as padding, fill the remaining places.
 
         Raises:
             ValueError: A number of x is observed twice, or cannot be traced to an observed site.

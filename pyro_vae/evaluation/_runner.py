@@ -31,7 +31,7 @@ class PartialState:
     Args:
         who: the name of the function.
         num_done: how many data points are done.
-        seed: of the draws. If the caller gave none, it is the seed that was drawn.
+        seed: of the samples. If the caller passed None, it is the randomly chosen seed.
         settings: arguments that must be the same in the call that resumes, by name.
         parts: the results of each part of the data that is done.
     """
@@ -136,7 +136,7 @@ class Runner:
             checks: ``needs_latents`` and ``weighs`` of :func:`evaluation_context`.
 
         Raises:
-            TypeError: ``resume`` is not a state, and has none.
+            TypeError: ``resume`` has no state to resume from.
             ValueError: The call cannot resume from the state, or the pair breaks a rule.
         """
         state = _state_of(resume)

@@ -1,4 +1,4 @@
-r"""A path of densities from a distribution with known samples to :math:`p(x, z)`."""
+r"""A path of densities from a distribution that is easy to sample to :math:`p(x, z)`."""
 
 from __future__ import annotations
 

@@ -260,7 +260,7 @@ def test_a_failed_ascent_leaves_the_guide():
         gaps = pv.inference_gaps(oracle.model, mean_field(oracle), x, ascent=ascent, seed=0)
     assert (gaps.amortization_gap.values == 0).all()
     assert gaps.failed.tolist() == [True] * 8
-    assert "8 data below their start" in str(gaps)
+    assert "8 data points below their start" in str(gaps)
     assert (gaps.sources == 0).all()
     torch.testing.assert_close(gaps.parameters, mean_field(oracle).parameters_of(x).detach())
 
