@@ -1,4 +1,4 @@
-"""Hamiltonian Monte Carlo for many chains of many data at once."""
+"""Hamiltonian Monte Carlo for many chains of many data points in parallel."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ def transition(
     leapfrog_steps: int,
     moving: Tensor | None = None,
 ) -> tuple[State, Tensor]:
-    r"""Move every chain by one step that leaves the path's density at a temperature as it is.
+    r"""Run one transition of Hamiltonian Monte Carlo that leaves :math:`p_b` invariant.
 
-    Momenta are drawn from N(0, I), followed through L leapfrog steps, and the end is accepted with
-    probability :math:`\min(1, e^{H - H'})`, :math:`H = -\log p_b(z) + \|r\|^2/2` (Neal 2011). The
-    step is reversible with respect to :math:`p_b` whatever the step size, so long as this does not
-    depend on the chain. It varies by up to a fifth, at random, lest trajectories close.
+    Momenta r are sampled from N(0, I). After L leapfrog steps the end is accepted with probability
+    :math:`\min(1, e^{H - H'})`, where :math:`H = -\log p_b(z) + \|r\|^2/2` (Neal 2011). The
+    transition is reversible with respect to :math:`p_b` for any step size that does not depend on
+    the latents. Step sizes vary at random by up to a fifth, so that trajectories do not close.
 
     Args:
-        evaluate: gives the state of the chains at other rows.
-        state: where the chains are.
+        evaluate: returns the state of the chains at given rows.
+        state: the current state of the chains.
         temperature: b.
-        step_size: for each datum, ``(B,)``.
+        step_size: one per data point, ``(B,)``.
         leapfrog_steps: L.
-        moving: 1 for numbers that may move, 0 for others, ``(B, D)``; None moves all.
+        moving: 1 for numbers that may move, 0 for others, ``(B, D)``. None moves all.
 
     Returns:
-        The new state, and the probabilities of acceptance ``(C, B)``.
+        The new state, and the acceptance probabilities ``(C, B)``.
     """
     momentum = torch.randn_like(state.rows)
     if moving is not None:
@@ -52,7 +52,7 @@ def transition(
         half = 0.5 if number == leapfrog_steps else 1.0
         momentum = momentum + half * kicked * new.gradient(temperature)
     log_ratio = before - _energy(new, temperature, momentum)
-    # A trajectory that diverged has no number here, and is not accepted.
+    # A trajectory that diverged has NaN here and is rejected.
     accepted = torch.rand_like(log_ratio).log() < log_ratio
     kept = [
         torch.where(accepted if new_part.dim() == 2 else accepted.unsqueeze(-1), new_part, part)

@@ -1,4 +1,4 @@
-r"""What inference loses: by the guide's family, and by one encoder for all data."""
+r"""The inference gap: the loss of the guide's family, and that of one encoder for all data."""
 
 from __future__ import annotations
 
@@ -34,29 +34,31 @@ from pyro_vae.evaluation._runner import Runner
 if TYPE_CHECKING:
     import pandas as pd
 
-_MOST_FAILED = 0.02  # of the data; where all end at their start, chance alone makes it 0.001
+_MOST_FAILED = 0.02  # a share; if all ascents end at their start, chance alone makes it 0.001
 
 
 @dataclass(frozen=True)
 class InferenceGaps:
-    r"""The gap between log p(x) and the ELBO, in its two parts; each an :class:`Estimate`.
+    r"""The gap between log p(x) and the ELBO, split in two. Each quantity is an :class:`Estimate`.
 
     Args:
         log_evidence: :math:`\log p(x)`.
-        best_elbo: of the best member of the guide's family for each datum.
-        amortized_elbo: of the guide.
-        approximation_gap: ``log_evidence`` less ``best_elbo``.
-        amortization_gap: ``best_elbo`` less ``amortized_elbo``.
-        parameters: of the best members, (N, P), what ``guide.sample`` takes; of the data's type.
-        sources: where log p(x) of each datum comes from, shape (N,): 0, importance sampling from
-            the guide; 1, from the best member; 2, the evidence that was given.
-        khat: Pareto diagnostic of those weights, shape (N,).
-        failed: whether the ascent of a datum ended below its start, by more than three standard
-            errors, or nowhere: the guide then stands for the best member, and the amortization gap
-            is told as zero; shape (N,).
-        steps: taken for each minibatch.
-        converged: whether the ascent of each minibatch ended by itself, at a finite ELBO.
-        num_particles: draws for each datum and guide.
+        best_elbo: the ELBO of the best member of the guide's family for each data point.
+        amortized_elbo: the ELBO of the guide.
+        approximation_gap: ``log_evidence`` minus ``best_elbo``.
+        amortization_gap: ``best_elbo`` minus ``amortized_elbo``.
+        parameters: parameters of the best members, (N, P), as ``guide.sample`` accepts them. They
+            have the dtype of the data.
+        sources: the source of each log p(x), shape (N,). It is 0 for importance sampling from the
+            guide, 1 for the best member, and 2 for the ``evidence`` argument.
+        khat: Pareto diagnostic of the weights of that source, shape (N,).
+        failed: whether the ascent of a data point failed, shape (N,). It then ended in NaN, or
+            more than three standard errors below its start. The guide replaces the best member
+            there, so the amortization gap is zero.
+        steps: the number of steps for each minibatch.
+        converged: whether the ascent of each minibatch stopped by its ``patience``, at a finite
+            ELBO.
+        num_particles: samples per data point and guide.
     """
 
     log_evidence: Estimate
@@ -74,7 +76,7 @@ class InferenceGaps:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row for each quantity: mean, its standard error, and that of the draws alone."""
+        """A row for each quantity, with its mean, standard error and Monte Carlo error."""
         import pandas as pd
 
         columns = ("mean", "standard_error", "monte_carlo_error")
@@ -85,13 +87,13 @@ class InferenceGaps:
         counts = torch.bincount(self.sources, minlength=len(SOURCES)).tolist()
         used = ", ".join(f"{name} {n}" for name, n in zip(SOURCES, counts, strict=True) if n)
         count = int(self.failed.sum())
-        failed = f", {count} data below their start" if count else ""
+        failed = f", {count} data points below their start" if count else ""
         return (
             f"{self.table.to_string(float_format='{:.3f}'.format)}\n"
             f"{len(self.sources)} data, {self.num_particles} particles; log p(x) from {used}; "
             f"{khat_share(self.khat)}; "
             f"{min(self.steps)} to {max(self.steps)} steps, "
-            f"{sum(self.converged)} of {len(self.converged)} ascents ended by themselves{failed}"
+            f"{sum(self.converged)} of {len(self.converged)} ascents converged{failed}"
         )
 
 
@@ -122,53 +124,58 @@ def inference_gaps(
         + \underbrace{\mathcal{L}[q^*] - \mathcal{L}[q_{\lambda(x)}]}_{\text{amortization gap}},
         \qquad q^* = q_{\lambda^*}, \quad \lambda^* = \arg\max_\lambda \mathcal{L}[q_\lambda]
 
-    for each datum. :math:`\lambda` are the numbers that an encoder gives for a datum. What the
-    guide shares between data besides (the networks of an autoregressive flow, a flow that is not
-    amortized, the offsets of a mixture) belongs to the family and stays as it is.
+    for each data point. :math:`\lambda` are the encoder's outputs for a data point. All other
+    parameters of the guide belong to the family and are not changed. Examples are the networks of
+    an autoregressive flow, a flow that is not amortized, and the offsets of a mixture.
 
-    :math:`\lambda^*` is found by an ascent from :math:`\lambda(x)`, many data at once; see
-    :class:`Ascent`. Both ELBOs and log p(x) are then estimated with new draws from the
-    two guides, so that what an optimum owes to the noise of its ascent is not counted. Where the
-    ascent ended below its start, by more than three standard errors, the start is the best.
+    :math:`\lambda^*` is found by gradient ascent from :math:`\lambda(x)`, for all data points of
+    a minibatch in parallel; see :class:`Ascent`. Both ELBOs and log p(x) are then estimated with
+    new samples from the two guides. So the noise of the ascent does not bias the best ELBO. If the
+    ascent ended more than three standard errors below its start, the start counts as the best
+    member.
 
-    log p(x) is, of the estimates by importance sampling from either guide and the one given, that
-    of least standard error at most data; where another, of a k-hat below 0.7, is higher by more
-    than three standard errors, and than chance would make it at any of the data once in a hundred
-    calls, that other.
+    There are up to three estimates of log p(x): importance sampling from each of the two guides,
+    and ``evidence``. The one with the lowest median standard error over the data is used. Another
+    one replaces it at a data point where it is clearly higher, with a k-hat of at most 0.7. The
+    difference must be at least three standard errors. For many data points this limit is higher,
+    so that chance exceeds it at any of them in only one of a hundred calls.
 
-    What an ascent leaves below its optimum, and that log p(x) is low by half of a squared error, no
-    standard error tells. The first makes the approximation gap too large, the second too small:
-    both weigh more the more data there are, and less with a longer ascent or more particles.
+    The standard errors do not include two biases of the approximation gap. It is too large if the
+    ascent ends below its optimum. It is too small because the estimate of log p(x) is low by about
+    half its squared standard error. A longer ascent or more particles reduce these biases, but more
+    data points do not.
 
     Args:
         model: program of p(x, z).
-        guide: an :class:`pyro_vae.guides.AmortizedGuide`; or any program with ``parameters_of(x,
-            *covariates)``, which gives rows (B, P), and ``sample(parameters, x, *covariates)``,
-            which is the guide at those rows.
-        data: what :func:`pyro_vae.fit` takes; held-out data as a rule.
-        num_particles: draws for each datum from each of the two guides, at least 2.
-        ascent: how to find the best members; ``Ascent()`` by default.
+        guide: an :class:`pyro_vae.guides.AmortizedGuide`, or any program with two methods.
+            ``parameters_of(x, *covariates)`` returns rows (B, P), and ``sample(parameters, x,
+            *covariates)`` runs the guide at those rows.
+        data: the data, as in :func:`pyro_vae.fit`; usually held-out data.
+        num_particles: samples per data point from each of the two guides, at least 2.
+        ascent: settings of the ascent. The default is ``Ascent()``.
         evidence: another estimate of log p(x) for the same data, in the same order.
         batch_size: data points at a time.
-        pairs_per_pass: (particle, datum) pairs in one run of the programs.
+        pairs_per_pass: pairs of a particle and a data point in one run of the programs.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
-        seed: fixes the draws and leaves the process's random numbers as they were.
+        seed: of the samples. The random numbers of the process are restored afterwards.
         resume: the exception of an interrupted call (Ctrl-C) with the same arguments.
-        progress: show a bar; or a rich Progress to add one to.
+        progress: show a progress bar, or add one to a rich Progress.
         description: text before the bar.
 
     Returns:
-        The :class:`InferenceGaps`. Processes of a group share the minibatches; each has the whole
-        of it.
+        The :class:`InferenceGaps`. In a group of processes (torch.distributed), each process does
+        its share of the minibatches and returns the whole result.
 
     Raises:
-        Interrupted: a KeyboardInterrupt, with the gaps of the minibatches that were done.
-        TypeError: the guide has no parameters of a datum that could be ascended; ``ascent`` is no
-            :class:`Ascent`, ``evidence`` no :class:`Evidence`.
-        ValueError: bad data or arguments, or a pair that breaks the contract, or was made under
-            ``torch.inference_mode``; a site is global or scaled, or a point,
-            or has no reparameterised sample; the evidence is of other data.
+        Interrupted: Ctrl-C was pressed. It is a KeyboardInterrupt, and ``.partial`` has the gaps
+            for the first minibatches.
+        TypeError: The guide lacks ``parameters_of`` or ``sample``. ``ascent`` is not an
+            :class:`Ascent`, or ``evidence`` is not an :class:`Evidence`.
+        ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md).
+            A tensor of the pair was made under ``torch.inference_mode``. A site is global or
+            scaled. A latent variable is a Delta in the guide or has no reparameterized sample.
+            ``evidence`` has another number of data points.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -219,7 +226,7 @@ def inference_gaps(
 def _comparison(
     runner: Runner, ascent: Ascent, num_particles: int, pairs_per_pass: int, capture: Capture
 ) -> Callable[[Batch], tuple[Tensor, ...]]:
-    """Return a function that weighs draws of the guide and of its best members for a minibatch."""
+    """Return a function that finds best members and computes all log-weights of a minibatch."""
     model, guide, batches = runner.model, runner.guide, runner.batches
 
     def run(parameters: Tensor, batch: tuple[Tensor, ...], count: int) -> Terms:
@@ -244,15 +251,15 @@ def _comparison(
         return [run(parameters, batch, particles_per_pass).log_weight]
 
     capturing = {"watch": runner.programs, "capture": capture}
-    step = Captured(elbo_and_gradient, name="a step of an ascent", **capturing)
-    draw = Captured(log_weights, name="a pass of these gaps", **capturing)
-    if batches.num_batches:  # at the least
+    step = Captured(elbo_and_gradient, name="a step of the ascent", **capturing)
+    draw = Captured(log_weights, name="a pass of inference_gaps", **capturing)
+    if batches.num_batches:  # a lower bound
         share = runner.group.max_share(batches.num_batches)
         step.calls_left = share * ascent.window * (1 + ascent.patience)
         draw.calls_left = share * passes * 2
 
     def compare(batch: Batch) -> tuple[Tensor, ...]:
-        terms(model, guide, *batch)  # values are validated with one particle
+        terms(model, guide, *batch)  # validate values with one particle
         step.recheck()
         draw.recheck()
 
@@ -275,21 +282,21 @@ def _comparison(
 
 
 def _warn_of(gaps: InferenceGaps, ascent: Ascent) -> None:
-    """Warn the caller's caller of ascents that did not reach the best member."""
+    """Warn, at the line that called the estimator, about ascents that missed the best member."""
     failed = gaps.failed.double().mean().item()
     if failed > _MOST_FAILED:
         warnings.warn(
             f"inference_gaps: the ascents of {failed:.1%} of the data ended clearly below their "
-            "start. The guide stands for the best member there, so that the amortization gap is "
-            "too low and the approximation gap too high. Pass an Ascent of a smaller learning "
-            "rate, or of more particles.",
+            "start. The guide replaces the best member there, so the amortization gap is too low "
+            "and the approximation gap too high. Pass an Ascent with a smaller learning rate or "
+            "more particles.",
             stacklevel=3,
         )
     elif not all(gaps.converged):
         warnings.warn(
             f"inference_gaps: {gaps.converged.count(False)} of {len(gaps.converged)} ascents were "
-            f"still gaining when they reached {ascent.max_steps} steps; their approximation gap is "
-            "an upper bound. Pass an Ascent of more steps, or of a larger learning rate.",
+            f"still gaining when they reached {ascent.max_steps} steps. Their approximation gap is "
+            "an upper bound. Pass an Ascent with more steps or a larger learning rate.",
             stacklevel=3,
         )
 
@@ -299,7 +306,7 @@ def _gaps(
     given: tuple[Tensor, Tensor, Tensor] | None,
     num_particles: int,
 ) -> InferenceGaps:
-    """Put together what was found of each minibatch."""
+    """Combine the results of all minibatches."""
     *columns, steps, converged = zip(*minibatches_done, strict=True)
     starts, ends, *of_draws = map(torch.cat, columns)
     count = len(of_draws) // 2
@@ -319,20 +326,20 @@ def _check_guide(guide: Program) -> None:
     needed = ("parameters_of", "sample")
     if missing := [name for name in needed if not callable(getattr(guide, name, None))]:
         raise TypeError(
-            "inference_gaps ascends the parameters that a guide has for each datum: it needs a "
-            "guide with the methods parameters_of(x, *covariates) and sample(parameters, x, "
-            f"*covariates), such as any AmortizedGuide; {type(guide).__name__} lacks "
-            f"{' and '.join(missing)}"
+            "inference_gaps optimizes the parameters of a guide for each data point. guide must "
+            "have the methods parameters_of(x, *covariates) and sample(parameters, x, "
+            f"*covariates), but {type(guide).__name__} lacks {' and '.join(missing)}. Pass an "
+            "AmortizedGuide, for example"
         )
 
 
 def _given(evidence: Evidence, batches: Minibatches) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what an evidence says of each datum, if it is of these data."""
+    """Return the values, errors and k-hats of an evidence after checks of its type and length."""
     if not isinstance(evidence, Evidence):
-        raise TypeError(f"evidence must be what pv.evidence gives, got {type(evidence).__name__}")
+        raise TypeError(f"evidence must be a result of pv.evidence, got {type(evidence).__name__}")
     if batches.num_data != len(evidence.values):
         raise ValueError(
             f"evidence has {len(evidence.values)} values for {batches.num_data or 'streamed'} "
-            "data: estimate it for these data"
+            "data points. Call pv.evidence with the data of this call"
         )
     return evidence.values, evidence.monte_carlo_errors, evidence.khat

@@ -1,4 +1,4 @@
-"""Follow each number of x through the operations of a program, to where it is observed."""
+"""Follow each number of x through the operations of a program to the site that observes it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pyro_vae._programs.sites import Site, base_distribution
 
 aten = torch.ops.aten
-NOT_OF_X = -1  # of a number that stands in no place of x
+NOT_OF_X = -1  # the place of a number that does not come from x
 
-# Operations that put the numbers of their first argument elsewhere, or copy them.
+# Operations that move or copy the numbers of their first argument.
 _MOVES = frozenset({
     aten.alias, aten.clone, aten.detach, aten.diagonal, aten.expand, aten.flip, aten.gather,
     aten.index, aten.index_select, aten.lift_fresh, aten.permute, aten.repeat, aten.roll,
@@ -31,13 +31,14 @@ _RESHAPES = frozenset({
 
 
 class Readings(TorchDispatchMode):
-    """Follows the numbers of x through operations that move them or compute with each by itself.
+    """Follows the numbers of x through operations that move them, and elementwise operations.
 
-    A tensor that is followed has places: for each of its numbers p >= 0, the number of x that it
-    is; :data:`NOT_OF_X`; or -2 - p, where another number was put into the place of p.
+    Each followed tensor has a tensor of places, one per number. A place p >= 0 is an index into the
+    flattened x. -2 - p means that another number replaced number p of x. :data:`NOT_OF_X` means
+    that the number does not come from x.
 
     Args:
-        x: contiguous.
+        x: the data, contiguous.
     """
 
     def __init__(self, x: Tensor):
@@ -46,16 +47,16 @@ class Readings(TorchDispatchMode):
         self._as_given = True
         self._places = WeakIdKeyDictionary()
         self._places[x] = torch.arange(x.numel(), device=x.device).reshape(x.shape)
-        self._computed = WeakIdKeyDictionary()  # tensors of other numbers than those of x
+        self._computed = WeakIdKeyDictionary()  # tensors computed from x, not copied
 
     def places(self, value: Any) -> Tensor | None:
-        """Return the places of a tensor; None if they are not known."""
+        """Return the places of a tensor, or None if they are unknown."""
         if not isinstance(value, Tensor):
             return None
         found = self._places.get(value)
         if found is not None or not self._as_given or value.dtype != self._x.dtype:
             return found
-        # A way around the operations, such as numpy's: the memory tells.
+        # numpy, for example, bypasses the operations. A view of x is then found by its memory.
         start, odd = divmod(value.data_ptr() - self._x.data_ptr(), value.itemsize)
         last = sum(s * (size - 1) for s, size in zip(value.stride(), value.shape, strict=True))
         if value.device != self._x.device or odd or not value.numel():
@@ -65,7 +66,7 @@ class Readings(TorchDispatchMode):
         return self._places[self._x].as_strided(value.shape, value.stride(), start)
 
     def are_computed(self, value: Tensor) -> bool:
-        """Tell whether the numbers of a tensor were computed from those of x."""
+        """Return whether the numbers of a tensor were computed from those of x, not copied."""
         return value in self._computed
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -86,7 +87,7 @@ class Readings(TorchDispatchMode):
         return result
 
     def _moved(self, operation, args: Sequence[Any], kwargs: Mapping, result: Any) -> Any:
-        """Return the places of a result, for each tensor of it; None where they are not known."""
+        """Return the places of each tensor of a result, or None if they are unknown."""
         kind = operation.overloadpacket
         first = self._places_of(args[0]) if args else None
         if kind in (aten.cat, aten.stack) and any(t in self._places for t in args[0]):
@@ -117,7 +118,7 @@ class Readings(TorchDispatchMode):
         return self._places.get(value) if isinstance(value, Tensor) else None
 
     def _by_number(self, args: Sequence[Any], result: Tensor) -> Tensor | None:
-        """Return the places of numbers that were each computed from one number of x."""
+        """Return the places of the result of an elementwise operation, or None."""
         found = [p for p in map(self._places_of, args) if p is not None]
         if not found or any(not torch.equal(places, found[0]) for places in found):
             return None
@@ -126,7 +127,7 @@ class Readings(TorchDispatchMode):
     def _chosen(
         self, condition: Tensor, value: Tensor, other: Tensor, result: Tensor
     ) -> Tensor | None:
-        """Return the places of ``where``: those of the operand that is as large as the result."""
+        """Return the places of the result of ``where``, from the operand with the same shape."""
         for operand, at in ((value, condition), (other, ~condition)):
             places = self._places_of(operand)
             if places is not None and places.shape == result.shape:
@@ -139,7 +140,7 @@ class Readings(TorchDispatchMode):
         return torch.full(tensor.shape, NOT_OF_X, device=tensor.device)
 
     def _forget(self, operation, args: Sequence[Any], kwargs: dict) -> None:
-        """Follow no longer what shares memory with a tensor that is written to."""
+        """Stop following all tensors that share memory with a tensor that is written to."""
         for number, argument in enumerate(operation._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
@@ -155,10 +156,10 @@ class Readings(TorchDispatchMode):
 
 
 class Layout:
-    """Numbers of sites, put back to where the numbers that these observed stand in x.
+    """Collects one number per observed number, and arranges them in the layout of x.
 
     Args:
-        x: whose layout it is.
+        x: the data.
     """
 
     def __init__(self, x: Tensor):
@@ -169,13 +170,13 @@ class Layout:
     def add(
         self, site: Site, numbers: Tensor, places: Tensor | None, *, computed: bool = False
     ) -> None:
-        """Take the numbers of a site.
+        """Add the numbers of a site.
 
         Args:
-            site: any that was observed.
-            numbers: one for each that the site observed, of the shape of its value.
-            places: of what it observed, see :class:`Readings`; None where they are not known.
-            computed: whether it observed other numbers, each computed from one of x.
+            site: an observed site.
+            numbers: one for each number that the site observes, in the shape of its value.
+            places: the places of the observed tensor, see :class:`Readings`. None if unknown.
+            computed: whether each observed number was computed from a number of x, not copied.
         """
         self._sites[site["name"]] = tuple(numbers.shape)
         if places is None:
@@ -187,7 +188,7 @@ class Layout:
         counts = torch.ones((), dtype=torch.bool, device=numbers.device)
         base = base_distribution(site["fn"])
         for mask, fn in ((site["mask"], site["fn"]), (getattr(base, "_mask", None), base)):
-            if mask is not None:  # it has the batch dimensions of its distribution
+            if mask is not None:  # a mask has the batch dimensions of its distribution
                 mask = torch.as_tensor(mask, device=numbers.device)
                 counts = counts & mask.reshape(*mask.shape, *(1,) * len(fn.event_shape))
         same = torch.full_like(counts, not computed)
@@ -197,17 +198,18 @@ class Layout:
     def numbers(self) -> Tensor:
         """Return the numbers in the layout of x, on the CPU.
 
-        A number that was computed is taken where none was read as it is. A masked number is taken
-        where no other was read from its place, as padding is.
+        Each place of x is filled from the site that observes this number of x unchanged. If there
+        is none, it is filled from a site that observes a number computed from this one. Masked
+        numbers, such as padding, fill the remaining places.
 
         Raises:
-            ValueError: some number of x was observed twice, or by none of the sites as it is.
+            ValueError: A number of x is observed twice, or cannot be traced to an observed site.
         """
         total = self._shape.numel()
         if not any((places != NOT_OF_X).any() for _, places, *_ in self._reads):
             raise self._error(
                 f"no observed site of the model has the shape of x, {tuple(self._shape)}, and "
-                "observes numbers of x as they are"
+                "observes numbers that can be traced to x"
             )
         numbers, places, counts, same = map(torch.cat, zip(*self._of_one_type(), strict=True))
         whose = torch.where(places < NOT_OF_X, -2 - places, places)
@@ -222,7 +224,7 @@ class Layout:
             taken[whose[chosen]] = True
         if not taken.all():
             raise self._error(
-                f"{(~taken).sum()} of the {total} numbers of x are not observed as they are"
+                f"{(~taken).sum()} of the {total} numbers of x cannot be traced to an observed site"
             )
         return result.reshape(self._shape)
 
@@ -232,13 +234,13 @@ class Layout:
 
     def _error(self, reason: str) -> ValueError:
         return ValueError(
-            f"{reason}: the sites are {self._sites}. Pass by_site=True for the mean at each of "
-            "them; pyro_vae.terms(...).predict() draws them."
+            f"{reason}. The observed sites are {self._sites}. Pass by_site=True for the mean at "
+            "each site, or sample them with pyro_vae.terms(...).predict()."
         )
 
 
 def _is_by_number(operation) -> bool:
-    """Tell whether an operation computes each number of its result from one of each argument."""
+    """Return whether an operation is elementwise and changes the numbers."""
     moves = operation.overloadpacket in _MOVES | _NOT_BY_NUMBER
     return torch.Tag.pointwise in operation.tags and not moves
 

@@ -1,4 +1,4 @@
-"""Estimates of log p(x): what holds them, judges them, and puts them together."""
+"""Estimates of log p(x): the result, its diagnostics and its warnings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pyro_vae.evaluation._ais import Annealing
 
 UNRELIABLE_KHAT = 0.7
 FEWEST_EFFECTIVE = 10.0
-FEWEST_JUDGED = 21  # weights, below which k-hat cannot be told, and few are effective anyhow
+FEWEST_JUDGED = 21  # weights; with fewer, k-hat is NaN and few weights are effective anyway
 
 
 class UnreliableEvidence(UserWarning):
-    """An estimate of log p(x) whose own diagnostics say that it cannot be trusted."""
+    """An estimate of log p(x) is unreliable according to its diagnostics."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,15 @@ class Evidence:
 
     Args:
         values: log p(x_n), shape (N,).
-        monte_carlo_errors: standard error of each value, of the draws alone, shape (N,); NaN for
-            one particle.
+        monte_carlo_errors: standard error of each value from the samples of z alone, shape (N,).
+            It is NaN for one particle.
         khat: Pareto diagnostic of each value, shape (N,); see :func:`pyro_vae.evaluation.khat`.
-        num_particles: draws for each datum; chains, in annealed importance sampling.
-        dimensions: how many numbers a datum x has.
+        num_particles: samples per data point, or chains in annealed importance sampling.
+        dimensions: the number of numbers in a data point x.
         effective_sample_size: :math:`(\sum w)^2 / \sum w^2` of each value's weights, shape (N,).
-        method: how the values were estimated.
-        annealing: what annealed importance sampling saw at each temperature; None otherwise.
+        method: name of the method of estimation.
+        annealing: the results of annealed importance sampling at each temperature. None for other
+            methods.
     """
 
     values: Tensor
@@ -51,9 +52,9 @@ class Evidence:
 
     @property
     def standard_error(self) -> float:
-        """Standard error of the mean, for the population that the data are drawn from.
+        """Standard error of the mean, for the population that the data are sampled from.
 
-        It holds the spread of the data and of the draws; NaN for one datum.
+        It includes the spread of the data and of the samples of z. It is NaN for one data point.
         """
         return standard_error(self.values)
 
@@ -61,35 +62,35 @@ class Evidence:
     def bits_per_dimension(self) -> float:
         r""":math:`-\frac{1}{D \log 2} \frac1N \sum_n \log p(x_n)`, for x of D numbers.
 
-        A code length where p(x) is a probability; a density has it for data in the unit that it
-        was given. D is that of x as it was passed, the padding of sequences included.
+        It is a code length if p(x) is a probability. For a density, it depends on the unit of the
+        data. D counts all numbers of x as passed, including the padding of sequences.
         """
         return -self.mean / (self.dimensions * math.log(2))
 
     @property
     def monte_carlo_error(self) -> float:
-        """Standard error of the mean for these very data: that of the draws alone."""
+        """Standard error of the mean for these data, from the samples of z alone."""
         return self.monte_carlo_errors.square().sum().sqrt().item() / len(self.values)
 
     @property
     def unreliable_share(self) -> float:
-        """The share of data whose k-hat is above 0.7, or could not be told.
+        """The share of data points whose k-hat is above 0.7 or NaN.
 
-        It cannot of fewer than 21 draws, nor of weights that are infinite, NaN, or all zero.
+        For example, k-hat is NaN for fewer than 21 samples and for weights that are all zero.
         """
         return 1.0 - (self.khat <= UNRELIABLE_KHAT).double().mean().item()
 
     @property
     def untrusted(self) -> Tensor:
-        """Which values cannot be trusted, shape (N,).
+        """Whether each value is unreliable, shape (N,).
 
-        Those that are not finite, whose k-hat is above 0.7, or that have fewer than 10 effective
-        draws; of fewer than 21 draws, fewer than a tenth of them.
+        A value is unreliable if it is not finite, if its k-hat is above 0.7, or if its effective
+        sample size is below 10. With fewer than 21 samples, that limit is a tenth of their number.
         """
         few = self.num_particles < FEWEST_JUDGED
         least = self.num_particles / 10 if few else FEWEST_EFFECTIVE
-        # Not <, so that no number counts as few. A k-hat of NaN beside many effective draws is
-        # that of weights with ties.
+        # Not <, so that NaN counts as too few. If the effective sample size is large, a k-hat of
+        # NaN comes from weights with ties.
         enough = self.effective_sample_size >= least * (1 - 1e-6)
         return ~(self.values.isfinite() & enough) | (self.khat > UNRELIABLE_KHAT)
 
@@ -104,45 +105,46 @@ class Evidence:
 
 
 def warn_of(evidence: Evidence) -> None:
-    """Warn the caller's caller of an estimate that is not to be trusted."""
+    """Warn, at the line that called the estimator, about an unreliable estimate."""
     infinite = ~evidence.values.isfinite()
     if infinite.any():
         row = int(infinite.nonzero()[0])
         warnings.warn(
             f"the {evidence.method} estimate of log p(x) is {evidence.values[row].item()} for "
-            f"{int(infinite.sum())} of {len(infinite)} data, the first in row {row}: no draw of "
-            "theirs has a density above zero, or one is too large for its type. Look at the scale "
-            "of the data.",
+            f"{int(infinite.sum())} of {len(infinite)} data points, the first in row {row}. Either "
+            "no sample of z has a density above zero there, or a density is too large for its "
+            "dtype. Check the scale of the data.",
             UnreliableEvidence,
             stacklevel=3,  # the caller of evidence
         )
     elif evidence.untrusted.double().mean() > 0.5:
         warnings.warn(
-            f"the {evidence.method} estimate of log p(x) cannot be trusted for "
-            f"{int(evidence.untrusted.sum())} of {len(evidence.values)} data: their k-hat is above "
-            f"{UNRELIABLE_KHAT}, or hardly any of {evidence.num_particles} "
-            "draws count. It is likely too low. " + _REMEDIES[evidence.method],
+            f"the {evidence.method} estimate of log p(x) is unreliable for "
+            f"{int(evidence.untrusted.sum())} of {len(evidence.values)} data points. Their k-hat "
+            f"is above {UNRELIABLE_KHAT}, or their effective sample size is too low (of "
+            f"{evidence.num_particles}). The estimate is probably too low. "
+            + _REMEDIES[evidence.method],
             UnreliableEvidence,
             stacklevel=3,  # the caller of evidence
         )
 
 
 _REMEDIES = {
-    "importance": "Take more particles, a better guide, or method=pv.evaluation.AIS().",
-    "naive": 'Draws from the prior seldom hit a posterior: take method="importance".',
-    "ais": "Take more temperatures, or more leapfrog steps.",
+    "importance": "Use more particles, a better guide, or method=pv.evaluation.AIS().",
+    "naive": 'Samples from the prior rarely hit the posterior. Use method="importance".',
+    "ais": "Use more temperatures or more leapfrog steps.",
 }
 
 
 def khat_share(khat: Tensor) -> str:
-    """Say how many of the k-hats are above 0.7, or that they are not known."""
+    """Return a text with the share of k-hats above 0.7, or "unknown" if all are NaN."""
     if khat.isnan().all():
         return f"k-hat > {UNRELIABLE_KHAT}: unknown"
     return f"k-hat > {UNRELIABLE_KHAT}: {1 - (khat <= UNRELIABLE_KHAT).double().mean().item():.1%}"
 
 
 def standard_error(values: Tensor) -> float:
-    """Return the standard error of the mean of independent values, NaN for a single one."""
+    """Return the standard error of the mean of independent values, or NaN for a single value."""
     if len(values) < 2:
         return math.nan
     return values.std().item() / math.sqrt(len(values))

@@ -1,4 +1,4 @@
-"""What a fitted pair shows: reconstructions of data, and data of its own."""
+"""Reconstructions of data and generated data, by a fitted pair."""
 
 from __future__ import annotations
 
@@ -27,26 +27,25 @@ def reconstruct(
 ) -> Tensor | dict[str, Tensor]:
     r"""Return :math:`E[x'|z]` for one :math:`z \sim q(z|x)`, the mean of the likelihood.
 
-    The numbers come in the layout of x, in whatever order and at however many sites the model
-    observes them: transposed, column by column, step by step. They have the units of the
-    observation: those of ``x / 255``, if the model observes that. Latents c that are summed out
-    of the model are averaged over :math:`p(c|z)`. A distribution without a mean gives a draw.
+    The result has the layout of x. The model may observe x in another order and at several sites:
+    transposed, column by column, step by step. The result has the units of the observation, such
+    as those of ``x / 255`` if the model observes that. Latents c that the model sums out are
+    averaged over :math:`p(c|z)`. If a distribution has no mean, a sample of it is returned.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
         x: data ``(B, *event)``.
         *covariates: further arguments of the programs.
-        seed: fixes the draws of z.
+        seed: of the samples of z.
         by_site: return the mean at each observed site of the plate ``"data"``, by name.
 
     Returns:
         Shape ``(B, *event)``; by site, each ``(B, *inner plates, *event)``. On the CPU.
 
     Raises:
-        ValueError: The pair breaks the contract. Or, without ``by_site``, the model observes a
-            sum or another mixture of numbers of x, observes a number of x twice, or does not
-            observe all of x.
+        ValueError: The pair breaks a rule (docs/contract.md). Without ``by_site``: the model does
+            not observe all of x, observes a number of x twice, or observes sums of numbers of x.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -90,24 +89,24 @@ def generate(
 ) -> Tensor | dict[str, Tensor]:
     r"""Return :math:`E[x'|z]` for one :math:`z \sim p(z)` for each row of x.
 
-    The numbers come in the layout of x, as those of :func:`reconstruct` do. All latents of the
-    model are drawn, those among them that are summed out elsewhere.
+    The result has the layout of x, as in :func:`reconstruct`. All latents of the model are
+    sampled, also those that are enumerated (summed out) in other calls.
 
     Args:
         model: program of p(x, z).
-        x: any data of the right shape ``(B, *event)``: it says how many rows to generate, no more.
+        x: any data of the right shape ``(B, *event)``. Only the number of rows is used.
         *covariates: further arguments of the program.
-        guide: program that the model was fitted with; needed for a model whose ``pyro.param``
-            values live in the store of the pair.
-        seed: fixes the draws of z.
+        guide: the guide that the model was fitted with. A model with ``pyro.param`` statements
+            needs it, because their values are in the store of the pair.
+        seed: of the samples of z.
         by_site: return the mean at each observed site of the plate ``"data"``, by name.
 
     Returns:
         Shape ``(B, *event)``; by site, each ``(B, *inner plates, *event)``. On the CPU.
 
     Raises:
-        ValueError: Without ``by_site``, the model observes a sum or another mixture of numbers of
-            x, observes a number of x twice, or does not observe all of x.
+        ValueError: Without ``by_site``: the model does not observe all of x, observes a number of
+            x twice, or observes sums of numbers of x.
     """
     check_call(generate, locals())
     guide = model if guide is None else guide
@@ -130,16 +129,16 @@ def _columns(model: Program, guide: Program, x: Tensor, *covariates: Tensor) -> 
 def mean_of_x(
     model: Program, x: Tensor, *covariates: Tensor, by_site: bool = False
 ) -> Tensor | dict[str, Tensor]:
-    """Run a model without its observations; return the mean of what observed x, on the CPU.
+    """Run a model without its observations, and return the mean of x, on the CPU.
 
     Args:
-        model: program of p(x, z); its latents are drawn.
+        model: program of p(x, z). Its latents are sampled.
         x: data ``(B, *event)``.
         *covariates: further arguments of the program.
         by_site: see :func:`generate`.
 
     Raises:
-        ValueError: see :func:`generate`.
+        ValueError: See :func:`generate`.
     """
     x = x.contiguous()
     with Readings(x) as readings:

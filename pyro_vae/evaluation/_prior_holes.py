@@ -1,4 +1,4 @@
-r"""Holes of the prior: where it draws latents that the guide gives to hardly any datum."""
+r"""Holes of the prior: regions in which hardly any data point has its posterior."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ from pyro_vae.evaluation._scoring import guide_log_prob, require_one_density
 from pyro_vae.evaluation._surgery.aggregate import Aggregate, refuse_masks
 
 _RESAMPLES = 200
-_FEW = 50  # draws, which tell whether the guide scores them as it drew them
+_FEW = 50  # samples, to check that a second run of the guide scores them equally
 
 
 @dataclass(frozen=True)
 class PriorHoles:
-    r"""How much of the prior lies where the aggregated posterior has next to nothing.
+    r"""The share of the prior in regions where the aggregated posterior has almost no mass.
 
     Args:
-        share: of the prior's draws with :math:`\log q_{agg}(z)` below the threshold.
-        standard_error: of the share, by the bootstrap over both kinds of draws, the data held
-            fixed; zero says no more than that no draw, or each, lay below.
-        quantile: the share of the aggregated posterior's own draws below the threshold.
+        share: the share of prior samples with :math:`\log q_{agg}(z)` below the threshold.
+        standard_error: standard error of the share, by the bootstrap over both sets of samples,
+            with fixed data. It is zero, and says nothing, if no prior sample or each one is below
+            the threshold.
+        quantile: the share of samples of the aggregated posterior below the threshold.
         threshold: that quantile of :math:`\log q_{agg}(z')`, in nats.
-        latents: the prior's draws below the threshold by site, ``(H, *inner plates, *event)``, the
-            emptiest place first.
-        decoded: the mean of x for each of them, ``(H, *event of x)``; None where no observed site
-            of the model has the shape of x.
-        log_ratio: :math:`\log p(z) - \log q_{agg}(z)` of each of them, (H,).
-        log_aggregate_of_prior: :math:`\log q_{agg}(z)` of all the prior's draws.
-        log_aggregate_of_guide: of the draws of the aggregated posterior, each scored without the
-            posterior that it was drawn from.
+        latents: the H prior samples below the threshold by site, ``(H, *inner plates, *event)``,
+            in order of :math:`\log q_{agg}(z)`, lowest first.
+        decoded: the mean of x for each of these samples, ``(H, *event of x)``. None if no observed
+            site of the model has the shape of x.
+        log_ratio: :math:`\log p(z) - \log q_{agg}(z)` of each of these samples, (H,).
+        log_aggregate_of_prior: :math:`\log q_{agg}(z)` of all prior samples.
+        log_aggregate_of_guide: :math:`\log q_{agg}(z')` of the samples of the aggregated
+            posterior. Each is scored without the posterior that it was sampled from.
     """
 
     share: float
@@ -61,8 +62,8 @@ class PriorHoles:
 
     def __str__(self) -> str:
         return (
-            f"{100 * self.share:.1f} ± {100 * self.standard_error:.1f} % of the prior lies where "
-            f"{100 * self.quantile:g} % of the aggregated posterior do:\n"
+            f"{100 * self.share:.1f} ± {100 * self.standard_error:.1f} % of the prior and "
+            f"{100 * self.quantile:g} % of the aggregated posterior have\n"
             f"log q_agg(z) < {self.threshold:.2f}"
         )
 
@@ -80,45 +81,45 @@ def prior_holes(
     progress: bool | Progress = False,
     description: str = "holes of the prior",
 ) -> PriorHoles:
-    r"""Measure how much prior mass lies where the aggregated posterior has next to none.
+    r"""Estimate the share of the prior where the aggregated posterior has almost no mass.
 
     .. math::
         P_{z \sim p(z)}\bigl(\log q_{agg}(z) < t\bigr), \qquad
         P_{z' \sim q_{agg}}\bigl(\log q_{agg}(z') < t\bigr) = \alpha
 
-    with :math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)`. A model that draws there decodes what its
-    likelihood was never fitted on. The share is :math:`\alpha` where the prior is the aggregated
-    posterior of the population that the data are drawn from; a share below :math:`\alpha` says that
-    the prior is the narrower of the two.
+    where :math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)`. The likelihood was never fitted there, so
+    samples from there may decode to bad data. The share is :math:`\alpha` if the prior equals the
+    aggregated posterior of the population of the data. A share below :math:`\alpha` means that the
+    prior is narrower than the aggregated posterior.
 
-    A draw z' of the posterior of datum n is scored without that posterior, which no draw of the
-    prior has to itself: as if N - 1 data stood for q_agg, and it came from a new one. The rank of
-    the threshold is :math:`\alpha (M + 1)` for M draws, with which the share of a prior that
-    matches has the expectation :math:`\alpha`, for any N and M. A prior that depends on covariates
-    is drawn for those of random data.
+    A sample z' from the posterior of data point n is scored without that posterior, because no
+    prior sample has a posterior of its own. So z' is scored like the code of a new data point. The
+    threshold has rank :math:`\alpha (M + 1)` among M samples. Therefore the share of a prior that
+    matches has expectation :math:`\alpha` for any N and M. If the prior depends on covariates,
+    those of random data points are used.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        data: the data that q_agg is over: the training set, as a rule. What
-            :func:`pyro_vae.fit` takes; read into memory.
-        num_samples: M, draws of the prior, and as many of the aggregated posterior.
+        data: the data of q_agg, usually the training data, as in :func:`pyro_vae.fit`. They are
+            read into memory.
+        num_samples: M, the number of samples from each of the prior and the aggregated posterior.
         quantile: :math:`\alpha`.
         batch_size: data points at a time.
         vectorize_particles: score many latents in one run of the guide; see
             :func:`pyro_vae.terms`.
-        seed: fixes the draws and leaves the process's random numbers as they were.
-        progress: show a bar; or a rich Progress to add one to.
+        seed: of the samples. The random numbers of the process are restored afterwards.
+        progress: show a progress bar, or add one to a rich Progress.
         description: text before the bar.
 
     Returns:
-        The :class:`PriorHoles`, its tensors on the CPU.
+        The :class:`PriorHoles`, with its tensors on the CPU.
 
     Raises:
-        ValueError: bad data or arguments, or a pair that breaks the contract; fewer than two data,
-            or too few samples for the quantile; a site is global or scaled; the guide cannot be
-            scored at latents that it did not draw, scores them otherwise from run to run, or masks
-            them from datum to datum; a density is NaN.
+        ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md).
+            There are fewer than two data points, or too few samples for the quantile. A site is
+            global or scaled. The guide cannot score latents that it did not sample, or scores them
+            differently from run to run. Its mask differs between data points. A density is NaN.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -140,8 +141,8 @@ def prior_holes(
         raise ValueError(f"quantile must lie between 0 and 1, got {quantile}")
     if not 1 <= quantile * (num_samples + 1) <= num_samples:
         raise ValueError(
-            f"the quantile {quantile} of {num_samples} samples is beyond their ends: raise "
-            f"num_samples to {math.ceil(1 / min(quantile, 1 - quantile))} at least"
+            f"quantile={quantile} is too close to 0 or 1 for {num_samples} samples. Raise "
+            f"num_samples to at least {math.ceil(1 / min(quantile, 1 - quantile))}"
         )
     batch_size = positive_integer("batch_size", batch_size)
     batches = Minibatches(data, batch_size, device=device_of(model, guide))
@@ -161,14 +162,14 @@ def prior_holes(
 
         def advance(count: int) -> None:
             show(count)
-            if interrupted():  # here, where no handler of Pyro's is half done
+            if interrupted():  # a safe place, outside of Pyro's handlers
                 raise KeyboardInterrupt
 
         refuse_masks(guide, batches.first())
         columns = batches.in_memory()
         count = len(columns[0])
         if count < 2:
-            raise ValueError("an aggregated posterior takes two data at least, got one")
+            raise ValueError("prior_holes needs at least two data points, got one")
         columns_in_order = Minibatches(columns, batch_size, device=batches.device)
         how = {"plate_nesting": plate_nesting, "vectorize_particles": vectorize_particles}
         q_agg = Aggregate(guide, columns_in_order, **how)
@@ -196,7 +197,7 @@ def prior_holes(
         scores = q_agg.log_prob(of_prior, advance=advance).cpu()
         if (nan := own_scores.isnan().sum() + scores.isnan().sum()) > 0:
             raise ValueError(
-                f"log q_agg(z) is NaN for {int(nan)} of {2 * num_samples} draws: look at the scale "
+                f"log q_agg(z) is NaN for {int(nan)} of {2 * num_samples} samples. Check the scale "
                 "of the data"
             )
         share, threshold = _share_below(scores, own_scores, quantile)
@@ -222,7 +223,7 @@ def _rows(columns: Batch, rows: Tensor, batch_size: int) -> list[Batch]:
 def _dream(
     model: Program, guide: Program, batch: Batch, names: list[str]
 ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-    """Return latents drawn by the model, their log p(z) (B,), and the means of x, if it has any."""
+    """Return latents sampled from the model, their log p(z) (B,), and the means of x or None."""
     trace = trace_of(Unobserve()(model), *batch)
     sites = {site["name"]: site for site in random_sites(trace)}
     latents = {
@@ -232,7 +233,7 @@ def _dream(
         if site["infer"].get("was_observed") or data_frame(site) is None:
             trace.remove_node(name)
     decoded = None
-    with contextlib.suppress(ValueError):  # no site has the shape of x: the share needs none
+    with contextlib.suppress(ValueError):  # no site has the shape of x; not needed for the share
         decoded = mean_of_x(poutine.replay(model, trace=trace), *batch)
     for name in set(sites) - set(names):
         if name in trace:
@@ -242,8 +243,8 @@ def _dream(
 
 
 def _share_below(scores: Tensor, own_scores: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Return the share of scores below a quantile of the others, and the quantile."""
-    position = quantile * (len(own_scores) + 1) - 1  # of the ordered, the first at zero
+    """Return the share of ``scores`` below a quantile of ``own_scores``, and that quantile."""
+    position = quantile * (len(own_scores) + 1) - 1  # zero-based, in sorted order
     low = min(math.floor(position), len(own_scores) - 2)
     ordered = own_scores.sort().values
     threshold = torch.lerp(ordered[low], ordered[low + 1], position - low)

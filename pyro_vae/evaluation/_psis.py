@@ -9,33 +9,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_LEAST_LOG = -600.0  # of an excess beside the largest: smaller ones are too small for float64
+_LEAST_LOG = -600.0  # of an excess relative to the largest; float64 cannot hold smaller ones
 
 
 def tail_length(num_draws: int) -> int:
-    """Return how many of S weights make the tail: min(S/5, 3 sqrt(S)) (Vehtari et al. 2024)."""
+    """Return the tail length of S weights, min(S/5, 3 sqrt(S)) (Vehtari et al. 2024)."""
     return math.ceil(min(num_draws / 5, 3 * math.sqrt(num_draws)))
 
 
 def khat(log_weights: Tensor) -> Tensor:
     r"""Estimate the tail index of importance weights (Vehtari et al. 2024, eq. 7 and sec. 3).
 
-    A generalised Pareto distribution is fitted to the M largest of S weights by the method of
-    Zhang & Stephens (2009), its shape shrunk towards 1/2 as if by ten further draws. Below 0.5
-    the estimate is good, up to 0.7 usable, above it unreliable.
+    A generalized Pareto distribution is fitted to the M largest of S weights by the method of
+    Zhang & Stephens (2009). Its shape is shrunk towards 1/2 as if by ten more samples. An estimate
+    is good for a k-hat below 0.5, usable up to 0.7, and unreliable above.
 
     Args:
-        log_weights: (S, ...), S draws for each of any number of data points.
+        log_weights: log-weights (S, ...): S samples for each data point.
 
     Returns:
-        k-hat, shape (...), float64. Minus infinity where the largest weights are all equal: a
-        guide that is the posterior. Infinity where fewer than five weights stand above a cutoff
-        that the others share and outweigh all of these. NaN where they do not, where S is below
-        21, where a weight is NaN or infinite, and where all are zero.
+        k-hat, shape (...), float64. It is minus infinity if the largest weights are all equal, as
+        for a guide that equals the posterior. If fewer than five weights exceed a cutoff that many
+        others share, it is infinity if these few outweigh all others, else NaN. It is also NaN if
+        S is below 21, if a weight is NaN or infinite, or if all weights are zero.
 
     Raises:
-        TypeError: they are no dense tensor or array of numbers.
-        ValueError: there is no draw.
+        TypeError: ``log_weights`` is not a dense tensor or numpy array of numbers.
+        ValueError: ``log_weights`` is empty.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -69,25 +69,25 @@ def khat_of_tail(largest: Tensor, num_draws: int) -> Tensor:
         return largest.new_full(largest.shape[1:], math.nan)
     relative = (largest - largest[0]).reshape(len(largest), -1)
     columns = relative.exp()
-    excess = (columns[:-1] - columns[-1]).flip(0)  # (M, B), ascending, over the cutoff
-    share = -(relative[-1] - relative[:-1]).nan_to_num(nan=0.0).expm1()  # two may be -inf
+    excess = (columns[:-1] - columns[-1]).flip(0)  # (M, B), ascending, above the cutoff
+    share = -(relative[-1] - relative[:-1]).nan_to_num(nan=0.0).expm1()  # both may be -inf
     log_excess = (relative[:-1] + share.log()).flip(0)
     quartile = log_excess[_quartile(excess.shape[0])]
     k = excess.new_full(quartile.shape, -math.inf)
-    k[~largest[0].flatten().isfinite()] = math.nan  # a weight is no number, or none is positive
+    k[~largest[0].flatten().isfinite()] = math.nan  # a weight is NaN or inf, or all are zero
     if (regular := quartile > _LEAST_LOG).any():
         k[regular] = _fit_generalized_pareto(excess[:, regular])
     if (far := (quartile <= _LEAST_LOG) & quartile.isfinite()).any():
         k[far] = _fit_far_tail(log_excess[:, far])
     for column in ((quartile == -math.inf) & (log_excess[-1] > -math.inf)).nonzero().flatten():
-        tail = log_excess[log_excess[:, column].isfinite(), column]  # ties are no tail
+        tail = log_excess[log_excess[:, column].isfinite(), column]  # without ties
         k[column] = _fit_part(tail.unsqueeze(1), relative[-1, column], num_draws)
     return k.reshape(largest.shape[1:])
 
 
 def _fit_part(log_excess: Tensor, cutoff: Tensor, num_draws: int) -> Tensor:
-    """Fit the weights above a cutoff that others share, (m, 1), as logarithms of excesses."""
-    if len(log_excess) < 5:  # they say nothing; but if they outweigh all others, they are all
+    """Fit k to the weights above a cutoff that others share, given as log-excesses (m, 1)."""
+    if len(log_excess) < 5:  # too few for a fit; infinity if they outweigh all others
         outweighs = log_excess.logsumexp(0) > cutoff + math.log(num_draws)
         return torch.where(outweighs, math.inf, math.nan)
     far = log_excess[_quartile(len(log_excess))] <= _LEAST_LOG
@@ -102,8 +102,8 @@ def _quartile(count: int) -> int:
 def _fit_generalized_pareto(excess: Tensor) -> Tensor:
     """Fit the shape k to columns of positive ascending excesses, (M, B) to (B,).
 
-    With b = -k / sigma the profile likelihood is averaged over a grid of b under the prior of
-    Zhang & Stephens (2009), whose scale is set by the first quartile.
+    With b = -k / sigma, b is averaged over a grid with the profile likelihood as weight. The grid
+    has quantiles of the prior of Zhang & Stephens (2009), scaled by the first quartile.
     """
     count = excess.shape[0]
     grid = 30 + int(math.sqrt(count))
@@ -118,9 +118,10 @@ def _fit_generalized_pareto(excess: Tensor) -> Tensor:
 
 
 def _fit_far_tail(log_excess: Tensor) -> Tensor:
-    """Fit k as :func:`_fit_generalized_pareto` does, where small excesses are zero beside the last.
+    """Fit k as :func:`_fit_generalized_pareto` does, from the logarithms of the excesses.
 
-    There b is -exp(v) for a v that is large, up to 1 over the largest excess, which is nothing.
+    It is for tails whose small excesses underflow relative to the largest. There b = -exp(v) with
+    a large v, and the term 1 / (largest excess) is negligible.
     """
     count = log_excess.shape[0]
     log_excess = log_excess - log_excess[-1]

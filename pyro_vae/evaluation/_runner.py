@@ -26,12 +26,12 @@ Part = tuple[Any, ...]  # results of a minibatch; the first is a tensor of a row
 
 @dataclass(frozen=True)
 class PartialState:
-    """The work of an interrupted call, which another call does not repeat.
+    """The finished work of an interrupted call, from which another call resumes.
 
     Args:
         who: the name of the function.
         num_done: how many data points are done.
-        seed: of the draws. If the caller gave none, it is the seed that was drawn.
+        seed: of the samples. If the caller passed None, it is the randomly chosen seed.
         settings: arguments that must be the same in the call that resumes, by name.
         parts: the results of each part of the data that is done.
     """
@@ -46,35 +46,39 @@ class PartialState:
         """Check that a call may resume from this state, and return the seed.
 
         Raises:
-            ValueError: The state is of another function, of other settings, or of another seed.
+            ValueError: The state comes from another function, other settings, or another seed.
         """
         if self.who != who:
-            raise ValueError(f"resume is of {self.who}, which was stopped, not of {who}")
+            raise ValueError(
+                f"resume comes from {self.who}, but this call is {who}. Call {self.who} to resume"
+            )
         for name, value in settings.items():
             if self.settings[name] != value:
                 raise ValueError(
-                    f"resume was stopped with {name}={self.settings[name]!r}: it cannot go on "
-                    f"with {value!r}"
+                    f"resume comes from a call with {name}={self.settings[name]!r}, got "
+                    f"{name}={value!r}. Pass the arguments of that call"
                 )
         if seed not in (None, self.seed):
-            raise ValueError(f"resume holds draws of seed {self.seed}, not {seed}: leave seed out")
+            raise ValueError(
+                f"resume has samples of seed {self.seed}, got seed={seed}. Leave seed out"
+            )
         return self.seed
 
 
 @dataclass(frozen=True)
 class Runner:
-    """A pair that is being evaluated, minibatch by minibatch, by all processes of a group.
+    """Evaluates a pair, minibatch by minibatch, in all processes of a group.
 
     Args:
-        who: the estimator.
+        who: the name of the estimator.
         group: the processes.
         model: program of p(x, z).
-        guide: program that the latents are drawn from.
+        guide: program that the latents are sampled from.
         batches: the data.
         particle_options: ``plate_nesting`` and ``vectorize_particles``; see :func:`pyro_vae.terms`.
-        seed: of all draws.
-        settings: arguments that a call that resumes must repeat, by name.
-        done: the parts that a resumed call takes from the interrupted one.
+        seed: of all samples.
+        settings: arguments that must be the same in a call that resumes, by name.
+        done: the parts that the interrupted call has finished, if this call resumes it.
         show: shows progress.
     """
 
@@ -114,26 +118,26 @@ class Runner:
         """Prepare the pair and the processes, and yield a runner.
 
         Args:
-            who: the estimator, which messages name.
+            who: the name of the estimator, for messages.
             model: program of p(x, z).
             guide: program of q(z|x).
-            data: as the estimator was given them.
+            data: the data as passed to the estimator.
             batch_size: data points at a time.
             vectorize_particles: run many particles at once.
-            seed: of the draws. None draws one for all processes.
+            seed: of the samples. None chooses a random seed for all processes.
             resume: the exception of an interrupted call, its state, or None.
-            settings: arguments that a call that resumes must repeat, by name.
-            progress: show a bar; or a rich Progress to add one to.
+            settings: arguments that must be the same in a call that resumes, by name.
+            progress: show a progress bar, or add one to a rich Progress.
             description: text before the bar.
             done: parts that are done, if there is nothing to resume.
-            data_name: the name of the argument that holds the data.
+            data_name: the name of the argument with the data.
             steps_per_row: steps of the bar for each data point.
-            drawn_from: replaces the guide where nothing is drawn from it.
+            drawn_from: replaces the guide if no samples come from it.
             checks: ``needs_latents`` and ``weighs`` of :func:`evaluation_context`.
 
         Raises:
-            TypeError: There is no state to resume from in ``resume``.
-            ValueError: The call cannot resume from the state, or the pair breaks the contract.
+            TypeError: ``resume`` has no state to resume from.
+            ValueError: The call cannot resume from the state, or the pair breaks a rule.
         """
         state = _state_of(resume)
         with Group() as group:
@@ -179,12 +183,12 @@ class Runner:
 
     @property
     def programs(self) -> dict[str, Program]:
-        """The programs by name, for messages of a capture."""
+        """The programs by name, for the messages of a capture."""
         return {"model": self.model, "guide": self.guide}
 
     @property
     def interrupted(self) -> bool:
-        """Whether an interrupt ended the work in this process or another one."""
+        """Whether this process or another one was interrupted."""
         return self.group.interrupted
 
     def advance(self, count: int = 1, status: str = "") -> None:
@@ -204,22 +208,21 @@ class Runner:
     ) -> list[Part]:
         """Call a function on each minibatch, and return the results of all processes in order.
 
-        If :attr:`interrupted` is true afterwards, they are the results of the first minibatches.
+        If :attr:`interrupted` is true afterwards, only the first minibatches have results.
 
         Args:
-            function: gives the results of a minibatch. The first is a tensor with a row for each
+            function: returns the results of a minibatch. The first is a tensor with a row for each
                 data point.
-            batches: minibatches, in an order that is the same in all processes; those of the data
-                if not given.
+            batches: minibatches, in the same order in all processes. The default is all
+                minibatches of the data.
             done: results of the first minibatches, if these are done already.
-            max_rows: of a part. A minibatch of more rows is cut into parts.
+            max_rows: the largest number of rows of a part. Larger minibatches are split.
             steps_per_row: steps of the progress bar for each data point.
-            last: whether the processes exchange nothing afterwards.
+            last: whether this is the last exchange between the processes.
 
         Raises:
-            KeyboardInterrupt: It was interrupted before any minibatch was done.
-            ValueError: The results that are done do not fit the data, or the data differ between
-                the processes.
+            KeyboardInterrupt: The call was interrupted before any minibatch was done.
+            ValueError: ``done`` does not fit the data, or the data differ between the processes.
         """
         shard = Shard(
             self.group,
@@ -239,10 +242,10 @@ class Runner:
         counts = (shard.num_data, shard.num_parts)
         shares, all_counts = zip(*self.group.gather_last((own, counts), last=last), strict=True)
         if not self.interrupted and len(set(all_counts)) > 1:
-            met = ", ".join(f"{data} data in {parts} parts" for data, parts in all_counts)
+            met = ", ".join(f"{data} data points in {parts} parts" for data, parts in all_counts)
             raise ValueError(
-                f"the processes of a group must be given the same data, got {met}: each takes its "
-                "own share of them"
+                f"all processes of a group must get the same data, got {met}. Pass all data in "
+                "each process, because it evaluates only its own share"
             )
         parts = [*done, *interleave(shares)]
         if self.interrupted and not parts:
@@ -253,7 +256,7 @@ class Runner:
         """Raise the exception from which another call resumes, if the work was interrupted.
 
         Args:
-            result: of the estimator, for the data that are done.
+            result: the result of the estimator for the data points that are done.
             num_done: how many data points are done.
             parts: the results of the parts that are done.
 
@@ -262,24 +265,24 @@ class Runner:
         """
         if self.interrupted:
             message = (
-                f"{self.who} was stopped after {num_done} data, which this exception's attribute "
-                "`partial` holds: pass the exception as resume= to go on"
+                f"{self.who} was stopped after {num_done} data points. Their results are in the "
+                "attribute `partial` of this exception. Pass the exception as resume= to resume"
             )
             state = PartialState(self.who, num_done, self.seed, self.settings, parts)
             raise Interrupted(message, result, state)
 
 
 def _state_of(resume: object) -> PartialState | None:
-    """Return the state to resume from, or None where there is nothing to resume.
+    """Return the state to resume from, or None if there is nothing to resume.
 
     Raises:
-        TypeError: The argument is not an :class:`Interrupted` of an estimate, nor its state.
+        TypeError: The argument is not an :class:`Interrupted` of an estimator, nor its state.
     """
     state = resume.state if isinstance(resume, Interrupted) else resume
     if resume is None or isinstance(state, PartialState):
         return state
     if isinstance(resume, Interrupted):
-        raise TypeError("resume must come from an estimate. Resume a fit from its checkpoint")
+        raise TypeError("resume must come from an estimator. Resume a fit from its checkpoint")
     raise TypeError(
         "resume must be the pyro_vae.evaluation.Interrupted that the interrupted call raised, got "
         f"{type(resume).__name__}"

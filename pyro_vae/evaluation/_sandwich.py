@@ -1,4 +1,4 @@
-r"""The evidence of simulated data from both sides: bidirectional Monte Carlo."""
+r"""Bounds on the evidence of simulated data from both sides: bidirectional Monte Carlo."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ from pyro_vae.evaluation._weights import WeightStream
 
 @dataclass(frozen=True)
 class Sandwich:
-    r"""Bounds on log p(x) of data that the model drew, in nats, float64 on the CPU.
+    r"""Bounds on log p(x) of data simulated from the model, in nats, float64 on the CPU.
 
     Args:
-        lower: of each datum, shape (N,): below log p(x) on average.
-        upper: likewise, above it.
-        lower_errors: standard error of each, of the chains alone, shape (N,).
-        upper_errors: likewise. The chains of a datum begin at one draw from the posterior: what
-            it leaves in them is seen in :attr:`gap_error` alone.
-        data: the simulated x and the covariates, each of N rows.
-        num_chains: of each datum and direction.
+        lower: lower bound for each data point, shape (N,). It is below log p(x) on average.
+        upper: upper bound for each data point, shape (N,). It is above log p(x) on average.
+        lower_errors: standard error of each lower bound, from the chains alone, shape (N,).
+        upper_errors: standard error of each upper bound, from the chains alone, shape (N,). All
+            chains of a data point start at the same sample from the posterior. Only
+            :attr:`gap_error` includes the variation of that sample.
+        data: the simulated x and the covariates, each with N rows.
+        num_chains: chains per data point and direction.
     """
 
     lower: Tensor
@@ -49,12 +50,12 @@ class Sandwich:
 
     @property
     def gap(self) -> float:
-        """The average of upper less lower: both bounds are off by no more, on average."""
+        """The average of upper minus lower. On average, no bound has a larger error."""
         return (self.upper - self.lower).mean().item()
 
     @property
     def gap_error(self) -> float:
-        """Standard error of the gap; NaN for one datum."""
+        """Standard error of the gap, or NaN for one data point."""
         return standard_error(self.upper - self.lower)
 
     def __str__(self) -> str:
@@ -86,36 +87,38 @@ def sandwich(
         E \log \frac1C \sum_c w_c \;\le\; \log p(x) \;\le\;
         -E \log \frac1C \sum_c \frac{1}{w'_c}, \qquad (x, z) \sim p(x, z)
 
-    The model draws x and z together, so that z is an exact draw from p(z|x): it must look at x to
-    observe it, and for nothing else. Annealed importance sampling gives the weights w; the same
-    chains, walked backwards from z to the start, give w', whose inverses have the mean 1/p(x).
-    Where the two meet, both are right: and so, for data like these, is ``evidence(method=ais)``.
+    The model samples x and z jointly, so z is an exact sample from p(z|x). The model may use x only
+    to observe it. The weights w come from annealed importance sampling. Chains of the same kind,
+    run backwards from z to the start, have the weights w', and the mean of 1/w' is 1/p(x). If the
+    two bounds agree, both are accurate. Then ``evidence(method=ais)`` is accurate for similar data.
 
     Args:
         model: program of p(x, z).
-        guide: program of q(z|x), if the chains are to start there, or if the pair was fitted.
-        like: data of the right shape, as :func:`pyro_vae.fit` takes them: for each row one is
-            simulated. Covariates are kept.
-        ais: settings; an :class:`AIS` as it comes if not given, which starts from the
-            guide if there is one.
+        guide: program of q(z|x). Pass it if the chains start there, or if the pair was fitted.
+        like: data of the right shape, as in :func:`pyro_vae.fit`. One data point is simulated for
+            each row, with the covariates of that row.
+        ais: settings of annealed importance sampling. The default is :class:`AIS` with the guide
+            as start, or with the prior if there is no guide.
         batch_size: data points at a time.
-        pairs_per_pass: (chain, datum) pairs in one run of the programs.
+        pairs_per_pass: pairs of a chain and a data point in one run of the programs.
         vectorize_particles: run many chains at once; see :func:`pyro_vae.terms`.
         capture: replay the operations of a gradient as compiled code; see :func:`pyro_vae.fit`.
-        seed: fixes the draws and leaves the process's random numbers as they were.
+        seed: of the samples. The random numbers of the process are restored afterwards.
         resume: the exception of an interrupted call (Ctrl-C) with the same arguments.
-        progress: show a bar; or a rich Progress to add one to.
+        progress: show a progress bar, or add one to a rich Progress.
         description: text before the bar.
 
     Returns:
-        The :class:`Sandwich`. Processes of a group share the minibatches; each has the whole of it.
+        The :class:`Sandwich`. In a group of processes (torch.distributed), each process does its
+        share of the minibatches and returns the whole result.
 
     Raises:
-        Interrupted: a KeyboardInterrupt, with the bounds on the data that were done.
-        ValueError: what :func:`pyro_vae.evidence` refuses; the model cannot be shown what it
-            draws, because it observes something else than its arguments, or parts of them; or what
-            it draws depends on the x that it is given.
-        TypeError: ``ais`` is no :class:`pyro_vae.evaluation.AIS`.
+        Interrupted: Ctrl-C was pressed. It is a KeyboardInterrupt, and ``.partial`` has the bounds
+            for the first data points.
+        ValueError: :func:`pyro_vae.evidence` with :class:`AIS` would raise it. Or the model
+            observes a tensor that is neither an argument nor a view of one. Or the model uses x
+            for more than observation.
+        TypeError: ``ais`` is not a :class:`pyro_vae.evaluation.AIS`.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -140,8 +143,8 @@ def sandwich(
         raise TypeError(f"ais must be a pyro_vae.evaluation.AIS, got {ais!r}")
     if guide is None and ais.start == "guide":
         raise ValueError(
-            'AIS(start="guide") starts from the guide, and none is given: pass one, or take '
-            'AIS(start="prior")'
+            'AIS(start="guide") needs a guide, but guide is None. Pass a guide, or '
+            'ais=AIS(start="prior")'
         )
     guide = prior_guide(model) if guide is None else guide
     max_rows = max(1, pairs_per_pass // ais.num_chains)
@@ -172,7 +175,7 @@ def sandwich(
         def bounds(given: Batch) -> tuple[Tensor, ...]:
             batch, latents = simulate(model, given)
             if ais.start == "guide":
-                terms(model, guide, *batch)  # while values are validated
+                terms(model, guide, *batch)  # validate values
             with values_checked(False):
                 rows = path.rows_of(latents).expand(ais.num_chains, -1, -1)
                 return *_bounds(annealer, batch, rows, num_parts, runner.advance), *batch
@@ -186,11 +189,11 @@ def sandwich(
 
 
 def warn_of_crossing(bounds: Sandwich) -> None:
-    """Warn the caller's caller of bounds that lie the wrong way round."""
+    """Warn, at the line that called the estimator, if the upper bound is below the lower one."""
     if bounds.gap < -3 * bounds.gap_error:
         warnings.warn(
-            f"the upper bound lies {-bounds.gap:.3f} ± {bounds.gap_error:.3f} nats below the lower "
-            "one: they cannot both be right. Take more temperatures, or float64",
+            f"the upper bound is {-bounds.gap:.3f} ± {bounds.gap_error:.3f} nats below the lower "
+            "bound, so one of them must be wrong. Use more temperatures or float64",
             UnreliableEvidence,
             stacklevel=3,  # the caller of sandwich
         )
@@ -203,7 +206,7 @@ def _bounds(
     num_parts: int | None,
     advance: Callable[..., None],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the lower bounds and their errors, then the upper ones, each (B,)."""
+    """Return lower bounds, their errors, upper bounds and their errors, each (B,)."""
 
     def status(text: str) -> None:
         advance(0, text)

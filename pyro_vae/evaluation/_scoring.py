@@ -1,4 +1,4 @@
-"""The density of a guide at latents that it did not draw itself."""
+"""The density of a guide at given latents, which it did not sample itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyro_vae._programs.sites import (
     reduce_to_datum,
 )
 
-_ROUNDING = 0.01  # nats, and of as many
+_ROUNDING = 0.01  # an absolute (nats) and relative tolerance
 
 
 def guide_log_prob(
@@ -35,16 +35,15 @@ def guide_log_prob(
     Args:
         guide: program of q(z|x).
         args: a minibatch x of B rows, and covariates.
-        values: by latent site, ``(M, *inner plates, *event)``.
-        plate_nesting: how many batch dimensions the guide uses.
-        vectorize_particles: score all values in one run; False runs the guide M times.
+        values: values by latent site, each ``(M, *inner plates, *event)``.
+        plate_nesting: the number of batch dimensions that the guide uses.
+        vectorize_particles: score all values in one run. False runs the guide M times.
 
     Returns:
         Shape (M, B), in nats.
 
     Raises:
-        ValueError: the guide has auxiliary sites, or a density that cannot be had at a value the
-            guide did not draw.
+        ValueError: The guide has auxiliary sites, or cannot score a value that it did not sample.
     """
     if not vectorize_particles:
         count = len(next(iter(values.values())))
@@ -76,22 +75,22 @@ def _score(guide, args, values, plate_nesting, vectorize_particles) -> Tensor:
 
 
 def require_one_density(drawn: Tensor, scored: Tensor) -> None:
-    """Refuse a guide that scores its own draws otherwise than when it drew them.
+    """Raise ValueError if a second run of the guide scores its own samples differently.
 
     Args:
-        drawn: log q(z_b|x_b) as the guide drew z_b.
-        scored: the same, by running the guide on z_b and the datum once more.
+        drawn: log q(z_b|x_b) from the run that sampled z_b.
+        scored: log q(z_b|x_b) from another run of the guide on x_b, at the given z_b.
 
     Raises:
-        ValueError: they differ, by more than what the rounding of an inverse makes.
+        ValueError: They differ by more than the rounding error of an inverse.
     """
     difference = (drawn.double() - scored.double()).abs().mean()
     if not difference <= _ROUNDING * (1 + drawn.double().abs().mean()):
         raise ValueError(
-            "the guide's density at its own draws differs from run to run, by "
-            f"{difference.item():.3g} nats on average, as of a guide that refines itself by random "
-            "steps, or draws noise which is no site: there is no aggregated posterior of it. Fix "
-            "what is random, or take the guide that it starts from"
+            "the guide's density at its own samples differs from run to run, by "
+            f"{difference.item():.3g} nats on average, so it has no aggregated posterior. The "
+            "guide may refine itself by random steps, or sample noise outside of sites. Fix this "
+            "noise, or pass the guide that it refines"
         )
 
 
@@ -102,18 +101,17 @@ def log_prob_given(
     num_particles: int | None,
     plate_nesting: int,
 ) -> Tensor:
-    """Score values that are laid out as the guide's sites have them, shape (K, B).
+    """Score values in the layout of the guide's sites, and return log q, shape (K, B).
 
     Args:
         guide: program of q(z|x).
         args: a minibatch x of B rows, and covariates.
-        given: a value of each of its latents.
-        num_particles: K, in an outer plate; None where there is no such plate, and one value.
-        plate_nesting: how many batch dimensions the guide uses.
+        given: a value for each latent of the guide.
+        num_particles: K, the size of an outer plate. None for one value without such a plate.
+        plate_nesting: the number of batch dimensions that the guide uses.
 
     Raises:
-        ValueError: the guide has auxiliary sites, or a density that cannot be had at a value the
-            guide did not draw.
+        ValueError: The guide has auxiliary sites, or cannot score a value that it did not sample.
     """
     conditioned, particle_dim = poutine.condition(as_guide(guide), data=given), None
     if num_particles is not None:
@@ -125,15 +123,15 @@ def log_prob_given(
             continue
         if not site["is_observed"]:
             raise ValueError(
-                f"the guide has the auxiliary site {site['name']!r}: its density at given latents "
-                "is an integral over that site, which is not known"
+                f"the guide has the auxiliary site {site['name']!r}, so its density at given "
+                "latents is an unknown integral over that site. Use a guide without such sites"
             )
         try:
             log_prob = site["fn"].log_prob(site["value"])
         except (KeyError, NotImplementedError) as error:
             raise ValueError(
-                f"guide site {site['name']!r} cannot be scored at a value that the guide did not "
-                f"draw: {site['fn']} has no inverse"
+                f"guide site {site['name']!r} cannot be scored at a value that it did not sample: "
+                f"{site['fn']} has no inverse. Use a distribution that can score any value"
             ) from error
         log_prob = scale_and_mask(log_prob, own_scale(site), site["mask"])
         batch_size = data_frame(site).size

@@ -1,4 +1,4 @@
-"""Data and latents that a model draws together: exact draws from its posterior."""
+"""Simulated data and latents: joint samples from a model, so exact posterior samples."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from pyro_vae.datasets._minibatches import Batch
 
 
 def simulate(model: Program, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
-    """Let a model draw data and latents together, for each row of a minibatch.
+    """Sample data and latents jointly from a model, for each row of a minibatch.
 
     Returns:
-        The arguments with what the model drew in place of what it observes; and the latents, each
-        ``(1, B, *inner plates, *event)``.
+        A copy of the arguments, with simulated values in the observed places. And the latents,
+        each ``(1, B, *inner plates, *event)``.
 
     Raises:
-        ValueError: the model observes something else than its arguments, or parts of them; or it
-            uses what it observes for more than that.
+        ValueError: The model observes a tensor that is neither an argument nor a view of one. Or
+            the model uses x for more than observation.
     """
     batch = tuple(column.contiguous() for column in batch)
     trace = trace_of(Unobserve()(model), *batch)
@@ -36,9 +36,9 @@ def simulate(model: Program, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
                 latents[site["name"]] = to_particle_layout(site["value"], site, None)
             continue
         if isinstance(site["fn"], Unit):
-            raise ValueError(  # noqa: TRY004 - of the model, not of an argument
-                f"the model has the factor {site['name']!r}: it is no density that data could be "
-                "drawn from, so that there are no simulated data to bound log p(x) on"
+            raise ValueError(  # noqa: TRY004 - about the model, not an argument
+                f"the model has the factor {site['name']!r}, which is not a density, so data "
+                "cannot be simulated from the model. Remove the factor or use pv.evidence"
             )
         places = [
             view
@@ -47,8 +47,8 @@ def simulate(model: Program, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
         ]
         if not places:
             raise ValueError(
-                f"the model is to see what it draws at site {site['name']!r}, but that site "
-                "observes no argument of the program as it is, nor a part of one: let it observe "
+                "sandwich replaces the arguments of the model with simulated data, but site "
+                f"{site['name']!r} does not observe an argument or a view of one. Let it observe "
                 "x itself"
             )
         for place in places:
@@ -58,15 +58,16 @@ def simulate(model: Program, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
 
 
 def _same_view(observation: Any, given: Tensor, other: Tensor) -> Tensor | None:
-    """Return the part of another tensor that an observation is of the given one.
+    """Return the view of ``other`` that matches an observed view of ``given``.
 
     Args:
-        observation: what a site observes.
+        observation: the observed value of a site.
         given: an argument of the program, contiguous.
-        other: a tensor of its shape, contiguous.
+        other: a contiguous tensor of the same shape.
 
     Returns:
-        A view; None if the observation is none of the given tensor, or repeats some of it.
+        A view of ``other``. None if the observation is not a view of ``given``, or repeats some
+        of its numbers.
     """
     if not isinstance(observation, Tensor) or observation.dtype != given.dtype:
         return None
@@ -83,10 +84,10 @@ def _same_view(observation: Any, given: Tensor, other: Tensor) -> Tensor | None:
 
 
 def _check_joint(model: Program, drawn: poutine.Trace, arguments: Batch) -> None:
-    """Refuse a model that gives what it drew another density once it sees it.
+    """Raise ValueError if simulated values have another density once the model observes them.
 
     Raises:
-        ValueError: it does, at some site.
+        ValueError: The densities differ at a site.
     """
     seen = trace_of(poutine.replay(model, trace=drawn), *arguments)
     sites = {site["name"]: site for site in random_sites(seen)}
@@ -97,8 +98,8 @@ def _check_joint(model: Program, drawn: poutine.Trace, arguments: Batch) -> None
         )
         if not torch.allclose(before, after, rtol=1e-4, atol=1e-4, equal_nan=True):
             raise ValueError(
-                f"what the model drew has another density at site {site['name']!r} once the model "
-                "is given it, so that its latents are no draws from the posterior: the model uses "
-                "x for more than to observe it (an autoregressive decoder, a prior that depends on "
-                "x), or two of its sites observe the same. There is no sandwich of such a model"
+                f"simulated values have another density at site {site['name']!r} once the model "
+                "observes them, so its latents are not samples from the posterior. Either the "
+                "model uses x for more than observation (an autoregressive decoder, a prior that "
+                "depends on x), or two sites observe the same numbers. Use pv.evidence instead"
             )

@@ -1,4 +1,4 @@
-r"""A path of densities from a distribution that can be drawn from to :math:`p(x, z)`."""
+r"""A path of densities from a distribution that is easy to sample to :math:`p(x, z)`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Start = Literal["guide", "prior"]
 
 
 class State(NamedTuple):
-    """Where chains are, and what the path is there.
+    """The latents of all chains, with the log-densities of the path and their gradients.
 
     Args:
-        rows: the latents, unconstrained, ``(C, B, D)``.
+        rows: the unconstrained latents, ``(C, B, D)``.
         start: log-density of the start, ``(C, B)``.
-        slope: log-density of the end less that of the start, ``(C, B)``.
-        gradient_of_start: with respect to the rows, ``(C, B, D)``.
-        gradient_of_slope: likewise.
+        slope: log-density of the end minus that of the start, ``(C, B)``.
+        gradient_of_start: gradient of ``start`` with respect to the rows, ``(C, B, D)``.
+        gradient_of_slope: gradient of ``slope`` with respect to the rows, ``(C, B, D)``.
     """
 
     rows: Tensor
@@ -37,35 +37,36 @@ class State(NamedTuple):
     gradient_of_slope: Tensor
 
     def log_density(self, temperature: float) -> Tensor:
-        """Return the log-density of the path, not normalised, ``(C, B)``."""
+        """Return the unnormalized log-density of the path, ``(C, B)``."""
         return self.start + temperature * self.slope
 
     def gradient(self, temperature: float) -> Tensor:
-        """Return its gradient, ``(C, B, D)``."""
+        """Return the gradient of :meth:`log_density` with respect to the rows, ``(C, B, D)``."""
         return torch.add(self.gradient_of_start, self.gradient_of_slope, alpha=temperature)
 
 
 class TemperedPath:
-    r"""The geometric path between the start and the joint density, for every datum of a minibatch.
+    r"""The geometric path from the start to the joint density, for each data point of a minibatch.
 
     .. math::
         \log p_b(z) = (1 - b) \log p_0(z) + b \log p(x, z), \qquad 0 \le b \le 1
 
-    with :math:`p_0` the guide's q(z|x), or the prior p(z), which makes it
-    :math:`p(z)\,p(x|z)^b`. Densities are those of the unconstrained numbers that the bijections
-    onto the latents' supports take, their Jacobian included.
+    where :math:`p_0` is the guide's q(z|x) or the prior p(z). With the prior, the path is
+    :math:`p(z)\,p(x|z)^b`. Densities are those of the unconstrained latents. They include the
+    Jacobians of the bijections onto the supports.
 
     Args:
         model: program of p(x, z).
-        guide: program of q(z|x); not run where the path starts at the prior.
-        batch: the first minibatch, x and covariates, that the latents are found on.
-        start: where the path starts.
-        plate_nesting: how many batch dimensions the programs use.
-        vectorize_particles: whether the programs take the chains' dimension.
+        guide: program of q(z|x). It is not run if the path starts at the prior.
+        batch: the first minibatch, x and covariates. It is used to find the latents.
+        start: ``"guide"`` or ``"prior"``.
+        plate_nesting: the number of batch dimensions that the programs use.
+        vectorize_particles: whether the programs accept the dimension of the chains.
 
     Raises:
-        ValueError: a latent is discrete, or of a support that gradients cannot move on; the guide
-            cannot score latents that it did not draw, or each time anew.
+        ValueError: A latent variable is discrete, or its support does not allow steps along
+            gradients. The guide cannot score latents that it did not sample, or a density differs
+            from call to call.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class TemperedPath:
         self._vectorize = vectorize_particles
         self._enumerates = False
         self._refuse_discrete(batch)
-        # Laid out for the pair: an observation may stand in more plates than any latent.
+        # The nesting of the pair: an observation may be inside more plates than any latent.
         self._sites = tuple(
             replace(site, nesting=plate_nesting) for site in latent_sites(model, *batch)
         )
@@ -92,11 +93,11 @@ class TemperedPath:
 
     @property
     def num_dimensions(self) -> int:
-        """D, how many numbers a datum's latents are."""
+        """D, the number of latent dimensions per data point."""
         return sum(site.shape.numel() for site in self._sites)
 
     def draw(self, num_chains: int, *batch: Tensor) -> Tensor:
-        """Draw latents from the start of the path, as rows ``(C, B, D)``."""
+        """Sample latents from the start of the path, as rows ``(C, B, D)``."""
         if num_chains > 1 and not self._vectorize:
             return torch.cat([self.draw(1, *batch) for _ in range(num_chains)])
         if not self._from_prior:
@@ -108,10 +109,10 @@ class TemperedPath:
         )
 
     def rows_of(self, values: dict[str, Tensor]) -> Tensor:
-        """Lay out latents, each ``(C, B, *inner plates, *event)``, as rows ``(C, B, D)``.
+        """Return latents ``(C, B, *inner plates, *event)`` as unconstrained rows ``(C, B, D)``.
 
         Raises:
-            ValueError: a value lies outside the support of its site in the model.
+            ValueError: A value is outside the support of its site in the model.
         """
         rows = []
         for site in self._sites:
@@ -123,15 +124,15 @@ class TemperedPath:
             each = site.to_rows(unconstrained, batch_size, len(site.event_shape))
             if not each.isfinite().all():
                 raise ValueError(
-                    f"latent site {site.name!r} was drawn outside its support in the model, or on "
-                    "the edge of it: the chains cannot start there. Give the guide the support of "
-                    'the prior, or start from the prior: AIS(start="prior")'
+                    f"latent site {site.name!r} was sampled outside its support in the model, or "
+                    "on its edge, and chains cannot start there. Give the guide the support of the "
+                    'prior, or use AIS(start="prior")'
                 )
             rows.append(each.reshape(num_chains, batch_size, -1))
         return torch.cat(rows, -1)
 
     def moving(self, *batch: Tensor) -> Tensor | None:
-        """Tell which numbers of each datum are not masked, ``(B, D)``; None if no site is."""
+        """Return which latent numbers are unmasked, ``(B, D)``, or None if no site has a mask."""
         _, masks = surroundings(self._sites, self._model, *batch)
         if not masks:
             return None
@@ -144,20 +145,20 @@ class TemperedPath:
         return torch.cat(rows, -1)
 
     def evaluate(self, rows: Tensor, *batch: Tensor) -> list[Tensor]:
-        """Return the parts of a :class:`State` but its rows: operations of tensors alone."""
+        """Return the fields of a :class:`State` except its rows, as a list of tensors."""
         with torch.enable_grad():
             rows = rows.detach().requires_grad_()
             start, other = self._densities(rows, batch)
             gradients = [_gradient(density, rows) for density in (start, other)]
         start, other = start.detach(), other.detach()
-        if self._from_prior:  # the other is log p(x|z)
+        if self._from_prior:  # here other is log p(x|z)
             return [start, other, *gradients]
         return [start, other - start, gradients[0], gradients[1] - gradients[0]]
 
     def _densities(self, rows: Tensor, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Return log p(z) and log p(x|z), or log q(z|x) and log p(x, z), each (C, B).
 
-        Each pair of them is a way to write the path in which no backward pass is done twice.
+        Either pair defines the path, and no part of it needs two backward passes.
         """
         if len(rows) > 1 and not self._vectorize:
             singles = [self._densities(row.unsqueeze(0), batch) for row in rows]
@@ -178,9 +179,9 @@ class TemperedPath:
         return self._log_guide(values, batch, len(rows)) + log_volume, t.log_joint + log_volume
 
     def _values(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Map rows onto the supports; return the values and the log of the Jacobians, (C, B).
+        """Map rows onto the supports, and return the values and the log-Jacobians, (C, B).
 
-        That of a masked number stays what it is: the number does not move.
+        The Jacobian of a masked number is constant, because the number does not move.
         """
         num_chains, batch_size = rows.shape[:2]
         values, log_volume = {}, rows.new_zeros(num_chains, batch_size)
@@ -201,7 +202,9 @@ class TemperedPath:
         try:
             return log_prob_given(self._guide, batch, values, in_plate, self._nesting)
         except ValueError as error:
-            raise ValueError(f'{error}. Start from the prior: AIS(start="prior")') from error
+            raise ValueError(
+                f'{error}. Or use AIS(start="prior"), which does not score the guide'
+            ) from error
 
     def _terms(self, guide: Program, batch: tuple[Tensor, ...], num_chains: int) -> Terms:
         t = terms(
@@ -221,7 +224,7 @@ class TemperedPath:
                 raise ValueError(
                     f"AIS moves latents along gradients, but latent site {name!r} is discrete. "
                     'Enumerate it in the model (infer={"enumerate": "parallel"}) and leave it out '
-                    'of the guide, or take evidence(method="importance")'
+                    'of the guide, or use evidence(method="importance")'
                 )
 
     def _refuse_what_changes(self, batch: tuple[Tensor, ...]) -> None:
@@ -231,14 +234,14 @@ class TemperedPath:
             if not torch.allclose(one, other, rtol=1e-4, atol=1e-4, equal_nan=True):
                 raise ValueError(
                     f"the density of the {what} of AIS differs from call to call at the same "
-                    "latents, as of a guide that refines itself by random steps, or a program that "
-                    "draws noise which is no site. Chains need one density: "
-                    'AIS(start="prior") leaves the guide out.'
+                    "latents. The guide may refine itself by random steps, or a program may sample "
+                    'noise outside of sites. Fix this noise, or use AIS(start="prior"), which does '
+                    "not score the guide."
                 )
 
 
 def _leading(rows: Tensor) -> Tensor:
-    """Take the chains' dimension away where there is one chain: the programs then have none."""
+    """Remove the dimension of the chains if there is one chain, as in the programs."""
     return rows.squeeze(0) if len(rows) == 1 else rows
 
 

@@ -1,4 +1,4 @@
-"""Importance weights, streamed: their mean, its error, and what tells whether to trust it."""
+"""Streams of importance weights: their mean, its standard error and its diagnostics."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pyro_vae.evaluation._psis import khat_of_tail, tail_length
 
 
 class WeightStream:
-    """Sums of weights and of their squares, and the largest weights, of chunks (K, B).
+    """Accumulates the weights of chunks (K, B).
+
+    Only their sum, the sum of their squares and the largest weights are kept.
 
     Args:
-        num_draws: how many weights there will be for each datum.
+        num_draws: the total number of weights per data point.
     """
 
     _ROWS_AT_A_TIME = 1000
@@ -27,7 +29,7 @@ class WeightStream:
         self._largest: Tensor | None = None
 
     def add(self, log_weights: Tensor) -> None:
-        """Take in log-weights, (K, B)."""
+        """Add log-weights, (K, B)."""
         self._waiting.append(log_weights)
         self.count += len(log_weights)
         if sum(map(len, self._waiting)) >= self._ROWS_AT_A_TIME or self.count == self._num_draws:
@@ -51,14 +53,17 @@ class WeightStream:
         return self._log_sums[0] - math.log(self.count)
 
     def effective_sample_size(self) -> Tensor:
-        r"""Return :math:`(\sum w)^2 / \sum w^2`, (B,): K for equal weights, 1 for a single one."""
+        r"""Return :math:`(\sum w)^2 / \sum w^2`, (B,).
+
+        It is K for equal weights, and 1 if a single weight is positive.
+        """
         return (2 * self._log_sums[0] - self._log_sums[1]).exp()
 
     def error(self) -> Tensor:
-        """Return the standard error of log_mean: that of the mean weight, over the mean weight."""
+        """Return the standard error of log_mean: the relative standard error of the mean weight."""
         if self.count == 1:
             return torch.full_like(self._log_sums[0], math.nan)
-        # sum(w^2) / sum(w)^2 is one over the effective sample size: 1/K for equal weights.
+        # sum(w^2) / sum(w)^2 is 1 / (effective sample size). It is 1/K for equal weights.
         inverse_size = (self._log_sums[1] - 2 * self._log_sums[0]).exp()
         return ((self.count * inverse_size - 1).clamp(min=0) / (self.count - 1)).sqrt()
 

@@ -163,7 +163,9 @@ def failures(rank):
         error, match = (MemoryError, "full") if rank else (RuntimeError, "failed in process 1")
         with pytest.raises(error, match=match):
             estimate(broken, guide, x, **options)
-    with pytest.raises(ValueError, match=r"the same data, got 130 data in 7 parts, 100 data in 5"):
+    with pytest.raises(
+        ValueError, match=r"the same data, got 130 data points in 7 parts, 100 data points in 5"
+    ):
         pv.evidence(model, guide, x[: 100 if rank else None], num_particles=2, **options)
     with pytest.raises(KeyboardInterrupt):  # before there was anything to keep
         pv.evidence(Calls(model, 1 if rank else 0, KeyboardInterrupt()), guide, x, **options)

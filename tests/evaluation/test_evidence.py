@@ -267,7 +267,7 @@ def test_an_evidence_that_is_not_finite_is_told():
     x = torch.randn(40)
     x[30:] = 1e20  # a quarter alone
     with pytest.warns(
-        pv.evaluation.UnreliableEvidence, match="-inf for 10 of 40 data, the first in row 30"
+        pv.evaluation.UnreliableEvidence, match="-inf for 10 of 40 data points, the first in row 30"
     ):
         estimate = pv.evidence(model, guide, x, batch_size=10, num_particles=100, seed=0)
     assert estimate.untrusted.tolist() == [False] * 30 + [True] * 10

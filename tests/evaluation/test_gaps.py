@@ -260,7 +260,7 @@ def test_a_failed_ascent_leaves_the_guide():
         gaps = pv.inference_gaps(oracle.model, mean_field(oracle), x, ascent=ascent, seed=0)
     assert (gaps.amortization_gap.values == 0).all()
     assert gaps.failed.tolist() == [True] * 8
-    assert "8 data below their start" in str(gaps)
+    assert "8 data points below their start" in str(gaps)
     assert (gaps.sources == 0).all()
     torch.testing.assert_close(gaps.parameters, mean_field(oracle).parameters_of(x).detach())
 
@@ -442,7 +442,7 @@ def test_gaps_refuse_bad_arguments_and_guides(pair, binary):
     evidence = pv.evidence(model, guide, binary[:7], num_particles=10)
     with pytest.raises(ValueError, match="7 values for 50 data"):
         pv.inference_gaps(model, guide, binary, evidence=evidence)
-    with pytest.raises(TypeError, match=r"what pv\.evidence gives"):
+    with pytest.raises(TypeError, match=r"a result of pv\.evidence"):
         pv.inference_gaps(model, guide, binary, evidence=evidence.values)
     with pytest.raises(ValueError, match="learning_rate must be positive"):
         pv.evaluation.Ascent(learning_rate=0.0)

@@ -219,14 +219,14 @@ def expanded(x, z):
 REFUSED = {
     "observed twice": (twice, "observed more than once"),
     "repeated": (expanded, "observed more than once"),
-    "in part": (half, "4 of the 12 numbers of x are not observed as they are"),
+    "in part": (half, "4 of the 12 numbers of x cannot be traced to an observed"),
     "mixed": (functools.partial(as_event, view=lambda x: x @ torch.eye(3)), "no observed site"),
     "two of them": (functools.partial(as_event, view=lambda x: x + x.flip(1)), "no observed site"),
     "in place": (functools.partial(as_event, view=lambda x: x.clone().mul_(2)), "no observed site"),
     "overwritten": (functools.partial(as_event, view=overwritten), "no observed site"),
     "replaced": (
         functools.partial(as_event, view=lambda x: torch.where(x[:, :1] >= 0, x, 0.0)),
-        "numbers of x are not observed as they are"),
+        "numbers of x cannot be traced to an observed site"),
 }  # fmt: skip
 
 

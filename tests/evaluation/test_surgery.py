@@ -534,7 +534,7 @@ def test_a_surgery_stopped_in_its_last_part_has_all_codes_scored():
     assert pv.elbo_surgery(oracle.model, oracle.guide, x, resume=stopped.value) == whole
     with pytest.raises(ValueError, match="resume is of 100 data, not of 90"):
         pv.elbo_surgery(oracle.model, oracle.guide, x[:90], resume=stopped.value)
-    with pytest.raises(ValueError, match="stopped with num_particles=1: it cannot go on with 2"):
+    with pytest.raises(ValueError, match="with num_particles=1, got num_particles=2"):
         pv.elbo_surgery(oracle.model, oracle.guide, x, resume=stopped.value, num_particles=2)
 
 
