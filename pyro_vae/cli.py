@@ -69,7 +69,7 @@ def compare(
     """
     started = time.perf_counter()
     console = Console(quiet=rank() > 0)
-    # Check before the training what the report needs afterwards.
+    # Check the requirements of the report before the training.
     positive_integer("--evidence-particles", evidence_particles)
     if report.is_dir() or not os.access(report.parent, os.W_OK):
         raise ValueError(
