@@ -1,4 +1,4 @@
-"""Variational autoencoders as pairs of Pyro programs: guides, objectives, honest evaluation."""
+"""Variational autoencoders as pairs of Pyro programs: guides, objectives and evaluation."""
 
 from pyro_vae import (
     datasets,

@@ -1,10 +1,10 @@
-"""The program ``pyro-vae``, which is also ``python -m pyro_vae``."""
+"""The program ``pyro-vae``, also run by ``python -m pyro_vae``."""
 
 import sys
 
 
 def main() -> None:
-    """Run the command line, or say which extra installs it."""
+    """Run the command line, or exit with the name of the extra that installs it."""
     try:
         from pyro_vae import cli
     except ImportError as error:

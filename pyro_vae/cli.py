@@ -1,4 +1,4 @@
-"""The command line: ``pyro-vae compare`` trains several pairs and says which is best, and why."""
+"""The command line: ``pyro-vae compare`` trains several pairs and compares them."""
 
 from __future__ import annotations
 
@@ -33,45 +33,50 @@ def compare(
         str, typer.Option(help=f"Data set: {', '.join(pv.datasets.names())}.")
     ] = "digits",
     latents: Annotated[
-        list[int], typer.Option(help="Latent size; give the option again for more of them.")
+        list[int], typer.Option(help="Latent size. Repeat the option for several sizes.")
     ] = (2, 10),
     hidden: Annotated[int, typer.Option(help="Width of the two hidden layers.")] = 200,
-    particles: Annotated[int, typer.Option(help="Particles of IWAE.")] = 10,
-    epochs: Annotated[int, typer.Option(help="At most this many passes over the data.")] = 200,
-    patience: Annotated[int, typer.Option(help="Epochs without gain before stopping.")] = 20,
-    batch_size: Annotated[int, typer.Option(help="Rows of a minibatch.")] = 100,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 2e-3,
+    particles: Annotated[int, typer.Option(help="Number of particles of IWAE.")] = 10,
+    epochs: Annotated[int, typer.Option(help="Maximum number of passes over the data.")] = 200,
+    patience: Annotated[
+        int, typer.Option(help="Epochs without a lower validation loss before stopping.")
+    ] = 20,
+    batch_size: Annotated[int, typer.Option(help="Minibatch size.")] = 100,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 2e-3,
     evidence_particles: Annotated[
-        int, typer.Option(help="Importance samples for each held-out datum.")
+        int, typer.Option(help="Importance samples per held-out data point.")
     ] = 1000,
     dynamic: Annotated[
-        bool, typer.Option("--dynamic", help="Binarise anew for each training minibatch.")
+        bool, typer.Option("--dynamic", help="Binarize each training minibatch at random.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of weights, order and noise.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of initial weights, data order and noise.")] = 0,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     folder: Annotated[
-        Path | None, typer.Option(help="Data folder; by default the variable PYRO_VAE_DATA.")
+        Path | None,
+        typer.Option(help="Data folder. The default is the environment variable PYRO_VAE_DATA."),
     ] = None,
-    report: Annotated[Path, typer.Option(help="HTML page to write.")] = Path(
+    report: Annotated[Path, typer.Option(help="Path of the HTML report.")] = Path(
         "pyro-vae-report.html"
     ),
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Folder for checkpoints; the same command goes on from what is there."),
+        typer.Option(help="Folder for checkpoints. The same command resumes from them."),
     ] = None,
 ) -> None:
-    """Train ELBO, MeanFieldELBO and IWAE at each latent size; compare them on the test data.
+    """Train with ELBO, MeanFieldELBO and IWAE at each latent size, and compare on the test data.
 
     Under torchrun, the processes share the work.
     """
     started = time.perf_counter()
     console = Console(quiet=rank() > 0)
-    # Fail before the training for what the end of it needs.
+    # Check the requirements of the report before the training.
     positive_integer("--evidence-particles", evidence_particles)
     if report.is_dir() or not os.access(report.parent, os.W_OK):
-        raise ValueError(f"cannot write --report {report}: name a file in a folder to write to")
-    require("jinja2", "report", "The page of a comparison")
-    require("matplotlib", "report", "The page of a comparison")
+        raise ValueError(
+            f"cannot write --report {report}. Pass the path of a file in a writable folder"
+        )
+    require("jinja2", "report", "The HTML report")
+    require("matplotlib", "report", "The HTML report")
     images = pv.datasets.load(
         data, binarize="dynamic" if dynamic else "fixed", seed=seed, folder=folder
     )
@@ -108,7 +113,7 @@ def compare(
                 progress=bar,
                 description=label,
             )
-        with seeded(seed):  # the aggregated posterior is over data as the guide saw them
+        with seeded(seed):  # the aggregated posterior needs the data as in training
             train = images.train if images.transform is None else images.transform(images.train)
         comparison = pv.compare(
             fits,
@@ -123,11 +128,11 @@ def compare(
     if rank() == 0:
         comparison.to_html(report)
     seconds = time.perf_counter() - started
-    console.print(Text(f"Report: {report.resolve()} ({seconds:.0f} s in all)"))
+    console.print(Text(f"Report: {report.resolve()} ({seconds:.0f} s in total)"))
 
 
 def _make_pair(data_size: int, latent_size: int, hidden: int, seed: int):
-    with seeded(seed):  # every pair of a size starts from the same weights
+    with seeded(seed):  # pairs of one size start from the same weights
         model = pv.LatentVariableModel(
             prior=pv.priors.StandardNormal(latent_size),
             likelihood=pv.likelihoods.Bernoulli(
@@ -139,7 +144,7 @@ def _make_pair(data_size: int, latent_size: int, hidden: int, seed: int):
 
 
 def main() -> None:
-    """Run the command line; say in one line what a user can put right."""
+    """Run the command line; print errors that a user can fix in one line."""
     try:
         with group_of_torchrun():
             app()

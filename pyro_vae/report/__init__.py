@@ -1,4 +1,4 @@
-"""Comparison: results side by side, for a person to read and for other tools to take up."""
+"""Reports on fitted pairs: comparisons, rate-distortion curves, and export to ArviZ."""
 
 from pyro_vae.report._arviz import to_arviz
 from pyro_vae.report._compare import Comparison, Entry, compare

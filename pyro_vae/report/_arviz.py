@@ -1,4 +1,4 @@
-"""A fitted pair as an ArviZ object, for the plots and diagnostics of that library."""
+"""Convert a fitted pair to an ArviZ object, for the plots and diagnostics of ArviZ."""
 
 from __future__ import annotations
 
@@ -26,32 +26,35 @@ def to_arviz(
     vectorize_particles: bool = True,
     seed: int | None = None,
 ) -> Any:
-    """Draw from a pair and put the draws into ArviZ's container.
+    """Sample from a pair, and return the samples in an ArviZ container.
 
-    Groups, each with the dimensions ``chain`` (of one), ``draw`` and ``datum`` first:
+    The container has these groups:
 
-    - ``posterior``: the latents, drawn from the guide;
-    - ``sample_stats``: ``log_weight``, log p(x, z) - log q(z|x), to weigh those draws;
-    - ``posterior_predictive``: the observed sites, drawn given the latents;
-    - ``observed_data``: x, dimension ``datum`` first.
+    - ``posterior``: the latents, sampled from the guide;
+    - ``sample_stats``: ``log_weight``, the log-weight log p(x, z) - log q(z|x) of those samples;
+    - ``posterior_predictive``: the observed sites, sampled given the latents;
+    - ``observed_data``: x.
 
-    There is no ``log_likelihood`` group: leave-one-out on log p(x|z) would judge how z explains a
-    datum that z has seen. Compare models by :func:`pyro_vae.compare`.
+    The first dimensions are ``chain`` (of size 1), ``draw`` and ``datum`` (the data point). In
+    ``observed_data``, the first dimension is ``datum``.
+
+    There is no ``log_likelihood`` group. Leave-one-out cross-validation on log p(x|z) would score
+    a data point under a z that was inferred from it. Compare models with :func:`pyro_vae.compare`.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        data: what :func:`pyro_vae.fit` takes; all draws are held in memory.
-        num_draws: for each datum.
+        data: the data, as in :func:`pyro_vae.fit`. All samples are held in memory.
+        num_draws: samples per data point.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
-        seed: fixes the draws.
+        seed: of the samples.
 
     Returns:
         ``arviz.InferenceData`` (ArviZ 0.x) or ``xarray.DataTree`` (ArviZ 1.x).
 
     Raises:
-        ValueError: bad data or arguments, or a pair that breaks the contract; a site is global or
-            scaled.
+        ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md). A
+            site is global or scaled.
         ImportError: The extra ``arviz`` is not installed.
 
     Example:
@@ -91,7 +94,7 @@ def to_arviz(
 
 
 def make_container(arviz: ModuleType, **groups: dict[str, np.ndarray]) -> Any:
-    """Make ArviZ's container of groups of arrays; its version decides which."""
+    """Return the container of the installed ArviZ version, with groups of arrays."""
     dims = {
         name: ["datum", *(f"{name}_dim_{i}" for i in range(value.ndim - leading))]
         for group, values in groups.items()

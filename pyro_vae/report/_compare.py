@@ -39,14 +39,14 @@ class Entry:
     """One pair of a comparison.
 
     Args:
-        name: of the pair.
+        name: name of the pair.
         evidence: log p(x) of the held-out data.
-        surgery: the terms of its ELBO; None where they cannot be had.
-        note: why not.
-        fit: how the pair was fitted; None if that is not known.
-        num_parameters: trainable numbers in model and guide.
-        pictures: a few held-out x, their reconstructions (E[x|z] for z from the guide) and as
-            many samples (for z from the prior); None where the model observes nothing like x.
+        surgery: the terms of the ELBO; None if they cannot be computed.
+        note: the reason why ``surgery`` is None.
+        fit: the fit of the pair; None if it is not known.
+        num_parameters: number of trainable values in model and guide.
+        pictures: a few held-out x, their reconstructions (E[x|z] for z from the guide) and as many
+            samples (E[x|z] for z from the prior). None if the model does not observe x.
     """
 
     name: str
@@ -62,11 +62,11 @@ class Entry:
 class Comparison:
     """Pairs on the same held-out data, the highest evidence first.
 
-    Shown in a terminal by ``rich.print(comparison)`` or ``print(comparison)``.
+    Show it in a terminal with ``rich.print(comparison)`` or ``print(comparison)``.
 
     Args:
-        entries: one for each pair.
-        num_train: how many data points the surgery is over.
+        entries: one per pair.
+        num_train: the number of data points of the surgery.
         image_shape: (height, width) of a row of data, if it is an image.
     """
 
@@ -75,29 +75,34 @@ class Comparison:
     image_shape: tuple[int, int] | None = None
 
     def difference(self, name: str) -> tuple[float, float]:
-        r"""Return a pair's log p(x) less that of the best, and its standard error.
+        r"""Return a pair's log p(x) minus that of the best pair, and the standard error.
 
-        The difference is taken datum by datum, so what makes a datum hard for both cancels:
-        :math:`\bar d` and :math:`s_d / \sqrt N` of :math:`d_n = \log \hat p(x_n) - \log
-        \hat p_{best}(x_n)`. Nats per datum; zero for the best itself.
+        They are :math:`\bar d` and :math:`s_d / \sqrt N` of :math:`d_n = \log \hat p(x_n) - \log
+        \hat p_{best}(x_n)`, in nats per data point. The difference is zero for the best pair. If a
+        data point is hard for both pairs, this cancels in the difference.
 
         Raises:
-            ValueError: no pair of that name.
+            ValueError: There is no pair of that name.
         """
         for entry in self.entries:
             if entry.name == name:
                 paired = entry.evidence.values - self.entries[0].evidence.values
                 return paired.mean().item(), standard_error(paired)
-        raise ValueError(f"no pair {name!r}: they are {[entry.name for entry in self.entries]}")
+        raise ValueError(
+            f"name must be one of {[entry.name for entry in self.entries]}, got {name!r}"
+        )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Return a row for each pair; nats per datum where no other unit is named."""
+        """Return a table with one row per pair.
+
+        Log-densities and the terms of the ELBO are in nats per data point.
+        """
         import pandas as pd
 
         return pd.DataFrame([self._row(entry) for entry in self.entries]).set_index("name")
 
     def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained HTML page: table, curves, reconstructions, samples.
+        """Write a self-contained HTML page with table, curves, reconstructions and samples.
 
         Raises:
             ImportError: The extra ``report`` is not installed.
@@ -132,14 +137,15 @@ class Comparison:
 
     def __rich__(self) -> Table:
         table = Table(
-            title=f"{len(self.entries[0].evidence.values)} held-out data, nats per datum",
-            caption=f"over {self.num_train} training data: -ELBO = distortion + rate, "
+            title=f"{len(self.entries[0].evidence.values)} held-out data points, "
+            "nats per data point",
+            caption=f"Surgery of {self.num_train} data points: -ELBO = distortion + rate, "
             "rate = mutual information + marginal KL",
-            box=None,  # eight columns have to fit eighty characters
+            box=None,  # eight columns must fit in eighty characters
             padding=(0, 1, 0, 0),
         )
         table.add_column("pair", no_wrap=True)
-        for header in ("log p(x)", "less the best", "k̂>0.7", "dist.", "rate", "MI", "mKL"):
+        for header in ("log p(x)", "difference", "k̂>0.7", "dist.", "rate", "MI", "mKL"):
             table.add_column(header, justify="right", no_wrap=True)
         for row in self.to_dataframe().itertuples():
             best = row.Index == self.entries[0].name
@@ -173,34 +179,36 @@ def compare(
     seed: int | None = 0,
     progress: bool | Progress = False,
 ) -> Comparison:
-    r"""Judge fitted pairs on the same held-out data.
+    r"""Compare fitted pairs on the same held-out data.
 
-    The target is the marginal log p(x) of each datum, an importance-sampling estimate whose
-    reliability is told datum by datum (k-hat): two ELBOs, each below its own evidence by its own
-    gap, cannot be compared. Beside it stand the terms of ELBO surgery, which say why.
+    The criterion is the marginal log p(x) of each data point, estimated by importance sampling. Its
+    k-hat shows for each data point how reliable the estimate is. Two ELBOs cannot be compared,
+    because each is below its own log p(x) by its own gap. The terms of ELBO surgery show where the
+    pairs differ.
 
-    A fit trains its pair in place, so that two fits of one pair, or of two pairs with a common
-    network, are two views of the last values. They are refused, unless what is common is frozen
-    or was trained by one of the fits alone.
+    A fit trains its pair in place. So two fits of one pair, or of two pairs with a common network,
+    would both show the last values. Such pairs are refused. They are accepted if the common part is
+    frozen, or if only one of the fits trained it.
 
     Args:
-        pairs: by name, (model, guide), or a :class:`pyro_vae.training.Fit`, which brings its
-            history.
-        data: held-out data; what :func:`pyro_vae.fit` takes.
-        train: data for the surgery, the training set as a rule; the held-out data by default.
-        num_particles: draws for each datum.
+        pairs: by name, (model, guide) or a :class:`pyro_vae.training.Fit`. The report also shows
+            the history of a Fit.
+        data: held-out data, as in :func:`pyro_vae.fit`.
+        train: data for the surgery, usually the training set. The default is the held-out data.
+        num_particles: importance samples per data point.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
-        image_shape: (height, width) of a row of data, to draw it in the report.
-        seed: fixes all draws.
-        progress: show bars; or a rich Progress to add them to.
+        image_shape: (height, width) of a row of data, for pictures in the report.
+        seed: of all samples.
+        progress: show progress bars, or add them to a rich Progress.
 
     Returns:
-        The :class:`Comparison`, the best first.
+        The :class:`Comparison`, with the best pair first.
 
     Raises:
-        ValueError: no pairs; bad data; a pair that breaks the contract; pairs that share trained
-            parameters, or a Fit whose pair another fit has changed since. All before any work.
-        TypeError: the pairs are no dictionary.
+        ValueError: There are no pairs. Data or an argument are invalid, or a pair breaks a rule
+            (docs/contract.md). Pairs share trained parameters. Another fit changed the pair of a
+            Fit later. All of these are raised before the first estimate.
+        TypeError: ``pairs`` is not a dictionary.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -224,10 +232,11 @@ def compare(
     check_call(compare, locals())
     if not isinstance(pairs, Mapping):
         raise TypeError(
-            f"pairs must be a dictionary of name to pair or Fit, got {type(pairs).__name__}"
+            "pairs must be a dictionary of pairs or Fits by name, such as {'a': (model, guide)}, "
+            f"got {type(pairs).__name__}"
         )
     if not pairs:
-        raise ValueError("compare needs at least one pair, got none")
+        raise ValueError("pairs must have at least one pair, got an empty dictionary")
     num_particles = positive_integer("num_particles", num_particles)
     if image_shape is not None:
         image_shape = _checked_shape(image_shape)
@@ -241,7 +250,8 @@ def compare(
     }
     if image_shape is not None and math.prod(image_shape) != held_out[0][0].numel():
         raise ValueError(
-            f"image_shape {image_shape} does not fit data of shape {tuple(held_out[0].shape)}"
+            f"image_shape {image_shape} does not fit data of shape {tuple(held_out[0].shape)}. "
+            "Pass a height and a width whose product is the number of values of a data point"
         )
     candidates, num_parameters = [], {}
     for name, (model, guide) in programs_of.items():
@@ -291,7 +301,7 @@ def compare(
 def _checked_shape(image_shape: tuple[int, int]) -> tuple[int, int]:
     if not isinstance(image_shape, tuple | list) or len(image_shape) != 2:
         raise TypeError(f"image_shape must be (height, width), got {image_shape!r}")
-    return tuple(positive_integer("each of image_shape", size) for size in image_shape)
+    return tuple(positive_integer("each size in image_shape", size) for size in image_shape)
 
 
 def _pictures(
@@ -301,7 +311,7 @@ def _pictures(
     try:
         reconstructions = reconstruct(model, guide, x, *covariates, seed=seed)
         return x, reconstructions, generate(model, x, *covariates, guide=guide, seed=seed)
-    except ValueError:  # it observes no x, or its programs want another number of rows
+    except ValueError:  # the model does not observe x, or needs another number of rows
         return None
 
 
@@ -316,7 +326,7 @@ def _unpack(name: str, pair) -> tuple[Program, Program]:
 
 
 def _check(model: Program, guide: Program, columns: tuple[Tensor, ...]) -> list[Tensor]:
-    """Refuse a pair that breaks the contract; return its trainable parameters."""
+    """Return the trainable parameters; raise ValueError if the pair breaks the contract."""
     data = Minibatches(columns, 100, device=device_of(model, guide))
     with parameter_store(model, guide), evaluation_mode(model, guide):
         trace = check_pair(model, guide, data.first(), data, weighs=True)

@@ -1,4 +1,4 @@
-r"""Points of a rate-distortion curve: what each nat of code buys."""
+r"""Points of a rate-distortion curve, and their plot."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ class RateDistortion:
     """Points of a rate-distortion curve.
 
     Args:
-        table: a row for each ``beta``, ascending: ``rate`` and ``distortion`` in nats per datum,
-            ``elbo`` (minus their sum), and of each its standard error for the population of the
-            data, ``..._error``.
-        entropy: H, what rate and distortion add up to at least: minus the average log p(x) that
-            was given; or else the least sum on the curve, which is no less.
-        refit: what was fitted for each beta.
+        table: one row per ``beta``, ascending, in nats per data point. The columns are ``rate``,
+            ``distortion``, ``elbo`` (minus their sum), and ``..._error``, the standard error of
+            each for the population of the data.
+        entropy: H, a lower bound of rate plus distortion. It is minus the average log p(x) of the
+            evidence that was passed. Without evidence, it is the smallest sum on the curve, which
+            is at least as large.
+        refit: ``"guide"`` or ``"both"``, as fitted for each beta.
     """
 
     table: pd.DataFrame
@@ -34,7 +35,7 @@ class RateDistortion:
         return f"{rows}\nrate + distortion >= {self.entropy:.3f} nats"
 
     def plot(self) -> Figure:
-        """Draw the curve, the line R + D = H, and its corners where H is positive.
+        """Plot the curve, the line R + D = H, and its ends. The end D = 0 needs a positive H.
 
         Raises:
             ImportError: The extra ``report`` is not installed.
@@ -63,11 +64,11 @@ class RateDistortion:
         ends = [0.0, max(h, self.table["rate"].max())]
         line = {"color": "#999999", "linestyle": "--", "zorder": 0}
         axes.plot(ends, [h - end for end in ends], label="R + D = H", **line)
-        corners = [((0.0, h), "R = 0, D = H: no code", "#ee6677")]
+        corners = [((0.0, h), "R = 0, D = H: auto-decoding limit", "#ee6677")]
         if h > 0:
-            corners.append(((h, 0.0), "D = 0, R = H: all in the code", "#228833"))
+            corners.append(((h, 0.0), "D = 0, R = H: auto-encoding limit", "#228833"))
         for (rate, distortion), name, colour in corners:
             axes.plot([rate], [distortion], "s", color=colour, label=name, clip_on=False, zorder=3)
         axes.legend(frameon=False)
-        axes.set(xlabel="rate R, nats per datum", ylabel="distortion D, nats per datum")
+        axes.set(xlabel="rate R, nats per data point", ylabel="distortion D, nats per data point")
         return figure

@@ -1,4 +1,4 @@
-"""Whether the pairs of a comparison are what their fits made of them, and do not share that."""
+"""Check that pairs have not changed since their fits, and share no trained parameters."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from pyro_vae._utils.identity import method_of, owner_of
 from pyro_vae.training import Fit
 
 _REMEDY = (
-    "A fit trains its pair in place. Make a pair of its own for each fit, or freeze what several "
-    "fits share before the second one (requires_grad_(False))"
+    "A fit trains its pair in place. Make a new pair for each fit, or freeze the shared part "
+    "before the second fit (requires_grad_(False))"
 )
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A pair that is to be compared.
+    """A pair to compare.
 
     Args:
-        name: of the pair.
+        name: name of the pair.
         model: program of p(x, z).
         guide: program of q(z|x).
-        fit: how it was fitted, None if a pair was given.
-        parameters: its trainable tensors.
+        fit: the Fit; None if (model, guide) was passed.
+        parameters: the trainable tensors of the pair.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Candidate:
     parameters: Sequence[Tensor]
 
     def is_pair_of(self, other: Candidate) -> bool:
-        """Tell whether the other has the same two programs."""
+        """Return whether the other candidate has the same two programs."""
         return all(
             owner_of(mine) is owner_of(its) and method_of(mine) == method_of(its)
             for mine, its in ((self.model, other.model), (self.guide, other.guide))
@@ -51,13 +51,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class _Now:
-    """A pair as it is now, and as its fit left it.
+    """The tensors of a pair, compared with the record of its fit.
 
     Args:
-        tensors: of the pair, by name.
-        recorded: ids of those whose values its fit left on record.
-        changed: names of those that have other values than on record.
-        is_fitted_again: whether there was another fit of the pair after the one that is given.
+        tensors: the tensors of the pair, by name.
+        recorded: ids of the tensors whose values the fit recorded.
+        changed: names of the tensors whose values differ from the record.
+        is_fitted_again: whether the pair was fitted again after the Fit that was passed.
     """
 
     tensors: dict[str, Tensor]
@@ -66,20 +66,20 @@ class _Now:
     is_fitted_again: bool
 
     def is_trainable(self, name: str) -> bool:
-        """Tell a parameter from a buffer, which a program may change whenever it runs."""
+        """Return False for a buffer, because any run of a program may change it."""
         tensor = self.tensors.get(name)
         return tensor is None or tensor.requires_grad or isinstance(tensor, Parameter)
 
 
 def require_distinct(candidates: Sequence[Candidate]) -> None:
-    """Refuse pairs that are not as their fits left them, or that may have trained one another's.
+    """Raise ValueError if a later fit changed a pair, or if two pairs share trained parameters.
 
-    A Fit whose pair was changed by something else than a fit is taken as it stands, with a warning.
+    If code other than a fit changed the pair of a Fit, the pair is accepted with a warning.
 
     Raises:
-        ValueError: a pair was fitted again after the Fit that is given; a tensor of a fitted pair
-            has changed since its fit, and another pair shares it; two pairs share trainable
-            parameters, and no fit tells whose they are.
+        ValueError: A pair was fitted again after the Fit that was passed. A tensor of a fitted pair
+            has changed since its fit, and another pair shares it. Two pairs share trainable
+            parameters, and no fit recorded their values.
     """
     now = {each.name: _now(each) for each in candidates}
     ids = {name: set(map(id, pair.tensors.values())) for name, pair in now.items()}
@@ -91,14 +91,15 @@ def require_distinct(candidates: Sequence[Candidate]) -> None:
             if sharing or pair.is_fitted_again:
                 shared = f", and {sharing[0]!r} shares it" if sharing else ""
                 raise ValueError(
-                    f"{each.name!r} is not as its fit left it: {name} has changed since{shared}. "
-                    f"{_REMEDY}; or pass (model, guide) in place of a Fit that was trained on."
+                    f"{each.name!r} differs from the result of its fit: {name} has changed "
+                    f"since{shared}. {_REMEDY}. If the pair of a Fit was trained again, pass "
+                    "(model, guide) instead."
                 )
         changed = [name for name in pair.changed if pair.is_trainable(name)]
         if changed and each.fit is not None:
             warnings.warn(
-                f"{each.name!r} is not as its fit left it: {changed[0]} has changed since. It is "
-                "compared as it stands, with the history of that fit",
+                f"{each.name!r} differs from the result of its fit: {changed[0]} has changed "
+                "since. It is compared with its current values, and the history of that fit",
                 stacklevel=3,
             )
     for one, other in itertools.combinations(candidates, 2):
@@ -107,8 +108,8 @@ def require_distinct(candidates: Sequence[Candidate]) -> None:
         if both and not one.is_pair_of(other):
             name = next(n for n, t in now[one.name].tensors.items() if id(t) in both)
             raise ValueError(
-                f"{one.name!r} and {other.name!r} share {name}, which both may have trained: "
-                f"its last value would stand in both rows. {_REMEDY}."
+                f"{one.name!r} and {other.name!r} share {name}, which both may have trained. Both "
+                f"would be compared with its last value. {_REMEDY}."
             )
 
 

@@ -1,4 +1,4 @@
-"""A comparison as one self-contained HTML page: nothing in it is fetched from anywhere."""
+"""Render a comparison as a self-contained HTML page, which loads no other files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pyro_vae.report._compare import Comparison
 # Heading, column of Comparison.to_dataframe, column of its standard error.
 COLUMNS = (
     ("log p(x)", "log_evidence", "standard_error"),
-    ("less the best", "difference", "difference_error"),
+    ("difference", "difference", "difference_error"),
     ("k̂ > 0.7", "unreliable_share", None),
     ("ELBO", "elbo", None),
     ("distortion", "distortion", None),
@@ -32,7 +32,7 @@ COLUMNS = (
 
 
 def render(comparison: Comparison) -> str:
-    """Return the page as a string of HTML."""
+    """Return the HTML of the page."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pyro_vae.report", "."),
         autoescape=True,
@@ -41,8 +41,8 @@ def render(comparison: Comparison) -> str:
         lstrip_blocks=True,
     )
     figures = [
-        ("Log-evidence, paired differences", plots.differences(comparison)),
-        ("Where the ELBO goes", plots.surgery_terms(comparison)),
+        ("Paired differences of log p(x)", plots.differences(comparison)),
+        ("Terms of the ELBO", plots.surgery_terms(comparison)),
         ("Learning curves", plots.learning_curves(comparison)),
     ]
     return environment.get_template("report.html.jinja").render(

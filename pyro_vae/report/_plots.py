@@ -1,4 +1,4 @@
-"""Figures of a comparison, drawn by matplotlib without its global state."""
+"""Figures of a comparison, drawn with matplotlib but without its global state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#7
 
 
 def learning_curves(comparison: Comparison) -> Figure | None:
-    """Draw the held-out loss of each epoch, or the training loss; None if no fit is known."""
+    """Plot the validation or training loss of each epoch; None if no pair has a fit."""
     fits = [(entry.name, entry.fit) for entry in comparison.entries if entry.fit is not None]
     if not fits:
         return None
@@ -30,17 +30,17 @@ def learning_curves(comparison: Comparison) -> Figure | None:
             label=name if held_out else f"{name} (training)",
         )
         floor = min(floor, losses.min())
-    # The first epochs would squeeze what matters: show the last part of the descent.
+    # The first epochs would dominate the axis. Show only the later part of the descent.
     late = [fit.history["loss"].iloc[len(fit.history) // 10] for _, fit in fits]
     if max(late) > floor:
         axes.set_ylim(floor - 0.05 * (max(late) - floor), max(late))
-    axes.set(xlabel="epoch", ylabel="loss, nats per datum (each its own objective's)")
+    axes.set(xlabel="epoch", ylabel="loss of each objective, nats per data point")
     axes.legend(frameon=False)
     return figure
 
 
 def differences(comparison: Comparison) -> Figure:
-    """Draw each pair's log p(x) less that of the best, with bars of two standard errors."""
+    """Plot each pair's log p(x) minus that of the best, with bars of two standard errors."""
     entries = comparison.entries[::-1]
     paired = [comparison.difference(entry.name) for entry in entries]
     figure = Figure(figsize=(8, 1 + 0.35 * len(entries)), layout="constrained")
@@ -55,12 +55,12 @@ def differences(comparison: Comparison) -> Figure:
     )
     axes.axvline(0, color="#999999", linewidth=0.8)
     axes.set_yticks(range(len(entries)), [entry.name for entry in entries])
-    axes.set_xlabel("log p(x) less that of the best, nats per datum, ± 2 standard errors")
+    axes.set_xlabel("log p(x) minus that of the best, nats per data point, ± 2 standard errors")
     return figure
 
 
 def surgery_terms(comparison: Comparison) -> Figure | None:
-    """Draw distortion, mutual information and marginal KL end to end: together, minus the ELBO."""
+    """Plot distortion, mutual information and marginal KL as one bar, minus the ELBO in all."""
     entries = [entry for entry in comparison.entries[::-1] if entry.surgery is not None]
     if not entries:
         return None
@@ -75,7 +75,7 @@ def surgery_terms(comparison: Comparison) -> Figure | None:
         )
         left += values
     axes.set_yticks(range(len(entries)), [entry.name for entry in entries])
-    axes.set_xlabel("nats per datum; the whole bar is minus the ELBO")
+    axes.set_xlabel("nats per data point; the whole bar is minus the ELBO")
     axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
@@ -84,8 +84,8 @@ def image_rows(rows: list[tuple[str, Tensor]], image_shape: tuple[int, int]) -> 
     """Draw rows of images, each row with its label.
 
     Args:
-        rows: label and images (B, D) in [0, 1] as a rule; each row is drawn on its own scale.
-        image_shape: (height, width), D their product.
+        rows: label and images (B, D), usually in [0, 1]. Each row has its own gray scale.
+        image_shape: (height, width), whose product is D.
     """
     count = max(len(images) for _, images in rows)
     height, width = image_shape

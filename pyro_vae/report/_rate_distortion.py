@@ -1,4 +1,4 @@
-r"""The rate-distortion curve of a pair, by fitting it anew for each weight of the rate."""
+r"""The rate-distortion curve of a pair, with one fit per weight of the rate."""
 
 from __future__ import annotations
 
@@ -57,49 +57,49 @@ def rate_distortion(
 ) -> RateDistortion:
     r"""Trace the rate-distortion curve of a pair (Alemi et al. 2018).
 
-    For each weight the pair is fitted to
+    For each beta, the pair is fitted to
 
     .. math::
         \max \; -D - \beta R, \qquad D = -\mathbb{E}\,\mathbb{E}_{q(z|x)} \log p(x|z), \quad
         R = \mathbb{E}\,\mathrm{KL}(q(z|x) \| p(z))
 
-    and its rate and distortion are measured. R + D is minus the ELBO, and never below minus
-    the average :math:`\log p(x)`. With ``refit="guide"`` the model stays as it is: the guide
-    then approximates :math:`q_\beta(z|x) \propto p(z) \, p(x|z)^{1/\beta}`, an annealed
-    likelihood, and the curve is convex, of slope :math:`dD/dR = -\beta`. With ``refit="both"``
-    the model moves too, and the curve is that of the whole family.
+    and then its rate and distortion are measured. R + D is minus the ELBO, and at least minus the
+    average :math:`\log p(x)`. With ``refit="guide"``, the model is fixed. The guide then
+    approximates :math:`q_\beta(z|x) \propto p(z) \, p(x|z)^{1/\beta}`, with an annealed likelihood.
+    The curve is convex, with slope :math:`dD/dR = -\beta`. With ``refit="both"``, the model is
+    fitted too, and the curve is that of the whole family of models.
 
-    The smallest beta begins with the pair as it is, each of the others where the one before it
-    ended. In the end, and after an error or an interruption, the pair's parameters and buffers
-    have the values that they had.
+    The first fit, for the smallest beta, starts from the current values of the pair. Each later fit
+    starts from the result of the fit before. At the end, the values of the pair's parameters and
+    buffers are restored, also after an error or an interrupt.
 
     Args:
         model: program of p(x, z), fitted.
         guide: program of q(z|x), fitted.
-        data: to fit to; what :func:`pyro_vae.fit` takes.
-        betas: positive numbers.
-        refit: what to fit for each: the ``"guide"`` alone, or ``"both"``.
-        test: data to measure on; ``data`` if not given.
-        evidence: log p(x) of the data measured on, by :func:`pyro_vae.evidence`; with
-            ``refit="guide"`` it gives the bound of the curve.
-        num_particles: draws for each datum when it is measured.
-        training_particles: and when it is fitted.
+        data: training data, as in :func:`pyro_vae.fit`.
+        betas: weights of the rate, positive numbers.
+        refit: the programs to fit for each beta, the ``"guide"`` alone or ``"both"``.
+        test: data to measure on. The default is ``data``.
+        evidence: log p(x) of the measured data, from :func:`pyro_vae.evidence`. It sets the bound
+            of the curve. Only for ``refit="guide"``.
+        num_particles: samples per data point in a measurement.
+        training_particles: samples per data point in a fit.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
-        seed: fixes all draws.
-        progress: show bars; or a rich Progress to add them to.
+        seed: of all samples.
+        progress: show progress bars, or add them to a rich Progress.
         description: text before the bars.
-        **fit_options: of :func:`pyro_vae.fit`: ``epochs``, ``learning_rate``, ``batch_size`` and
-            the like.
+        **fit_options: other arguments of :func:`pyro_vae.fit`, such as ``epochs``,
+            ``learning_rate`` and ``batch_size``.
 
     Returns:
         The :class:`RateDistortion`.
 
     Raises:
-        ValueError: bad data or arguments, or a pair that breaks the contract; a site is global or
-            scaled; the guide alone is to be fitted, and the model has parameters of it; the
-            evidence is of other data than are measured on.
-        TypeError: an option that is none of a fit's, or one that the curve sets itself; ``betas``
-            is no sequence, ``evidence`` no :class:`pyro_vae.evaluation.Evidence`.
+        ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md). A
+            site is global or scaled. ``refit`` is ``"guide"``, and the two programs share
+            parameters. ``evidence`` is of other data than the measured ones.
+        TypeError: An option is not an argument of a fit, or the curve sets it. ``betas`` is
+            not a sequence. ``evidence`` is not a :class:`pyro_vae.evaluation.Evidence`.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -123,10 +123,11 @@ def rate_distortion(
     if refit not in ("guide", "both"):
         raise ValueError(f"refit must be 'guide' or 'both', got {refit!r}")
     if own := [name for name in fit_options if name in _OWN_OPTIONS]:
-        raise TypeError(f"rate_distortion sets the fit's {own[0]!r} itself: leave it out")
+        raise TypeError(f"rate_distortion sets the fit's {own[0]!r} itself. Leave it out")
     if evidence is not None and refit == "both":
         raise ValueError(
-            "evidence is that of one model, and refit='both' fits one for each beta: leave it out"
+            "evidence must be None with refit='both', which fits another model for each beta. "
+            "Leave it out"
         )
     batch_size = fit_options.get("batch_size", 100)
     device = device_of(model, guide)
@@ -180,14 +181,14 @@ def rate_distortion(
                     ]
                 rows.append(_row(beta, *torch.cat(parts, 1)))
                 advance(1)
-        fits.find(model, guide).digests.clear()  # of the last fit, which is undone
+        fits.find(model, guide).digests.clear()  # the values of the last fit are not kept
     table = pd.DataFrame(rows).set_index("beta")
     entropy = -evidence.mean if evidence is not None else -table["elbo"].max()
     return RateDistortion(table, float(entropy), refit)
 
 
 def _rate_and_distortion(t: Terms) -> Tensor:
-    """Return both for each datum, averaged over the particles, (2, B)."""
+    """Return rate and distortion of each data point, averaged over particles, (2, B)."""
     return torch.stack([t.kl.double().mean(0), -t.log_likelihood.double().mean(0)])
 
 
@@ -199,15 +200,15 @@ def _row(beta: float, rate: Tensor, distortion: Tensor) -> dict[str, float]:
 
 
 def _check_evidence(evidence: Evidence | None, measured: Minibatches) -> None:
-    """Refuse an evidence that is none, or of other data than are measured on."""
+    """Raise an error unless the evidence is None, or an Evidence of the measured data."""
     if evidence is None:
         return
     if not isinstance(evidence, Evidence):
-        raise TypeError(f"evidence must be what pv.evidence gives, got {type(evidence).__name__}")
+        raise TypeError(f"evidence must be a result of pv.evidence, got {type(evidence).__name__}")
     if measured.num_data not in (None, len(evidence.values)):
         raise ValueError(
-            f"evidence has {len(evidence.values)} values for {measured.num_data} data to measure "
-            "on: estimate it for these data (test, or data if there are none)"
+            f"evidence has {len(evidence.values)} values for {measured.num_data} measured data "
+            "points. Estimate it for the same data (test, or data if test is None)"
         )
 
 
@@ -215,28 +216,28 @@ def _check_betas(betas: Sequence[float]) -> list[float]:
     scalar = getattr(betas, "ndim", 1) == 0
     if scalar or isinstance(betas, str | bytes | Tensor) or not isinstance(betas, Iterable):
         raise TypeError(f"betas must be a sequence of numbers, such as [0.5, 1], got {betas!r}")
-    betas = [positive_number("each of betas", beta) for beta in betas]
+    betas = [positive_number("each number in betas", beta) for beta in betas]
     if not betas:
-        raise ValueError("betas must hold at least one, got none")
+        raise ValueError("betas must have at least one number, got none")
     if len(set(betas)) < len(betas):
-        raise ValueError(f"betas must differ, got {betas}")
+        raise ValueError(f"betas must differ from each other, got {betas}")
     return sorted(betas)
 
 
 def _held(parameters: dict[str, list[Tensor]]) -> list[Tensor]:
-    """Return the model's parameters, none of which may be the guide's."""
+    """Return the model's parameters; raise ValueError if the guide has one of them."""
     of_guide = set(map(id, parameters["guide"]))
     if any(id(parameter) in of_guide for parameter in parameters["model"]):
         raise ValueError(
-            "refit='guide' keeps the model as it is, but model and guide share parameters (a "
-            "prior that runs the guide, a common network): pass refit='both'"
+            "refit='guide' fixes the model, but model and guide share parameters (a prior that "
+            "runs the guide, or a common network). Pass refit='both'"
         )
     return parameters["model"]
 
 
 @contextlib.contextmanager
 def _frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Let parameters have no gradient inside the block."""
+    """Disable the gradients of parameters inside the block."""
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -250,7 +251,7 @@ def _frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_before(model: Program, guide: Program) -> Iterator[None]:
-    """Give parameters and buffers back their values after the block."""
+    """Restore the values of parameters and buffers after the block."""
     tensors = [p for _, p in pyro.get_param_store().named_parameters()]
     for module in modules(model, guide):
         tensors += [*module.parameters(), *module.buffers()]

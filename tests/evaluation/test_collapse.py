@@ -391,7 +391,7 @@ def test_an_infinite_rate_is_told():
     assert report.rate == math.inf
     assert 1.5 < report.information < 2.0
     assert report.verdict.startswith("healthy: 1 of 1 units active, mutual information 1.")
-    assert "infinite rate: the guide draws where the prior has no mass" in str(report.surgery)
+    assert "infinite rate: the guide has samples where the prior has no mass" in str(report.surgery)
     assert "rate nan nats" in dataclasses.replace(report, surgery=None, rate=math.nan).verdict
 
 

@@ -420,7 +420,7 @@ def test_estimators_that_cannot_be_had():
     x = oracle.sample(20)
     with pytest.raises(ValueError, match="estimator must be one of"):
         pv.elbo_surgery(oracle.model, oracle.guide, x, estimator="all")
-    with pytest.raises(ValueError, match="minibatch, which has one"):
+    with pytest.raises(ValueError, match="at least two data points per minibatch, got one"):
         pv.elbo_surgery(oracle.model, oracle.guide, x, estimator="stratified", batch_size=1)
 
 
@@ -502,7 +502,7 @@ def test_a_surgery_that_was_stopped_goes_on_as_if_it_had_not_been(kind, monkeypa
         pv.elbo_surgery(oracle.model, guide, x, progress=Interrupting(at), **options)
     partial = stopped.value.partial
     assert 0 < partial.num_scored == stopped.value.state.num_done < 300
-    assert f"stopped: from the codes of {partial.num_scored} data" in str(partial)
+    assert f"interrupted: averages over {partial.num_scored} scored data points" in str(partial)
     assert partial.log_n == whole.log_n
     assert partial.rate == pytest.approx(partial.mutual_information + partial.marginal_kl)
     difference = abs(partial.mutual_information - whole.mutual_information)
@@ -532,7 +532,7 @@ def test_a_surgery_stopped_in_its_last_part_has_all_codes_scored():
     assert (partial.num_scored, partial.total_correlation) == (100, None)
     assert partial.mutual_information == whole.mutual_information
     assert pv.elbo_surgery(oracle.model, oracle.guide, x, resume=stopped.value) == whole
-    with pytest.raises(ValueError, match="resume is of 100 data, not of 90"):
+    with pytest.raises(ValueError, match="resume is of a call with 100 data points, got 90"):
         pv.elbo_surgery(oracle.model, oracle.guide, x[:90], resume=stopped.value)
     with pytest.raises(ValueError, match="with num_particles=1, got num_particles=2"):
         pv.elbo_surgery(oracle.model, oracle.guide, x, resume=stopped.value, num_particles=2)

@@ -173,7 +173,11 @@ def test_test_data_evidence_and_the_figure(pair, binary):
     texts = [text.get_text() for text in axes.texts]
     assert "β = 0.5" in texts
     names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert names == ["R + D = H", "R = 0, D = H: no code", "D = 0, R = H: all in the code"]
+    assert names == [
+        "R + D = H",
+        "R = 0, D = H: auto-decoding limit",
+        "D = 0, R = H: auto-encoding limit",
+    ]
     corners = [line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) == 1]
     assert [[0.0, curve.entropy]] in corners
     assert [[curve.entropy, 0.0]] in corners
@@ -198,13 +202,13 @@ def test_rate_distortion_refuses_bad_arguments_before_any_fit(pair, binary):
     with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
         pv.rate_distortion(model, guide, binary, [1.0], epoch=3)
     evidence = pv.evidence(model, guide, binary, num_particles=30)
-    with pytest.raises(ValueError, match="evidence is that of one model"):
+    with pytest.raises(ValueError, match="evidence must be None with refit='both'"):
         pv.rate_distortion(model, guide, binary, [1.0], refit="both", evidence=evidence)
     fit = {"epochs": 10**6}  # which never begins
-    with pytest.raises(TypeError, match="evidence must be what"):
+    with pytest.raises(TypeError, match="evidence must be a result"):
         pv.rate_distortion(model, guide, binary, [1.0], evidence=-20.0, **fit)
     for options in ({"data": binary[:20]}, {"data": binary, "test": binary[:20]}):
-        with pytest.raises(ValueError, match="evidence has 50 values for 20 data to measure on"):
+        with pytest.raises(ValueError, match="evidence has 50 values for 20 measured data"):
             pv.rate_distortion(model, guide, betas=[1.0], evidence=evidence, **options, **fit)
 
 

@@ -1,1 +1,1 @@
-"""ELBO surgery: the aggregated posterior, and what it takes from the bound."""
+"""ELBO surgery: the aggregated posterior, its mutual information and its marginal KL."""

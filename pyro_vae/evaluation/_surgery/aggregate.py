@@ -1,4 +1,4 @@
-"""The density of the aggregated posterior at any latents, for any guide that can be scored."""
+"""The log-density of the aggregated posterior at given values of the latents."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pyro_vae.evaluation._surgery.pairwise import LOG_DENSITIES_AT_A_TIME, log_d
 
 
 class Aggregate:
-    r""":math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)` of a guide and N data.
+    r"""The aggregated posterior :math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)` of N data points.
 
     Args:
         guide: program of q(z|x).
-        batches: the data, whose order must not change.
-        plate_nesting: how many batch dimensions the guide uses.
+        batches: the data. Their order must not change.
+        plate_nesting: the number of batch dimensions that the guide uses.
         vectorize_particles: score many latents in one run of the guide.
     """
 
@@ -52,19 +52,19 @@ class Aggregate:
 
         Args:
             values: by latent site, ``(M, *inner plates, *event)``.
-            without: for each value, the number of a datum whose posterior is left out of q_agg,
-                which is then that of N - 1 data, (M,).
+            without: for each value, the number of a data point to leave out of q_agg, (M,). The
+                average is then over N - 1 posteriors.
             advance: called with the number of values that were scored.
 
         Returns:
             Shape (M,), in nats, float64.
 
         Raises:
-            ValueError: the guide cannot be scored at values that it did not draw.
+            ValueError: The guide cannot score values that it did not sample.
         """
         count = len(next(iter(values.values())))
         at_once = self.num_data
-        if self._gaussians is None:  # the guide computes more than a density for each pair
+        if self._gaussians is None:  # running the guide costs more than a density per pair
             at_once = max(at_once, 100 * self._batches.batch_size)
         rows_at_a_time = max(1, LOG_DENSITIES_AT_A_TIME // at_once)
         found = []
@@ -78,7 +78,7 @@ class Aggregate:
         return torch.cat(found) - math.log(self.num_data - (without is not None))
 
     def _pairs(self, values: dict[str, Tensor]) -> Tensor:
-        """Score values under the posterior of each datum, (M, N)."""
+        """Score M values under the posterior of each of N data points, (M, N)."""
         if (q := self._gaussians) is not None:
             rows = [values[name].double().reshape(len(values[name]), -1) for name in q.sites]
             return log_densities(q.loc, q.scale, torch.cat(rows, dim=1))
@@ -89,16 +89,18 @@ class Aggregate:
 
 
 def refuse_masks(guide: Program, batch: Batch) -> None:
-    """Refuse a guide whose masks differ from datum to datum: it has no aggregated posterior.
+    """Raise ValueError if a mask of the guide can differ between data points.
+
+    A guide with such a mask has no aggregated posterior.
 
     Raises:
-        ValueError: it has such a mask.
+        ValueError: The guide has such a mask.
     """
     for site in random_sites(trace_of(as_guide(guide), *batch)):
         mask = None if is_loss_of_guide(site) else mask_of(site)
         if isinstance(mask, Tensor) and mask.numel() > 1:
             raise ValueError(
-                f"guide site {site['name']!r} is masked, differently from datum to datum: a code "
-                "of one datum has no density under the posterior of another, so there is no "
-                "aggregated posterior"
+                f"guide site {site['name']!r} has a mask that may differ between data points. The "
+                "aggregated posterior needs the density of each code under the posteriors of all "
+                "data points. Pass a guide without such masks"
             )

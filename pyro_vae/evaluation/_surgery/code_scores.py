@@ -1,4 +1,4 @@
-"""The codes that ELBO surgery draws, and how likely each is under the posteriors of other data."""
+"""Sample codes for ELBO surgery, and score them under the posteriors of other data points."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ from pyro_vae.evaluation._surgery.subsets import Estimator, random_subsets, subs
 
 @dataclass(frozen=True)
 class CodeScores:
-    """What was drawn and scored for N data, float64 on the CPU.
+    """The terms and scores of the codes of N data points, float64 on the CPU.
 
     Args:
-        averages: of the runs of the pair.
-        information: log q(z|x_n) - log q_agg(z), averaged over the codes of each datum, (N,).
-        done: for which data it is there, (N,).
-        of_dimensions: what each adds to the dimension-wise KL, (N,); None where it is not known.
-        one_prior: whether all data have one prior.
-        num_data: N, data that were not drawn for included.
+        averages: averages of the terms, from the runs of the pair.
+        information: log q(z|x_n) - log q_agg(z), averaged over the codes of each data point, (N,).
+        done: whether the information of a data point is computed, (N,).
+        of_dimensions: contribution of each data point to the dimension-wise KL, (N,); None if it
+            is not known.
+        one_prior: whether all data points have the same prior.
+        num_data: N, the number of all data points, with or without codes.
         parts: results that a resumed call does not compute again.
     """
 
@@ -68,22 +69,22 @@ class CodeScorer:
         self._gaussian = DiagonalGaussians.is_diagonal_gaussian(guide, self._first)
         self._one_prior = has_one_prior(model, guide, batches.spread())
         if not self._gaussian and batches.tensors is None:
-            # The guide is run on all data for each block of codes: a stream might draw them anew.
+            # The guide runs on all data once per block, and a stream may differ each time.
             columns = batches.in_memory()
             self._batches = Minibatches(columns, batches.batch_size, device=batches.device)
         self._codes: list[Codes] = []
         self._posteriors: list[DiagonalGaussians] = []
-        if self._gaussian:  # those of no data, lest a process have no part
+        if self._gaussian:  # a start without rows, for a process without data
             self._posteriors.append(DiagonalGaussians.read(guide, self._first).none())
 
     def exact(self) -> CodeScores:
-        """Score each code under the posteriors of all data.
+        """Score each code under the posteriors of all data points.
 
-        A resumed call draws the same codes, and scores those that were not scored. An interrupt
-        while codes are drawn, which takes far less time, leaves nothing.
+        A resumed call samples the same codes, and scores those without a score. Sampling takes far
+        less time than scoring, and an interrupt of it leaves no result.
 
         Raises:
-            KeyboardInterrupt: There came an interrupt before any code was scored.
+            KeyboardInterrupt: An interrupt came before any code was scored.
             ValueError: The interrupted call had another number of data points.
         """
         parts = self._runner.map_batches(self._draw, lazy_batches(self._batches), last=False)
@@ -97,7 +98,10 @@ class CodeScorer:
         if self._runner.done:
             ((information, done),) = self._runner.done
             if len(done) != num_data:
-                raise ValueError(f"resume is of {len(done)} data, not of {num_data}")
+                raise ValueError(
+                    f"resume is of a call with {len(done)} data points, got {num_data} data "
+                    "points. Pass the data of that call"
+                )
         information, done, of_dimensions = information[index], done[index], None
         try:
             block = self._block(index, num_data)
@@ -126,7 +130,7 @@ class CodeScorer:
             size: M, data points of a minibatch.
 
         Raises:
-            KeyboardInterrupt: There came an interrupt before any code was scored.
+            KeyboardInterrupt: An interrupt came before any code was scored.
             ValueError: A minibatch has fewer than two data points.
         """
         columns, known = self._batches.in_memory(), self._runner.done
@@ -143,7 +147,7 @@ class CodeScorer:
             return *TermAverages.part(t), subset_information(pairs, num_data, estimator)
 
         for rows in all_rows[: len(known)][self._group.rank :: self._group.num_processes]:
-            with seeded(0):  # the draws of the guide are not used
+            with seeded(0):  # the samples of the guide are not used
                 self._keep(self._read(read(rows)))
         parts = self._runner.map_batches(
             score,
@@ -188,7 +192,7 @@ class CodeScorer:
             self._posteriors.append(posteriors)
 
     def _own_data(self, parts: Sequence[Part], num_known: int = 0) -> Tensor:
-        """Return the numbers of this process's data, in the order that it has their posteriors."""
+        """Return the numbers of this process's data points, in the order of its posteriors."""
         rank, step = self._group.rank, self._group.num_processes
         numbers = torch.arange(sum(len(part[0]) for part in parts))
         of_parts = numbers.split([len(part[0]) for part in parts])
@@ -218,7 +222,7 @@ class CodeScorer:
         )
 
     def _pairs(self, batch: Batch, codes: Codes) -> Tensor:
-        """Score the codes of a minibatch under its own data, (K, M, M)."""
+        """Score the codes of a minibatch under the posteriors of its M data points, (K, M, M)."""
         if (q := codes.posteriors) is not None:
             return log_densities(q.loc, q.scale, codes.values)
         rows = {name: value.flatten(0, 1) for name, value in codes.values.items()}
@@ -228,7 +232,7 @@ class CodeScorer:
         return pairs
 
     def _of_dimensions(self) -> Tensor | None:
-        """Return what each datum adds to the dimension-wise KL, where dimensions make sense."""
+        """Return each data point's contribution to the dimension-wise KL, or None."""
         self._runner.advance(0, "dimensions")
         if not self._gaussian or not self._one_prior:
             return None
@@ -244,7 +248,7 @@ class CodeScorer:
     def _gather(
         self, index: Tensor, columns: Sequence[Tensor], of_dimensions: Tensor | None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Gather the columns of all processes, in the order of the data."""
+        """Gather the columns of all processes, in the order of the data points."""
         shares = self._group.gather_last((index, columns, of_dimensions))
         indices, columns_of, of_dimensions_of = zip(*shares, strict=True)
         order = torch.cat(indices).argsort()

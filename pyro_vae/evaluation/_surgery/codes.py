@@ -1,4 +1,4 @@
-"""What ELBO surgery takes from each run of a pair."""
+"""The codes and the average terms of a run of a pair, for ELBO surgery."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from pyro_vae._programs.terms import Terms
 from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
 
-Sums = dict[str, Tensor]  # of the parts of a KL, over data
+Sums = dict[str, Tensor]  # sums over data points of the parts of a KL
 Part = tuple[Tensor, Tensor, Tensor, Sums | None, Sums | None]
 
 
 @dataclass(frozen=True)
 class Codes:
-    """The codes that were drawn for B data, K for each.
+    """K codes for each of B data points.
 
     Args:
-        posteriors: of the data, if they are diagonal Gaussians.
-        values: the codes, (K, B, d); or by latent site, if the guide is to be run on them.
-        log_guide: log q(z|x_b) of each code under its own datum, (K, B).
+        posteriors: of the data points, if they are diagonal Gaussians.
+        values: the codes, (K, B, d). If the guide must be run on them, a dictionary by site.
+        log_guide: log q(z|x_b) of each code under the posterior of its own data point, (K, B).
     """
 
     posteriors: DiagonalGaussians | None
@@ -31,21 +31,21 @@ class Codes:
 
     @classmethod
     def of(cls, t: Terms, posteriors: DiagonalGaussians | None) -> Codes:
-        """Take them from a run."""
+        """Read the codes of a run."""
         values = t.samples if posteriors is None else posteriors.codes(t.samples)
         return cls(posteriors, values, t.log_guide)
 
 
 @dataclass(frozen=True)
 class TermAverages:
-    """What runs of a pair give for N data, averaged over particles; float64 on the CPU.
+    """The terms of N data points, averaged over particles; float64 on the CPU.
 
     Args:
         log_likelihood: log p(x_n|z), (N,).
         rate: the KL of each posterior to the prior, (N,).
-        sampled_rate: the same from the codes, (N,).
-        kl_of_sites: average part of the rate, by latent site; None where it is not known.
-        kl_of_dimensions: that of each number of each site; likewise.
+        sampled_rate: the same KL, estimated from the codes, (N,).
+        kl_of_sites: average part of the rate, by latent site; None if it is not known.
+        kl_of_dimensions: average part of each number of each site; None if it is not known.
     """
 
     log_likelihood: Tensor
@@ -70,7 +70,7 @@ class TermAverages:
         """Merge the averages of minibatches.
 
         Raises:
-            ValueError: a likelihood is zero or infinite, a rate is NaN, or minus infinity.
+            ValueError: A log-likelihood is NaN or infinite. A rate is NaN or minus infinity.
         """
         *columns, of_sites, of_dimensions = zip(*parts, strict=True)
         log_likelihood, rate, sampled_rate = map(torch.cat, columns)
@@ -85,7 +85,7 @@ class TermAverages:
 
 
 def _sums(parts: Callable[[], dict[str, Tensor]]) -> Sums | None:
-    """Sum the parts of a KL over the data, averaged over particles; None if there are no parts."""
+    """Average the parts of a KL over particles, and sum over data; None if there are no parts."""
     try:
         return {name: kl.double().mean(0).sum(0).cpu() for name, kl in parts().items()}
     except ValueError:
@@ -93,7 +93,10 @@ def _sums(parts: Callable[[], dict[str, Tensor]]) -> Sums | None:
 
 
 def _require_numbers(log_likelihood: Tensor, rate: Tensor) -> None:
-    """Refuse terms that say nothing; an infinite rate says that the prior has no mass somewhere."""
+    """Raise ValueError if a log-likelihood is not finite, or a rate is NaN or minus infinity.
+
+    A rate of plus infinity is valid. The prior then has no mass at a sample of the guide.
+    """
     bad = {
         "log-likelihood": ~log_likelihood.isfinite(),
         "rate (log q(z|x) - log p(z))": ~(rate > -torch.inf),
@@ -102,14 +105,14 @@ def _require_numbers(log_likelihood: Tensor, rate: Tensor) -> None:
         if rows.any():
             row = int(rows.nonzero()[0])
             raise ValueError(
-                f"the {name} is not finite for {int(rows.sum())} of {len(rows)} data: "
-                f"{values[row].item()} in row {row}. Look at the scale of the data, and for values "
-                "that the likelihood gives a density of zero"
+                f"the {name} is not finite for {int(rows.sum())} of {len(rows)} data points. It is "
+                f"{values[row].item()} in row {row}. Check the scale of the data, and look for "
+                "values that have zero density under the likelihood"
             )
 
 
 def _average(parts: Sequence[Sums | None], count: int) -> Sums | None:
-    """Average over all data; None where the parts are not known, or not the same, of some."""
+    """Average over all data points; None if a minibatch has no parts, or other ones."""
     if None in parts or any(part.keys() != parts[0].keys() for part in parts):
         return None
     return {name: torch.stack([part[name] for part in parts]).sum(0) / count for name in parts[0]}

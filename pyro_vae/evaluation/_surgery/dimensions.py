@@ -1,4 +1,4 @@
-r"""Each dimension of the aggregated posterior against the prior's.
+r"""The KL from each dimension of the aggregated posterior to that of the prior.
 
 .. math::
     \mathrm{KL}(q_{agg}(z) \| p(z)) = \underbrace{\mathrm{KL}\Big(q_{agg}(z) \Big\| \prod_j
@@ -6,9 +6,9 @@ r"""Each dimension of the aggregated posterior against the prior's.
     + \underbrace{\sum_j \mathrm{KL}(q_{agg}(z_j) \| p(z_j))}_{\text{dimension-wise KL}}
 
 (Chen et al. 2018, eq. 2) for a prior with independent dimensions. A dimension of q_agg is a
-mixture of N Gaussians on the line: its KL is an integral over one number, and is taken by
-quadrature, which has no sampling error. The trapezoid rule integrates a Gaussian of standard
-deviation s with a relative error of 2 exp(-2 pi^2 s^2 / h^2) for a step h.
+mixture of N Gaussians on the line. Its KL is a one-dimensional integral, computed by quadrature
+without sampling error. The trapezoid rule with a step h integrates a Gaussian of standard
+deviation s with a relative error of 2 exp(-2 pi^2 s^2 / h^2).
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from pyro_vae.evaluation._surgery.pairwise import (
 
 LogPrior = Callable[[Tensor], Tensor]
 
-_REACH = 9.0  # standard deviations; 1e-18 of a Gaussian lies beyond
-_STEPS = 2.0  # in the smallest standard deviation: of such a Gaussian, 1e-34 is lost
-_MOST_DENSITIES = 20_000_000_000  # under a minute
-# Of one dimension. With more, products of matrices lose digits, and a grid fills the memory.
+_REACH = 9.0  # standard deviations; a Gaussian has a mass of 1e-18 outside
+_STEPS = 2.0  # per smallest standard deviation, for a relative error of 1e-34
+_MOST_DENSITIES = 20_000_000_000  # they take under a minute
+# Per dimension. With more, matrix products lose digits and a grid fills the memory.
 _MOST_INTERVALS = 2 * WIDEST * _STEPS
 
 
@@ -52,13 +52,13 @@ def independent_prior(model: Program, guide: Program, batch: Batch) -> LogPrior 
     """Return the log-density of each dimension of the prior; None if they are not independent.
 
     Args:
-        model: program of p(x, z), whose prior is one for all data.
+        model: program of p(x, z), with the same prior for all data points.
         guide: program of q(z|x).
         batch: a minibatch.
 
     Returns:
-        A function of values (G, d), or None: the model has several latents, or its prior is of
-        dependent dimensions, is masked or scaled.
+        A function of values (G, d). None if the model has several latents, or if its prior has
+        dependent dimensions, a mask or a scale.
     """
     if _only_latent(model, guide, batch) is None:
         return None
@@ -79,23 +79,23 @@ def dimension_wise_kl(
     group: Group,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Tensor | None:
-    r"""Return what each datum adds to :math:`\mathrm{KL}(q_{agg}(z_j) \| p(z_j))`.
+    r"""Return each data point's contribution to :math:`\mathrm{KL}(q_{agg}(z_j) \| p(z_j))`.
 
-    That is :math:`\int q(z_j|x_n) \log (q_{agg}(z_j) / p(z_j)) \, dz_j`. Its average over the data
-    is the KL, and its spread gives the KL's sampling error: to first order a datum changes the KL
-    through this integral alone.
+    It is :math:`\int q(z_j|x_n) \log (q_{agg}(z_j) / p(z_j)) \, dz_j`. Its average over the data
+    is the KL. Its spread yields the sampling error of the KL, because to first order a data point
+    changes the KL through this integral alone.
 
-    Of several processes each integrates for its own data; the densities on the grid are summed over
-    the processes.
+    In a group, each process integrates for its own data points. The densities on the grid are
+    summed over the processes.
 
     Args:
         q: the posteriors of this process's data points.
-        log_prior: log-density of each dimension, of values (G, d).
+        log_prior: log-density of each dimension, a function of values (G, d).
         group: the processes.
-        advance: called with the number of dimensions that were done.
+        advance: called with the number of dimensions that are done.
 
     Returns:
-        Shape (n, d), in nats, float64; None where posteriors are too narrow for a grid.
+        Shape (n, d), in nats, float64. None if posteriors are too narrow for a grid.
     """
     count, low, high, narrowest = _extent(q, group)
     intervals = _STEPS * (high - low) / narrowest
@@ -122,7 +122,7 @@ def dimension_wise_kl(
 
 
 def _extent(q: DiagonalGaussians, group: Group) -> tuple[int, Tensor, Tensor, Tensor]:
-    """Return N, the ends of the grids, and the narrowest standard deviations, of all processes."""
+    """Return N, the ends of the grids and the smallest standard deviations, over all processes."""
     count, device = len(q.loc), q.loc.device
     ends = [q.loc - _REACH * q.scale, -q.loc - _REACH * q.scale, q.scale]
     found = group.gather((count, *(each.amin(0) for each in ends)) if count else None)
@@ -132,7 +132,11 @@ def _extent(q: DiagonalGaussians, group: Group) -> tuple[int, Tensor, Tensor, Te
 
 
 def _only_latent(model: Program, guide: Program, batch: Batch) -> Site | None:
-    """Return the model's latent, if it is the only one, in the plate "data" alone, unscaled."""
+    """Return the model's latent site; None if its dimensions cannot be integrated one by one.
+
+    It must be the only latent, have independent dimensions, and be inside the plate "data" alone,
+    without a mask or a scale.
+    """
     guide_trace = trace_of(as_guide(guide), *batch)
     trace = trace_of(replay(model, guide_trace), *batch)
     latents = [site for site in random_sites(trace) if not site["is_observed"]]

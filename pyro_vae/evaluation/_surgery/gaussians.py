@@ -1,4 +1,4 @@
-"""The posteriors of a guide that are diagonal Gaussians, read off its run."""
+"""Posteriors that are diagonal Gaussians, read from a run of the guide."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from pyro_vae.datasets._minibatches import Batch
 
 @dataclass(frozen=True)
 class DiagonalGaussians:
-    """q(z|x) for B data points, all latents of a datum in a row.
+    """The posteriors q(z|x) of B data points, with all latents of a data point in one row.
 
     Args:
         loc: means (B, d), float64.
         scale: standard deviations (B, d), float64.
         sites: names of the latent sites, in the order of the row.
-        real: whether the Gaussian is that of z itself, not of what a bijection maps onto z.
+        real: whether z itself is Gaussian. False if a bijection maps a Gaussian onto z.
     """
 
     loc: Tensor
@@ -54,10 +54,10 @@ class DiagonalGaussians:
 
     @classmethod
     def read(cls, guide: Program, batch: Batch) -> DiagonalGaussians | None:
-        """Read them off one run of a guide; None if it is no diagonal Gaussian.
+        """Read the posteriors from one run of a guide; None if it is not a diagonal Gaussian.
 
-        A Gaussian mapped onto a support by a bijection that is the same for all data counts: the
-        bijection leaves log q(z|x_n) - log q_agg(z) as it is.
+        A bijection may map the Gaussian onto a support, if it is the same for all data points. It
+        does not change log q(z|x_n) - log q_agg(z).
         """
         trace = trace_of(as_guide(guide), *batch)
         sites = [site for site in random_sites(trace) if not is_loss_of_guide(site)]
@@ -70,9 +70,10 @@ class DiagonalGaussians:
 
     @classmethod
     def is_diagonal_gaussian(cls, guide: Program, batch: Batch) -> bool:
-        """Tell whether a guide is a diagonal Gaussian, its parameters a function of x alone.
+        """Return whether a guide is a diagonal Gaussian with parameters that depend on x alone.
 
-        Those of a hierarchical guide change with what it drew above.
+        The parameters of a hierarchical guide differ between two runs, because they also depend on
+        samples of other latents.
         """
         first, second = cls.read(guide, batch), cls.read(guide, batch)
         if first is None or second is None:
@@ -81,16 +82,20 @@ class DiagonalGaussians:
 
     @classmethod
     def concatenate(cls, parts: Sequence[DiagonalGaussians]) -> DiagonalGaussians:
-        """Put those of several minibatches together."""
+        """Concatenate the posteriors of several minibatches."""
         loc, scale = torch.cat([p.loc for p in parts]), torch.cat([p.scale for p in parts])
         return cls(loc, scale, parts[0].sites, parts[0].real)
 
     def none(self) -> DiagonalGaussians:
-        """Return those of no data."""
+        """Return the posteriors of zero data points."""
         return replace(self, loc=self.loc[:0], scale=self.scale[:0])
 
     def codes(self, samples: dict[str, Tensor]) -> Tensor:
-        """Put the guide's draws in a row, (K, B, d); draw anew where a bijection hides them."""
+        """Return K codes per data point as rows, (K, B, d).
+
+        They are the guide's samples. If a bijection maps the Gaussian onto z, they are new samples
+        of the Gaussian.
+        """
         if self.real:
             rows = [samples[name] for name in self.sites]
             return torch.cat([r.reshape(*r.shape[:2], -1) for r in rows], dim=2).double()
@@ -111,7 +116,7 @@ def _read_site(site: Site) -> tuple[Tensor, Tensor, bool] | None:
         base = base_distribution(base.base_dist)
     if not isinstance(base, Normal):
         return None
-    event_dim = base.loc.dim() - len(fn.batch_shape)  # of what the bijection starts from
+    event_dim = base.loc.dim() - len(fn.batch_shape)  # of the input of the bijection
     loc, scale = (
         p.double().movedim(frame.dim - event_dim, 0).reshape(frame.size, -1)
         for p in (base.loc, base.scale)
@@ -120,7 +125,7 @@ def _read_site(site: Site) -> tuple[Tensor, Tensor, bool] | None:
 
 
 def _is_fixed(transform: Transform) -> bool:
-    """Whether a transform is known to have no parameters that differ from datum to datum."""
+    """Return whether a transform is known to be the same for all data points."""
     if isinstance(transform, ComposeTransform):
         return all(map(_is_fixed, transform.parts))
     if isinstance(transform, IndependentTransform):

@@ -1,10 +1,14 @@
-r"""How much a code tells about its datum: log q(z|x_n) - log q_agg(z) for codes z drawn for x_n.
+r"""The information of codes about their data points: log q(z|x_n) - log q_agg(z).
 
-With q_agg(z) = (1/N) sum_j q(z|x_j), its average is the mutual information I_q[n, z] (Hoffman &
-Johnson 2016, sec. 3). Each code is scored under the posteriors of all N data points: by matrix
-products if they are diagonal Gaussians, else by running the guide on the given codes. Of several
-processes each scores the codes of its own data. The Gaussians travel to it from the processes that
-have them; where the guide is run, each runs it on all data, and nothing travels.
+Here z is a code of x_n, and q_agg(z) = (1/N) sum_j q(z|x_j) is the aggregated posterior. The
+average over codes is the mutual information I_q[x, z] (Hoffman & Johnson 2016, sec. 3).
+
+Each code is scored under the posteriors of all N data points. Matrix products score diagonal
+Gaussians. Any other guide is run on the given codes.
+
+In a group, each process scores the codes of its own data points. It receives the Gaussians of the
+other processes. A guide that is run on the codes runs in each process on all data, so nothing is
+sent.
 """
 
 from __future__ import annotations
@@ -30,18 +34,18 @@ from pyro_vae.evaluation._surgery.pairwise import (
     log_sums,
 )
 
-_GAUSSIANS_AT_A_TIME = 65_536  # between two interrupts, and in a message
-_CODES = 16_384  # so many that to have the Gaussians sent takes far less than to score with them
-_CODES_OF_A_THREAD = 4_096  # where nothing is sent: seconds, which are all that an interrupt loses
+_GAUSSIANS_AT_A_TIME = 65_536  # between two checks for an interrupt, and in one message
+_CODES = 16_384  # enough that scoring takes far longer than sending the Gaussians
+_CODES_OF_A_THREAD = 4_096  # if nothing is sent; an interrupt loses some seconds of work
 
 
 @dataclass(frozen=True)
 class Block:
-    """How to score the codes of some of a process's data.
+    """The scoring of a process's codes, block by block.
 
     Args:
-        size: data of a block.
-        score: gives the information of those between two numbers, (size,).
+        size: number of data points in a block.
+        score: returns the information of the data points in a slice, (size,).
     """
 
     size: int
@@ -49,12 +53,12 @@ class Block:
 
 
 def of_gaussians(group: Group, q: DiagonalGaussians, codes: Tensor) -> Block:
-    """Score codes of diagonal Gaussians by matrix products.
+    """Return a block that scores codes of diagonal Gaussians by matrix products.
 
     Args:
         group: the processes.
         q: the posteriors of this process's n data points.
-        codes: draws from them, (K, n, d).
+        codes: K samples from each of them, (K, n, d).
     """
     extents = group.gather(Extent.of(q.loc, q.scale, codes) if len(q.loc) else None)
     counts = [0 if extent is None else int(extent.count) for extent in extents]
@@ -105,20 +109,20 @@ def of_guide(
     plate_nesting: int,
     vectorize_particles: bool,
 ) -> Block:
-    """Score codes by running the guide on them.
+    """Return a block that scores codes by running the guide on them.
 
     Args:
         group: the processes.
         guide: program of q(z|x).
-        batches: all N data points, the same ones in the same order at each pass.
-        codes: those of n data by latent site, each ``(K, n, *inner plates, *event)``.
-        log_guide: log q(z|x_n) of each code under its own datum, (K, n).
-        index: the number of each of the n data among the N, (n,).
+        batches: all N data points, in the same order at each pass.
+        codes: codes of n data points by latent site, each ``(K, n, *inner plates, *event)``.
+        log_guide: log q(z|x_n) of each code under the posterior of its own data point, (K, n).
+        index: the number of each of the n data points among the N, (n,).
         num_data: N.
-        plate_nesting: how many batch dimensions the guide uses.
+        plate_nesting: the number of batch dimensions that the guide uses.
         vectorize_particles: score many codes in one run of the guide.
     """
-    # The guide computes more than a density for each pair.
+    # Running the guide costs more than a density per pair.
     size = max(1, LOG_DENSITIES_AT_A_TIME // (100 * batches.batch_size) // len(log_guide))
 
     def score(rows: slice) -> Tensor:
@@ -155,17 +159,18 @@ def score_all(
     done: Tensor,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Score the codes of all data, block by block, but those that are done in every process.
+    """Score the codes of all data points, block by block.
 
-    A block that is interrupted is left as it was. A block's random numbers, if scoring has any (the
-    order of a shuffled stream), are the same whether or not those before it are done.
+    Blocks that are done in every process are skipped. An interrupt leaves the results of the
+    current block unchanged. The random numbers of a block do not depend on the blocks that are
+    skipped. Scoring uses random numbers for the order of a shuffled stream.
 
     Args:
         group: the processes.
-        block: how to score.
-        information: what to write to, for each of this process's n data, (n,).
-        done: whether it is there already; written to as well, (n,).
-        advance: called with the number of data that were scored, in all processes.
+        block: the scoring.
+        information: results for each of this process's n data points, changed in place, (n,).
+        done: whether a data point has a result, changed in place, (n,).
+        advance: called with the number of data points of a block, summed over all processes.
     """
     starts = range(0, len(done), block.size)
     to_do = torch.tensor([not done[start : start + block.size].all() for start in starts])

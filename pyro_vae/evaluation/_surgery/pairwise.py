@@ -1,11 +1,14 @@
-r"""All pairs of Gaussian posteriors and codes: matrix products, exponentials, sums.
+r"""Log-densities of codes under many Gaussian posteriors, and sums over the posteriors.
 
-The square in :math:`-\tfrac12 \sum_d (z_d - \mu_{jd})^2 / \sigma_{jd}^2` is multiplied out, so that
-the exponents of all pairs are one product of :math:`(z^2, z, 1)` with
-:math:`(-1/(2\sigma^2), \mu/\sigma^2, c)`. Where posteriors are narrow the product cancels most of
-its digits: it is taken in float64. Blocks are small enough to stay in a processor's cache between
-the three steps. Where posteriors are so narrow that float64 is not enough, differences are taken
-instead, slowly.
+Divided by N, the sum over all N posteriors is the aggregated posterior. Each block takes three
+steps: a matrix product, exponentials and sums.
+
+The square in :math:`-\tfrac12 \sum_d (z_d - \mu_{jd})^2 / \sigma_{jd}^2` is expanded. The exponents
+of all pairs are then one matrix product, of :math:`(z^2, z, 1)` with
+:math:`(-1/(2\sigma^2), \mu/\sigma^2, c)`. With narrow posteriors, most digits of this product
+cancel, so it is computed in float64. If float64 is not enough, the differences are computed
+instead, which is slow. Blocks are small enough to stay in a processor's cache during the three
+steps.
 """
 
 from __future__ import annotations
@@ -23,23 +26,23 @@ from torch.distributions import Normal
 from pyro_vae.evaluation._surgery.threads import in_threads
 
 _COLUMNS = 2048
-_ROWS = {"cpu": 128}  # with the columns: 2 MB of float64
-_ROWS_ELSEWHERE = 16_384  # few launches rather than caches
-WIDEST = 1e5  # in standard deviations: 1e10 of them squared, times the 1e-16 of float64
-LOG_DENSITIES_AT_A_TIME = 4_000_000  # where they are kept: 32 MB of float64
-_LEAST = -700.0  # below, exponentials are denormal numbers, which a CPU is slow with
+_ROWS = {"cpu": 128}  # times the columns, 2 MB of float64
+_ROWS_ELSEWHERE = 16_384  # few kernel launches matter more than the cache
+WIDEST = 1e5  # in standard deviations; the error is its square times float64's 1e-16
+LOG_DENSITIES_AT_A_TIME = 4_000_000  # if they are kept in memory: 32 MB of float64
+_LEAST = -700.0  # exponentials below it are denormal numbers, which are slow on a CPU
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Where Gaussians and codes lie, which tells how their pairs can be scored.
+    """The range of Gaussians and codes, which decides how their pairs can be scored.
 
     Args:
-        count: N, how many Gaussians there are.
+        count: N, the number of Gaussians.
         total: the sum of their means (d,).
-        low: the least of all means and codes (d,).
-        high: the largest (d,).
-        narrowest: the least standard deviation (d,).
+        low: the smallest value of all means and codes (d,).
+        high: the largest value of all means and codes (d,).
+        narrowest: the smallest standard deviation (d,).
     """
 
     count: Tensor
@@ -50,14 +53,14 @@ class Extent:
 
     @classmethod
     def of(cls, loc: Tensor, scale: Tensor, codes: Tensor) -> Extent:
-        """Measure N Gaussians (N, d), N at least 1, and any codes (..., d)."""
+        """Return the extent of N >= 1 Gaussians (N, d) and any codes (..., d)."""
         count = torch.tensor(len(loc), device=loc.device)
         low, high = torch.cat([loc, codes.reshape(-1, loc.shape[1])]).aminmax(dim=0)
         return cls(count, loc.sum(0), low, high, scale.amin(0))
 
     @classmethod
     def of_all(cls, parts: Sequence[Extent]) -> Extent:
-        """Put extents together."""
+        """Merge extents."""
         columns = ([getattr(part, field.name) for part in parts] for field in fields(cls))
         count, total, low, high, narrowest = map(torch.stack, columns)
         return cls(count.sum(), total.sum(0), low.amin(0), high.amax(0), narrowest.amin(0))
@@ -69,19 +72,19 @@ class Extent:
 
     @property
     def cancels(self) -> bool:
-        """Whether multiplying the squares out may cost more than some 1e-6 nats."""
+        """Whether expanding the squares may cause an error above about 1e-6 nats."""
         largest = torch.maximum(self.high - self.centre, self.centre - self.low)
         return bool((largest > WIDEST * self.narrowest).any())
 
 
 @dataclass(frozen=True)
 class Gaussians:
-    """Some of the Gaussians, laid out once for products with many codes.
+    """A block of Gaussians, prepared once for matrix products with many codes.
 
     Args:
         loc: means (n, d), float64.
         scale: standard deviations (n, d), float64.
-        centre: what is taken off means and codes (d,).
+        centre: the point that is subtracted from means and codes (d,).
     """
 
     loc: Tensor
@@ -90,14 +93,14 @@ class Gaussians:
 
     @cached_property
     def columns(self) -> list[tuple[Tensor, Tensor]]:
-        """The weights of (z^2, z, 1, 1), in blocks, and ones to sum with."""
+        """The weights of (z^2, z, 1, 1), in blocks, each with a vector of ones for the sum."""
         some = [
             slice(start, start + _COLUMNS) for start in range(0, max(1, len(self.loc)), _COLUMNS)
         ]
         with closing(in_threads(self._block, some, self.loc.device)) as found:
             return list(found)
 
-    @torch.no_grad()  # of a thread
+    @torch.no_grad()  # a new thread has gradients enabled
     def _block(self, some: slice) -> tuple[Tensor, Tensor]:
         weights = log_density_weights(self.loc[some] - self.centre, self.scale[some])
         ones = weights.new_ones(1, weights.shape[1])
@@ -110,7 +113,7 @@ def log_sum_of_ratios(loc: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
     Args:
         loc: means (N, d), float64.
         scale: standard deviations (N, d), float64.
-        codes: one draw from each, (N, d), float64.
+        codes: one sample from each, (N, d), float64.
 
     Returns:
         Shape (N,), float64, in nats.
@@ -132,20 +135,20 @@ def log_sums(
 ) -> Tensor:
     r"""Return :math:`\log \sum_j q_j(z_m) - \log q_{own}(z_m)` for M codes.
 
-    Log-densities are taken relative to that of the code's own Gaussian, which is part of the
-    product: there is no search for the largest. It is not needed, since the code comes from
-    :math:`q_{own}`, under which :math:`E[q_j(z) / q_{own}(z)] = 1`: by Markov's inequality no ratio
-    passes the largest number. Codes whose sum passes it all the same, because rounding moved them
-    off a very narrow Gaussian, are scored again by differences.
+    The matrix product also subtracts the log-density of the code's own Gaussian. So the usual
+    subtraction of the maximum is not needed. The code is a sample of :math:`q_{own}`, and so
+    :math:`E[q_j(z) / q_{own}(z)] = 1`. By Markov's inequality, a ratio almost never exceeds the
+    largest float64 number. Rounding can still move a code off a very narrow Gaussian, and its sum
+    then overflows. Such codes are scored again by differences.
 
     Args:
-        gaussians: gives all Gaussians, block by block; called a second time if codes are scored
+        gaussians: returns all Gaussians, block by block. It is called again if codes are scored
             again.
         codes: (M, d), float64.
-        log_own: the log-density of each under the Gaussian that it was drawn from, (M,).
+        log_own: the log-density of each code under the Gaussian of which it is a sample, (M,).
         extent: of all Gaussians and codes.
-        anywhere: tells whether something is so in any process, all of which take part.
-        check: called many times, to let an interrupt through.
+        anywhere: returns whether an argument is True in any process. All processes call it.
+        check: called often, to raise a deferred interrupt.
 
     Returns:
         Shape (M,), float64, in nats.
@@ -169,7 +172,7 @@ def log_densities(loc: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
     Args:
         loc: means (N, d), float64.
         scale: standard deviations (N, d), float64.
-        codes: of any origin, float64.
+        codes: any points, float64.
     """
     extent = Extent.of(loc, scale, codes)
     if not extent.cancels:
@@ -185,7 +188,7 @@ def quadratic(codes: Tensor) -> Tensor:
 
 
 def log_density_weights(loc: Tensor, scale: Tensor) -> Tensor:
-    """Return what :func:`quadratic` is multiplied with for log-densities, shape (2 d + 1, N)."""
+    """Return the weights of :func:`quadratic` in log-densities, shape (2 d + 1, N)."""
     precision = scale.reciprocal().square()
     constant = -0.5 * loc.square() * precision - scale.log() - 0.5 * math.log(2 * math.pi)
     return torch.cat([-0.5 * precision, loc * precision, constant.sum(1, keepdim=True)], dim=1).T
@@ -199,13 +202,13 @@ def row_sums(
 ) -> Tensor:
     """Return ``(left @ right).exp() @ values``, shape (R,), in float64.
 
-    Each exponential is at least e^-700, which is nothing beside one that matters.
+    Each exponential is at least e^-700, which does not change a sum of larger ones.
 
     Args:
         left: (R, k), float64.
         right: (k, C), float64.
-        values: (C,), ones if not given.
-        check: called many times, to let an interrupt through.
+        values: (C,). The default is ones.
+        check: called often, to raise a deferred interrupt.
     """
     values = left.new_ones(right.shape[1]) if values is None else values
     columns = [
@@ -228,7 +231,7 @@ def _sums_over(
 
 
 def _by_differences(loc: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
-    """Score codes (M, d) without a matrix product: slow, and exact for any width."""
+    """Score codes (M, d) without a matrix product, which is slow and accurate for any width."""
     return Normal(loc, scale).log_prob(codes.unsqueeze(1)).sum(2)
 
 
@@ -238,7 +241,7 @@ def _log_sums_of_differences(
     log_own: Tensor,
     check: Callable[[], None],
 ) -> Tensor:
-    """Sum without a matrix product."""
+    """Return the sums of :func:`log_sums` without a matrix product."""
     total = torch.full_like(log_own, -math.inf)
     for some in gaussians:
         rows = codes.split(_rows_of_differences(some.loc))
@@ -254,7 +257,7 @@ def _rows_of_differences(loc: Tensor) -> int:
     return max(1, LOG_DENSITIES_AT_A_TIME // loc.numel())
 
 
-@torch.no_grad()  # of this thread
+@torch.no_grad()  # a new thread has gradients enabled
 def _row_sums(left: Tensor, columns: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     product = left.new_empty(len(left) * _COLUMNS)
     total = left.new_zeros(len(left))

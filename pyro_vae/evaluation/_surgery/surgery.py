@@ -1,4 +1,4 @@
-r"""ELBO surgery: the bound cut into what the model does well and what the prior costs it."""
+r"""ELBO surgery: the average ELBO as distortion, mutual information and marginal KL."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ def elbo_surgery(
 
     .. math::
         \frac1N \sum_n \mathcal{L}(x_n) = \underbrace{\frac1N \sum_n E_{q(z|x_n)} \log p(x_n|z)
-        }_{-\text{distortion}} - \underbrace{I_q[n, z]}_{\text{mutual information}}
+        }_{-\text{distortion}} - \underbrace{I_q[x, z]}_{\text{mutual information}}
         - \underbrace{\mathrm{KL}(q_{agg}(z) \| p(z))}_{\text{marginal KL}}
 
-    with the aggregated posterior :math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)`. Every sample
-    :math:`z \sim q(z|x_n)` is scored under the posteriors of all N data points, unless
-    ``estimator`` says otherwise. For diagonal Gaussian guides, also mapped onto a support, matrix
-    products in float64 do it. Any other guide is run N times N on the given values, with the data
-    in memory. The rate is in closed form where torch or Pyro has one.
+    with the aggregated posterior :math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)`. By default, every
+    sample :math:`z \sim q(z|x_n)` is scored under the posteriors of all N data points. Diagonal
+    Gaussians, also mapped onto a support, are scored by matrix products in float64. Any other guide
+    is run on all N times N pairs, with the data in memory. The rate is in closed form if torch or
+    Pyro has one.
 
     The marginal KL of a single Gaussian latent variable is the sum of total correlation and
-    dimension-wise KL (Chen et al. 2018, eq. 2), the latter by quadrature. With a prior that depends
-    on covariates or on x, the marginal KL and the terms that need it are NaN.
+    dimension-wise KL (Chen et al. 2018, eq. 2). The latter is computed by quadrature. With a prior
+    that depends on covariates or on x, the marginal KL and the terms that need it are NaN.
 
     In a group of R processes, Gaussians are exchanged and codes are not. For each block of 16,384
-    codes of a process, the Gaussians of all processes are sent once. With D numbers in a latent
-    variable, a process receives :math:`16 D N (1 - 1/R) \lceil K N / (16384 R) \rceil` bytes, and
+    codes of a process, the Gaussians of all processes are sent once. Let D be the size of a latent
+    variable. A process receives :math:`16 D N (1 - 1/R) \lceil K N / (16384 R) \rceil` bytes, and
     about 50 N at the end. A guide that is run on the given codes runs in each process on all data.
 
     For large N, minibatch estimators of q_agg (Chen et al. 2018, appendix C) use M times N pairs,
@@ -88,8 +88,8 @@ def elbo_surgery(
             from the codes that were scored.
         ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md). A
             likelihood is zero, or a term is NaN. A minibatch estimator has minibatches of one data
-            point. A site is global or scaled. The guide has auxiliary sites, so that its density
-            is an integral, or masks that differ between data points, or a density that differs
+            point. A site is global or scaled. The guide has auxiliary sites, so its density is an
+            integral. The guide has masks that differ between data points, or a density that differs
             between runs.
 
     Example:
@@ -135,7 +135,7 @@ def elbo_surgery(
 
 
 def surgery_or_reason(*args: Any, **options: Any) -> tuple[Surgery | None, str]:
-    """Return the surgery of a pair, or None and the reason why the pair has none."""
+    """Return the surgery of a pair, or None and the reason why it is not possible."""
     try:
         return elbo_surgery(*args, **options), ""
     except ValueError as error:
@@ -143,7 +143,7 @@ def surgery_or_reason(*args: Any, **options: Any) -> tuple[Surgery | None, str]:
 
 
 def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Surgery:
-    """Put together what is known of the data that are done."""
+    """Compute the surgery from the data points that are done."""
     averages, done = scores.averages, scores.done
     rate, log_likelihood = averages.rate[done], averages.log_likelihood[done]
     information = _control(scores.information[done], rate - averages.sampled_rate[done])
@@ -171,13 +171,15 @@ def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Sur
 
 
 def _control(values: Tensor, noise: Tensor) -> Tensor:
-    """Take out of the values what they share with a noise whose expectation is zero.
+    """Subtract from the values their regression on a noise with expectation zero.
 
-    The noise is what sampling adds to a rate known in closed form. The regression moves between
-    two estimates of the marginal KL, the rate less the sampled mutual information and the sampled
-    log q_agg - log p: the former is exact where the information saturates at log N, the latter
-    where the aggregated posterior is the prior. Of few data its coefficient is fitted to the noise,
-    and the errors come out too small; of a rate that is infinite there is none.
+    The noise is the rate in closed form minus the sampled rate. The regression interpolates between
+    two estimates of the marginal KL. The first is the rate minus the sampled mutual information,
+    which is exact if the information is saturated at log N. The second is the sampled
+    log q_agg - log p, which is exact if the aggregated posterior is the prior.
+
+    The values are returned unchanged in two cases. With few data points, the coefficient overfits
+    the noise, and the standard errors are too small. With an infinite rate, it is undefined.
     """
     centred = noise - noise.mean()
     variance = centred.square().sum()

@@ -1,4 +1,4 @@
-"""Independent pieces of work on a processor's cores, one thread each."""
+"""Run independent pieces of work on the cores of a processor, in one thread each."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ Result = TypeVar("Result")
 def in_threads(
     function: Callable[[Piece], Result], pieces: Sequence[Piece], device: torch.device
 ) -> Iterator[Result]:
-    """Yield the function of each piece, in order.
+    """Yield the result of the function for each piece, in order.
 
-    On a CPU as many pieces are worked on at once as torch has threads, each by one thread. Torch by
-    itself splits every operation over its threads, which wait for each other after each; where
-    operations are short, or other programs want the cores too, they wait for most of the time.
-    Elsewhere the pieces are taken one after the other.
+    On a CPU, as many pieces run at once as torch has threads, each in one thread. By default, torch
+    splits every operation over its threads, and they wait for each other after each operation. If
+    operations are short, or other programs use the cores, most of the time is waiting. On other
+    devices, the pieces run one after the other.
 
-    An exception, or an interrupt, ends the work after the pieces that have been begun, and the
-    number of torch's threads is what it was. Who may be interrupted between the results closes
-    the generator.
+    After an exception or an interrupt, the pieces that have started are completed. Then the number
+    of torch's threads is restored. A caller that may be interrupted between results must close the
+    generator.
 
     Args:
-        function: of tensors on the device; without gradients, unless it turns them on itself.
-        pieces: what it is called with.
-        device: where it works.
+        function: called in new threads, which have gradients enabled. It must disable them itself.
+        pieces: its arguments, one per call.
+        device: the device of the tensors.
     """
     count = min(torch.get_num_threads(), len(pieces))
     if device.type != "cpu" or count < 2:
@@ -42,5 +42,5 @@ def in_threads(
     finally:
         try:
             pool.shutdown(cancel_futures=True)
-        finally:  # though a second interrupt comes while the pieces end
+        finally:  # also if a second interrupt comes during the shutdown
             torch.set_num_threads(threads)
