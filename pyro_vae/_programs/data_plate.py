@@ -17,28 +17,23 @@ from pyro import poutine
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_vae._programs.sites import DATA_PLATE, PARTICLE_PLATE, Site, random_sites
-from pyro_vae._utils.identity import function_of, method_of, owner_of
+from pyro_vae._utils.identity import ProgramMap
 from pyro_vae._utils.random import restored_generators
 
 Program = Callable[..., Any]
 _OTHER_PLATE = "_data_of_program"  # a plate called "data" that does not hold the data points
 
-# The names of data plates, by owner and function of each program that was examined. The names are
-# None for a plate "data" with a size. Owners are held weakly.
-_names = WeakIdKeyDictionary()
-_renamed = WeakIdKeyDictionary()  # the owners with other names, usually none
+_names = ProgramMap()  # of data plates, for examined programs; None for a plate "data" with a size
+_renamed = ProgramMap()  # the programs with other names, usually none
 
 
 def set_data_plate(program: Program, names: Iterable[str] | None) -> None:
     """Keep the names of a program's data plates for as long as the program exists."""
-    owner, function = owner_of(program), function_of(method_of(program))
-    with contextlib.suppress(TypeError):  # without weak references, it is examined at each run
-        _names.setdefault(owner, {})[function] = None if names is None else frozenset(names)
-        if names is not None:
-            _renamed[owner] = True
+    _names[program] = None if names is None else frozenset(names)
+    if names is not None:
+        _renamed[program] = True
 
 
 def data_plates_named(program: Program, args: tuple) -> AbstractContextManager:
@@ -48,21 +43,13 @@ def data_plates_named(program: Program, args: tuple) -> AbstractContextManager:
         program: a program, inside any handlers.
         args: its arguments; the first one is x.
     """
-    names = _names_of(program).get(function_of(method_of(program))) if _renamed else None
+    names = _names.get(program) if len(_renamed) else None
     return contextlib.nullcontext() if names is None else _DataPlates(names, _rows_of(args))
 
 
 def is_examined(program: Program) -> bool:
     """Return whether the data plate of a program is known from an earlier run."""
-    return function_of(method_of(program)) in _names_of(program)
-
-
-def _names_of(program: Program) -> dict[Any, frozenset[str] | None]:
-    """Return the names of data plates by function, of the programs with one owner."""
-    try:
-        return _names.get(owner_of(program), {})
-    except TypeError:  # no weak references
-        return {}
+    return program in _names
 
 
 def find_data_plate(

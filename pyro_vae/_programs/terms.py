@@ -7,13 +7,11 @@ minibatch. All objectives and nearly all estimators are short reductions of thes
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_vae._programs import divergences, predictions
@@ -22,10 +20,9 @@ from pyro_vae._programs.ancestral import JointSample
 from pyro_vae._programs.baselines import Baseline, baselines_of, less_baseline
 from pyro_vae._programs.held_samples import path_adjoints
 from pyro_vae._programs.pair_trace import PairTrace, Program
+from pyro_vae._programs.particles import run_particles
 from pyro_vae._programs.sites import require_one_observation
 from pyro_vae._utils.checks import positive_integer, require_callable, truth_value
-from pyro_vae._utils.messages import first_line
-from pyro_vae._utils.random import restored_generators
 
 
 def terms(
@@ -33,7 +30,7 @@ def terms(
     guide: Program,
     *args: Any,
     num_particles: int = 1,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | None = None,
     plate_nesting: int | None = None,
     hold_samples: bool = False,
     enumerates: bool = False,
@@ -47,12 +44,13 @@ def terms(
         *args: the arguments of both programs: a minibatch whose leading dimension is the batch,
             then any covariates.
         num_particles: K, the number of samples of z for each data point.
-        vectorize_particles: draw all K particles in one run, under an outer plate whose dimension
-            comes first. ``False`` runs the programs K times. Choose it for a program that cannot
-            take the extra dimension, such as one with ``BatchNorm1d`` in its decoder. The terms
-            have the same distribution. With K = 1 there is no extra dimension either way.
+        vectorize_particles: ``True`` draws all K particles in one run, under an outer plate whose
+            dimension comes first. ``False`` runs the programs K times. By default, one run is
+            tried first. A program that cannot take the extra dimension, such as one with
+            ``BatchNorm1d`` in its decoder, is then run K times, with one warning. The terms have
+            the same distribution. With K = 1 there is no extra dimension either way.
         plate_nesting: the number of batch dimensions that the programs use, without that of the
-            particles. The default is the result of :func:`find_plate_nesting`.
+            particles. It is found by default.
         hold_samples: let the terms depend on the parameters directly, and not through the
             reparameterized samples. :meth:`Terms.path` returns the gradient along the samples.
         enumerates: whether a latent is known to be marked for enumeration. If False and a latent
@@ -87,73 +85,15 @@ def terms(
     require_callable("model", model)
     require_callable("guide", guide)
     num_particles = positive_integer("num_particles", num_particles)
-    truth_value("vectorize_particles", vectorize_particles)
+    if vectorize_particles is not None:
+        truth_value("vectorize_particles", vectorize_particles)
     truth_value("hold_samples", hold_samples)
     truth_value("enumerates", enumerates)
     if plate_nesting is not None:
         plate_nesting = positive_integer("plate_nesting", plate_nesting, minimum=0)
-    vectorized = vectorize_particles and num_particles > 1
-    if vectorized and plate_nesting is None:
-        plate_nesting = find_plate_nesting(model, guide, *args, **kwargs)
-    runs = [
-        _run(
-            model,
-            guide,
-            args,
-            kwargs,
-            num_particles=count,
-            plate_nesting=plate_nesting,
-            hold_samples=hold_samples,
-            enumerates=enumerates,
-        )
-        for count in ([num_particles] if vectorized else [1] * num_particles)
-    ]
-    return Terms(runs)
-
-
-def _run(model: Program, guide: Program, args: Any, kwargs: Any, **options: Any) -> PairTrace:
-    """Run a pair; if it fails on NaN or infinite arguments, say so in the error."""
-    try:
-        return PairTrace(model, guide, args, kwargs, **options)
-    except ValueError as error:
-        for number, column in enumerate(args):
-            name = "x" if number == 0 else f"covariate {number} of x"
-            if isinstance(column, Tensor) and not torch.isfinite(column).all():
-                raise ValueError(
-                    f"{name} has NaN or infinite values, and the pair cannot run on them: "
-                    f"{first_line(error)}"
-                ) from error
-        raise
-
-
-def find_plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
-    """Run both programs and count the batch dimensions that their plates use.
-
-    A second run has a number of particles that differs from every plate size. It fails if a
-    program moves the particles to the dimension of a plate.
-
-    Raises:
-        ValueError: The programs cannot run with a dimension of particles.
-    """
-    with restored_generators(), torch.no_grad(), poutine.block():
-        trace = _run(model, guide, args, kwargs)
-        num_particles = next(k for k in itertools.count(2) if k not in trace.plate_sizes)
-        try:
-            PairTrace(
-                model,
-                guide,
-                args,
-                kwargs,
-                num_particles=num_particles,
-                plate_nesting=trace.plate_nesting,
-            )
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise ValueError(
-                "model and guide run, but not with a leading dimension of particles: "
-                f"{first_line(error)}. Let their networks accept any leading dimensions, or "
-                "pass vectorize_particles=False."
-            ) from error
-    return trace.plate_nesting
+    options = {"hold_samples": hold_samples, "enumerates": enumerates}
+    layout = {"plate_nesting": plate_nesting, "vectorize_particles": vectorize_particles}
+    return Terms(run_particles(model, guide, args, kwargs, num_particles, **layout, **options))
 
 
 class Terms:

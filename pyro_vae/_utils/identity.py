@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import types
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from pyro.poutine.messenger import Messenger
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 def owner_of(program: Callable[..., Any]) -> Any:
@@ -41,6 +43,38 @@ def method_of(program: Callable[..., Any]) -> Any:
 def function_of(method: Any) -> Any:
     """Return the function of a key from :func:`method_of`, without the arguments of a partial."""
     return method[0] if isinstance(method, tuple) else method
+
+
+class ProgramMap:
+    """Values by program, kept for as long as the programs exist.
+
+    Programs are compared by owner and function, so all partials of a function share one value. A
+    program without weak references gets no value.
+    """
+
+    def __init__(self) -> None:
+        self._values = WeakIdKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, program: Callable[..., Any]) -> bool:
+        return function_of(method_of(program)) in self._of_owner(program)
+
+    def __setitem__(self, program: Callable[..., Any], value: Any) -> None:
+        with contextlib.suppress(TypeError):
+            of_owner = self._values.setdefault(owner_of(program), {})
+            of_owner[function_of(method_of(program))] = value
+
+    def get(self, program: Callable[..., Any], default: Any = None) -> Any:
+        """Return the value of a program, or a default."""
+        return self._of_owner(program).get(function_of(method_of(program)), default)
+
+    def _of_owner(self, program: Callable[..., Any]) -> dict[Any, Any]:
+        try:
+            return self._values.get(owner_of(program), {})
+        except TypeError:
+            return {}
 
 
 def _core(program: Callable[..., Any]) -> Callable[..., Any]:

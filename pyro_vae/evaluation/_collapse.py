@@ -133,7 +133,7 @@ def collapse_report(
     num_particles: int = 50,
     estimator: Estimator = "exact",
     batch_size: int = 100,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | None = None,
     seed: int | None = None,
     progress: bool | Progress = False,
     description: str = "collapse",
@@ -221,18 +221,11 @@ def collapse_report(
             vectorize_particles=vectorize_particles,
             seed=seed,
             needs_latents=True,
-        ) as plate_nesting,
+        ) as particle_options,
         task(progress, description, batches.num_data, transient=True) as advance,
     ):
         for batch in batches:
-            t = terms(
-                model,
-                guide,
-                *batch,
-                num_particles=num_particles,
-                vectorize_particles=vectorize_particles,
-                plate_nesting=plate_nesting,
-            )
+            t = terms(model, guide, *batch, num_particles=num_particles, **particle_options)
             parts.append(TermAverages.part(t))
             moments.append(_moments(t, model, batch))
             advance(len(batch[0]))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import evaluation_mode, free_param_names, parameter_store
-from pyro_vae._programs.terms import Terms, find_plate_nesting
+from pyro_vae._programs.particles import particle_options
+from pyro_vae._programs.terms import Terms
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.value_checks import values_checked
@@ -22,13 +24,13 @@ def evaluation_context(
     guide: Program,
     batches: Minibatches,
     *,
-    vectorize_particles: bool,
+    vectorize_particles: bool | None,
     seed: int | None,
     drawn_from: Program | None = None,
     needs_latents: bool = False,
     weighs: bool = False,
     stacklevel: int = 4,
-) -> Iterator[int]:
+) -> Iterator[dict[str, Any]]:
     """Set the seed, open the parameter store, set evaluation mode, and check the pair.
 
     Args:
@@ -37,7 +39,7 @@ def evaluation_context(
         guide: program of q(z|x).
         batches: the data. The pair is checked on the first minibatch. Validation of values stays
             on in the block, for the other minibatches.
-        vectorize_particles: whether the programs must accept the particles' dimension.
+        vectorize_particles: see :func:`pyro_vae.terms`.
         seed: seed of the samples inside the block.
         drawn_from: program that replaces the guide in the check, if no sample comes from the guide.
         needs_latents: whether the estimator needs latents.
@@ -46,7 +48,7 @@ def evaluation_context(
         stacklevel: stack level of a warning, which names the caller of the estimator.
 
     Yields:
-        The number of batch dimensions that the programs use.
+        ``plate_nesting`` and ``vectorize_particles`` for :func:`pyro_vae.terms`.
 
     Raises:
         ValueError: The pair breaks a rule (docs/contract.md). A site is global or scaled. The
@@ -75,7 +77,6 @@ def evaluation_context(
                 'the plate "data".'
             )
         with values_checked(True):
-            if vectorize_particles:
-                yield find_plate_nesting(model, drawn_from, *first)
-            else:
-                yield trace.plate_nesting
+            yield particle_options(
+                model, drawn_from, first, vectorize_particles=vectorize_particles
+            )

@@ -36,7 +36,7 @@ def evidence(
     num_particles: int = 5000,
     batch_size: int = 100,
     pairs_per_pass: int = 5_000,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | None = None,
     capture: Capture = "auto",
     seed: int | None = None,
     resume: Interrupted | Evidence | None = None,

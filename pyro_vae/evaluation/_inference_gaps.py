@@ -109,7 +109,7 @@ def inference_gaps(
     evidence: Evidence | None = None,
     batch_size: int = 100,
     pairs_per_pass: int = 5_000,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | None = None,
     capture: Capture = "auto",
     seed: int | None = None,
     resume: Interrupted | None = None,

@@ -76,7 +76,7 @@ def prior_holes(
     num_samples: int = 1000,
     quantile: float = 0.01,
     batch_size: int = 500,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | None = None,
     seed: int | None = None,
     progress: bool | Progress = False,
     description: str = "holes of the prior",
@@ -156,7 +156,7 @@ def prior_holes(
             vectorize_particles=vectorize_particles,
             seed=seed,
             needs_latents=True,
-        ) as plate_nesting,
+        ) as how,
         task(progress, description, 4 * num_samples, transient=True) as show,
     ):
 
@@ -171,7 +171,6 @@ def prior_holes(
         if count < 2:
             raise ValueError("prior_holes needs at least two data points, got one")
         columns_in_order = Minibatches(columns, batch_size, device=batches.device)
-        how = {"plate_nesting": plate_nesting, "vectorize_particles": vectorize_particles}
         q_agg = Aggregate(guide, columns_in_order, **how)
         data_of_guide = torch.randint(count, (num_samples,)).to(batches.device)
         drawn = []

@@ -74,7 +74,7 @@ def sandwich(
     ais: AIS | None = None,
     batch_size: int = 100,
     pairs_per_pass: int = 5_000,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | None = None,
     capture: Capture = "auto",
     seed: int | None = None,
     resume: Interrupted | None = None,

@@ -50,7 +50,7 @@ class BetaTCVAE(Objective):
         num_data: int | None = None,
         num_particles: int = 1,
         *,
-        vectorize_particles: bool = True,
+        vectorize_particles: bool | None = None,
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         self.beta = real_number("beta", beta)
@@ -134,7 +134,7 @@ class InfoVAE(Objective):
         scale: float = 10.0,
         num_particles: int = 1,
         *,
-        vectorize_particles: bool = True,
+        vectorize_particles: bool | None = None,
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         self.alpha, self.scale = real_number("alpha", alpha), positive_number("scale", scale)

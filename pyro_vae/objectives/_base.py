@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._programs.terms import Terms, find_plate_nesting, terms, weighted
+from pyro_vae._programs.particles import particle_options
+from pyro_vae._programs.terms import Terms, terms, weighted
 from pyro_vae._utils.checks import positive_integer, truth_value
 from pyro_vae.objectives._loss_module import LossModule
 from pyro_vae.objectives._schedules import LAST_STEP, Constant, Schedule, schedules_in
@@ -60,9 +61,10 @@ class Objective(pyro.infer.ELBO):
     hold_samples = False
     takes_baselines = False
 
-    def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True):
+    def __init__(self, num_particles: int = 1, *, vectorize_particles: bool | None = None):
         num_particles = positive_integer("num_particles", num_particles)
-        vectorize_particles = truth_value("vectorize_particles", vectorize_particles)
+        if vectorize_particles is not None:
+            vectorize_particles = truth_value("vectorize_particles", vectorize_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.step = torch.zeros(())
         self.averages: dict[str, Tensor] = {}
@@ -111,13 +113,13 @@ class Objective(pyro.infer.ELBO):
                 guide,
                 *args,
                 num_particles=self.num_particles,
-                vectorize_particles=self.vectorize_particles,
                 hold_samples=self.hold_samples,
                 **self._layout(model, guide, args, kwargs),
                 **kwargs,
             )
             if t.enumerates:
-                layout = {"plate_nesting": t.plate_nesting, "enumerates": True}
+                layout = self._layout(model, guide, args, kwargs)
+                layout = layout | {"plate_nesting": t.plate_nesting, "enumerates": True}
                 self._layout_of = (model, guide, layout)
             if not self.takes_baselines:
                 t.require_no_baselines(type(self).__name__)
@@ -238,12 +240,12 @@ class Objective(pyro.infer.ELBO):
         raise TypeError(f"{type(self).__name__} works on pyro_vae.terms, not on a single trace")
 
     def _layout(self, model, guide, args, kwargs) -> dict[str, Any]:
-        """Return the plate nesting, found once per pair of model and guide."""
+        """Return how to run particles, found once per pair of model and guide."""
         if self._layout_of is not None and self._layout_of[:2] == (model, guide):
             return self._layout_of[2]
-        if self.num_particles == 1 or not self.vectorize_particles:
-            return {}
-        layout = {"plate_nesting": find_plate_nesting(model, guide, *args, **kwargs)}
+        if self.num_particles == 1 or self.vectorize_particles is False:
+            return {"vectorize_particles": self.vectorize_particles}
+        layout = particle_options(model, guide, args, kwargs, self.vectorize_particles)
         self._layout_of = (model, guide, layout)
         return layout
 

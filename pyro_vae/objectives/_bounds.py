@@ -136,7 +136,9 @@ class MIWAE(Objective):
         ValueError: A number is less than one, or a loss has a site that :class:`IWAE` rejects.
     """
 
-    def __init__(self, num_bounds: int, num_particles: int, *, vectorize_particles: bool = True):
+    def __init__(
+        self, num_bounds: int, num_particles: int, *, vectorize_particles: bool | None = None
+    ):
         positive_integer("num_bounds", num_bounds)
         positive_integer("num_particles", num_particles)
         super().__init__(num_bounds * num_particles, vectorize_particles=vectorize_particles)
@@ -168,7 +170,7 @@ class CIWAE(Objective):
             rejects.
     """
 
-    def __init__(self, beta: float, num_particles: int, *, vectorize_particles: bool = True):
+    def __init__(self, beta: float, num_particles: int, *, vectorize_particles: bool | None = None):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         self.beta = real_number("beta", beta)
         if not 0 <= beta <= 1:
@@ -201,7 +203,9 @@ class Renyi(Objective):
         ValueError: ``alpha`` is 1 or not finite, or a loss has a site that :class:`IWAE` rejects.
     """
 
-    def __init__(self, alpha: float, num_particles: int, *, vectorize_particles: bool = True):
+    def __init__(
+        self, alpha: float, num_particles: int, *, vectorize_particles: bool | None = None
+    ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         self.alpha = real_number("alpha", alpha)
         if alpha == 1:

@@ -121,7 +121,7 @@ class CUBO(Objective):
     hold_samples = True
 
     def __init__(
-        self, n: float = 2.0, num_particles: int = 64, *, vectorize_particles: bool = True
+        self, n: float = 2.0, num_particles: int = 64, *, vectorize_particles: bool | None = None
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         if real_number("n", n) < 1:
@@ -168,7 +168,7 @@ class TVO(Objective):
         num_points: int = 5,
         first: float = 1e-2,
         *,
-        vectorize_particles: bool = True,
+        vectorize_particles: bool | None = None,
     ):
         positive_integer("num_points", num_points)
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
@@ -227,7 +227,7 @@ class ScoreFunction(Objective):
         num_particles: int = 1,
         baseline: Literal["others", "average"] | None = None,
         *,
-        vectorize_particles: bool = True,
+        vectorize_particles: bool | None = None,
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         if baseline not in ("others", "average", None):
@@ -275,7 +275,7 @@ class VIMCO(Objective):
         ValueError: ``num_particles`` is less than two, or a loss has a global or scaled site.
     """
 
-    def __init__(self, num_particles: int = 10, *, vectorize_particles: bool = True):
+    def __init__(self, num_particles: int = 10, *, vectorize_particles: bool | None = None):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         if num_particles < 2:
             raise ValueError("VIMCO compares particles, so num_particles must be at least 2, got 1")
@@ -321,7 +321,7 @@ class ReweightedWakeSleep(Objective):
         wake: float = 1.0,
         sleep: float = 0.0,
         *,
-        vectorize_particles: bool = True,
+        vectorize_particles: bool | None = None,
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         wake, sleep = real_number("wake", wake), real_number("sleep", sleep)

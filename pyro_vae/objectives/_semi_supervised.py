@@ -30,7 +30,11 @@ class SemiSupervisedELBO(ELBO):
     """
 
     def __init__(
-        self, classification: float, num_particles: int = 1, *, vectorize_particles: bool = True
+        self,
+        classification: float,
+        num_particles: int = 1,
+        *,
+        vectorize_particles: bool | None = None,
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         self.classification = positive_number("classification", classification)

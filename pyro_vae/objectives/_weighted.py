@@ -43,7 +43,7 @@ class BetaELBO(Objective):
         beta: float | Schedule = 1.0,
         num_particles: int = 1,
         *,
-        vectorize_particles: bool = True,
+        vectorize_particles: bool | None = None,
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         self.beta = as_schedule("beta", beta)
@@ -90,7 +90,7 @@ class FreeBits(Objective):
         over: Literal["batch", "datum"] = "batch",
         num_particles: int = 1,
         *,
-        vectorize_particles: bool = True,
+        vectorize_particles: bool | None = None,
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         if per not in ("site", "dimension"):
@@ -138,7 +138,7 @@ class CapacityELBO(Objective):
         weight: float = 10.0,
         num_particles: int = 1,
         *,
-        vectorize_particles: bool = True,
+        vectorize_particles: bool | None = None,
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         self.capacity, self.weight = (

@@ -23,7 +23,7 @@ def to_arviz(
     data: Data,
     *,
     num_draws: int = 500,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | None = None,
     seed: int | None = None,
 ) -> Any:
     """Sample from a pair, and return the samples in an ArviZ container.
@@ -74,15 +74,9 @@ def to_arviz(
     batches = Minibatches(data, 2**31, device=device_of(model, guide))
     with evaluation_context(
         "to_arviz", model, guide, batches, vectorize_particles=vectorize_particles, seed=seed
-    ) as plate_nesting:
-        t = terms(
-            model,
-            guide,
-            *batches.in_memory(),
-            num_particles=num_draws,
-            vectorize_particles=vectorize_particles,
-            plate_nesting=plate_nesting,
-        )
+    ) as particle_options:
+        rows = batches.in_memory()
+        t = terms(model, guide, *rows, num_particles=num_draws, **particle_options)
         predictive = t.predict()
     return make_container(
         arviz,

@@ -174,7 +174,7 @@ def compare(
     *,
     train: Data | None = None,
     num_particles: int = 1000,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | None = None,
     image_shape: tuple[int, int] | None = None,
     seed: int | None = 0,
     progress: bool | Progress = False,

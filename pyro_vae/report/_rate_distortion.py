@@ -49,7 +49,7 @@ def rate_distortion(
     evidence: Evidence | None = None,
     num_particles: int = 10,
     training_particles: int = 1,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | None = None,
     seed: int | None = None,
     progress: bool | Progress = False,
     description: str = "rate-distortion",
@@ -169,12 +169,8 @@ def rate_distortion(
                     batches,
                     vectorize_particles=vectorize_particles,
                     seed=seeds[1],
-                ) as plate_nesting:
-                    how = {
-                        "num_particles": num_particles,
-                        "vectorize_particles": vectorize_particles,
-                        "plate_nesting": plate_nesting,
-                    }
+                ) as particle_options:
+                    how = {"num_particles": num_particles, **particle_options}
                     parts = [
                         _rate_and_distortion(terms(model, guide, *batch, **how))
                         for batch in batches

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.interrupts import Interrupted
+from pyro_vae._utils.messages import first_line
 from pyro_vae.datasets._minibatches import Data
 from pyro_vae.evaluation._log_evidence import standard_error
 from pyro_vae.evaluation._runner import Runner
@@ -30,7 +31,7 @@ def elbo_surgery(
     num_particles: int = 1,
     batch_size: int = 500,
     estimator: Estimator = "exact",
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | None = None,
     seed: int | None = None,
     resume: Interrupted | None = None,
     progress: bool | Progress = False,
@@ -139,7 +140,7 @@ def surgery_or_reason(*args: Any, **options: Any) -> tuple[Surgery | None, str]:
     try:
         return elbo_surgery(*args, **options), ""
     except ValueError as error:
-        return None, str(error)
+        return None, first_line(error)
 
 
 def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Surgery:

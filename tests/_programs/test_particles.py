@@ -1,0 +1,146 @@
+"""Programs that cannot take the dimension of particles run once for each particle."""
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pyro_vae as pv
+
+K = 3
+QUIET = {"progress": False, "seed": 1}
+
+
+class Decoder(nn.Module):
+    """A decoder for latents of shape (B, 2) alone: BatchNorm1d takes dimension 1 as channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.norm, self.out = nn.Linear(2, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)
+
+    def forward(self, z):
+        return self.out(self.norm(self.hidden(z)))
+
+
+class IndexDecoder(nn.Module):
+    """A decoder with an index over the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(2, 4)
+
+    def forward(self, z):
+        rows = torch.arange(z.shape[0])
+        if z.dim() != 2:
+            raise AssertionError("rows are dimension 0")
+        return self.out(z)[rows]
+
+
+def pair_of(decoder=Decoder):
+    torch.manual_seed(0)
+    net, encoder = decoder(), nn.Linear(4, 2)
+
+    def model(x):
+        pyro.module("decoder", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 0.7).to_event(1))
+
+    return model, guide
+
+
+CALLS = {
+    "terms": lambda m, g, x, **o: pv.terms(m, g, x, num_particles=K, **o).log_weight.tolist(),
+    "evidence": lambda m, g, x, **o: pv.evidence(m, g, x, num_particles=K, **QUIET, **o).mean,
+    "elbo_surgery": lambda m, g, x, **o: (
+        pv.elbo_surgery(m, g, x, num_particles=K, **QUIET, **o).marginal_kl
+    ),
+    "collapse_report": lambda m, g, x, **o: (
+        pv.collapse_report(m, g, x, num_particles=K, **QUIET, **o).units["kl"].tolist()
+    ),
+    "inference_gaps": lambda m, g, x, **o: (
+        pv.inference_gaps(m, g, x, num_particles=K, **QUIET, **o).gap
+    ),
+    "prior_holes": lambda m, g, x, **o: (
+        pv.prior_holes(m, g, x, num_samples=20, quantile=0.1, **QUIET, **o).fraction_of_prior
+    ),
+    "compare": lambda m, g, x, **o: (
+        pv.compare({"a": (m, g)}, x, num_particles=K, **QUIET, **o).to_dataframe()["log_p"].iloc[0]
+    ),
+    "to_arviz": lambda m, g, x, **o: pv.to_arviz(m, g, x, num_draws=K, seed=1, **o)["posterior"][
+        "z"
+    ].values.tolist(),
+    "sandwich": lambda m, g, x, **o: (
+        pv.sandwich(
+            m, g, 10, method=pv.evaluation.AIS(num_temperatures=5), num_chains=K, **QUIET, **o
+        ).lower.mean
+    ),
+    "fit": lambda m, g, x, **o: (
+        pv.fit(m, g, x, objective=pv.objectives.IWAE(K, **o), epochs=2, batch_size=10, **QUIET)
+        .history["loss"]
+        .tolist()
+    ),
+    "captured fit": lambda m, g, x, **o: (
+        pv.fit(
+            m,
+            g,
+            x,
+            objective=pv.objectives.DReG(K, **o),
+            epochs=2,
+            batch_size=10,
+            capture=True,
+            **QUIET,
+        )
+        .history["loss"]
+        .tolist()
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_default_equals_one_run_per_particle_and_warns_once(call):
+    x = torch.randn(20, 4)
+    results = []
+    for options in ({"vectorize_particles": False}, {}):
+        model, guide = pair_of()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.manual_seed(2)
+            results.append(call(model, guide, x, **options))
+            if not options:
+                torch.manual_seed(2)
+                pv.terms(model, guide, x, num_particles=K)
+        told = [w for w in caught if "leading dimension of particles" in str(w.message)]
+        assert len(told) == (0 if options else 1)
+    torch.testing.assert_close(*map(torch.as_tensor, results), rtol=1e-5, atol=1e-6)
+
+
+def test_insisting_raises_an_error_in_one_line():
+    model, guide = pair_of()
+    with pytest.raises(ValueError, match=r"leading dimension of particles.*=False\.$") as held:
+        pv.evidence(model, guide, torch.randn(20, 4), num_particles=K, vectorize_particles=True)
+    assert "\n" not in str(held.value)
+
+
+def test_errors_of_any_type_lead_to_single_runs():
+    model, guide = pair_of(IndexDecoder)
+    with pytest.warns(UserWarning, match=r"AssertionError: rows are dimension 0"):
+        terms = pv.terms(model, guide, torch.randn(20, 4), num_particles=K)
+    assert terms.log_weight.shape == (K, 20)
+
+
+def test_a_program_that_takes_particles_has_one_run():
+    x = torch.randn(20, 4)
+    model, guide = pair_of(lambda: nn.Linear(2, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        terms = pv.terms(model, guide, x, num_particles=K)
+    assert len(terms._runs) == 1
