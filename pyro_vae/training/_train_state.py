@@ -282,7 +282,7 @@ def _made(
     )
     if isinstance(optimizer, PyroOptim) or _makes_pyro_optimizers(optimizer):
         raise TypeError(
-            f"{what}. Got {optimizer!r}, which is for Pyro's SVI. Pass the torch optimizer itself, "
+            f"{what}. Got {optimizer!r}, which is for Pyro's SVI. Pass torch's optimizer instead, "
             "and a learning rate scheduler as scheduler="
         )
     if not callable(optimizer):
