@@ -79,7 +79,7 @@ class NonFiniteError(FloatingPointError):
         self.rows, self.bad, self.folder = rows, bad, folder
         lines = [f"{what} in epoch {epoch}, step {step}"]
         if bad is not None and len(bad):
-            lines.append(f"It was met at rows {shown_rows(bad)} of the minibatch")
+            lines.append(f"It is in rows {shown_rows(bad)} of the minibatch")
             if rows is not None:
                 lines[-1] += f", which are rows {shown_rows(rows[bad])} of the data"
         elif rows is not None:
@@ -153,9 +153,8 @@ def _numbers(msg: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     log_prob = msg["fn"].log_prob(msg["value"])
     if msg["mask"] is not None:
         log_prob = log_prob.where(torch.as_tensor(msg["mask"]), 0.0)
-    if not (
-        msg["is_observed"] and log_prob.isfinite().all()
-    ):  # else the mask excludes missing data
+    # An observed site with a finite log-density may have masked missing data.
+    if not (msg["is_observed"] and log_prob.isfinite().all()):
         yield "the value", msg["value"]
     yield "the log-density", log_prob
 
