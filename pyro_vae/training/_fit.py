@@ -396,7 +396,7 @@ def _check_scale_of_global_latents(trace: PairTrace, num_data: int | None) -> No
     shared = [f.name for f in trace.guide.values() if not f.local and not f.observed]
     if shared and trace.scale == 1.0 and num_data is not None and num_data > trace.batch_size:
         raise ValueError(
-            f"latent site {shared[0]!r} is shared by all {num_data} data points, but a minibatch of "
-            f"{trace.batch_size} includes its whole KL. Scale the minibatch to all data with "
+            f"latent site {shared[0]!r} is shared by all {num_data} data points, but a minibatch "
+            f"of {trace.batch_size} includes its whole KL. Scale the minibatch to all data with "
             f'`pyro.plate("data", {num_data}, subsample=x)`, or set batch_size={num_data}.'
         )
