@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks as global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as global_pre_hooks
 
-_ONE = torch.tensor(1.0)  # a number would become a tensor for each count
+_ONE = torch.tensor(1.0)  # torch would convert a number to a tensor for each parameter
 
 
 class Adam(torch.optim.Adam):

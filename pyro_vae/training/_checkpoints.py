@@ -19,7 +19,7 @@ from pyro_vae._utils.distributed import broadcast_from_first, rank
 from pyro_vae.serialization._folder import UnreadableFile, clear, read, write
 
 KIND = "checkpoint of a fit"
-_SHARE_OF_TIME = 0.02  # of the fit, at most, for writing
+_SHARE_OF_TIME = 0.02  # the largest share of the fit's time for writing
 _PREFIX = "step-"
 
 

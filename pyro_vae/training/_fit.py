@@ -74,7 +74,7 @@ class Fit:
               schedule of the objective has its last value, or its largest if it repeats. So the
               bound is the same in all epochs;
             - ``validation_loss_scheduled``: the loss on the validation data, with the schedules at
-              their values at the end of the epoch. Only objectives with schedules have it;
+              their values at the end of the epoch. The column exists only if there are schedules;
             - ``learning_rate``: of the optimizer's first group, NaN if it has no ``"lr"``;
             - ``skipped``: the number of skipped steps;
             - ``seconds``: the time of the epoch;

@@ -86,7 +86,9 @@ def _content(folder: Path) -> dict[str, Any]:
             "notes": {},
         }
     except (KeyError, TypeError, ValueError) as error:
-        raise UnreadableFile(f"{path} has no checkpoint with a pair: {error!r}") from error
+        raise UnreadableFile(
+            f"{path} has no checkpoint with a pair: {error!r}. Pass another folder"
+        ) from error
 
 
 def _read(folder: Path) -> tuple[Path, dict[str, Any]]:

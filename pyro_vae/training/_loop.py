@@ -267,7 +267,7 @@ class TrainingLoop:
             isinstance(n, str) and isinstance(v, numbers.Real) for n, v in found.items()
         ):
             raise TypeError(
-                f"after_epoch must return a dictionary of numbers, or None; got {found!r}"
+                f"after_epoch must return a dictionary of numbers by name, or None, got {found!r}"
             )
         if taken := found.keys() & {*COLUMNS, SCHEDULED}:
             raise ValueError(

@@ -25,7 +25,8 @@ def check_objective(objective: Any) -> None:
     """Raise TypeError if an objective has no differentiable loss.
 
     Raises:
-        TypeError: The objective is not a ``pyro.infer.ELBO``, or lacks one of its two losses.
+        TypeError: The objective is not a ``pyro.infer.ELBO``, or lacks one of the two losses in the
+            message.
     """
     known = isinstance(objective, pyro.infer.ELBO) and hasattr(objective, "differentiable_loss")
     if known and not isinstance(objective, pyro.infer.TraceTailAdaptive_ELBO):

@@ -101,7 +101,8 @@ def _message(batches: Minibatches, size: int, training: bool, told: str) -> str:
     mode = "training" if training else "evaluation"
     text = (
         f"model, guide and objective cannot process a minibatch of {_rows(size)} in {mode} mode: "
-        f"{told}. The {_rows(batches.num_data)} of {batches.name} are in minibatches of {whole}"
+        f"{told}. The {_rows(batches.num_data)} of {batches.name} are split into minibatches of "
+        f"{whole}"
     )
     text += "".join(f", the last of {left}" for left in rest)
     if num_processes() > 1 and not batches.is_sharded:
@@ -112,7 +113,7 @@ def _message(batches: Minibatches, size: int, training: bool, told: str) -> str:
         left = batches.num_data % other
         leaves = f"leaves {left} rows for the last" if left else "divides the number of rows"
         text += f". Choose another batch_size: {other} {leaves}"
-    return f"{text}. Or drop the last minibatch by a torch DataLoader with drop_last=True"
+    return f"{text}. Or drop the last minibatch by passing a torch DataLoader with drop_last=True"
 
 
 def _other_size(num_data: int, size: int) -> int | None:

@@ -1,4 +1,4 @@
-"""Check that missing data (NaN in the data) do not change any gradient."""
+"""Check that missing data (NaN in the data) do not reach any gradient."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _ROWS_SHOWN = 10
 class Skip:
     """Skip the update of a step whose loss or gradient is NaN or infinite.
 
-    It is a value of ``fit(on_nonfinite=...)``. The history counts the skipped steps.
+    Pass a ``Skip`` as ``fit(on_nonfinite=...)``. The history counts the skipped steps.
 
     Args:
         limit: The number of steps that a run may skip. The next such step raises an error.
@@ -79,7 +79,7 @@ class NonFiniteError(FloatingPointError):
         self.rows, self.bad, self.folder = rows, bad, folder
         lines = [f"{what} in epoch {epoch}, step {step}"]
         if bad is not None and len(bad):
-            lines.append(f"It is in rows {shown_rows(bad)} of the minibatch")
+            lines.append(f"The site is NaN or infinite in rows {shown_rows(bad)} of the minibatch")
             if rows is not None:
                 lines[-1] += f", which are rows {shown_rows(rows[bad])} of the data"
         elif rows is not None:
@@ -102,8 +102,9 @@ class FirstNonFiniteSite(Messenger):
         what: A description of the number. It is in a parameter of the distribution, in the value
             or in the log-density.
         bad: The rows with such numbers, None if the site is outside the plate ``"data"``.
-        has_nonfinite_numbers: Whether a parameter or a value is NaN or infinite, at this site or a
-            later one. A log-density alone does not count. It is also infinite outside the support.
+        has_nonfinite_numbers: Whether a parameter is NaN, or a value is NaN or infinite, at this
+            site or a later one. A log-density alone does not count, because it is infinite outside
+            the support.
     """
 
     def __init__(self):

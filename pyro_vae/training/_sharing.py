@@ -63,7 +63,7 @@ class SharedGradient:
         pairs = zip(self._parameters, gradients, strict=True)
         sent = [torch.zeros_like(p) if g is None else g * rows for p, g in pairs if p.requires_grad]
         sum_over_processes([sums, *sent])
-        if not all(flags):  # only then are the sums read from the device
+        if not all(flags):  # reads from the device only if needed
             flags = sums[2:].tolist()
         means = iter(value / sums[1] for value in sent)
         found = [next(means) if p.requires_grad else None for p in self._parameters]

@@ -33,7 +33,7 @@ class TrainStep:
         train_state: The pair, the objective and the optimizer, which the steps change.
         batches: The training data.
         clip_norm: The bound on the norm of the whole gradient.
-        alternation: The program that each step of a cycle trains.
+        alternation: The program or both programs that each step of a cycle trains.
         capture: See :func:`pyro_vae.fit`.
     """
 
@@ -160,14 +160,14 @@ class TrainStep:
 
     @torch.no_grad()
     def run(self, selection: tuple[Tensor, ...]) -> None:
-        """Run the pair in Python as a step does, for handlers that are active outside."""
+        """Run the pair in Python as a step does, so that active Pyro handlers see its sites."""
         mine = selection if self._batches.is_sharded else local_rows(selection)
         if len(mine[0]):
             self._value(self.minibatch(mine))
 
     @torch.no_grad()
     def run_held_out(self, batch: Batch) -> None:
-        """Run the pair in Python as a validation does, for handlers that are active outside."""
+        """Run the pair in Python on validation data, so that active Pyro handlers see its sites."""
         with evaluation_mode(*self._pair):
             self._value(batch)
 
