@@ -127,7 +127,7 @@ def torch_device(device: str | torch.device) -> torch.device:
 
 
 def checkpoints_of(checkpoint: str | Path | Checkpoint | None) -> Checkpoints | None:
-    """Return the checkpoints of the run, None if ``checkpoint`` is None.
+    """Return the checkpoints of the run, None without ``checkpoint``.
 
     Raises:
         TypeError: ``checkpoint`` is neither a folder nor a :class:`Checkpoint`.

@@ -53,9 +53,9 @@ class NonFiniteError(FloatingPointError):
         what: The cause, for the message.
         epoch: The epoch, from 1.
         step: The step of the epoch, from 1.
-        site: The first sample site with NaN or infinite numbers, None if there is none.
-        parameter: The first parameter with a NaN or infinite gradient. Or the first that the step
-            made NaN or infinite. None if there is none.
+        site: The first sample site with NaN or infinite numbers, None if all are finite.
+        parameter: The first parameter that is NaN or infinite after the step, or has such a
+            gradient. None if only the loss is NaN or infinite.
         rows: The row numbers of the minibatch in the data, None if the data are a stream.
         bad: The rows with NaN or infinite numbers at the site, counted from 0 in the minibatch.
         folder: The folder of a checkpoint just before the step, with the minibatch. To reproduce
@@ -98,7 +98,7 @@ class FirstNonFiniteSite(Messenger):
     """Record the first sample site with NaN or infinite numbers, and its rows of the minibatch.
 
     Attributes:
-        name: The name of the site, None if there is none.
+        name: The name of the site, None if all sites are finite.
         what: A description of the number. It is in a parameter of the distribution, in the value
             or in the log-density.
         bad: The rows with such numbers, None if the site is outside the plate ``"data"``.
