@@ -1,4 +1,4 @@
-"""Training: a pair, an objective and data in, a fitted pair and its history out."""
+"""Fit a pair of programs to data, and write, resume and load checkpoints."""
 
 from pyro_vae._utils.distributed import group_of_torchrun
 from pyro_vae._utils.interrupts import Interrupted

@@ -10,18 +10,19 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks as global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as global_pre_hooks
 
-_ONE = torch.tensor(1.0)  # a number would be made into a tensor for each count
+_ONE = torch.tensor(1.0)  # torch would convert a number to a tensor for each parameter
 
 
 class Adam(torch.optim.Adam):
-    """torch's fused Adam (Kingma & Ba 2015, algorithm 1), without its preparations.
+    """Torch's fused Adam (Kingma & Ba 2015, algorithm 1), with less overhead per step.
 
-    At each step torch checks its settings and groups its parameters. On small networks that takes
-    as long as the arithmetic. State and results are those of ``torch.optim.Adam(..., fused=True)``.
+    At each step, torch checks its settings and groups its parameters. On small networks, this
+    takes as long as the arithmetic. State and results equal those of
+    ``torch.optim.Adam(..., fused=True)``.
 
-    Torch's optimizers make a captured step longer. Here is by how much, for a Bernoulli VAE with
-    an MLP 784-200-200-50 on one core. Each number is the median ratio of processor time over 41
-    rounds in which the optimizers took turns, with quartiles in brackets:
+    Captured steps take longer with torch's optimizers. The table shows the ratio of processor
+    times for a Bernoulli VAE with an MLP 784-200-200-50 on one core. Each entry is the median of
+    41 rounds with the quartiles in brackets. Each round ran all optimizers:
 
     ============  =================  =================
     batch size    ``fused=True``     ``foreach=True``
@@ -35,8 +36,8 @@ class Adam(torch.optim.Adam):
     17% of a step there.
 
     Args:
-        parameters: what to train, or groups of it with learning rates of their own.
-        lr: the learning rate.
+        parameters: The parameters to train, or groups of them with separate learning rates.
+        lr: The learning rate.
     """
 
     def __init__(self, parameters: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float = 1e-3):
@@ -44,12 +45,12 @@ class Adam(torch.optim.Adam):
         self._lists: dict[tuple, list[list[Tensor]]] = {}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load a state, of this optimizer or of torch's Adam."""
+        """Load a state of this optimizer or of torch's Adam."""
         super().load_state_dict(state_dict)
         self._lists.clear()
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
-        """Take a step along the gradients that the closure leaves behind; return what it gives."""
+        """Call the closure, update the parameters by their gradients, and return the loss."""
         for hook in (*global_pre_hooks.values(), *self._optimizer_step_pre_hooks.values()):
             if (replaced := hook(self, (self, closure), {})) is not None:
                 (_, closure), _ = replaced
@@ -66,7 +67,7 @@ class Adam(torch.optim.Adam):
             hook(self, (self, closure), {})
         return loss
 
-    step.hooked = True  # torch need not wrap it: what it adds is a tenth of a small step
+    step.hooked = True  # torch does not wrap it then, which saves a tenth of a small step
 
     def _update(self, parameters: list[Tensor], group: dict) -> None:
         amsgrad = group["amsgrad"]

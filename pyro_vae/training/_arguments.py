@@ -1,4 +1,4 @@
-"""The arguments of a fit, checked and brought into one form each."""
+"""Check the arguments of a fit and convert each of them to one form."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def check_arguments(
     validation: Any,
     after_epoch: Callable | None,
 ) -> None:
-    """Refuse arguments out of range, and patience without validation data.
+    """Raise an error if an argument is out of range or ``patience`` lacks validation data.
 
     Raises:
-        TypeError: An argument is of another type than it must be.
-        ValueError: An argument is out of range, or ``patience`` comes without validation data.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or ``patience`` is passed without validation data.
     """
     positive_integer("epochs", epochs)
     if clip_norm is not None:
@@ -38,16 +38,18 @@ def check_arguments(
     if patience is not None:
         positive_integer("patience", patience)
         if validation is None:
-            raise ValueError("patience needs validation data: pass validation=")
+            raise ValueError("patience needs validation data. Pass validation=")
     if after_epoch is not None and not callable(after_epoch):
-        raise TypeError(f"after_epoch must be a function of the epoch, got {after_epoch!r}")
+        raise TypeError(
+            f"after_epoch must be a function of the number of the epoch, got {after_epoch!r}"
+        )
 
 
 def skip_limit_of(on_nonfinite: str | Skip) -> int:
-    """Return the number of steps that may be skipped, 0 for none.
+    """Return the number of NaN or infinite steps that may be skipped.
 
     Raises:
-        ValueError: ``on_nonfinite`` is neither of the two words nor a :class:`Skip`.
+        ValueError: ``on_nonfinite`` is not ``"raise"``, ``"skip"`` or a :class:`Skip`.
     """
     if isinstance(on_nonfinite, Skip):
         return on_nonfinite.limit
@@ -66,13 +68,13 @@ def learning_rate_of(
 
     Raises:
         TypeError: A learning rate is not a number.
-        ValueError: A learning rate is out of range or for an unknown program, or it would not
-            reach the optimizer.
+        ValueError: A learning rate is out of range. A dictionary has other keys than the two
+            programs. Or ``optimizer`` is passed too.
     """
     if optimizer is not None and not isinstance(learning_rate, Mapping | None):
         raise ValueError(
-            f"learning_rate={learning_rate!r} is for the default optimizer, and would not reach "
-            "the one that is passed as optimizer. Give it to that one, as in "
+            f"learning_rate={learning_rate!r} is for the default optimizer, and optimizer is "
+            "passed too. Set the rate in optimizer, for example "
             "optimizer=functools.partial(torch.optim.SGD, lr=0.1), and leave learning_rate out"
         )
     if learning_rate is None:
@@ -81,13 +83,14 @@ def learning_rate_of(
         return positive_number("learning_rate", learning_rate)
     if set(learning_rate) != {"model", "guide"}:
         raise ValueError(
-            "learning_rate must be a number, or have one for 'model' and one for 'guide', got "
+            "learning_rate must be a number, or a dictionary with one for 'model' and one for "
+            "'guide', got "
             f"{dict(learning_rate)}"
         )
     if optimizer is not None:
         raise ValueError(
-            "two learning rates are for the default optimizer: one of your own makes its groups "
-            "from the parameters it is given"
+            "two learning rates are for the default optimizer, and optimizer is passed too. Set "
+            "the rates in optimizer, and leave learning_rate out"
         )
     for name, value in learning_rate.items():
         positive_number(f"learning_rate[{name!r}]", value)
@@ -95,7 +98,7 @@ def learning_rate_of(
 
 
 def alternation_of(guide_steps: int | None, model_steps: int | None) -> list[str]:
-    """Return the program whose parameters each step of one cycle moves."""
+    """Return the program that each step of one cycle trains."""
     if guide_steps is None and model_steps is None:
         return [BOTH]
     guide_steps = positive_integer("guide_steps", 1 if guide_steps is None else guide_steps)
@@ -104,7 +107,7 @@ def alternation_of(guide_steps: int | None, model_steps: int | None) -> list[str
 
 
 def torch_device(device: str | torch.device) -> torch.device:
-    """Return the device of a fit; ``"auto"`` is CUDA if torch can use it, else the CPU.
+    """Return the device of a fit. ``"auto"`` is CUDA if torch can use it, else the CPU.
 
     Raises:
         ValueError: torch cannot use the device.
@@ -112,17 +115,19 @@ def torch_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        here = int(os.environ.get("LOCAL_RANK", "0"))  # of torchrun: one GPU for each process
+        here = int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun, one GPU per process
         return torch.device("cuda", here) if num_processes() > 1 else torch.device("cuda")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:  # torch lacks this device
-        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch does not have this device
+        raise ValueError(
+            f'device {device!r} cannot be used here: {error}. Pass "auto" or a device of torch'
+        ) from error
     return torch.device(device)
 
 
 def checkpoints_of(checkpoint: str | Path | Checkpoint | None) -> Checkpoints | None:
-    """Open the folder of the checkpoints; None if there are none to write.
+    """Return the checkpoints of the run, None without ``checkpoint``.
 
     Raises:
         TypeError: ``checkpoint`` is neither a folder nor a :class:`Checkpoint`.

@@ -15,11 +15,11 @@ from pyro_vae.training._step import TrainStep
 
 
 class NonFiniteStepError(Exception):
-    """A step has met a NaN or an infinity, and may be half done.
+    """A loss, gradient or parameter of a step is NaN or infinite. The step may be incomplete.
 
     Args:
-        what: what is not finite.
-        parameter: whose gradient or value it is, None if it is the loss.
+        what: The cause, for messages.
+        parameter: The parameter with such a gradient or value, None if it is the loss.
     """
 
     def __init__(self, what: str, parameter: str | None):
@@ -30,16 +30,16 @@ class NonFiniteStepError(Exception):
 def checked_step(
     train_step: TrainStep, selection: tuple[Tensor, ...], device: torch.device
 ) -> Tensor:
-    """Take a step, and return the loss before it.
+    """Take a step and return the loss before it, if all numbers are finite.
 
     Args:
-        train_step: takes the step.
-        selection: of the data.
-        device: whose random numbers the step draws.
+        train_step: Runs the step.
+        selection: The rows of the minibatch.
+        device: The device of the random numbers of the step.
 
     Raises:
-        NonFiniteStepError: something is not finite.
-        ValueError: the pair cannot take the data; in all processes, if it is so in one.
+        NonFiniteStepError: The loss, a gradient or a new parameter is NaN or infinite.
+        ValueError: The pair cannot run on the data. If one process fails, all of them raise.
     """
     noise = random_state(device)
     try:
@@ -47,33 +47,33 @@ def checked_step(
             selection, on_gradients=functools.partial(_require_finite, train_step)
         )
     except NonFiniteStepError:
-        if num_processes() > 1:  # an error of one came to all as a loss that is NaN
+        if num_processes() > 1:  # an error in one process makes the loss NaN in all
             set_random_state(noise, device)
             _refuse(train_step, selection, train_step.error)
         raise
-    except ValueError as error:  # perhaps by Pyro's validation, of what is not finite
+    except ValueError as error:  # perhaps from Pyro's validation of a NaN
         set_random_state(noise, device)
         _refuse(train_step, selection, error)
-        raise NonFiniteStepError("the loss is not finite", None) from None
+        raise NonFiniteStepError("the loss is NaN or infinite", None) from None
     if name := first_non_finite(train_step.train_state.named_parameters()):
-        raise NonFiniteStepError(f"the step made parameter {name!r} not finite", name)
+        raise NonFiniteStepError(f"the step made parameter {name!r} NaN or infinite", name)
     return loss
 
 
 def _refuse(train_step: TrainStep, selection: tuple[Tensor, ...], error: ValueError | None) -> None:
-    """Raise an error of this process or of another, unless it is of what is not finite."""
+    """Raise the error of this process or of another one, unless NaN or infinity caused it."""
     stands = error is not None and not first_site(train_step, selection).has_nonfinite_numbers
     standing = torch.stack(gather(torch.tensor(stands))).nonzero()
     if stands:
         raise error
     if len(standing):
         raise ValueError(
-            f"process {standing[0].item()} cannot take its rows of the minibatch: see its error"
+            f"process {standing[0].item()} failed on its rows of the minibatch. See its error"
         )
 
 
 def first_site(train_step: TrainStep, selection: tuple[Tensor, ...]) -> FirstNonFiniteSite:
-    """Run the pair as a step would, to find the first site that is not finite."""
+    """Run the pair as a step does, and find the first site with a NaN or an infinity."""
     with FirstNonFiniteSite() as site, values_checked(False):
         train_step.run(selection)
     return site
@@ -83,4 +83,4 @@ def _require_finite(train_step: TrainStep, loss: Tensor) -> None:
     if not loss.isfinite():
         raise NonFiniteStepError(f"the loss is {loss.item()}", None)
     if name := first_non_finite(train_step.train_state.named_gradients()):
-        raise NonFiniteStepError(f"the gradient of parameter {name!r} is not finite", name)
+        raise NonFiniteStepError(f"the gradient of parameter {name!r} is NaN or infinite", name)

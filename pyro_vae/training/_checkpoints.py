@@ -1,4 +1,4 @@
-"""Checkpoints of a run in one folder: when to write, which to keep, which to go on from."""
+"""Checkpoints of a run in one folder: when to write, which to keep, which to resume from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyro_vae._utils.distributed import broadcast_from_first, rank
 from pyro_vae.serialization._folder import UnreadableFile, clear, read, write
 
 KIND = "checkpoint of a fit"
-_SHARE_OF_TIME = 0.02  # that writing may take
+_SHARE_OF_TIME = 0.02  # the largest share of the fit's time for writing
 _PREFIX = "step-"
 
 
@@ -33,10 +33,10 @@ class Checkpoint:
             the time of a fit, so this time may become longer.
         keep: The number of checkpoints that stay in the folder. Older ones are removed.
         resume: Resume from the last checkpoint in the folder that can be read, if there is one.
-            Without it, ``fit`` refuses a folder that holds checkpoints.
+            If False, ``fit`` raises an error for a folder that has checkpoints.
 
     Raises:
-        TypeError: An argument is of another type than its annotation says.
+        TypeError: An argument has another type than annotated.
         ValueError: ``seconds`` is infinite or NaN, or ``keep`` is less than 1.
 
     Example:
@@ -54,8 +54,8 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if not isinstance(self.folder, str | os.PathLike):
             raise TypeError(
-                "checkpoint must be a folder, given as str or Path, or a pv.training.Checkpoint of "
-                f"one, got {self.folder!r}"
+                "checkpoint must be a folder (a str or Path) or a pv.training.Checkpoint, got "
+                f"{self.folder!r}"
             )
         if not isinstance(self.resume, bool):
             raise TypeError(f"resume must be True or False, got {self.resume!r}")
@@ -65,15 +65,15 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, ``step-000000000100`` and the like.
+    """The checkpoints of one run, in folders such as ``step-000000000100``.
 
-    Of the processes of a group, the first writes, and all read.
+    In a group of processes, the first process writes and all processes read.
 
     Args:
-        settings: Folder, times and number of the checkpoints. The folder is created.
+        settings: The settings of the checkpoints. The folder is created if it does not exist.
 
     Raises:
-        OSError: The folder cannot be created, or nothing can be written to it.
+        OSError: The folder cannot be created.
     """
 
     def __init__(self, settings: Checkpoint):
@@ -84,17 +84,17 @@ class Checkpoints:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for another."""
+        """Whether the next checkpoint is due."""
         return time.monotonic() >= self._due
 
     def begin(self) -> dict[str, Any] | None:
-        """Return the last whole checkpoint, to resume from; None if the folder has none.
+        """Return the last readable checkpoint to resume from, None if the folder has none.
 
-        Later checkpoints, which cannot be read, get another name.
+        Later checkpoints that cannot be read are renamed.
 
         Raises:
-            ValueError: There is a checkpoint, but the settings do not ask to resume.
-            UnreadableFile: There are checkpoints, but none of them can be read.
+            ValueError: The folder has checkpoints, but ``resume`` is False.
+            UnreadableFile: The folder has checkpoints, but none of them can be read.
         """
         step, content, problem = -1, None, None
         if rank() == 0:
@@ -106,21 +106,24 @@ class Checkpoints:
         if problem is not None:
             raise problem
         if said[1]:
-            raise ValueError(f"the first process cannot begin with {self.folder}: see its error")
+            raise ValueError(
+                f"the first process cannot use the folder {self.folder}. See its error"
+            )
         if rank() > 0 and said[0] >= 0:
             content = read(self._path(int(said[0])), kind=KIND)
         return content
 
     def write(self, content: Callable[[], Mapping[str, Any]], steps: int) -> None:
-        """Write one; remove the oldest, and those of a later time that the run went back from.
+        """Write a checkpoint. Remove the oldest ones, and any of a later step.
 
         Args:
-            content: makes what to write; all processes call it.
-            steps: how many steps the run has taken.
+            content: Makes the content of the checkpoint. All processes call it.
+            steps: The number of steps of the run so far.
 
         Raises:
-            OSError: the disk is full, say; the checkpoints before are whole.
-            TypeError: something in it cannot be written.
+            OSError: The checkpoint cannot be written, for example on a full disk. Earlier
+                checkpoints are intact.
+            TypeError: The content has a value that cannot be written.
         """
         began = time.monotonic()
         found = content()
@@ -140,42 +143,44 @@ class Checkpoints:
         if not self._settings.resume and paths_in(self.folder):
             raise ValueError(
                 f"{self.folder} has the checkpoints of a run. To resume it, pass checkpoint="
-                f"pv.training.Checkpoint({str(self.folder)!r}, resume=True). Or name another folder"
+                f"pv.training.Checkpoint({str(self.folder)!r}, resume=True). Or pass another folder"
             )
         path, content, broken = last_whole(self.folder)
         for other, problem in broken.items():
             aside = other.with_name(f"unreadable-{other.name}")
             shutil.rmtree(aside, ignore_errors=True)
             other.rename(aside)
-            warnings.warn(f"going on from an earlier checkpoint: {problem}", stacklevel=2)
+            warnings.warn(
+                f"the run resumes from an earlier checkpoint, because {problem}", stacklevel=2
+            )
         return (-1 if path is None else int(path.name.removeprefix(_PREFIX))), content
 
     def _path(self, steps: int) -> Path:
         return self.folder / f"{_PREFIX}{steps:012d}"
 
     def _clear(self) -> None:
-        """Remove what a process that was killed has left half written."""
+        """Remove the incomplete checkpoints of a killed process."""
         for path in self.folder.glob(f".{_PREFIX}*"):
             clear(self.folder / path.name[1:].split(".")[0])
 
 
 def paths_in(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the oldest first."""
+    """Return the paths of the checkpoints in a folder, oldest first."""
     return sorted(p for p in folder.iterdir() if re.fullmatch(_PREFIX + r"\d+", p.name))
 
 
 def last_whole(
     folder: Path,
 ) -> tuple[Path | None, dict[str, Any] | None, dict[Path, UnreadableFile]]:
-    """Read the last checkpoint of a folder that is whole.
+    """Read the last checkpoint of a folder that can be read.
 
     Returns:
-        Its path and content, None if there is no checkpoint at all; and what is wrong with those
-        behind it.
+        The path and the content of this checkpoint, None if the folder has no checkpoint. The
+        third value has the errors of later checkpoints by path.
 
     Raises:
-        UnreadableFile: there are some, but none that can be read.
-        FileNotFoundError: there is no such folder.
+        UnreadableFile: The folder has checkpoints, but none of them can be read.
+        FileNotFoundError: The folder does not exist.
     """
     broken: dict[Path, UnreadableFile] = {}
     for path in reversed(paths_in(folder)):

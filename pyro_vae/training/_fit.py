@@ -1,4 +1,4 @@
-"""Fit a pair of programs: stochastic variational inference with one optimizer over both."""
+"""Fit a model and a guide by stochastic variational inference, with one optimizer for both."""
 
 from __future__ import annotations
 
@@ -64,28 +64,28 @@ class Fit:
     """A fitted pair.
 
     Args:
-        model: program of p(x, z), its parameters fitted.
-        guide: program of q(z|x), its parameters fitted.
-        history: a row for each epoch, whose columns are
+        model: program of p(x, z) with fitted parameters.
+        guide: program of q(z|x) with fitted parameters.
+        history: a DataFrame with a row for each epoch and the columns
 
             - ``loss``: minus the bound, in nats per data point, averaged over the steps of the
               epoch;
-            - ``validation_loss``: the same of the validation data, NaN without any. It is of one
-              bound over the whole run: the objective with each schedule at its last value (of one
-              that repeats, its largest);
-            - ``validation_loss_scheduled``: the same at the values that the schedules have at the
-              end of the epoch; only where the objective has schedules;
-            - ``learning_rate``: of the optimizer's first group, NaN where that has no ``"lr"``;
-            - ``skipped``: the steps that were;
-            - ``seconds``;
+            - ``validation_loss``: the loss on the validation data, NaN without validation. Each
+              schedule of the objective has its last value, or its largest if it repeats. So the
+              bound is the same in all epochs;
+            - ``validation_loss_scheduled``: the loss on the validation data, with the schedules at
+              their values at the end of the epoch. The column exists only if there are schedules;
+            - ``learning_rate``: of the optimizer's first group, NaN if it has no ``"lr"``;
+            - ``skipped``: the number of skipped steps;
+            - ``seconds``: the time of the epoch;
 
-            and what ``after_epoch`` returned.
-        best_epoch: the epoch, from 1, whose parameters the pair holds.
-        seconds: the time it all took.
-        execution: how the steps ran in the end: ``"captured"`` (as compiled code), ``"captured,
-            not compiled"``, or ``"eager: "`` and why.
-        digests: of the pair's tensors when the fit ended, by which :func:`pyro_vae.compare` sees
-            that another fit has changed them.
+            and the columns that ``after_epoch`` returned.
+        best_epoch: the epoch, from 1, whose parameters the pair has.
+        seconds: the time of the whole fit.
+        execution: how the steps ran at the end: ``"captured"`` (as compiled code), ``"captured,
+            not compiled"``, or ``"eager: "`` and the reason.
+        digests: checksums of the pair's tensors at the end of the fit. :func:`pyro_vae.compare`
+            uses them to detect a later change.
     """
 
     model: Program
@@ -145,7 +145,7 @@ def fit(
             ``(x, *covariates)``, a torch Dataset or a DataLoader.
         objective: the bound to maximize. The default is ``objectives.ELBO()``.
         validation: validation data. The loss on them is computed after each epoch, with the same
-            noise each time, and with each schedule of the objective at its last value.
+            noise each time. Each schedule of the objective then has its last value.
         epochs: passes over the data.
         batch_size: rows of a minibatch. With fewer rows of data, one minibatch has all of them. A
             DataLoader has its own batch size.
@@ -153,7 +153,7 @@ def fit(
             ``{"model": ..., "guide": ...}`` sets two rates. Parameters that both programs use, or
             create later, have that of the model. Do not pass it together with ``optimizer``.
         guide_steps: number of steps of the guide alone (E-steps of variational EM; Neal & Hinton
-            1998), in alternation with ``model_steps`` steps of the model alone (M-steps).
+            1998). They alternate with ``model_steps`` steps of the model alone (M-steps).
             Parameters that both programs use, or create later, are updated in all steps. The
             default trains both in each step. 1 if only the other number is given.
         model_steps: see ``guide_steps``.
@@ -172,9 +172,9 @@ def fit(
         checkpoint: a folder for checkpoints, or a :class:`~pyro_vae.training.Checkpoint` with
             further settings. A folder is ``Checkpoint(folder)``. To resume a run, pass
             ``Checkpoint(folder, resume=True)``, a new pair and the same arguments. ``epochs`` may
-            be larger than before. The parameters of a resumed run equal those of an uninterrupted
-            one bit for bit on the same device, with the same number of threads, and with
-            ``capture`` True or False. (``"auto"`` decides by the measured time of steps.)
+            be larger than before. On the same device, a resumed run has bit for bit the parameters
+            of an uninterrupted one. This needs the same number of threads, and ``capture`` True or
+            False. (``"auto"`` decides by the measured time of steps.)
         transform: applied to each minibatch x on the device. ``torch.bernoulli`` is dynamic
             binarization. Validation data are not transformed.
         capture: run the programs through Python a few times, then replay the operations of a step
@@ -343,7 +343,7 @@ def _move(
     *,
     num_data: int | None,
 ) -> None:
-    """Move pair and objective to the device; have the objective check the number of data."""
+    """Move pair and objective to the device. Check the number of data points."""
     for module in modules(model, guide):
         module.to(device)
     if isinstance(objective, Objective):
@@ -362,11 +362,11 @@ def _check_pair(
     *,
     skips: bool,
 ) -> dict[str, list[Tensor]]:
-    """Check the pair on a minibatch of each size; return the parameters of model and guide.
+    """Check the pair on a minibatch of each size. Return the parameters of model and guide.
 
     Args:
-        model: program of p(x, z).
-        guide: program of q(z|x).
+        model: The program of p(x, z).
+        guide: The program of q(z|x).
         objective: The objective of the fit.
         batches: The training data.
         held_out: The validation data, None without any.
@@ -374,7 +374,7 @@ def _check_pair(
         skips: Whether the fit may skip steps whose loss is NaN or infinite.
     """
     first, first_held_out = batches.first(), None
-    with evaluation_mode(model, guide):  # so that running averages stay as they are
+    with evaluation_mode(model, guide):  # so that running averages do not change
         trace = check_pair(model, guide, first, batches)
         if held_out is not None:
             first_held_out = held_out.first()
@@ -396,7 +396,7 @@ def _check_scale_of_global_latents(trace: PairTrace, num_data: int | None) -> No
     shared = [f.name for f in trace.guide.values() if not f.local and not f.observed]
     if shared and trace.scale == 1.0 and num_data is not None and num_data > trace.batch_size:
         raise ValueError(
-            f"latent site {shared[0]!r} is shared by all {num_data} data, but a minibatch of "
-            f"{trace.batch_size} would charge its whole KL. Let the minibatch stand for all data, "
-            f'by `pyro.plate("data", {num_data}, subsample=x)`, or set batch_size={num_data}.'
+            f"latent site {shared[0]!r} is shared by all {num_data} data points, but a minibatch "
+            f"of {trace.batch_size} includes its whole KL. Scale the minibatch to all data with "
+            f'`pyro.plate("data", {num_data}, subsample=x)`, or set batch_size={num_data}.'
         )

@@ -1,4 +1,4 @@
-"""The gradient of a loss, as optimizers want it, and a look at it."""
+"""Compute, clip and check the gradients of a loss."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from pyro_vae.training._adam import Adam
 
 
 def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """Differentiate, as ``backward`` does: frozen parameters have None, the others their layout.
+    """Return the gradients of a loss, with None for frozen parameters.
+
+    Each gradient has the memory layout of its parameter, as after ``backward``.
 
     Raises:
-        ValueError: the loss depends on no parameter.
+        ValueError: The loss depends on no parameter that requires a gradient.
     """
     if not loss.requires_grad:
         raise ValueError(
             "the loss of this objective depends on no parameter of model and guide that requires a "
-            "gradient: there is nothing to train. Pass another objective"
+            "gradient, so there is nothing to train. Pass another objective"
         )
     trained = [p for p in parameters if p.requires_grad]
     found = iter(torch.autograd.grad(loss, trained, allow_unused=True))
@@ -38,7 +40,7 @@ def clipped(gradients: Sequence[Tensor | None], bound: float) -> list[Tensor | N
     return [None if g is None else g * scale.to(g.dtype) for g in gradients]
 
 
-# Of torch's optimizers, those that carry a gradient that is not finite into its parameter.
+# Optimizers of torch that make a parameter NaN or infinite if its gradient is.
 _CARRYING = frozenset({
     "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon", "NAdam",
     "RAdam", "RMSprop", "SGD",
@@ -46,16 +48,17 @@ _CARRYING = frozenset({
 
 
 def hides_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer may leave parameters finite where a gradient is not, as Rprop does."""
+    """Return whether parameters may stay finite under a NaN gradient, as with Rprop."""
     kind = type(optimizer)
     of_torch = kind is Adam or kind.__module__.startswith("torch.optim")
     return not (of_torch and kind.__name__ in _CARRYING)
 
 
 def all_finite(tensors: Iterable[Tensor | None]) -> Tensor:
-    """Whether all numbers are, without a look at each: none is, if a norm is NaN or infinite.
+    """Return whether the norms of all tensors are finite.
 
-    A norm overflows before its numbers do: False says no more than that a look is due.
+    True means that all numbers are finite. False means that each number must be checked, because
+    the norm of finite numbers can overflow.
     """
     found = [numbers_of(tensor) for tensor in tensors if tensor is not None]
     if not found:
@@ -64,7 +67,7 @@ def all_finite(tensors: Iterable[Tensor | None]) -> Tensor:
 
 
 def numbers_of(tensor: Tensor) -> Tensor:
-    """Return the numbers of a tensor that may be sparse."""
+    """Return the numbers of a dense or sparse tensor."""
     return _values(tensor.detach())
 
 
@@ -73,7 +76,7 @@ def _values(tensor: Tensor) -> Tensor:
 
 
 def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """Fused optimizers take it for granted that the two lie alike in memory."""
+    """Return the gradient in the memory layout of its parameter, as fused optimizers need it."""
     if gradient.layout != torch.strided or gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_like(parameter).copy_(gradient)

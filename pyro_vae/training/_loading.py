@@ -1,4 +1,4 @@
-"""The pair of a run that was not finished, or of one that was."""
+"""Load the pair of a finished or unfinished fit from its checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pyro_vae.serialization._pair import (
 )
 from pyro_vae.training._checkpoints import KIND, last_whole
 
-_TRIES = 5  # of reading
+_TRIES = 5  # attempts to read
 
 
 def load_checkpoint(
@@ -31,24 +31,24 @@ def load_checkpoint(
     *,
     device: str | torch.device = "cpu",
 ) -> Saved:
-    """Load the pair of a fit from its last checkpoint, as the fit would leave it if it ended there.
+    """Load the pair of a fit from its last checkpoint.
 
-    With ``patience``, that is as it was in the best epoch so far. To resume the fit itself, pass
-    ``checkpoint=pv.training.Checkpoint(folder, resume=True)`` to ``fit``.
+    If the fit has ``patience``, the pair has its state of the best epoch so far. To resume the fit
+    itself, pass ``checkpoint=pv.training.Checkpoint(folder, resume=True)`` to ``fit``.
 
     Args:
-        folder: what ``fit`` was given as ``checkpoint``; or one of the checkpoints in it.
-        model: see :func:`pyro_vae.load`.
-        guide: see :func:`pyro_vae.load`.
-        device: where the parameters go.
+        folder: The folder that ``fit`` received as ``checkpoint``, or one checkpoint in it.
+        model: See :func:`pyro_vae.load`.
+        guide: See :func:`pyro_vae.load`.
+        device: The device of the parameters.
 
     Returns:
-        The pair, with the history of the epochs that were done.
+        The pair, with the history of the finished epochs.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        UnreadableFile: there are some, but none that can be read. It is a ValueError.
-        ValueError: a program must be given, or has other parameters than the one that was fitted.
+        FileNotFoundError: The folder has no checkpoint, or does not exist.
+        UnreadableFile: The folder has checkpoints, but none can be read. It is a ValueError.
+        ValueError: A program must be passed, or has other parameters than the fitted one.
 
     Example:
         >>> import tempfile, torch, pyro_vae as pv
@@ -74,7 +74,7 @@ def load_checkpoint(
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    """Return what saving the pair would have written."""
+    """Return the content that :func:`pyro_vae.save` would write."""
     path, checkpoint = _read(folder)
     try:
         history = dict_to_dataframe(checkpoint["history"]).set_index("epoch")
@@ -86,11 +86,13 @@ def _content(folder: Path) -> dict[str, Any]:
             "notes": {},
         }
     except (KeyError, TypeError, ValueError) as error:
-        raise UnreadableFile(f"{path} holds no checkpoint with a pair: {error!r}") from error
+        raise UnreadableFile(
+            f"{path} has no checkpoint with a pair: {error!r}. Pass another folder"
+        ) from error
 
 
 def _read(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the last checkpoint, while a run may be replacing it."""
+    """Return the last checkpoint. Try again if a run is replacing it."""
     for _ in range(_TRIES - 1):
         with contextlib.suppress(UnreadableFile, FileNotFoundError):
             return _read_once(folder)
@@ -99,11 +101,11 @@ def _read(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _read_once(folder: Path) -> tuple[Path, dict[str, Any]]:
-    if (folder / RECORD).exists():  # one of a run
+    if (folder / RECORD).exists():  # a single checkpoint
         return folder, read(folder, kind=KIND)
     path, checkpoint, _ = last_whole(folder) if folder.is_dir() else (None, None, {})
     if path is None:
         raise FileNotFoundError(
-            f"the folder {folder} has no checkpoint of a fit, or does not exist: is the name right?"
+            f"the folder {folder} has no checkpoint of a fit, or does not exist. Check its name"
         )
     return path, checkpoint

@@ -1,8 +1,8 @@
-"""The epochs of a fit: a loop that can be stopped, resumed, and restored to its last good step.
+"""The loop over the epochs of a fit. It can stop, resume, and return to its last good step.
 
-The steps are taken in chunks. Before each chunk the loop copies all that the steps depend on, and
-after it reads the losses. If one is not finite, the loop restores the copy and takes the steps of
-the chunk again, each as a checked step. So the search for NaN does not slow down the steps.
+Steps run in chunks. Before each chunk, the loop copies the state of the run. After the chunk, it
+reads the losses. If a loss is NaN or infinite, the loop restores the copy and repeats the chunk
+with checked steps. So the search for NaN does not slow down normal steps.
 """
 
 from __future__ import annotations
@@ -51,26 +51,31 @@ if TYPE_CHECKING:
 AfterEpoch = Callable[[int], Mapping[str, float] | None]
 STEPS_OF_A_CHUNK = 200
 STEPS_OF_A_STREAMED_CHUNK = 20
-STEPS_BETWEEN_QUESTIONS = 10  # of processes to each other
+STEPS_BETWEEN_QUESTIONS = 10  # between two exchanges of the processes
 COLUMNS = ["epoch", "loss", "validation_loss", "learning_rate", "skipped", "seconds"]
 SCHEDULED = "validation_loss_scheduled"
 
 
 @dataclass
 class LoopState:
-    """Where a run stands: what of it is neither tensor nor random number.
+    """The counters and the history of a run, without its tensors and random numbers.
 
     Args:
-        epoch: the one at hand, from 1.
-        step: how many of its steps are done.
-        rows: how many data these had, and ``total``, the sum of their losses.
-        skipped: how many of these steps were, and ``skipped_in_all``, how many in the run.
-        seconds: how long they took.
-        history: of the epochs before.
-        best_loss: the lowest validation loss so far, of the epoch ``best_epoch``, and the epochs
-            without a gain since then. Where a schedule has settled, of the epochs since then.
-        settled: whether every schedule of the objective has reached its last value.
-        validation_seed: of the noise of every validation.
+        validation_seed: The seed of the noise in every validation.
+        epoch: The current epoch, from 1.
+        step: The number of finished steps in this epoch.
+        rows: The number of data points in these steps.
+        total: The sum of the losses of these data points.
+        skipped: The number of skipped steps in this epoch.
+        skipped_in_all: The number of skipped steps in the run.
+        seconds: The time of this epoch so far.
+        history: The rows of the finished epochs.
+        best_loss: The lowest validation loss so far. It starts again in the epoch in which all
+            schedules of the objective have reached their last values.
+        best_epoch: The epoch of ``best_loss``, 0 before the first validation.
+        epochs_without_gain: The number of epochs since ``best_epoch``. It stays 0 until
+            ``settled``.
+        settled: Whether every schedule of the objective has reached its last value.
     """
 
     validation_seed: int
@@ -89,26 +94,26 @@ class LoopState:
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error
-    """The loop was asked to stop, and stops at the end of a step."""
+    """Raised at the end of a step if the run was interrupted."""
 
 
 @dataclass
 class TrainingLoop:
-    """A fit at work.
+    """The loop of one fit.
 
     Args:
-        train_step: Takes the steps.
+        train_step: Runs the steps.
         batches: The training data.
-        validation: on data that are held out, or None.
-        epochs: how many there shall be.
-        patience: see :func:`pyro_vae.fit`.
-        checkpoints: where to write them, or None.
-        settings: what a checkpoint must agree with, to be gone on from.
-        skip_limit: The number of steps with a NaN or an infinity that may be skipped, 0 for none.
-        after_epoch: see :func:`pyro_vae.fit`.
-        advance: of the progress bar.
-        interrupted: whether the run shall stop.
-        order: ``batches.state_dict()`` before the first pass, which has been begun.
+        validation: Computes the validation loss. None without validation data.
+        epochs: The number of epochs.
+        patience: See :func:`pyro_vae.fit`.
+        checkpoints: Writes the checkpoints. None to write none.
+        settings: The settings that a resumed run must share.
+        skip_limit: The number of NaN or infinite steps that may be skipped.
+        after_epoch: See :func:`pyro_vae.fit`.
+        advance: Advances the progress bar.
+        interrupted: Returns whether the run must stop.
+        order: The result of ``batches.state_dict()`` before the first pass, which has started.
     """
 
     train_step: TrainStep
@@ -140,14 +145,14 @@ class TrainingLoop:
 
     @property
     def history(self) -> pd.DataFrame:
-        """Of the epochs that are done, each a row."""
+        """The history, with a row for each finished epoch."""
         import pandas as pd
 
         rows = self.position.history
         return pd.DataFrame(rows, columns=None if rows else COLUMNS)
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned; its pass over the data has been begun."""
+        """Load the result of :meth:`state_dict`. The pass over the data must have started."""
         self.train_step.load_state_dict(checkpoint["trainer"])
         self._description.load_state_dict(checkpoint["pair"])
         history = dict_to_dataframe(checkpoint["history"]).to_dict("records")
@@ -167,28 +172,28 @@ class TrainingLoop:
         return int(self.position.best_epoch or history["validation_loss"].idxmin())
 
     def train(self) -> bool:
-        """Run to the end of the last epoch, or until patience is out.
+        """Train to the end of the last epoch, or until ``patience`` ends the run.
 
         Returns:
-            False if the run was interrupted. The state is then that at the end of a step, and is
-            written if possible.
+            False if the run was interrupted. The run then has its state at the end of a step, and
+            a checkpoint of this state is written if possible.
 
         Raises:
-            NonFiniteError: See :func:`pyro_vae.fit`. The state is that before the step.
+            NonFiniteError: See :func:`pyro_vae.fit`. The run has its state before that step.
         """
         self.advance(len(self.position.history))
         if self._resumed_at is None:
             self._train_state.broadcast_state()
-            self._write_checkpoint()  # what cannot be written, or where, is better known now
+            self._write_checkpoint()  # to raise errors of writing before the first step
         try:
             while self.position.epoch <= self.epochs and not self._is_out_of_patience():
                 self._epoch()
                 self._checkpoint_or_stop()
-            if self._resumed_at is None:  # else nothing was left to do
+            if self._resumed_at is None:  # else no epoch was left to run
                 self._write_checkpoint()
         except KeyboardInterrupt:
             self.restore(self._last_good)
-            # Other processes may be anywhere; and what was not begun is written already.
+            # Other processes may be at other steps. A run without a new step is saved already.
             if num_processes() == 1 and self._resumed_at is None:
                 self._write_checkpoint()
             return False
@@ -246,7 +251,7 @@ class TrainingLoop:
         return self.validation.loss(position.epoch, position.validation_seed, self.interrupted)
 
     def _scheduled_validation_loss(self) -> dict[str, float]:
-        """Return the validation loss at the schedules' values of now, if there are schedules."""
+        """Return the validation loss at the current values of the schedules, if there are any."""
         if self.validation is None or not self.validation.has_schedules:
             return {}
         seed = self.position.validation_seed
@@ -261,13 +266,18 @@ class TrainingLoop:
         if not isinstance(found, Mapping) or not all(
             isinstance(n, str) and isinstance(v, numbers.Real) for n, v in found.items()
         ):
-            raise TypeError(f"after_epoch must return numbers by name, or None; it gave {found!r}")
+            raise TypeError(
+                f"after_epoch must return a dictionary of numbers by name, or None, got {found!r}"
+            )
         if taken := found.keys() & {*COLUMNS, SCHEDULED}:
-            raise ValueError(f"after_epoch must not return {sorted(taken)}: the history has these")
+            raise ValueError(
+                f"after_epoch must not return {sorted(taken)}. The history has columns of these "
+                "names. Choose others"
+            )
         return {name: float(value) for name, value in found.items()}
 
     def _pass(self, validated: bool) -> None:
-        """Take the steps of an epoch, or those that are left of it."""
+        """Run the remaining steps of the epoch."""
         began, start = time.perf_counter(), self.position.step
         if start == 0:
             self.train_step.recheck()
@@ -285,18 +295,22 @@ class TrainingLoop:
             self._checkpoint_or_stop()
 
     def _run_chunk(self, selections: Iterator[tuple[Tensor, ...]], validated: bool) -> int:
-        """Take some steps, again as checked steps if a loss is not finite; return their number."""
+        """Run a chunk of steps and return their number.
+
+        If a loss or a parameter is NaN or infinite, restore the copy and repeat the chunk with
+        checked steps.
+        """
         self._last_good = self.snapshot()
         taken: list[tuple[Tensor, ...]] = []
         losses: list[Tensor] = []
-        # Minibatches of a stream are kept until it is over.
+        # The minibatches of a stream stay in memory until the end of the chunk.
         length = STEPS_OF_A_CHUNK if self.batches.tensors is not None else STEPS_OF_A_STREAMED_CHUNK
         for selection in itertools.islice(selections, length):
             taken.append(selection)
             self._most_rows = max(self._most_rows, len(selection[0]))
             try:
                 losses.append(self.train_step.step(selection))
-            except ValueError:  # by Pyro's validation, perhaps, of what is not finite
+            except ValueError:  # perhaps from Pyro's validation of a NaN
                 losses.append(torch.tensor(math.nan))
                 break
             except RuntimeError as error:
@@ -308,7 +322,7 @@ class TrainingLoop:
                 break
         if not taken:
             return 0
-        read = torch.stack(losses).tolist()  # nothing was read before
+        read = torch.stack(losses).tolist()  # the only read of the chunk from the device
         if all(map(math.isfinite, read)) and all_finite(self._train_state.parameters):
             for selection, loss in zip(taken, read, strict=True):
                 self._count(selection, loss)
@@ -319,10 +333,10 @@ class TrainingLoop:
         return len(taken)
 
     def _refuse_smaller(self, selection: tuple[Tensor, ...], error: Exception) -> None:
-        """Tell an error that only the small number of rows can have caused, as of the last ones.
+        """Raise a ValueError with advice if only the small number of rows caused the error.
 
         Raises:
-            ValueError: the same rows, repeated to the usual number, make no error.
+            ValueError: The same rows, repeated to the usual number, run without an error.
         """
         size, usual = len(selection[0]), self._most_rows
         if size >= usual or num_processes() > 1:
@@ -335,16 +349,16 @@ class TrainingLoop:
         raise smaller_minibatch(error, size, usual) from error
 
     def _checkpoint_or_stop(self) -> None:
-        """Write a checkpoint if it is due, and stop if somebody asked for it."""
+        """Write a checkpoint if it is due. Stop if the run was interrupted."""
         self._ends_here(0)
         self._write_checkpoint(if_due=True)
         if self._shall_stop:
             raise _Stopped
 
     def _ends_here(self, steps: int) -> bool:
-        """Whether to end a chunk after so many steps: to stop, or to write a checkpoint.
+        """Return whether a chunk ends after ``steps`` steps, to stop or to write a checkpoint.
 
-        All processes do it at once; they ask each other every few steps.
+        All processes end a chunk at the same step. They exchange their decisions every few steps.
         """
         if num_processes() > 1 and steps % STEPS_BETWEEN_QUESTIONS:
             return False
@@ -383,13 +397,13 @@ class TrainingLoop:
     def _make_error(
         self, trouble: NonFiniteStepError, before: Mapping[str, Any], selection: tuple[Tensor, ...]
     ) -> NonFiniteError:
-        """Make the error, and the folder that it can be met again from."""
+        """Return the error, with a checkpoint from which the step can be reproduced."""
         self.restore(before)
         site = first_site(self.train_step, selection).of_all(self.train_step.row_offset(selection))
         self.restore(before)
         what = trouble.what if site.name is None else f"{trouble.what}: {site.what}"
         if self.skip_limit:
-            what = f"{self.skip_limit} steps were skipped, and again {what}"
+            what = f"{self.skip_limit} steps were skipped, which is the limit. Now {what}"
         return NonFiniteError(
             what,
             epoch=self.position.epoch,
@@ -402,7 +416,7 @@ class TrainingLoop:
         )
 
     def _write_nonfinite_checkpoint(self, selection: tuple[Tensor, ...]) -> Path | None:
-        """Write a checkpoint just before a step, and its minibatch; return the folder."""
+        """Write a checkpoint before a step, with its minibatch. Return the folder or None."""
         try:
             content = {**self.state_dict(), "minibatch": list(self.train_step.minibatch(selection))}
             if self.checkpoints is None:
@@ -412,11 +426,11 @@ class TrainingLoop:
             settings = Checkpoint(folder, seconds=0.0, keep=1)
             Checkpoints(settings).write(lambda: content, self.train_step.steps)
         except (OSError, TypeError, ValueError):
-            return None  # the error that is to be told is another
+            return None  # the error of the step must be raised, not this one
         return folder
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run depends on, to be written; all processes call it."""
+        """Return the content of a checkpoint. All processes must call it."""
         return {
             "position": asdict(replace(self.position, history=[])),
             "trainer": self.train_step.state_dict(),
@@ -431,7 +445,7 @@ class TrainingLoop:
         }
 
     def snapshot(self) -> dict[str, Any]:
-        """Copy all that the next step depends on."""
+        """Copy the state that the next step depends on."""
         return {
             "position": replace(self.position, history=[*self.position.history]),
             "train_step": self.train_step.snapshot(),
@@ -441,7 +455,7 @@ class TrainingLoop:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`snapshot` copied; leave all as it is if there is no copy."""
+        """Restore a copy from :meth:`snapshot`. An empty copy changes nothing."""
         if not state:
             return
         self.train_step.restore(state["train_step"])
@@ -458,16 +472,16 @@ class TrainingLoop:
             self._shall_write = False
 
     def _rank_states(self) -> list[dict[str, Any]]:
-        """Return the random numbers and running averages of each process."""
+        """Return the random state and the buffers of each process."""
         mine = {**random_state(self.device), **self._train_state.buffers()}
         return gather({name: tensor.detach().cpu() for name, tensor in mine.items()})
 
     def _restore_rank_state(self, shares: list[dict[str, Tensor]]) -> Mapping[str, Tensor] | None:
-        """Restore what only this process held, if the number of processes is the same."""
+        """Restore the state of this process alone, if the number of processes is the same."""
         if len(shares) != num_processes():
             warnings.warn(
-                f"the checkpoint is of {len(shares)} processes, here are {num_processes()}: the "
-                "run goes on with other noise",
+                f"the checkpoint was written by {len(shares)} processes, but this run has "
+                f"{num_processes()}. It continues with other random numbers",
                 stacklevel=2,
             )
             return random_state(self.device)

@@ -1,4 +1,4 @@
-"""The loss of an objective, ours or Pyro's: to be differentiated, or for its value alone."""
+"""Compute the loss of an objective of pyro_vae or Pyro, with or without a gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae.objectives import Objective
 
-# Of Pyro's objectives without a loss that can be differentiated, what takes their place here.
+# Replacements for Pyro's objectives without a differentiable loss.
 _INSTEAD = {
     "RenyiELBO": "pyro_vae.objectives.Renyi",
     "ReweightedWakeSleep": "pyro_vae.objectives.ReweightedWakeSleep",
@@ -22,10 +22,11 @@ _INSTEAD = {
 
 
 def check_objective(objective: Any) -> None:
-    """Refuse what has no loss that can be differentiated.
+    """Raise TypeError if an objective has no differentiable loss.
 
     Raises:
-        TypeError: it is no ``pyro.infer.ELBO``, or one that states no loss.
+        TypeError: The objective is not a ``pyro.infer.ELBO``, or lacks one of the two losses in the
+            message.
     """
     known = isinstance(objective, pyro.infer.ELBO) and hasattr(objective, "differentiable_loss")
     if known and not isinstance(objective, pyro.infer.TraceTailAdaptive_ELBO):
@@ -33,45 +34,45 @@ def check_objective(objective: Any) -> None:
     instead = _INSTEAD.get(type(objective).__name__)
     remedy = "" if instead is None else f". Pass {instead}"
     raise TypeError(
-        "objective must be a pyro.infer.ELBO with a differentiable_loss and its value, got "
+        "objective must be a pyro.infer.ELBO with a differentiable_loss and a loss, got "
         f"{objective!r}{remedy}"
     )
 
 
 def check_enumeration(objective: pyro.infer.ELBO, trace: PairTrace) -> None:
-    """Refuse objectives of Pyro that enumerated latents have no right loss under.
+    """Raise ValueError if Pyro's objective has a wrong loss for enumerated latents.
 
     Args:
-        objective: passed by :func:`check_objective`.
-        trace: a run of the pair.
+        objective: An objective that :func:`check_objective` accepts.
+        trace: A run of the pair.
 
     Raises:
-        ValueError: Its loss would not be minus a sum of log-densities. Or it would draw a latent
-            from the prior that the model sums out.
+        ValueError: The loss would not be minus a sum of log-densities. Or the objective would
+            sample a latent from its prior that the model sums out.
     """
     draws = isinstance(objective, pyro.infer.Trace_ELBO | pyro.infer.TraceMeanField_ELBO)
     if draws and trace.summed:
         raise ValueError(
-            f"pyro.infer.{type(objective).__name__} draws latent site {trace.summed[0]!r} from its "
-            "prior, which the guide does not sample: its loss is no bound. Pass "
+            f"pyro.infer.{type(objective).__name__} samples latent site {trace.summed[0]!r} from "
+            "its prior, because the guide does not sample it. So the loss is not a bound. Pass "
             "pyro_vae.objectives.ELBO or pyro.infer.TraceEnum_ELBO, which sum over its values"
         )
     if trace.enumerates and isinstance(objective, pyro.infer.TraceTMC_ELBO):
         raise ValueError(
-            "pyro.infer.TraceTMC_ELBO gives a loss that is too large by the logarithm of the "
-            "number of values of each enumerated latent, and takes that logarithm of scaled "
-            "densities where the plate subsamples. Pass pyro_vae.objectives.ELBO, which sums over "
-            "the values exactly, or pyro.infer.TraceEnum_ELBO"
+            "the loss of pyro.infer.TraceTMC_ELBO is too large by the logarithm of the number of "
+            "values of each enumerated latent. It is also wrong for scaled densities, if the plate "
+            "subsamples. Pass pyro_vae.objectives.ELBO, which sums over the values exactly, or "
+            "pyro.infer.TraceEnum_ELBO"
         )
 
 
 def differentiable_loss(
     objective: pyro.infer.ELBO, model: Program, guide: Program, *args: Any
 ) -> Tensor:
-    """Return the loss of a minibatch, to be differentiated, without counting a step.
+    """Return the loss of a minibatch with its graph, without counting a step.
 
-    Pyro's objectives that compile by ``torch.jit`` are run without it: their graphs keep the
-    number of rows, the scale and the mode of the modules of their first call.
+    Pyro's objectives that compile with ``torch.jit`` run uncompiled. Their graphs would fix the
+    number of rows, the scale and the mode of the modules at the first call.
     """
     if isinstance(objective, Objective):
         with objective.not_counting():
@@ -89,7 +90,7 @@ def differentiable_loss(
 def loss_value(
     objective: pyro.infer.ELBO, model: Program, guide: Program, *args: Any
 ) -> Tensor | float:
-    """Return the loss of a minibatch without a gradient; ours as a tensor that is not read yet."""
+    """Return the loss of a minibatch without a gradient. Pyro's objectives return a number."""
     if isinstance(objective, Objective):
         return objective.differentiable_loss(model, guide, *args)
     return objective.loss(model, guide, *args)

@@ -1,4 +1,4 @@
-"""The numbers of rows that minibatches have, each tried before the first step."""
+"""Check the pair on every minibatch size before the first step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Minibatches
 from pyro_vae.training._losses import loss_value
 
-_LARGEST_COPIED = 2**22  # numbers of a tensor that no module holds as a buffer
+_LARGEST_COPIED = 2**22  # elements of a tensor, unless it is a buffer
 
 
 def try_sizes(
@@ -35,23 +35,23 @@ def try_sizes(
     training: bool,
     nonfinite_too: bool,
 ) -> None:
-    """Take the loss on a minibatch of each size that a pass will bring, and put all back.
+    """Compute the loss of a minibatch of each size in a pass, and restore the state.
 
-    Running averages, random numbers and what the objective remembers are afterwards as before.
-    Sizes that are not known, as those of a stream, are not tried.
+    The running averages, the random state and the state of the objective do not change. Unknown
+    sizes, such as those of a stream, are not tried.
 
     Args:
-        model: program of p(x, z).
-        guide: program of q(z|x).
-        objective: whose loss it is.
-        batches: the data.
-        first: their first minibatch, whose rows are taken.
-        training: whether to run the modules as they are, or in evaluation mode.
-        nonfinite_too: whether to refuse a size whose loss is NaN or infinite where that of a
-            larger one is not.
+        model: The program of p(x, z).
+        guide: The program of q(z|x).
+        objective: The objective of the loss.
+        batches: The data.
+        first: The first minibatch of the data. All sizes use its rows.
+        training: Whether to run the modules in their own mode, and not in evaluation mode.
+        nonfinite_too: Whether to raise an error if the loss is NaN or infinite at a size, but
+            finite at a larger one.
 
     Raises:
-        ValueError: the programs or the objective cannot take a size.
+        ValueError: The programs or the objective cannot process a size.
     """
     whole, *rest = batches.sizes or [None]
     if whole != len(first[0]):
@@ -75,7 +75,7 @@ def try_sizes(
 
 
 def smaller_minibatch(error: Exception, size: int, usual: int) -> ValueError:
-    """Make the error of a run that meets a minibatch smaller than usual, and cannot take it."""
+    """Return the error for a minibatch that is too small for the pair or the objective."""
     return ValueError(
         f"model, guide and objective cannot take a minibatch of {_rows(size)}, where others have "
         f"{usual}: {type(error).__name__}: {first_line(error)}. "
@@ -84,13 +84,13 @@ def smaller_minibatch(error: Exception, size: int, usual: int) -> ValueError:
 
 
 def repeated(columns: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
-    """Return so many rows, which are those of the columns over and over."""
+    """Return ``count`` rows that repeat the rows of the columns."""
     rows = torch.arange(count, device=columns[0].device) % len(columns[0])
     return tuple(column[rows] for column in columns)
 
 
 def _shares(size: int, batches: Minibatches) -> list[int]:
-    """Return how many rows a process takes of a minibatch, whichever process it is."""
+    """Return the numbers of rows that processes can have of a minibatch."""
     if batches.is_sharded:
         return [size]
     each, more = divmod(size, num_processes())
@@ -101,23 +101,24 @@ def _message(batches: Minibatches, size: int, training: bool, told: str) -> str:
     whole, *rest = batches.sizes
     mode = "training" if training else "evaluation"
     text = (
-        f"model, guide and objective cannot take a minibatch of {_rows(size)} in {mode} mode: "
-        f"{told}. The {_rows(batches.num_data)} of {batches.name} come in minibatches of {whole}"
+        f"model, guide and objective cannot process a minibatch of {_rows(size)} in {mode} mode: "
+        f"{told}. The {_rows(batches.num_data)} of {batches.name} are split into minibatches of "
+        f"{whole}"
     )
     text += "".join(f", the last of {left}" for left in rest)
     if num_processes() > 1 and not batches.is_sharded:
-        text += f", of which each of {num_processes()} processes takes its share"
+        text += f", each shared by {num_processes()} processes"
     if not rest or size > rest[0]:
         return f"{text}. Choose a larger batch_size"
     if (other := _other_size(batches.num_data, whole)) is not None:
         left = batches.num_data % other
-        leaves = f"leaves {left} rows for the last" if left else "divides their number"
+        leaves = f"leaves {left} rows for the last" if left else "divides the number of rows"
         text += f". Choose another batch_size: {other} {leaves}"
-    return f"{text}. Or leave the last one out: pass a torch DataLoader with drop_last=True"
+    return f"{text}. Or drop the last minibatch by passing a torch DataLoader with drop_last=True"
 
 
 def _other_size(num_data: int, size: int) -> int | None:
-    """Return a batch size below the given one that leaves a last minibatch of half as many rows."""
+    """Return a smaller batch size whose last minibatch is at least half full."""
     sizes = range(size - 1, 1, -1)
     return next((s for s in sizes if num_data % s == 0 or 2 * (num_data % s) >= s), None)
 
@@ -130,7 +131,7 @@ def _rows(size: int) -> str:
 def put_back(
     model: Program, guide: Program, objective: pyro.infer.ELBO, batches: Minibatches
 ) -> Iterator[None]:
-    """Undo what a run changes: tensors that are not trained, and random numbers."""
+    """Restore the untrained tensors and the random state after the block."""
     noise, restore = random_state(batches.device), _copies(model, guide, objective)
     try:
         yield
@@ -140,16 +141,16 @@ def put_back(
 
 
 def _copies(model: Program, guide: Program, objective: pyro.infer.ELBO) -> Callable[[], None]:
-    """Copy what a run may change in place; return what puts it back."""
+    """Copy the state that a run may change. Return a function that restores it."""
     found = {id(b): b for module in modules(model, guide) for b in module.buffers()}
     for _, thing in referenced_objects(model=model, guide=guide, objective=objective):
         if isinstance(thing, Tensor) and _may_change(thing):
             found.setdefault(id(thing), thing)
     saved = [(tensor, tensor.clone()) for tensor in found.values()]
     every = [inner for module in modules(model, guide) for inner in module.modules()]
-    buffers = [(module, dict(module._buffers)) for module in every]  # which may be replaced
+    buffers = [(module, dict(module._buffers)) for module in every]  # a run may replace them
     remembered = {n: v for n, v in vars(objective).items() if isinstance(v, Tensor)}
-    averages = dict(getattr(objective, "averages", {}))  # by site, made when first met
+    averages = dict(getattr(objective, "averages", {}))  # by site, created at the first run
 
     def restore() -> None:
         for module, those in buffers:
@@ -165,6 +166,6 @@ def _copies(model: Program, guide: Program, objective: pyro.infer.ELBO) -> Calla
 
 
 def _may_change(tensor: Tensor) -> bool:
-    """Tell whether a run may change a tensor in place, which is not so large that it is data."""
+    """Return whether a run may change a tensor in place. A large tensor is data."""
     fixed = tensor.requires_grad or tensor.is_inference() or tensor.layout != torch.strided
     return not fixed and tensor.numel() <= _LARGEST_COPIED

@@ -1,4 +1,4 @@
-"""Missing data, NaN in the data, seen to have no part in any gradient."""
+"""Check that missing data (NaN in the data) do not reach any gradient."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def check_gradient_of_missing(
     objective: pyro.infer.ELBO,
     batches: Minibatches,
 ) -> None:
-    """Take the gradient on rows with NaN or infinite values, where the data in memory have some.
+    """Check the gradient on rows with NaN or infinite values, if the data in memory have any.
 
-    A loss can be finite where its gradient is not: ``torch.where`` multiplies the gradient of what
-    it left out by zero, and NaN stays NaN.
+    A finite loss can have a NaN gradient. ``torch.where`` multiplies the gradient of excluded
+    values by zero, and zero times NaN is NaN.
 
     Raises:
-        ValueError: the gradient is not finite.
+        ValueError: The gradient is NaN or infinite.
     """
     rows = batches.nonfinite_rows()
     if rows is None or not len(rows):
@@ -34,5 +34,5 @@ def check_gradient_of_missing(
     with put_back(model, guide, objective, batches), values_checked(False):
         loss, *gradients = train_step.gradient(rows[: batches.batch_size])
     if loss.isfinite() and not all_finite(gradients):
-        reached = "the gradient of the loss is not finite there, though the loss is"
+        reached = "the gradient of the loss is NaN or infinite there, although the loss is finite"
         raise nonfinite_data(batches.name, rows.cpu(), reached)

@@ -1,4 +1,4 @@
-"""The first value of a run that is not finite: where it came from."""
+"""The error for NaN and infinite values, and the search for their first site."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _ROWS_SHOWN = 10
 class Skip:
     """Skip the update of a step whose loss or gradient is NaN or infinite.
 
-    It is a value of ``fit(on_nonfinite=...)``. The history counts the skipped steps.
+    Pass a ``Skip`` as ``fit(on_nonfinite=...)``. The history counts the skipped steps.
 
     Args:
-        limit: The number of steps that a run may skip. The next such step raises.
+        limit: The number of steps that a run may skip. The next such step raises an error.
 
     Raises:
         TypeError: ``limit`` is not a whole number.
@@ -45,21 +45,22 @@ class Skip:
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or a gradient of a fit is NaN or infinite; the pair is as it was before that step.
+    """A loss or a gradient of a fit is NaN or infinite. The pair has its state before that step.
 
-    With patience, it is as it was in the best epoch so far.
+    With ``patience``, the pair has its state of the best epoch so far.
 
     Args:
-        what: what is not finite.
-        epoch: the epoch, from 1.
-        step: the step in it, from 1.
-        site: the first site whose value or log-density is not finite, None if all are.
-        parameter: the first parameter whose gradient is not finite, or which the step made so.
-        rows: the minibatch: numbers of its rows, None where the data are a stream.
-        bad: which of its rows are not finite at the site, counted from 0 in the minibatch.
-        folder: The folder of a checkpoint just before the step, with the minibatch. A ``fit`` with
-            the same arguments and ``checkpoint=pv.training.Checkpoint(folder, resume=True)`` meets
-            the same value again.
+        what: The cause, for the message.
+        epoch: The epoch, from 1.
+        step: The step of the epoch, from 1.
+        site: The first sample site with NaN or infinite numbers, None if all are finite.
+        parameter: The first parameter that is NaN or infinite after the step, or has such a
+            gradient. None if only the loss is NaN or infinite.
+        rows: The row numbers of the minibatch in the data, None if the data are a stream.
+        bad: The rows with NaN or infinite numbers at the site, counted from 0 in the minibatch.
+        folder: The folder of a checkpoint just before the step, with the minibatch. To reproduce
+            the error, pass ``checkpoint=pv.training.Checkpoint(folder, resume=True)`` to ``fit``,
+            with the same other arguments.
     """
 
     def __init__(
@@ -78,30 +79,32 @@ class NonFiniteError(FloatingPointError):
         self.rows, self.bad, self.folder = rows, bad, folder
         lines = [f"{what} in epoch {epoch}, step {step}"]
         if bad is not None and len(bad):
-            lines.append(f"rows {shown_rows(bad)} of the minibatch")
+            lines.append(f"The site is NaN or infinite in rows {shown_rows(bad)} of the minibatch")
             if rows is not None:
                 lines[-1] += f", which are rows {shown_rows(rows[bad])} of the data"
         elif rows is not None:
-            lines.append(f"the minibatch is rows {shown_rows(rows)} of the data")
+            lines.append(f"The minibatch has rows {shown_rows(rows)} of the data")
         lines.append(
-            "the parameters are those before that step. Lower the learning rate, set clip_norm, "
-            'look for a scale that falls to zero, or pass on_nonfinite="skip"'
+            "The parameters have their values before that step. Lower the learning rate, set "
+            'clip_norm, look for a scale that falls to zero, or pass on_nonfinite="skip"'
         )
         if folder is not None:
             again = f"pv.training.Checkpoint({str(folder)!r}, resume=True)"
-            lines.append(f"to meet it again: checkpoint={again}")
-        super().__init__("; ".join(lines) + ".")
+            lines.append(f"To reproduce the error, pass checkpoint={again}")
+        super().__init__(". ".join(lines) + ".")
 
 
 class FirstNonFiniteSite(Messenger):
-    """Notes the first sample site with a NaN or an infinity, and at which rows of the minibatch.
+    """Record the first sample site with NaN or infinite numbers, and its rows of the minibatch.
 
     Attributes:
-        name: the site, None if there is none.
-        what: what of it: a parameter of its distribution, its value or its log-density.
-        bad: the rows, None if the site belongs to no datum.
-        has_nonfinite_numbers: whether, there or at a later site, it is not just a log-density: that
-            of a value outside of a support is none.
+        name: The name of the site, None if all sites are finite.
+        what: A description of the number. It is in a parameter of the distribution, in the value
+            or in the log-density.
+        bad: The rows with such numbers, None if the site is outside the plate ``"data"``.
+        has_nonfinite_numbers: Whether a parameter is NaN, or a value is NaN or infinite, at this
+            site or a later one. A log-density alone does not count, because it is infinite outside
+            the support.
     """
 
     def __init__(self):
@@ -112,10 +115,10 @@ class FirstNonFiniteSite(Messenger):
         self.has_nonfinite_numbers = False
 
     def of_all(self, row_offset: int) -> FirstNonFiniteSite:
-        """Learn what the first process with such a site has found.
+        """Copy the result of the first process that found a site to all processes.
 
         Args:
-            row_offset: how many rows of the minibatch other processes had before this one.
+            row_offset: The number of rows of the minibatch in processes of lower rank.
         """
         rows = None if self.bad is None else self.bad + row_offset
         for name, what, bad in gather((self.name, self.what, rows)):
@@ -128,7 +131,7 @@ class FirstNonFiniteSite(Messenger):
         if self.has_nonfinite_numbers or type(msg["fn"]).__name__ == "_Subsample":
             return
         for what, values in _numbers(msg):
-            # An infinite parameter may be meant, as a logit: what comes of it tells.
+            # An infinite parameter, such as a logit, may be intended. Its effect is checked.
             parameter = what.startswith("parameter")
             finite = ~values.detach().isnan() if parameter else values.detach().isfinite()
             if not finite.all():
@@ -141,7 +144,7 @@ class FirstNonFiniteSite(Messenger):
 
 
 def _numbers(msg: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a site has of numbers, what comes first first."""
+    """Yield the parameters, the value and the log-density of a site, in this order."""
     base = msg["fn"]
     while hasattr(base, "base_dist"):
         base = base.base_dist
@@ -151,13 +154,14 @@ def _numbers(msg: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     log_prob = msg["fn"].log_prob(msg["value"])
     if msg["mask"] is not None:
         log_prob = log_prob.where(torch.as_tensor(msg["mask"]), 0.0)
-    if not (msg["is_observed"] and log_prob.isfinite().all()):  # else missing data, kept out of it
+    # An observed site with a finite log-density may have masked missing data.
+    if not (msg["is_observed"] and log_prob.isfinite().all()):
         yield "the value", msg["value"]
     yield "the log-density", log_prob
 
 
 def _rows(msg: dict[str, Any], finite: Tensor) -> Tensor | None:
-    """Return the positions along the plate of the data at which something is not finite."""
+    """Return the rows with NaN or infinite numbers, None if the site is outside the data plate."""
     frame, batch = data_frame(msg), len(msg["fn"].batch_shape)
     if frame is None or finite.dim() < batch or batch < -frame.dim:
         return None
@@ -168,7 +172,7 @@ def _rows(msg: dict[str, Any], finite: Tensor) -> Tensor | None:
 
 
 def first_non_finite(tensors: Mapping[str, Tensor | None]) -> str | None:
-    """Return the name of the first tensor with a NaN or an infinity, None if there is none."""
+    """Return the name of the first tensor with NaN or infinite numbers, None without any."""
     for name, tensor in tensors.items():
         if tensor is not None and not numbers_of(tensor).isfinite().all():
             return name
@@ -176,6 +180,6 @@ def first_non_finite(tensors: Mapping[str, Tensor | None]) -> str | None:
 
 
 def shown_rows(numbers: Tensor) -> str:
-    """Show numbers of rows, but not too many."""
+    """Format row numbers for a message, at most ten of them."""
     shown = ", ".join(map(str, numbers[:_ROWS_SHOWN].tolist()))
     return f"[{shown}{', ...' if len(numbers) > _ROWS_SHOWN else ''}]"

@@ -1,4 +1,4 @@
-"""The settings that a run shares with the run that it resumes."""
+"""The settings that a resumed run must share with the run before it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyro_vae.serialization._folder import UnreadableFile
 def settings_of_run(
     batches: Minibatches, held_out: Minibatches | None, objective: pyro.infer.ELBO
 ) -> dict[str, Any]:
-    """Describe data and objective by plain values, which a resumed run must share."""
+    """Return the settings of data and objective that a resumed run must share."""
     of_objective = {
         name: repr(value)
         for name, value in referenced_objects(objective=objective)
@@ -35,30 +35,30 @@ def settings_of_run(
 
 
 def require_settings(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a checkpoint of a run with other settings.
+    """Raise ValueError if a checkpoint is from a run with other settings.
 
     Raises:
-        ValueError: A setting differs; the message names it.
+        ValueError: A setting differs. The message names it.
     """
     for name, value in here.items():
         if name not in saved or saved[name] != value:
             raise ValueError(
-                f"{folder} has the checkpoints of a run with {name} {saved.get(name)}, here it is "
-                f"{value}: pass the arguments of that run, or name another folder"
+                f"{folder} has the checkpoints of a run with {name} {saved.get(name)}, but here it "
+                f"is {value}. Pass the arguments of that run, or another folder"
             )
 
 
 @contextlib.contextmanager
 def resuming_from(folder: Path) -> Iterator[None]:
-    """Refuse a checkpoint that can be read, but lacks an entry or holds other types.
+    """Raise UnreadableFile if a checkpoint lacks an entry, or an entry has the wrong type.
 
     Raises:
-        UnreadableFile: The block met such an entry.
+        UnreadableFile: The block failed on such an entry.
     """
     try:
         yield
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UnreadableFile(
-            f"{folder} holds no checkpoint that this pyro_vae can go on from: {error!r}. Name "
-            "another folder, or take the version that wrote it"
+            f"{folder} has no checkpoint that this version of pyro_vae can resume: {error!r}. Pass "
+            "another folder, or use the version that wrote it"
         ) from error

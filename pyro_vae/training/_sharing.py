@@ -1,7 +1,7 @@
-"""One step by the processes of a group: each takes its rows of the minibatch, and all the mean.
+"""One step in a group of processes, where each process has a share of the rows.
 
-The loss of a minibatch is the mean over its rows. So its gradient is the mean of the gradients that
-the processes find on their shares, each weighted by the rows it has.
+The loss of a minibatch is the mean over its rows. So its gradient is a weighted mean of the
+gradients of all processes. The weight of a process is its number of rows.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ Selection = tuple[Tensor, ...]
 
 
 def local_rows(selection: Selection) -> Selection:
-    """Return the rows of a minibatch that are this process's: none, if there are too few."""
+    """Return this process's rows of a minibatch. There may be none."""
     return tuple(column.tensor_split(num_processes())[rank()] for column in selection)
 
 
 class SharedGradient:
-    """The loss and gradients of whole minibatches, of which each process sees a share.
+    """Compute the loss and gradients of minibatches that several processes share.
 
     Args:
-        parameters: what the gradients are of.
-        is_sharded: whether minibatches are shares already.
+        parameters: The parameters of the gradients.
+        is_sharded: Whether each process receives its own rows only.
 
     Attributes:
-        error: a ValueError of this process's share in the last step: the others learn of it by a
-            loss that is NaN.
+        error: The ValueError of this process in the last step. The loss is then NaN in all
+            processes.
     """
 
     def __init__(self, parameters: Sequence[Tensor], *, is_sharded: bool):
@@ -42,11 +42,11 @@ class SharedGradient:
     def __call__(
         self, gradient: Callable[..., list[Tensor | None]], selection: Selection
     ) -> list[Tensor | None]:
-        """Return the loss per datum and the gradients, the same in all processes.
+        """Return the loss per data point and the gradients, equal in all processes.
 
         Args:
-            gradient: of a share.
-            selection: the whole minibatch.
+            gradient: Computes the loss and the gradients of a share.
+            selection: The whole minibatch, or this process's rows if ``is_sharded``.
         """
         self.error = None
         mine = selection if self._is_sharded else local_rows(selection)
@@ -55,15 +55,15 @@ class SharedGradient:
             loss, *gradients = self._of_share(gradient, mine)
         else:
             loss, gradients = torch.zeros((), device=mine[0].device), [None] * len(self._parameters)
-        # Losses, numbers of rows, and who has a gradient are of one type in all processes; and
-        # whatever may have a gradient is sent, so that all send the same.
+        # All processes must send tensors of the same shapes and dtypes. So each process sends a
+        # gradient for every trainable parameter, with flags for those that it has.
         flags = [float(value is not None) for value in gradients]
         sums = torch.tensor([0.0, rows, *flags], dtype=torch.float64, device=loss.device)
         sums[0] = loss * rows if rows else 0.0
         pairs = zip(self._parameters, gradients, strict=True)
         sent = [torch.zeros_like(p) if g is None else g * rows for p, g in pairs if p.requires_grad]
         sum_over_processes([sums, *sent])
-        if not all(flags):  # no look at numbers on the device where it tells nothing new
+        if not all(flags):  # reads from the device only if needed
             flags = sums[2:].tolist()
         means = iter(value / sums[1] for value in sent)
         found = [next(means) if p.requires_grad else None for p in self._parameters]

@@ -1,4 +1,4 @@
-"""The steps of a fit, captured or not."""
+"""The steps of a fit, eager or captured."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ BOTH = "model and guide"
 
 
 class TrainStep:
-    """Takes the steps of one fit.
+    """Run the steps of one fit.
 
     Args:
-        train_state: The pair, its objective and optimizer, which the steps change.
+        train_state: The pair, the objective and the optimizer, which the steps change.
         batches: The training data.
         clip_norm: The bound on the norm of the whole gradient.
-        alternation: The program whose parameters each step of a cycle moves.
-        capture: Whether to capture the step.
+        alternation: The program or both programs that each step of a cycle trains.
+        capture: See :func:`pyro_vae.fit`.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TrainStep:
         self._shared = None
         if num_processes() > 1:
             self._shared = SharedGradient(train_state.parameters, is_sharded=batches.is_sharded)
-        # The norm is that of what moves, of the whole minibatch.
+        # The norm is that of the trained parameters' gradient on the whole minibatch.
         self._clips_within = self._shared is None and not self._in_turns
         self._hides_gradients = hides_gradients(train_state.optimizer)
         self.steps = 0
@@ -67,39 +67,42 @@ class TrainStep:
 
     @property
     def execution(self) -> str:
-        """How the steps run now; see :class:`pyro_vae._capture.Captured`."""
+        """The way the steps run now; see :class:`pyro_vae._capture.Captured`."""
         return self._captured.execution
 
     def begin(self, steps: int | None, *, validated: bool = False) -> None:
-        """Get ready for steps of one epoch.
+        """Prepare for the steps of one epoch.
 
         Args:
-            steps: how many are to come until the end of the fit, None if that is not known.
-            validated: whether Pyro validates values in these, which only Python can.
+            steps: The number of steps until the end of the fit, None if it is unknown.
+            validated: Whether Pyro validates values in this epoch. Such steps run in Python.
         """
         self._captured.calls_left = steps
         self._validated = validated
 
     def recheck(self) -> None:
-        """Have the next step look whether a capture still stands for the programs."""
+        """Check now and at the next step that the capture is still valid for the programs."""
         self._captured.recheck()
 
     def step(
         self, selection: tuple[Tensor, ...], on_gradients: Callable[[Tensor], None] | None = None
     ) -> Tensor:
-        """Take a step; return the loss per datum before it, on its device.
+        """Take a step. Return the loss per data point before it, on its device.
 
         Args:
-            selection: of the data.
+            selection: The rows of the minibatch.
             on_gradients: Called with the loss after the gradients are computed, before the update.
+
+        Raises:
+            TypeError: The ``step`` of the optimizer does not return the loss of its closure.
         """
         held = self._alternation[self.steps % len(self._alternation)]
         optimizer = self.train_state.optimizer
         loss = optimizer.step(functools.partial(self._closure, selection, held, on_gradients))
         if loss is None:
             raise TypeError(
-                f"{type(optimizer).__name__}.step must return what its closure gives, as torch's "
-                "optimizers do; it returned None"
+                f"{type(optimizer).__name__}.step must return the loss of its closure, as torch's "
+                "optimizers do. It returned None"
             )
         self._advance()
         self.steps += 1
@@ -111,16 +114,16 @@ class TrainStep:
         interrupted: Callable[[], bool],
         objective: pyro.infer.ELBO | None = None,
     ) -> float:
-        """Return the loss per datum, averaged over the data.
+        """Return the loss per data point, averaged over the data.
 
         Args:
-            batches: the data.
-            interrupted: whether to stop.
-            objective: whose loss it is; that of the training if not given.
+            batches: The data.
+            interrupted: Returns whether to stop.
+            objective: The objective of the loss. The default is the objective of the fit.
 
         Raises:
-            KeyboardInterrupt: it was interrupted.
-            ValueError: the pair cannot take the data, in this process or in another.
+            KeyboardInterrupt: The evaluation was interrupted.
+            ValueError: The pair cannot run on the data, in this process or in another one.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=batches.device)
         refused, size, most = None, 0, 0
@@ -143,33 +146,33 @@ class TrainStep:
         if refused is not None:
             raise refused
         if refusals.item():
-            raise ValueError("another process cannot take its validation data: see its error")
+            raise ValueError("another process failed on its validation data. See its error")
         total, count = sums.tolist()
         return total / count
 
     def gradient(self, *selection: Tensor) -> list[Tensor | None]:
-        """Return the loss per datum and the gradients at a minibatch, without a step."""
+        """Return the loss per data point and the gradients of a minibatch, without a step."""
         return self._loss_and_gradients(*selection)
 
     def minibatch(self, selection: tuple[Tensor, ...]) -> Batch:
-        """Return a minibatch as a step would see it."""
+        """Return the minibatch of a step, on the device and transformed."""
         return self._batches.prepare(*selection)
 
     @torch.no_grad()
     def run(self, selection: tuple[Tensor, ...]) -> None:
-        """Run the pair as a step does, through Python, for handlers that look on."""
+        """Run the pair in Python as a step does, so that active Pyro handlers see its sites."""
         mine = selection if self._batches.is_sharded else local_rows(selection)
         if len(mine[0]):
             self._value(self.minibatch(mine))
 
     @torch.no_grad()
     def run_held_out(self, batch: Batch) -> None:
-        """Run the pair on validation data likewise."""
+        """Run the pair in Python on validation data, so that active Pyro handlers see its sites."""
         with evaluation_mode(*self._pair):
             self._value(batch)
 
     def row_offset(self, selection: tuple[Tensor, ...]) -> int:
-        """Return how many rows of a minibatch are those of processes before this one."""
+        """Return the number of rows of a minibatch in processes of lower rank."""
         if self._batches.is_sharded:
             return 0
         shares = selection[0].tensor_split(num_processes())
@@ -177,24 +180,24 @@ class TrainStep:
 
     @property
     def error(self) -> ValueError | None:
-        """Of the last step, in one process of several: the others saw a loss that is NaN."""
+        """The error of this process in the last step. Other processes got a loss of NaN."""
         return None if self._shared is None else self._shared.error
 
     def end_epoch(self, loss: float) -> None:
-        """Let scheduler and programs do what they do after an epoch."""
+        """Step the scheduler. Train new parameters too, and then capture the step again."""
         if self.train_state.end_epoch(loss):
             self._captured = self._new_capture()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next step depends on, except random numbers, to be written."""
+        """Return the state for a checkpoint, without random numbers."""
         state = {"steps": self.steps, **self.train_state.state_dict()}
         return state | {"capture": self._captured.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, before the first step.
+        """Load the result of :meth:`state_dict`, before the first step.
 
         Raises:
-            ValueError: The state is that of another pair, objective, optimizer or scheduler.
+            ValueError: The state belongs to another pair, objective, optimizer or scheduler.
         """
         if self.train_state.load_state_dict(state):
             self._captured = self._new_capture()
@@ -202,12 +205,12 @@ class TrainStep:
         self._captured.load_state_dict(state["capture"])
 
     def snapshot(self) -> dict[str, Any]:
-        """Copy all that the next step depends on, except random numbers."""
+        """Copy the state that the next step depends on, without random numbers."""
         state = {"steps": self.steps, **self.train_state.snapshot()}
         return state | {"gradient": self._captured, "capture": self._captured.snapshot()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`snapshot` copied."""
+        """Restore a copy from :meth:`snapshot`."""
         self.steps = state["steps"]
         self.train_state.restore(state)
         self._captured = state["gradient"]
@@ -219,15 +222,15 @@ class TrainStep:
         held: set[int],
         on_gradients: Callable[[Tensor], None] | None,
     ) -> Tensor:
-        """Leave the gradients where the optimizer looks for them; return the loss.
+        """Set the gradient of each parameter and return the loss.
 
         Args:
-            selection: of the data.
-            held: ids of the parameters that shall stay where they are.
+            selection: The rows of the minibatch.
+            held: The ids of the parameters that this step does not train.
             on_gradients: See :meth:`step`.
         """
         for parameter in self.train_state.parameters:
-            parameter.grad = None  # its memory, still in the cache, serves the next gradient
+            parameter.grad = None  # the next gradient reuses its memory from torch's cache
         gradient = self._loss_and_gradients if self._validated else self._captured
         if self._shared is None:
             loss, *gradients = gradient(*selection)
@@ -242,12 +245,12 @@ class TrainStep:
             parameter.grad = value
         if on_gradients is not None:
             on_gradients(loss)
-        elif self._hides_gradients:  # the losses are read in any case
+        elif self._hides_gradients:  # the loss is read in any case
             loss = loss.where(all_finite(gradients).to(loss.device), math.nan)
         return loss
 
     def _loss_and_gradients(self, *selection: Tensor) -> list[Tensor | None]:
-        """The whole step but the optimizer's part: of tensors alone, so that it can be captured."""
+        """Compute the loss and the gradients. All results are tensors, so it can be captured."""
         with torch.enable_grad():
             loss = self._loss(self._batches.prepare(*selection))
             gradients = gradients_of(loss, self.train_state.parameters)
@@ -289,7 +292,7 @@ class TrainStep:
 def _held_in_turns(
     parameters: dict[str, list[Tensor]], alternation: Sequence[str]
 ) -> list[set[int]]:
-    """Return, for each step of one cycle, which parameters do not move."""
+    """Return the ids of the parameters that each step of one cycle does not train."""
     ids = {name: set(map(id, found)) for name, found in parameters.items()}
     held = {
         BOTH: set(),
@@ -300,11 +303,11 @@ def _held_in_turns(
 
 
 class _DataScale(Messenger):
-    """Reads the scale N/B of the plate ``"data"``, by which every objective multiplies its loss.
+    """Read the scale N/B of the plate ``"data"``. Every objective multiplies its loss by it.
 
-    It is read in each run, since no run before the first step gives a number that holds for all.
-    N may follow the minibatch, or the mode of a module. And a first minibatch of all N rows does
-    not tell N from B, where a process has a share of the rows or a stream brings fewer later.
+    Each run reads the scale, because it may differ between runs. N may depend on the minibatch or
+    on the mode of a module. If the first minibatch has all N rows, N and B are equal. A process
+    with a share of the rows has a smaller B, and so has a later minibatch of a stream.
     """
 
     scale = 1.0

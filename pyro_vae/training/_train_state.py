@@ -1,4 +1,4 @@
-"""What a fit changes, and how it is copied, put back, and shared by processes."""
+"""The state that a fit changes: how to copy, restore and share it between processes."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ from pyro_vae.training._adam import Adam
 
 
 class TrainState:
-    """Tensors of the pair and of its objective, optimizer and scheduler: all that steps change.
+    """The state of the pair, objective, optimizer and scheduler, which steps change.
 
     Args:
-        model: program of p(x, z).
-        guide: program of q(z|x).
-        objective: what is maximised; it may count steps, or remember.
-        transform: of the minibatches; its modules may remember too.
-        parameters: Those of ``"model"`` and of ``"guide"``. One optimizer trains both.
-        learning_rate: of the default optimizer, Adam; or one for each of the two.
-        optimizer: makes another from the parameters.
-        scheduler: makes a learning rate scheduler from the optimizer.
+        model: The program of p(x, z).
+        guide: The program of q(z|x).
+        objective: The objective to maximize. It may have counters and running averages.
+        transform: The transform of the minibatches. Its modules may have buffers.
+        parameters: The parameters of ``"model"`` and of ``"guide"``. One optimizer trains both.
+        learning_rate: The learning rate of the default optimizer, Adam, or one for each program.
+        optimizer: Makes another optimizer from the parameters.
+        scheduler: Makes a learning rate scheduler from the optimizer.
 
     Attributes:
         pair: The two programs.
         objective: The objective of the fit.
-        parameters: All trained parameters; those that the programs make later are appended.
-        parameters_of: Those of ``"model"`` and of ``"guide"``, as given.
+        parameters: All trained parameters. Parameters that the programs create later are appended.
+        parameters_of: The parameters of ``"model"`` and of ``"guide"``, as passed.
 
     Raises:
-        ValueError: There are no parameters.
-        TypeError: ``optimizer`` does not make an optimizer of torch.
+        ValueError: There are no parameters. Or ``scheduler`` needs a learning rate, and the
+            optimizer has none.
+        TypeError: ``optimizer`` or ``scheduler`` does not return one of torch's.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class TrainState:
         self.parameters_of = parameters
         self.parameters = list(dict.fromkeys(itertools.chain(*parameters.values())))
         if not self.parameters:
-            raise ValueError("model and guide have no parameters that require a gradient")
+            raise ValueError(
+                "model and guide have no parameters that require a gradient. Add one to train"
+            )
         if optimizer is None:
             rate = learning_rate["model"] if isinstance(learning_rate, Mapping) else learning_rate
             self.optimizer = Adam(_groups(parameters, learning_rate), lr=rate)
@@ -78,11 +81,11 @@ class TrainState:
 
     @property
     def learning_rate(self) -> float:
-        """Of the first group of parameters, NaN where it has none by that name."""
+        """The learning rate of the first parameter group, NaN if the group has no ``"lr"``."""
         return float(self.optimizer.param_groups[0].get("lr", math.nan))
 
     def named_parameters(self) -> dict[str, Tensor]:
-        """Return what is trained, by name."""
+        """Return the trained parameters, by name."""
         trained = set(map(id, self.parameters))
         return {name: tensor for name, tensor in self._named.items() if id(tensor) in trained}
 
@@ -91,24 +94,24 @@ class TrainState:
         return {name: parameter.grad for name, parameter in self.named_parameters().items()}
 
     def buffers(self) -> dict[str, Tensor]:
-        """Return what is not trained, as it is: each process has its own running averages."""
+        """Return the tensors that are not trained, by name. They may differ between processes."""
         trained = set(map(id, self.parameters))
         return {name: tensor for name, tensor in self._named.items() if id(tensor) not in trained}
 
     def broadcast_state(self) -> None:
-        """Give all processes the parameters, buffers and objective's tensors of the first one."""
+        """Copy the parameters, buffers and objective's tensors of the first process to all."""
         if num_processes() > 1:
             for tensor in (*self._named.values(), *self._tensors_of_objective().values()):
                 broadcast_from_first(tensor)
 
     def end_epoch(self, loss: float) -> bool:
-        """Step the scheduler, and take up parameters that the programs made since they began.
+        """Step the scheduler, and train parameters that the programs created in the epoch too.
 
         Returns:
-            Whether there were any.
+            Whether there were such parameters.
         """
         if isinstance(self._scheduler, ReduceLROnPlateau):
-            if math.isfinite(loss):  # NaN, where every step was skipped
+            if math.isfinite(loss):  # NaN if every step was skipped
                 self._scheduler.step(loss)
         elif self._scheduler is not None:
             self._scheduler.step()
@@ -121,26 +124,29 @@ class TrainState:
         return bool(new)
 
     def snapshot_tensors(self) -> dict[str, Tensor]:
-        """Copy parameters and buffers, by name."""
+        """Return copies of the parameters and buffers, by name."""
         return {name: tensor.detach().clone() for name, tensor in self._named.items()}
 
     def restore_tensors(self, values: Mapping[str, Tensor]) -> None:
-        """Give parameters and buffers the values that :meth:`snapshot_tensors` copied."""
+        """Restore parameters and buffers from :meth:`snapshot_tensors`."""
         with torch.no_grad():
             for name, value in values.items():
                 self._named[name].copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Copy all, with the entries that another process needs for :meth:`load_state_dict`.
+        """Copy the state for a checkpoint, to be loaded by :meth:`load_state_dict`.
 
         Raises:
-            ValueError: The optimizer has parameters that are not the pair's.
+            ValueError: The optimizer has parameters that are not in the pair.
         """
         self._named = self._named_tensors()
         names = {id(tensor): name for name, tensor in self._named.items()}
         groups = self.optimizer.param_groups
         if any(id(p) not in names for group in groups for p in group["params"]):
-            raise ValueError("the optimizer has parameters that are not the pair's")
+            raise ValueError(
+                "the optimizer has parameters that are not in model and guide, and a checkpoint "
+                "cannot include them. Make the optimizer from the passed parameters alone"
+            )
         return self.snapshot() | {
             "kinds": self._kinds(),
             "groups": [[names[id(p)] for p in group["params"]] for group in groups],
@@ -148,7 +154,7 @@ class TrainState:
         }
 
     def snapshot(self) -> dict[str, Any]:
-        """Copy all, for :meth:`restore` in this process."""
+        """Copy the state for :meth:`restore` in this process."""
         if free_param_names() != self._free_param_names():
             self._named = self._named_tensors()
         return {
@@ -159,7 +165,7 @@ class TrainState:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`snapshot` copied."""
+        """Restore a copy from :meth:`snapshot`."""
         self._forget_later_parameters(state)
         self.restore_tensors(state["tensors"])
         with torch.no_grad():
@@ -172,13 +178,13 @@ class TrainState:
             self._scheduler.load_state_dict(_like(live, _copied(state["scheduler"])))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> bool:
-        """Load what :meth:`state_dict` returned, before the first step.
+        """Load the result of :meth:`state_dict`, before the first step.
 
         Returns:
-            Whether the state has parameters that the programs have not made yet.
+            Whether the state has parameters that the programs have not created yet.
 
         Raises:
-            ValueError: The state is that of another pair, objective, optimizer or scheduler.
+            ValueError: The state belongs to another pair, objective, optimizer or scheduler.
         """
         make_free_params(state["constraints"], state["tensors"])
         self._named = self._named_tensors()
@@ -196,7 +202,7 @@ class TrainState:
         return bool(later)
 
     def _undo_casts(self, saved: Mapping[int, Mapping[str, Any]]) -> None:
-        """Give the optimizer's state the types that it had: torch makes them the parameters'."""
+        """Restore the dtypes of the optimizer's state. Torch casts it to the parameters' dtypes."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for number, values in saved.items():
             live = self.optimizer.state[parameters[number]]
@@ -205,7 +211,7 @@ class TrainState:
                     live[name] = value.clone().to(live[name].device)
 
     def _forget_later_parameters(self, state: Mapping[str, Any]) -> None:
-        """Remove parameters that the programs made after a state, so that they make them again."""
+        """Remove parameters that are newer than the state. The programs will create them again."""
         store = pyro.get_param_store()
         for name in free_param_names():
             if FREE_PARAM + name not in state["tensors"]:
@@ -232,16 +238,18 @@ class TrainState:
 
     def _train_too(self, parameters: list[Tensor]) -> None:
         self.optimizer.add_param_group({"params": parameters})
-        self.parameters += parameters  # in place: others hold this list
+        self.parameters += parameters  # in place, because other objects hold this list
 
     def _named_tensors(self) -> dict[str, Tensor]:
         named = tensors_of_pair(*self.pair)
         known = set(map(id, named.values()))
-        unnamed = [p for p in self.parameters if id(p) not in known]  # reached by no name
+        unnamed = [
+            p for p in self.parameters if id(p) not in known
+        ]  # not among the pair's named tensors
         return named | {f"parameter {i}": p for i, p in enumerate(unnamed)}
 
     def _tensors_of_objective(self) -> dict[str, Tensor]:
-        """What it counts or remembers, and modules of the transform; they may have met the pair."""
+        """Return the tensors of the objective and the transform that are not in the pair."""
         of_pair = set(map(id, self._named.values()))
         found = [
             pair
@@ -256,7 +264,7 @@ class TrainState:
 def _groups(
     parameters: dict[str, list[Tensor]], learning_rate: float | Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Make the optimizer's groups: one, or one for each program; what both use is the model's."""
+    """Return the optimizer's groups. With two rates, shared parameters are the model's."""
     if not isinstance(learning_rate, Mapping):
         both = dict.fromkeys(itertools.chain(*parameters.values()))
         return [{"params": list(both), "lr": learning_rate}]
@@ -274,19 +282,19 @@ def _made(
     )
     if isinstance(optimizer, PyroOptim) or _makes_pyro_optimizers(optimizer):
         raise TypeError(
-            f"{what}; got {optimizer!r}, which Pyro's SVI takes. Pass the optimizer of torch that "
-            "it makes, and a learning rate scheduler as scheduler="
+            f"{what}. Got {optimizer!r}, which is for Pyro's SVI. Pass torch's optimizer instead, "
+            "and a learning rate scheduler as scheduler="
         )
     if not callable(optimizer):
         raise TypeError(f"{what}, got {optimizer!r}")
     made = optimizer(parameters)
     if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(f"{what}; it made {made!r}")
+        raise TypeError(f"{what}. It made {made!r}")
     return made
 
 
 def _makes_pyro_optimizers(optimizer: Any) -> bool:
-    """Tell Pyro's functions, such as ``pyro.optim.Adam``, from its classes of torch optimizers."""
+    """Return whether ``optimizer`` is a function of Pyro, such as ``pyro.optim.Adam``."""
     module = getattr(optimizer, "__module__", None) or ""
     return inspect.isfunction(optimizer) and module.startswith("pyro.optim")
 
@@ -309,12 +317,12 @@ def _made_scheduler(
         if "lr" in optimizer.param_groups[0]:
             raise
         raise ValueError(
-            f"scheduler could not be made, for the groups of {type(optimizer).__name__} have no "
-            f"learning rate 'lr': they have {sorted(optimizer.param_groups[0])}. Leave scheduler "
-            "out, or pass another optimizer"
+            f"scheduler cannot be made, because the groups of {type(optimizer).__name__} have no "
+            f"learning rate 'lr', only {sorted(optimizer.param_groups[0])}. Leave scheduler out, "
+            "or pass another optimizer"
         ) from error
     if not callable(getattr(made, "step", None)) or not hasattr(made, "state_dict"):
-        raise TypeError(f"{what}; it made {made!r}")
+        raise TypeError(f"{what}. It made {made!r}")
     return made
 
 
@@ -323,7 +331,7 @@ def _copied(state: Any) -> Any:
     if isinstance(state, Tensor):
         return state.detach().clone()
     if isinstance(state, Mapping):
-        found = copy.copy(state)  # of its own type: a Counter, say
+        found = copy.copy(state)  # keeps its type, such as Counter
         for key, value in state.items():
             found[key] = _copied(value)
         return found
@@ -333,7 +341,7 @@ def _copied(state: Any) -> Any:
 
 
 def _like(live: Any, state: Any) -> Any:
-    """Give dictionaries that were read the types of those that are there."""
+    """Convert the dictionaries of a loaded state to the types of the live state."""
     if isinstance(live, list) and isinstance(state, list) and len(live) == len(state):
         return [_like(mine, its) for mine, its in zip(live, state, strict=True)]
     if not isinstance(live, dict) or not isinstance(state, dict):
@@ -354,6 +362,6 @@ def _require_same(what: str, saved: Any, here: Any) -> None:
         name = next(name for name in names if saved.get(name) != here.get(name))
         saved, here = ({name: each[name]} if name in each else "none" for each in (saved, here))
     raise ValueError(
-        f"the checkpoint is of another run: its {what} are {saved}, here they are {here}. Pass the "
-        "pair, objective and optimizer that it was written with"
+        f"the checkpoint belongs to another run. Its {what} are {saved}, but here they are {here}. "
+        "Pass the pair, objective and optimizer of that run"
     )

@@ -1,4 +1,4 @@
-"""The loss on data that are held out, after each epoch."""
+"""The validation loss after each epoch."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pyro_vae.training._step import TrainStep
 
 
 class Validation:
-    """Losses on data that are held out, at the same noise each time, so that they can be compared.
+    """Compute validation losses that can be compared between epochs.
 
-    For the same reason they are of one bound over the whole run: the objective with each of its
-    schedules at its last value.
+    The noise is the same each time. The bound is also the same in the whole run. It is the
+    objective with each of its schedules at its last value.
 
     Args:
-        train_step: of the pair.
-        objective: that is trained.
-        data: held out.
+        train_step: Runs the pair.
+        objective: The objective of the fit.
+        data: The validation data.
 
     Raises:
-        ValueError: a schedule of the objective has no last value.
+        ValueError: A schedule of the objective has no last value.
     """
 
     def __init__(self, train_step: TrainStep, objective: pyro.infer.ELBO, data: Minibatches):
@@ -41,23 +41,24 @@ class Validation:
         self._at_last_values()
 
     def loss(self, epoch: int, seed: int, interrupted: Callable[[], bool]) -> float:
-        """Return the loss per datum.
+        """Return the loss per data point, with each schedule at its last value.
 
         Args:
-            epoch: that is over, from 1.
-            seed: of the noise.
-            interrupted: whether to stop.
+            epoch: The finished epoch, from 1.
+            seed: The seed of the noise.
+            interrupted: Returns whether to stop.
 
         Raises:
-            FloatingPointError: it is not finite; the message names site and rows.
-            ValueError: the pair cannot take the data.
-            KeyboardInterrupt: it was interrupted.
+            FloatingPointError: The loss is NaN or infinite. The message names the site and the
+                rows.
+            ValueError: The pair cannot run on the data.
+            KeyboardInterrupt: The validation was interrupted.
         """
         refused = None
         with values_checked(self._needs_validation and epoch == 1), self._noise(seed):
             try:
                 loss = self._train_step.evaluate(self._data, interrupted, self._at_last_values())
-            except ValueError as error:  # by Pyro's validation, perhaps, of what is not finite
+            except ValueError as error:  # perhaps from Pyro's validation of a NaN
                 loss, refused = math.nan, error
         if math.isfinite(loss):
             return loss
@@ -74,15 +75,15 @@ class Validation:
         )
 
     def has_settled(self) -> bool:
-        """Tell whether all schedules of the objective have reached their last values."""
+        """Return whether all schedules of the objective have reached their last values."""
         return not self.has_schedules or self._objective.has_settled()
 
     def loss_of_training(self, seed: int, interrupted: Callable[[], bool]) -> float:
-        """Return the loss per datum at the values that the schedules have now.
+        """Return the loss per data point, with the schedules at their current values.
 
         Args:
-            seed: of the noise.
-            interrupted: whether to stop.
+            seed: The seed of the noise.
+            interrupted: Returns whether to stop.
         """
         with values_checked(False), self._noise(seed):
             return self._train_step.evaluate(self._data, interrupted)
@@ -98,11 +99,11 @@ class Validation:
             yield
 
     def _first_site(self) -> tuple[FirstNonFiniteSite, int]:
-        """Find the first site that is not finite, and how many rows came before its minibatch."""
+        """Find the first NaN or infinite site, and count the rows before its minibatch."""
         row_offset = 0
         with FirstNonFiniteSite() as site, values_checked(False):
             for batch in self._data:
-                with contextlib.suppress(ValueError):  # which has been met before
+                with contextlib.suppress(ValueError):  # raised before
                     self._train_step.run_held_out(batch)
                 if site.name is not None:
                     break

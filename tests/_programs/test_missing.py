@@ -227,7 +227,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_the_first_step(on_nonfi
     model, guide = pair_of(chosen_too_late)
     x = data()
     with pytest.raises(
-        ValueError, match=r"first in row .*the gradient of the loss is not finite there"
+        ValueError, match=r"first in row .*the gradient of the loss is NaN or infinite there"
     ):
         pv.fit(model, guide, x, on_nonfinite=on_nonfinite, **FIT)
     assert np.isfinite(pv.evidence(model, guide, x, num_particles=5).mean)

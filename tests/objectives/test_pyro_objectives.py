@@ -110,5 +110,5 @@ def test_tensor_monte_carlo_of_enumerated_latents_is_refused():
 def test_objectives_without_a_loss_and_its_value_are_refused_with_what_takes_their_place(
     objective, instead
 ):
-    with pytest.raises(TypeError, match=f"with a differentiable_loss and its value.* {instead}"):
+    with pytest.raises(TypeError, match=f"with a differentiable_loss and a loss.* {instead}"):
         history(objective)

@@ -381,7 +381,7 @@ def test_a_damaged_checkpoint_is_passed_over(binary, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 5}, "batch_size 10, here it is 5"),
+        ({"batch_size": 5}, "batch_size 10, but here it is 5"),
         ({"objective": objectives.IWAE(num_particles=2)}, "objective ELBO"),
         ({"clip_norm": 1.0}, "clip_norm None"),
         ({"pair": lambda: make_pair(hidden=9)}, "tensors of the pair"),

@@ -205,7 +205,7 @@ def one_of_two(rank, folder):
     with pytest.raises(ValueError, match=r"support|process 1") as raised:
         trained(Labelled, DataLoader(TensorDataset(x, noise), batch_size=10), on_nonfinite="skip")
     found["refused"] = str(raised.value)
-    with pytest.raises(ValueError, match=r"support|another process cannot take its validation"):
+    with pytest.raises(ValueError, match=r"support|another process failed on its validation"):
         trained(Labelled, validation=DataLoader(TensorDataset(x, noise), batch_size=10))
     found["noise and averages"] = trained(functools.partial(Pair, batch_norm=True), batch_size=13)
     torch.save(found, f"{folder}/{rank}.pt")
@@ -298,7 +298,7 @@ def test_data_that_one_cannot_take_are_refused_by_both(found):
     """Not skipped: such a value is finite."""
     first, second = (share["refused"] for share in found)
     assert "values outside the support of site 'label'" in second
-    assert first == "process 1 cannot take its rows of the minibatch: see its error"
+    assert first == "process 1 failed on its rows of the minibatch. See its error"
 
 
 def test_a_group_is_resumed_bit_by_bit(found):

@@ -485,7 +485,7 @@ def test_the_history_has_the_learning_rate_of_any_optimizer(optimizer, binary):
     ],
 )
 def test_optimizers_of_svi_are_refused_with_what_to_pass(optimizer, binary):
-    with pytest.raises(TypeError, match=r"must make a torch.optim.Optimizer .*Pyro's SVI takes"):
+    with pytest.raises(TypeError, match=r"must make a torch.optim.Optimizer .*is for Pyro's SVI"):
         fit(make_pair(), binary, optimizer=optimizer)
 
 

@@ -36,10 +36,11 @@ def fit(data, encoder=None, **changes):
 ONE_MORE = torch.bernoulli(torch.full((41, 16), 0.5))
 EVEN = ONE_MORE[:40]
 LEFT = (
-    r"a minibatch of 1 row in training mode: .*41 rows of data come in minibatches of 20, the last "
+    r"a minibatch of 1 row in training mode: .*41 rows of data are split into minibatches of 20, "
 )
 LEFT += (
-    r"of 1\. Choose another batch_size: 16 leaves 9 rows .* a torch DataLoader with drop_last=True"
+    r"the last of 1\. Choose another batch_size: 16 leaves 9 rows "
+    r".* a torch DataLoader with drop_last=True"
 )
 
 

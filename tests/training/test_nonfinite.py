@@ -166,7 +166,7 @@ def identity(x):
 
 def test_skipping_has_a_limit(data):
     with pytest.raises(
-        pv.training.NonFiniteError, match="2 steps were skipped, and again"
+        pv.training.NonFiniteError, match=r"2 steps were skipped, which is the limit\. Now "
     ) as error:
         fit(pair(), data, on_nonfinite=pv.training.Skip(2), epochs=5)
     assert error.value.epoch == 3
