@@ -77,8 +77,8 @@ def try_sizes(
 def smaller_minibatch(error: Exception, size: int, usual: int) -> ValueError:
     """Return the error for a minibatch that is too small for the pair or the objective."""
     return ValueError(
-        f"model, guide and objective cannot take a minibatch of {_rows(size)}, where others have "
-        f"{usual}: {type(error).__name__}: {first_line(error)}. "
+        f"model, guide and objective cannot process a minibatch of {_rows(size)}, but can process "
+        f"{_rows(usual)}: {type(error).__name__}: {first_line(error)}. "
         "Use minibatches of one size, such as a DataLoader with drop_last=True"
     )
 

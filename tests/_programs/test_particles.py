@@ -66,23 +66,20 @@ CALLS = {
     "collapse_report": lambda m, g, x, **o: (
         pv.collapse_report(m, g, x, num_particles=K, **QUIET, **o).units["kl"].tolist()
     ),
-    "inference_gaps": lambda m, g, x, **o: (
-        pv.inference_gaps(m, g, x, num_particles=K, **QUIET, **o).gap
-    ),
-    "prior_holes": lambda m, g, x, **o: (
-        pv.prior_holes(m, g, x, num_samples=20, quantile=0.1, **QUIET, **o).fraction_of_prior
-    ),
+    "prior_holes": lambda m, g, x, **o: pv.prior_holes(
+        m, g, x, num_samples=20, quantile=0.1, **QUIET, **o
+    ).log_ratio.tolist(),
     "compare": lambda m, g, x, **o: (
-        pv.compare({"a": (m, g)}, x, num_particles=K, **QUIET, **o).to_dataframe()["log_p"].iloc[0]
+        pv.compare({"a": (m, g)}, x, num_particles=K, **QUIET, **o)
+        .to_dataframe()["log_evidence"]
+        .iloc[0]
     ),
     "to_arviz": lambda m, g, x, **o: pv.to_arviz(m, g, x, num_draws=K, seed=1, **o)["posterior"][
         "z"
     ].values.tolist(),
-    "sandwich": lambda m, g, x, **o: (
-        pv.sandwich(
-            m, g, 10, method=pv.evaluation.AIS(num_temperatures=5), num_chains=K, **QUIET, **o
-        ).lower.mean
-    ),
+    "sandwich": lambda m, g, x, **o: pv.sandwich(
+        m, g, like=x, ais=pv.evaluation.AIS(num_temperatures=5, num_chains=2), **QUIET, **o
+    ).lower.tolist(),
     "fit": lambda m, g, x, **o: (
         pv.fit(m, g, x, objective=pv.objectives.IWAE(K, **o), epochs=2, batch_size=10, **QUIET)
         .history["loss"]
@@ -121,6 +118,18 @@ def test_the_default_equals_one_run_per_particle_and_warns_once(call):
         told = [w for w in caught if "leading dimension of particles" in str(w.message)]
         assert len(told) == (0 if options else 1)
     torch.testing.assert_close(*map(torch.as_tensor, results), rtol=1e-5, atol=1e-6)
+
+
+def test_inference_gaps_run_each_particle_alone():
+    x, found = torch.randn(20, 4), []
+    for options in ({"vectorize_particles": False}, {}):
+        model, _ = pair_of()
+        guide = pv.guides.AmortizedNormal(model, nn.Linear(4, 3))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gaps = pv.inference_gaps(model, guide, x, num_particles=K, **QUIET, **options)
+        found.append(gaps.parameters)
+    torch.testing.assert_close(*found)
 
 
 def test_insisting_raises_an_error_in_one_line():

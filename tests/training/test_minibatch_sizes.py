@@ -117,7 +117,7 @@ class OfTwenty(nn.Module):
 @pytest.mark.parametrize("encoder", [normalized, OfTwenty])
 def test_a_stream_is_told_at_the_time(encoder):
     """Its length is known when it ends."""
-    told = r"a minibatch of 1 row, where others have 20: .* DataLoader with drop_last=True"
+    told = r"a minibatch of 1 row, but can process 20 rows: .* DataLoader with drop_last=True"
     with pytest.raises(ValueError, match=told) as caught:
         fit(Stream(ONE_MORE), encoder())
     assert "Trace Shapes" not in str(caught.value)
@@ -134,7 +134,7 @@ def test_a_stream_with_a_bad_value_in_its_last_minibatch_is_not_told_of_its_size
 
 
 def test_held_out_data_that_are_a_stream_are_told_of_at_the_time():
-    told = r"a minibatch of 1 row, where others have 20: .* 2 data points in a minibatch"
+    told = r"a minibatch of 1 row, but can process 20 rows: .* 2 data points in a minibatch"
     with pytest.raises(ValueError, match=told):
         fit(EVEN, objective=o.InfoVAE(), validation=Stream(ONE_MORE))
 
