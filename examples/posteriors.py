@@ -36,7 +36,9 @@ def main():
     test = torch.bernoulli(data.test[: arguments.test])
     size, latents = data.train.shape[1], arguments.latents
     evidences = {}
-    print("| posterior | log p(x), nats | minus mean-field | ELBO | k-hat > 0.7 | ms a step | |")
+    print(
+        "| posterior | log p(x), nats | minus mean-field's | ELBO | k-hat > 0.7 | ms per step | |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name in arguments.families:
         torch.manual_seed(0)
