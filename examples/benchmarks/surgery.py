@@ -45,9 +45,7 @@ def random_pair(features, latents):
 
 def random_posteriors(count, latents):
     """Return means, scales and codes of posteriors from narrow ones to the prior."""
-    share = torch.linspace(
-        0, 0.9, latents, dtype=torch.float64
-    )  # share of the mean in the variance
+    share = torch.linspace(0, 0.9, latents, dtype=torch.float64)  # variance of the means
     loc = torch.randn(count, latents, dtype=torch.float64) * share.sqrt()
     spread = (0.2 * torch.randn(count, latents, dtype=torch.float64)).exp()
     scale = (1 - share).sqrt() * spread
@@ -113,9 +111,7 @@ def main():
             taken[name].append(seconds(run))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     taken = {name: median(values) for name, values in taken.items()}
-    print(
-        "| run | seconds | ratio to the products | ratio to float32 products |\n|---|---|---|---|"
-    )
+    print("| run | seconds | ratio to products | ratio to float32 products |\n|---|---|---|---|")
     for name, value in taken.items():
         ratios = [value / taken[each] for each in ("products", "products, float32")]
         print(f"| {name} | {value:.2f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
