@@ -15,8 +15,8 @@ class Likelihood(nn.Module):
 
     A subclass returns its distribution from ``forward``. If each number of x has P parameters, the
     decoder outputs P times as many numbers as x has. The P blocks are consecutive along the first
-    dimension of the event: P D numbers for vectors of D, P C channels for images of C channels.
-    ``self.outputs(P, *inputs)`` splits the blocks.
+    dimension of the event. A vector of D numbers needs P D outputs, and an image of C channels P C
+    channels. Call ``self.outputs(P, *inputs)`` to split the blocks.
 
     Args:
         decoder: network from z, and any covariates, to the parameters of x.

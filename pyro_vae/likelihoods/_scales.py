@@ -148,8 +148,8 @@ class OptimalScale(nn.Module):
     Its initial value is one.
 
     All values have equal weight. So this scale is not optimal for a bound that weights particles,
-    such as IWAE. Do not use it if some values have little or no weight: with enumerated latent
-    variables, whose improbable values are scored too, or with masks, as for padded sequences.
+    such as IWAE. Do not use it if some values have little or no weight. Examples are masks, as for
+    padded sequences, and enumerated latent variables, whose improbable values are scored too.
 
     Args:
         momentum: weight of the latest minibatch in the running average.
