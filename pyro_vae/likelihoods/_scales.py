@@ -109,8 +109,8 @@ class ScalePerOutput(Scale):
         last = outputs.shape[max(outputs.dim() - len(shape), 0) :]
         if len(last) < len(shape) or any(n not in (1, m) for n, m in zip(shape, last, strict=True)):
             raise ValueError(
-                f"ScalePerOutput has scales of shape {tuple(shape)}, but the decoder gives outputs "
-                f"of shape {tuple(outputs.shape)}: pass the shape of x"
+                f"ScalePerOutput has scales of shape {tuple(shape)}, but the decoder returns "
+                f"outputs of shape {tuple(outputs.shape)}: pass the shape of x"
             )
         return softplus_scale(self.raw)
 
