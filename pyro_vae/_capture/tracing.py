@@ -93,8 +93,8 @@ def trace(function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> Trace:
         inputs: its arguments.
 
     Raises:
-        CaptureError: The control flow or a shape depends on values of tensors, or they leave torch.
-            The outputs are sparse.
+        CaptureError: The control flow or a shape depends on values of tensors. Values leave torch.
+            An output is sparse.
     """
     outputs: list[Tensor | None] = []
     reasons: list[str] = []

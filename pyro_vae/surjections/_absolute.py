@@ -80,9 +80,9 @@ class Absolute(_Magnitude, InferenceSurjection):
     The layer is exact for continuous x. The prior, or the layer above, must have nonnegative
     support. With signs of probability 1/2, the density is symmetric.
 
-    If a network returns the probabilities of the signs, p(x|z) jumps at x = 0, unless the logits
-    vanish at z = 0. Reparameterized gradients ignore such jumps. So train a :class:`Stochastic`
-    layer below this one with :class:`pyro_vae.objectives.ScoreFunction`.
+    With a network ``signs``, p(x|z) jumps at x = 0, unless the logits are zero at z = 0.
+    Reparameterized gradients ignore such jumps. So train a :class:`Stochastic` layer below this one
+    with :class:`pyro_vae.objectives.ScoreFunction`.
 
     Args:
         signs: network from z to the logits of :math:`p(s_d = 1|z)`. By default, each probability
@@ -112,8 +112,8 @@ class GenerativeAbsolute(_Magnitude, GenerativeSurjection):
 
     .. math:: V(x, z) = -\sum_d \log q(s_d|x), \qquad z_d = s_d x_d
 
-    x must be nonnegative. If a network returns the probabilities of the signs, the signs have no
-    reparameterized sample. Train with :class:`pyro_vae.objectives.ELBO` or VIMCO.
+    x must be nonnegative. With a network ``signs``, the signs have no reparameterized sample. Train
+    such a layer with :class:`pyro_vae.objectives.ELBO` or VIMCO.
 
     Args:
         signs: network from x to the logits of :math:`q(s_d = 1|x)`. By default, each probability

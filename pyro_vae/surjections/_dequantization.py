@@ -42,8 +42,8 @@ class UniformDequantization(GenerativeSurjection):
         event_dim: number of rightmost dimensions of x that make one data point.
 
     Shape:
-        x and z are ``(*batch, *event)``. x has the values 0, 1/(L-1), ..., 1, or the values 0,
-        ..., L-1 if its dtype is an integer type. Generated values are 0, 1/(L-1), ..., 1.
+        x and z are ``(*batch, *event)``. x has the values 0, 1/(L-1), ..., 1. With an integer
+        dtype, x has the values 0, ..., L-1. Generated values are of the first kind.
 
     Raises:
         ValueError: ``levels`` is less than two, or ``event_dim`` less than one.

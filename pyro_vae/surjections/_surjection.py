@@ -89,7 +89,7 @@ class InferenceSurjection(Surjection):
 
     .. math:: V(x, z) = \log p(r|z) + \log|\det \partial(z, r) / \partial x|, \qquad x = (z, r)
 
-    The layer is exact: if all layers are such, the ELBO equals log p(x).
+    The layer is exact. If all layers are of this kind, the ELBO equals log p(x).
     """
 
     def infer(self, x: Tensor) -> Image:
