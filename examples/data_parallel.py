@@ -1,10 +1,10 @@
-"""A fit that several processes share, and that goes on when one of them is killed.
+"""Data-parallel training that resumes from a checkpoint when a process is killed.
 
 torchrun --nproc-per-node=2 --max-restarts=3 examples/data_parallel.py --checkpoint run
 torchrun --nproc-per-node=2 --max-restarts=3 examples/data_parallel.py --checkpoint run2 --die-at 3
 
-The second kills a process at the end of an epoch, once: torchrun starts the group again, which goes
-on from the last checkpoint and prints what the first prints.
+The second command kills a process once, at the end of an epoch. Then torchrun restarts the group,
+which resumes from the last checkpoint. The results are the same as those of the first command.
 """
 
 import argparse
@@ -20,10 +20,10 @@ import pyro_vae as pv
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", default=None, help="folder that all processes see")
+    parser.add_argument("--checkpoint", default=None, help="folder shared by all processes")
     parser.add_argument("--data", default="digits", choices=pv.datasets.names())
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--die-at", type=int, default=None, help="epoch")
+    parser.add_argument("--die-at", type=int, default=None, help="epoch of the kill")
     arguments = parser.parse_args()
 
     with pv.training.group_of_torchrun():

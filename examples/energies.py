@@ -1,11 +1,11 @@
-"""Fit flows to the four densities of Rezende & Mohamed (2015, table 1), known but for a constant.
+"""Fit flows to the four unnormalized densities of Rezende & Mohamed (2015, table 1).
 
-python examples/energies.py                                  # all, some half an hour on two cores
+python examples/energies.py                                  # all: about half an hour on two cores
 python examples/energies.py --energies U1 --families planar-8 --steps 2000
 
-A density exp(-U(z)) / Z is a model without data: its latent z is all there is, and KL(q || p) =
-log Z - ELBO. Z was computed by quadrature. U2, U3 and U4 are not integrable unless |z1| <= 4, so z1
-is a site with that support: the guide's flow maps onto it by itself.
+A density exp(-U(z)) / Z is a model with a latent z and no data, so KL(q || p) = log Z - ELBO. Z was
+computed by quadrature. U2, U3 and U4 are integrable only on |z1| <= 4, so z1 is a site with that
+support. The guide's flow maps onto this support automatically.
 """
 
 import argparse
@@ -75,7 +75,7 @@ FAMILIES = {
 
 
 def program(name):
-    """exp(-U) as a Pyro program. What the sites' own densities are does not matter."""
+    """Return exp(-U) as a Pyro program. The densities of its sites cancel."""
     energy, _ = ENERGIES[name]
 
     def model(x):
@@ -90,14 +90,14 @@ def program(name):
 
 
 class Annealed(pv.objectives.Objective):
-    """The ELBO of a density that is flat at first: all of its modes are met."""
+    """The ELBO of a density that is flat at first, so that the guide finds all modes."""
 
     def __init__(self, steps):
         super().__init__()
         self.beta, self._step = torch.tensor(0.05), 1.0 / (0.4 * steps)
 
     def bound(self, terms):
-        """Warm up by one step; return the bound of each datum."""
+        """Warm up by one step, and return the bound of each data point."""
         self.beta.add_(self._step).clamp_(max=1.0)
         log_joint = terms.log_likelihood + terms.log_prior
         return (self.beta * log_joint - terms.log_guide).mean(0)
@@ -107,7 +107,7 @@ def fit(name, family, steps, seed=0):
     """Return the model, the guide, and KL(q || p) with its standard error, in nats."""
     torch.manual_seed(seed)
     model = program(name)
-    x = torch.zeros(BATCH * STEPS_PER_EPOCH, 1)  # equal rows: one posterior, many draws of it
+    x = torch.zeros(BATCH * STEPS_PER_EPOCH, 1)  # equal rows: many samples of one posterior
     guide = LocalGuide(model, x[:1], family=family)
     epochs = max(1, steps // STEPS_PER_EPOCH)
     pv.fit(
@@ -129,7 +129,7 @@ def fit(name, family, steps, seed=0):
 
 
 def density(guide, z1, z2):
-    """q(z1, z2), by giving the guide the values."""
+    """Return q(z1, z2): condition the guide on the values and score them."""
     given = pyro.poutine.condition(guide, data={"z1": z1, "z2": z2})
     with torch.no_grad():
         trace = pyro.poutine.trace(given).get_trace(torch.zeros(len(z1), 1))

@@ -1,6 +1,6 @@
-"""Grey faces of 256 levels: likelihoods that give each level a probability, in bits per dimension.
+"""Compare likelihoods for gray images of 256 levels, in bits per dimension.
 
-python examples/frey_faces.py                      # some ten minutes on two cores
+python examples/frey_faces.py                      # about ten minutes on two cores
 python examples/frey_faces.py --data digits --levels 17 --epochs 2 --particles 20
 """
 
@@ -15,7 +15,7 @@ from pyro_vae.nets import MLP
 
 
 def with_likelihood(make, parts):
-    """A VAE whose decoder gives some numbers for each pixel."""
+    """Return a function that makes a VAE whose decoder has ``parts`` numbers per pixel."""
 
     def make_pair(size, arguments):
         decoder = MLP(arguments.latents, [arguments.width] * 2, parts(arguments.levels) * size)
@@ -28,7 +28,7 @@ def with_likelihood(make, parts):
 
 
 def dequantized(size, arguments):
-    """A Gaussian VAE on the reals above a logit, above uniform noise: one model of four layers."""
+    """Make a flow model of uniform dequantization, a logit and a Gaussian VAE."""
     latents, width = arguments.latents, arguments.width
     scale = likelihoods.ScaleFromDecoder()
     autoencoder = surjections.Stochastic(
@@ -49,7 +49,7 @@ PAIRS = {
         lambda decoder, levels: likelihoods.DiscretizedLogisticMixture(decoder, levels, 3),
         lambda levels: 9,
     ),
-    "dequantised Normal": dequantized,
+    "dequantized Normal": dequantized,
     "Categorical": with_likelihood(likelihoods.Categorical, lambda levels: levels),
 }
 
@@ -63,7 +63,7 @@ def main():
     parser.add_argument("--width", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=500)
     parser.add_argument("--patience", type=int, default=50)
-    parser.add_argument("--particles", type=int, default=500, help="of the evidence")
+    parser.add_argument("--particles", type=int, default=500, help="for the log evidence")
     arguments = parser.parse_args()
     data = pv.datasets.load(arguments.data, binarize="none")
     print("| likelihood | log p(x), nats | bits per dimension | best epoch | seconds | |")

@@ -1,6 +1,6 @@
-"""What a Gaussian guide and a flow fall short of log p(x) by: their family, or their encoder.
+"""Measure the approximation gap and the amortization gap of a Gaussian guide and of a flow.
 
-python examples/gaps.py --epochs 300         # half an hour on two cores; 20 by default
+python examples/gaps.py --epochs 300         # half an hour on two cores; the default is 20
 python examples/gaps.py --data digits --epochs 2 --test 20 --particles 100 --steps 100
 """
 
@@ -24,10 +24,10 @@ def main():
     parser.add_argument("--guides", nargs="+", default=list(GUIDES), choices=GUIDES)
     parser.add_argument("--latents", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--test", type=int, default=100, help="images of each part")
+    parser.add_argument("--test", type=int, default=100, help="images per row of the table")
     parser.add_argument("--particles", type=int, default=5000)
     parser.add_argument("--learning-rate", type=float, default=0.01, help="of the ascent")
-    parser.add_argument("--steps", type=int, default=5000, help="of an ascent, at the most")
+    parser.add_argument("--steps", type=int, default=5000, help="maximum of the ascent")
     arguments = parser.parse_args()
     data = pv.datasets.load(arguments.data, binarize="fixed")
     size, latents = data.train.shape[1], arguments.latents
@@ -49,7 +49,7 @@ def main():
             seed=0,
             progress=False,
         )
-        # The encoder has met the training images, and may serve them better.
+        # The encoder was trained on the training images, so their gaps may be smaller.
         for part, x in (("training", data.train), ("test", data.test)):
             gaps = pv.inference_gaps(
                 model,

@@ -1,6 +1,6 @@
-"""The whole road on MNIST: data, model, guide, SVI, evidence, ELBO surgery.
+"""All steps on MNIST: data, model, guide, SVI, log evidence, ELBO surgery.
 
-python examples/mnist.py                      # downloads MNIST once, some minutes on a CPU
+python examples/mnist.py                      # downloads MNIST once; a few minutes on a CPU
 python examples/mnist.py --data digits --epochs 5
 """
 
@@ -16,7 +16,7 @@ def main():
     parser.add_argument("--data", default="mnist", choices=pv.datasets.names())
     parser.add_argument("--latents", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--particles", type=int, default=1000, help="of the evidence")
+    parser.add_argument("--particles", type=int, default=1000, help="for the log evidence")
     arguments = parser.parse_args()
 
     data = pv.datasets.load(arguments.data, binarize="dynamic")
@@ -46,7 +46,7 @@ def main():
     print(pv.evidence(model, guide, test, num_particles=arguments.particles, seed=0, progress=True))
 
     torch.manual_seed(0)
-    train = torch.bernoulli(data.train)  # data as the guide saw them
+    train = torch.bernoulli(data.train)  # binary images, as in training
     print(pv.elbo_surgery(model, guide, train, seed=0, progress=True))
 
 

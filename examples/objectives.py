@@ -1,6 +1,6 @@
-"""One network, one budget, one seed: what the choice of the objective does on MNIST.
+"""Compare objectives on MNIST, with the same network, number of epochs and seed.
 
-python examples/objectives.py                      # some hour and a half on two cores
+python examples/objectives.py                      # about an hour and a half on two cores
 python examples/objectives.py --data digits --epochs 2 --particles 50 --test 100
 
 The network is that of Burda et al. (2016), with one layer of 50 latents. A unit is active if the
@@ -30,7 +30,7 @@ def active_units(model, guide, x, particles=100):
     """Count the latents whose posterior mean varies over the data."""
     with torch.no_grad():
         z = pv.terms(model, guide, x, num_particles=particles).samples["z"]
-    noise = z.var(0).mean(0) / particles  # of the average that stands for the mean
+    noise = z.var(0).mean(0) / particles  # variance of the estimated mean
     return int((z.mean(0).var(0) - noise > 0.01).sum())
 
 
@@ -39,10 +39,10 @@ def main():
     parser.add_argument("--data", default="mnist", choices=pv.datasets.names())
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
     parser.add_argument("--latents", type=int, default=50)
-    parser.add_argument("--train", type=int, default=None, help="images, all if not given")
+    parser.add_argument("--train", type=int, default=None, help="number of images, all by default")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--particles", type=int, default=5000, help="of the evidence")
-    parser.add_argument("--test", type=int, default=1000, help="images of the evidence")
+    parser.add_argument("--particles", type=int, default=5000, help="for the log evidence")
+    parser.add_argument("--test", type=int, default=1000, help="images for the log evidence")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     data = pv.datasets.load(arguments.data, binarize="dynamic")
@@ -51,9 +51,7 @@ def main():
     test = torch.bernoulli(data.test[: arguments.test])
     size, latents = train.shape[1], arguments.latents
     first = None
-    print(
-        "| objective | log p(x), nats | less the first's | active units | k-hat > 0.7 | seconds |"
-    )
+    print("| objective | log p(x), nats | minus the first | active units | k-hat > 0.7 | seconds |")
     print("|---|---|---|---|---|---|")
     for name in arguments.objectives:
         torch.manual_seed(arguments.seed)

@@ -1,8 +1,8 @@
-"""A model and a guide of your own, as plain Pyro functions, through every step of the library.
+"""Your own model and guide, as plain Pyro functions, with every step of the library.
 
-Topic weights for small count vectors: each datum mixes three topics (a Dirichlet latent) and has a
-length of its own (a LogNormal one). Nothing here was written for pyro_vae, except that what
-belongs to a datum stands in the plate "data".
+The data are small count vectors. Each data point mixes three topics (a Dirichlet latent variable)
+and has its own length (a LogNormal latent variable). The functions are ordinary Pyro code. Every
+site that has one value per data point is inside the plate "data".
 
     python examples/own_pair.py
 """
@@ -22,7 +22,7 @@ encoder = nn.Sequential(nn.Linear(WORDS, 32), nn.Tanh(), nn.Linear(32, TOPICS + 
 
 
 def model(x):
-    """p(x, z): topics are pyro.param values, counts are Poisson."""
+    """Run p(x, z). Topics are pyro.param values, and counts are Poisson."""
     topics = pyro.param(
         "topics",
         lambda: torch.distributions.Dirichlet(torch.ones(WORDS)).sample((TOPICS,)),
@@ -36,7 +36,7 @@ def model(x):
 
 
 def guide(x):
-    """q(z|x): one encoder for both latents."""
+    """Run q(z|x), with one encoder for both latents."""
     pyro.module("encoder", encoder)
     raw = encoder(torch.log1p(x))
     concentration, loc, scale = raw.split([TOPICS, 1, 1], dim=-1)
@@ -47,7 +47,7 @@ def guide(x):
 
 
 def simulate(count):
-    """Draw data from topics that the model does not know."""
+    """Sample data from fixed topics, which the model must learn."""
     topics = torch.zeros(TOPICS, WORDS)
     for i in range(TOPICS):
         topics[i, 4 * i : 4 * i + 4] = 0.25
@@ -59,14 +59,14 @@ def simulate(count):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--test", type=int, default=500, help="data of the evidence")
+    parser.add_argument("--test", type=int, default=500, help="data points for the log evidence")
     arguments = parser.parse_args()
     epochs = arguments.epochs
 
     torch.manual_seed(0)
     train, test = simulate(2000), simulate(arguments.test)
 
-    # The same model under two guides: ours, found by tracing the model, and the one above.
+    # Fit the same model with two guides: the one above and an AmortizedNormal.
     fit = pv.fit(model, guide, train, epochs=epochs, learning_rate=5e-3, seed=0)
     print(pv.evidence(model, guide, test, num_particles=2000, seed=0))
     print(pv.elbo_surgery(model, guide, train, seed=0))

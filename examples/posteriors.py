@@ -1,6 +1,6 @@
-"""One model, one budget, one encoder: six families of posteriors on MNIST.
+"""Compare six posterior families on MNIST, with the same model, encoder and number of epochs.
 
-python examples/posteriors.py                      # some half an hour on two cores
+python examples/posteriors.py                      # about half an hour on two cores
 python examples/posteriors.py --data digits --epochs 2 --particles 50 --test 100
 """
 
@@ -28,15 +28,17 @@ def main():
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--latents", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--particles", type=int, default=1000, help="of the evidence")
-    parser.add_argument("--test", type=int, default=1000, help="images of the evidence")
+    parser.add_argument("--particles", type=int, default=1000, help="for the log evidence")
+    parser.add_argument("--test", type=int, default=1000, help="images for the log evidence")
     arguments = parser.parse_args()
     data = pv.datasets.load(arguments.data, binarize="dynamic")
     torch.manual_seed(1)
     test = torch.bernoulli(data.test[: arguments.test])
     size, latents = data.train.shape[1], arguments.latents
     evidences = {}
-    print("| posterior | log p(x), nats | less mean-field's | ELBO | k-hat > 0.7 | ms a step | |")
+    print(
+        "| posterior | log p(x), nats | minus mean-field's | ELBO | k-hat > 0.7 | ms per step | |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name in arguments.families:
         torch.manual_seed(0)

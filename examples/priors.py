@@ -1,7 +1,7 @@
-"""One decoder, one budget: four priors, one or two layers of latents, on MNIST; the best prior.
+"""Compare four priors, and models of one or two latent layers, on MNIST.
 
 python examples/priors.py                          # a quarter of an hour on two cores
-python examples/priors.py --figure priors.png      # samples beside it, under each prior
+python examples/priors.py --figure priors.png      # also save samples from each prior
 python examples/priors.py --data digits --epochs 2 --particles 20 --test 50 --surgery 200
 """
 
@@ -42,7 +42,7 @@ def one_layer(prior, size):
 
 
 def two_layers(prior, size):
-    """As of Tomczak & Welling (2018): x is drawn given both; the top is inferred from x alone."""
+    """Make the model of Tomczak & Welling (2018): p(x|z1, z2), and q(z2|x) at the top."""
     middle = pv.likelihoods.Normal(
         GatedMLP(LATENTS, [WIDTH] * LAYERS, 2 * LATENTS), scale=pv.likelihoods.ScaleFromDecoder()
     )
@@ -88,7 +88,7 @@ def train(make, make_prior, data, arguments):
 
 
 def best_prior(model, guide, data, arguments):
-    """The model with the aggregated posterior in place of its prior; tells what that gains."""
+    """Replace the prior by the aggregated posterior, and print the gain of the ELBO."""
     torch.manual_seed(1)
     x = torch.bernoulli(data.train[: arguments.surgery])
     best = pv.LatentVariableModel(pv.priors.AggregatedPosterior(guide, x), model.likelihood)
@@ -96,14 +96,14 @@ def best_prior(model, guide, data, arguments):
     print(f"\nELBO surgery on {len(x)} training images:\n{before}")
     error = before.standard_errors["marginal_kl"]
     print(
-        f"with the {BEST} as the prior the ELBO gains {after.elbo - before.elbo:.3f}, the marginal "
-        f"KL was {before.marginal_kl:.3f} ± {error:.3f}"
+        f"with the {BEST} as the prior, the ELBO is larger by {after.elbo - before.elbo:.3f} nats; "
+        f"the marginal KL was {before.marginal_kl:.3f} ± {error:.3f}"
     )
     return best
 
 
 def draw(models, data, path):
-    """Save samples of each model in a row of its own."""
+    """Save a figure with one row of samples per model."""
     figure = Figure(figsize=(10, 1.1 * len(models) + 0.2), layout="constrained")
     grid = figure.subplots(len(models), 10)
     for row, (name, (model, guide)) in zip(grid, models.items(), strict=True):
@@ -120,16 +120,16 @@ def main():
     parser.add_argument("--data", default="mnist", choices=pv.datasets.names())
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=PAIRS)
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--particles", type=int, default=1000, help="of the evidence")
-    parser.add_argument("--test", type=int, default=1000, help="images of the evidence")
-    parser.add_argument("--surgery", type=int, default=10_000, help="images of the surgery")
-    parser.add_argument("--figure", help="where to save samples")
+    parser.add_argument("--particles", type=int, default=1000, help="for the log evidence")
+    parser.add_argument("--test", type=int, default=1000, help="images for the log evidence")
+    parser.add_argument("--surgery", type=int, default=10_000, help="images for the ELBO surgery")
+    parser.add_argument("--figure", help="file for a figure of samples")
     arguments = parser.parse_args()
     data = pv.datasets.load(arguments.data, binarize="dynamic")
     torch.manual_seed(1)
     test = torch.bernoulli(data.test[: arguments.test])
     evidences, models = {}, {}
-    print("| model | log p(x), nats | more than the first's | s an epoch | |")
+    print("| model | log p(x), nats | minus the first | s per epoch | |")
     print("|---|---|---|---|---|")
     for name in arguments.pairs:
         torch.manual_seed(0)

@@ -1,6 +1,6 @@
-"""A hundred labels and fifty thousand images: M2, and M1 + M2, of Kingma et al. (2014).
+"""Semi-supervised learning with M2 and M1 + M2 (Kingma et al. 2014): 100 labels, 50,000 images.
 
-python examples/semi_supervised.py                      # some ten minutes on two cores
+python examples/semi_supervised.py                      # about ten minutes on two cores
 python examples/semi_supervised.py --data digits --epochs 2 --train 600 --labels 50 --width 50
 """
 
@@ -22,12 +22,12 @@ def network(width, inputs, outputs=None):
 
 
 def draw(codes):
-    """Draw features from their posteriors, means beside standard deviations in a row."""
+    """Sample features from their posteriors, given rows of means and standard deviations."""
     return torch.normal(*codes.chunk(2, -1))
 
 
 def m1(x, x_test, arguments):
-    """Features of a VAE that sees no label: the posteriors of its latents."""
+    """Return features: the posteriors of a VAE that is trained without labels."""
     net = functools.partial(network, arguments.width)
     prior = pv.priors.StandardNormal(arguments.features)
     likelihood = pv.likelihoods.Bernoulli(net(arguments.features, x.shape[1]))
@@ -54,7 +54,7 @@ def m1(x, x_test, arguments):
 
 
 def m2(x, y, likelihood, transform, arguments):
-    """Fit M2; every minibatch has a tenth of its rows labelled: the few are there many times."""
+    """Fit M2. The labeled rows are repeated, so that they are a tenth of the data."""
     torch.manual_seed(0)
     size, net = transform(x[:1]).shape[1], functools.partial(network, arguments.width)
     model = pv.models.SemiSupervisedModel(
@@ -96,10 +96,10 @@ def of_features(joined, net, inputs, size):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="mnist", choices=("mnist", "fashion-mnist", "digits"))
-    parser.add_argument("--train", type=int, default=50_000, help="images, most without a label")
+    parser.add_argument("--train", type=int, default=50_000, help="images, mostly unlabeled")
     parser.add_argument("--labels", type=int, default=100)
-    parser.add_argument("--features", type=int, default=50, help="of M1")
-    parser.add_argument("--latents", type=int, default=10, help="of M2")
+    parser.add_argument("--features", type=int, default=50, help="latent dimensions of M1")
+    parser.add_argument("--latents", type=int, default=10, help="latent dimensions of M2")
     parser.add_argument("--width", type=int, default=300)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=200)
@@ -108,7 +108,7 @@ def main():
     data = pv.datasets.load(arguments.data, binarize="none")
     labels = pv.datasets.load_labels(arguments.data)
     images, truth = data.train[: arguments.train], labels.train[: arguments.train]
-    # As many of each class, the first ones.
+    # The first images of each class, the same number for all classes.
     few = torch.cat(
         [(truth == c).nonzero()[: arguments.labels // CLASSES, 0] for c in range(CLASSES)]
     )
@@ -125,7 +125,7 @@ def main():
             flush=True,
         )
 
-    report("labelled images alone", images[few], y[few], data.test, of_images, torch.bernoulli)
+    report("labeled images only", images[few], y[few], data.test, of_images, torch.bernoulli)
     report("M2, all images", images, y, data.test, of_images, torch.bernoulli)
     codes, codes_test = m1(images, data.test, arguments)
     report("M1 + M2, all images", codes, y, codes_test, of_features, draw)

@@ -1,10 +1,10 @@
 """The signal-to-noise ratio of gradients as the number of particles grows (Rainforth et al. 2018).
 
-python examples/signal_to_noise.py                # a minute or two on two cores
+python examples/signal_to_noise.py                # one or two minutes on two cores
 python examples/signal_to_noise.py --particles 1 10 --repeats 20
 
-The model is linear and Gaussian, with weights a little away from the optimum, as in the paper's
-experiment. The guide is wider than the posterior, so that all moments of the weights exist.
+The model is linear and Gaussian, with weights close to the optimum, as in the paper's experiment.
+The guide is wider than the posterior, so that all moments of the importance weights exist.
 """
 
 import argparse
@@ -39,14 +39,14 @@ class Linear(nn.Module):
         self.scale = (2 / precision.diagonal()).sqrt()
 
     def model(self, x):
-        """p(x, z)."""
+        """Run p(x, z)."""
         with pyro.plate("data", len(x)):
             prior = dist.Normal(torch.zeros_like(self.scale), 1.0)
             z = pyro.sample("z", prior.to_event(1))
             pyro.sample("x", dist.Normal(z @ self.weight.T, 1.0).to_event(1), obs=x)
 
     def guide(self, x):
-        """q(z|x)."""
+        """Run q(z|x)."""
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x @ self.encoder.T, self.scale).to_event(1))
 
@@ -81,7 +81,7 @@ def main():
         print(f"| {name}, {program} | " + " | ".join(f"{v:.3f}" for v in values) + " |")
         dashed = "--" if program == "model" else "-"
         axes.loglog(arguments.particles, values, dashed, marker="o", label=f"{name}, {program}")
-    # Where there is no signal left, this is what the repeats alone make of the ratio.
+    # Without any signal, a finite number of repeats alone gives this ratio.
     axes.axhline((2 / torch.pi / arguments.repeats) ** 0.5, color="#999999", linewidth=0.8)
     axes.set(xlabel="particles K", ylabel="signal-to-noise ratio of the gradient")
     axes.legend(frameon=False)

@@ -439,7 +439,7 @@ def test_a_likelihood_takes_the_numbers_of_any_type(dtype):
     [
         (lambda: pv.nets.MLP(4.0, [3]), "in_features must be a whole number, got 4.0"),
         (lambda: pv.nets.MLP(4, "34"), r"hidden must be a sequence, such as \[8\], got '34'"),
-        (lambda: pv.nets.MLP(10**15, [10**15]), "nothing can be made with in_features="),
+        (lambda: pv.nets.MLP(10**15, [10**15]), "cannot run with in_features="),
         (lambda: pv.nets.MLP(4, [3])(torch.ones(5, 3)), r"of shape \(..., 4\), got \(5, 3\)"),
         (lambda: pv.nets.MLP(4, [3])(torch.ones(5, 4).double()), "float32 .* got torch.float64"),
         (lambda: pv.likelihoods.Normal(torch.nn.Identity(), 1e-300), "scale must be positive"),

@@ -20,7 +20,7 @@ ARGUMENTS = {
     "energies.py": ["--energies", "U1", "--families", "Gaussian", "planar-2", "--steps", "50"],
     "frey_faces.py": [
         *("--data", "digits", "--levels", "17", "--epochs", "1", "--particles", "20"),
-        *("--pairs", "DiscretizedLogistic", "dequantised Normal"),
+        *("--pairs", "DiscretizedLogistic", "dequantized Normal"),
     ],
     "gaps.py": [
         *("--data", "digits", "--epochs", "1", "--test", "20", "--particles", "100"),

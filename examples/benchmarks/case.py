@@ -1,4 +1,4 @@
-"""What every peer of the benchmark shares: data, initial weights, and how it takes its turns."""
+"""Parts that all libraries of the benchmark share: data, initial weights, and the loop."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ def settings():
 
 
 def intensities(rows: int) -> np.ndarray:
-    """Draw grey values in [0, 1] of five dimensions' worth of structure, (rows, 784)."""
+    """Sample gray values in [0, 1] that have five latent dimensions, (rows, 784)."""
     generator = np.random.default_rng(0)
     codes = generator.normal(size=(rows, 5))
     logits = 2 * codes @ generator.normal(size=(5, DATA)) - 2
@@ -25,7 +25,7 @@ def intensities(rows: int) -> np.ndarray:
 
 
 def initial_weights(hidden, latents, gated) -> dict[str, list[np.ndarray]]:
-    """Draw weights (out, in) and biases for encoder, decoder and flow, uniform as torch's are."""
+    """Sample weights (out, in) and biases of encoder, decoder and flow, uniform as in torch."""
     generator = np.random.default_rng(1)
 
     def layers(*sizes):
@@ -48,7 +48,7 @@ def initial_weights(hidden, latents, gated) -> dict[str, list[np.ndarray]]:
 
 
 def flow_masks(latents) -> tuple[np.ndarray, np.ndarray]:
-    """Masks of an autoregressive network of one hidden layer (Germain et al. 2015, eq. 8-9)."""
+    """Return masks of an autoregressive network (Germain et al. 2015, eq. 8-9)."""
     inputs = np.arange(latents)
     degrees = np.arange(FLOW_HIDDEN) % (latents - 1)
     first = degrees[:, None] >= inputs[None]
@@ -57,7 +57,7 @@ def flow_masks(latents) -> tuple[np.ndarray, np.ndarray]:
 
 
 def take_turns(epoch, steps) -> None:
-    """Answer each line on stdin by an epoch: seconds of a step, and its mean loss per datum."""
+    """Run an epoch per line on stdin; print seconds per step and mean loss per data point."""
     for _ in sys.stdin:
         started = time.perf_counter()
         loss = float(epoch())

@@ -1,12 +1,14 @@
-"""What checkpoints and the watch for NaN cost; runs that are killed and resumed, bit by bit.
+"""Measure the cost of checkpoints and NaN checks, and kill and resume runs.
 
-python examples/benchmarks/checkpoints.py cost                # a ratio for each; some minutes
+python examples/benchmarks/checkpoints.py cost                # the ratios; a few minutes
 python examples/benchmarks/checkpoints.py kill                # thirty runs, eager
 python examples/benchmarks/checkpoints.py kill --captured
 
-The cost is that of captured steps on random data of 784 numbers: epochs of bare steps, of steps
-under watch, and of steps under watch with checkpoints as often as a fit ever writes them take
-turns, and medians over rounds count.
+The cost is measured for captured steps on random data of 784 dimensions. There are epochs of bare
+steps, of steps with NaN checks, and of steps with NaN checks and checkpoints. Checkpoints are as
+frequent as a fit allows. The three kinds alternate, and the results are medians over rounds.
+
+Killed and resumed runs must have the same parameters as a run without interruption, bit by bit.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from pyro_vae.training import _checkpoints as checkpoints
 from pyro_vae.training import _loop as run
 from pyro_vae.training._checkpoints import Checkpoints
 
-ROWS = 2000  # of the runs that are killed
+ROWS = 2000  # data of the runs that are killed
 
 
 def make_pair(features, hidden, latents):
@@ -43,7 +45,7 @@ def make_pair(features, hidden, latents):
 
 
 def cost(arguments):
-    """Print medians of seconds for a step, and their ratios to that of bare steps."""
+    """Print the median times of a step, and their ratios to those of bare steps."""
     run_chunk, due = run.TrainingLoop._run_chunk, Checkpoints.due
 
     def bare(self, selections, validated):
@@ -52,8 +54,8 @@ def cost(arguments):
             self.train_step.step(selection)
         return 0
 
-    modes = {"bare": (bare, False), "watched": (run_chunk, False)}
-    modes["watched, with checkpoints"] = (run_chunk, due)
+    modes = {"bare": (bare, False), "checked": (run_chunk, False)}
+    modes["checked, with checkpoints"] = (run_chunk, due)
     times = {name: [] for name in modes}
     busy = {name: [] for name in modes}
     turns = list(modes) * arguments.rounds
@@ -63,7 +65,7 @@ def cost(arguments):
 
     def after_epoch(epoch):
         nonlocal began
-        number = epoch - 3  # the first two make the capture
+        number = epoch - 3  # the first two capture the step
         if 0 <= number < len(turns):
             times[turns[number]].append((time.perf_counter() - began[0]) / steps)
             busy[turns[number]].append((time.process_time() - began[1]) / steps)
@@ -84,7 +86,7 @@ def cost(arguments):
             checkpoint=pv.training.Checkpoint(folder, seconds=0.0),
             seed=0,
         )
-    print("| steps | ms | ratio | of processor time |\n|---|---|---|---|")
+    print("| steps | ms | ratio | ratio of CPU time |\n|---|---|---|---|")
     for name in modes:
         wall, processor = (
             median(t / b for t, b in zip(found[name], found["bare"], strict=True))
@@ -94,8 +96,8 @@ def cost(arguments):
 
 
 def killed_and_resumed(arguments):
-    """Kill runs at random instants, every third while it writes; count those that end the same."""
-    torch.set_num_threads(1)  # the runs are forked
+    """Kill runs at random times, every third while it writes. Count those with equal results."""
+    torch.set_num_threads(1)  # because the runs are forked
     options = {"epochs": arguments.epochs, "capture": arguments.captured}
     with tempfile.TemporaryDirectory() as folder:
         expected = ended(Path(folder) / "straight", **options)
@@ -112,7 +114,7 @@ def killed_and_resumed(arguments):
             os.kill(process, signal.SIGKILL)
             _, status = os.waitpid(process, 0)
             step = last_step(place)
-            left = " inside of a checkpoint" * any(place.glob(".step-*.writing"))
+            left = " inside a checkpoint" * any(place.glob(".step-*.writing"))
             found = ended(place, **options)
             same += found == expected
             print(
@@ -126,10 +128,10 @@ def killed_and_resumed(arguments):
 
 
 def forked(folder, **options):
-    """Begin a fit in a process of its own, or go on with it; it leaves a digest beside."""
+    """Start or resume a fit in a new process, which writes a digest next to the checkpoint."""
     if process := os.fork():
         return process
-    checkpoints._SHARE_OF_TIME = 0.5  # half of the time is spent writing, not a fiftieth
+    checkpoints._SHARE_OF_TIME = 0.5  # half of the time, not a fiftieth, is writing
     x = torch.bernoulli(torch.rand(ROWS, 20, generator=torch.Generator().manual_seed(1)) / 2)
     pair = make_pair(20, [30], 3)
     pv.fit(
@@ -150,7 +152,7 @@ def forked(folder, **options):
 
 
 def last_step(folder):
-    """Return the step of the last checkpoint, -1 if there is none."""
+    """Return the step of the last checkpoint, or -1 without a checkpoint."""
     return max((int(path.name[5:]) for path in folder.glob("step-*")), default=-1)
 
 

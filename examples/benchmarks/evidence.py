@@ -1,11 +1,12 @@
-"""Time pv.evidence against the decoder's forward passes that it needs.
+"""Compare the time of pv.evidence with that of the decoder's forward passes alone.
 
-python examples/benchmarks/evidence.py                  # three networks, some five minutes
+python examples/benchmarks/evidence.py                  # two networks, about five minutes
 python examples/benchmarks/evidence.py --data 100 --particles 500 --rounds 1
 
-The evidence of 2n data less that of n data is what n data cost, capture and compilation apart; the
-decoder alone is run on as many latents, under no_grad, in passes of the same size. Medians over
-rounds, in which the two take turns. Peak memory is that of the whole process.
+The time of the evidence is that of 2n data points minus that of n data points, so capture and
+compilation do not count. The decoder alone runs on the same number of latents, under no_grad, in
+passes of the same size. Both alternate, and the results are medians over rounds. Peak memory is
+that of the whole process.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import pyro_vae as pv
 
 NETWORKS = {"784-200-200-50": ([200, 200], 50), "784-400-20": ([400], 20)}
 BATCH_SIZE = 100
-PAIRS_PER_PASS = 5000  # as evidence has it
+PAIRS_PER_PASS = 5000  # the default of evidence
 
 
 def seconds(function, *arguments):
@@ -29,7 +30,7 @@ def seconds(function, *arguments):
 
 
 def measure(hidden, latents, num_data, num_particles, rounds):
-    """Return median seconds of evidence, captured and eager, and of the decoder."""
+    """Return the median seconds of the evidence, captured and eager, and of the decoder."""
     model = pv.LatentVariableModel(
         prior=pv.priors.StandardNormal(latents),
         likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(latents, hidden, 784)),
@@ -47,7 +48,7 @@ def measure(hidden, latents, num_data, num_particles, rounds):
     def evidence(n, capture):
         pv.evidence(model, guide, x[:n], num_particles=num_particles, capture=capture)
 
-    evidence(num_data, True)  # compiles, so that all rounds find it in the cache
+    evidence(num_data, True)  # compile, so that all rounds use the cache
     taken = {"captured": [], "eager": [], "decoder": []}
     for _ in range(rounds):
         taken["decoder"].append(seconds(decode))

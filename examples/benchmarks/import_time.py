@@ -1,11 +1,11 @@
-"""Time `import pyro_vae` against `import pyro`, in fresh processes.
+"""Compare the time of `import pyro_vae` with that of `import pyro`, in new processes.
 
 python examples/benchmarks/import_time.py               # under a minute
 python examples/benchmarks/import_time.py --rounds 1
 
-Time is that of the processor, in user and system mode, of a process with one thread. The two take
-turns, and medians over rounds count. One process each before the first round compiles all modules,
-as an installation does.
+The time is the CPU time, user and system, of a process with one thread. The two imports alternate,
+and the results are medians over rounds. Before the first round, one process each compiles all
+modules to bytecode, as an installation does.
 """
 
 import argparse
@@ -29,9 +29,9 @@ print(seconds() - before)
 
 
 def seconds(module):
-    """Return the processor time in which a new process imports a module."""
+    """Return the CPU time that a new process needs to import a module."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
-    result = subprocess.run(  # noqa: S603 - no input of a user
+    result = subprocess.run(  # noqa: S603 - no user input
         [sys.executable, "-c", PROGRAM.format(module=module)],
         env=environment,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The peer of the benchmark that runs on NumPyro."""
+"""The NumPyro part of the benchmark of training steps."""
 
 from functools import partial
 

@@ -1,9 +1,9 @@
-"""How time and memory grow: training, evidence, annealed importance sampling, surgery.
+"""Measure how time and memory grow with the data, for training and evaluation.
 
 python examples/benchmarks/scaling.py
 
-Processor seconds and the largest memory of a process of its own for each line, so that other work
-on the machine does not count. Growth is the exponent between a line and the one before: 1 where
+Each line has the CPU seconds and the peak memory of its own process, so that other work on the
+machine does not count. Growth is the exponent between a line and the previous line. It is 1 if
 twice the data take twice the time.
 """
 
@@ -64,7 +64,7 @@ SERIES = {
 
 def measured(work, sizes, pipe):
     torch.set_num_threads(1)
-    work(100, 10)()  # what is done once in a process
+    work(100, 10)()  # work that is done once per process
     run = work(*sizes)
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     run()
@@ -74,10 +74,10 @@ def measured(work, sizes, pipe):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--share", type=float, default=1.0, help="of the data, to try it out")
+    parser.add_argument("--share", type=float, default=1.0, help="of the data, for a quick run")
     share = parser.parse_args().share
     context = multiprocessing.get_context("fork")
-    print("| what | sizes | processor s | growth | memory besides the data, MB |")
+    print("| task | sizes | CPU s | growth | memory without the data, MB |")
     print("|---|---|---|---|---|")
     for name, (work, series) in SERIES.items():
         last = None

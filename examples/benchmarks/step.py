@@ -1,15 +1,15 @@
-"""Time one training step of the same VAE in Pyro, plain torch, NumPyro and pyro_vae.
+"""Measure one training step of the same VAE in Pyro, plain torch, NumPyro and pyro_vae.
 
-python examples/benchmarks/step.py                 # every case, some twenty minutes
+python examples/benchmarks/step.py                 # all cases, about twenty minutes
 python examples/benchmarks/step.py --networks 784-200-200-50/20 --objectives elbo
 
-Each peer lives in a process of its own and waits for its turn: in every round each takes one
-epoch, in an order drawn anew, so that all meet the same weather. A step gathers a minibatch,
-binarises it, and takes a gradient and an Adam update. What is printed is the median over the
-rounds, as a ratio to pyro_vae's captured step. All peers begin from the same weights; at the end
-their losses must agree.
+Each library runs in its own process. In every round, each process runs one epoch, in random order,
+so that other work on the machine affects all alike. A step gathers a minibatch, binarizes it,
+computes the gradient and makes an Adam update. The program prints the median over the rounds, as a
+ratio to pyro_vae's captured step. All libraries start from the same weights. Their losses at the
+end must agree.
 
-Needs the extra dependencies `pip install -c constraints.txt -e ".[benchmark]"`.
+Install the extra dependencies with `pip install -c constraints.txt -e ".[benchmark]"`.
 """
 
 import argparse
@@ -35,16 +35,16 @@ PEERS = {
     "captured": "pyro_vae, captured",
     "eager": "pyro_vae, eager",
     "pyro": "Pyro, SVI",
-    "hand": "torch by hand, eager",
-    "compile": "torch by hand, torch.compile",
-    "hand-captured": "torch by hand, captured the same way",
+    "hand": "plain PyTorch loop, eager",
+    "compile": "plain PyTorch loop, torch.compile",
+    "hand-captured": "plain PyTorch loop, captured the same way",
     "numpyro": "NumPyro, jitted loop",
 }
 LOSS_TOLERANCE = 0.03  # relative; the order of the data alone moves the early losses by 2%
 
 
 class Worker:
-    """A peer's process."""
+    """The process of one library."""
 
     def __init__(self, peer: str, network: str, objective: str, steps: int):
         started = time.perf_counter()
@@ -62,16 +62,16 @@ class Worker:
         self.losses: list[float] = []
 
     def epoch(self) -> tuple[float, float]:
-        """Have one epoch run; return the seconds of a step and the mean loss, nats per datum."""
+        """Run an epoch; return seconds per step and mean loss, in nats per data point."""
         self._process.stdin.write("epoch\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self._process.args} ended: see its message above")
+            raise RuntimeError(f"{self._process.args} ended: see its error message above")
         return tuple(json.loads(line))
 
     def run(self) -> None:
-        """Time an epoch."""
+        """Run one epoch and record its time."""
         seconds, loss = self.epoch()
         self.seconds.append(seconds)
         self.losses.append(loss)
@@ -83,7 +83,7 @@ class Worker:
 
 
 def measure(network: str, objective: str, peers: list[str], rounds: int, steps: int) -> list[str]:
-    """Run one case; return its lines of the table."""
+    """Run one case, and return its lines of the table."""
     workers = {peer: Worker(peer, network, objective, steps) for peer in peers}
     for _ in range(rounds):
         for worker in random.sample(list(workers.values()), len(workers)):
@@ -109,10 +109,10 @@ def main():
     parser.add_argument("--objectives", nargs="+", default=OBJECTIVES, choices=OBJECTIVES)
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=50, help="of an epoch; an eighth for IWAE")
+    parser.add_argument("--steps", type=int, default=50, help="per epoch; an eighth for IWAE")
     arguments = parser.parse_args()
     peers = ["captured", *(peer for peer in arguments.peers if peer != "captured")]
-    print("| network/batch | objective | peer | ms a step | ratio | loss | start, s |")
+    print("| network/batch | objective | library | ms per step | ratio | loss | start, s |")
     print("|---|---|---|---|---|---|---|")
     for objective in arguments.objectives:
         steps = max(1, arguments.steps // (8 if objective == "iwae50" else 1))

@@ -1,13 +1,13 @@
-"""Time pv.elbo_surgery over all pairs of codes and posteriors against its bare matrix products.
+"""Compare the time of pv.elbo_surgery with that of its matrix products alone.
 
-python examples/benchmarks/surgery.py                                # 60,000 data, some minutes
+python examples/benchmarks/surgery.py                                # a few minutes
 python examples/benchmarks/surgery.py --data 2000 --rounds 1
 
-A linear model and an encoder of random weights, with 50 latents between active and ignored, on
-random data. The products alone are those of the surgery, on its blocks, in float64, and beside them
-in float32: the three take turns, and medians over rounds count. The error is that of the log-ratio
-of q(z|x) and q_agg(z) for 200 codes, against sums of log-densities in float64. Peak memory is that
-of the whole process.
+The posteriors are random, with 50 latent dimensions that range from active to inactive. The matrix
+products are those of the surgery, on the same blocks, in float64 and also in float32. elbo_surgery
+itself runs on a model and a guide with random weights. All runs alternate, and the results are
+medians over rounds. The error is that of the log-ratio of q(z|x) and q_agg(z) for 200 codes,
+compared with sums of log-densities in float64. Peak memory is that of the whole process.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import pyro_vae as pv
 from pyro_vae.evaluation._surgery import pairwise as pairs
 from pyro_vae.evaluation._surgery.threads import in_threads
 
-ROWS, COLUMNS = 128, 2048  # of a block, as the surgery has it on a CPU
+ROWS, COLUMNS = 128, 2048  # of a block, as in the surgery on a CPU
 
 
 def seconds(function):
@@ -33,7 +33,7 @@ def seconds(function):
 
 
 def random_pair(features, latents):
-    """Return a model and a guide whose posteriors range from narrow ones to the prior."""
+    """Return a model and a guide with random weights."""
     model = pv.LatentVariableModel(
         prior=pv.priors.StandardNormal(latents),
         likelihood=pv.likelihoods.Normal(pv.nets.MLP(latents, [100], features)),
@@ -44,8 +44,8 @@ def random_pair(features, latents):
 
 
 def random_posteriors(count, latents):
-    """Return means, scales and codes that no network is asked for."""
-    share = torch.linspace(0, 0.9, latents, dtype=torch.float64)  # of the mean in the variance
+    """Return means, scales and codes of posteriors from narrow ones to the prior."""
+    share = torch.linspace(0, 0.9, latents, dtype=torch.float64)  # variance of the means
     loc = torch.randn(count, latents, dtype=torch.float64) * share.sqrt()
     spread = (0.2 * torch.randn(count, latents, dtype=torch.float64)).exp()
     scale = (1 - share).sqrt() * spread
@@ -53,7 +53,7 @@ def random_posteriors(count, latents):
 
 
 def products(left, right):
-    """Multiply all blocks, divided among threads as the surgery divides them."""
+    """Multiply all blocks, in the same threads as the surgery."""
     blocks = [block.contiguous() for block in right.split(COLUMNS, dim=1)]
 
     def multiply(rows):
@@ -66,7 +66,7 @@ def products(left, right):
 
 
 def largest_error(loc, scale, codes, log_sums):
-    """Compare 200 of the sums with sums of log-densities, taken one by one in float64."""
+    """Return the largest error of 200 sums, compared with sums of log-densities in float64."""
     errors = []
     for row in torch.linspace(0, len(loc) - 1, 200).long().tolist():
         log_prob = Normal(loc, scale).log_prob(codes[row]).sum(1)
@@ -89,7 +89,7 @@ def main():
     loc, scale, codes = random_posteriors(arguments.data, arguments.latents)
     left = pairs.quadratic(codes)
     right = pairs.log_density_weights(loc, scale)
-    extra = left.new_zeros(len(left), 1)  # the surgery's products are one column wider
+    extra = left.new_zeros(len(left), 1)  # the surgery's products have one more column
     left, right = torch.cat([left, extra], 1), torch.cat([right, extra.T])
     results = {}
 
@@ -111,7 +111,7 @@ def main():
             taken[name].append(seconds(run))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     taken = {name: median(values) for name, values in taken.items()}
-    print("| what | seconds | ratio to the products | to those in float32 |\n|---|---|---|---|")
+    print("| run | seconds | ratio to products | ratio to float32 products |\n|---|---|---|---|")
     for name, value in taken.items():
         ratios = [value / taken[each] for each in ("products", "products, float32")]
         print(f"| {name} | {value:.2f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")

@@ -1,4 +1,4 @@
-"""The peers of the benchmark that run on torch."""
+"""The parts of the benchmark of training steps that run on torch."""
 
 import math
 import warnings
@@ -25,7 +25,7 @@ WEIGHTS = initial_weights(HIDDEN, LATENTS, GATED)
 
 
 class Network(nn.Module):
-    """Linear layers with tanh, or gates, between them."""
+    """Linear layers with tanh or gates between them."""
 
     def __init__(self, weights):
         super().__init__()
@@ -38,7 +38,7 @@ class Network(nn.Module):
             self.layers.append(layer)
 
     def forward(self, x):
-        """Map the last dimension."""
+        """Apply the network to the last dimension."""
         *hidden, last = self.layers
         for layer in hidden:
             x = F.glu(layer(x)) if GATED else torch.tanh(layer(x))
@@ -46,7 +46,7 @@ class Network(nn.Module):
 
 
 class Autoregressive(nn.Module):
-    """Means and log-scales of each dimension, from those before it."""
+    """Means and log-scales of each dimension, given the previous dimensions."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +68,7 @@ def binarise(x):
 
 
 class Guide(pyro.nn.PyroModule):
-    """q(z|x), pushed through an inverse autoregressive flow if so wished."""
+    """q(z|x), with an inverse autoregressive flow if requested."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ class Model(pyro.nn.PyroModule):
 
 
 class ByHand(nn.Module):
-    """The loss, without Pyro."""
+    """The loss in plain PyTorch, without Pyro."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,7 @@ class ByHand(nn.Module):
             self.flow = Autoregressive()
 
     def forward(self, x):
-        """Return the loss per datum."""
+        """Return the loss per data point."""
         loc, raw = self.encoder(x).chunk(2, -1)
         scale = F.softplus(raw)
         noise = torch.randn(PARTICLES, *loc.shape) if PARTICLES > 1 else torch.randn_like(loc)
@@ -160,7 +160,7 @@ def ours(capture):
 
 
 def pair():
-    """Our model, whose program is that of Model but for the likelihood that the library brings."""
+    """Return a model from the library, equivalent to ``Model``, and the guide."""
     model = pv.LatentVariableModel(
         prior=pv.priors.StandardNormal(LATENTS),
         likelihood=pv.likelihoods.Bernoulli(Network(WEIGHTS["decoder"])),
@@ -192,7 +192,7 @@ def by_hand(compiled):
 
 
 def captured_by_hand():
-    """What pyro_vae does, for one module and without its checks."""
+    """Capture a plain PyTorch step as pyro_vae does, for one module and without checks."""
     import torch._inductor
     from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -1,4 +1,4 @@
-"""A function that is replayed as a graph of operations, once that has been shown to be the same."""
+"""Replay a function as a graph of tensor operations, after checking that the two agree."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ from pyro_vae._utils.random import (
     preserve_tensors,
 )
 
-# Rounding alone can move a value over a kink, a knot of a spline say, where the gradient jumps.
+# Rounding alone can move a value across a kink, such as a knot of a spline, where the gradient
+# jumps.
 _DISAGREEMENTS_THAT_ARE_NO_ACCIDENT = 3
 
 
 class Stage(Enum):
-    """The work of the next call, under its name in a checkpoint."""
+    """The work of the next call. Its value is its name in a checkpoint."""
 
     WAIT = "wait"  # measure the time of calls
     TRACE = "trace"
@@ -43,40 +44,39 @@ class Stage(Enum):
     CHECK = "check"  # run the function and its graph
     REPLAY = "replay"
     EAGER = "function"
-    CATCH_UP = "catch up"  # make the graph of a resumed capture; no checkpoint has this name
+    CATCH_UP = "catch up"  # capture again after a resume; never in a checkpoint
 
 
 class Captured:
-    """A function of tensors that runs through Python a few times, and then is replayed.
+    """A function of tensors that runs through Python a few times and is then replayed.
 
-    The first two calls are written down as graphs of tensor operations, which must be equal. The
-    third runs the function and the graph, compiled if so wished, on the same noise: they must
-    agree, at the third attempt at the latest. From then on the graph stands for the function, until
-    a :meth:`recheck` has it compared once more. Each call gives what the function would have given:
-    the random numbers are those of torch's generators, in the same order.
+    The first two calls are traced as graphs of tensor operations, which must be equal. The third
+    call runs the function and the graph (compiled if requested) on the same random numbers. The
+    results must agree within three attempts. From then on, calls replay the graph, until
+    :meth:`recheck` requests another comparison. Each call returns the results of the function, and
+    it uses the random numbers of torch's generators in the same order.
 
-    What the function depends on besides tensors must not change. It is watched: numbers, strings
-    and containers that its code reaches by name must be the same before and after a run, and at
-    each recheck; tensors must stay the objects they are, and change in place. Where this does not
-    hold, or anything else forbids it, the function is called as it is, from then on, and a warning
-    says why. What is captured is the first shape of inputs that comes again; calls with others
-    always call the function.
+    Everything else that the function depends on must stay the same. Numbers, strings and containers
+    that its code reaches by name are compared before and after a run, and at each recheck. Tensors
+    must stay the same objects and change in place. If a check fails, all later calls run eagerly,
+    and a warning names the reason. The capture is for the first input shapes that occur twice.
+    Calls with other shapes run eagerly.
 
     Args:
-        function: of tensors; gives tensors or None, without gradients.
+        function: function of tensors that returns tensors or None, without gradients.
         watch: the objects that its code can reach, by name.
-        name: what warnings call it.
-        capture: True captures and compiles at once, False never. ``"auto"`` times the first calls
-            and does it if :attr:`calls_left` repay it; or captures without compiling.
+        name: name of the function in warnings.
+        capture: True captures and compiles at once. False never captures. ``"auto"`` times the
+            first calls, and captures or also compiles if this saves time in :attr:`calls_left`.
 
     Attributes:
-        calls_left: how many calls are to come, None while that is not known.
+        calls_left: number of calls to come, or None if unknown.
         execution: how calls run now: ``"captured"`` (compiled), ``"captured, not compiled"``, or
-            ``"eager: "`` and why.
+            ``"eager: "`` and the reason.
         compiles: whether the graph is, or will be, compiled.
 
     Raises:
-        ValueError: ``capture`` is something else.
+        ValueError: ``capture`` is not True, False or ``"auto"``.
     """
 
     compiles = True
@@ -99,18 +99,18 @@ class Captured:
         self._pace = Pace()
         self._stage = {True: Stage.TRACE, False: Stage.EAGER, "auto": Stage.WAIT}[capture]
         self._first: Trace | None = None
-        self._sources: list[Tensor] = []  # what the graph reads and writes,
-        self._constants: list[Tensor] = []  # and aliases of it, which keep the memory
+        self._sources: list[Tensor] = []  # the tensors that the graph uses
+        self._constants: list[Tensor] = []  # aliases of them, which keep their storage
         self._state: dict[str, Any] = {}
         self._replay: Callable[..., Outputs] | None = None
         self._disagreements = 0  # in a row
-        self._ahead: dict[str, Any] = {}  # the state_dict that Stage.CATCH_UP is to reach
+        self._ahead: dict[str, Any] = {}  # the state_dict that Stage.CATCH_UP must reach
         self.calls_left: int | None = None
         too_few = "there were too few calls with inputs of one shape"
         self.execution = f"eager: {too_few if capture else 'capture=False'}"
 
     def __call__(self, *inputs: Tensor) -> Outputs:
-        """Give what the function gives."""
+        """Return the results of the function."""
         signature = signature_of(inputs)
         if self._signature is None:
             if signature in self._seen:
@@ -123,7 +123,7 @@ class Captured:
         return self._run_stage(inputs)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how far the capture is, for :meth:`load_state_dict`: plain values."""
+        """Return the progress of the capture as plain values, for :meth:`load_state_dict`."""
         if self._stage is Stage.CATCH_UP:
             return dict(self._ahead)
         return {
@@ -139,11 +139,11 @@ class Captured:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume the capture of another process, before the first call of this one.
 
-        Calls then run as they would have run there. Eager and replayed calls differ by rounding.
-        The next call makes the graph again, with random numbers and buffers restored.
+        Calls then run as they would have run there, because eager and replayed calls differ by
+        rounding. The next call captures the graph again, then restores random numbers and buffers.
 
         Args:
-            state: as :meth:`state_dict` returned it.
+            state: the result of :meth:`state_dict`.
         """
         if self._capture != state["capture"]:
             return  # the user now asks for another mode
@@ -158,21 +158,21 @@ class Captured:
             self._stage, self._ahead = Stage.CATCH_UP, dict(state)
 
     def snapshot(self) -> dict[str, Any]:
-        """Return the state of the capture in memory, for :meth:`restore`."""
+        """Return the state of the capture, held in memory, for :meth:`restore`."""
         return vars(self) | {"_seen": set(self._seen), "_ahead": dict(self._ahead)}
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Return to the state of a :meth:`snapshot`."""
+        """Restore the state of a :meth:`snapshot`."""
         vars(self).update(snapshot, _seen=set(snapshot["_seen"]), _ahead=dict(snapshot["_ahead"]))
 
     def recheck(self) -> None:
-        """Look again whether the graph still stands for the function.
+        """Request another comparison of the graph and the function.
 
-        If what the function depends on has changed, it is called as it is from now on. Else the
-        next call runs both, and compares them: not all that a function depends on has a name.
+        If a watched object has changed, all later calls run eagerly. Otherwise the next call runs
+        both and compares them, because a function may also depend on objects without a name.
         """
         if self._state and (changed := change(self._state, state_of(self._watch))):
-            self._give_up(f"{changed} since the capture; a tensor changed in place would be seen")
+            self._give_up(f"{changed} since the capture. Use a tensor, and change it in place")
         elif self._stage is Stage.REPLAY:
             self._stage = Stage.CHECK
         elif self._stage is Stage.CATCH_UP and self._ahead["stage"] == Stage.REPLAY.value:
@@ -194,7 +194,7 @@ class Captured:
             self._stage = Stage.TRACE
         else:
             self._stage = Stage.EAGER
-            self.execution = f"eager: the {seconds:.1f} s of calls left would not repay a capture"
+            self.execution = f"eager: a capture saves no time for {seconds:.1f} s of calls"
         return self._run_stage(inputs)
 
     def _catch_up(self, inputs: Sequence[Tensor]) -> Outputs:
@@ -236,11 +236,11 @@ class Captured:
         changed = change(state, state_of(self._watch))
         difference = first.difference(again)
         if changed:
-            self._give_up(f"it changes what it depends on: {changed}")
+            self._give_up(f"it changes an object that it depends on: {changed}")
         elif difference:
-            self._give_up(f"it does not do the same twice: {difference}")
+            self._give_up(f"its operations differ between two runs: {difference}")
         elif elsewhere != noise_from_elsewhere():
-            self._give_up("it draws random numbers from Python or numpy: draw them from torch")
+            self._give_up("it draws random numbers from Python or numpy: use those of torch")
         else:
             self._state = state
             self._prepare(again, inputs)
@@ -256,7 +256,7 @@ class Captured:
                 with preserve_rng_state(inputs) as rewind:
                     self._graph = compile_graph(traced.graph, [*inputs, *self._constants])
                     rewind()
-            except Exception as error:  # whatever a compiler may raise: there is another way
+            except Exception as error:  # a compiler may raise any error; go without it
                 warnings.warn(
                     f"{self._name} is captured, but not compiled: {_first_line(error)}",
                     stacklevel=2,
@@ -272,12 +272,12 @@ class Captured:
                     replay = CudaGraph(self._run_graph, inputs)
                     rewind()
                     restore()
-                # Of copies, for a function may write to its inputs.
+                # Replay on copies, because a function may write to its inputs.
                 replayed = [*replay(*(tensor.clone() for tensor in inputs))]
                 replayed += [
                     tensor.clone() for tensor in (*self._writable, generator_state(inputs))
                 ]
-            except Exception as error:  # as above
+            except Exception as error:  # as above, any error
                 failure = f"its graph fails: {_first_line(error)}"
             rewind()
             restore()
@@ -293,11 +293,11 @@ class Captured:
             self.execution = "captured" if self.compiles else "captured, not compiled"
         elif self._disagreements == _DISAGREEMENTS_THAT_ARE_NO_ACCIDENT:
             self._give_up(failure)
-        return outputs  # of the function; while the two disagree, the next call compares again
+        return outputs  # the function's; after a disagreement, the next call compares again
 
     def _run_replay(self, inputs: Sequence[Tensor]) -> Outputs:
         if self._moved():
-            self._give_up("a parameter was given other memory; change it in place")
+            self._give_up("the storage of a parameter was replaced. Change parameters in place")
             return self._function(*inputs)
         return self._replay(*inputs)
 
@@ -321,16 +321,16 @@ class Captured:
             except CaptureError:
                 raise
             except Exception as error:
-                rewind()  # for the function, which will be called instead
+                rewind()  # the function is called again, eagerly
                 restore()
-                # An error of the function's own comes again when it is called.
+                # An error of the function itself is raised again by that call.
                 raise CaptureError(f"it cannot be traced: {_first_line(error)}") from error
 
     def _give_up(self, reason: str) -> None:
         self.execution = f"eager: {reason}"
         self._stage = Stage.EAGER
         self._sources, self._constants, self._state = [], [], {}
-        warnings.warn(f"{self._name} is not captured, and runs eagerly: {reason}", stacklevel=2)
+        warnings.warn(f"{self._name} is not captured and runs eagerly: {reason}", stacklevel=2)
 
     _runs: ClassVar = {
         Stage.WAIT: _wait,
@@ -346,7 +346,7 @@ class Captured:
 def _require_device(inputs: Sequence[Tensor]) -> None:
     device = inputs[0].device
     if device.type not in ("cpu", "cuda"):
-        raise CaptureError(f"there is no capture for the device {str(device)!r}")
+        raise CaptureError(f"device {str(device)!r} does not support capture")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""A function of tensors on a CUDA device, recorded once as the kernels it launches."""
+"""CUDA graphs: record the kernels that a function launches, then replay them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pyro_vae._capture.tracing import Outputs
 
 
 class CudaGraph:
-    """A CUDA graph of one call of a function, whose replay costs a single launch.
+    """A CUDA graph of one call of a function. A replay costs a single launch.
 
-    Random numbers are those of the device's generator: each replay goes on from where it stands.
+    Each replay continues the random sequence of the device's generator.
 
     Args:
-        function: of tensors; it must not read a value back.
-        inputs: its arguments. A call copies others of the same shapes to where they are kept.
+        function: function of tensors. It must not copy values to the CPU.
+        inputs: its arguments. A replay copies new inputs of the same shapes to their memory.
     """
 
     def __init__(self, function: Callable[..., Outputs], inputs: Sequence[Tensor]):
         self._inputs = [tensor.clone() for tensor in inputs]
         stream = torch.cuda.Stream(inputs[0].device)
         stream.wait_stream(torch.cuda.current_stream(inputs[0].device))
-        with torch.cuda.stream(stream):  # libraries choose their algorithms and workspaces
+        with torch.cuda.stream(stream):  # warm-up: libraries choose algorithms
             for _ in range(3):
                 function(*self._inputs)
         torch.cuda.current_stream(inputs[0].device).wait_stream(stream)
@@ -33,7 +33,7 @@ class CudaGraph:
             self._outputs = function(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> Outputs:
-        """Replay; the outputs hold until the next call, which overwrites them."""
+        """Replay the graph. The next call overwrites the outputs."""
         for kept, given in zip(self._inputs, inputs, strict=True):
             kept.copy_(given, non_blocking=True)
         self._graph.replay()

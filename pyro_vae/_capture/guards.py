@@ -1,4 +1,4 @@
-"""What a function depends on besides its arguments, by name, and whether that has changed."""
+"""Watch the objects that a function depends on besides its arguments."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor, strided
 from pyro_vae._utils.modules import unnamed
 from pyro_vae._utils.referenced_objects import VALUES, referenced_objects
 
-_BYTES_LOOKED_AT = 1 << 20  # of an array; larger ones count as themselves
+_BYTES_LOOKED_AT = 1 << 20  # larger arrays are compared by identity
 
 State = dict[str, list[Any]]
 
 
 def tensors_that_may_change(watch: Mapping[str, Any]) -> list[Tensor]:
-    """Return what a call might change: running averages, say."""
+    """Return the tensors that a call might change, such as running averages."""
     reached = [thing for _, thing in _reached(watch) if isinstance(thing, Tensor)]
     return [tensor for tensor in reached if not tensor.requires_grad]
 
 
 def state_of(watch: Mapping[str, Any]) -> State:
-    """Return marks of all that can be reached, which are equal while it is the same."""
+    """Return marks of all reachable objects. Unchanged objects have equal marks."""
     state: State = {}
     for name, thing in _reached(watch):
         state.setdefault(name, []).append(_mark(thing))
@@ -38,12 +38,12 @@ def _reached(watch: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def change(before: State, after: State) -> str | None:
-    """Say what differs between two states, None if nothing does."""
+    """Describe the first difference between two states. Return None if they are equal."""
     for name in sorted(before.keys() | after.keys()):
         if name not in after:
-            return f"{name} is gone"
+            return f"{name} was removed"
         if name not in before:
-            return f"{name} is new"
+            return f"{name} was added"
         if before[name] != after[name]:
             return f"{name} changed from {_shown(before[name])} to {_shown(after[name])}"
     return None
@@ -54,12 +54,12 @@ def _shown(marks: list[Any]) -> str:
 
 
 def _mark(thing: Any) -> Any:
-    """What must stay equal of a thing, parts apart; things that count as themselves, kept alive."""
+    """Return a value that stays equal while an object, without its parts, does not change."""
     if isinstance(thing, Tensor):
         storage = thing.data_ptr() if thing.layout == strided else None
         return _Same(thing), storage, thing.requires_grad
     if isinstance(thing, float | complex | np.generic):
-        return repr(thing)  # NaN is equal to itself
+        return repr(thing)  # so that NaN equals itself
     if isinstance(thing, VALUES):
         return thing
     if isinstance(thing, np.ndarray) and thing.nbytes <= _BYTES_LOOKED_AT:
@@ -67,12 +67,12 @@ def _mark(thing: Any) -> Any:
     if isinstance(thing, Mapping | list | tuple | set | deque):
         return type(thing), len(thing)
     if inspect.ismethod(thing):
-        return None  # made anew at each access; its function and its owner are parts of it
+        return None  # created at each access; its function and owner have marks
     return _Same(thing)
 
 
 class _Same:
-    """A thing that is equal to itself alone."""
+    """An object that is compared by identity and kept alive."""
 
     def __init__(self, thing: Any):
         self._thing = thing

@@ -1,4 +1,4 @@
-"""Operations in the form that torch's compiler makes fast code of, or the same, on a CPU."""
+"""Compile a graph with torch's inductor; on a CPU, rewrite some operations first."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ aten = torch.ops.aten
 def compile_graph(
     graph: GraphModule, inputs: Sequence[Tensor]
 ) -> Callable[..., Sequence[Tensor | None]]:
-    """Compile a graph, which is used up; its random numbers stay those of torch's generators.
+    """Compile a graph, whose random numbers stay those of torch's generators.
 
     Args:
-        graph: of ATen operations.
-        inputs: of the graph.
+        graph: a graph of ATen operations. It cannot be used afterwards.
+        inputs: the inputs of the graph.
     """
-    options: dict[str, Any] = {"fallback_random": True}  # draws in the order of the program
+    options: dict[str, Any] = {"fallback_random": True}  # keeps the order of random numbers
     with torch.no_grad():
         if inputs[0].is_cpu:
             graph = rewrite(graph, inputs)
-            options["cpp_wrapper"] = True  # the calls of the kernels in C++ as well
+            options["cpp_wrapper"] = True  # call the kernels from C++
         for node in graph.graph.nodes:
-            node.meta.clear()  # the compiler would take the fake tensors in it for its own
+            node.meta.clear()  # otherwise the compiler would use its fake tensors
             if node.target is aten.view.default:
-                # A tensor that was contiguous here may have another layout in compiled code.
+                # A tensor that is contiguous here may have another layout in compiled code.
                 node.target = aten.reshape.default
         return torch._inductor.compile(graph, inputs, options)
 
 
 def rewrite(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
-    """Replace operations by others that are equal but for rounding.
+    """Replace operations by others that are equal up to rounding.
 
     Args:
-        graph: of ATen operations.
-        inputs: of the graph; only their shapes and types are looked at.
+        graph: a graph of ATen operations.
+        inputs: the inputs of the graph. Only their shapes and dtypes are used.
     """
     return make_fx(graph, decomposition_table=_REWRITTEN, tracing_mode="fake")(*inputs)
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta=1, alpha=1) -> Tensor:
-    """Take the sum apart from the product, so that it becomes a part of what follows.
+    """Separate the sum from the product, so that the compiler can fuse it with the next operation.
 
-    As one, the product must begin with a copy of the bias in every row. The sum is written as a
-    difference, since the compiler would join the two again.
+    addmm starts with a copy of the bias in every row. The sum is written as a difference, because
+    the compiler would merge a sum into addmm again.
     """
     if beta != 1 or alpha != 1:
         return NotImplemented
@@ -57,9 +57,10 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta=1, alpha=1) -> Tensor:
 
 
 def _tanh(x: Tensor) -> Tensor:
-    """Half the time of the compiler's own; off by at most 1.5 units in the last place.
+    """Compute tanh in half the time of the compiler's version.
 
-    By the exponential, and by five terms of the series where that would cancel.
+    Near zero, where the formula with the exponential would cancel, it uses five terms of the
+    series. The error is at most 1.5 units in the last place.
     """
     if x.dtype != torch.float32:
         return NotImplemented
@@ -70,7 +71,7 @@ def _tanh(x: Tensor) -> Tensor:
 
 
 def _bernoulli(p: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """Draw as torch does: by uniform numbers of p's own type. The compiler's are float32."""
+    """Sample as torch does, from uniform numbers of p's dtype. The compiler's are float32."""
     if generator is not None or p.dtype not in (torch.float32, torch.float64):
         return NotImplemented
     return (torch.rand(p.shape, dtype=p.dtype, device=p.device) < p).to(p.dtype)

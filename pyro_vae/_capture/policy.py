@@ -1,4 +1,4 @@
-"""Thresholds and timing for ``capture="auto"``; `captured` decides by them."""
+"""Thresholds and timing for ``capture="auto"``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Pace:
         self._times: deque[float] = deque(maxlen=num_calls + 1)
 
     def tick(self) -> float | None:
-        """Record the start of a call; return the median time in seconds, None after too few."""
+        """Record the start of a call. Return the median seconds, or None after too few calls."""
         self._times.append(time.perf_counter())
         if len(self._times) < self._times.maxlen:
             return None

@@ -1,4 +1,4 @@
-"""The layout of a call's inputs: shapes, strides, types and devices."""
+"""The layout of a call's inputs: shapes, strides, dtypes and devices."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Signature = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device],
 
 
 def signature_of(inputs: Sequence[Tensor]) -> Signature:
-    """Return the shape, stride, type and device of each input."""
+    """Return the shape, stride, dtype and device of each input."""
     return tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
 
 
 def to_config(signature: Signature) -> list[list[Any]]:
-    """Return a signature as lists, numbers and text, for :func:`from_config`."""
+    """Return a signature as lists, numbers and strings, for :func:`from_config`."""
     return [
         [list(shape), list(stride), str(dtype), str(device)]
         for shape, stride, dtype, device in signature
@@ -25,7 +25,7 @@ def to_config(signature: Signature) -> list[list[Any]]:
 
 
 def from_config(config: Sequence[Sequence[Any]]) -> Signature:
-    """Return the signature that :func:`to_config` was given."""
+    """Return the signature of a result of :func:`to_config`."""
     inputs = []
     for shape, stride, name, device in config:
         dtype = getattr(torch, name.removeprefix("torch."))

@@ -1,9 +1,8 @@
-"""One run of a function through Python, written down as a graph of tensor operations.
+"""Trace one run of a function through Python as a graph of tensor operations.
 
-The graph is taken below autograd and below Pyro's handlers: what they do in Python has been done,
-and what is left is arithmetic, the backward pass included. Tensors that the function takes from
-elsewhere (parameters, buffers, data) become inputs of the graph, so that a replay reads and
-writes these very tensors.
+The graph is recorded below autograd and below Pyro's handlers. It contains only tensor operations,
+including those of the backward pass. Tensors from outside the function (parameters, buffers, data)
+become inputs of the graph, so that a replay reads and writes the same tensors.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ aten = torch.ops.aten
 
 
 class CaptureError(Exception):
-    """A function, or the place it runs in, does not allow a capture; the message says why.
+    """The function, or its device, does not allow a capture. The message names the reason.
 
     Args:
         reason: the message.
-        outputs: what the function gave nevertheless, if it ran to its end.
+        outputs: the outputs of the function, if it ran to its end.
     """
 
     def __init__(self, reason: str, outputs: Outputs | None = None):
@@ -49,9 +48,9 @@ class Trace:
     """A function as a graph.
 
     Args:
-        graph: called with the function's inputs, then the constants; gives its outputs.
+        graph: function of the function's inputs, then the constants. It returns the outputs.
         constants: tensors from outside that the function uses, each once.
-        outputs: of the very run that was written down.
+        outputs: outputs of the traced run.
     """
 
     graph: GraphModule
@@ -59,9 +58,10 @@ class Trace:
     outputs: Outputs
 
     def more_than_gathered(self) -> list[int]:
-        """Number the constants that the graph may write to: all but those it takes rows of.
+        """Return the positions of the constants that the graph may write to.
 
-        What an operation writes to cannot be told from its schema: batch norm's does not say.
+        These are all constants except those that are only indexed. The schema of an operation may
+        omit its writes, as that of batch norm does.
         """
         inputs = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
         constants = inputs[len(inputs) - len(self.constants) :]
@@ -72,7 +72,7 @@ class Trace:
         ]
 
     def difference(self, other: Trace) -> str | None:
-        """Say where another run of the function did something else; None if it did not."""
+        """Describe the first difference from another run. Return None if they are equal."""
         lines = [trace.graph.code.strip().splitlines() for trace in (self, other)]
         for mine, its in zip(*lines, strict=False):
             if mine != its:
@@ -81,19 +81,20 @@ class Trace:
             return f"{len(lines[0])} operations became {len(lines[1])}"
         for mine, its in zip(self.constants, other.constants, strict=True):
             if mine is not its and not equal(mine, its):
-                return f"a tensor that it makes in Python changed, shape {tuple(mine.shape)}"
+                return f"a tensor of shape {tuple(mine.shape)} that it creates in Python changed"
         return None
 
 
 def trace(function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> Trace:
-    """Run a function and write down its tensor operations.
+    """Run a function and record its tensor operations.
 
     Args:
-        function: of tensors; what it reads besides must be tensors, or never change.
+        function: function of tensors. Everything else that it reads must be tensors or constant.
         inputs: its arguments.
 
     Raises:
-        CaptureError: its control flow, or a shape, depends on the values of tensors.
+        CaptureError: The control flow or a shape depends on values of tensors. Values leave torch.
+            An output is sparse.
     """
     outputs: list[Tensor | None] = []
     reasons: list[str] = []
@@ -111,7 +112,7 @@ def trace(function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> Trace:
     try:
         graph = make_fx(run)(*inputs)
     except Exception:
-        if not (reasons and outputs):  # else the function ran; only its graph makes no sense
+        if not (reasons and outputs):  # with both, only its graph is invalid
             raise
     if reasons:
         raise CaptureError(reasons[0], outputs)
@@ -121,16 +122,16 @@ def trace(function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> Trace:
 
 
 class _ValuesThatLeave(TorchDispatchMode):
-    """Notes operations that hand a tensor's values to Python, or make a shape of them.
+    """Record operations that pass a tensor's values to Python, or use them as a shape.
 
-    The function gets what it asks for, and runs to its end: nothing that it does is done twice.
+    The function receives these values and runs to its end, so its effects occur only once.
     """
 
     def __init__(self, reasons: list[str], places: _SampleLines):
         super().__init__()
         self._reasons, self._places = reasons, places
-        self._literals = WeakIdKeyDictionary()  # made of a number, as by torch.tensor(1.0)
-        # The shape of each result is noted in this mode; else in one made for each, more slowly.
+        self._literals = WeakIdKeyDictionary()  # created from numbers, as in torch.tensor(1.0)
+        # One mode for the shapes of all results is faster than a new mode for each.
         self._shapes = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -152,7 +153,7 @@ class _ValuesThatLeave(TorchDispatchMode):
 
 
 class _ValuesThatLeaveTorch(TorchFunctionMode):
-    """Notes the ways out of torch that no operation tells of."""
+    """Record conversions out of torch that are not tensor operations."""
 
     _WAYS_OUT = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__)
 
@@ -174,7 +175,7 @@ def _selects_by_number(operation, args) -> bool:
 
 
 def _lift(graph: GraphModule, outputs: Outputs) -> list[Tensor]:
-    """Turn the tensors that a graph holds into further inputs, and return them; tidy it up."""
+    """Turn the tensors inside a graph into inputs and return them. Remove unused operations."""
     constants: list[Tensor] = []
     inputs: dict[int, torch.fx.Node] = {}
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
@@ -183,7 +184,9 @@ def _lift(graph: GraphModule, outputs: Outputs) -> list[Tensor]:
             continue
         tensor = getattr(graph, node.target)
         if not isinstance(tensor, Tensor):
-            raise CaptureError(f"it uses a {type(tensor).__name__} of its own", outputs)
+            raise CaptureError(
+                f"it uses a {type(tensor).__name__} object, which no graph can hold", outputs
+            )
         if id(tensor) not in inputs:
             with graph.graph.inserting_after(last):
                 last = graph.graph.placeholder(f"constant_{len(constants)}")
@@ -199,12 +202,12 @@ def _lift(graph: GraphModule, outputs: Outputs) -> list[Tensor]:
 
 
 def _statement(line: str) -> str:
-    """A line of a graph's code without the names that it lets go of."""
+    """Return a line of a graph's code without the names that it deletes."""
     return line.split(";")[0].strip().replace("torch.ops.aten.", "")
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors are of one type and shape, and of equal entries, NaN among them."""
+    """Return whether two tensors have equal dtypes, shapes and entries. NaN equals NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
@@ -217,7 +220,7 @@ _LIBRARIES = tuple(
 
 
 class _SampleLines(Messenger):
-    """Notes the line of the user's code that samples each site, and names the line that runs."""
+    """Record the line of user code that samples each site."""
 
     def __init__(self):
         super().__init__()
@@ -227,7 +230,7 @@ class _SampleLines(Messenger):
         self._lines[msg["name"]] = next(_user_lines(), "")
 
     def where(self) -> str:
-        """Name the line of the user's code that is running, or the site whose density is taken."""
+        """Return the current line of user code, or the site that is being scored."""
         for place in _user_lines():
             return f" ({place})"
         for frame in _frames():
@@ -239,7 +242,7 @@ class _SampleLines(Messenger):
 
 
 def _frames() -> Iterator[FrameType]:
-    """Yield the frames inside of the function that is traced, the innermost first."""
+    """Yield the frames inside the traced function, the innermost first."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not trace.__code__:
         yield frame
@@ -247,7 +250,7 @@ def _frames() -> Iterator[FrameType]:
 
 
 def _user_lines() -> Iterator[str]:
-    """Yield the file and line of each of them that runs the user's code."""
+    """Yield the file and line of each frame of user code."""
     for frame in _frames():
         file = frame.f_code.co_filename
         if not file.startswith((*_LIBRARIES, "<")) and "importlib" not in file:

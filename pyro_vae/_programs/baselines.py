@@ -152,6 +152,6 @@ def _checked(value: Any, site: Site) -> Tensor:
         raise ValueError(
             f"the baseline of guide site {site['name']!r} must have the site's batch shape, "
             f"{shape}; dimensions other than the data's may be missing or have size 1. Got "
-            f"{tuple(value.shape)}. Remove its last dimension if the network gives (B, 1)."
+            f"{tuple(value.shape)}. Remove its last dimension if the network returns (B, 1)."
         )
     return value

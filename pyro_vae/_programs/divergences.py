@@ -31,9 +31,9 @@ def kl_of_sites(run: PairTrace) -> dict[str, Tensor]:
     names = [name for name in run.latents if run.model[name].local]
     if together := [group for group in run.entangled if len(group) > 1]:
         raise ValueError(
-            f"cannot compute the KL of each site: the prior of the latents {together[0]} is a "
-            "joint one, because they depend on one site that was summed out of the model. Use the "
-            "KL of all latents"
+            f"cannot compute the KL of each site: the latents {together[0]} have a joint "
+            "prior, because they depend on one site that was summed out of the model. Use the KL "
+            "of all latents"
         )
     if (behind := _joint_density(run)) is None:
         return {name: _kl_of_site(run, name) for name in names}

@@ -1,8 +1,8 @@
 """The terms of every objective: log-densities of a model and a guide for each data point.
 
-:func:`terms` runs a pair of Pyro programs and returns ``log p(x|z)``, ``log p(z)`` and
-``log q(z|x)`` as tensors of shape (K, B): K particles for each of the B data points of a
-minibatch. All objectives and nearly all estimators are short reductions of these tensors.
+:func:`terms` runs a pair of Pyro programs. It returns ``log p(x|z)``, ``log p(z)`` and
+``log q(z|x)`` as tensors of shape (K, B), for K particles and the B data points of a minibatch.
+All objectives and nearly all estimators are short reductions of these tensors.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def check_pair(
         batch: x ``(B, *event)`` and any covariates.
         batches: all of the data; ``batch`` is their first minibatch. Rows with NaN or infinite
             values are run too (those of a stream, as they arrive). Every value of a column in
-            memory is checked against the support of the site that observes it.
-            ``batches.values_checked`` is True if all observed values were checked.
+            memory is checked against the support of the site that observes it. If all observed
+            values were checked, ``batches.values_checked`` becomes True.
         weighs: whether samples of the guide may have zero density under the model.
         name: the name of the batch in messages if ``batches`` is not given.
 

@@ -23,7 +23,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # of float32
 _TOO_LARGE = 2**63  # for an integer of torch
-_FULL = (RuntimeError, MemoryError, OverflowError)  # what torch raises for sizes beyond memory
+_FULL = (RuntimeError, MemoryError, OverflowError)  # errors of torch for sizes beyond memory
 _LONGEST = 60  # characters of a value in a message
 
 
@@ -31,23 +31,23 @@ _LONGEST = 60  # characters of a value in a message
 
 
 def is_whole_number(value: Any) -> bool:
-    """Tell whether a value is an integer of Python or numpy, and not a truth value."""
+    """Return True if a value is an integer of Python or numpy, and not a Boolean."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value is a real number of Python or numpy, and not a truth value."""
+    """Return True if a value is a real number of Python or numpy, and not a Boolean."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def is_finite(value: numbers.Real) -> bool:
-    """Tell whether an integer, or a float in float32, of torch can hold a number."""
+    """Return True if torch can hold a number: an integer in int64, others in float32."""
     # NaN compares as False.
     return abs(value) < _TOO_LARGE if is_whole_number(value) else abs(value) <= _LARGEST
 
 
 def positive_integer(name: str, value: Any, minimum: int = 1) -> int:
-    """Return an integer of at least one, or of at least another minimum.
+    """Return the value as an int, if it is an integer of at least ``minimum``.
 
     Raises:
         TypeError: The value is not an integer.
@@ -63,7 +63,7 @@ def positive_integer(name: str, value: Any, minimum: int = 1) -> int:
 
 
 def positive_number(name: str, value: Any) -> float:
-    """Return a finite number above zero.
+    """Return the value as a float, if it is finite and above zero.
 
     Raises:
         TypeError: The value is not a number.
@@ -77,7 +77,7 @@ def positive_number(name: str, value: Any) -> float:
 
 
 def real_number(name: str, value: Any) -> float:
-    """Return a finite number.
+    """Return the value as a float, if it is finite.
 
     Raises:
         TypeError: The value is not a number.
@@ -100,10 +100,10 @@ def _in_float32(value: numbers.Real) -> float:
 
 
 def truth_value(name: str, value: Any) -> bool:
-    """Return a truth value of Python or numpy.
+    """Return the value as a bool, if it is a Boolean of Python or numpy.
 
     Raises:
-        TypeError: The value is something else.
+        TypeError: The value is not a Boolean.
     """
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
@@ -113,19 +113,19 @@ def truth_value(name: str, value: Any) -> bool:
 def require_callable(name: str, value: Any) -> None:
     """Raise TypeError if a value cannot be called."""
     if not callable(value):
-        raise TypeError(f"{name} must be something to call, got {shown(value)}")
+        raise TypeError(f"{name} must be callable, got {shown(value)}")
 
 
-# Tensors. These checks read types and shapes and never values, so that they do not wait for a
+# Tensors. These checks use dtypes and shapes but no values, so that they do not synchronize with a
 # device. A captured step runs without them.
 
 
 class ShapeError(ValueError):
-    """A tensor of another shape than a component takes."""
+    """Error for a tensor whose shape a component does not accept."""
 
 
 def require_tensor(name: str, value: Any) -> Tensor:
-    """Return a dense tensor of real numbers or truth values.
+    """Return the value, if it is a dense tensor of real numbers or Booleans.
 
     Raises:
         TypeError: The value is not such a tensor.
@@ -156,16 +156,16 @@ def require_batch(name: str, value: Any) -> int:
 
 
 def require_floats(name: str, value: Any, last: tuple[int, ...]) -> Tensor:
-    """Return a floating-point tensor that ends in given sizes.
+    """Return the value, if it is a floating-point tensor with given last dimensions.
 
     Args:
-        name: the argument, as messages name it.
+        name: name of the argument in messages.
         value: the tensor.
-        last: sizes of its last dimensions.
+        last: sizes of the last dimensions.
 
     Raises:
         TypeError: The value is not a dense tensor of floating-point numbers.
-        ShapeError: The tensor ends in other sizes.
+        ShapeError: The last dimensions have other sizes.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         kind = f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
@@ -193,15 +193,15 @@ def require_same_type(name: str, value: Tensor, parameter: Tensor) -> None:
 def checked(function: Function) -> Function:
     """Check the arguments of each call against the annotations of a function.
 
-    ``int`` is an integer and ``float`` a finite number, of Python or numpy; neither is a truth
-    value. ``bool`` is a truth value. A module or ``Callable`` can be called. A ``Sequence`` of
-    numbers or names holds these and is not a string; it may be an array of one dimension. A
-    ``Path`` may be any path, and a device may be a number. Classes of torch, Pyro and this
-    package, and the range of a number, are left to the function.
+    ``int`` means an integer and ``float`` a finite number, of Python or numpy, but not a Boolean.
+    ``bool`` means a Boolean. A module or ``Callable`` must be callable. A ``Sequence`` of numbers
+    or names contains these and is not a string. It may be an array of one dimension. A ``Path`` may
+    be any path, and a device may be a number. The function itself checks classes of torch, Pyro and
+    this package, and the range of a number.
 
     Raises:
-        TypeError: An argument is of another kind.
-        ValueError: A number is NaN or infinite, or sizes are beyond the memory of the machine.
+        TypeError: An argument has the wrong type.
+        ValueError: A number is NaN or infinite, or sizes exceed the memory of the machine.
     """
     signature = inspect.signature(function)
 
@@ -210,7 +210,7 @@ def checked(function: Function) -> Function:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
-            return function(*args, **kwargs)  # Python says what is wrong
+            return function(*args, **kwargs)  # raises Python's own error
         given = bound.arguments
         for name, value in given.items():
             wanted, kind = annotations_of(function).get(name, Any), signature.parameters[name].kind
@@ -226,35 +226,35 @@ def checked(function: Function) -> Function:
             if not found:
                 raise
             text = ", ".join(f"{name}={shown(value)}" for name, value in found.items())
-            raise ValueError(f"nothing can be made with {text}: {first_line(error)}") from error
+            raise ValueError(f"cannot run with {text}: {first_line(error)}") from error
 
     return typing.cast(Function, held)
 
 
 def check_call(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Check the arguments of one call against the annotations of a function, from inside of it.
+    """Check the arguments of one call against the annotations of a function, inside the function.
 
-    A decorator would stand between a warning and the line that it is about. Callables, mappings
-    and sequences are left to the function, which says best how they are used.
+    A decorator would change the line that a warning refers to. Callables, mappings and sequences
+    are not checked, because the function itself has better messages for them.
 
     Args:
         function: the function.
         given: its arguments by name, such as ``locals()`` in its first line.
 
     Raises:
-        TypeError: An argument is of another kind.
+        TypeError: An argument has the wrong type.
         ValueError: A number is NaN or infinite.
     """
     for name, wanted in annotations_of(function).items():
         if name in given and wanted is not Any and not _holds_others(wanted):
             value = given[name]
-            # The function sees the value itself: it may ask whether it ``is`` True.
+            # The function receives the original value, and may test whether it ``is`` True.
             of_numpy = isinstance(value, np.bool_) and wanted is not bool
             _check(name, value if of_numpy else _plain(value, wanted), wanted)
 
 
 def shown(value: Any) -> str:
-    """Show an argument in a message, by its kind if it is long."""
+    """Return the text of an argument for a message, or its type if the text is long."""
     if hasattr(value, "shape"):
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
     if isinstance(value, int) and value.bit_length() > 64:
@@ -265,7 +265,7 @@ def shown(value: Any) -> str:
 
 @functools.cache
 def annotations_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the annotations of a function; Any for names that are imported for type checkers."""
+    """Return the annotations of a function, with Any for names only type checkers import."""
     try:
         return typing.get_type_hints(function)
     except NameError:
@@ -300,7 +300,7 @@ def _fits(value: Any, wanted: Any) -> bool:
     origin, inside = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, each) for each in inside)
-    if wanted is Any:  # a class, in some Pythons
+    if wanted is Any:  # a class, in some versions of Python
         return True
     if wanted is None or wanted is type(None):
         return value is None
@@ -339,7 +339,7 @@ def _may_hold_numbers(wanted: Any) -> bool:
 
 
 def _plain(value: Any, wanted: Any) -> Any:
-    """Return numpy's numbers as Python's, and a vector of them as a list if it is a sequence."""
+    """Return numpy numbers as Python numbers, and a vector as a list if a sequence is wanted."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray) and value.ndim == 1 and _may_hold_numbers(wanted):
@@ -372,7 +372,7 @@ def _described(wanted: Any) -> str:
     if wanted is nn.Module:
         return "a module, or a function of tensors"
     if Callable in (wanted, origin):
-        return "something to call"
+        return "callable"
     if Mapping in (wanted, origin):
         return "a dictionary"
     if origin in (Sequence, tuple):

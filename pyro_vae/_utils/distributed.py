@@ -1,9 +1,8 @@
 """Collectives of the processes of one torch.distributed group.
 
 ``torchrun`` and ``torch.distributed.init_process_group`` make a group. Without one, or in a group
-of one process, every function here returns its argument. Sums and broadcasts take tensors on any
-device, and send them from the device that the group's backend needs: the CPU for gloo, the GPU for
-nccl.
+of one process, every function here returns its argument. Tensors may be on any device. Sums and
+broadcasts send them from the device that the backend needs: the CPU for gloo, the GPU for nccl.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def group_of_torchrun() -> Iterator[None]:
-    """Join the other processes inside the block, if torchrun has started this one.
+    """Join a process group inside the block, if torchrun has started this process.
 
-    The backend is nccl where there are GPUs, of which each process takes that of its local rank,
-    and gloo elsewhere. Processes that are started again after one was killed do not meet the
-    addresses that the others had before, as ``init_process_group()`` alone would have it.
+    The backend is nccl if there are GPUs, and each process uses the GPU of its local rank. Without
+    GPUs, the backend is gloo. Processes that torchrun restarts do not use the addresses of the
+    previous group. With ``init_process_group()`` alone, they might.
 
     Example:
         >>> import pyro_vae as pv
@@ -55,23 +54,23 @@ def group_of_torchrun() -> Iterator[None]:
 
 
 def rank() -> int:
-    """Return the number of this process in its group, 0 without a group."""
+    """Return the rank of this process in its group, or 0 without a group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def num_processes() -> int:
-    """Return how many processes the group has, 1 without a group."""
+    """Return the number of processes in the group, or 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:
     """Replace tensors by their sums over all processes, in place.
 
-    All tensors of one type and device travel in one message. The sums are the same, to the bit, in
+    All tensors of one dtype and device are sent in one message. The sums are equal, bit by bit, in
     all processes.
 
     Args:
-        tensors: of the same shapes and types in all processes.
+        tensors: tensors with the same shapes and dtypes in all processes.
     """
     if num_processes() == 1:
         return
@@ -91,8 +90,8 @@ def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
     """Replace a tensor by that of one process, in place, and return it.
 
     Args:
-        tensor: of the same shape and type in all processes.
-        source: the rank of the process whose tensor all receive.
+        tensor: tensor with the same shape and dtype in all processes.
+        source: rank of the process whose tensor is sent.
     """
     if num_processes() > 1:
         with torch.no_grad():
@@ -110,7 +109,7 @@ def broadcast_from_first(tensor: Tensor) -> Tensor:
 def gather(value: Any) -> list[Any]:
     """Return the values of all processes, in the order of their ranks.
 
-    Every process receives all bytes of all others, pickled.
+    Every process receives the pickled values of all other processes.
 
     Args:
         value: any object that can be pickled. Tensors in it arrive on the CPU.
@@ -121,11 +120,11 @@ def gather(value: Any) -> list[Any]:
     _Pickler(pickled).dump(value)
     messages: list[Any] = [None] * num_processes()
     dist.all_gather_object(messages, pickled.getvalue())
-    return [pickle.loads(message) for message in messages]  # noqa: S301 - of this group
+    return [pickle.loads(message) for message in messages]  # noqa: S301 - from this group
 
 
 class _Pickler(pickle.Pickler):
-    """Pickle tensors by their bytes: ten times as fast as torch does, and without their device."""
+    """Pickle tensors as bytes, without their device. This is ten times as fast as in torch."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -142,9 +141,9 @@ def _tensor(data: bytes, dtype: torch.dtype, shape: torch.Size) -> Tensor:
 
 
 def interleave(shares: Sequence[Sequence]) -> list:
-    """Merge the results of R processes, of which process i mod R has result i, into one list.
+    """Merge the results of R processes into one list, where process i mod R has result i.
 
-    A process may have been interrupted. Results after the first missing one are left out.
+    If a process was interrupted, results after the first missing one are left out.
 
     Example:
         >>> interleave([["a", "c", "e"], ["b", "d"]])
@@ -160,7 +159,7 @@ def interleave(shares: Sequence[Sequence]) -> list:
 
 
 def _device_of_messages(tensor: Tensor) -> torch.device:
-    """Return where the group's backend wants a tensor."""
+    """Return the device that the group's backend needs."""
     backends = dict(part.split(":") for part in dist.get_backend_config().split(","))
     backend = backends.get(tensor.device.type)
     if backend is not None and (backend != "gloo" or tensor.device.type == "cpu"):

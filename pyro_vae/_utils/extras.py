@@ -1,4 +1,4 @@
-"""Packages that an extra of the library installs, imported where they are used."""
+"""Import optional packages, which extras of the library install."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     Args:
         module: Name of the module, as in ``import``.
         extra: Name of the extra that installs the package.
-        purpose: The part of the library that needs it, as a message begins with it.
+        purpose: The part of the library that needs it, the first words of the message.
 
     Raises:
-        ImportError: The package, or one that it needs, is not installed.
+        ImportError: The package, or one of its dependencies, is not installed.
 
     Example:
         >>> require("matplotlib.figure", "report", "A plot").Figure(figsize=(2, 1))

@@ -51,7 +51,7 @@ class InitArgs:
         self.cls, self.args, self.kwargs = cls, args, kwargs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InitArgs:
-        """Refer to the copies of arguments copied with the object, and to the other originals."""
+        """Refer to arguments' copies if they were copied with the object, else to the originals."""
 
         def copied(leaf: Any) -> Any:
             return memo.get(id(leaf), leaf)
@@ -59,7 +59,7 @@ class InitArgs:
         return InitArgs(self.cls, _map(copied, self.args), _map(copied, self.kwargs))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave out functions that cannot be pickled. The object itself may not hold them."""
+        """Leave out functions that cannot be pickled, because the object may not hold them."""
         return InitArgs, (self.cls, _map(_picklable, self.args), _map(_picklable, self.kwargs))
 
 

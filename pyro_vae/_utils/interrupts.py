@@ -1,4 +1,4 @@
-"""Ctrl-C: held back until the end of a step, and raised with the partial result."""
+"""Ctrl-C: deferred to the end of a step, and raised with the partial result."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Interrupted(KeyboardInterrupt):
     """A fit or an estimate that was interrupted (Ctrl-C) after part of its work.
 
     Pass the exception as ``resume=`` to the function of :mod:`pyro_vae.evaluation` that raised it.
-    That call takes the same arguments, and the seed from the exception. It returns the numbers of a
-    call that was never interrupted: to the bit, or within rounding where operations are captured. A
-    fit is resumed from its checkpoint instead.
+    Pass the same arguments again; the seed comes from the exception. The results equal those of an
+    uninterrupted call bit by bit, or up to rounding if operations are captured. To resume a fit,
+    use its checkpoint instead.
 
     Args:
         message: the text of the exception.
-        partial: the result of the work that was done: an :class:`pyro_vae.evaluation.Evidence`, a
+        partial: the result so far: an :class:`pyro_vae.evaluation.Evidence`, a
             :class:`pyro_vae.training.Fit`, or another result of the function.
         state: the tensors and settings that ``resume=`` needs; None for a fit.
 
@@ -58,10 +58,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def defer_keyboard_interrupt() -> Iterator[Callable[[], bool]]:
-    """Hold the first Ctrl-C back, and yield what tells whether it came; a second one comes through.
+    """Defer the first Ctrl-C, and yield a function that returns whether it has occurred.
 
-    Only where Ctrl-C would raise a KeyboardInterrupt, in the main thread: handlers of somebody
-    else's stay. An interrupt that nobody asked for until the end of the block is raised there.
+    A second Ctrl-C raises KeyboardInterrupt at once. In other threads, or with another handler of
+    the signal, nothing is deferred. If the function is not called after a Ctrl-C, the end of the
+    block raises KeyboardInterrupt.
     """
     came = told = False
 

@@ -53,10 +53,11 @@ def increasing_root(
 ) -> Tensor:
     r"""Solve f(x) = 0 for increasing f, by Newton's method inside a bracket.
 
-    A Newton step is replaced by bisection if it leaves the bracket, or is more than half of the
-    step before the last (Press et al. 2007, section 9.4). The number of steps is fixed, so control
-    flow does not depend on values. The first-order gradient :math:`\partial x = -\partial f /
-    f'(x)` comes from the implicit function theorem, not through the iteration.
+    The method is from Press et al. (2007, section 9.4). Bisection replaces a Newton step that
+    leaves the bracket, or is more than half of the step before the last. The number of steps is
+    fixed, so control flow does not depend on values. The first-order gradient
+    :math:`\partial x = -\partial f / f'(x)` comes from the implicit function theorem, not through
+    the iteration.
 
     Args:
         function: f, elementwise. It may close over tensors that require a gradient.

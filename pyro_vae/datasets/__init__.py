@@ -1,4 +1,4 @@
-"""Data sets by name, as tensors: fetched once, checked, split and binarised in a fixed way."""
+"""Data sets by name, as tensors: downloaded once, verified, split and binarized."""
 
 from pyro_vae.datasets._datasets import Binarization, Dataset, Labels, load, load_labels, names
 

@@ -1,4 +1,4 @@
-"""Data sets by name: split, scaled to [0, 1] and binarised."""
+"""Data sets by name: split, scaled to [0, 1] and binarized."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Dataset:
     """Images as rows, float32.
 
     Args:
-        name: of the data set.
-        train: (N, D).
-        validation: (N, D).
-        test: (N, D).
+        name: name of the data set.
+        train: training images, (N, D).
+        validation: validation images, (N, D).
+        test: test images, (N, D).
         image_shape: (height, width) of a row, with D = height x width.
-        transform: what :func:`pyro_vae.fit` must do to each minibatch of ``train``:
-            ``torch.bernoulli`` where the binarisation is dynamic, else None.
+        transform: the argument ``transform`` of :func:`pyro_vae.fit`. It is ``torch.bernoulli``
+            for dynamic binarization, else None.
     """
 
     name: str
@@ -61,27 +61,28 @@ def load(
     freyfaces       1965         560    1565 / 200 / 200        permutation of seed 777
     ==============  ===========  =====  ======================  ==================================
 
-    digits (Alpaydin & Kaynak 1998, UCI, CC BY 4.0, as scikit-learn ships them) come with the
-    package. The others are fetched once and kept in the user's cache folder.
+    The digits (Alpaydin & Kaynak 1998, UCI, CC BY 4.0, as in scikit-learn) are part of the
+    package. The other data sets are downloaded once and kept in the user's cache folder.
 
     Args:
         name: one of the names above.
-        binarize: ``"none"``: intensities in [0, 1]. ``"fixed"``: each pixel drawn once from
-            Bernoulli(intensity). ``"dynamic"``: ``train`` holds intensities, to be drawn anew for
-            each minibatch by ``fit(..., transform=data.transform)``; ``validation`` and ``test``
-            are fixed draws.
-        seed: of the fixed draws.
-        folder: a data folder to look in first, as ``FOLDER/mnist/train-images-idx3-ubyte.gz``; by
-            default the environment variable ``PYRO_VAE_DATA``.
+        binarize: ``"none"`` returns intensities in [0, 1]. ``"fixed"`` samples each pixel once from
+            Bernoulli(intensity). ``"dynamic"`` returns intensities for ``train``, and fixed samples
+            for ``validation`` and ``test``. Then ``fit(..., transform=data.transform)`` samples the
+            pixels of each minibatch.
+        seed: random seed of the fixed samples.
+        folder: a data folder to search first, as in ``FOLDER/mnist/train-images-idx3-ubyte.gz``.
+            The default is the environment variable ``PYRO_VAE_DATA``.
 
     Returns:
         The :class:`Dataset`.
 
     Raises:
-        ValueError: no such data set or binarisation; a file is truncated or has the wrong hash.
-        FileNotFoundError: a file is not in the data folder and cannot be fetched.
-        ImportError: A file is to be fetched, or the Frey faces' .mat file to be read, and the
-            extra ``data`` is not installed.
+        ValueError: The data set or the binarization is unknown. A file is truncated or has the
+            wrong hash.
+        FileNotFoundError: A file is not in the data folder and cannot be downloaded.
+        ImportError: The extra ``data`` is not installed, and a file must be downloaded, or the .mat
+            file of the Frey faces be read.
 
     Example:
         >>> import pyro_vae as pv
@@ -90,7 +91,7 @@ def load(
         (torch.Size([1297, 64]), tensor([0., 1.]))
     """
     if name not in _LOADERS:
-        raise ValueError(f"no data set {name!r}: expected one of {', '.join(names())}")
+        raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(names())}")
     if binarize not in get_args(Binarization):
         raise ValueError(
             f"binarize must be one of {', '.join(get_args(Binarization))}, got {binarize!r}"
@@ -109,12 +110,12 @@ def load(
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes of a data set's rows, whole numbers 0 to 9, in the order of its rows.
+    """The classes of a data set's rows as integers from 0 to 9, in the order of the rows.
 
     Args:
-        train: (N,).
-        validation: (N,).
-        test: (N,).
+        train: labels of the training images, (N,).
+        validation: labels of the validation images, (N,).
+        test: labels of the test images, (N,).
     """
 
     train: Tensor
@@ -124,16 +125,17 @@ class Labels:
 
 @checked
 def load_labels(name: str, *, folder: str | Path | None = None) -> Labels:
-    """Load the classes of a data set: of digits, mnist or fashion-mnist.
+    """Load the labels of digits, mnist or fashion-mnist.
 
     Args:
-        name: of the data set.
-        folder: a data folder to look in first; see :func:`load`.
+        name: name of the data set.
+        folder: a data folder to search first; see :func:`load`.
 
     Raises:
-        ValueError: no such data set, or one without labels; a file that is not the right one.
-        FileNotFoundError: a file is not in the data folder and cannot be fetched.
-        ImportError: A file is to be fetched, and the extra ``data`` is not installed.
+        ValueError: The data set is unknown or has no labels. A file is truncated or has the wrong
+            hash.
+        FileNotFoundError: A file is not in the data folder and cannot be downloaded.
+        ImportError: A file must be downloaded, and the extra ``data`` is not installed.
 
     Example:
         >>> import pyro_vae as pv
@@ -141,12 +143,12 @@ def load_labels(name: str, *, folder: str | Path | None = None) -> Labels:
         torch.Size([300])
     """
     if name not in _LABELS:
-        raise ValueError(f"no labels of {name!r}: expected one of {', '.join(_LABELS)}")
+        raise ValueError(f"no labels for {name!r}: expected one of {', '.join(_LABELS)}")
     return Labels(*(torch.tensor(part).long() for part in _LABELS[name](folder)))
 
 
 def names() -> list[str]:
-    """Return the names that :func:`load` knows."""
+    """Return the names that :func:`load` accepts."""
     return list(_LOADERS)
 
 
@@ -181,7 +183,7 @@ def _permuted(images: np.ndarray, levels: int, held_out: tuple[int, int]):
 
 
 def _order(count: int) -> np.ndarray:
-    # RandomState is frozen for good, unlike default_rng: the split never changes.
+    # Unlike default_rng, RandomState never changes its sequence, so the split never changes.
     return np.random.RandomState(777).permutation(count)
 
 

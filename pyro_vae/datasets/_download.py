@@ -1,7 +1,7 @@
-"""Where data files come from, and the proof that they are the right ones.
+"""Find or download data files, and verify them.
 
-A file is looked for in the user's data folder, then in the cache, then on its mirrors. Whatever
-the wrapper (gzip or not, .mat or .npy), what is inside must have the expected SHA-256.
+A file is searched in the user's data folder, then in the cache, then on its mirrors. Its contents
+must have the expected SHA-256, whatever the format (gzip or not, .mat or .npy).
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ FOLDER_VARIABLE = "PYRO_VAE_DATA"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a data set, and the array that must be in it.
+    """A file of a data set, and the array that it must contain.
 
     Args:
-        dataset: name of the data set, and of the sub-folder that holds the file.
-        variants: file names under which it may lie, the first as the mirrors call it.
-        urls: its mirrors.
-        read: takes the array out of a file; a ValueError or OSError says that it cannot.
-        shape: of that array, of dtype uint8.
-        sha256: of what is inside, as ``digest`` takes it.
-        header: bytes before the array that the digest covers too (those of the IDX format).
+        dataset: name of the data set, and of the subfolder that contains the file.
+        variants: accepted file names. The mirrors use the first.
+        urls: the mirrors.
+        read: function that reads the array from a file. It raises ValueError or OSError if it
+            fails.
+        shape: shape of the array, whose dtype is uint8.
+        sha256: SHA-256 of the header and the array.
+        header: bytes of the IDX format before the array.
     """
 
     dataset: str
@@ -50,23 +51,23 @@ class SourceFile:
         """Return the array, from the data folder, the cache or a mirror.
 
         Args:
-            folder: data folder; the environment variable ``PYRO_VAE_DATA`` if not given.
+            folder: data folder. The default is the environment variable ``PYRO_VAE_DATA``.
 
         Raises:
-            ValueError: a file in the data folder is truncated or is not the right one.
-            FileNotFoundError: the file is nowhere and no mirror gave it.
-            ImportError: The file is to be fetched, and the extra ``data`` is not installed.
+            ValueError: A file in the data folder is truncated or has the wrong hash.
+            FileNotFoundError: The file is not in a folder, and no mirror has it.
+            ImportError: The file must be downloaded, and the extra ``data`` is not installed.
         """
         folder = folder or os.environ.get(FOLDER_VARIABLE)
         if folder is not None:
             for path in self._candidates(Path(folder)):
                 return self._verified(path)
-        pooch = require("pooch", "data", f"Fetching {self.variants[0]} of {self.dataset!r}")
+        pooch = require("pooch", "data", f"Downloading {self.variants[0]} of {self.dataset!r}")
         cache = Path(pooch.os_cache("pyro_vae"))
         for path in self._candidates(cache):
             with contextlib.suppress(ValueError):
                 return self._verified(path)
-            path.unlink()  # damaged in our own cache: fetch it again
+            path.unlink()  # damaged in our own cache: download it again
         return self._fetch(cache, pooch)
 
     def _candidates(self, folder: Path) -> Iterator[Path]:
@@ -81,7 +82,7 @@ class SourceFile:
             try:
                 path = pooch.retrieve(
                     url,
-                    known_hash=None,  # what is inside is checked instead
+                    known_hash=None,  # the contents are verified instead
                     fname=self.variants[0],
                     path=cache / self.dataset,
                     downloader=pooch.HTTPDownloader(timeout=30),
@@ -96,36 +97,36 @@ class SourceFile:
                 failures.append(f"{url}: {error}")
         tried = "\n  ".join(failures)
         raise FileNotFoundError(
-            f"could not get {self.variants[0]} of {self.dataset!r}:\n  {tried}\nPut the file by "
-            f"hand into FOLDER/{self.dataset}/ (any of {', '.join(self.variants)}) and name the "
-            f"FOLDER in the environment variable {FOLDER_VARIABLE}, or in load(..., folder=FOLDER)."
+            f"could not download {self.variants[0]} of {self.dataset!r}:\n  {tried}\nDownload the "
+            f"file yourself into FOLDER/{self.dataset}/ (any of {', '.join(self.variants)}). Then "
+            f"set the environment variable {FOLDER_VARIABLE} to FOLDER, or pass folder=FOLDER."
         )
 
     def _verified(self, path: Path) -> np.ndarray:
-        where = f"; replace {path}, or remove it to have it fetched"
+        where = f". Replace {path}, or remove it to download it again"
         try:
             array = self.read(path, self.shape)
         except (OSError, EOFError, ValueError, TypeError, KeyError, zlib.error) as error:
             raise ValueError(
-                f"{path} is truncated or no {self.dataset} file: {error}{where}"
+                f"{path} is truncated or not a file of {self.dataset}: {error}{where}"
             ) from error
         digest = hashlib.sha256(self.header + array.tobytes()).hexdigest()
         if digest != self.sha256:
             raise ValueError(
-                f"{path} is not the file it should be: what is inside has SHA-256 {digest}, "
-                f"expected {self.sha256}{where}"
+                f"{path} has the wrong contents: expected SHA-256 {self.sha256}, got "
+                f"{digest}{where}"
             )
         return array
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Read uint8 values in IDX format, gzipped or not, expecting a shape."""
+    """Read an array of uint8 and a given shape from an IDX file, gzipped or not."""
     header = idx_header(shape)
     size = len(header) + int(np.prod(shape))
     with path.open("rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     with gzip.open(path) if zipped else path.open("rb") as file:
-        content = file.read(size + 1)  # no more, whatever a file claims to hold
+        content = file.read(size + 1)  # a malicious file may be much larger
     if len(content) != size:
         came = f"more than {size}" if len(content) > size else str(len(content))
         raise ValueError(f"expected {size} bytes, got {came}")
@@ -135,12 +136,12 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def idx_header(shape: tuple[int, ...]) -> bytes:
-    """Return the bytes that open an IDX file of uint8: a magic number, then the sizes."""
+    """Return the header of an IDX file of uint8: a magic number, then the sizes."""
     return bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
 
 
 def read_freyfaces(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Read the Frey faces from the authors' .mat file, one face a column, or from an .npy."""
+    """Read the Frey faces from the authors' .mat file (one face per column) or from an .npy."""
     if path.suffix == ".npy":
         array = np.load(path, allow_pickle=False)
     else:
@@ -151,7 +152,7 @@ def read_freyfaces(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def load_digits(what: str = "images") -> np.ndarray:
-    """Return the embedded digits, uint8 (1797, 8, 8), values 0 to 16; or their ``"labels"``."""
+    """Return the digits of the package, uint8 (1797, 8, 8), 0 to 16; or their ``"labels"``."""
     with resources.files("pyro_vae.datasets").joinpath("digits.npz").open("rb") as file:
         return np.load(file, allow_pickle=False)[what]
 
@@ -163,7 +164,7 @@ def _train_and_test(
     event_shape: tuple[int, ...],
     sha256: tuple[str, str],
 ) -> tuple[SourceFile, SourceFile]:
-    """Return two files of the IDX format, named as those of MNIST are."""
+    """Return the training and test files in IDX format, named like those of MNIST."""
     train, test = (
         SourceFile(
             dataset,

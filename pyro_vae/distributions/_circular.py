@@ -150,7 +150,7 @@ class WrappedNormal(TorchDistribution):
         fourier = torch.log1p(2 * waves) - math.log(_TURN)
         return torch.where(self.scale < _SWITCH, windings, fourier)
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as in torch
         """Sample angles in [-pi, pi]."""
         shape = self._extended_shape(sample_shape)
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)

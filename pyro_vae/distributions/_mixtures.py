@@ -25,9 +25,11 @@ class MixtureOfDiagNormals(TorchDistribution):
 
     Samples are reparameterized: they have gradients with respect to all parameters, including the
     weights. This is implicit reparameterization (Figurnov et al. 2018, eq. 5-6, and section 3.2 for
-    more dimensions) of :math:`F_d(z) = Q(z_d | z_{<d}) = \sum_k \pi_k(z_{<d}) \Phi_{kd}(z_d)`,
+    more dimensions),
 
-    .. math:: \partial z = -\Bigl(\frac{\partial F}{\partial z}\Bigr)^{-1} \partial_\theta F
+    .. math::
+        \partial z = -\Bigl(\frac{\partial F}{\partial z}\Bigr)^{-1} \partial_\theta F, \qquad
+        F_d(z) = Q(z_d | z_{<d}) = \sum_k \pi_k(z_{<d}) \Phi_{kd}(z_d)
 
     The Jacobian is lower triangular. Only first-order gradients are available.
 
@@ -122,7 +124,7 @@ class MixtureOfDiagNormals(TorchDistribution):
         r"""Return :math:`\log \pi_k q_k(z)`, ``(..., K)``, for z ``(..., D)``."""
         return self.logits + self._log_scalars(value).sum(-1)
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as in torch
         """Sample ``(*sample, *batch, D)``."""
         with torch.no_grad():
             logits = self.logits.expand(*self.batch_shape, -1)
@@ -238,7 +240,7 @@ class UniformMixture(TorchDistribution):
         log_prob = scores.logsumexp(-1) - math.log(scores.shape[-1])
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
-    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as in torch
         """Sample a row at random, then a value ``(*sample, *batch, *event)`` of that row."""
         with torch.no_grad():
             shape = torch.Size(sample_shape) + self.batch_shape

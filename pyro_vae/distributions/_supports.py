@@ -114,8 +114,8 @@ def _require_density(fn: Any) -> None:
         raise ValueError(f"{type(fn).__name__} has no density: {reason}")
     if isinstance(fn, dist.Stable) and ((fn.stability < 1) & (fn.skew.abs() == 1)).any():
         raise ValueError(
-            "Stable with a stability below 1 and a skew of -1 or 1 has a density only on one side "
-            "of its location: use a skew between -1 and 1"
+            "Stable with a stability below 1 and a skew of -1 or 1 has no density on one side of "
+            "its location. Use a skew between -1 and 1"
         )
 
 

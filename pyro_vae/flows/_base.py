@@ -33,7 +33,7 @@ class Flow(nn.Module):
     Raises:
         ValueError: D is less than ``min_dim``. A call raises it if the last dimension is not
             ``num_parameters``.
-        TypeError: D is not a whole number. A call raises it if the parameters are not
+        TypeError: D is not an integer. A call raises it if the parameters are not
             floating-point numbers.
     """
 

@@ -32,9 +32,9 @@ class AmortizedGuide(PyroModule):
     .. math::
         q(z|x) = T_\# \, q_{\lambda(x)}, \qquad \lambda(x) = A \, \mathrm{encoder}(x) + a
 
-    :math:`T` maps the reals onto the supports of the latent sites in the plate ``"data"``
-    (``biject_to``; for a real support, the identity). # is the push-forward.
-    :math:`q_\lambda` is the family's distribution with parameters :math:`\lambda`.
+    :math:`T` maps the reals onto the supports of the latent sites in the plate ``"data"``. It is
+    ``biject_to``, or the identity for a real support, and :math:`T_\#` is the push-forward. The
+    family's distribution with parameters :math:`\lambda` is :math:`q_\lambda`.
 
     The guide's first call traces the model and creates the head. :func:`pyro_vae.fit` makes this
     call itself. A guide can score any value, not only its own samples. To score z, trace

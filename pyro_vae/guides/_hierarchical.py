@@ -33,9 +33,9 @@ class HierarchicalGuide(PyroModule):
         model: program of p(x, z). It does not become a submodule.
         encoder: network from the program's arguments to features (B, ...), flattened to (B, F).
         family: function from D to a family of D dimensions; see :mod:`pyro_vae.guides`.
-        order: ``"top-down"``, the model's sampling order (Sønderby et al. 2016; forward in time);
-            ``"bottom-up"``, the reverse order (Rezende et al. 2014; Burda et al. 2016); or the
-            names of all latents in order.
+        order: ``"top-down"`` is the model's sampling order (Sønderby et al. 2016; forward in time).
+            ``"bottom-up"`` is the reverse order (Rezende et al. 2014; Burda et al. 2016). The names
+            of all latents set any other order.
         history: number of earlier latents that each latent depends on; None means all. With 1,
             the latents form a Markov chain.
         hidden: widths of the hidden layers of each factor's network.

@@ -131,7 +131,7 @@ class _Part(TorchDistribution):
         """Return the part with a larger batch shape."""
         return _Part(self._joint, self._site, self._number, batch_shape)
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as in torch
         """Return this site's part of the joint sample."""
         if sample_shape:
             raise ValueError("sample_shape must be empty for a joint sample. Use a plate.")

@@ -22,7 +22,7 @@ class LocalGuide(PyroModule):
 
     .. math:: q(z_n|x_n) = T_\# \, q_{\lambda_n}
 
-    This guide gives the best fit of a family. Compare it with an encoder's :math:`\lambda(x)` to
+    This guide is the best fit of a family. Compare it with an encoder's :math:`\lambda(x)` to
     measure the amortization gap. The rows of a minibatch (x and covariates) may come in any order:
     the guide looks up the parameters by the values of a row. Equal rows share their parameters.
 

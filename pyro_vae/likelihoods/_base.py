@@ -15,8 +15,8 @@ class Likelihood(nn.Module):
 
     A subclass returns its distribution from ``forward``. If each number of x has P parameters, the
     decoder outputs P times as many numbers as x has. The P blocks are consecutive along the first
-    dimension of the event: P D numbers for vectors of D, P C channels for images of C channels.
-    ``self.outputs(P, *inputs)`` splits the blocks.
+    dimension of the event. A vector of D numbers needs P D outputs, and an image of C channels P C
+    channels. Call ``self.outputs(P, *inputs)`` to split the blocks.
 
     Args:
         decoder: network from z, and any covariates, to the parameters of x.
@@ -70,19 +70,20 @@ class Likelihood(nn.Module):
         shape, event_dim = tuple(numbers.shape), self.event_dim
         if 0 in shape:
             raise ShapeError(
-                f"{type(self).__name__} was called on an empty z: its decoder gave shape {shape}"
+                f"{type(self).__name__} was called on an empty z: its decoder returned "
+                f"shape {shape}"
             )
         if len(shape) < event_dim:
             raise ValueError(
-                f"{type(self).__name__} has events of {event_dim} dimensions, but its decoder gave "
-                f"a tensor of shape {shape}: change event_dim or the decoder"
+                f"{type(self).__name__} has events of {event_dim} dimensions, but its decoder "
+                f"returned a tensor of shape {shape}: change event_dim or the decoder"
             )
         size = shape[-event_dim]
         if size % parts:
             raise ValueError(
                 f"{type(self).__name__} needs {parts} decoder outputs for each number of x, as "
-                f"{parts} equal parts of dimension {-event_dim}, but the decoder gave shape "
-                f"{shape}. {size} is not divisible by {parts}: make the decoder give {parts} times "
-                "as many numbers as x has"
+                f"{parts} equal parts of dimension {-event_dim}, but the decoder "
+                f"returned shape {shape}. {size} is not divisible by {parts}. Let the decoder "
+                f"return {parts} times as many numbers as x has"
             )
         return numbers.unflatten(-event_dim, (parts, size // parts)).movedim(-event_dim - 1, 0)

@@ -26,8 +26,9 @@ class DiscretizedLogistic(Likelihood):
     for x in :math:`\{0, w, 2w, \dots, 1\}`, or for integer x, the numbers of the levels from zero.
     The outermost bins extend to infinity, so the probabilities sum to one.
 
-    The decoder gives a block m, then a block t. :math:`\mu = (1 + m) / 2`, so m = 0 is the middle
-    of the range. :math:`s = \mathrm{softplus}(t + c) / 2`, with c such that t = 0 gives s = 1/2.
+    The decoder returns a block m, then a block t. The mean is :math:`\mu = (1 + m) / 2`, so m = 0
+    is the middle of the range. The scale is :math:`s = \mathrm{softplus}(t + c) / 2`. The constant
+    c is such that t = 0 corresponds to s = 1/2.
 
     ``mean`` is exact and takes L - 1 passes over the numbers of x.
 
@@ -68,8 +69,8 @@ class DiscretizedLogisticMixture(Likelihood):
     independent, including the channels of a color image.
 
     Args:
-        decoder: network from z, and any covariates, to 3 C numbers for each number of x: C logits
-            of the weights, then C numbers for the means, then C for the scales.
+        decoder: network from z, and any covariates, to 3 C numbers for each number of x. These are
+            C logits of the weights, then C numbers for the means, then C for the scales.
         levels: L.
         components: C.
         event_dim: number of rightmost dimensions of x that form one data point.
@@ -166,9 +167,9 @@ class _Logistics(OnLevels):
 def _log_bin(level: Tensor, loc: Tensor, scale: Tensor, levels: int) -> Tensor:
     r"""Return the logarithm of :math:`\sigma(a) - \sigma(b)`, the probability of a level's bin.
 
-    Use the equal product :math:`(1 - e^{b - a}) \, \sigma(a) \, \sigma(-b)`; to see that, multiply
-    :math:`(e^a - e^b) / ((1 + e^a) (1 + e^b))` out. Nothing cancels, because a - b is the bin's
-    width, which is known without a and b.
+    Compute it as the product :math:`(1 - e^{b - a}) \, \sigma(a) \, \sigma(-b)`. Both are equal to
+    :math:`(e^a - e^b) / ((1 + e^a) (1 + e^b))`. Nothing cancels, because a - b is the bin's width,
+    which is known without a and b.
     """
     below = F.logsigmoid((level + 0.5 - loc) / scale)
     above = F.logsigmoid((loc - level + 0.5) / scale)

@@ -87,7 +87,7 @@ class OnLevels(TorchDistribution):
             value = (value * (self.levels - 1)).round()
         return self.log_prob_of_level(value.long())
 
-    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as in torch
         """Sample numbers on the grid."""
         with torch.no_grad():
             return self.sample_level(torch.Size(sample_shape)) / (self.levels - 1)

@@ -240,6 +240,6 @@ class _AtOptimalScale(TorchDistribution):
             self._validate_sample(value)
         return self.likelihood.at_best(self.loc, value).log_prob(value)
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as in torch
         """Sample at the running average."""
         return self.likelihood.at_average(self.loc).rsample(sample_shape)

@@ -109,8 +109,8 @@ class ScalePerOutput(Scale):
         last = outputs.shape[max(outputs.dim() - len(shape), 0) :]
         if len(last) < len(shape) or any(n not in (1, m) for n, m in zip(shape, last, strict=True)):
             raise ValueError(
-                f"ScalePerOutput has scales of shape {tuple(shape)}, but the decoder gives outputs "
-                f"of shape {tuple(outputs.shape)}: pass the shape of x"
+                f"ScalePerOutput has scales of shape {tuple(shape)}, but the decoder returns "
+                f"outputs of shape {tuple(outputs.shape)}: pass the shape of x"
             )
         return softplus_scale(self.raw)
 
@@ -148,8 +148,8 @@ class OptimalScale(nn.Module):
     Its initial value is one.
 
     All values have equal weight. So this scale is not optimal for a bound that weights particles,
-    such as IWAE. Do not use it if some values have little or no weight: with enumerated latent
-    variables, whose improbable values are scored too, or with masks, as for padded sequences.
+    such as IWAE. Do not use it if some values have little or no weight. Examples are masks, as for
+    padded sequences, and enumerated latent variables, whose improbable values are scored too.
 
     Args:
         momentum: weight of the latest minibatch in the running average.

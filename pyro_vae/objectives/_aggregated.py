@@ -115,7 +115,7 @@ class InfoVAE(Objective):
     with the MMD penalty (Tolstikhin et al. 2018, algorithm 2), which also accepts a point (Delta)
     as posterior. The MMD is the unbiased estimate from the minibatch's samples and as many samples
     of the prior. Its kernel is the sum of the inverse multiquadratics
-    :math:`C / (C + \|z - z'\|^2)`, where C = 2 D s for s = 0.1, 0.2, 0.5, 1, 2, 5, 10.
+    :math:`C / (C + \|z - z'\|^2)` with C = 2 D s. The values of s are 0.1, 0.2, 0.5, 1, 2, 5, 10.
 
     Args:
         alpha: 1 minus the weight of the KL; 1 removes the KL, 0 keeps it.

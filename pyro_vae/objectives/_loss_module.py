@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class LossModule(ELBOModule):
-    """The module that ``objective(model, guide)`` returns; a call with a minibatch gives the loss.
+    """The module that ``objective(model, guide)`` returns. Call it with a minibatch for the loss.
 
     A call warns if the loss depends on a parameter that the last :meth:`parameters` did not yield.
     A guide creates some of its parameters at its first call. The parameters of a plain function

@@ -1,4 +1,4 @@
-"""Layers with two directions: p(x|z) generates and q(z|x) infers; flows and VAEs made of them."""
+"""Layers with two directions, p(x|z) and q(z|x), and the flows and VAEs built from them."""
 
 from pyro_vae.surjections._absolute import Absolute, GenerativeAbsolute
 from pyro_vae.surjections._bijection import Bijection

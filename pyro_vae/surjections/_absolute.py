@@ -1,4 +1,4 @@
-"""Absolute values, as a way up or as a way down."""
+"""Absolute values as layers, in the inference or the generative direction."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyro_vae.surjections._surjection import (
 
 
 class _Magnitude(Surjection):
-    """The map from numbers to their absolute values; the signs are the remainder."""
+    """The map from numbers to their absolute values. The signs are the remainder."""
 
     def __init__(self, signs: Callable[[Tensor], Tensor] | None, event_dim: int):
         super().__init__()
@@ -32,24 +32,24 @@ class _Magnitude(Surjection):
 
     @property
     def output_support(self) -> Constraint:
-        """Numbers of at least zero."""
+        """Nonnegative numbers."""
         return constraints.independent(constraints.nonnegative, self.output_event_dim)
 
     def split(self, input: Tensor) -> Split:
-        """Return absolute values, and one where a number is positive.
+        """Return the absolute values, and signs: 1 for positive numbers, else 0.
 
         Raises:
-            ValueError: the numbers are of an integer type.
+            ValueError: The numbers have an integer dtype.
         """
         if not input.is_floating_point():
             raise ValueError(
-                f"{type(self).__name__} takes continuous numbers, got {input.dtype}: put a "
-                "dequantisation below it"
+                f"{type(self).__name__} needs continuous numbers, got {input.dtype}: put a "
+                "dequantization layer below it"
             )
         return Split(input.abs(), (input > 0).to(input.dtype))
 
     def join(self, output: Tensor, remainder: Tensor) -> Tensor:
-        """Give absolute values their signs."""
+        """Multiply the absolute values by their signs."""
         return output * (2 * remainder - 1)
 
     def remainder(self, output: Tensor) -> TorchDistribution:
@@ -60,8 +60,8 @@ class _Magnitude(Surjection):
             logits = self.signs(output)
             if logits.shape != output.shape:
                 raise ValueError(
-                    f"signs must give one logit for each of the numbers {tuple(output.shape)}, got "
-                    f"{tuple(logits.shape)}"
+                    "signs must return one logit for each number, of shape "
+                    f"{tuple(output.shape)}, got {tuple(logits.shape)}"
                 )
             signs = dist.Bernoulli(logits=logits, validate_args=False)
         return signs.to_event(self.remainder_event_dim)
@@ -73,24 +73,25 @@ class _Magnitude(Surjection):
 
 @records_init_args
 class Absolute(_Magnitude, InferenceSurjection):
-    r""":math:`z = |x|`, number by number; the signs are drawn (Nielsen et al. 2020).
+    r""":math:`z = |x|`, elementwise; the signs are sampled (Nielsen et al. 2020).
 
     .. math:: V(x, z) = \sum_d \log p(s_d|z), \qquad s = \operatorname{sign}(x)
 
-    It is exact, for continuous x. The prior, or the layer above, must be of numbers of at least
-    zero. With signs of probability 1/2 it makes a symmetric density.
+    The layer is exact for continuous x. The prior, or the layer above, must have nonnegative
+    support. With signs of probability 1/2, the density is symmetric.
 
-    Where a network gives the signs, p(x|z) jumps at x = 0, unless its logits vanish at z = 0. Below
-    such a layer a :class:`Stochastic` one is not to be trained with reparameterised gradients,
-    which do not see jumps: take :class:`pyro_vae.objectives.ScoreFunction`.
+    With a network ``signs``, p(x|z) jumps at x = 0, unless the logits are zero at z = 0.
+    Reparameterized gradients ignore such jumps. So train a :class:`Stochastic` layer below this one
+    with :class:`pyro_vae.objectives.ScoreFunction`.
 
     Args:
-        signs: network from z to the logits of :math:`p(s_d = 1|z)`; 1/2 each, if not given.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        signs: network from z to the logits of :math:`p(s_d = 1|z)`. By default, each probability
+            is 1/2.
+        event_dim: number of rightmost dimensions of x that make one data point.
 
     Raises:
-        ValueError: ``event_dim`` is less than one; at a call: the network does not give a logit for
-            each number.
+        ValueError: ``event_dim`` is less than one. In a call, the network does not return one
+            logit for each number.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -107,20 +108,21 @@ class Absolute(_Magnitude, InferenceSurjection):
 
 @records_init_args
 class GenerativeAbsolute(_Magnitude, GenerativeSurjection):
-    r""":math:`x = |z|`, number by number; the guide draws the signs (Nielsen et al. 2020).
+    r""":math:`x = |z|`, elementwise; the guide samples the signs (Nielsen et al. 2020).
 
     .. math:: V(x, z) = -\sum_d \log q(s_d|x), \qquad z_d = s_d x_d
 
-    For x of at least zero. Where a network gives the signs, they have no reparameterised sample:
-    train with :class:`pyro_vae.objectives.ELBO`, or VIMCO.
+    x must be nonnegative. With a network ``signs``, the signs have no reparameterized sample. Train
+    such a layer with :class:`pyro_vae.objectives.ELBO` or VIMCO.
 
     Args:
-        signs: network from x to the logits of :math:`q(s_d = 1|x)`; 1/2 each, if not given.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        signs: network from x to the logits of :math:`q(s_d = 1|x)`. By default, each probability
+            is 1/2.
+        event_dim: number of rightmost dimensions of x that make one data point.
 
     Raises:
-        ValueError: ``event_dim`` is less than one; at a call: the network does not give a logit for
-            each number.
+        ValueError: ``event_dim`` is less than one. In a call, the network does not return one
+            logit for each number.
     """
 
     def __init__(self, signs: Callable[[Tensor], Tensor] | None = None, event_dim: int = 1):
@@ -128,9 +130,9 @@ class GenerativeAbsolute(_Magnitude, GenerativeSurjection):
 
 
 class _FairSigns(dist.Bernoulli):
-    """Coins of no parameters: there is no gradient to them that a draw could lose."""
+    """Fair coins. They have no parameters, so no gradient is lost when they are sampled."""
 
     has_rsample = True
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as in torch
         return self.sample(sample_shape)

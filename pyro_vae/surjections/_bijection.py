@@ -25,28 +25,28 @@ from pyro_vae.surjections._surjection import (
 
 @records_init_args
 class Bijection(InferenceSurjection):
-    r""":math:`z = f(x)`: the transform f leads from data to latent, and :math:`f^{-1}` generates.
+    r""":math:`z = f(x)`: the transform f infers, and :math:`f^{-1}` generates.
 
     .. math:: V(x) = \log|\det J_f(x)|
 
-    As a limit, q(z|x) and p(x|z) are Dirac measures, at f(x) and at :math:`f^{-1}(z)`, and
-    :math:`\delta(x - f^{-1}(z)) = \delta(z - f(x)) \, |\det J_f(x)|`: the ratio of the two is the
-    determinant. With it the ELBO is log p(x) of the flow (Nielsen et al. 2020).
+    q(z|x) and p(x|z) are Dirac measures at f(x) and at :math:`f^{-1}(z)`. Their ratio is the
+    determinant, since :math:`\delta(x - f^{-1}(z)) = \delta(z - f(x)) \, |\det J_f(x)|`. So the
+    ELBO equals log p(x) of the flow (Nielsen et al. 2020).
 
     Args:
-        transform: f, a torch ``Transform``; or a module that gives one when called without
+        transform: f, a torch ``Transform``, or a module that returns one when called without
             arguments, such as :class:`pyro_vae.flows.Composition`.
-        event_dim: how many of the rightmost dimensions of x make one datum. Transforms of fewer
-            dimensions, a sigmoid say, act on each number, and their volumes add up.
+        event_dim: number of rightmost dimensions of x that make one data point. A transform of
+            fewer dimensions, such as a sigmoid, acts on each part, and its log-volumes are summed.
 
     Attributes:
-        transform: f, of the parameters as they are.
+        transform: f, computed from the current parameters.
 
     Raises:
-        TypeError: ``transform`` is neither a transform nor gives one.
-        ValueError: ``event_dim`` is less than that of the transform's domain; the transform is not
-            bijective, or holds parameters and is no module; at a call: it cannot map x, or not
-            back.
+        TypeError: ``transform`` is not a transform and does not return one.
+        ValueError: ``event_dim`` is less than that of the transform's domain. The transform is not
+            bijective, or it holds parameters but is not a module. In a call, it cannot map x, or
+            cannot map z back.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -61,8 +61,8 @@ class Bijection(InferenceSurjection):
 
     def __init__(self, transform: Transform | Callable[[], Transform], event_dim: int = 1):
         super().__init__()
-        # Of a torch transform, the pieces and whether they are turned round: an inverse hides the
-        # module that it is the inverse of, and does not survive being copied.
+        # The parts of a torch transform, and whether each is inverted. An inverse transform hides
+        # the module that it inverts, and breaks when copied.
         self._pieces = [*_pieces(transform)] if isinstance(transform, Transform) else None
         if self._pieces is None:
             self.source = transform
@@ -72,8 +72,9 @@ class Bijection(InferenceSurjection):
         f = self.transform
         if loose := [type(p).__name__ for p, _ in self._pieces or () if _holds_parameters(p)]:
             raise ValueError(
-                f"the transform {loose[0]} holds tensors that require gradients, which nothing "
-                "would train: pass a module that makes the transform of its parameters when called"
+                f"the transform {loose[0]} holds tensors that require gradients, but it is not a "
+                "module, so they would not be trained. Pass a module that returns the transform "
+                "when called"
             )
         takes, gives = f.domain.event_dim, f.codomain.event_dim
         if event_dim < takes:
@@ -87,7 +88,7 @@ class Bijection(InferenceSurjection):
 
     @property
     def transform(self) -> Transform:
-        """Return f; what it keeps of its last call belongs to this f alone."""
+        """Return f as a new object with a cache of its own."""
         if self._pieces is not None:
             copies = [(_fresh(piece), inverse) for piece, inverse in self._pieces]
             pieces = [piece.inv if inverse else piece for piece, inverse in copies]
@@ -95,9 +96,9 @@ class Bijection(InferenceSurjection):
         f = self.source() if callable(self.source) else self.source
         if not isinstance(f, Transform):
             raise TypeError(
-                "the transform of a bijection must be a torch Transform, or what gives one when "
-                f"called without arguments, got {type(self.source).__name__}"
-                + (f", which gives {type(f).__name__}" if callable(self.source) else "")
+                "transform must be a torch Transform, or a module that returns one when called "
+                f"without arguments, got {type(self.source).__name__}"
+                + (f", which returns {type(f).__name__}" if callable(self.source) else "")
             )
         return f
 
@@ -114,9 +115,9 @@ class Bijection(InferenceSurjection):
         return constraints.independent(codomain, self.output_event_dim - codomain.event_dim)
 
     def split(self, input: Tensor) -> Split:
-        """Return f(x), no remainder, and log|det J|; minus infinity outside the domain of f."""
+        """Return f(x), no remainder, and log|det J|; minus infinity outside the domain."""
         f, dims = self.transform, self.input_event_dim
-        x = input.view_as(input)  # that no cache of f has seen: it may be out of date
+        x = input.view_as(input)  # a new tensor, because f's cache may be outdated
         event = x.shape[x.dim() - dims :]
         try:
             z = f(x)
@@ -127,8 +128,8 @@ class Bijection(InferenceSurjection):
             raise ValueError(f"{self._cannot_map(f, event)}: {error}") from error
         if not fits:
             raise ValueError(
-                f"{self._cannot_map(f, event)}: it gives values of shape {tuple(z.shape)}, "
-                "which it does not map back to such events"
+                f"{self._cannot_map(f, event)}: it returns values of shape {tuple(z.shape)}, "
+                "and does not map them back to such events"
             )
         log_volume = sum_of_event(log_volume, dims - f.domain.event_dim)
         if not is_real(f.domain):
@@ -144,16 +145,16 @@ class Bijection(InferenceSurjection):
         except (RuntimeError, ShapeError) as error:
             event = z.shape[z.dim() - self.output_event_dim :]
             raise ValueError(
-                f"{self._cannot_map(f, event)} back: {error}. Does the prior, or the layer above, "
-                "have the dimensions of the transform?"
+                f"{self._cannot_map(f, event)} back: {error}. Give the prior, or the layer above, "
+                "the event shape of the transform."
             ) from error
 
     def remainder(self, output: Tensor) -> None:
-        """Return None, since a bijection leaves nothing out."""
+        """Return None, since a bijection has no remainder."""
         return
 
     def input_shape(self, output_shape: torch.Size, remainder_shape: torch.Size) -> torch.Size:
-        """Return the event shape that the transform maps to that of z."""
+        """Return the event shape of x for the event shape of z."""
         return torch.Size(self.transform.inverse_shape(output_shape))
 
     @staticmethod
@@ -167,18 +168,18 @@ def _holds_parameters(piece: Transform) -> bool:
 
 
 def _pieces(transform: Transform, inverse: bool = False) -> Iterator[tuple[Transform, bool]]:
-    """Yield the transforms that one is composed of, and whether each is to be inverted."""
+    """Yield the parts of a composed transform, and whether each is inverted."""
     if isinstance(transform, _InverseTransform):
         yield from _pieces(transform.inv, not inverse)
     elif isinstance(transform, ComposeTransform) and transform.parts:
-        for part in transform.parts:  # an inverse composition has none: it is one of inverses
+        for part in transform.parts:  # torch inverts a composition part by part
             yield from _pieces(part, inverse)
     else:
         yield transform, inverse
 
 
 def _fresh(transform: Transform) -> Transform:
-    """Return a transform of the same parameters that keeps what it computes for itself."""
+    """Return a transform with the same parameters and a cache of its own."""
     twin = copy.copy(transform)
-    twin._inv = None  # that of the original, which keeps its own
+    twin._inv = None  # the inverse belongs to the original transform
     return twin

@@ -1,4 +1,4 @@
-"""Dequantisation: data on a grid as cells of a continuous space."""
+"""Dequantization: discrete levels as cells of a continuous space."""
 
 from __future__ import annotations
 
@@ -25,26 +25,25 @@ from pyro_vae.surjections._surjection import (
 
 @records_init_args
 class UniformDequantization(GenerativeSurjection):
-    r"""x on a grid of L levels is the cell in [0, 1) that z lies in, and z is uniform in it.
+    r"""Dequantize x of L levels: z is uniform in the cell of [0, 1) that belongs to the level.
 
-    With k the level number of x, :math:`z = (k + u) / L` for :math:`u \sim U(0, 1)^D`; and the
-    other way round, :math:`P(x|z) = 1` where :math:`k = \lfloor L z \rfloor`. So
-    :math:`q(z|x) = q(u|x) L^D`, and
+    Let k be the level numbers of x. Then :math:`z = (k + u) / L` with :math:`u \sim U(0, 1)^D`, and
+    :math:`P(x|z) = 1` where :math:`k = \lfloor L z \rfloor`. So :math:`q(z|x) = q(u|x) L^D`, and
 
     .. math:: V(x, z) = \log P(x|z) - \log q(z|x) = -\log q(u|x) - D \log L
 
-    with :math:`\log q(u|x) = 0` here. The probability of x is the prior's mass in its cell, so that
-    the ELBO in nats, divided by :math:`-D \log 2`, is at least the bits per dimension. A prior with
-    mass outside the cube gives it to the nearest level, where the guide never looks: put a
-    ``Bijection(SigmoidTransform().inv)`` above.
+    with :math:`\log q(u|x) = 0` here. The probability of x is the prior's mass in its cell. So the
+    ELBO in nats, divided by :math:`-D \log 2`, is at least the bits per dimension. A prior's mass
+    outside the cube belongs to the nearest level, but the guide never samples there. So put a
+    ``Bijection(SigmoidTransform().inv)`` above this layer.
 
     Args:
         levels: L, at least 2.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        event_dim: number of rightmost dimensions of x that make one data point.
 
     Shape:
-        x and z are ``(*batch, *event)``. x is 0, 1/(L-1), ..., 1; or 0, ..., L-1 if it is of an
-        integer type. What is generated is of the former kind.
+        x and z are ``(*batch, *event)``. x has the values 0, 1/(L-1), ..., 1. With an integer
+        dtype, x has the values 0, ..., L-1. Generated values are of the first kind.
 
     Raises:
         ValueError: ``levels`` is less than two, or ``event_dim`` less than one.
@@ -72,7 +71,7 @@ class UniformDequantization(GenerativeSurjection):
         return constraints.independent(_Grid(self), self.output_event_dim)
 
     def split(self, input: Tensor) -> Split:
-        """Return x and u of z."""
+        """Return x and u, given z."""
         scaled = self.levels * input
         number = scaled.floor().clamp(0, self.levels - 1)
         u = scaled - number
@@ -81,8 +80,8 @@ class UniformDequantization(GenerativeSurjection):
         return Split(number / (self.levels - 1), u, log_volume)
 
     def join(self, output: Tensor, remainder: Tensor) -> Tensor:
-        """Return z of x and u."""
-        # Rounding must not move a z out of its cell.
+        """Return z, given x and u."""
+        # Rounding must not move z out of its cell.
         least = 2 * self.levels * torch.finfo(remainder.dtype).eps
         u = remainder.clamp(least, 1 - least)
         return (self.numbers(output).to(u.dtype) + u) / self.levels
@@ -102,24 +101,24 @@ class UniformDequantization(GenerativeSurjection):
         return event.numel() * math.log(self.levels)
 
     def same(self, value: Tensor, output: Tensor) -> Tensor:
-        """Return whether two x have the same levels, both on the grid."""
+        """Return whether two x are on the grid and have the same levels, ``(*batch)``."""
         same = self.numbers(value) == self.numbers(output)
         return all_of_event(
             same & self.is_level(value) & self.is_level(output), self.output_event_dim
         )
 
     def numbers(self, x: Tensor) -> Tensor:
-        """Return the level numbers of x, of a floating type."""
+        """Return the level numbers of x, with a floating dtype."""
         return (self.on_grid(x) * (self.levels - 1)).round()
 
     def on_grid(self, x: Tensor) -> Tensor:
-        """Return x in [0, 1], given so or by level numbers."""
+        """Return x in [0, 1]. An integer x holds level numbers."""
         if x.dtype.is_floating_point:
             return x
         return x.to(torch.get_default_dtype()) / (self.levels - 1)
 
     def is_level(self, x: Tensor) -> Tensor:
-        """Tell which numbers of x lie on the grid, up to the rounding of float32."""
+        """Return whether each number of x is on the grid, up to the rounding of float32."""
         number = self.numbers(x)
         eps = max(torch.finfo(each).eps for each in (torch.float32, number.dtype))
         near = (self.on_grid(x) * (self.levels - 1) - number).abs() <= 4 * eps * (1 + number)
@@ -128,9 +127,9 @@ class UniformDequantization(GenerativeSurjection):
 
 @records_init_args
 class VariationalDequantization(UniformDequantization):
-    r"""Dequantisation with a noise that is learned (Ho et al. 2019).
+    r"""Dequantization with learned noise (Ho et al. 2019).
 
-    As :class:`UniformDequantization`, with :math:`u = \sigma(v)` for :math:`v \sim q(v|x)`:
+    Like :class:`UniformDequantization`, but with :math:`u = \sigma(v)` for :math:`v \sim q(v|x)`:
 
     .. math::
         V(x, z) = -\log q(u|x) - D \log L, \qquad
@@ -138,13 +137,13 @@ class VariationalDequantization(UniformDequantization):
 
     Args:
         levels: L, at least 2.
-        noise: called on x, numbers in [0, 1], gives q(v|x) on the reals, of the event shape of x: a
-            Gaussian, or a flow.
-        event_dim: how many of the rightmost dimensions of x make one datum.
+        noise: function from x in [0, 1] to q(v|x), such as a Gaussian or a flow on the reals. Its
+            event shape is that of x.
+        event_dim: number of rightmost dimensions of x that make one data point.
 
     Raises:
-        ValueError: ``levels`` is less than two, or ``event_dim`` less than one; at a call: the
-            noise has another event or batch shape than x.
+        ValueError: ``levels`` is less than two, or ``event_dim`` less than one. In a call, the
+            event or batch shape of the noise differs from that of x.
     """
 
     def __init__(
@@ -164,13 +163,13 @@ class VariationalDequantization(UniformDequantization):
                 f"{tuple(noise.event_shape)} with batch shape {tuple(noise.batch_shape)}: declare "
                 f"its dimensions with .to_event({self.output_event_dim})"
             )
-        # The cache gives the very draw back, which a flow may need to score it.
+        # The cache returns the same tensor v, which a flow may need to score its sample.
         squashed = SigmoidTransform(cache_size=1)
         return dist.TransformedDistribution(noise, squashed, validate_args=False)
 
 
 class _Grid(Constraint):
-    """Numbers on the grid of a dequantisation."""
+    """The values that a dequantization layer accepts."""
 
     def __init__(self, layer: UniformDequantization):
         self._layer = layer
@@ -181,4 +180,4 @@ class _Grid(Constraint):
 
     def __repr__(self) -> str:
         levels = self._layer.levels
-        return f"Grid({levels} levels, 0 to 1; or their numbers, 0 to {levels - 1})"
+        return f"Grid({levels} levels from 0 to 1, or level numbers from 0 to {levels - 1})"

@@ -1,4 +1,4 @@
-"""The guide of a model made of layers: the same layers, the other way."""
+"""The guide of a model made of layers: the same layers in the inference direction."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pyro_vae.surjections._surjection import check_batch
 
 @records_init_args
 class FlowGuide(PyroModule):
-    r"""The inference direction of a :class:`FlowModel`, layer by layer upwards.
+    r"""Guide of a :class:`FlowModel`: infer layer by layer, from the data upwards.
 
     .. math:: q(h|x) = \prod_{l=1}^L q(h_l|h_{l-1}), \qquad h_0 = x
 
-    It holds the very layers of the model, and no parameters of its own. To copy the pair, copy both
-    at once: ``copy.deepcopy((model, guide))``.
+    The guide shares the model's layers and has no parameters of its own. To copy the pair, copy
+    both at once: ``copy.deepcopy((model, guide))``.
 
     Args:
         model: the :class:`pyro_vae.surjections.FlowModel`.
@@ -30,8 +30,8 @@ class FlowGuide(PyroModule):
         x is ``(B, *event)``.
 
     Raises:
-        TypeError: the model has no layers.
-        ValueError: at a call: the shapes of x or of two layers do not fit.
+        TypeError: The model has no layers.
+        ValueError: In a call, the shapes of x or of two layers do not fit.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -44,7 +44,7 @@ class FlowGuide(PyroModule):
         super().__init__()
         if not hasattr(model, "layers") or not hasattr(model, "latents"):
             raise TypeError(
-                f"FlowGuide takes a FlowModel, whose layers infer, got {type(model).__name__}"
+                f"FlowGuide takes a FlowModel and uses its layers, got {type(model).__name__}"
             )
         self.layers = model.layers
         self.latents = model.latents

@@ -1,4 +1,4 @@
-"""Normalizing flows, VAEs and mixtures of both, as one model."""
+"""Normalizing flows, VAEs and combinations of both as one model."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from pyro_vae.surjections._surjection import SurVAELayer, check_batch, check_sup
 
 @records_init_args
 class FlowModel(PyroModule):
-    r"""A prior and layers below it, each of which generates downwards and infers upwards.
+    r"""Model of a prior and a stack of layers, such as a normalizing flow.
 
     With :math:`x = h_0, h_1, \dots, h_L = z`,
 
     .. math:: p(x, h) = p(h_L) \prod_{l=1}^L p(h_{l-1}|h_l)
 
-    (Nielsen et al. 2020). Its guide is :class:`FlowGuide`, which samples the other
-    way by the same layers. Where all of them are bijections, the ELBO of one particle is the flow's
+    (Nielsen et al. 2020). Its guide is :class:`FlowGuide`, which infers with the same layers. If
+    all layers are bijections, the ELBO of one particle is the log-density of the flow,
 
     .. math:: \log p(x) = \log p(f(x)) + \log|\det J_f(x)|
 
-    to rounding: fitting the pair by a lower bound is maximum likelihood. Another guide proposes
-    latents that are not the image of x, which have a density of zero.
+    up to rounding. Then maximizing the ELBO is maximum likelihood. Another guide would sample
+    latents that are not the image of x, and their density is zero.
 
     Args:
-        prior: called without arguments, gives p(z); see :mod:`pyro_vae.priors`.
-        layers: a layer, or a sequence of them, from the data to the latent; see
-            :mod:`pyro_vae.surjections`. A torch ``Transform`` that maps data to latent, or a module
-            that gives one, stands for a :class:`Bijection` of vectors.
+        prior: function without arguments that returns p(z); see :mod:`pyro_vae.priors`.
+        layers: a layer, or a sequence of layers from the data to the latent; see
+            :mod:`pyro_vae.surjections`. A torch ``Transform`` from data to latent, or a module that
+            returns one, becomes a :class:`Bijection` of vectors.
 
     Shape:
         x is ``(B, *event)``.
 
     Sites:
-        ``"x"`` observed; latent ``"z"`` for one layer, for several ``"z_1"``, next to the data, to
-        ``"z_L"``, that of the prior. All in the plate ``"data"``.
+        ``"x"`` is observed. One layer has the latent ``"z"``. Several layers have ``"z_1"`` (next
+        to the data) to ``"z_L"`` (the prior's). All sites are in the plate ``"data"``.
 
     Attributes:
         latents: the names of the latent sites, from the data upwards.
 
     Raises:
-        TypeError: an entry of ``layers`` is none of these.
-        ValueError: there are no layers; a transform acts on more than vectors; at a call: the
-            shapes of two layers, of the prior or of x do not fit.
+        TypeError: An entry of ``layers`` is not a layer, a transform or a module that returns one.
+        ValueError: There are no layers, or a transform acts on events of more than one dimension.
+            In a call, the shapes of x, of two layers or of the prior do not fit.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -84,7 +84,7 @@ class FlowModel(PyroModule):
         self.latents = ("z",) if count == 1 else tuple(f"z_{n}" for n in range(1, count + 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the program on a minibatch x and return it."""
+        """Run the program on a minibatch and return x."""
         p = self.prior()
         with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             for name, layer in zip(self.latents[::-1], [*self.layers][::-1], strict=True):
@@ -93,16 +93,16 @@ class FlowModel(PyroModule):
                 event = p.event_shape
                 if z.shape[z.dim() - len(event) :] != event:
                     raise ValueError(
-                        f"the latent {name!r} is of shape {tuple(z.shape)}, but the prior, or the "
-                        f"layer above, has events of shape {tuple(event)}: both must have the size "
-                        "that the layers make of x"
+                        f"the latent {name!r} has shape {tuple(z.shape)}, but the prior, or the "
+                        f"layer above, has events of shape {tuple(event)}: both must have the "
+                        "event shape that the layers infer from x"
                     )
                 p = layer.generate(z)
                 check_batch(layer, z, len(event), p)
             if p.event_shape != x.shape[1:]:
                 raise ValueError(
-                    f"x has events of shape {tuple(x.shape[1:])}, but prior and layers make such "
-                    f"of shape {tuple(p.event_shape)}"
+                    f"x has events of shape {tuple(x.shape[1:])}, but the prior and the "
+                    f"layers generate events of shape {tuple(p.event_shape)}"
                 )
             return pyro.sample("x", p, obs=x)
 
@@ -116,8 +116,8 @@ def _as_layer(layer: Any) -> SurVAELayer:
         try:
             return Bijection(layer)
         except TypeError as error:
-            raise TypeError(f"{type(layer).__name__} is no layer: {error}") from error
+            raise TypeError(f"{type(layer).__name__} is not a layer: {error}") from error
     raise TypeError(
-        "FlowModel takes layers, torch Transforms, or modules that give a Transform when called "
+        "FlowModel takes layers, torch Transforms, or modules that return a Transform when called "
         f"without arguments; got {type(layer).__name__}"
     )

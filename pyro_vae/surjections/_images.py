@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class Split(NamedTuple):
-    r"""An input, as its output and the remainder.
+    r"""An input, split into its output and its remainder.
 
     Args:
         output: ``(*batch, *output event)``.
-        remainder: ``(*batch, *remainder event)``; None for a bijection, which leaves nothing out.
+        remainder: ``(*batch, *remainder event)``; None for a bijection.
         log_volume: :math:`\log|\det \partial(\text{output}, \text{remainder}) /
             \partial\,\text{input}|`, ``(*batch)``, or a number.
     """
@@ -41,31 +41,32 @@ class _Origin(NamedTuple):
     with_gradient: bool
 
 
-# The origin of each image, as long as the image lives. One program of a pair draws the image and
-# the other one gets the tensor alone: with its origin, the map need not be computed twice. No
-# origin refers to its own image, which would then live forever.
+# The origin of each image, while the image exists. One program of a pair samples the image, and
+# the other program receives the tensor alone. With the origin, it need not compute the map again.
+# An origin must not refer to its own image, which then would never be freed.
 _ORIGINS: MutableMapping[Tensor, _Origin] = WeakTensorKeyDictionary()
 
 
 class Image(TorchDistribution):
-    r"""The image of an input under a map: one point, of log-density zero, minus infinity elsewhere.
+    r"""The image of an input under a map: a point of log-density zero.
 
-    The volume that the map changes stands at the other side of the pair, in :class:`Preimage`.
-    A sample is a differentiable function of the input and of the map's parameters.
+    The log-density is minus infinity elsewhere. The change of volume is part of the other
+    program's density, in :class:`Preimage`. A sample is a differentiable function of the input
+    and of the map's parameters.
 
     Args:
         surjection: the map.
         input: ``(*batch, *input event)``.
-        split: of the input, if it is known.
-        batch_shape: that to expand to, if it is not the input's.
+        split: the split of the input, if known.
+        batch_shape: the batch shape to expand to. The default is that of the input.
 
     Shape:
-        batch shape ``batch``, event shape that of the image.
+        The batch shape is ``batch``, and the event shape is that of the image.
     """
 
     arg_constraints = {}  # noqa: RUF012 - as torch declares them
     has_rsample = True
-    deterministic = True  # a function of what it is given: nothing is drawn
+    deterministic = True  # a function of the input, without randomness
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class Image(TorchDistribution):
 
     @property
     def support(self) -> Constraint:
-        """All values that an output may have."""
+        """The support of the outputs."""
         return self.surjection.output_support
 
     @property
@@ -97,7 +98,7 @@ class Image(TorchDistribution):
         """Return the image with a larger batch shape."""
         return Image(self.surjection, self.input, self.split, torch.Size(batch_shape))
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as in torch
         """Return the point, ``(*sample, *batch, *event)``."""
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
         value = self.split.output.expand(shape)  # a new tensor, even of the same shape
@@ -106,23 +107,23 @@ class Image(TorchDistribution):
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return zero where the value is the point, up to rounding, minus infinity elsewhere."""
+        """Return zero where the value is the point, up to rounding, else minus infinity."""
         split, origin = self.split, _ORIGINS.get(value)
         if origin is not None and origin.split is split:
             return _like(split.output, 0.0).expand(value.shape[: value.dim() - self.event_dim])
         same = self.surjection.same(value, split.output)
-        if split.remainder is None:  # it may have been drawn from the output, with rounding
+        if split.remainder is None:  # the input may come from this output, with rounding
             same = same | self._leads_back(value)
         return torch.where(same, 0.0, _like(split.output, -torch.inf)).expand(
             torch.broadcast_shapes(same.shape, self.batch_shape)
         )
 
     def _leads_back(self, value: Tensor) -> Tensor:
-        """Return where the input of an output is this input, ``(*batch)``."""
+        """Return whether the output maps back to this input, ``(*batch)``."""
         with torch.no_grad():
             try:
                 joined = self.surjection.join(collapse_expanded_dims(value, self.event_dim), None)
-            except (KeyError, NotImplementedError):  # as Pyro's flows without an inverse raise
+            except (KeyError, NotImplementedError):  # raised by Pyro's flows without an inverse
                 return torch.zeros((), dtype=torch.bool, device=value.device)
             eps = torch.finfo(joined.dtype).eps
             near = (joined - self.input).abs() <= 4 * eps * (1 + self.input.abs())
@@ -130,27 +131,27 @@ class Image(TorchDistribution):
 
 
 class Preimage(TorchDistribution):
-    r"""The inputs that a map sends to one output: the remainder is drawn, and joined to it.
+    r"""The inputs that a map sends to one output: sample a remainder, and join the two.
 
     .. math::
         \log p(\text{input}|\text{output}) = \log p(\text{remainder}|\text{output}) + \log\left|\det
         \frac{\partial(\text{output}, \text{remainder})}{\partial\,\text{input}}\right|
 
-    where the map sends the input to the output, up to rounding, and minus infinity elsewhere. It is
-    a density relative to :class:`Image`: the Dirac measures of both cancel.
+    where the map sends the input to the output, up to rounding, and minus infinity elsewhere. The
+    density is relative to :class:`Image`, so the Dirac measures of the two cancel.
 
     Args:
         surjection: the map.
         output: ``(*batch, *output event)``.
-        remainder: its distribution, if it is known.
-        batch_shape: that to expand to, if it is not the output's.
+        remainder: the distribution of the remainder, if known.
+        batch_shape: the batch shape to expand to. The default is that of the output.
 
     Shape:
-        batch shape ``batch``, event shape that of the input.
+        The batch shape is ``batch``, and the event shape is that of the input.
 
     Raises:
-        ValueError: The distribution of the remainder has another number of event dimensions than
-            the surjection says, or another batch shape than the output.
+        ValueError: The number of event dimensions of the remainder's distribution differs from the
+            surjection's, or its batch shape from the output's.
     """
 
     arg_constraints = {}  # noqa: RUF012 - as torch declares them
@@ -175,12 +176,12 @@ class Preimage(TorchDistribution):
 
     @property
     def has_rsample(self) -> bool:
-        """Whether the remainder has a reparameterized sample; true of a bijection."""
+        """Whether the remainder has a reparameterized sample. True for a bijection."""
         return self.remainder is None or self.remainder.has_rsample
 
     @property
     def support(self) -> Constraint:
-        """All values that an input may have."""
+        """The support of the inputs."""
         return self.surjection.input_support
 
     def expand(self, batch_shape, _instance=None) -> Preimage:
@@ -189,13 +190,13 @@ class Preimage(TorchDistribution):
         remainder = None if self.remainder is None else self.remainder.expand(batch_shape)
         return Preimage(self.surjection, self.output, remainder, batch_shape)
 
-    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
-        """Draw an input; without gradients if the remainder is reparameterized."""
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as in torch
+        """Sample an input, without gradients if the remainder is reparameterized."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.has_rsample):
             return self.rsample(sample_shape)
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
-        """Draw the remainder and join it to the output, ``(*sample, *batch, *event)``."""
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as in torch
+        """Sample a remainder and join it to the output, ``(*sample, *batch, *event)``."""
         batch, join = torch.Size(sample_shape) + self.batch_shape, self.surjection.join
         dims = self.surjection.output_event_dim
         if self.remainder is None:
@@ -211,7 +212,7 @@ class Preimage(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of an input, ``(*batch)``."""
         drawn, remainder = self._last_draw
-        if value is drawn:  # the remainder may come from a flow that scores its own draws alone
+        if value is drawn:  # a flow without an inverse scores only its own remainder
             log_volume = self.surjection.log_volume(remainder)
             return self._density(Split(self.output, remainder, log_volume))
         origin = _ORIGINS.get(self.output)
@@ -239,20 +240,21 @@ class Preimage(TorchDistribution):
         layer, dims = type(self.surjection).__name__, self.surjection.remainder_event_dim
         if len(remainder.event_shape) != dims:
             raise ValueError(
-                f"{layer} needs a distribution of what it leaves out with {dims} event "
+                f"{layer} needs a distribution of the remainder with {dims} event "
                 f"dimension(s), got event shape {tuple(remainder.event_shape)} and batch shape "
-                f"{tuple(remainder.batch_shape)}: declare them with .to_event({dims})"
+                f"{tuple(remainder.batch_shape)}: declare the event dimensions with "
+                f".to_event({dims})"
             )
         if remainder.batch_shape not in (batch, torch.Size()):
             raise ValueError(
-                f"{layer} needs a distribution of what it leaves out with batch shape "
-                f"{tuple(batch)}, as what it is given, got {tuple(remainder.batch_shape)}: "
-                f"declare the dimensions of an event with .to_event({dims})"
+                f"{layer} needs a distribution of the remainder with batch shape {tuple(batch)}, "
+                f"that of the layer's input, got {tuple(remainder.batch_shape)}: declare the event "
+                f"dimensions with .to_event({dims})"
             )
         return remainder.expand(batch)
 
 
 def _like(values: Tensor, number: float) -> Tensor:
-    """Return a scalar tensor of a number, of the values' floating type and device."""
+    """Return a number as a scalar tensor, with the dtype and device of the values."""
     dtype = values.dtype if values.dtype.is_floating_point else torch.get_default_dtype()
     return torch.full((), number, dtype=dtype, device=values.device)

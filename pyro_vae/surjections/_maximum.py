@@ -1,4 +1,4 @@
-"""The greatest of several numbers, as a way up."""
+"""The maximum of several numbers as a layer."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from pyro_vae.surjections._surjection import InferenceSurjection
 
 @records_init_args
 class Maximum(InferenceSurjection):
-    r""":math:`z = \max_d x_d`; which it is and how far the others lie below are drawn.
+    r""":math:`z = \max_d x_d`; its index and the gaps to the other numbers are sampled.
 
     .. math::
         V(x, z) = -\log D + \log p(g|z), \qquad g_d = z - x_d \text{ for the others, in their order}
 
-    (Nielsen et al. 2020). It is exact, for the map from x to (z, k, g) keeps volumes.
+    (Nielsen et al. 2020). The layer is exact, because the map from x to z, the index and g
+    preserves volume.
 
-    Where the gaps are not alike in law, p(x|z) jumps as another number becomes the greatest, and
-    reparameterised gradients do not see jumps: below this layer, train a :class:`Stochastic` one
-    with :class:`pyro_vae.objectives.ScoreFunction`.
+    If the gaps are not identically distributed, p(x|z) jumps where another number becomes the
+    maximum. Reparameterized gradients ignore such jumps. So train a :class:`Stochastic` layer below
+    this one with :class:`pyro_vae.objectives.ScoreFunction`.
 
     Args:
-        noise: gives :math:`p(g)` or :math:`p(g|z)`, a distribution of vectors of D - 1 positive
-            numbers.
-        conditional: whether the noise is called on z, as a likelihood; if not, without arguments,
-            as a prior.
+        noise: function that returns :math:`p(g)` or :math:`p(g|z)`, a distribution of vectors of
+            D - 1 positive numbers.
+        conditional: whether the noise is called on z, like a likelihood, or without arguments, like
+            a prior.
 
     Shape:
         x is ``(*batch, D)`` and z ``(*batch, 1)``.
 
     Raises:
-        ValueError: at a call: the noise is no distribution of vectors, or may be negative, or z is
-            not one number.
+        ValueError: In a call, the noise is not a distribution of vectors, it may be negative, or z
+            is not one number.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -58,19 +59,19 @@ class Maximum(InferenceSurjection):
         self.conditional = conditional
 
     def split(self, input: Tensor) -> Split:
-        """Return the greatest number; and its place, with the gaps below it."""
+        """Return the maximum, and its index with the gaps below it."""
         z, place = input.max(-1, keepdim=True)
         gaps = z - input.gather(-1, _others(place, input.shape[-1]))
         return Split(z, torch.cat([place.to(gaps.dtype), gaps], -1))
 
     def join(self, output: Tensor, remainder: Tensor) -> Tensor:
-        """Put the numbers in their places."""
+        """Return x, given the maximum, its index and the gaps."""
         place, gaps = remainder[..., :1].long(), remainder[..., 1:]
         greatest = output.expand(remainder.shape)
         return greatest.scatter(-1, _others(place, remainder.shape[-1]), output - gaps)
 
     def remainder(self, output: Tensor) -> TorchDistribution:
-        """Return the distribution of the place and the gaps."""
+        """Return the distribution of the index and the gaps."""
         if output.shape[-1] != 1:
             raise ValueError(
                 f"Maximum takes one number z, got a value of shape {tuple(output.shape)}: the "
@@ -78,21 +79,21 @@ class Maximum(InferenceSurjection):
             )
         gaps = self.noise(output) if self.conditional else self.noise()
         if len(gaps.event_shape) != 1:
-            return gaps  # refused with what was expected
+            return gaps  # Preimage raises an error
         if is_real(gaps.support):
             raise ValueError(
                 f"Maximum needs a noise of positive numbers, the gaps below z, got {gaps} on the "
-                "reals: take Exponential, HalfNormal or LogNormal, say"
+                "reals: use a distribution such as Exponential, HalfNormal or LogNormal"
             )
         return _PlaceAndGaps(gaps)
 
     def input_shape(self, output_shape: torch.Size, remainder_shape: torch.Size) -> torch.Size:
-        """Return the shape of place and gaps."""
+        """Return the event shape of the index and the gaps."""
         return remainder_shape
 
 
 class _PlaceAndGaps(TorchDistribution):
-    """A place among D, all alike, and before D - 1 gaps, in one vector."""
+    """A uniform index among D, followed by D - 1 gaps, in one vector."""
 
     arg_constraints = {}  # noqa: RUF012 - as torch declares them
     support = constraints.real_vector
@@ -104,15 +105,15 @@ class _PlaceAndGaps(TorchDistribution):
 
     @property
     def has_rsample(self) -> bool:
-        return self._gaps.has_rsample  # the place depends on no parameter
+        return self._gaps.has_rsample  # the index depends on no parameter
 
     def expand(self, batch_shape, _instance=None) -> _PlaceAndGaps:
         return _PlaceAndGaps(self._gaps.expand(torch.Size(batch_shape)))
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as in torch
         return self._with_place(self._gaps.rsample(sample_shape))
 
-    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as torch has it
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as in torch
         return self._with_place(self._gaps.sample(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -125,6 +126,6 @@ class _PlaceAndGaps(TorchDistribution):
 
 
 def _others(place: Tensor, count: int) -> Tensor:
-    """Return the places but one, in their order, ``(..., count - 1)``."""
+    """Return all indices but one, in order, ``(..., count - 1)``."""
     places = torch.arange(count - 1, device=place.device)
     return places + (places >= place)

@@ -1,4 +1,4 @@
-"""Layers that drop numbers on the way up, or add some."""
+"""Layers that remove dimensions from the data, or add some."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro_vae.surjections._surjection import GenerativeSurjection, InferenceSurj
 
 
 class _FirstNumbers(Surjection):
-    """The map from a vector to its first numbers; the others are noise."""
+    """The map from a vector to its first numbers. The other numbers are noise."""
 
     def __init__(self, size: int, noise: Callable[..., TorchDistribution], conditional: bool):
         super().__init__()
@@ -24,11 +24,11 @@ class _FirstNumbers(Surjection):
         self.conditional = conditional
 
     def split(self, input: Tensor) -> Split:
-        """Cut a vector in two."""
+        """Split a vector in two."""
         return Split(input[..., : self.size], input[..., self.size :])
 
     def join(self, output: Tensor, remainder: Tensor) -> Tensor:
-        """Concatenate the two."""
+        """Concatenate the two parts."""
         return torch.cat([output, remainder], -1)
 
     def remainder(self, output: Tensor) -> TorchDistribution:
@@ -36,32 +36,33 @@ class _FirstNumbers(Surjection):
         if output.shape[-1] != self.size:
             raise ValueError(
                 f"{type(self).__name__} takes {self.size} numbers here, got a value of shape "
-                f"{tuple(output.shape)}: pass size={output.shape[-1]}, or change what is before it"
+                f"{tuple(output.shape)}: pass size={output.shape[-1]}, or change the previous "
+                "layer"
             )
         return self.noise(output) if self.conditional else self.noise()
 
     def input_shape(self, output_shape: torch.Size, remainder_shape: torch.Size) -> torch.Size:
-        """Return the length of both together."""
+        """Return the total length of both parts."""
         return torch.Size([output_shape[-1] + remainder_shape[-1]])
 
 
 @records_init_args
 class Slice(_FirstNumbers, InferenceSurjection):
-    r"""z is the first numbers of x; those left out are noise (Nielsen et al. 2020).
+    r"""z is the first numbers of x. The others are noise (Nielsen et al. 2020).
 
     .. math:: x = (x_1, x_2), \qquad z = x_1, \qquad V(x, z) = \log p(x_2|z)
 
-    It is exact. Between the bijections of a flow it makes a multi-scale architecture (Dinh et al.
-    2017).
+    The layer is exact. Between the bijections of a flow, it makes a multi-scale architecture (Dinh
+    et al. 2017).
 
     Args:
-        size: how many numbers z has.
-        noise: gives :math:`p(x_2)` or :math:`p(x_2|z)`, a distribution of vectors.
-        conditional: whether the noise is called on z, as a likelihood; if not, without arguments,
-            as a prior.
+        size: the number of dimensions of z.
+        noise: function that returns :math:`p(x_2)` or :math:`p(x_2|z)`, a distribution of vectors.
+        conditional: whether the noise is called on z, like a likelihood, or without arguments, like
+            a prior.
 
     Raises:
-        ValueError: ``size`` is not positive; at a call: z has another size, or the noise is no
+        ValueError: ``size`` is not positive. In a call, z has another size, or the noise is not a
             distribution of vectors.
 
     Example:
@@ -81,17 +82,17 @@ class Slice(_FirstNumbers, InferenceSurjection):
 
 @records_init_args
 class Augment(_FirstNumbers, GenerativeSurjection):
-    r"""z is x and some numbers more, which the layers above may use (Huang et al. 2020).
+    r"""z is x with extra dimensions, which the layers above may use (Huang et al. 2020).
 
     .. math:: z = (x, e), \qquad e \sim q(e|x), \qquad V(x, z) = -\log q(e|x)
 
     Args:
-        size: how many numbers x has.
-        noise: gives :math:`q(e|x)` or :math:`q(e)`, a distribution of vectors.
-        conditional: whether the noise is called on x; if not, without arguments.
+        size: the number of dimensions of x.
+        noise: function that returns :math:`q(e|x)` or :math:`q(e)`, a distribution of vectors.
+        conditional: whether the noise is called on x, or without arguments.
 
     Raises:
-        ValueError: ``size`` is not positive; at a call: x has another size, or the noise is no
+        ValueError: ``size`` is not positive. In a call, x has another size, or the noise is not a
             distribution of vectors.
     """
 

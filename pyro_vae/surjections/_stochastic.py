@@ -13,13 +13,13 @@ from pyro_vae.surjections._surjection import SurVAELayer
 
 @records_init_args
 class Stochastic(SurVAELayer):
-    r"""A layer of a VAE: both directions are noisy (Kingma & Welling 2014).
+    r"""A layer of a VAE: both directions are random (Kingma & Welling 2014).
 
     .. math:: V(x, z) = \log p(x|z) - \log q(z|x), \qquad z \sim q(z|x)
 
     Args:
-        encoder: called on x, gives q(z|x); a likelihood used the other way round will do.
-        decoder: called on z, gives p(x|z); see :mod:`pyro_vae.likelihoods`.
+        encoder: function from x to q(z|x). A likelihood can be used here as well.
+        decoder: function from z to p(x|z); see :mod:`pyro_vae.likelihoods`.
 
     Example:
         >>> import torch, pyro_vae as pv

@@ -1,4 +1,4 @@
-"""What a layer is: a generative and an inference direction; and layers made of a map."""
+"""Base classes of layers with a generative and an inference direction."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from pyro_vae.surjections._images import Image, Preimage, Split
 class SurVAELayer(nn.Module):
     r"""One layer of a :class:`FlowModel`: p(x|z), and q(z|x) (Nielsen et al. 2020).
 
-    A datum passes the layers upwards by ``infer`` and is generated downwards by ``generate``. What
-    a layer adds to the log-likelihood is
+    ``infer`` maps a data point upwards through the layers, and ``generate`` maps a latent
+    downwards. A layer adds
 
     .. math:: V(x, z) = \log p(x|z) - \log q(z|x)
 
-    An autoencoder, a bijection and a surjection differ in nothing else. A subclass gives both
-    distributions; one that is made of a map derives from :class:`InferenceSurjection` or
-    :class:`GenerativeSurjection`.
+    to the log-likelihood. Autoencoders, bijections and surjections differ only in these two
+    distributions. A subclass defines both. If the layer is a deterministic map in one direction,
+    derive it from :class:`InferenceSurjection` or :class:`GenerativeSurjection`.
     """
 
     @abstractmethod
     def generate(self, z: Tensor) -> TorchDistributionMixin:
-        """Return p(x|z) for z ``(*batch, *latent event)``: batch shape ``batch``."""
+        """Return p(x|z), of batch shape ``batch``, for z ``(*batch, *latent event)``."""
 
     @abstractmethod
     def infer(self, x: Tensor) -> TorchDistributionMixin:
-        """Return q(z|x) for x ``(*batch, *event)``: batch shape ``batch``."""
+        """Return q(z|x), of batch shape ``batch``, for x ``(*batch, *event)``."""
 
 
 class Surjection(SurVAELayer):
-    r"""A layer made of a map from an input to an output, with less information as a rule.
+    r"""A layer made of a map from an input to an output, which usually has less information.
 
-    The remainder is all that the output leaves out: the pair (output, remainder) determines the
-    input, and the input determines the pair. The layer has a distribution of the remainder given
-    the output.
+    The remainder is the information that the output lacks. The pair (output, remainder) determines
+    the input, and the input determines the pair. The layer has a distribution of the remainder
+    given the output.
 
     Attributes:
         input_event_dim: number of event dimensions of the input.
@@ -71,7 +71,7 @@ class Surjection(SurVAELayer):
 
     @abstractmethod
     def input_shape(self, output_shape: torch.Size, remainder_shape: torch.Size) -> torch.Size:
-        """Return the event shape of the input, given those of output and remainder."""
+        """Return the event shape of the input, given those of the output and the remainder."""
 
     def log_volume(self, remainder: Tensor) -> Tensor | float:
         """Return the log-volume of a split with this remainder."""
@@ -85,11 +85,11 @@ class Surjection(SurVAELayer):
 
 
 class InferenceSurjection(Surjection):
-    r"""The map leads from data to latent: z is the image of x, and x is drawn from what maps to z.
+    r"""The map goes from data to latent: z is the image of x, and x is a sample that maps to z.
 
     .. math:: V(x, z) = \log p(r|z) + \log|\det \partial(z, r) / \partial x|, \qquad x = (z, r)
 
-    It is exact: with such layers alone the ELBO is log p(x).
+    The layer is exact. If all layers are of this kind, the ELBO equals log p(x).
     """
 
     def infer(self, x: Tensor) -> Image:
@@ -102,11 +102,11 @@ class InferenceSurjection(Surjection):
 
 
 class GenerativeSurjection(Surjection):
-    r"""The map leads from latent to data: x is the image of z, and z is drawn from what maps to x.
+    r"""The map goes from latent to data: x is the image of z, and z is a sample that maps to x.
 
     .. math:: V(x, z) = -\log q(r|x) - \log|\det \partial(x, r) / \partial z|, \qquad z = (x, r)
 
-    The ELBO is a bound: q is the posterior's only if it fits.
+    The ELBO is a lower bound. It equals log p(x) only if q(z|x) is the posterior.
     """
 
     def infer(self, x: Tensor) -> Preimage:
@@ -119,24 +119,24 @@ class GenerativeSurjection(Surjection):
 
 
 def check_support(layer: nn.Module, above: TorchDistribution) -> None:
-    """Refuse a prior, or a layer above, that draws what no datum is mapped to.
+    """Raise ValueError if the distribution above has mass that belongs to no data point.
 
     Raises:
-        ValueError: it is of all numbers, and the layer maps to some of them.
+        ValueError: The distribution is on all real numbers, but the layer maps to a part of them.
     """
     if not isinstance(layer, InferenceSurjection):
         return
     if not is_real(layer.output_support) and is_real(above.support):
         raise ValueError(
             f"layer {type(layer).__name__} maps data to {layer.output_support}, but the prior, or "
-            "the layer above, is of all real numbers: part of its mass would belong to no datum. "
-            "Take a prior with that support; or turn the transform round, if it was meant to map "
-            "the other way (transform.inv)"
+            "the layer above, is on all real numbers, so part of its mass belongs to no data "
+            "point. Use a prior with that support. If the transform should map the other way, pass "
+            "transform.inv"
         )
 
 
 def all_of_event(flags: Tensor, event_dim: int) -> Tensor:
-    """Tell whether all flags of an event are set, ``(*batch)``."""
+    """Return whether all flags of an event are True, ``(*batch)``."""
     return flags.flatten(flags.dim() - event_dim).all(-1) if event_dim else flags
 
 
@@ -146,35 +146,35 @@ def sum_of_event(values: Tensor, event_dim: int) -> Tensor:
 
 
 def check_batch(layer: nn.Module, given: Tensor, event_dim: int, result: TorchDistribution) -> None:
-    """Refuse a distribution that reads the event of what it was given otherwise than it is.
+    """Raise ValueError if a layer returned a distribution of another batch shape than its input.
 
     Args:
-        layer: that made it.
-        given: what it was made from.
-        event_dim: event dimensions of that.
-        result: the distribution.
+        layer: the layer.
+        given: the input of the layer.
+        event_dim: number of event dimensions of the input.
+        result: the distribution that the layer returned.
 
     Raises:
-        ValueError: its batch shape is not that of what it was given.
+        ValueError: The batch shapes differ.
     """
     batch = given.shape[: given.dim() - event_dim]
     if result.batch_shape != batch:
         event = tuple(given.shape[given.dim() - event_dim :])
         raise ValueError(
-            f"layer {type(layer).__name__} was given values of batch shape {tuple(batch)} and "
-            f"event shape {event}, and made of them a distribution of batch shape "
+            f"layer {type(layer).__name__} got values of batch shape {tuple(batch)} and event "
+            f"shape {event}, but returned a distribution of batch shape "
             f"{tuple(result.batch_shape)} and event shape {tuple(result.event_shape)}. The batch "
-            "shapes must be the same: its event_dim does not fit that of the layer before it, or "
-            "of the prior, or dimensions are not declared with .to_event(n)."
+            "shapes must be equal. Either event_dim does not fit the layer before it or the prior, "
+            "or event dimensions are not declared with .to_event(n)."
         )
 
 
 def positive_event_dim(event_dim: int) -> int:
-    """Return a number of event dimensions of at least one, and no more than tensors have.
+    """Return ``event_dim`` if it is between 1 and 64.
 
     Raises:
-        ValueError: it is less, or more.
+        ValueError: ``event_dim`` is outside this range.
     """
-    if not 1 <= event_dim <= 64:  # torch has no tensors of more dimensions
+    if not 1 <= event_dim <= 64:  # the largest number of dimensions of a tensor
         raise ValueError(f"event_dim must be at least 1 and at most 64, got {event_dim}")
     return event_dim

@@ -735,7 +735,7 @@ BAD = {
     "a module that gives no transform": (
         lambda: pv.surjections.FlowModel(pv.priors.StandardNormal(2), pv.priors.StandardNormal(2)),
         TypeError,
-        "StandardNormal is no layer: .*which gives Independent",
+        "StandardNormal is not a layer: .*which returns Independent",
     ),
     "a transform of matrices": (
         lambda: pv.surjections.FlowModel(
@@ -829,7 +829,7 @@ def test_what_does_not_fit_is_told_at_the_first_call(what):
 @pytest.mark.parametrize(
     ("prior", "layers", "message"),
     [
-        (vectors(4), pv.flows.Composition(3), "cannot map events .* back: .*Does the prior"),
+        (vectors(4), pv.flows.Composition(3), "cannot map events .* back: .*Give the prior"),
         (vectors(3), pv.surjections.Slice(2, vectors(2)), "takes 2 numbers here"),
         (vectors(2), pv.surjections.Maximum(vectors(3)), "Maximum takes one number"),
         (vectors(2), transforms.AffineTransform(0.3, 2.0), r"x has events of shape \(4,\)"),
@@ -866,7 +866,7 @@ def test_a_support_that_the_data_never_reach_is_refused():
         torch.distributions.ExpTransform(),
     ):
         model = pv.surjections.FlowModel(normal, layer)
-        with pytest.raises(ValueError, match=r"maps data to .* of all real numbers"):
+        with pytest.raises(ValueError, match=r"maps data to .* on all real numbers"):
             pv.evidence(model, pv.surjections.FlowGuide(model), x, num_particles=1)
     gaps = pv.surjections.Maximum(noise=pv.priors.StandardNormal(2))
     model = pv.surjections.FlowModel(normal, gaps)
