@@ -144,9 +144,7 @@ def test_discrete_observation_is_sampled_with_its_component():
     found = pv.reconstruct(model, guide, x, seed=0, by_site=True)["x"]
     probs = given(0.5 * torch.randn(100_000)).mean(0)
     for value in range(3):
-        error = (
-            probs[value] * (1 - probs[value]) / 4000
-        ).sqrt() + 2e-3  # and that of 100,000
+        error = (probs[value] * (1 - probs[value]) / 4000).sqrt() + 2e-3  # and that of 100,000
         assert ((found == value).float().mean() - probs[value]).abs() < 4.5 * error
 
 
