@@ -150,7 +150,7 @@ def _array(x: Tensor, dtype: str) -> Array:
 def _cases() -> dict[str, tuple[Callable[[Tensor, int], Any], bool | None, bool]]:
     """Return (make, valid, same) by the name of each case.
 
-    ``make`` creates the value from x, and ``same`` says whether the value holds the numbers of x.
+    ``make`` creates the value from x. ``same`` is whether the value has the numbers of x.
     ``valid`` is None if only some functions accept the value, such as another dtype.
     """
     found: dict[str, Any] = {}

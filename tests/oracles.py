@@ -83,7 +83,7 @@ class LinearGaussian:
         return 0.5 * (q.trace() - self.d - q.logdet()).item()
 
     def finite_data_shift(self, count: int) -> float:
-        """Return the loss of mutual information, and gain of marginal KL, with N data points only.
+        """Return how much N data points reduce the mutual information and raise the marginal KL.
 
         The aggregated posterior of N data points is a mixture of N. To second order its KL from
         the population's is (E_x int q(z|x)^2 / q_agg(z) dz - 1) / (2 N), a Gaussian integral.

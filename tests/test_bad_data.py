@@ -103,7 +103,7 @@ OTHER_NAMES: dict[tuple[str, str], str] = {
 }
 
 
-def says(value: Any, message: str) -> bool:
+def describes(value: Any, message: str) -> bool:
     """Return whether a message shows the value, its type, or its fault."""
     shape = None if getattr(value, "is_nested", False) else getattr(value, "shape", None)
     dtype = getattr(value, "dtype", None)
@@ -128,7 +128,7 @@ def close(found: Any, wanted: Any) -> bool:
     return found.shape == wanted.shape and torch.allclose(found, wanted, 1e-3, 1e-4)
 
 
-def judge(run: Callable[[Any], Any], value: Any, argument: str, valid: bool | None) -> Any:
+def check_call(run: Callable[[Any], Any], value: Any, argument: str, valid: bool | None) -> Any:
     """Run a call with a value; return its numbers, or None if the value is refused.
 
     A refusal must name the argument and show the value.
@@ -150,7 +150,7 @@ def judge(run: Callable[[Any], Any], value: Any, argument: str, valid: bool | No
     shown = f"{argument}={value!r}: {message}"
     assert valid is not True, f"valid, but refused: {shown}"
     assert re.search(rf"\b({argument})\b", message, re.IGNORECASE), f"not named: {shown}"
-    assert says(value, message), f"it is not said what came: {shown}"
+    assert describes(value, message), f"it is not said what came: {shown}"
     return None
 
 
@@ -194,7 +194,7 @@ def try_argument(name: str, argument: str, value: Any, quick: bool) -> None:
 
     late = accepts(hint, value) and (name, argument) in AT_THE_FIRST_CALL
     word = OTHER_NAMES.get((name, argument), argument) + ("" if bad else f"|{OF_ITS_USE}")
-    judge(run, value, word, False if bad and not late else None)
+    check_call(run, value, word, False if bad and not late else None)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -223,7 +223,7 @@ def test_equal_values_of_other_types_are_accepted(name):
         for value in equals_of(good)[: 1 if name in SLOW else None] if argument != "args" else ():
             if isinstance(value, np.bool_) and hint_of(name, argument) is not bool:
                 continue  # "auto" or a progress bar is also valid: only True and False are flags
-            judge(lambda v, a=argument: numbers(call(name, **{a: v})), value, argument, True)
+            check_call(lambda v, a=argument: numbers(call(name, **{a: v})), value, argument, True)
 
 
 def try_data(name: str, argument: str, array: Any) -> None:
@@ -237,7 +237,7 @@ def try_data(name: str, argument: str, array: Any) -> None:
     # If a site cannot score a value, the message names the site.
     word = OTHER_NAMES.get((name, argument), argument) + "|site"
     free = (name, argument) in ANY_NUMBERS and isinstance(array.value, Tensor | np.ndarray)
-    found = judge(run, array.value, word, None if free else array.good)
+    found = check_call(run, array.value, word, None if free else array.good)
     if found is not None:
         assert finite(found), f"{array!r} gave {found}"
         if array.plain is not None:
@@ -355,7 +355,7 @@ def try_value(name: str, word: str, array: Any) -> None:
     free = name in ("khat", "save")  # khat accepts lists, and save any value that a file can hold
     valid = None if any_values or array.good or free else False
     word += "|invalid values" if isinstance(array.value, Tensor) else ""  # torch's words for NaN
-    found = judge(run, array.value, word, valid)
+    found = check_call(run, array.value, word, valid)
     if found is not None and array.plain is not None:
         wanted = run(array.plain)
         assert close(found, wanted), f"{array!r} gave {found}, not {wanted}"

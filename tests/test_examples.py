@@ -58,7 +58,7 @@ def test_every_example_has_arguments():
 
 
 def trials():
-    """Yield the examples; benchmarks are slow, to run after changes to what they measure."""
+    """Yield all examples, with the benchmarks as slow tests."""
     for name in ARGUMENTS:
         yield pytest.param(name, marks=[pytest.mark.slow] * name.startswith("benchmarks/"))
 

@@ -179,7 +179,7 @@ def test_captured_steps_match_eager(pair, objective, double, binary, without_com
 
 
 def with_reset(make, objective):
-    """Return ``make``, which first sets the step and averages of the objective to zero."""
+    """Return ``make`` with a reset: the step and averages of the objective become zero."""
 
     def begin():
         for value in vars(objective).values():

@@ -324,7 +324,7 @@ def pair_with_shared_parent():
     return model, guide, torch.randn(5)
 
 
-def test_latents_with_a_summed_out_parent_have_no_kl_of_their_own():
+def test_latents_with_a_summed_out_parent_have_no_separate_kl():
     model, guide, x = pair_with_shared_parent()
     for per in ("site", "dimension"):
         with pytest.raises(ValueError, match="the KL of each"):

@@ -57,7 +57,7 @@ def masked(x):
         pyro.sample("x", likelihood.to_event(1), obs=present(x))
 
 
-def unmasked(x):
+def naked(x):
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(location(latent()), NOISE).to_event(1), obs=x)
 
@@ -169,7 +169,7 @@ def test_other_functions_accept_missing_data(model):
 @pytest.mark.parametrize(
     ("model", "what"),
     [
-        (unmasked, "the log-density of the model's site 'x' is nan there"),
+        (naked, "the log-density of the model's site 'x' is nan there"),
         (masked_too_late, "its distribution still receives them"),
     ],
 )
@@ -241,7 +241,7 @@ def test_other_errors_keep_their_messages():
         ValueError, match=r"model and guide could not run on data x of shape \(10, 10\)"
     ):
         pv.fit(model, guide, torch.cat([data(), data()], 1), **FIT)
-    fixed = pv.fit(*pair_of(unmasked), data(), transform=present, **FIT)
+    fixed = pv.fit(*pair_of(naked), data(), transform=present, **FIT)
     assert fixed.history.loss.notna().all()
 
 

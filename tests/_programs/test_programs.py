@@ -102,7 +102,7 @@ def test_pyro_modules_of_one_class_train_separately(binary):
 
 
 def test_untrained_pair_does_not_use_parameters_of_another(binary):
-    """PyroParams follow Pyro's store by name: another module's entry must not replace them."""
+    """PyroParams use Pyro's store by name: another module's entry must not replace them."""
 
     class Model(pyro.nn.PyroModule):
         def __init__(self, loc):

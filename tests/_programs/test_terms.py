@@ -447,7 +447,7 @@ def test_decoder_without_particle_dimensions_is_refused(how):
 
 
 def test_errors_of_guides_have_no_dump_of_shapes():
-    """Messages from inside a guide end with what to do."""
+    """Messages from inside a guide end with the solution."""
     model = pv.LatentVariableModel(
         pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 4))
     )

@@ -465,13 +465,13 @@ def test_evaluation_uses_eval_mode_and_keeps_running_averages(way):
     model = WAYS[way](net)
     before = {name: value.clone() for name, value in net.named_buffers()}
     x = torch.randn(6, 2) + 3
-    for judge in (
+    for call in (
         lambda: pv.evidence(model, guide, x, num_particles=2, seed=0),
         lambda: pv.elbo_surgery(model, guide, x, seed=0),
         lambda: pv.generate(model, x),
         lambda: pv.reconstruct(model, guide, x),
     ):
-        judge()
+        call()
         assert set(net.modes) == {False}
         assert all(part.training for part in net.modules())
         net.modes.clear()

@@ -264,7 +264,7 @@ def test_kl_of_dirichlets_matches_betas_and_samples():
     assert abs(ratio.mean() - known_kl(q, p)) < 4 * ratio.std() / 200_000**0.5
 
 
-# Registered but not trusted: a sum without a closed form, no sum at rate zero, no gradient of q's
+# Registered but not trusted: a sum without a closed form, no sum at rate zero, no gradient in q's
 # parameters, and no log_density.
 UNTRUSTED = {
     (D.Binomial, D.Binomial),

@@ -68,7 +68,7 @@ def integral(log_prob, support, event_shape):
         change = change.flatten(1).sum(1)
     kept = values.flatten(1).isfinite().all(1) if values.dim() > 1 else values.isfinite()
     kept = kept & support.check(values)
-    if support.event_dim == 0 and support is not constraints.real:  # powers overflow
+    if support.event_dim == 0 and support is not constraints.real:  # a power may overflow
         kept = kept & (values.abs() > 1e-150) & (values.abs() < 1e150)
     terms = (log_prob(values[kept]) + change[kept] + log_weight[kept]).exp().nan_to_num(nan=0.0)
     error = 0.0 if shape.numel() <= 2 else terms.std().item() * math.sqrt(len(terms))
@@ -212,7 +212,7 @@ NO_SUPPORT = {
         lambda: transformed(dist.Normal(torch.zeros(2), 1.0).to_event(1), PLANAR),
         "TransformedDistribution of Planar, which cannot score"),
     "points": (lambda: dist.Delta(torch.zeros(2)).to_event(1), "pyro.deterministic"),
-    "angle of a user": (lambda: Cardioid(torch.zeros(())), "repeats itself every 2 pi"),
+    "an angle by a user": (lambda: Cardioid(torch.zeros(())), "repeats itself every 2 pi"),
     "no support": (lambda: Stateless(torch.zeros(()), 1.0), "Stateless states no support"),
 }  # fmt: skip
 PLANAR = dist.transforms.planar(2).double()

@@ -100,7 +100,7 @@ def test_every_parameter_has_a_gradient(name):
 
 @pytest.mark.parametrize("name", DENSITIES)
 def test_gradients_at_given_values_match_finite_differences(name):
-    """Gradients of the value and of the parameters."""
+    """With respect to the value and to the parameters."""
     model = Model((2,), dtype=torch.float64)
     x = torch.randn(2, 5, dtype=torch.float64)
     guide = make(name, model, x, spread=1.5)
@@ -257,7 +257,7 @@ def test_roots_of_steep_functions_are_found(product):
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_gradients_of_inverses_match_finite_differences(name):
-    """Gradients of y and of the parameters; they do not go through the steps of solvers."""
+    """With respect to y and the parameters; gradients skip the steps of the solvers."""
     layer = FLOWS[name](3).double()
     parameters = torch.randn(layer.num_parameters, dtype=torch.float64, requires_grad=True)
     y = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)

@@ -51,7 +51,7 @@ COUNTS = torch.arange(4000.0)
 
 
 def made(name, numbers=None, **options):
-    """Return a likelihood of given numbers, in eval mode; without numbers, of an MLP."""
+    """Return a likelihood on an MLP of 4 outputs, or on given numbers, in eval mode."""
     make, parts = MADE[name]
     if numbers is None:
         return make(pv.nets.MLP(2, [8], 4 * parts), **options)
