@@ -1,4 +1,4 @@
-"""Bad values of each kind: of data, and of every other argument."""
+"""Bad values of data and of every other argument."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch import Tensor
 
 @dataclass
 class Array:
-    """Something in the place of an array.
+    """A value to pass as data: an array or another object.
 
     Args:
-        value: that thing.
-        plain: the same numbers as a contiguous float32 tensor, where they are merely laid out or
-            typed otherwise: who takes the one must find what the other gives.
-        good: whether it is valid; None if that depends on the function.
-        how: how it was made, for the message of a failure.
+        value: the value itself.
+        plain: the same numbers as a contiguous float32 tensor, or None. A call that accepts
+            ``value`` must return the same result for ``plain``.
+        good: whether the value is valid; None if that depends on the function.
+        how: the name of the case, for failure messages.
     """
 
     value: Any
@@ -148,9 +148,10 @@ def _array(x: Tensor, dtype: str) -> Array:
 
 
 def _cases() -> dict[str, tuple[Callable[[Tensor, int], Any], bool | None, bool]]:
-    """Return by name: how to make a value, whether it is valid, whether x itself gives the same.
+    """Return (make, valid, same) by the name of each case.
 
-    None: valid for some functions, such as another dtype.
+    ``make`` creates the value from x. ``same`` is whether the value has the numbers of x.
+    ``valid`` is None if only some functions accept the value, such as another dtype.
     """
     found: dict[str, Any] = {}
     for kind, of_torch in (("tensor", True), ("array", False)):
@@ -188,7 +189,7 @@ CASES = _cases()
 
 
 def make_array(name: str, seed: int) -> Array:
-    """Make something for data of 0 and 1 of shape (5, 4)."""
+    """Make the value of a case from random data of 0 and 1, of shape (5, 4)."""
     make, good, same = CASES[name]
     x = torch.rand(5, 4, generator=torch.Generator().manual_seed(seed)).round()
     plain = (x[:1].repeat(5, 1) if "expanded" in name else x.clone()) if same else None
@@ -196,7 +197,7 @@ def make_array(name: str, seed: int) -> Array:
 
 
 NAN, INF = float("nan"), float("inf")
-# In the place of a number, a name, a flag, a sequence, a program or an object.
+# Values to pass as a number, a name, a flag, a sequence, a program or an object.
 ODD = (
     *(True, False, np.bool_(True), None, 1j, 2 + 0j, b"2", object, print, range(2)),
     *(-1, 0, 1, 2, 3, np.int8(2), np.int64(2), np.uint64(2), 2**63, -(10**15), 10**30, 10**400),
@@ -209,7 +210,7 @@ ODD = (
 
 
 def accepts(hint: Any, value: Any) -> bool:
-    """Tell whether a value is of the kind that an annotation states."""
+    """Return whether a value has the type of an annotation."""
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(accepts(each, value) for each in inside)
@@ -236,7 +237,7 @@ def accepts(hint: Any, value: Any) -> bool:
 
 
 def is_out_of_range(value: Any, least: float = -INF) -> bool:
-    """Tell whether a number, or one of a sequence, is NaN, too large for torch, or too small."""
+    """Return whether any number is NaN, too large for torch, or below ``least``."""
     if isinstance(value, tuple | list | range):
         return any(is_out_of_range(each, least) for each in value)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Fits of one pair from one state, eager and captured, to compare."""
+"""Fit a pair eagerly and captured from the same state, and compare the results."""
 
 import contextlib
 import shutil
@@ -13,12 +13,12 @@ needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
     reason="needs a C++ compiler to compile a captured step",
 )
-# Relative distance of all parameters after the steps, per dtype: rounding, grown by training.
+# Relative distance of all parameters after training, by dtype. Training amplifies rounding.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def fitted(make, x, *, double=False, **options):
-    """Fit a pair of fixed initial values and give it back with all its tensors, flat."""
+    """Fit a pair from fixed initial values; return the fit and all tensors, flattened."""
     torch.manual_seed(7)
     settings = {"epochs": 4, "batch_size": 10, "seed": 3, "progress": False}
     with default_dtype(torch.float64 if double else torch.float32):
@@ -32,7 +32,7 @@ def fitted(make, x, *, double=False, **options):
 
 @contextlib.contextmanager
 def default_dtype(dtype):
-    """Numbers that a program makes of its own are of this type."""
+    """Set the default dtype inside the block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     yield

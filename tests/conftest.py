@@ -8,7 +8,7 @@ from torch.utils.data import Dataset, IterableDataset
 import pyro_vae as pv
 from pyro_vae._capture import Captured
 
-DATA_FOLDER = os.environ.get("PYRO_VAE_DATA")  # before a test takes it away
+DATA_FOLDER = os.environ.get("PYRO_VAE_DATA")  # read before a test removes it
 
 
 def make_pair(latent=2, data=16, hidden=8):
@@ -45,7 +45,7 @@ def pair():
 
 @pytest.fixture
 def binary():
-    """Two kinds of rows, so that there is something to learn."""
+    """Binary rows of two kinds, so that a fit can learn something."""
     left = torch.arange(16) < 8
     rows = torch.where(torch.rand(50, 1) < 0.5, left, ~left)
     return torch.bernoulli(torch.where(rows, 0.9, 0.1))
@@ -53,7 +53,7 @@ def binary():
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """Ctrl-C interrupts, even where the tests run in the background of a shell that ignores it."""
+    """Let Ctrl-C raise KeyboardInterrupt, even in a background shell that ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -68,5 +68,5 @@ def data_folder():
 
 @pytest.fixture
 def without_compiler(monkeypatch):
-    """Captures run operation by operation: what is tested so does not need the compiler."""
+    """Run captured steps operation by operation, without a C++ compiler."""
     monkeypatch.setattr(Captured, "compiles", False)

@@ -1,4 +1,4 @@
-"""Every distribution of torch and Pyro by name, and what becomes of it as a latent."""
+"""Every distribution of torch and Pyro by name: guided, or refused as a latent variable."""
 
 import inspect
 import math
@@ -14,7 +14,7 @@ t, ones, zeros = torch.tensor, torch.ones, torch.zeros
 
 
 def names():
-    """All distributions that torch and Pyro export."""
+    """Return the names of all distributions that torch and Pyro export."""
     found = {
         name
         for module in (D, dist)
@@ -36,7 +36,7 @@ def stable():
     return dist.Stable(1.5, 0.0).expand([1]).to_event(1)
 
 
-# A density on an open set: a guide can be made for it.
+# Distributions with a density on an open set: a guide can be made for them.
 GUIDED = {
     "Beta": lambda: dist.Beta(2.0, 3.0),
     "Cauchy": lambda: dist.Cauchy(1.0, 2.0),
@@ -130,8 +130,8 @@ GUIDED = {
 
 _NO_MAP = "no bijection from the reals"
 NOT_RUN = "cannot be sampled or expanded"
-BROKEN = "could not run"  # in a plate, for a reason of Pyro's own
-# No guide can be made for it, and why.
+BROKEN = "could not run"  # Pyro itself fails in a plate
+# Distributions that guides refuse, with words of the message.
 REFUSED = {
     "Bernoulli": (lambda: dist.Bernoulli(0.3), _NO_MAP),
     "Binomial": (lambda: dist.Binomial(4, 0.3), _NO_MAP),

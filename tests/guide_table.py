@@ -1,4 +1,4 @@
-"""Every guide of the library, to be held to one contract."""
+"""Every guide of the library, for tests that each guide must pass."""
 
 import functools
 
@@ -15,7 +15,7 @@ def flow(layer, length=3, **options):
     return functools.partial(guides.AmortizedFlow, flow=layer, length=length, **options)
 
 
-# Guides with a density: by name, what makes them of a model and an encoder.
+# Guides with a density, by name: callables of a model and an encoder.
 DENSITIES = {
     "normal": guides.AmortizedNormal,
     "multivariate normal": guides.AmortizedMultivariateNormal,
@@ -70,7 +70,7 @@ class Model:
 
 
 def make(name, model, x, spread=1.0):
-    """Make a guide of random weights; a larger spread makes its shape depend more on x."""
+    """Make a guide with random weights; with a larger ``spread``, q(z|x) depends more on x."""
     guide = DENSITIES[name](model, pv.nets.MLP(x.shape[-1], [7])).to(x)
     guide(x)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def make(name, model, x, spread=1.0):
 
 
 def local_guides(model, x):
-    """Guides that are made for given data."""
+    """Yield guides that are made for given data."""
     for family in (families.Normal, families.MultivariateNormal,
                    functools.partial(families.Transformed, flow=flows.Planar)):  # fmt: skip
         yield guides.LocalGuide(model, x, family=family)

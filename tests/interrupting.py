@@ -1,10 +1,10 @@
-"""Ctrl-C at a moment of one's choice."""
+"""Raise KeyboardInterrupt, or another error, at a chosen call."""
 
 from rich.progress import Progress
 
 
 class Interrupting(Progress):
-    """A progress object, not drawn, in which Ctrl-C comes at the n-th report of something done."""
+    """A hidden progress bar that raises KeyboardInterrupt at its n-th advance."""
 
     def __init__(self, at):
         super().__init__(disable=True)
@@ -18,7 +18,7 @@ class Interrupting(Progress):
 
 
 class Calls:
-    """A program in which something happens at the n-th call, and never again."""
+    """A program that raises an error at its n-th call only."""
 
     def __init__(self, program, at, error):
         self.program, self.left, self.error = program, at, error

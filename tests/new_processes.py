@@ -1,4 +1,4 @@
-"""New processes, forked from one that has imported the library and nothing else."""
+"""New processes, forked from a process that has imported only the library."""
 
 import multiprocessing
 import os
@@ -12,11 +12,11 @@ import torch
 import torch.distributed
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pyro_vae", "pyro_vae.cli"])  # seconds, once and not for each
+CONTEXT.set_forkserver_preload(["pyro_vae", "pyro_vae.cli"])  # imports take seconds
 
 
 def join_two(rank, folder):
-    """Join the group of the two that :func:`start_two` has started."""
+    """Join the process group of the two processes of :func:`start_two`."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
@@ -36,7 +36,7 @@ def start_two(work, folder):
 
 @dataclass(frozen=True)
 class Finished:
-    """What a program left: its status, and what it wrote."""
+    """The exit status and the output of a program."""
 
     returncode: int
     stdout: str
@@ -44,7 +44,7 @@ class Finished:
 
 
 def run_python(program, arguments, folder):
-    """Run a file, or a module by its name, as ``python`` would, in a folder.
+    """Run a file or a module in a folder, as ``python`` would.
 
     Args:
         program: a path, or the name of a module.

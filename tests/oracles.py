@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class LinearGaussian:
-    """x = W z + mu + e with z ~ N(0, I_d), e ~ N(0, s2 I_D): all of a VAE in closed form.
+    """x = W z + mu + e with z ~ N(0, I_d), e ~ N(0, s2 I_D): a VAE with closed forms.
 
     The guide q(z|x) = N(V (x - mu), S): the posterior itself (``exact``) or the best diagonal one.
     """
@@ -83,7 +83,7 @@ class LinearGaussian:
         return 0.5 * (q.trace() - self.d - q.logdet()).item()
 
     def finite_data_shift(self, count: int) -> float:
-        """What N data points take from the mutual information and give to the marginal KL.
+        """Return how much N data points reduce the mutual information and raise the marginal KL.
 
         The aggregated posterior of N data points is a mixture of N. To second order its KL from
         the population's is (E_x int q(z|x)^2 / q_agg(z) dz - 1) / (2 N), a Gaussian integral.
@@ -104,6 +104,6 @@ class LinearGaussian:
 
 
 def assert_within(estimate: float, truth: float, error: float, errors: float = 4.0) -> None:
-    """Hold an estimate to its standard error; 4 of them raise a false alarm once in 16,000."""
+    """Check an estimate against its standard error; 4 errors fail by chance once in 16,000."""
     assert error > 0
     assert abs(estimate - truth) < errors * error, f"{estimate} is not {truth} ± {error}"

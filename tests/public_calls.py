@@ -1,7 +1,7 @@
-"""Every public function and class of the library, with arguments that work.
+"""Every public function and class of the library, with valid arguments.
 
-Signatures tell what arguments there are. What they cannot tell stands here: values that make one
-small call, and the numbers of its result.
+The names of the arguments come from the signatures. The tables here add values for one small call
+of each, and the numbers of its result.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _normal(value: Tensor) -> Any:
     return dist.Normal(value, 1.0).to_event(1)
 
 
-# By the argument's name: its value in all calls whose own row below has no other.
+# Values by argument name, for each call whose row in ROWS has no other value.
 COMMON: dict[str, Any] = {
     **dict.fromkeys(("context", "levels", "length", "subset", "num_particles", "rank", "size"), 2),
     **dict.fromkeys(("num_draws", "num_drawn", "num_bounds", "repeats", "step"), 2),
@@ -77,7 +77,7 @@ COMMON: dict[str, Any] = {
     **{"decoder": nn.Identity(), "activation": nn.Tanh, "transition": _normal},
     **{"family": pv.guides.families.Normal, "flow": pv.flows.Planar, "log_weights": X},
 }
-# The same, made anew for each call.
+# The same, created for each call.
 MADE: dict[str, Callable[[], Any]] = {
     "encoder": MLP,
     "network": lambda: MLP(2),
@@ -91,7 +91,7 @@ MADE: dict[str, Callable[[], Any]] = {
     "pairs": lambda: {"a": make_pair()},
     "folder": lambda: Path(tempfile.mkdtemp()) / "pair",
 }
-# By the callable's name: its own values.
+# Values for one callable, by its name.
 ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     "distributions.MixtureOfDiagNormals": lambda: {
         "logits": torch.zeros(3),
@@ -154,7 +154,7 @@ ROWS: dict[str, Callable[[], dict[str, Any]]] = {
 def _public_callables() -> dict[str, Callable]:
     """Return the public functions and classes, each once, by its shortest path.
 
-    Exceptions and the records that functions return are left out: users do not make them.
+    Exceptions and the records that functions return are left out. Users do not create them.
     """
     found: dict[int, tuple[str, Callable]] = {}
 
@@ -181,7 +181,7 @@ PUBLIC = _public_callables()
 
 
 def arguments(name: str) -> dict[str, Any]:
-    """Return arguments that make a small valid call; those that may be left out may be missing."""
+    """Return arguments for a small valid call; optional arguments may be missing."""
     names = inspect.signature(PUBLIC[name]).parameters
     pair = make_pair() if {"model", "guide"} & names.keys() else (None, None)
     known = COMMON | {"model": pair[0], "guide": pair[1]} | ROWS.get(name, dict)()
@@ -190,7 +190,7 @@ def arguments(name: str) -> dict[str, Any]:
 
 
 def call(name: str, **changed: Any) -> Any:
-    """Call a public function or class by arguments that work, some of them changed."""
+    """Call a public function or class with valid arguments, except for those in ``changed``."""
     torch.manual_seed(0)
     signature = inspect.signature(PUBLIC[name])
     values = arguments(name) | changed
@@ -227,7 +227,7 @@ def _transformed(flow: Any) -> Tensor:
     return (transform or flow(torch.ones(flow.num_parameters)))(torch.ones(5, flow.dim))
 
 
-# By the class of what a call gives: numbers of it.
+# Functions that return the numbers of a result, by its class.
 NUMBERS: dict[type, Callable[[Any], Any]] = {
     pv.flows.Flow: _transformed,
     pv.flows.Composition: _transformed,
@@ -252,7 +252,7 @@ NUMBERS: dict[type, Callable[[Any], Any]] = {
 
 
 def numbers(made: Any) -> Any:
-    """Return numbers of what a call gave: no numbers of a class that is not in the table."""
+    """Return the numbers of a result; an empty list if its class is not in NUMBERS."""
     torch.manual_seed(0)
     if type(made).__name__ == "InferenceData":
         return torch.tensor(made["sample_stats"]["log_weight"].values)

@@ -1,8 +1,8 @@
 """Bad arguments of every public function and class are refused by name; valid ones are accepted.
 
-The table comes from the signatures: public_calls.py has the arguments of one valid call, and
-bad_values.py what is put in the place of each. ``pytest -m slow tests/test_bad_data.py`` searches
-longer.
+The list of callables comes from their signatures. public_calls.py has valid arguments, and
+bad_values.py has the values that replace them. ``pytest -m slow tests/test_bad_data.py`` tries
+more of them.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def arguments_of(name: str) -> list[str]:
 
 
 NAMES = sorted(PUBLIC.keys() - WITHOUT_A_CALL.keys())
-# Arguments of another kind than their annotation that are valid, and why.
+# Arguments that are valid with other types than their annotation, and why.
 ALSO_VALID = {
     ("rate_distortion", "betas"): "any numbers that can be iterated",
     ("distributions.MixtureOfDiagNormals", "validate_args"): "torch's own argument",
     ("evaluation.khat", "log_weights"): "takes nested lists, as numpy does",
     ("guides.SemiSupervisedGuide", "model"): "any object with the methods of the model",
 }
-# Other numbers must not be negative, and other integers not zero.
+# Other numbers must not be negative, and other integers must not be zero.
 MAY_BE_NEGATIVE = {
     "seed",
     "checkpoint_seconds",
@@ -81,7 +81,7 @@ SLOW = {
     "load",
     "load_checkpoint",
 }
-AT_THE_FIRST_CALL = {  # a guide makes its family and networks when it first meets data
+AT_THE_FIRST_CALL = {  # guides make their family and networks at the first call
     ("guides.AmortizedFlow", "length"),
     ("guides.AmortizedLowRankNormal", "rank"),
     ("guides.AmortizedMixture", "components"),
@@ -93,7 +93,7 @@ WHAT_CAME = (
     "bits|too large|layout|device|outside|differ"
 )
 ANY_NUMBERS = {("generate", "x"): "x gives the number of rows and their shape alone"}
-# What a message says in the place of an argument's name, and why.
+# Names in a message that replace the name of the argument, and why.
 OTHER_NAMES: dict[tuple[str, str], str] = {
     ("terms", "args"): "x",  # the programs' own first argument
     ("terms", "plate_nesting"): "plate_nesting|plates",  # Pyro says which plates collide
@@ -103,8 +103,8 @@ OTHER_NAMES: dict[tuple[str, str], str] = {
 }
 
 
-def says(value: Any, message: str) -> bool:
-    """Tell whether a message says what came: the value, its kind, or what is wrong with it."""
+def describes(value: Any, message: str) -> bool:
+    """Return whether a message shows the value, its type, or its fault."""
     shape = None if getattr(value, "is_nested", False) else getattr(value, "shape", None)
     dtype = getattr(value, "dtype", None)
     shown = [repr(value), str(value), type(value).__name__, dtype, shape and tuple(shape)]
@@ -112,7 +112,7 @@ def says(value: Any, message: str) -> bool:
 
 
 def finite(found: Any) -> bool:
-    """Tell whether numbers are real and none is NaN; the logarithm of a density may be -inf."""
+    """Return whether all numbers are real and not NaN; a log-density may be -inf."""
     if isinstance(found, Tensor):
         return not found.is_complex() and not torch.isnan(found).any()
     return all(map(finite, found)) if isinstance(found, list | tuple) else found == found
@@ -128,10 +128,13 @@ def close(found: Any, wanted: Any) -> bool:
     return found.shape == wanted.shape and torch.allclose(found, wanted, 1e-3, 1e-4)
 
 
-def judge(run: Callable[[Any], Any], value: Any, argument: str, valid: bool | None) -> Any:
-    """Run a call with a value; return its numbers, or None where it is refused.
+def check_call(run: Callable[[Any], Any], value: Any, argument: str, valid: bool | None) -> Any:
+    """Run a call with a value; return its numbers, or None if the value is refused.
 
-    A refusal must name the argument and say what came. True: the value is valid. None: it may be.
+    A refusal must name the argument and show the value.
+
+    Args:
+        valid: whether the call must accept the value; None if it may.
     """
     pyro.clear_param_store()
     found = message = None
@@ -147,13 +150,13 @@ def judge(run: Callable[[Any], Any], value: Any, argument: str, valid: bool | No
     shown = f"{argument}={value!r}: {message}"
     assert valid is not True, f"valid, but refused: {shown}"
     assert re.search(rf"\b({argument})\b", message, re.IGNORECASE), f"not named: {shown}"
-    assert says(value, message), f"it is not said what came: {shown}"
+    assert describes(value, message), f"it is not said what came: {shown}"
     return None
 
 
 @pytest.fixture(autouse=True)
 def _quiet(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # a folder that is made by mistake
+    monkeypatch.chdir(tmp_path)  # for folders that are made by mistake
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -161,7 +164,7 @@ def _quiet(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_public_callable_has_a_valid_call(name):
-    """A new public name that COMMON does not serve needs a row in public_calls.py."""
+    """A new public name needs a row in public_calls.py, unless COMMON has its arguments."""
     required = [
         p.name
         for p in inspect.signature(PUBLIC[name]).parameters.values()
@@ -172,14 +175,14 @@ def test_every_public_callable_has_a_valid_call(name):
 
 
 def try_argument(name: str, argument: str, value: Any, quick: bool) -> None:
-    """Hold a call to its rule: of a value of another kind, or of a number or sequence."""
+    """Check that a call refuses a value of a wrong type or range, and accepts other numbers."""
     hint = hint_of(name, argument)
     if hint is Any or (name, argument) in ALSO_VALID:
         return
     several = inspect.signature(PUBLIC[name]).parameters[argument].kind.name == "VAR_POSITIONAL"
     low = -INF if argument in MAY_BE_NEGATIVE else 0
     if accepts(hint, 1) and not accepts(hint, 0.5) and argument not in MAY_BE_ZERO:
-        low = 1  # of a count; True and False are no numbers
+        low = 1  # a count; True and False are not numbers
     bad = not accepts(hint, value) or is_out_of_range(value, low)
     of_number = isinstance(value, numbers_abc.Real | list | tuple) and not isinstance(value, bool)
     if not bad and (not of_number or (quick and name in SLOW)):
@@ -191,11 +194,11 @@ def try_argument(name: str, argument: str, value: Any, quick: bool) -> None:
 
     late = accepts(hint, value) and (name, argument) in AT_THE_FIRST_CALL
     word = OTHER_NAMES.get((name, argument), argument) + ("" if bad else f"|{OF_ITS_USE}")
-    judge(run, value, word, False if bad and not late else None)
+    check_call(run, value, word, False if bad and not late else None)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_argument_of_another_kind_or_out_of_range_is_refused_by_name(name):
+def test_wrong_arguments_are_refused_by_name(name):
     for number, argument in enumerate(arguments_of(name)):
         for value in ODD[number % 2 :: 2]:
             try_argument(name, argument, value, quick=True)
@@ -203,14 +206,14 @@ def test_an_argument_of_another_kind_or_out_of_range_is_refused_by_name(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_odd_argument_is_refused_by_name(name):
+def test_every_wrong_argument_is_refused_by_name(name):
     for argument in arguments_of(name):
         for value in ODD:
             try_argument(name, argument, value, quick=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_equal_value_of_another_type_is_accepted(name):
+def test_equal_values_of_other_types_are_accepted(name):
     defaults = {
         p.name: p.default
         for p in inspect.signature(PUBLIC[name]).parameters.values()
@@ -219,22 +222,22 @@ def test_an_equal_value_of_another_type_is_accepted(name):
     for argument, good in (defaults | arguments(name)).items():
         for value in equals_of(good)[: 1 if name in SLOW else None] if argument != "args" else ():
             if isinstance(value, np.bool_) and hint_of(name, argument) is not bool:
-                continue  # "auto" or a bar of one's own beside it: these are True and False alone
-            judge(lambda v, a=argument: numbers(call(name, **{a: v})), value, argument, True)
+                continue  # "auto" or a progress bar is also valid: only True and False are flags
+            check_call(lambda v, a=argument: numbers(call(name, **{a: v})), value, argument, True)
 
 
 def try_data(name: str, argument: str, array: Any) -> None:
-    """Hold data, in one layout, to what the same numbers as a contiguous tensor give."""
+    """Check that data in any layout give the result of the same contiguous tensor."""
     if array.value is None and hint_of(name, argument) not in (Any, Tensor):
         return
 
     def run(value: Any) -> Any:
         return numbers(call(name, **{argument: (value,) if argument == "args" else value}))
 
-    # Of a value that a site cannot score, the message names the site.
+    # If a site cannot score a value, the message names the site.
     word = OTHER_NAMES.get((name, argument), argument) + "|site"
     free = (name, argument) in ANY_NUMBERS and isinstance(array.value, Tensor | np.ndarray)
-    found = judge(run, array.value, word, None if free else array.good)
+    found = check_call(run, array.value, word, None if free else array.good)
     if found is not None:
         assert finite(found), f"{array!r} gave {found}"
         if array.plain is not None:
@@ -243,7 +246,7 @@ def try_data(name: str, argument: str, array: Any) -> None:
 
 
 def cases_of(number: int, count: int) -> list[str]:
-    """Return half of the cases that are never valid, and some others, other ones for each call."""
+    """Return half of the invalid cases and ``count`` others, which differ by ``number``."""
     others = [name for name, case in CASES.items() if case[1] is not False]
     bad = [name for name, case in CASES.items() if case[1] is False]
     return bad[number % 2 :: 2] + [
@@ -252,7 +255,7 @@ def cases_of(number: int, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "argument"), DATA_CALLS)
-def test_data_are_refused_by_name_or_give_what_a_plain_tensor_gives(name, argument):
+def test_data_are_refused_by_name_or_match_a_plain_tensor(name, argument):
     number = DATA_CALLS.index((name, argument))
     for case in cases_of(number, 1 if name in SLOW else 5):
         try_data(name, argument, make_array(case, number % 4))
@@ -282,7 +285,7 @@ def _sampled(program: Any, x: Any) -> Any:
     return [*found.values()] if isinstance(found, dict) else found
 
 
-# By class: the tensors that its objects are called with.
+# Tensor arguments of the objects of a class.
 CALLED_WITH: dict[type, dict[str, Callable[[Any, Any], Any]]] = {
     pv.likelihoods.Likelihood: {"value": _score, "x|z": _with_decoder},
     pv.flows.Flow: {"x|y": _moved, "parameters": lambda flow, p: flow(p)(torch.ones(5, 4))},
@@ -312,7 +315,7 @@ def _optimal() -> Any:
     return pv.likelihoods.Normal(torch.nn.Identity(), pv.likelihoods.OptimalScale())
 
 
-# Calls with other arguments than those of the table.
+# Calls with arguments that are not in the table.
 MORE_CALLS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("khat", "log_weights"): lambda x: torch.nan_to_num(pv.evaluation.khat(x)),
     ("evidence by AIS", "data|site"): lambda x: numbers(
@@ -333,14 +336,14 @@ VALUES = [
 
 
 def try_value(name: str, word: str, array: Any) -> None:
-    """Hold a tensor that an object is called with to what a plain tensor gives.
+    """Check that an object, called with a tensor in any layout, matches a plain tensor.
 
-    Programs may see NaN and any shape that fits, sparse matrices, and torch's device "meta".
+    Programs accept NaN, any shape that fits, sparse matrices, and torch's device "meta".
     """
     if re.search("sparse|meta|nested tensor", array.how) or array.value is None:
         return
     if name.startswith("guides") and re.search("nan|infinite", array.how):
-        return  # torch says what it cannot factorize
+        return  # torch names the matrix that it cannot factorize
     if word == "parameters" and "shape" in array.how:
         return  # their batch is that of x
     run = MORE_CALLS.get((name, word))
@@ -349,17 +352,17 @@ def try_value(name: str, word: str, array: Any) -> None:
         of_object = next(calls[word] for calls in known if word in calls)
         run = lambda value: of_object(call(name), value)  # noqa: E731
     any_values = isinstance(array.value, Tensor) and not array.value.is_complex()
-    free = name in ("khat", "save")  # they take lists, and save whatever a file can hold
+    free = name in ("khat", "save")  # khat accepts lists, and save any value that a file can hold
     valid = None if any_values or array.good or free else False
-    word += "|invalid values" if isinstance(array.value, Tensor) else ""  # torch says so of NaN
-    found = judge(run, array.value, word, valid)
+    word += "|invalid values" if isinstance(array.value, Tensor) else ""  # torch's words for NaN
+    found = check_call(run, array.value, word, valid)
     if found is not None and array.plain is not None:
         wanted = run(array.plain)
         assert close(found, wanted), f"{array!r} gave {found}, not {wanted}"
 
 
 @pytest.mark.parametrize(("name", "word"), VALUES)
-def test_a_value_is_refused_by_name_or_gives_what_a_plain_tensor_gives(name, word):
+def test_values_are_refused_by_name_or_match_a_plain_tensor(name, word):
     number = VALUES.index((name, word))
     for case in cases_of(number, 5):
         try_value(name, word, make_array(case, number % 4))
@@ -386,7 +389,7 @@ ARRAY = X.numpy()
 FOUND = {
     "reversed rows": (ARRAY[::-1], torch.tensor(ARRAY[::-1].copy())),
     "foreign bytes": (ARRAY.astype(">f4"), X),
-    "a mask with nothing behind it": (np.ma.masked_array(ARRAY, np.zeros_like(ARRAY)), X),
+    "a mask without masked values": (np.ma.masked_array(ARRAY, np.zeros_like(ARRAY)), X),
     "a parameter": (torch.nn.Parameter(X.clone()), X),
 }
 
@@ -400,7 +403,7 @@ def test_evidence_does_not_depend_on_the_layout_of_data(name):
     torch.testing.assert_close(found, wanted)
 
 
-def test_data_leave_no_gradient_behind():
+def test_fit_adds_no_gradient_to_the_data():
     x = X.clone().requires_grad_()
     pv.fit(*make_pair(), x, batch_size=5, epochs=1, progress=False)
     assert x.grad is None
@@ -419,13 +422,13 @@ def test_data_leave_no_gradient_behind():
         (np.full((5, 4), 2**63, dtype=np.uint64), r"data must hold numbers below 2\*\*63"),
     ],
 )
-def test_data_that_are_no_real_numbers(value, message):
+def test_evidence_refuses_data_without_real_numbers(value, message):
     with pytest.raises(ValueError, match=message):
         pv.evidence(*make_pair(), value, num_particles=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float64])
-def test_a_likelihood_takes_the_numbers_of_any_type(dtype):
+def test_likelihoods_score_every_real_dtype(dtype):
     z = torch.randn(5, 4)
     for name in ("Bernoulli", "ContinuousBernoulli", "Normal", "Laplace", "StudentT", "Poisson"):
         p = getattr(pv.likelihoods, name)(torch.nn.Identity())(z)
@@ -463,7 +466,7 @@ def test_a_likelihood_takes_the_numbers_of_any_type(dtype):
         (lambda: pv.datasets.load("digits", seed="0"), "seed must be a whole number, got '0'"),
     ],
 )
-def test_messages_name_the_argument_and_what_came(call, message):
-    """Each a number without an error once, or an error of torch's or Python's own."""
+def test_messages_name_the_argument_and_its_value(call, message):
+    """Each call once returned a number, or raised an error of torch or Python."""
     with pytest.raises((ValueError, TypeError), match=message):
         call()

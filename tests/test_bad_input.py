@@ -1,4 +1,4 @@
-"""Bad input is refused before the first step, by name: what was expected, what came."""
+"""Bad input is refused before the first step: the message says what was expected and given."""
 
 import numpy as np
 import pyro
@@ -52,7 +52,7 @@ BAD_DATA = {
 
 @pytest.mark.parametrize("name", BAD_DATA)
 @pytest.mark.parametrize("function", ["fit", "evidence", "elbo_surgery", "compare", "to_arviz"])
-def test_functions_of_data_refuse_bad_data_with_its_reason(name, function):
+def test_bad_data_are_refused_with_the_reason(name, function):
     data, message = BAD_DATA[name]
     model, guide = make_pair()
     calls = {
@@ -110,7 +110,7 @@ def test_fit_refuses_a_pair_without_parameters():
         pv.fit(model, guide, torch.randn(100), progress=False)
 
 
-def test_a_guide_that_lacks_a_latent():
+def test_fit_refuses_a_guide_without_a_latent():
     model, _ = make_pair()
 
     def guide(x):
@@ -121,7 +121,7 @@ def test_a_guide_that_lacks_a_latent():
         pv.fit(model, guide, GOOD, batch_size=10, progress=False)
 
 
-def test_a_model_that_subsamples_its_minibatch():
+def test_evidence_refuses_a_data_plate_that_subsamples():
     def model(x):
         with pyro.plate("data", len(x), subsample_size=3) as rows:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -135,7 +135,7 @@ def test_a_model_that_subsamples_its_minibatch():
         pv.evidence(model, guide, torch.randn(10))
 
 
-def test_an_image_whose_event_is_declared_too_short():
+def test_evidence_refuses_an_event_dim_that_is_too_small():
     class Decoder(nn.Module):
         def forward(self, z):
             return z.sum(-1)[..., None, None, None].expand(*z.shape[:-1], 1, 4, 4)
@@ -148,7 +148,7 @@ def test_an_image_whose_event_is_declared_too_short():
         pv.evidence(model, guide, torch.ones(10, 1, 4, 4))
 
 
-def test_a_scale_that_is_not_positive():
+def test_evidence_refuses_a_negative_scale():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -162,7 +162,7 @@ def test_a_scale_that_is_not_positive():
         pv.evidence(model, guide, torch.randn(10))
 
 
-def test_an_x_that_would_broadcast_to_the_event():
+def test_evidence_refuses_x_that_broadcasts_to_the_event():
     model = pv.LatentVariableModel(
         pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 64))
     )
@@ -173,7 +173,7 @@ def test_an_x_that_would_broadcast_to_the_event():
         pv.evidence(model, guide, torch.ones(20, 1), num_particles=5)
 
 
-def test_one_row_that_would_serve_as_every_datum():
+def test_evidence_refuses_one_row_as_all_data_points():
     model = pv.LatentVariableModel(
         pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 64))
     )
@@ -187,7 +187,7 @@ def test_one_row_that_would_serve_as_every_datum():
 
 
 @pytest.mark.parametrize("value", [2.5, "3", True, None])
-def test_counts_that_are_no_whole_numbers(value):
+def test_counts_must_be_whole_numbers(value):
     model, guide = make_pair()
     for name, call in (
         ("num_particles", lambda: pv.evidence(model, guide, GOOD, num_particles=value)),
@@ -201,13 +201,13 @@ def test_counts_that_are_no_whole_numbers(value):
             call()
 
 
-def test_hidden_sizes_that_are_one_number():
+def test_mlp_refuses_one_number_as_hidden():
     with pytest.raises(TypeError, match=r"such as \[8\]"):
         pv.nets.MLP(2, 8)
 
 
-def test_a_failed_fit_leaves_no_store_behind():
-    """A pair that Pyro's SVI trained goes on to be evaluated with what it learned there."""
+def test_failed_fit_leaves_the_parameters_in_the_global_store():
+    """A pair that Pyro's SVI trained is still evaluated with its trained parameters."""
 
     def model(x):
         with pyro.plate("data", len(x)):

@@ -23,7 +23,7 @@ def test_compare_trains_prints_a_table_and_writes_a_page(tmp_path):
     assert page.read_text(encoding="utf-8").count("<img") == 5
 
 
-def test_the_option_dynamic_runs(tmp_path):
+def test_dynamic_option_runs(tmp_path):
     result = run(
         *("--dynamic", "--epochs", "1", "--hidden", "8", "--latents", "2"),
         *("--evidence-particles", "10", "--report", str(tmp_path / "page.html")),
@@ -40,7 +40,7 @@ def test_the_option_dynamic_runs(tmp_path):
         (["--latents", "0"], "a size of event_shape must be at least 1"),
     ],
 )
-def test_a_mistake_is_told_in_a_line(arguments, message, tmp_path):
+def test_wrong_options_fail_without_a_traceback(arguments, message, tmp_path):
     result = run_python("pyro_vae", ["compare", *arguments], tmp_path)
     assert result.returncode == 1
     assert message in " ".join(result.stderr.split())

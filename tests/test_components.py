@@ -1,4 +1,4 @@
-"""Networks, priors, likelihoods and models: small parts, each by itself."""
+"""Networks, priors, likelihoods and models, each alone."""
 
 import pyro
 import pyro.distributions as dist
@@ -9,7 +9,7 @@ from torch import nn
 import pyro_vae as pv
 
 
-def test_mlp_takes_any_leading_dimensions():
+def test_mlp_accepts_any_leading_dimensions():
     net = pv.nets.MLP(3, [5, 4], 2, activation=nn.ReLU)
     x = torch.randn(6, 7, 3)
     torch.testing.assert_close(net(x)[2, 3], net(x[2, 3]))
@@ -29,7 +29,7 @@ def test_mlp_refuses_empty_and_zero_sizes(arguments, message):
         pv.nets.MLP(*arguments)
 
 
-def test_standard_normal_of_any_event_shape():
+def test_standard_normal_scores_any_event_shape():
     z = torch.randn(5, 1, 4, 4)
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum((1, 2, 3))
     torch.testing.assert_close(pv.priors.StandardNormal(1, 4, 4)().log_prob(z), expected)
@@ -57,14 +57,14 @@ def test_model_generates_and_reconstructs(pair, binary):
     assert not torch.equal(samples, reconstructions)
 
 
-def test_generate_names_a_model_that_observes_another_shape(pair):
+def test_generate_refuses_a_model_that_observes_another_shape(pair):
     model, _ = pair
     with pytest.raises(ValueError, match="no observed site of the model has the shape of x"):
         pv.generate(model, torch.zeros(3, 17))
 
 
-def test_reconstruct_shows_the_site_that_observed_x():
-    """Another observed site of the same shape comes first; a categorical one has no mean."""
+def test_reconstruct_returns_the_site_that_observed_x():
+    """An earlier observed site has the same shape; a categorical site has no mean."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -88,7 +88,7 @@ def test_reconstruct_shows_the_site_that_observed_x():
 
 
 @pytest.mark.parametrize("shape", [(5, 16), (5, 3, 19), (4, 1)])
-def test_bernoulli_scores_by_products_as_by_sums(shape):
+def test_bernoulli_log_prob_and_gradients_match_pyro(shape):
     logits = (6 * torch.randn(3, *shape, dtype=torch.double)).requires_grad_()
     x = torch.rand(shape, dtype=torch.double).round()
     for event_dim in (1, len(shape) - 1) if len(shape) > 2 else (1,):
@@ -104,7 +104,7 @@ def test_bernoulli_scores_by_products_as_by_sums(shape):
     assert extreme.log_prob(torch.tensor([[1.0, 0.0, 1.0, 1.0]])).item() == pytest.approx(-0.693147)
 
 
-def test_bernoulli_broadcasts_and_scores_half_precision_as_pyro_does():
+def test_bernoulli_broadcasting_and_half_precision_match_pyro():
     x = torch.rand(4, 16).round()
     for logits in (torch.randn(4, 1), torch.randn(16), torch.zeros(4, 16, dtype=torch.half)):
         ours = pv.likelihoods.Bernoulli(nn.Identity())(logits).log_prob(x.to(logits.dtype))
@@ -113,7 +113,7 @@ def test_bernoulli_broadcasts_and_scores_half_precision_as_pyro_does():
             ours, plain.base_dist.log_prob(x.to(logits.dtype)).sum(-1), check_dtype=False
         )
     logits = torch.randn(4, 16)
-    by_datum = torch.func.vmap(
+    gradients = torch.func.vmap(
         torch.func.grad(lambda row: pv.likelihoods.Bernoulli(nn.Identity())(row).log_prob(x[0]))
     )(logits)
-    torch.testing.assert_close(by_datum, x[0] - logits.sigmoid())
+    torch.testing.assert_close(gradients, x[0] - logits.sigmoid())

@@ -5,7 +5,7 @@ from new_processes import run_python
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-# Every example, with the arguments that shorten it. One that is not here fails.
+# Every example, with arguments that shorten it. A test fails if one is missing.
 ARGUMENTS = {
     "benchmarks/checkpoints.py": ["kill", "--runs", "1", "--epochs", "2"],
     "benchmarks/evidence.py": ["--data", "100", "--particles", "20", "--rounds", "1"],
@@ -49,16 +49,16 @@ ARGUMENTS = {
 
 
 PARTS_OF_BENCHMARKS = {"benchmarks/case.py", "benchmarks/torch_peers.py"}
-NEED_EXTRAS = {"benchmarks/numpyro_peer.py"}  # of setup.cfg, which the tests do not install
+NEED_EXTRAS = {"benchmarks/numpyro_peer.py"}  # an extra that the tests do not install
 
 
-def test_every_example_is_run():
+def test_every_example_has_arguments():
     found = {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*.py")}
     assert found - PARTS_OF_BENCHMARKS - NEED_EXTRAS == set(ARGUMENTS)
 
 
 def trials():
-    """Benchmarks are for those who change what they measure."""
+    """Yield all examples, with the benchmarks as slow tests."""
     for name in ARGUMENTS:
         yield pytest.param(name, marks=[pytest.mark.slow] * name.startswith("benchmarks/"))
 

@@ -1,4 +1,4 @@
-"""The packages of extras: what works without them, and where they are imported."""
+"""The packages of extras: the library works without them and imports them when needed."""
 
 import ast
 import configparser
@@ -35,7 +35,7 @@ def packages(requirements):
 
 @pytest.fixture
 def extras():
-    """Packages of each extra in setup.cfg."""
+    """Return the packages of each extra in setup.cfg."""
     config = configparser.ConfigParser()
     config.read(TESTS.parent / "setup.cfg", encoding="utf-8")
     return {name: packages(text) for name, text in config["options.extras_require"].items()}
@@ -48,7 +48,7 @@ def test_fit_evidence_and_surgery_work_without_extras(tmp_path):
         assert f"pip install 'pyro_vae[{extra}]'" in result.stdout
 
 
-def test_the_import_of_the_library_imports_no_extra_and_no_data_frames(tmp_path):
+def test_import_loads_no_extra_and_no_pandas(tmp_path):
     program = (
         "import sys, pyro\n"
         "before = set(sys.modules)\n"
@@ -62,7 +62,7 @@ def test_the_import_of_the_library_imports_no_extra_and_no_data_frames(tmp_path)
     assert not imported & (HIDDEN | {"pandas"})
 
 
-def test_the_extras_of_the_installation(extras):
+def test_extras_agree_with_setup_cfg(extras):
     for name, hidden in EXTRAS.items():
         assert extras[name] == set(hidden)
     assert extras["all"] == HIDDEN

@@ -1,6 +1,6 @@
-"""The layout of the package: which folder may import which, and which other packages.
+"""The layout of the package: the folders and packages that each folder may import.
 
-The table of docs/architecture.md says the same and is checked against it.
+A test compares the rules with the table in docs/architecture.md.
 """
 
 import ast
@@ -16,7 +16,7 @@ ROOT = Path(pyro_vae.__file__).parent
 ARCHITECTURE = Path(__file__).parent.parent / "docs" / "architecture.md"
 
 # Each folder, the folders that it may import, and the packages that it may import besides torch
-# and the standard library. A folder may import only folders above its own row.
+# and the standard library. A folder may import only folders of rows above its own.
 ALLOWED = {
     "_utils": ("", "numpy pyro rich"),
     "distributions": ("_utils", "pyro"),
@@ -39,10 +39,10 @@ ALLOWED = {
                  "pandas pyro rich"),
     "report": ("_programs _utils datasets evaluation objectives training",
                "arviz jinja2 matplotlib numpy pandas pyro rich"),
-    "cli": ("_utils", "jinja2 matplotlib rich typer"),  # and the public names
+    "cli": ("_utils", "jinja2 matplotlib rich typer"),  # and the public names of pyro_vae
     "__main__": ("cli", ""),
 }  # fmt: skip
-MOST_FOLDERS, MOST_FLOORS, MOST_NAMES = 24, 11, 42
+MOST_FOLDERS, MOST_LEVELS, MOST_NAMES = 24, 11, 42
 
 
 def files():
@@ -50,12 +50,12 @@ def files():
 
 
 def folder_of(path):
-    """The name of the folder, or file, directly below pyro_vae."""
+    """Return the name of the folder, or file, directly below pyro_vae."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def imported_modules(path):
-    """Full names of all modules that a file imports, wherever in the file."""
+    """Yield the full names of all modules that a file imports, at any place."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -82,7 +82,7 @@ def packages_imported(path):
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_import_only_what_their_folder_may(path):
+def test_files_import_only_allowed_modules(path):
     folder = folder_of(path)
     assert folder in ALLOWED, f"{folder} is new: add it to ALLOWED and to docs/architecture.md"
     folders, packages = (set(names.split()) for names in ALLOWED[folder])
@@ -90,7 +90,7 @@ def test_files_import_only_what_their_folder_may(path):
     assert packages_imported(path) <= packages
 
 
-def test_the_rules_are_no_wider_than_the_code():
+def test_every_allowed_folder_is_imported():
     for folder, (folders, _) in ALLOWED.items():
         used = set()
         for path in files():
@@ -99,19 +99,19 @@ def test_the_rules_are_no_wider_than_the_code():
         assert used == set(folders.split()), folder
 
 
-def test_imports_run_one_way_on_few_floors():
-    floors = {}
+def test_imports_have_no_cycles_and_few_levels():
+    levels = {}
     for folder, (folders, _) in ALLOWED.items():
-        assert set(folders.split()) <= floors.keys(), f"{folder} may import what comes after it"
-        floors[folder] = 1 + max((floors[each] for each in folders.split()), default=0)
-    assert max(floors.values()) <= MOST_FLOORS
+        assert set(folders.split()) <= levels.keys(), f"{folder} may import what comes after it"
+        levels[folder] = 1 + max((levels[each] for each in folders.split()), default=0)
+    assert max(levels.values()) <= MOST_LEVELS
     folders = [
         path for path in ROOT.rglob("*") if path.is_dir() and (path / "__init__.py").exists()
     ]
     assert len(folders) <= MOST_FOLDERS
 
 
-def test_an_import_of_a_later_folder_would_be_found(tmp_path, monkeypatch):
+def test_imports_inside_functions_are_found(tmp_path, monkeypatch):
     (tmp_path / "_programs").mkdir()
     path = tmp_path / "_programs" / "terms.py"
     path.write_text(
@@ -123,13 +123,13 @@ def test_an_import_of_a_later_folder_would_be_found(tmp_path, monkeypatch):
     assert packages_imported(path) == {"pandas", "scipy"}
 
 
-def test_the_top_level_holds_folders_and_the_command_line():
+def test_top_level_has_only_folders_and_the_command_line():
     entries = {path.name for path in ROOT.iterdir() if path.name != "__pycache__"}
     folders = {folder for folder in ALLOWED if folder not in ("cli", "__main__")}
     assert entries == folders | {"__init__.py", "__main__.py", "cli.py"}
 
 
-def test_the_files_of_public_folders_are_private():
+def test_files_of_public_folders_are_private():
     for path in files():
         folder = folder_of(path)
         if path.parent != ROOT and path.name != "__init__.py" and not folder.startswith("_"):
@@ -137,13 +137,13 @@ def test_the_files_of_public_folders_are_private():
             assert any(part.startswith("_") for part in parts), path
 
 
-def test_the_table_of_the_architecture_agrees():
+def test_architecture_table_agrees_with_the_rules():
     rows = re.findall(r"^\| `([\w/]+)` \|.*\|(.*)\|$", ARCHITECTURE.read_text("utf-8"), re.M)
     table = {name.strip("/"): set(re.findall(r"`(\w+)`", imports)) for name, imports in rows}
     assert table == {folder: set(folders.split()) for folder, (folders, _) in ALLOWED.items()}
 
 
-def test_public_names_are_written_out():
+def test_all_lists_every_public_name():
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
     imported = {
         alias.asname or alias.name

@@ -1,4 +1,4 @@
-"""Use the library without the packages of its extras, which are hidden where they are installed.
+"""Use the library without the packages of its extras, even where they are installed.
 
 python tests/without_extras.py
 """
@@ -19,7 +19,7 @@ HIDDEN = {package for packages in EXTRAS.values() for package in packages}
 
 
 class Hiding:
-    """A finder of modules that finds none of the packages of the extras."""
+    """A module finder that hides the packages of the extras."""
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in HIDDEN:
@@ -27,7 +27,7 @@ class Hiding:
 
 
 def refused(extra, kind, call):
-    """Print the message of a call, which must name the extra and a package of it."""
+    """Check that a call fails and names the extra and its package; print the message."""
     try:
         call()
     except kind as error:
@@ -95,5 +95,5 @@ def main():
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # of particles that are few
+    warnings.simplefilter("ignore")  # such as few particles
     main()

@@ -1,4 +1,4 @@
-"""A captured step is the eager step: the same parameters, whatever the program."""
+"""Captured and eager steps give the same parameters, for every program."""
 
 import functools
 import warnings
@@ -31,12 +31,12 @@ class Transformed(pyro.nn.PyroModule):
             pyro.sample("z", dist.TransformedDistribution(base, [self.flow]))
 
 
-class NormalisedDecoder(nn.Module):
-    """Running averages, changed in place by each step."""
+class NormalizedDecoder(nn.Module):
+    """A decoder with running averages, which each step changes in place."""
 
     def __init__(self, latent, data):
         super().__init__()
-        # Without a bias: its gradient would be zero but for rounding, which Adam makes into steps.
+        # No bias: its gradient would be zero up to rounding, which Adam turns into steps.
         self.first, self.norm = nn.Linear(latent, 6, bias=False), nn.BatchNorm1d(6)
         self.last = nn.Linear(6, data)
 
@@ -44,8 +44,8 @@ class NormalisedDecoder(nn.Module):
         return self.last(torch.tanh(self.norm(self.first(z))))
 
 
-class DroppingDecoder(nn.Sequential):
-    """Noise of its own, in training."""
+class DropoutDecoder(nn.Sequential):
+    """A decoder with dropout."""
 
     def __init__(self, latent, data):
         super().__init__(nn.Linear(latent, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, data))
@@ -67,7 +67,7 @@ def flow_pair():
 
 
 def functions():
-    """Plain functions with pyro.param, constrained ones too, and a subsampling plate."""
+    """Functions with pyro.param, with and without constraints, and a subsampling plate."""
 
     def model(x):
         weight = pyro.param("weight", lambda: 0.3 * torch.randn(2, 16))
@@ -86,7 +86,7 @@ def functions():
 
 
 def discrete():
-    """A latent without a reparameterised sample: the score function estimator."""
+    """A discrete latent, trained by the score function estimator."""
 
     def model(x):
         weight = pyro.param("weight", lambda: torch.randn(3, 16))
@@ -103,7 +103,7 @@ def discrete():
 
 
 def positive_latent():
-    """A latent whose gradient is implicit, on another support."""
+    """A positive latent with a Gamma prior."""
 
     def model(x):
         rate = pyro.param("rate", lambda: torch.rand(16) + 0.5, constraint=constraints.positive)
@@ -125,8 +125,8 @@ OBJECTIVES = [
 PAIRS = {
     "normal": make_pair,
     "flow": flow_pair,
-    "batch-norm": with_decoder(NormalisedDecoder),
-    "dropout": with_decoder(DroppingDecoder),
+    "batch-norm": with_decoder(NormalizedDecoder),
+    "dropout": with_decoder(DropoutDecoder),
     "functions": functions,
     "gamma": positive_latent,
     "discrete": discrete,
@@ -134,15 +134,15 @@ PAIRS = {
 
 
 def fits(pair, objective):
-    """Whether an objective serves a pair."""
-    if pair == "batch-norm":  # takes the particles' dimension for channels (docs/contract.md)
+    """Return whether an objective can train a pair."""
+    if pair == "batch-norm":  # BatchNorm1d treats particles as channels (docs/contract.md)
         return objective.num_particles == 1 or not objective.vectorize_particles
-    if pair == "discrete":  # which others have no estimator for
+    if pair == "discrete":  # other objectives have no estimator
         return type(objective) is pv.objectives.ELBO
     return True
 
 
-# Whose gradients are not those of their values, or whose weights change.
+# Objectives with other gradients than those of their values, or with changing weights.
 MORE_OBJECTIVES = [
     pv.objectives.StickingTheLanding(2),
     pv.objectives.DReG(3),
@@ -163,7 +163,7 @@ CASES = [(pair, objective) for pair in PAIRS for objective in OBJECTIVES if fits
 
 
 def every_case():
-    """Each pair and each objective by default, both types too; the slow tests: each with each."""
+    """Yield every pair, objective and dtype by default; all combinations are slow tests."""
     for pair, objective in CASES:
         with_each_pair = objective in (OBJECTIVES[2], OBJECTIVES[-1])
         for double in (False, True):
@@ -173,13 +173,13 @@ def every_case():
 
 
 @pytest.mark.parametrize(("pair", "objective", "double"), list(every_case()), ids=str)
-def test_captured_steps_are_eager_steps(pair, objective, double, binary, without_compiler):
+def test_captured_steps_match_eager(pair, objective, double, binary, without_compiler):
     check_same(PAIRS[pair], binary, double=double, objective=objective,
                execution="captured, not compiled")  # fmt: skip
 
 
-def starting_anew(make, objective):
-    """Objectives remember: their step and their averages begin at nothing in each fit."""
+def with_reset(make, objective):
+    """Return ``make`` with a reset: the step and averages of the objective become zero."""
 
     def begin():
         for value in vars(objective).values():
@@ -191,16 +191,16 @@ def starting_anew(make, objective):
 
 
 @pytest.mark.parametrize("objective", MORE_OBJECTIVES, ids=str)
-def test_captured_steps_of_every_objective(objective, binary, without_compiler):
-    check_same(starting_anew(make_pair, objective), binary, double=True, objective=objective,
+def test_captured_steps_match_eager_for_every_objective(objective, binary, without_compiler):
+    check_same(with_reset(make_pair, objective), binary, double=True, objective=objective,
                execution="captured, not compiled")  # fmt: skip
 
 
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", MORE_OBJECTIVES, ids=str)
-def test_compiled_steps_of_every_objective(objective, binary):
-    check_same(starting_anew(make_pair, objective), binary, double=True, objective=objective)
+def test_compiled_steps_match_eager_for_every_objective(objective, binary):
+    check_same(with_reset(make_pair, objective), binary, double=True, objective=objective)
 
 
 @needs_compiler
@@ -212,7 +212,7 @@ def test_compiled_steps_of_every_objective(objective, binary):
         ("functions", pv.objectives.ELBO(2), False),
     ],
 )
-def test_compiled_steps_are_eager_steps(pair, objective, double, binary):
+def test_compiled_steps_match_eager(pair, objective, double, binary):
     check_same(PAIRS[pair], binary, double=double, objective=objective)
 
 
@@ -220,11 +220,11 @@ def test_compiled_steps_are_eager_steps(pair, objective, double, binary):
 @pytest.mark.slow
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize(("pair", "objective"), CASES, ids=str)
-def test_every_compiled_step_is_the_eager_step(pair, objective, double, binary):
+def test_compiled_steps_match_eager_in_all_cases(pair, objective, double, binary):
     check_same(PAIRS[pair], binary, double=double, objective=objective)
 
 
-# Of which another is captured with amortized parameters, or of another kind.
+# Variants of guides that are already tested with other options.
 VARIANTS = ["planar, shared", "inverse autoregressive, shared", "sylvester, orthogonal",
             "sylvester, triangular"]  # fmt: skip
 GUIDES = [
@@ -234,7 +234,7 @@ GUIDES = [
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_captured_steps_of_every_guide(name, binary, without_compiler):
+def test_captured_steps_match_eager_for_every_guide(name, binary, without_compiler):
     check_same(lambda: guided(name, binary), binary, double=True,
                execution="captured, not compiled")  # fmt: skip
 
@@ -252,7 +252,7 @@ def guided(name, x):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*DENSITIES, "delta", "semi-amortized", "local"])
-def test_compiled_steps_of_every_guide(name, binary):
+def test_compiled_steps_match_eager_for_every_guide(name, binary):
     check_same(lambda: guided(name, binary), binary, double=True)
 
 
@@ -261,7 +261,7 @@ OPTIONS = {
     "schedule": {"scheduler": functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1)},
     "SGD": {"optimizer": functools.partial(torch.optim.SGD, lr=0.01)},
     "L-BFGS": {"optimizer": functools.partial(torch.optim.LBFGS, lr=0.01, max_iter=3), "epochs": 2},
-    "binarisation": {"transform": lambda x: (torch.rand_like(x) < 0.9 * x).to(x.dtype)},
+    "binarization": {"transform": lambda x: (torch.rand_like(x) < 0.9 * x).to(x.dtype)},
     "bernoulli": {"transform": lambda x: torch.bernoulli(0.9 * x)},
     "short last batch": {"batch_size": 12},
     "one batch": {"batch_size": 50, "epochs": 8},
@@ -269,11 +269,11 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_settings_of_the_fit_hold_under_capture(options, binary, without_compiler):
+def test_fit_options_work_under_capture(options, binary, without_compiler):
     check_same(make_pair, binary, execution="captured, not compiled", **options)
 
 
-def test_streams_are_captured(binary, without_compiler):
+def test_data_loaders_are_captured(binary, without_compiler):
     for loader in (
         torch.utils.data.DataLoader(torch.utils.data.TensorDataset(binary), batch_size=10),
         torch.utils.data.DataLoader(binary, batch_size=10),
@@ -294,7 +294,7 @@ def test_early_stopping_stops_at_the_same_epoch(binary, without_compiler):
 
 
 class Warming(pv.objectives.Objective):
-    """An objective that warms up: its weight is a tensor, which it changes in place."""
+    """An objective with warm-up: it changes its weight, a tensor, in place."""
 
     def __init__(self):
         super().__init__()
@@ -305,24 +305,24 @@ class Warming(pv.objectives.Objective):
         return (terms.log_likelihood - self.weight * (terms.log_guide - terms.log_prior)).mean(0)
 
 
-def test_a_weight_that_is_a_tensor_warms_up_under_capture(binary, without_compiler):
+def test_objective_changes_its_tensor_under_capture(binary, without_compiler):
     weights = []
     for capture in (False, True):
         objective = Warming()
         fit, tensors = fitted(make_pair, binary, objective=objective, capture=capture, epochs=2)
         weights.append((objective.weight.item(), tensors))
     assert fit.execution == "captured, not compiled"
-    assert weights[0][0] == pytest.approx(weights[1][0]) == pytest.approx(0.05 * 11)  # one look
+    assert weights[0][0] == pytest.approx(weights[1][0]) == pytest.approx(0.05 * 11)  # one trial
     assert distance(weights[1][1], weights[0][1]) < 1e-5
 
 
-def test_a_second_fit_never_replays_the_graph_of_the_first(binary, without_compiler):
+def test_second_fit_does_not_replay_the_first_graph(binary, without_compiler):
     wide = functools.partial(make_pair, hidden=13)
     for make, batch_size in ((make_pair, 10), (make_pair, 25), (wide, 10), (make_pair, 10)):
         check_same(make, binary, batch_size=batch_size, execution="captured, not compiled")
 
 
-def test_gradients_that_lie_otherwise_than_their_parameters(binary, without_compiler):
+def test_gradients_with_other_strides_than_their_parameters(binary, without_compiler):
     """einsum's gradient is transposed, and sum's is expanded: a fused update would misread both."""
 
     class Decoder(nn.Module):
@@ -358,7 +358,7 @@ def test_a_parameter_may_be_frozen_during_a_fit(binary, without_compiler):
     assert distance(tensors, expected) < 1e-5
 
 
-def test_the_shape_that_comes_again_is_captured(binary, without_compiler):
+def test_first_repeated_batch_shape_is_captured(binary, without_compiler):
     batches = [binary[:5], *binary[5:].split(9)]
 
     class Stream(torch.utils.data.Dataset):
@@ -390,7 +390,7 @@ def test_nan_in_a_buffer_is_captured(binary, without_compiler):
     torch.testing.assert_close(tensors, expected, equal_nan=True)
 
 
-def test_a_pair_fitted_twice_goes_on(binary, without_compiler):
+def test_second_captured_fit_matches_eager(binary, without_compiler):
     results = []
     for capture in (False, True):
         torch.manual_seed(7)
@@ -403,21 +403,21 @@ def test_a_pair_fitted_twice_goes_on(binary, without_compiler):
 
 
 @pytest.mark.parametrize("capture", ["yes", None, 1, 0])
-def test_other_values_of_capture_are_refused(capture, binary):
+def test_invalid_values_of_capture_are_refused(capture, binary):
     with pytest.raises(ValueError, match="capture must be True, False or"):
         pv.fit(*make_pair(), binary, capture=capture, progress=False)
     with pytest.raises(ValueError, match="capture must be True, False or"):
         pv.evidence(*make_pair(), binary, capture=capture)
 
 
-def test_short_runs_are_not_captured_by_themselves(binary):
+def test_short_runs_are_not_captured_by_default(binary):
     fit = pv.fit(*make_pair(), binary, epochs=3, batch_size=10, progress=False)
     assert "a capture saves no time" in fit.execution
     fit = pv.fit(*make_pair(), binary, epochs=1, batch_size=50, progress=False)
     assert "too few calls" in fit.execution
 
 
-def test_long_runs_are_captured_by_themselves(binary, monkeypatch):
+def test_long_runs_are_captured_by_default(binary, monkeypatch):
     monkeypatch.setattr("pyro_vae._capture.captured.SECONDS_THAT_REPAY_TRACING", 1e-6)
     fit = pv.fit(*make_pair(), binary, epochs=5, batch_size=10, progress=False)
     assert fit.execution == "captured, not compiled"

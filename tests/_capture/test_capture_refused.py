@@ -1,4 +1,4 @@
-"""What cannot be captured, or is captured wrongly, runs eagerly, and says why."""
+"""Programs that cannot be captured correctly run eagerly, with a warning that says why."""
 
 import collections
 import ctypes
@@ -14,14 +14,14 @@ import pytest
 import torch
 from capturing import check_same, distance, fitted
 from conftest import make_pair
-from test_capture import NormalisedDecoder, with_decoder
+from test_capture import NormalizedDecoder, with_decoder
 from torch import nn
 
 import pyro_vae as pv
 
 
 class Program(nn.Module):
-    """A pair's model that does something in Python at each run."""
+    """A model that calls a Python function at each run."""
 
     def __init__(self, likelihood, what):
         super().__init__()
@@ -103,8 +103,8 @@ UNCAPTURABLE = {
 }
 
 
-def test_what_a_failed_capture_has_changed_is_put_back(binary, without_compiler):
-    """The guide's running averages were updated before the model turned out uncapturable."""
+def test_failed_capture_restores_the_state(binary, without_compiler):
+    """The guide updates its running averages before the model fails to be captured."""
 
     def make():
         model, _ = make_pair()
@@ -119,7 +119,7 @@ def test_what_a_failed_capture_has_changed_is_put_back(binary, without_compiler)
 
 
 @pytest.mark.parametrize("what", UNCAPTURABLE, ids=lambda f: f.__name__)
-def test_what_cannot_be_captured_runs_eagerly_and_says_why(what, binary, without_compiler):
+def test_uncapturable_programs_run_eagerly_and_say_why(what, binary, without_compiler):
     def make():
         global counter
         counter = itertools.count()
@@ -139,7 +139,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why(what, binary, without
     assert torch.equal(tensors, expected)
 
 
-def test_the_line_that_depends_on_values_is_named(binary, without_compiler):
+def test_warning_names_the_line_that_depends_on_values(binary, without_compiler):
     model, _ = make_pair()
     model = Program(model.likelihood, branch_on_data)
     guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
@@ -162,7 +162,7 @@ def test_numbers_changed_between_epochs_end_the_capture(binary, without_compiler
         objective = Tempered()
 
         class Schedule(torch.optim.lr_scheduler.LambdaLR):
-            """A scheduler that does more than it should: it changes a number elsewhere."""
+            """A scheduler that also changes a number of the objective."""
 
             def step(self, *args):
                 objective.temperature = min(1.0, objective.temperature + 0.1)
@@ -179,10 +179,10 @@ def test_numbers_changed_between_epochs_end_the_capture(binary, without_compiler
     assert distance(tensors, expected) < 1e-5
 
 
-OPAQUE = ctypes.c_double(1.0)  # is not looked into
+OPAQUE = ctypes.c_double(1.0)  # capture does not inspect it
 
 
-def test_a_change_that_no_name_leads_to_is_found_at_the_next_epoch(binary, without_compiler):
+def test_hidden_change_is_found_at_the_next_epoch(binary, without_compiler):
     """Each epoch's first captured step is checked again."""
 
     class Tempered(pv.objectives.Objective):
@@ -225,7 +225,7 @@ def test_parameters_with_new_storage_are_found(binary, without_compiler):
 
 
 class Counting(pv.objectives.ELBO):
-    """Counts in places that only one of its methods refers to."""
+    """An objective that counts its calls in places that only one of its methods uses."""
 
     of_class = 0
 
@@ -259,7 +259,7 @@ def counted(more, total=[0]):  # noqa: B006
 
 
 @pytest.mark.parametrize("where", ["global", "class", "deque", "array", "slot", "default"])
-def test_counters_are_found_wherever_they_are(where, binary, without_compiler):
+def test_counters_are_found_in_every_place(where, binary, without_compiler):
     def run(capture):
         COUNTS["n"] = Counting.of_class = SLOT.count = counted.__defaults__[0][0] = 0
         return fitted(make_pair, binary, capture=capture, objective=Counting(where), epochs=9)
@@ -270,7 +270,7 @@ def test_counters_are_found_wherever_they_are(where, binary, without_compiler):
     assert torch.equal(tensors, expected)
 
 
-def test_parameters_that_a_hook_gives_other_memory_are_found_at_once(binary, without_compiler):
+def test_parameters_with_new_storage_from_a_hook_are_found(binary, without_compiler):
     def run(capture):
         def optimizer(parameters):
             made = torch.optim.SGD(parameters, lr=0.01)
@@ -307,13 +307,13 @@ def test_evidence_is_checked_again_for_each_minibatch(binary, without_compiler):
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
-def test_random_numbers_from_elsewhere_are_refused(draw, binary, without_compiler):
+def test_random_numbers_of_python_and_numpy_are_refused(draw, binary, without_compiler):
     def transform(x):
         return x * (0.5 if draw() < 0.01 else 1.0)
 
     def run(capture):
         random.seed(0)
-        np.random.seed(0)  # noqa: NPY002 - what a user's program may draw from
+        np.random.seed(0)  # noqa: NPY002 - a user's program may use it
         return fitted(make_pair, binary, capture=capture, transform=transform, epochs=30)
 
     _, expected = run(False)
@@ -366,20 +366,20 @@ def test_sparse_gradients_are_refused(binary, without_compiler):
     assert torch.equal(tensors, expected)
 
 
-def test_a_compiler_that_loses_writes_is_found(binary, monkeypatch):
+def test_compiler_that_drops_writes_is_found(binary, monkeypatch):
     def careless(graph, inputs, options):
         return lambda *args: graph(*(tensor.clone() for tensor in args))
 
     monkeypatch.setattr(torch._inductor, "compile", careless)
-    make = with_decoder(NormalisedDecoder)
+    make = with_decoder(NormalizedDecoder)
     _, expected = fitted(make, binary, capture=False)
     with pytest.warns(UserWarning, match="its graph differs from the eager run"):
         _, tensors = fitted(make, binary, capture=True)
     assert torch.equal(tensors, expected)
 
 
-def test_a_graph_that_computes_something_else_is_refused(binary, monkeypatch):
-    """The check against the eager step is what a wrong compiler would meet."""
+def test_graph_with_wrong_results_is_refused(binary, monkeypatch):
+    """The result of the compiled step is compared with the eager step."""
     compiled = torch._inductor.compile
 
     def wrong(graph, inputs, options):
@@ -394,7 +394,7 @@ def test_a_graph_that_computes_something_else_is_refused(binary, monkeypatch):
     assert torch.equal(tensors, expected)
 
 
-def test_without_a_compiler_the_graph_runs_as_it_is(binary, monkeypatch):
+def test_graph_runs_uncompiled_if_the_compiler_fails(binary, monkeypatch):
     def fail(*args):
         raise RuntimeError("no compiler\nat all")
 
@@ -403,7 +403,7 @@ def test_without_a_compiler_the_graph_runs_as_it_is(binary, monkeypatch):
         check_same(make_pair, binary, execution="captured, not compiled")
 
 
-def test_errors_of_the_program_are_the_programs_own(binary, without_compiler):
+def test_errors_of_the_program_are_raised_unchanged(binary, without_compiler):
     model, guide = make_pair()
     calls = itertools.count()
 

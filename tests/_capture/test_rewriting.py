@@ -1,4 +1,4 @@
-"""Operations rewritten for the compiler: equal but for rounding."""
+"""Operations rewritten for the compiler are equal up to rounding."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def rewritten(function, *inputs):
     return graph(*inputs), graph.code
 
 
-def test_tanh_is_off_by_two_units_in_the_last_place_at_most():
+def test_tanh_error_is_below_two_units_in_the_last_place():
     sizes = torch.cat([torch.logspace(-40, 2, 20_000), torch.linspace(0.2, 0.4, 20_000)])
     x = torch.cat([sizes, -sizes])
     y, code = rewritten(torch.tanh, x)
@@ -23,7 +23,7 @@ def test_tanh_is_off_by_two_units_in_the_last_place_at_most():
     assert error < 2
 
 
-def test_tanh_of_what_is_not_a_number_or_zero_is_torchs():
+def test_tanh_of_special_values_matches_torch():
     x = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 1e-45, -1e30])
     y, _ = rewritten(torch.tanh, x)
     torch.testing.assert_close(y, x.tanh(), rtol=0, atol=0, equal_nan=True)
@@ -31,7 +31,7 @@ def test_tanh_of_what_is_not_a_number_or_zero_is_torchs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_tanh_of_other_types_is_left_alone(dtype):
+def test_tanh_of_other_dtypes_is_not_rewritten(dtype):
     x = torch.randn(9, dtype=dtype)
     y, code = rewritten(torch.tanh, x)
     assert "tanh" in code
@@ -39,7 +39,7 @@ def test_tanh_of_other_types_is_left_alone(dtype):
 
 
 @pytest.mark.parametrize("factors", [{}, {"beta": 0.5, "alpha": 2.0}])
-def test_a_product_with_a_bias_is_the_same_taken_apart(factors):
+def test_split_addmm_matches_torch(factors):
     bias, a, b = torch.randn(5), torch.randn(7, 3), torch.randn(3, 5)
     y, code = rewritten(lambda *inputs: torch.addmm(*inputs, **factors), bias, a, b)
     assert ("addmm" in code) == bool(factors)
@@ -47,8 +47,8 @@ def test_a_product_with_a_bias_is_the_same_taken_apart(factors):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_binary_draws_are_torchs(dtype):
-    """Values, and the numbers that come after them; transposed probabilities too."""
+def test_bernoulli_samples_match_torch(dtype):
+    """The samples and the next random numbers are the same, also for transposed p."""
     for p in (torch.rand(40, 7, dtype=dtype), torch.rand(7, 40, dtype=dtype).T):
         graph = rewrite(make_fx(torch.bernoulli)(p), [p])
         assert "bernoulli" not in graph.code
@@ -60,7 +60,7 @@ def test_binary_draws_are_torchs(dtype):
         assert torch.equal(draws[0][1], draws[1][1])
 
 
-def test_what_is_written_is_still_written():
+def test_writes_in_place_are_kept():
     count, x = torch.zeros(()), torch.randn(4)
 
     def function(count, x):
@@ -68,4 +68,4 @@ def test_what_is_written_is_still_written():
         return x.tanh()
 
     rewritten(function, count, x)
-    assert count == 2  # written by the trace that the graph came from, and by the graph
+    assert count == 2  # once by the trace, and once by the graph

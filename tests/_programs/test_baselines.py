@@ -18,10 +18,10 @@ from pyro_vae import objectives as o
 
 
 class Pair(nn.Module):
-    """A switch, two more that follow it in an inner plate, and x of five numbers.
+    """A binary latent, two more in an inner plate that depend on it, and x of five numbers.
 
     Args:
-        options: what the guide's sites ask for, given the pair, x and the site's name.
+        options: returns the baseline options of a site, given the pair, x and the site's name.
     """
 
     def __init__(self, options=lambda pair, x, name: {}):
@@ -64,14 +64,14 @@ class Pair(nn.Module):
             with pyro.plate("inner", 2, dim=-2):
                 pyro.sample("b", self.q_b(a, x), infer=infer[1])
 
-    def of_pair(self):
+    def pair_parameters(self):
         return [p for n, p in self.named_parameters() if not n.startswith("base")]
 
-    def of_baselines(self):
+    def baseline_parameters(self):
         return [*self.base.parameters(), *self.bases.parameters()]
 
     def log_terms(self, x):
-        """log w and log q of each of the eight values of the switches, (8, B)."""
+        """Return log w and log q at the eight values of the latents, of shape (8, B)."""
         log_w, log_q = [], []
         for values in itertools.product([0.0, 1.0], repeat=3):
             a = torch.full((1, len(x)), values[0])
@@ -100,11 +100,11 @@ def both(pair, x, name):
     return network(pair, x, name) | average(pair, x, name)
 
 
-def one_alone(pair, x, name):
+def one_site(pair, x, name):
     return network(pair, x, name) if name == "b" else {}
 
 
-OPTIONS = {f.__name__: f for f in (network, average, value, both, one_alone)}
+OPTIONS = {f.__name__: f for f in (network, average, value, both, one_site)}
 OBJECTIVES = {
     "ELBO": o.ELBO,
     "ELBO of 3": functools.partial(o.ELBO, 3),
@@ -137,14 +137,14 @@ def sampled(objective, pair, x, parameters, count):
         ("score function, others", "network"),
     ],
 )
-def test_the_expected_gradient_is_that_of_enumeration(objective, options):
-    """Whatever the baseline is: here it is far off."""
+def test_expected_gradient_matches_enumeration(objective, options):
+    """The baselines are far from optimal, and do not bias the gradient."""
     torch.manual_seed(0)
     pair, x = Pair(OPTIONS[options]), torch.randn(2, 5)
     log_w, log_q = pair.log_terms(x)
-    exact = gradient(-(log_q.exp() * log_w).sum(), pair.of_pair())
+    exact = gradient(-(log_q.exp() * log_w).sum(), pair.pair_parameters())
     rows = x.repeat(200, 1)
-    found = sampled(OBJECTIVES[objective](), pair, rows, pair.of_pair(), 25) / 200
+    found = sampled(OBJECTIVES[objective](), pair, rows, pair.pair_parameters(), 25) / 200
     error = found.std(0) / 25**0.5
     t = (found.mean(0) - exact).abs() / (error + 1e-5)
     assert t.max() < 6.5  # as rare for 24 degrees of freedom as 4.5 standard errors for many
@@ -154,7 +154,7 @@ def test_the_expected_gradient_is_that_of_enumeration(objective, options):
     ("objective", "options"),
     [("ELBO", "network"), ("ELBO", "average"), ("score function", "both")],
 )
-def test_a_baseline_that_has_learned_lowers_the_variance(objective, options):
+def test_trained_baseline_lowers_the_variance(objective, options):
     torch.manual_seed(1)
     made = [Pair(), Pair(OPTIONS[options])]
     made[1].load_state_dict(made[0].state_dict())
@@ -162,7 +162,7 @@ def test_a_baseline_that_has_learned_lowers_the_variance(objective, options):
     variances = []
     for pair in made:
         it = OBJECTIVES[objective]()
-        optimizer = torch.optim.Adam(pair.of_baselines(), lr=0.2)
+        optimizer = torch.optim.Adam(pair.baseline_parameters(), lr=0.2)
         for _ in range(0 if pair is made[0] else 40):
             optimizer.zero_grad()
             it.differentiable_loss(pair.model, pair.guide, x).backward()
@@ -173,12 +173,12 @@ def test_a_baseline_that_has_learned_lowers_the_variance(objective, options):
 
 
 @pytest.mark.parametrize("in_pyro", [True, False])
-def test_the_network_learns_what_it_predicts(in_pyro):
-    """The expected log-weight of a data point, by pv.fit and by Pyro's SVI."""
+def test_baseline_network_learns_the_expected_log_weight(in_pyro):
+    """Train it by pv.fit or by Pyro's SVI."""
     torch.manual_seed(0)
     pair = Pair(network)
     x = torch.eye(5)[torch.randint(2, (100,))]
-    for p in pair.of_pair():
+    for p in pair.pair_parameters():
         p.requires_grad_(False)
     if in_pyro:
         optimizer = pyro.optim.Adam({"lr": 0.2})
@@ -201,7 +201,7 @@ def test_the_network_learns_what_it_predicts(in_pyro):
 
 
 class Single(nn.Module):
-    """One switch: then Pyro's estimator and this one are the same."""
+    """One binary latent: Pyro's estimator and ours are then the same."""
 
     def __init__(self, options):
         super().__init__()
@@ -220,7 +220,7 @@ class Single(nn.Module):
 
 
 def of_shape(pair, x, shape):
-    def base(v):  # as Pyro wants it
+    def base(v):  # the shape that Pyro expects
         return pair.base(v)[:, 0].expand(shape) if shape else pair.base(v).squeeze()
 
     return {"nn_baseline": base, "nn_baseline_input": 2 * x}
@@ -246,8 +246,8 @@ def decaying_by_default(pair, x, shape):
         *itertools.product([decaying, decaying_by_default], [1], [True]),
     ],
 )
-def test_gradients_are_those_of_pyro(options, particles, vectorize):
-    """For three steps; averages with one data point, for Pyro takes one for each row."""
+def test_gradients_match_pyro(options, particles, vectorize):
+    """Averages are tested with one data point, because Pyro keeps an average for each row."""
     torch.manual_seed(0)
     pair = Single(options)
     averages = options in (decaying, decaying_by_default)
@@ -261,7 +261,7 @@ def test_gradients_are_those_of_pyro(options, particles, vectorize):
     for objective in (o.ELBO(**keywords), TraceGraph_ELBO(max_plate_nesting=1, **keywords)):
         pyro.clear_param_store()
         if isinstance(objective, o.ELBO) and vectorize and particles > 1:
-            objective.loss(pair.model, guide, x)  # it looks for the plates once
+            objective.loss(pair.model, guide, x)  # the first call looks for the plates
         torch.manual_seed(1)
         for _ in range(3):
             pair.zero_grad()
@@ -273,7 +273,7 @@ def test_gradients_are_those_of_pyro(options, particles, vectorize):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_averages_move_with_gradients_and_not_in_evaluation():
+def test_averages_are_updated_only_with_gradients():
     torch.manual_seed(0)
     pair, x = Pair(average), torch.randn(6, 5)
     objective = o.ELBO(2)
@@ -303,13 +303,13 @@ def fitted(capture=False, epochs=4, **options):
     return fit, torch.cat([*numbers, *(v.flatten().float() for v in objective.averages.values())])
 
 
-def test_captured_steps_do_the_same(without_compiler):
+def test_captured_fit_matches_eager(without_compiler):
     (captured, numbers), (_, eager) = fitted(capture=True), fitted()
     assert captured.execution == "captured, not compiled"
     torch.testing.assert_close(numbers, eager)
 
 
-def test_averages_are_part_of_a_checkpoint(tmp_path):
+def test_checkpoint_restores_averages(tmp_path):
     fitted(epochs=2, checkpoint=tmp_path)
     _, resumed = fitted(epochs=4, checkpoint=pv.training.Checkpoint(tmp_path, resume=True))
     _, whole = fitted(epochs=4)
@@ -324,7 +324,7 @@ REFUSING = [
 
 
 @pytest.mark.parametrize("objective", REFUSING, ids=str)
-def test_objectives_without_a_baseline_refuse_one(objective):
+def test_other_objectives_refuse_baselines(objective):
     pair, x = Pair(network), torch.randn(4, 5)
     name = type(objective).__name__
     with pytest.raises(ValueError, match=f"{name} takes no score function at guide site 'a'"):
@@ -332,10 +332,10 @@ def test_objectives_without_a_baseline_refuse_one(objective):
     with pytest.raises(ValueError, match="would be ignored"):
         pv.fit(pair.model, pair.guide, x, objective=objective, epochs=1, batch_size=2,
                progress=False)  # fmt: skip
-    assert pv.terms(pair.model, pair.guide, x).log_weight.shape == (1, 4)  # estimators need none
+    assert pv.terms(pair.model, pair.guide, x).log_weight.shape == (1, 4)  # terms ignore it
 
 
-def test_a_baseline_where_there_is_no_score_function():
+def test_elbo_refuses_a_baseline_at_a_reparameterized_site():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -374,22 +374,22 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_options_that_make_no_sense_are_refused_by_name(case):
+def test_invalid_options_are_refused_by_name(case):
     options, kind, message = BAD[case]
     pair = Pair(lambda pair, x, name: options if name == "a" else {})
     with pytest.raises(kind, match=f"'a'.*{message}"):
         o.ELBO().loss(pair.model, pair.guide, torch.randn(4, 5))
 
 
-def test_a_column_is_not_taken_for_particles():
-    """As many particles as data: (B, 1) would fit, with the two exchanged."""
+def test_column_baseline_is_refused():
+    """With as many particles as data points, (B, 1) would fit in the wrong dimension."""
     pair = Pair(lambda pair, x, name: {"baseline_value": torch.zeros(4, 1)} if name == "a" else {})
     with pytest.raises(ValueError, match=r"Got \(4, 1\)"):
         o.ELBO(4).loss(pair.model, pair.guide, torch.randn(4, 5))
 
 
-def test_options_that_ask_for_nothing():
-    """As Pyro takes them: every objective does."""
+def test_empty_options_are_accepted():
+    """Every objective accepts them, as Pyro does."""
     for options in ({}, {"use_decaying_avg_baseline": False, "baseline_beta": 0.9}):
         pair = Pair(lambda pair, x, name, options=options: options)
         o.VIMCO(3).loss(pair.model, pair.guide, torch.randn(4, 5))

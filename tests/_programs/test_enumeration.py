@@ -1,4 +1,4 @@
-"""Discrete latents summed over, against the sums written out and against Pyro's TraceEnum_ELBO."""
+"""Enumerated discrete latents, compared with explicit sums and Pyro's TraceEnum_ELBO."""
 
 import math
 
@@ -17,7 +17,7 @@ ALL = {"enumerate": "parallel"}
 
 
 class Mixture(nn.Module):
-    """c, one of three; z ~ N(mean of c, 1) if it has one; x ~ N(loading of c times z, 1)."""
+    """c in 0, 1, 2; z ~ N(mean[c], 1), or z = 1; x ~ N(loading[c] z + mean[c], 0.8^2)."""
 
     def __init__(self, *, in_guide, continuous=True, full=None):
         super().__init__()
@@ -76,24 +76,24 @@ def log_joint(pair, x, z, c):
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_what_the_model_alone_enumerates_is_summed_out(k):
+def test_latent_enumerated_only_in_the_model_is_summed_out(k):
     pair, x = Mixture(in_guide=False), torch.randn(6)
     t = pv.terms(pair.model, pair.guide, x, num_particles=k)
     z = t.samples["z"]
     assert z.shape == (k, 6)
-    by_hand = torch.stack([log_joint(pair, x, z, c) for c in range(3)]).logsumexp(0)
-    torch.testing.assert_close(t.log_joint, by_hand)
+    expected = torch.stack([log_joint(pair, x, z, c) for c in range(3)]).logsumexp(0)
+    torch.testing.assert_close(t.log_joint, expected)
     prior = torch.stack(
         [pair.logits.log_softmax(0)[c] + dist.Normal(pair.mean[c], 1.0).log_prob(z)
          for c in range(3)]
     ).logsumexp(0)  # fmt: skip
     torch.testing.assert_close(t.log_prior, prior)
-    torch.testing.assert_close(t.log_likelihood, by_hand - prior)
+    torch.testing.assert_close(t.log_likelihood, expected - prior)
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_what_the_guide_enumerates_is_averaged(k):
-    """The z of each value of c is drawn for it: what matters is the average under q(c|x)."""
+def test_latent_enumerated_in_the_guide_is_averaged(k):
+    """Each value of c has its own sample of z. The result is the average under q(c|x)."""
     pair, x = Mixture(in_guide=True), torch.randn(6)
     t = pv.terms(pair.model, pair.guide, x, num_particles=k)
     assert t.log_weight.shape == (k, 6)
@@ -111,12 +111,12 @@ def test_what_the_guide_enumerates_is_averaged(k):
 @pytest.mark.parametrize("in_guide", [True, False])
 @pytest.mark.parametrize("continuous", [True, False])
 @pytest.mark.parametrize("full", [None, 30])
-def test_expected_gradient_is_that_of_pyros_enumeration(in_guide, continuous, full):
+def test_expected_gradient_matches_trace_enum_elbo(in_guide, continuous, full):
     pair, x = Mixture(in_guide=in_guide, continuous=continuous, full=full), torch.randn(6)
     if not in_guide and not continuous:
         ours = o.ELBO().differentiable_loss(pair.model, pair.guide, x)
-        by_hand = torch.stack([log_joint(pair, x, 1.0, c) for c in range(3)]).logsumexp(0)
-        torch.testing.assert_close(ours, -by_hand.sum() * (full or 6) / 6)
+        expected = torch.stack([log_joint(pair, x, 1.0, c) for c in range(3)]).logsumexp(0)
+        torch.testing.assert_close(ours, -expected.sum() * (full or 6) / 6)
         return
     theirs = TraceEnum_ELBO(max_plate_nesting=1)
     count = 150 if continuous else 2
@@ -137,7 +137,7 @@ def test_expected_gradient_is_that_of_pyros_enumeration(in_guide, continuous, fu
 
 
 def exact_evidence(pair, x):
-    """The sum over c and the Gaussian integral over z."""
+    """Return log p(x): a sum over c of Gaussian integrals over z."""
     total = []
     for c in range(3):
         loc = pair.loading[c] * pair.mean[c] + pair.mean[c]
@@ -147,7 +147,7 @@ def exact_evidence(pair, x):
 
 
 @pytest.mark.parametrize("objective", [o.IWAE(500), o.DReG(500), o.VIMCO(500)], ids=str)
-def test_importance_weights_of_the_summed_density(objective):
+def test_importance_weighted_bounds_reach_the_exact_evidence(objective):
     pair, x = Mixture(in_guide=False), torch.randn(6)
     losses = torch.tensor([objective.loss(pair.model, pair.guide, x) for _ in range(40)])
     truth = exact_evidence(pair, x).sum().item()
@@ -157,15 +157,15 @@ def test_importance_weights_of_the_summed_density(objective):
 
 
 def sampling(pair):
-    """The pair, its discrete latent drawn instead of enumerated."""
+    """Return the pair with its discrete latent sampled instead of enumerated."""
     return [
         pyro.poutine.infer_config(program, lambda site: {"enumerate": None})
         for program in (pair.model, pair.guide)
     ]
 
 
-def test_a_discrete_latent_by_vimco_tends_to_the_exact_evidence():
-    """Sampled instead: the same model, its sum left to importance sampling."""
+def test_vimco_bound_tends_to_the_exact_evidence():
+    """The discrete latent is sampled instead of enumerated."""
     pair, x = Mixture(in_guide=True, continuous=False), torch.randn(6)
 
     truth = torch.stack([log_joint(pair, x, 1.0, c) for c in range(3)]).logsumexp(0).sum()
@@ -179,7 +179,7 @@ def test_a_discrete_latent_by_vimco_tends_to_the_exact_evidence():
     assert abs(found[1] - truth) < 4.5 * error + 0.01
 
 
-def test_vimco_gradient_against_exact_enumeration_of_both_particles():
+def test_vimco_gradient_matches_enumeration_of_both_particles():
     pair, x = Mixture(in_guide=True, continuous=False), torch.randn(2)
     pair_of = sampling(pair)
     log_q = pair.head(x.unsqueeze(-1)).log_softmax(-1)
@@ -199,7 +199,7 @@ def test_vimco_gradient_against_exact_enumeration_of_both_particles():
     assert ((found.mean(0) - truth).abs() < 4.5 * error + 1e-6).all()
 
 
-def test_two_enumerated_latents_that_meet_at_one_observation():
+def test_observation_may_depend_on_two_enumerated_latents():
     weights = torch.randn(2, 3)
 
     def model(x):
@@ -224,7 +224,7 @@ def test_two_enumerated_latents_that_meet_at_one_observation():
 
 
 @pytest.mark.parametrize("in_guide", [True, False])
-def test_a_captured_fit_with_enumeration_equals_an_eager_one(in_guide, without_compiler):
+def test_captured_fit_with_enumeration_matches_eager(in_guide, without_compiler):
     x = torch.randn(60)
     fits = []
     for capture in (True, False):
@@ -237,7 +237,7 @@ def test_a_captured_fit_with_enumeration_equals_an_eager_one(in_guide, without_c
     torch.testing.assert_close(fits[0][1], fits[1][1])
 
 
-def test_what_enumeration_cannot_do_is_refused_by_name():
+def test_unsupported_enumeration_is_refused_by_name():
     pair, x = Mixture(in_guide=True), torch.randn(6)
     with pytest.raises(ValueError, match="averages over all values of site 'c'"):
         o.IWAE(4).loss(pair.model, pair.guide, x)
@@ -261,8 +261,8 @@ def test_what_enumeration_cannot_do_is_refused_by_name():
 
 
 @pytest.mark.parametrize("in_guide", [True, False])
-def test_what_is_masked_counts_for_nothing(in_guide):
-    """A masked choice must sum to one too."""
+def test_masked_sites_add_nothing(in_guide):
+    """The probabilities of a masked enumerated site also sum to one."""
     x, mask = torch.randn(3), torch.tensor([True, False, True])
     scale = nn.Parameter(torch.tensor(0.7))
 
@@ -292,11 +292,11 @@ def test_what_is_masked_counts_for_nothing(in_guide):
     torch.testing.assert_close(found, of_x + torch.where(mask, of_y, 0.0))
 
 
-def test_values_that_q_excludes_count_for_nothing():
+def test_values_of_zero_guide_probability_add_nothing():
     def model(x):
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Categorical(torch.ones(2) / 2), infer=dict(ALL))
-            low = torch.tensor([0.0, 5.0])[c]  # a value of one is outside of the second's support
+            low = torch.tensor([0.0, 5.0])[c]  # x = 1 is outside the support at c = 1
             pyro.sample("x", dist.Uniform(low, low + 2.0, validate_args=False), obs=x)
 
     def guide(x):
@@ -308,7 +308,7 @@ def test_values_that_q_excludes_count_for_nothing():
     torch.testing.assert_close(found, torch.full((1, 3), -2 * math.log(2)))
 
 
-def entangled():
+def pair_with_shared_parent():
     def model(x):
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Bernoulli(0.5), infer=dict(ALL))
@@ -324,8 +324,8 @@ def entangled():
     return model, guide, torch.randn(5)
 
 
-def test_latents_that_share_a_summed_out_parent():
-    model, guide, x = entangled()
+def test_latents_with_a_summed_out_parent_have_no_separate_kl():
+    model, guide, x = pair_with_shared_parent()
     for per in ("site", "dimension"):
         with pytest.raises(ValueError, match="the KL of each"):
             o.FreeBits(0.5, per=per).loss(model, guide, x)
@@ -335,7 +335,7 @@ def test_latents_that_share_a_summed_out_parent():
     assert distance != -pv.terms(model, guide, x).log_likelihood.sum().item()
 
 
-def test_more_that_is_refused_by_name():
+def test_num_samples_and_markov_are_refused_by_name():
     pair, x = Mixture(in_guide=True), torch.randn(6)
     sampled = pyro.poutine.infer_config(pair.guide, lambda site: {"num_samples": 5})
     with pytest.raises(ValueError, match="num_samples draws"):
@@ -353,7 +353,7 @@ def test_more_that_is_refused_by_name():
         o.ELBO().loss(chain, lambda x: None, x)
 
 
-def test_a_sampled_latent_whose_prior_alone_is_summed():
+def test_prior_of_a_sampled_latent_is_summed_over_its_parent():
     def model(x):
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Bernoulli(0.4), infer=dict(ALL))
@@ -370,8 +370,8 @@ def test_a_sampled_latent_whose_prior_alone_is_summed():
     torch.testing.assert_close(t.log_prior, dist.Bernoulli(p).log_prob(d))
 
 
-def test_what_does_not_depend_on_enumerated_values_is_as_ever():
-    """A scaled discrete site beside them: its score has no scale."""
+def test_sites_independent_of_enumerated_values_are_unchanged():
+    """The score of a scaled discrete site has no scale."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -408,7 +408,7 @@ def test_a_sequential_plate_is_refused_by_name(infer):
 
 
 @pytest.mark.parametrize("in_guide", [False, True])
-def test_a_table_that_no_memory_holds_is_refused_by_name(in_guide):
+def test_enumeration_table_larger_than_memory_is_refused_by_name(in_guide):
     torch.manual_seed(1)
     start, step, mean = torch.randn(5), torch.randn(5, 5), torch.randn(5)
     length = 13  # 5**13 entries: 5 GiB for each row

@@ -1,4 +1,4 @@
-"""Losses that a guide adds (pyro.factor, observed auxiliary sites) stay out of log q."""
+"""Losses that a guide adds (pyro.factor, observed auxiliary sites) are not part of log q."""
 
 import pyro
 import pyro.distributions as dist
@@ -20,7 +20,7 @@ def model(x):
 
 
 def make(kind):
-    """A guide with a loss; its density is the exact posterior's, but for the parameter's sake."""
+    """Return a guide with a loss; its density is the exact posterior, shifted by a parameter."""
 
     def guide(x):
         shift = pyro.param("shift", torch.tensor(0.3))
@@ -48,7 +48,7 @@ def make(kind):
     return guide
 
 
-def loss_by_hand(kind, x):
+def expected_loss(kind, x):
     rate = 0.7
     factor = -3.0 * rate * torch.cos(x)
     return {
@@ -63,7 +63,7 @@ def loss_by_hand(kind, x):
 
 @pytest.mark.filterwarnings("ignore:.*found no value of pyro.param")
 @pytest.mark.parametrize("kind", KINDS)
-def test_evidence_surgery_and_gaps_are_those_of_the_plain_guide(kind):
+def test_evidence_and_surgery_ignore_the_loss(kind):
     x = torch.randn(30)
     plain, guide = make("plain"), make(kind)
     options = {"num_particles": 20, "seed": 0, "progress": False}
@@ -110,18 +110,18 @@ def test_every_objective_adds_the_loss(kind, objective):
         losses.append(loss.item())
         store = pyro.get_param_store()
         gradients.append({name: store[name].unconstrained().grad for name in store})
-    assert losses[1] - losses[0] == pytest.approx(loss_by_hand(kind, x), rel=1e-3, abs=1e-3)
+    assert losses[1] - losses[0] == pytest.approx(expected_loss(kind, x), rel=1e-3, abs=1e-3)
     rate = torch.tensor(0.7, requires_grad=True)
-    by_hand = dist.Normal(rate, 1.0).log_prob(x).sum() if kind == "observed" else None
-    expected = loss_by_hand(kind, x) / 0.7
-    if by_hand is not None:
-        expected = torch.autograd.grad(by_hand, rate)[0].item()
+    log_p_t = dist.Normal(rate, 1.0).log_prob(x).sum() if kind == "observed" else None
+    expected = expected_loss(kind, x) / 0.7
+    if log_p_t is not None:
+        expected = torch.autograd.grad(log_p_t, rate)[0].item()
     assert gradients[1]["rate"].item() == pytest.approx(expected, rel=1e-3, abs=1e-3)
     torch.testing.assert_close(gradients[0]["shift"], gradients[1]["shift"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_elbo_is_pyros(kind):
+def test_elbo_matches_pyro(kind):
     x = torch.randn(30)
     values = []
     for objective in (Trace_ELBO(), O.ELBO()):
@@ -134,8 +134,8 @@ def test_the_elbo_is_pyros(kind):
 
 
 @pytest.mark.parametrize("discrete", [False, True])
-def test_a_loss_of_the_latents_has_the_gradient_of_its_expectation(discrete):
-    """Under held samples the path leads through the samples; without them, the score does."""
+def test_loss_of_latents_has_the_gradient_of_its_expectation(discrete):
+    """The gradient goes through reparameterized samples, or else through the score."""
     x = torch.zeros(2000)
 
     def guide(x):
@@ -159,7 +159,7 @@ def test_a_loss_of_the_latents_has_the_gradient_of_its_expectation(discrete):
         assert abs((found[0] - found[1]) / 2000 - 0.6) < 4 * error, name  # false alarm: 6e-5
 
 
-def test_a_loss_beside_an_enumerated_site_is_averaged_over_it():
+def test_loss_is_averaged_over_an_enumerated_site():
     """A classifier's loss in the guide, as in semi-supervised models."""
     table = torch.randn(3)
 
@@ -185,8 +185,8 @@ def test_a_loss_beside_an_enumerated_site_is_averaged_over_it():
     assert TraceEnum_ELBO().loss(model, guide, x) == pytest.approx(exact.item(), rel=1e-5)
 
 
-def test_an_observed_site_of_both_programs_is_predicted():
-    """A treatment that the model observes and the guide models, as in causal autoencoders."""
+def test_site_observed_in_both_programs_is_predicted():
+    """The model observes a treatment and the guide models it, as in causal autoencoders."""
 
     def model(x, t):
         with pyro.plate("data", len(x)):
@@ -210,7 +210,7 @@ def test_an_observed_site_of_both_programs_is_predicted():
     assert idata.posterior_predictive["t"].shape[-1] == 200
 
 
-def test_a_points_factor_is_no_density():
+def test_factor_does_not_give_a_delta_guide_a_density():
     def guide(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Delta(x / 2))
@@ -221,7 +221,7 @@ def test_a_points_factor_is_no_density():
 
 
 @pytest.mark.parametrize("objective", [O.ELBO(), O.ScoreFunction()], ids=["elbo", "score"])
-def test_a_global_loss_of_discrete_latents_has_their_score(objective):
+def test_global_loss_of_discrete_latents_has_a_score_gradient(objective):
     x = torch.tensor([0.5, -1.0, 2.0])
     a = torch.tensor(0.2, requires_grad=True)
 

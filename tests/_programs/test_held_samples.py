@@ -1,4 +1,4 @@
-"""Detached densities: the gradient along the samples, of every guide and every flow of Pyro's."""
+"""Path gradients at held samples, for every guide and every Pyro flow."""
 
 import pyro
 import pyro.distributions as dist
@@ -30,7 +30,7 @@ PYRO_FLOWS = {
 
 
 class PyroFlow(nn.Module):
-    """A Gaussian whose location depends on x, pushed through a flow of Pyro's."""
+    """A Gaussian whose location depends on x, transformed by a Pyro flow."""
 
     def __init__(self, name):
         super().__init__()
@@ -48,10 +48,10 @@ class PyroFlow(nn.Module):
 
 
 @pytest.mark.parametrize("name", PYRO_FLOWS)
-def test_every_flow_of_pyros_has_its_path_and_its_score(name):
-    """The gradient of the ELBO is path plus score; the score's is that at a fixed sample."""
+def test_path_and_score_add_up_for_every_pyro_flow(name):
+    """The gradient of the ELBO is the path gradient plus the score at a fixed sample."""
     torch.manual_seed(0)
-    with default_dtype(torch.float64):  # Pyro's autoregressive inverses make numbers of that type
+    with default_dtype(torch.float64):  # Pyro's autoregressive inverses use it
         check_flow(PyroFlow(name), torch.randn(4, 2))
 
 
@@ -76,7 +76,7 @@ def check_flow(pair, x):
 
 @pytest.mark.parametrize("name", DENSITIES)
 @pytest.mark.parametrize("num_particles", [1, 3])
-def test_path_and_score_of_every_guide_make_the_whole_gradient(name, num_particles):
+def test_path_and_score_add_up_for_every_guide(name, num_particles):
     torch.manual_seed(0)
     model = Model(dtype=torch.float64)
     x = torch.randn(4, 5, dtype=torch.float64)
@@ -100,8 +100,8 @@ def test_path_and_score_of_every_guide_make_the_whole_gradient(name, num_particl
 
 
 @pytest.mark.parametrize("objective", [objectives.StickingTheLanding(), objectives.DReG(4)])
-def test_no_variance_at_the_posterior(objective):
-    """Where q is the posterior every log-weight is log p(x): nothing moves along the samples."""
+def test_path_gradient_is_zero_at_the_posterior(objective):
+    """If q is the posterior, the log-weight of every sample is log p(x)."""
     torch.manual_seed(2)
     oracle = LinearGaussian(exact=True)
     x = oracle.sample(6)
@@ -120,7 +120,7 @@ def test_no_variance_at_the_posterior(objective):
     assert max(g.abs().max() for g in torch.autograd.grad(plain, [shift, stretch])) > 0.1
 
 
-def test_what_cannot_be_scored_at_a_held_sample_is_refused():
+def test_distribution_without_log_prob_is_refused():
     class Stuck(dist.Normal):
         def log_prob(self, value):
             raise NotImplementedError
@@ -138,8 +138,8 @@ def test_what_cannot_be_scored_at_a_held_sample_is_refused():
         objectives.StickingTheLanding().loss(model, guide, torch.randn(3))
 
 
-def test_the_guides_own_randomness_is_that_of_the_draw():
-    """Dropout: the density is that of the network that drew, not of another mask."""
+def test_held_sample_is_scored_with_its_own_dropout_mask():
+    """The density is that of the network that drew the sample, not of another mask."""
     torch.manual_seed(3)
     drop, head = nn.Dropout(0.5), nn.Linear(5, 2)
 
@@ -153,14 +153,12 @@ def test_the_guides_own_randomness_is_that_of_the_draw():
             pyro.sample("z", dist.Normal(head(drop(x)), 1e-3).to_event(1))
 
     t = pv.terms(model, guide, torch.randn(50, 5), hold_samples=True)
-    assert t.log_guide.min() > -30  # at another mask: some -1e5
+    assert t.log_guide.min() > -30  # with another mask: about -1e5
 
 
 @pytest.mark.parametrize("transform", ["planar", "radial", "sylvester"])
 @pytest.mark.parametrize("objective", [objectives.DReG(3), objectives.StickingTheLanding(2)])
-def test_flows_of_pyro_without_an_inverse_have_one_loss_with_and_without_gradients(
-    transform, objective
-):
+def test_pyro_flows_without_an_inverse_have_the_same_loss_without_gradients(transform, objective):
     flow = getattr(dist.transforms, transform)(2)
     loading, network = torch.randn(2, 5), nn.Linear(5, 2)
 

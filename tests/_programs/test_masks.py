@@ -1,4 +1,4 @@
-"""Masks of latents: by poutine or by the distribution, the same in model and guide."""
+"""Masks of latents, by poutine or by the distribution, must agree in model and guide."""
 
 import pyro
 import pyro.distributions as dist
@@ -51,7 +51,7 @@ def pair(way, mask, way_of_guide=None, mask_of_guide=None):
 
 
 def log_evidence(x, mask):
-    """log p(x), z being zero where it is masked."""
+    """Return log p(x), where masked z are zero."""
     covariance = LOADING.T @ LOADING + torch.eye(2)
     with_z = dist.MultivariateNormal(torch.zeros(2), covariance).log_prob(x)
     return torch.where(torch.as_tensor(mask), with_z, dist.Normal(0.0, 1.0).log_prob(x).sum(-1))
@@ -60,7 +60,7 @@ def log_evidence(x, mask):
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("of_guide", WAYS)
 @pytest.mark.parametrize("way", WAYS)
-def test_alike_masks_are_accepted_however_they_are_written(way, of_guide, mask):
+def test_equal_masks_are_accepted_in_any_form(way, of_guide, mask):
     x = torch.randn(6, 2)
     model, guide = pair(way, mask, of_guide)
     found = pv.evidence(model, guide, x, num_particles=4000, seed=0, progress=False)
@@ -80,7 +80,7 @@ def test_alike_masks_are_accepted_however_they_are_written(way, of_guide, mask):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("other", [~MASK, False, torch.tensor(False)], ids=["rows", "all", "one"])
-def test_other_masks_are_refused(way, other):
+def test_different_masks_are_refused(way, other):
     x = torch.randn(6, 2)
     model, guide = pair(way, MASK, mask_of_guide=other)
     for call in (
@@ -95,7 +95,7 @@ def test_other_masks_are_refused(way, other):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_mask_of_one_side_alone_is_refused(way):
+def test_mask_in_only_one_program_is_refused(way):
     x = torch.randn(6, 2)
     for masks, first in (((MASK, True), "model"), ((True, MASK), "guide")):
         model, guide = pair(way, masks[0], mask_of_guide=masks[1])
@@ -106,7 +106,7 @@ def test_a_mask_of_one_side_alone_is_refused(way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mask", [MASK, False], ids=["rows", "all"])
 @pytest.mark.parametrize("name", ["normal", "multivariate normal", "planar", "hierarchical"])
-def test_guides_of_the_library_take_the_models_mask(name, mask, way):
+def test_library_guides_apply_the_mask_of_the_model(name, mask, way):
     model, _ = pair(way, mask)
     x = torch.randn(6, 2)
     guide = DENSITIES[name](model, pv.nets.MLP(2, [5]))
@@ -119,7 +119,7 @@ def test_guides_of_the_library_take_the_models_mask(name, mask, way):
     torch.testing.assert_close(t.log_prior[:, ~hidden], expected[:, ~hidden])
 
 
-def test_a_mask_of_single_numbers_is_refused_by_guides_of_the_library():
+def test_library_guides_refuse_a_mask_inside_the_event():
     def model(x):
         with pyro.plate("data", len(x)):
             mask = torch.tensor([True, False])
@@ -131,8 +131,8 @@ def test_a_mask_of_single_numbers_is_refused_by_guides_of_the_library():
 
 
 @pytest.mark.parametrize("way", ["poutine", "distribution"])
-def test_a_masked_enumerated_site_still_sums_to_one(way):
-    """Where it is masked, log p(x) is that of an even choice, as under poutine.mask."""
+def test_masked_enumerated_site_sums_to_one(way):
+    """In masked rows, all values have the same probability, as under poutine.mask."""
     table = torch.randn(3)
 
     def model(x):

@@ -1,4 +1,4 @@
-"""Values are held to the support of the site that observes them, in their own minibatch."""
+"""Observed values are checked against the support of their site, per minibatch."""
 
 import pyro
 import pyro.distributions as dist
@@ -82,19 +82,19 @@ def calls(model, columns):
 @pytest.mark.parametrize(
     "model", [largest_of_minibatch, pytest.param(total_of_minibatch, marks=pytest.mark.slow)]
 )
-def test_bounds_that_come_of_the_minibatch(model):
+def test_bounds_may_depend_on_the_minibatch(model):
     for call in calls(model, (counts(),)).values():
         call()
 
 
-def test_a_total_that_comes_of_the_minibatch():
+def test_total_count_may_depend_on_the_minibatch():
     found = calls(total_of_minibatch, (counts(),))
     found["fit"]()
     found["evidence"]()
 
 
 @pytest.mark.parametrize("model", [total_of_row, range_of_row])
-def test_bounds_that_come_of_the_row(model):
+def test_bounds_may_depend_on_the_row(model):
     x = counts()
     for call in calls(model, (x, x.max(1).values + 1)).values():
         call()
@@ -102,8 +102,8 @@ def test_bounds_that_come_of_the_row(model):
 
 @pytest.mark.parametrize("first_is_wide", [False, True])
 @pytest.mark.parametrize("model", [total_of_row, range_of_row])
-def test_a_value_outside_of_its_rows_own_bounds_is_refused(model, first_is_wide):
-    """Also where the first minibatch has bounds so wide that they hold all data."""
+def test_value_outside_the_bounds_of_its_row_is_refused(model, first_is_wide):
+    """Also if the bounds of the first minibatch include all data."""
     x = counts()
     n = x.max(1).values + 1
     if first_is_wide:
@@ -114,7 +114,7 @@ def test_a_value_outside_of_its_rows_own_bounds_is_refused(model, first_is_wide)
             call()
 
 
-def test_a_value_outside_of_any_minibatchs_bounds_is_refused():
+def test_value_outside_the_bounds_of_every_minibatch_is_refused():
     x = counts()
     x[55] = torch.tensor([-1.0, 0.0, 0.0])
     for call in calls(total_of_minibatch, (x,)).values():
@@ -122,10 +122,10 @@ def test_a_value_outside_of_any_minibatchs_bounds_is_refused():
             call()
 
 
-def test_a_pair_that_cannot_run_on_one_row_repeated_is_not_refused_for_it():
+def test_pair_that_fails_on_copies_of_one_row_is_accepted():
     class Standardized(Encoder):
         def forward(self, x, *covariates):
-            return super().forward((x - x.mean(0)) / x.std(0))  # NaN of copies
+            return super().forward((x - x.mean(0)) / x.std(0))  # NaN if all rows are equal
 
     x = counts().clamp(max=3)
     guide = pv.guides.AmortizedNormal(levels, Standardized())
@@ -133,19 +133,19 @@ def test_a_pair_that_cannot_run_on_one_row_repeated_is_not_refused_for_it():
 
 
 @pytest.mark.parametrize(("model", "bad"), [(fixed_total, 10.0), (levels, 4.0)])
-def test_constant_bounds_hold_all_data_before_the_first_step(model, bad):
+def test_constant_bounds_are_checked_before_the_first_step(model, bad):
     x = counts().clamp(max=3)
     for call in calls(model, (x, x[:, 0])).values():
         call()
-    x[66] = torch.tensor([0.0, 0.0, bad])  # of an extreme sum, and not
+    x[66] = torch.tensor([0.0, 0.0, bad])  # its sum is extreme at 10, and not at 4
     found = calls(model, (x, x[:, 0]))
     for name in ("fit", "evidence", "surgery", "compare"):
         with pytest.raises(ValueError, match=r"outside the support of site 'x', .*first in row 66"):
             found[name]()
 
 
-def test_constant_bounds_need_no_validated_epoch(without_compiler):
-    """The run is captured from its first steps on."""
+def test_constant_bounds_do_not_delay_capture(without_compiler):
+    """The first epoch is captured."""
     x = counts().clamp(max=3)
     guide = pv.guides.AmortizedNormal(levels, Encoder())
     result = pv.fit(levels, guide, (x, x[:, 0]), capture=True, **FIT | {"epochs": 1})

@@ -1,4 +1,4 @@
-"""Missing data: NaN in the data, taken where a pair keeps them out of its densities."""
+"""Missing data: NaN in the data is accepted if the pair keeps it out of its densities."""
 
 import numpy as np
 import pyro
@@ -68,8 +68,8 @@ def masked_too_late(x):
         pyro.sample("x", likelihood.to_event(1), obs=x)
 
 
-def chosen_too_late(x):
-    """Finite, but for its gradient: torch.where multiplies it by zero, and NaN stays NaN."""
+def replaced_too_late(x):
+    """Only the gradient is NaN: torch.where multiplies NaN by zero."""
     with pyro.plate("data", len(x)):
         likelihood = dist.Normal(location(latent()), NOISE, validate_args=False)
         log_prob = torch.where(x.isfinite(), likelihood.log_prob(x), 0.0)
@@ -87,13 +87,13 @@ def sample(count):
 def data(count=30, value=torch.nan):
     x = sample(count)
     x[torch.rand(x.shape) < 0.3] = value
-    x[2] = value  # a row of which nothing is known
+    x[2] = value  # a row without known values
     x[5] = sample(1)[0]
     return x
 
 
 def log_evidence(x):
-    """Of each row's known numbers: a Gaussian of these alone."""
+    """Return the Gaussian log-density of the known values of each row."""
     covariance = WEIGHT @ WEIGHT.T + NOISE**2 * torch.eye(D)
     values = []
     for row in x:
@@ -109,7 +109,7 @@ FIT = {"epochs": 2, "batch_size": 10, "seed": 0, "progress": False}
 
 
 def fresh(model):
-    """Return a program of its own: what another test fitted is not its."""
+    """Return a new program, without the parameters that another test fitted."""
     return lambda x: model(x)
 
 
@@ -120,15 +120,15 @@ def pair_of(model):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("model", HANDLED)
-def test_the_evidence_is_that_of_the_known_numbers(model, value):
-    """The guide is the posterior, so that each weight is the evidence, to rounding."""
+def test_evidence_is_that_of_the_known_values(model, value):
+    """The guide is the posterior, so each weight is the evidence, up to rounding."""
     x = data(value=value)
     estimate = pv.evidence(fresh(model), posterior, x, num_particles=5, seed=1, progress=False)
     torch.testing.assert_close(estimate.values, log_evidence(x), rtol=1e-4, atol=1e-4)
 
 
 def posterior(x):
-    """Of the latents, given each row's known numbers."""
+    """The posterior of the latents, given the known values of each row."""
     known = x.isfinite().to(x.dtype)
     precision = torch.eye(2) + (WEIGHT.T * known[:, None]) @ WEIGHT / NOISE**2
     shift = (known * present(x - MEAN)) @ WEIGHT / NOISE**2
@@ -139,7 +139,7 @@ def posterior(x):
 
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("model", HANDLED)
-def test_a_pair_is_fitted_and_judged_with_missing_data(model, wrap):
+def test_fit_and_evidence_accept_missing_data(model, wrap):
     model, guide = pair_of(model)
     x = data()
     result = pv.fit(model, guide, wrap(x), validation=wrap(x), **FIT)
@@ -151,7 +151,7 @@ def test_a_pair_is_fitted_and_judged_with_missing_data(model, wrap):
 @pytest.mark.parametrize(
     "model", [masked, *(pytest.param(m, marks=pytest.mark.slow) for m in HANDLED[:2])]
 )
-def test_everything_else_takes_missing_data_too(model):
+def test_other_functions_accept_missing_data(model):
     model, guide = pair_of(model)
     x = data()
     guide(x)
@@ -173,7 +173,7 @@ def test_everything_else_takes_missing_data_too(model):
         (masked_too_late, "its distribution still receives them"),
     ],
 )
-def test_what_is_not_kept_out_is_refused_with_its_rows(model, what, wrap):
+def test_unmasked_nan_is_refused_with_its_rows(model, what, wrap):
     model, guide = pair_of(model)
     x = sample(30)
     x[[17, 25], 1] = torch.nan
@@ -194,8 +194,8 @@ def test_what_is_not_kept_out_is_refused_with_its_rows(model, what, wrap):
         assert "x.where(x.isfinite(), 0)" in str(caught.value)
 
 
-def test_the_last_values_are_checked_as_well_as_the_first():
-    """Beyond the first minibatch, in a covariate, and in what the guide alone is given."""
+def test_all_rows_and_covariates_are_checked():
+    """Also rows after the first minibatch, and values that only the guide scores."""
 
     def model(x, c):
         with pyro.plate("data", len(x)):
@@ -223,8 +223,8 @@ def test_the_last_values_are_checked_as_well_as_the_first():
 
 
 @pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
-def test_a_gradient_that_is_not_finite_is_refused_before_the_first_step(on_nonfinite):
-    model, guide = pair_of(chosen_too_late)
+def test_nonfinite_gradient_is_refused_before_the_first_step(on_nonfinite):
+    model, guide = pair_of(replaced_too_late)
     x = data()
     with pytest.raises(
         ValueError, match=r"first in row .*the gradient of the loss is NaN or infinite there"
@@ -235,7 +235,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_the_first_step(on_nonfi
         pv.fit(model, guide, Stream(x), **FIT)
 
 
-def test_other_mistakes_are_told_as_ever():
+def test_other_errors_keep_their_messages():
     model, guide = pair_of(masked)
     with pytest.raises(
         ValueError, match=r"the (guide|model) cannot run on data x of shape \(10, 10\)"
@@ -245,7 +245,7 @@ def test_other_mistakes_are_told_as_ever():
     assert fixed.history.loss.notna().all()
 
 
-def test_missing_data_are_not_blamed_for_what_a_step_made_of_the_parameters():
+def test_nonfinite_parameters_are_not_reported_as_missing_data():
     model, guide = pair_of(nan_masked)
     with pytest.raises(pv.training.NonFiniteError) as caught:
         pv.fit(model, guide, data(), optimizer=lambda p: torch.optim.SGD(p, lr=1e25), **FIT)
@@ -253,7 +253,7 @@ def test_missing_data_are_not_blamed_for_what_a_step_made_of_the_parameters():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_rows_of_finite_numbers_are_told_from_others(dtype):
+def test_finite_rows_finds_nan_and_infinite_values(dtype):
     values = torch.randn(50, 7).to(dtype)
     assert finite_rows(values).tolist() == [True] * 50
     largest = torch.full((50, 7), torch.finfo(dtype).max, dtype=dtype)  # their sum is infinite

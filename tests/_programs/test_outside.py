@@ -1,4 +1,4 @@
-"""A guide that draws outside the model's support: such draws have no weight."""
+"""A guide that samples outside the model's support: such samples have weight zero."""
 
 import pyro
 import pyro.distributions as dist
@@ -8,7 +8,7 @@ import torch
 import pyro_vae as pv
 from pyro_vae import objectives
 
-# Priors of a latent, a Gaussian guide's location and scale, and ends for the quadrature.
+# Prior, location and scale of a Gaussian guide, and bounds of the quadrature.
 PRIORS = {
     "exponential": (dist.Exponential(3.0), 0.4, 0.5, (0.0, 12.0)),
     "gamma": (dist.Gamma(2.0, 3.0), 0.6, 0.6, (0.0, 12.0)),
@@ -72,7 +72,7 @@ def pair(name):
 
 
 def log_evidence(name, x):
-    """By quadrature over the support, at the middles of 400,000 intervals."""
+    """Return log p(x) by quadrature over the support, at the midpoints of 40,000 intervals."""
     prior, _, _, (low, high) = PRIORS[name]
     width = (high - low) / 40_000
     z = low + (torch.arange(40_000, dtype=torch.float64) + 0.5) * width
@@ -82,7 +82,7 @@ def log_evidence(name, x):
 
 @pytest.mark.filterwarnings("ignore::pyro_vae.evaluation.UnreliableEvidence")
 @pytest.mark.parametrize("name", PRIORS)
-def test_evidence_is_that_of_quadrature(name):
+def test_evidence_matches_quadrature(name):
     model, guide = pair(name)
     x = torch.rand(10)
     exact = log_evidence(name, x)
@@ -92,13 +92,13 @@ def test_evidence_is_that_of_quadrature(name):
     for options in ways:
         count = 100 if "vectorize_particles" in options else 5000
         found = pv.evidence(model, guide, x, num_particles=count, batch_size=5, seed=0, **options)
-        # Ten values of one seed: 5 standard errors, and what a ratio of few draws is biased by.
+        # Ten values of one seed: allow 5 standard errors, and the bias of few samples.
         allowed = 5 * found.monte_carlo_errors + found.monte_carlo_errors.square()
         assert ((found.values - exact).abs() < allowed + 1e-4).all(), options
 
 
 @pytest.mark.parametrize("name", PRIORS)
-def test_weights_are_zero_outside_and_as_ever_inside(name):
+def test_weights_are_zero_only_outside_the_support(name):
     model, guide = pair(name)
     prior, _, _, (low, high) = PRIORS[name]
     t = pv.terms(model, guide, torch.rand(200), num_particles=20)
@@ -116,7 +116,7 @@ _UNBOUNDED = ("exponential", "gamma", "half-normal", "log-normal", "pareto",
               "mixture of exponentials", "shifted exponential", "shifted log-normal")  # fmt: skip
 
 
-def test_gradients_of_what_is_inside_are_finite():
+def test_gradient_is_finite_with_samples_outside():
     loc = torch.tensor(0.4, requires_grad=True)
 
     def model(x):
@@ -133,13 +133,13 @@ def test_gradients_of_what_is_inside_are_finite():
 
 
 @pytest.mark.parametrize("name", ["exponential", "uniform", "von Mises"])
-def test_a_fit_names_the_latent(name):
+def test_fit_names_the_latent_with_samples_outside(name):
     model, guide = pair(name)
     with pytest.raises(ValueError, match=r"'z' has a log-density of -inf.*guides of the library"):
         pv.fit(model, guide, torch.rand(300), epochs=1, batch_size=300, progress=False)
 
 
-def test_guides_of_the_library_and_of_pyro_stay_inside():
+def test_guides_of_the_library_and_pyro_sample_inside():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Exponential(3.0))
@@ -187,7 +187,7 @@ def test_evidence_of_two_angles_agrees_with_quadrature(skewed):
     assert ((found.values - exact).abs() < 5 * found.monte_carlo_errors).all()
 
 
-def test_discrete_latents_outside_have_no_weight():
+def test_discrete_samples_outside_have_weight_zero():
     def model(x):
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Bernoulli(0.7))
@@ -218,7 +218,7 @@ def test_discrete_latents_outside_have_no_weight():
 
 
 @pytest.mark.parametrize("inside_event", [False, True])
-def test_what_is_masked_counts_for_nothing_outside(inside_event):
+def test_masked_samples_outside_add_nothing(inside_event):
     mask = torch.tensor([True, False])
 
     def masked(fn):
@@ -241,7 +241,7 @@ def test_what_is_masked_counts_for_nothing_outside(inside_event):
     assert (t.log_weight[:, 0] == -torch.inf).any()
 
 
-def test_a_support_that_moves_after_a_guide_was_made_is_refused():
+def test_support_that_changes_after_the_first_call_is_refused():
     class Encoder(torch.nn.Module):
         def forward(self, x, top):
             return x[:, None]
@@ -259,7 +259,7 @@ def test_a_support_that_moves_after_a_guide_was_made_is_refused():
 
 
 @pytest.mark.parametrize("objective", ["DReG", "PIWAE", "ReweightedWakeSleep", "IWAE", "VIMCO"])
-def test_weights_of_zero_leave_the_bound_and_its_gradient_finite(objective):
+def test_zero_weights_keep_bound_and_gradient_finite(objective):
     loc = torch.tensor(1.0, requires_grad=True)
 
     def model(x):
@@ -283,18 +283,18 @@ def test_weights_of_zero_leave_the_bound_and_its_gradient_finite(objective):
 
 
 @pytest.mark.parametrize("library", [True, False])
-def test_an_interval_without_an_end(library):
+def test_evidence_on_a_half_line_matches_quadrature(library):
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.GeneralizedPareto(0.0, 1.0, 0.3))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    def by_hand(x):
+    def normal_guide(x):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(0.5, 0.8))
 
     encoder = torch.nn.Sequential(torch.nn.Unflatten(0, (-1, 1)), pv.nets.MLP(1, [4]))
-    guide = pv.guides.AmortizedNormal(model, encoder) if library else by_hand
+    guide = pv.guides.AmortizedNormal(model, encoder) if library else normal_guide
     x = torch.rand(5)
     z = (torch.arange(200_000, dtype=torch.float64) + 0.5) * 1e-4
     log_joint = dist.GeneralizedPareto(0.0, 1.0, 0.3).log_prob(z)

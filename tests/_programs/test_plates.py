@@ -1,4 +1,4 @@
-"""All forms of the plate "data" under all guides: the model's rows are its own."""
+"""All forms of the plate "data", with all guides: the model keeps its own rows."""
 
 import functools
 from contextlib import ExitStack
@@ -25,7 +25,7 @@ def data(rows=ROWS):
 
 
 class Encoder(torch.nn.Module):
-    """Features of what a row differs by from its own offset."""
+    """Features of the difference between a row and its offset."""
 
     def __init__(self):
         super().__init__()
@@ -138,7 +138,7 @@ GUIDES = {
 
 
 def log_joint(x, rows, z):
-    """log p(x|z) and log p(z) of z (K, B, 2), by hand."""
+    """Return log p(x|z) and log p(z) of z of shape (K, B, 2)."""
     offset = OFFSET[rows, None]
     likelihood = dist.Normal(z @ WEIGHT + offset, 1.0).log_prob(x).sum(-1)
     return likelihood, dist.Normal(0.1 * offset, _scale()).log_prob(z).sum(-1)
@@ -155,7 +155,7 @@ def check(model, guide, x, rows, num_particles):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", GUIDES)
-def test_the_rows_of_the_model_are_its_own(form, name):
+def test_model_keeps_its_own_rows(form, name):
     model = FORMS[form]
     x, rows = data()
     guide = GUIDES[name](model, Encoder())
@@ -179,11 +179,11 @@ def test_guides_score_minibatches_of_any_size(form, name):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_guides_without_an_encoder_and_by_hand(form):
+def test_model_keeps_its_rows_with_local_and_user_guides(form):
     model = FORMS[form]
     x, rows = data()
 
-    def by_hand(x, rows):
+    def user_guide(x, rows):
         with ExitStack() as stack:
             if model in SIZED:
                 stack.enter_context(pyro.plate("data", len(x), dim=-1))
@@ -195,13 +195,13 @@ def test_guides_without_an_encoder_and_by_hand(form):
             loc = loc.unsqueeze(-2) if model is left_of_a_plate else loc
             pyro.sample("z", dist.Normal(loc, _scale()).to_event(1))
 
-    for guide in (guides.LocalGuide(model, x, rows), by_hand):
+    for guide in (guides.LocalGuide(model, x, rows), user_guide):
         for num_particles in (1, 5):
             check(model, guide, x, rows, num_particles)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_evidence_and_surgery_see_the_rows_of_the_model(form):
+def test_evidence_and_surgery_use_the_rows_of_the_model(form):
     model = FORMS[form]
     rows = torch.randperm(N)[:10]
     x, rows = data(rows) if model is not number else data()
@@ -253,7 +253,7 @@ def test_two_guides_in_one_program_score_their_own_latents():
 @pytest.mark.parametrize(
     "name", ["normal", "multivariate normal", "hierarchical", "semi-amortized"]
 )
-def test_a_guide_first_called_inside_a_users_plate(name):
+def test_guide_can_be_first_called_inside_a_plate(name):
     x, rows = data()
     model = subsample_of_rows
     inner = GUIDES[name](model, Encoder())
@@ -266,7 +266,7 @@ def test_a_guide_first_called_inside_a_users_plate(name):
         check(model, guide, x, rows, num_particles)
 
 
-def test_a_plate_that_a_guide_opens_twice_has_the_same_rows():
+def test_plate_opened_twice_must_have_the_same_rows():
     def model(x, rows):
         with pyro.plate("data", N, subsample=rows):
             a = pyro.sample("a", dist.Normal(0.0, 1.0))

@@ -1,4 +1,4 @@
-"""Observations as they were, and data drawn or averaged anew where discrete latents are summed out.
+"""Observations, predictions and reconstructions of models with summed-out discrete latents.
 
 Frequencies are compared at 4.5 standard errors: a false alarm in 10^5 comparisons.
 """
@@ -15,11 +15,11 @@ import pyro_vae as pv
 ALL = {"enumerate": "parallel"}
 PROBS = torch.tensor([0.2, 0.3, 0.5])
 MEANS = torch.tensor([-1.0, 0.5, 1.5])
-STEP = 100.0  # so far apart that what is observed shows which component drew it
+STEP = 100.0  # so large that an observation shows its component
 
 
 def mixture(x, plates=0):
-    """z depends on c, and x on both; in an inner plate of four numbers, if so wished."""
+    """z depends on c, and x on both; with ``plates``, x is in an inner plate of four numbers."""
     with pyro.plate("data", len(x)):
         c = pyro.sample("c", dist.Categorical(PROBS), infer=dict(ALL))
         z = pyro.sample("z", dist.Normal(MEANS[c], 0.7))
@@ -38,7 +38,7 @@ def guide(x):
 
 
 def given(z):
-    """p(c|z)."""
+    """Return p(c|z)."""
     log_joint = PROBS.log() + dist.Normal(MEANS, 0.7).log_prob(z.unsqueeze(-1))
     return log_joint.softmax(-1)
 
@@ -51,7 +51,7 @@ def assert_drawn_from(found, probs):
 
 @pytest.mark.parametrize("plates", [0, 1])
 @pytest.mark.parametrize(("particles", "vectorize"), [(1, True), (2000, True), (40, False)])
-def test_what_was_summed_out_is_drawn_given_the_latents(plates, particles, vectorize):
+def test_predictions_sample_the_component_given_the_latents(plates, particles, vectorize):
     torch.manual_seed(0)
     model = functools.partial(mixture, plates=plates)
     x = torch.randn(200 if particles == 1 else 3, 4)
@@ -60,13 +60,13 @@ def test_what_was_summed_out_is_drawn_given_the_latents(plates, particles, vecto
     z, drawn = t.samples["z"], t.predict()
     assert drawn["x"].shape == (particles, *x.shape)
     c = ((drawn["x"] - z.unsqueeze(-1)) / STEP).round()
-    assert (c == c[..., :1]).all()  # one component for all that a data point shows
+    assert (c == c[..., :1]).all()  # one component for each data point
     for value in range(3):
         assert_drawn_from((c[..., 0] == value).float(), given(z)[..., value])
 
 
-def test_latents_of_one_group_and_sites_of_several():
-    """Two latents tell of c, none of d, whose values are the halves of a Bernoulli's."""
+def test_predictions_sample_two_summed_out_latents():
+    """Two latents depend on c, and none on d."""
     torch.manual_seed(0)
 
     def model(x):
@@ -103,7 +103,7 @@ def test_latents_of_one_group_and_sites_of_several():
 
 
 @pytest.mark.parametrize("plates", [0, 1])
-def test_reconstructions_are_averages_over_what_was_summed_out(plates):
+def test_reconstructions_average_over_the_components(plates):
     model = functools.partial(mixture, plates=plates)
     means = pv.reconstruct(model, guide, torch.randn(6, 4), by_site=True, seed=0)
     z = means["shown"]
@@ -111,7 +111,7 @@ def test_reconstructions_are_averages_over_what_was_summed_out(plates):
     torch.testing.assert_close(means["x"], expected.unsqueeze(-1).expand(6, 4))
 
 
-def test_a_guide_that_enumerates_draws_for_its_reconstructions():
+def test_reconstruction_samples_latents_enumerated_in_the_guide():
     def both(x):
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Categorical(logits=1e4 * (x - 1).sign() * torch.eye(3)[1]),
@@ -130,8 +130,8 @@ def test_a_guide_that_enumerates_draws_for_its_reconstructions():
     assert ((means - STEP - 1).abs() < 0.6).all()
 
 
-def test_a_discrete_observation_is_drawn_with_its_component():
-    """A site without a mean."""
+def test_discrete_observation_is_sampled_with_its_component():
+    """The observed site has no mean."""
     torch.manual_seed(0)
 
     def model(x):
@@ -144,11 +144,11 @@ def test_a_discrete_observation_is_drawn_with_its_component():
     found = pv.reconstruct(model, guide, x, seed=0, by_site=True)["x"]
     probs = given(0.5 * torch.randn(100_000)).mean(0)
     for value in range(3):
-        error = (probs[value] * (1 - probs[value]) / 4000).sqrt() + 2e-3  # of the 100,000 too
+        error = (probs[value] * (1 - probs[value]) / 4000).sqrt() + 2e-3  # and that of 100,000
         assert ((found == value).float().mean() - probs[value]).abs() < 4.5 * error
 
 
-def test_the_mixture_model_is_predicted():
+def test_predictions_of_the_mixture_model():
     torch.manual_seed(0)
     model = pv.models.MixtureModel(
         pv.priors.MixtureOfNormals(2, components=3), pv.likelihoods.Normal(pv.nets.MLP(2, [8], 4))
@@ -166,7 +166,7 @@ def test_the_mixture_model_is_predicted():
 
 
 def plain(x, plates=0):
-    """Three values of c, all at once, and what is observed."""
+    """z and c are independent; x and a constant are observed."""
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         c = pyro.sample("c", dist.Categorical(PROBS), infer=dict(ALL))
@@ -182,7 +182,7 @@ def plain(x, plates=0):
 @pytest.mark.parametrize("plates", [0, 1])
 @pytest.mark.parametrize("vectorize", [True, False])
 @pytest.mark.parametrize("particles", [1, 3, 7])
-def test_observations_are_once_for_each_data_point(plates, vectorize, particles):
+def test_observations_have_one_row_per_data_point(plates, vectorize, particles):
     x = torch.randn(5, 4)
     model = functools.partial(plain, plates=plates)
     options = {"num_particles": particles, "vectorize_particles": vectorize}
@@ -198,7 +198,7 @@ def test_observations_are_once_for_each_data_point(plates, vectorize, particles)
 
 @pytest.mark.parametrize("on", ["z", "c"])
 @pytest.mark.parametrize("vectorize", [True, False])
-def test_an_observation_that_depends_on_latents_has_no_one_value(on, vectorize):
+def test_observation_that_depends_on_latents_is_refused(on, vectorize):
     def model(x, weight):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -1,4 +1,4 @@
-"""Pairs never touch each other's parameters, whatever their names."""
+"""Pairs keep separate parameters, even with equal names."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from pyro_vae._utils.modules import modules
 
 
 def plain_pair(start=0.0):
-    """Everything by pyro.param and pyro.module, under names that every such pair has."""
+    """Return a pair that uses pyro.param and pyro.module, under the same names each time."""
     decoder = nn.Linear(1, 1)
 
     def model(x):
@@ -63,7 +63,7 @@ def options(**changes):
     )
 
 
-def test_two_plain_pairs_of_the_same_names_train_apart():
+def test_pairs_with_equal_parameter_names_train_separately():
     x = torch.randn(100) + 2
     alone_model, alone_guide, _ = plain_pair()
     torch.manual_seed(1)
@@ -87,7 +87,7 @@ def test_two_plain_pairs_of_the_same_names_train_apart():
         assert pyro.param("loc").item() != loc
 
 
-def test_two_pyro_modules_of_the_same_class_train_apart(binary):
+def test_pyro_modules_of_one_class_train_separately(binary):
     torch.manual_seed(3)
     first = make_pair()
     torch.manual_seed(3)
@@ -101,8 +101,8 @@ def test_two_pyro_modules_of_the_same_class_train_apart(binary):
         assert torch.equal(a, b)
 
 
-def test_an_untrained_pair_is_not_evaluated_with_anothers_parameters(binary):
-    """PyroParams follow Pyro's store by name: another module's entry must not replace them."""
+def test_untrained_pair_does_not_use_parameters_of_another(binary):
+    """PyroParams use Pyro's store by name: another module's entry must not replace them."""
 
     class Model(pyro.nn.PyroModule):
         def __init__(self, loc):
@@ -125,18 +125,18 @@ def test_an_untrained_pair_is_not_evaluated_with_anothers_parameters(binary):
     assert second.loc.item() == 30.0
 
 
-def test_pairs_trained_by_pyros_svi_are_evaluated_with_what_they_learned():
+def test_pairs_trained_by_svi_are_evaluated_with_their_parameters():
     x = torch.randn(200) + 4
     model, guide, _ = plain_pair()
     svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), pv.objectives.ELBO())
     untrained = pv.evidence(model, guide, x, num_particles=200, seed=0).mean
-    assert len(pyro.get_param_store()) == 0  # looking leaves no trace
+    assert len(pyro.get_param_store()) == 0  # evaluation stores nothing
     for _ in range(100):
         svi.step(x)
     assert pv.evidence(model, guide, x, num_particles=200, seed=0).mean > untrained + 1
 
 
-def test_a_second_fit_goes_on_from_the_first():
+def test_second_fit_starts_from_the_first():
     x = torch.randn(100) + 2
     model, guide, _ = plain_pair()
     first = pv.fit(model, guide, x, **options(epochs=20))
@@ -149,8 +149,8 @@ def prior_as_guide(x):
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
 
-def test_a_fitted_model_keeps_its_parameters_beside_another_guide():
-    """Naive Monte Carlo: the same model, the prior for a guide."""
+def test_fitted_model_keeps_its_parameters_with_another_guide():
+    """Naive Monte Carlo: the guide is the prior."""
     x = torch.randn(100) + 3
     model, guide, _ = plain_pair()
     pv.fit(model, guide, x, **options(epochs=50))
@@ -160,7 +160,7 @@ def test_a_fitted_model_keeps_its_parameters_beside_another_guide():
     assert ((naive.values - best.values).abs() < 4.5 * error + 0.02).all()
 
 
-def test_a_fitted_guide_keeps_its_parameters_beside_another_model():
+def test_fitted_guide_keeps_its_parameters_with_another_model():
     x = torch.randn(100) + 3
     model, guide, decoder = plain_pair()
     pv.fit(model, guide, x, **options(epochs=50))
@@ -194,7 +194,7 @@ def test_parameters_of_several_fits_are_ambiguous():
         pv.evidence(model, prior_as_guide, x, num_particles=5)
 
 
-def test_a_pair_of_methods_trains_its_own_module_alone():
+def test_pair_of_methods_trains_only_its_own_module():
     x = torch.randn(60, 3)
     first, second = MethodsPair(), MethodsPair()
     before = pv.evidence(first.model, first.guide, x, num_particles=20, seed=0).mean
@@ -204,7 +204,7 @@ def test_a_pair_of_methods_trains_its_own_module_alone():
     assert not torch.equal(first.decoder.weight, second.decoder.weight)
 
 
-def test_a_store_ends_with_its_pair():
+def test_parameters_are_freed_with_their_pair():
     gc.collect()
     before = len(fits._fits)
     model, guide, _ = plain_pair()
@@ -215,7 +215,7 @@ def test_a_store_ends_with_its_pair():
     assert len(fits._fits) == before
 
 
-def test_a_store_ends_with_its_pair_under_a_handler_too():
+def test_parameters_are_freed_with_their_pair_under_a_handler():
     gc.collect()
     before = len(fits._fits)
     model, guide, _ = plain_pair()
@@ -227,7 +227,7 @@ def test_a_store_ends_with_its_pair_under_a_handler_too():
     assert len(fits._fits) == before
 
 
-def test_an_open_store_is_not_opened_again():
+def test_evaluation_uses_an_open_parameter_store():
     x = torch.randn(50)
     model, guide, _ = plain_pair()
     pv.fit(model, guide, x, **options(epochs=1))
@@ -238,7 +238,7 @@ def test_an_open_store_is_not_opened_again():
     assert pv.evidence(model, guide, x, num_particles=10, seed=0).mean == far
 
 
-def test_modules_that_programs_refer_to():
+def test_modules_finds_modules_in_closures_partials_and_objects():
     decoder, shared = nn.Linear(1, 1), nn.Linear(1, 2)
 
     def closure(x):
@@ -266,7 +266,7 @@ def test_modules_that_programs_refer_to():
     assert modules(pair.model, pair.guide) == [pair]
 
 
-def test_modules_in_containers_objects_and_inner_functions():
+def test_modules_finds_modules_in_containers_and_inner_functions():
     nets = {"decoder": nn.Linear(1, 1), "list": [nn.Linear(1, 2)]}
     space = types.SimpleNamespace(net=nn.Linear(1, 3))
 
@@ -306,7 +306,7 @@ def global_caller(x):
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """Two of these are equal, and yet two."""
+    """Two objects of this class are equal but distinct."""
 
     k: int
 
@@ -354,7 +354,7 @@ def test_partials_with_equal_arguments_are_one_program():
         assert pyro.param("loc").item() > 0.5
 
 
-def test_a_fit_goes_on_from_pyros_svi_and_leaves_its_parameters_alone():
+def test_fit_starts_from_svi_and_keeps_its_parameters():
     x = torch.randn(200) + 4
     model, guide, _ = plain_pair()
     svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), pv.objectives.ELBO())
@@ -369,13 +369,13 @@ def test_a_fit_goes_on_from_pyros_svi_and_leaves_its_parameters_alone():
 
 
 @pytest.mark.parametrize("arguments", [(None, lambda x: x), (lambda x: x, 3)])
-def test_programs_that_cannot_be_called(arguments):
+def test_programs_must_be_callable(arguments):
     for call in (pv.fit, pv.evidence, pv.elbo_surgery, pv.to_arviz):
         with pytest.raises(TypeError, match="must be a Pyro program"):
             call(*arguments, torch.randn(5))
 
 
-def test_wrappers_of_a_program_find_what_it_reached_and_the_other_way_round():
+def test_programs_and_their_wrappers_share_parameters():
     x = torch.randn(200) + 4
 
     def model(x, beta=1.0):
@@ -401,13 +401,13 @@ def test_wrappers_of_a_program_find_what_it_reached_and_the_other_way_round():
             assert pyro.param("slope").item() != pytest.approx(0.1, abs=1e-3)
 
 
-def test_initial_values_taken_for_want_of_fitted_ones_are_told():
+def test_evaluation_at_initial_values_warns():
     model, guide, _ = plain_pair()
     with pytest.warns(UserWarning, match="found no value of pyro.param 'loc'"):
         pv.evidence(model, guide, torch.randn(5), num_particles=2)
 
 
-def test_modes_stay_as_the_user_set_them():
+def test_fit_keeps_a_frozen_module_in_eval_mode():
     frozen = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval().requires_grad_(False)
 
     class Encoder(nn.Module):
@@ -427,7 +427,7 @@ def test_modes_stay_as_the_user_set_them():
     assert frozen in modules(guide)
 
 
-def test_a_module_that_overrides_train_is_put_into_evaluation_mode_by_it():
+def test_evaluation_calls_an_overridden_train_method():
     class Noise(torch.nn.Module):
         scale = 5.0
 

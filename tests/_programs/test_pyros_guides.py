@@ -1,4 +1,4 @@
-"""Pyro's own guides: their losses are Pyro's, and their parameters belong to rows."""
+"""Pyro's own guides: the losses match Pyro's, and parameters must belong to rows."""
 
 import pyro
 import pyro.distributions as dist
@@ -66,13 +66,13 @@ def make(name, model, x):
     return guide
 
 
-# Pyro's AutoIAFNormal takes one particle at a time.
+# Pyro's AutoIAFNormal supports one particle at a time.
 CASES = [(n, k) for n in GUIDES for k in (1, 3) if (n, k) != ("AutoIAFNormal", 3)]
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize(("name", "num_particles"), CASES)
-def test_the_loss_is_pyros(name, num_particles, model):
+def test_loss_matches_pyro(name, num_particles, model):
     x = torch.randn(N)
     guide = make(name, model, x)
     options = {"num_particles": num_particles, "vectorize_particles": True}
@@ -83,14 +83,14 @@ def test_the_loss_is_pyros(name, num_particles, model):
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_parameters_of_positions_are_refused_before_the_first_step(name):
+def test_autoguide_parameters_per_position_are_refused(name):
     x = torch.randn(N)
     guide = getattr(autoguide, name)(two_local)
     with pytest.raises(ValueError, match=r"separate numbers for each position.*create_plates"):
         pv.fit(two_local, guide, x, epochs=1, batch_size=4, progress=False)
 
 
-def test_parameters_of_positions_written_by_hand_are_refused():
+def test_parameters_per_position_are_refused():
     x = torch.randn(N)
 
     def of_guide(x):
@@ -116,7 +116,7 @@ def test_parameters_of_positions_written_by_hand_are_refused():
         pv.evidence(of_model, amortized, x, num_particles=5, batch_size=4)
 
 
-def test_parameters_of_all_data_that_are_taken_by_position_are_refused():
+def test_parameters_of_all_data_indexed_by_position_are_refused():
     x = torch.randn(40)
 
     def model(x):
@@ -137,8 +137,8 @@ def test_parameters_of_all_data_that_are_taken_by_position_are_refused():
         pv.evidence(model, guide, x, num_particles=5, batch_size=12)
 
 
-def test_parameters_of_rows_and_networks_as_wide_as_the_batch_are_accepted():
-    """What is looked up by row is no parameter of a position, nor is a layer of B units."""
+def test_parameters_per_row_and_layers_of_batch_size_are_accepted():
+    """Parameters indexed by row and layers of B units do not belong to positions."""
     x, rows = torch.randn(N), torch.arange(N)
 
     def model(x, rows):
@@ -171,7 +171,7 @@ def posterior_means(model, guide, data, name="z"):
 
 
 @pytest.mark.parametrize("name", ["AutoNormal", "AutoDiagonalNormal", "AutoNormalMessenger"])
-def test_a_minibatch_of_all_data_finds_each_rows_posterior(name):
+def test_autoguide_on_all_data_finds_the_posterior_of_each_row(name):
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 10.0))
@@ -185,7 +185,7 @@ def test_a_minibatch_of_all_data_finds_each_rows_posterior(name):
     torch.testing.assert_close(found, x * 100 / 101, atol=1.5, rtol=0.0)
 
 
-def test_an_autoguide_on_minibatches_takes_the_rows_from_create_plates():
+def test_autoguide_on_minibatches_needs_create_plates():
     x, rows = 10 * torch.randn(N), torch.arange(N)
 
     def model(x, rows):
@@ -198,7 +198,7 @@ def test_an_autoguide_on_minibatches_takes_the_rows_from_create_plates():
 
     options = {"epochs": 200, "learning_rate": 0.1, "seed": 0, "progress": False}
     for objective in (objectives.ELBO(), objectives.IWAE(2), Trace_ELBO()):
-        if not isinstance(objective, Trace_ELBO):  # which Pyro's own takes, without a word
+        if not isinstance(objective, Trace_ELBO):  # Pyro's objective accepts it silently
             with pytest.raises(ValueError, match=r"draws rows at random.*create_plates"):
                 objective.loss(model, autoguide.AutoNormal(model), x[:4], rows[:4])
         guide = autoguide.AutoNormal(model, create_plates=plates)
@@ -227,8 +227,8 @@ def test_rows_that_differ_between_model_and_guide_are_refused():
         pv.terms(model, program(torch.arange(4), False), x)
 
 
-def test_a_messengers_guide_beside_another():
-    """The model's factor in a messenger's run is no part of the guide, wherever it is called."""
+def test_messenger_guide_combines_with_another():
+    """A messenger runs the model, but the model's factor is not part of the guide."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -258,7 +258,7 @@ def test_a_messengers_guide_beside_another():
     assert ((torch.as_tensor(found.values) - exact).abs() < 5 * errors).all()
 
 
-def test_auxiliary_sites_of_more_numbers_than_the_latents_are_refused():
+def test_auxiliary_site_larger_than_the_latents_is_refused():
     def guide(x):
         with pyro.plate("data", len(x)):
             fn = dist.Normal(torch.zeros(2), 1.0).to_event(1)

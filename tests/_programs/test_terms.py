@@ -42,7 +42,7 @@ def test_log_weights_are_the_evidence_when_the_guide_is_the_posterior(num_partic
 
 @pytest.mark.parametrize("num_particles", [1, 5])
 @pytest.mark.parametrize("vectorize", [True, False])
-def test_terms_of_nested_plates_sum_to_the_datum(num_particles, vectorize):
+def test_terms_of_nested_plates_are_summed_per_data_point(num_particles, vectorize):
     x = torch.randn(6, 2)
     t = pv.terms(
         nested_model, nested_guide, x, num_particles=num_particles, vectorize_particles=vectorize
@@ -63,7 +63,7 @@ def test_terms_of_nested_plates_sum_to_the_datum(num_particles, vectorize):
     assert t.predict()["x"].shape == (num_particles, 6, 2)
 
 
-def test_vectorised_and_sequential_particles_have_the_same_law():
+def test_vectorized_and_sequential_particles_have_equal_moments():
     oracle = LinearGaussian()
     x = oracle.sample(1)
     draws = [
@@ -79,7 +79,7 @@ def test_vectorised_and_sequential_particles_have_the_same_law():
 
 
 @pytest.mark.parametrize("num_particles", [1, 4])
-def test_closed_form_kl_and_its_sampled_stand_in(num_particles):
+def test_kl_is_sampled_if_it_has_no_closed_form(num_particles):
     def model(x):
         with pyro.plate("data", len(x)):
             pyro.sample("known", dist.Normal(0.0, 1.0))
@@ -112,7 +112,7 @@ def scaled_guide(x, scale=0.5, mask=True):
         pyro.sample("z", dist.Normal(x, 0.5))
 
 
-def test_a_scale_on_both_sides_stays_in_the_terms():
+def test_scale_in_both_programs_stays_in_the_terms():
     x = torch.randn(5)
     t = pv.terms(scaled_latent, scaled_guide, x)
     z = t.samples["z"]
@@ -123,14 +123,14 @@ def test_a_scale_on_both_sides_stays_in_the_terms():
 
 
 @pytest.mark.parametrize(("model_scale", "guide_scale"), [(0.5, 1.0), (1.0, 0.5)])
-def test_a_scale_on_one_side_alone_is_refused(model_scale, guide_scale):
+def test_scale_in_only_one_program_is_refused(model_scale, guide_scale):
     model = functools.partial(scaled_latent, scale=model_scale)
     guide = functools.partial(scaled_guide, scale=guide_scale)
     with pytest.raises(ValueError, match=f"scaled by {model_scale:g} in the model and by"):
         pv.terms(model, guide, torch.randn(5))
 
 
-def test_a_mask_on_one_side_alone_is_refused():
+def test_mask_in_only_one_program_is_refused():
     mask = torch.tensor([True, False, True])
     for model_mask, guide_mask, where in ((mask, True, "model"), (True, mask, "guide")):
         model = functools.partial(scaled_latent, mask=model_mask)
@@ -145,7 +145,7 @@ def test_a_mask_on_one_side_alone_is_refused():
     assert t.log_prior[0, 1] == t.log_guide[0, 1] == t.kl[0, 1] == 0.0
 
 
-def test_kl_of_an_autoguides_delta_keeps_its_jacobian():
+def test_kl_of_an_autoguide_includes_the_jacobian():
     def model(x):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Exponential(torch.ones(len(x))))
@@ -156,7 +156,7 @@ def test_kl_of_an_autoguides_delta_keeps_its_jacobian():
     torch.testing.assert_close(t.kl, t.log_guide - t.log_prior)
 
 
-def test_scale_of_a_subsampled_data_plate_stays_out_of_the_terms():
+def test_scale_of_a_subsampled_data_plate_is_not_in_the_terms():
     def model(x):
         with pyro.plate("data", 1000, subsample=x):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -205,8 +205,8 @@ def test_guide_is_scored_at_given_values_for_all_pairs():
     torch.testing.assert_close(scores, expected)
 
 
-def test_a_dimension_that_is_no_plates_is_refused():
-    """Summed over an inner plate without keepdim, particles would sit where words were."""
+def test_dimension_without_a_plate_is_refused():
+    """A sum over an inner plate without keepdim moves the particles to its dimension."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -225,7 +225,7 @@ def test_a_dimension_that_is_no_plates_is_refused():
         pv.terms(model, guide, torch.randn(6), num_particles=5)
 
 
-def test_particles_in_the_place_of_a_plate_of_the_same_size_are_found_out():
+def test_particles_in_the_dimension_of_a_plate_are_refused():
     def model(x):
         with pyro.plate("data", len(x)):
             with pyro.plate("words", 3):
@@ -261,7 +261,7 @@ def test_observations_and_factors_in_the_data_plate():
     assert t.predict()["y"].shape == (3, 4)
 
 
-def test_a_mask_of_the_distribution_on_one_side_alone_is_refused():
+def test_distribution_mask_in_only_one_program_is_refused():
     mask = torch.tensor([True, False, True])
 
     def model(x):
@@ -273,7 +273,7 @@ def test_a_mask_of_the_distribution_on_one_side_alone_is_refused():
         pv.terms(model, guide_inside, torch.randn(3))
 
 
-def test_an_auxiliary_site_beside_a_latent_that_is_no_function_of_it():
+def test_latent_not_determined_by_an_auxiliary_site_is_refused():
     def model(x):
         with pyro.plate("data", len(x)):
             w = pyro.sample("w", dist.Normal(0.0, 1.0))
@@ -290,7 +290,7 @@ def test_an_auxiliary_site_beside_a_latent_that_is_no_function_of_it():
         pv.terms(model, guide, torch.randn(3))
 
 
-def test_a_guide_of_points_has_an_elbo_and_no_evidence():
+def test_delta_guide_has_an_elbo_but_no_evidence():
     def guide(x):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Delta(x / 2))
@@ -304,7 +304,7 @@ def test_a_guide_of_points_has_an_elbo_and_no_evidence():
             call(latent_inside, guide, x)
 
 
-def test_deterministic_sites_stay_when_observations_are_drawn_anew():
+def test_predictions_keep_deterministic_sites():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -393,13 +393,13 @@ def model_other_plate(x):
         (model_other_plate, model_other_plate, "plates are, by size, {'first rows': 3}"),
     ],
 )
-def test_broken_contracts_are_named(model, guide, message):
+def test_invalid_pairs_are_refused_by_name(model, guide, message):
     guide = poutine.block(guide, hide=["x"]) if guide is model_other_plate else guide
     with pytest.raises(ValueError, match=message):
         pv.terms(model, guide, torch.randn(5))
 
 
-def test_global_latents_are_named_where_data_must_be_independent():
+def test_require_independent_data_names_global_latents():
     t = pv.terms(latent_outside, guide_outside, torch.randn(5), num_particles=3)
     assert t.global_sites == ["z"]
     assert t.log_weight_global.shape == (3,)
@@ -413,8 +413,8 @@ def test_num_particles_must_be_positive():
 
 
 @pytest.mark.parametrize("how", ["view", "flatten", "batch norm", "bilinear"])
-def test_a_decoder_for_one_leading_dimension_is_refused_with_the_way_out(how):
-    """Decoders that flatten the particles into the batch, or take them for channels."""
+def test_decoder_without_particle_dimensions_is_refused(how):
+    """The decoders flatten the particles into the batch, or use them as channels."""
     linear, norm = torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4).eval()
     bilinear = torch.nn.Bilinear(2, 2, 4)
     decoders = {
@@ -446,8 +446,8 @@ def test_a_decoder_for_one_leading_dimension_is_refused_with_the_way_out(how):
     assert found.values.isfinite().all()
 
 
-def test_errors_of_programs_pass_without_a_dump_of_all_shapes():
-    """Refusals from inside a guide end with what to do."""
+def test_errors_of_guides_have_no_dump_of_shapes():
+    """Messages from inside a guide end with the solution."""
     model = pv.LatentVariableModel(
         pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 4))
     )

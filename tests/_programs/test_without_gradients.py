@@ -1,4 +1,4 @@
-"""What needs gradients enables them itself, under torch.no_grad and torch.inference_mode too."""
+"""Functions that need gradients enable them under torch.no_grad and torch.inference_mode."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def normalized_pair():
         (False, lambda x: DataLoader(TensorDataset(x), batch_size=20)),
     ],
 )
-def test_a_fit_is_the_same_as_outside(mode, capture, wrap, binary, without_compiler):
+def test_fit_is_the_same_without_gradients(mode, capture, wrap, binary, without_compiler):
     histories = []
     for context in (torch.enable_grad, mode):
         torch.manual_seed(3)
@@ -36,7 +36,7 @@ def test_a_fit_is_the_same_as_outside(mode, capture, wrap, binary, without_compi
         guide.eval()(binary)
         guide.train()
         with context():
-            x = binary.clone()  # made there
+            x = binary.clone()  # made in this context
             objective = o.BetaELBO(o.Linear(5))
             result = pv.fit(model, guide, wrap(x), objective=objective, validation=x,
                             capture=capture, **FIT)  # fmt: skip
@@ -46,7 +46,7 @@ def test_a_fit_is_the_same_as_outside(mode, capture, wrap, binary, without_compi
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_estimates_that_take_gradients(mode, binary):
+def test_gaps_and_gradient_noise_are_the_same_without_gradients(mode, binary):
     model, guide = make_pair()
     pv.fit(model, guide, binary, **FIT)
     found = []

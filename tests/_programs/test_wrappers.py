@@ -1,4 +1,4 @@
-"""Wrappers take the values of fitted programs; partials are told apart by any arguments."""
+"""Wrappers use the parameters of fitted programs; partials differ by their arguments."""
 
 import argparse
 import copy
@@ -18,7 +18,7 @@ from pyro_vae._utils.identity import method_of, owner_of
 
 
 def make_pair():
-    """A pair whose evidence is far off at the initial values of either program."""
+    """Return a pair whose evidence is far off at the initial values of either program."""
 
     def model(x, weight=1.0):
         loc = pyro.param("loc", torch.zeros(()))
@@ -122,7 +122,7 @@ WRAPPERS = {
 
 @pytest.fixture(scope="module")
 def fitted():
-    """A fit, and its evidence. The fit keeps the pair alive."""
+    """Return a fit and its evidence. The fit keeps the pair alive."""
     fit = pv.fit(*make_pair(), X, **options())
     return fit, evidence(fit.model, fit.guide)
 
@@ -130,7 +130,7 @@ def fitted():
 @pytest.mark.filterwarnings("error:.*found no value of pyro.param")
 @pytest.mark.parametrize("which", ["model", "guide", "both"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_wrapper_takes_the_values_that_were_fitted(wrapper, which, fitted):
+def test_wrapper_uses_fitted_parameters(wrapper, which, fitted):
     fit, value = fitted
     wrap = WRAPPERS[wrapper]
     model = fit.model if which == "guide" else wrap(fit.model)
@@ -140,14 +140,14 @@ def test_a_wrapper_takes_the_values_that_were_fitted(wrapper, which, fitted):
 
 @pytest.mark.filterwarnings("error:.*found no value of pyro.param")
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_program_takes_the_values_of_a_fit_of_its_wrapper(wrapper):
+def test_program_uses_parameters_fitted_through_its_wrapper(wrapper):
     model, guide = make_pair()
     wrap = WRAPPERS[wrapper]
     fit = pv.fit(wrap(model), wrap(guide), X, **options(epochs=5))
     assert evidence(model, guide) == pytest.approx(evidence(fit.model, fit.guide), rel=1e-6)
 
 
-def test_all_that_is_asked_of_a_pair_finds_the_values_through_a_wrapper(fitted, tmp_path):
+def test_all_functions_use_fitted_parameters_through_a_wrapper(fitted, tmp_path):
     fit, value = fitted
     model, guide = timed(fit.model), lambda x: fit.guide(x)
     pairs = (fit.model, fit.guide), (model, guide)
@@ -170,7 +170,7 @@ def test_all_that_is_asked_of_a_pair_finds_the_values_through_a_wrapper(fitted, 
     assert evidence(*other) == pytest.approx(value, rel=1e-6)
 
 
-def test_methods_through_a_lambda():
+def test_lambda_uses_parameters_of_fitted_methods():
     class Pair:
         model, guide = (staticmethod(p) for p in make_pair())
 
@@ -192,7 +192,7 @@ def two_fits():
     return fits, first, second
 
 
-def test_two_fitted_programs_within_a_wrapper_are_ambiguous():
+def test_two_fitted_programs_in_a_wrapper_are_ambiguous():
     fits, (a, guide), (b, _) = two_fits()
 
     def free(x):
@@ -201,12 +201,12 @@ def test_two_fitted_programs_within_a_wrapper_are_ambiguous():
 
     with pytest.raises(ValueError, match=r"fitted with 2 guides, and pyro.param values such as 'l"):
         evidence(lambda x: a(x) if len(x) else b(x), free)
-    # Beside the guide of one of the fits it is that one.
+    # The guide of one fit selects this fit.
     both = lambda x: a(x) if len(x) else b(x)  # noqa: E731
     assert evidence(both, guide) == pytest.approx(evidence(fits[0].model, guide), rel=1e-6)
 
 
-def test_fits_of_one_model_are_told_apart_by_the_guide():
+def test_guide_selects_the_fit_of_a_model():
     model, guide = make_pair()
     other = make_pair()[1]
     fits = [pv.fit(model, guide, X, **options()), pv.fit(model, other, X - 9, **options())]
@@ -217,7 +217,7 @@ def test_fits_of_one_model_are_told_apart_by_the_guide():
     assert fits[0].digests != fits[1].digests
 
 
-def test_values_that_model_and_guide_took_from_different_fits_are_ambiguous():
+def test_model_and_guide_of_different_fits_are_ambiguous():
     """One name in both programs has two values."""
 
     def make():
@@ -236,8 +236,8 @@ def test_values_that_model_and_guide_took_from_different_fits_are_ambiguous():
         evidence(fits[0].model, fits[1].guide)
 
 
-def test_a_pair_that_was_not_fitted_is_told_to_take_initial_values(fitted):
-    """It may be what the user wants to know, before a fit: a warning, and no error."""
+def test_pair_that_was_not_fitted_warns(fitted):
+    """It is not an error: a user may evaluate a pair before a fit."""
     model, guide = make_pair()
     with pytest.warns(UserWarning, match="found no value of pyro.param 'loc'"):
         initial = evidence(lambda x: model(x), guide)
@@ -281,7 +281,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("kind", ARGUMENTS)
 @pytest.mark.parametrize("by_keyword", [False, True])
-def test_partials_with_equal_arguments_are_one_program_whatever_the_arguments_are(kind, by_keyword):
+def test_partials_with_equal_arguments_of_any_type_are_one_program(kind, by_keyword):
     def turned(sizes, x):
         scaled(x, sizes)
 
@@ -312,7 +312,7 @@ def test_partials_of_two_tensors_or_modules_are_two_programs(value):
     assert owner_of(first) is scaled
 
 
-def test_a_partial_whose_argument_holds_itself():
+def test_partial_with_a_recursive_argument_is_fitted():
     own = []
     own.append(own)
     model, guide = functools.partial(scaled, sizes=own), make_pair()[1]

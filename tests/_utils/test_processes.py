@@ -1,4 +1,4 @@
-"""Two processes that share an evaluation find what one finds."""
+"""An evaluation that two processes share has the results of one process."""
 
 import functools
 import itertools
@@ -28,7 +28,7 @@ NAMES = [
 
 
 class Rows(IterableDataset):
-    """A stream of rows that nobody knows the number of."""
+    """A stream of rows without a length."""
 
     def __init__(self, x):
         self.x = x
@@ -38,7 +38,7 @@ class Rows(IterableDataset):
 
 
 def pairs():
-    """A Gaussian guide, a flow, and a mixture prior, by name; networks at random, float64."""
+    """Return pairs with a Gaussian guide, a flow, and a mixture prior, by name; and data."""
     torch.manual_seed(0)
     nets, found = pv.nets, {}
     priors = {"gaussian": pv.priors.StandardNormal(2), "flow": pv.priors.StandardNormal(2)}
@@ -57,7 +57,7 @@ def pairs():
 
 
 def estimates():
-    """What processes find together, by name: each a function of nothing."""
+    """Return functions without arguments that evaluate the pairs, by name."""
     found, x = pairs()
     pair, flow = found["gaussian"], found["flow"]
     small = {"batch_size": 20, "capture": False, "seed": 3}
@@ -88,7 +88,7 @@ def estimates():
 
 
 def numbers(result):
-    """All numbers of a result, by name."""
+    """Return all numbers of a result, by name."""
     if isinstance(result, torch.Tensor):
         return {"": result}
     if isinstance(result, dict):
@@ -105,14 +105,14 @@ def numbers(result):
 
 
 def stopped(estimate):
-    """What an estimate that is interrupted leaves."""
+    """Return the Interrupted error that an estimate raises."""
     with pytest.raises(pv.evaluation.Interrupted) as raised:
         estimate()
     return raised.value
 
 
-def messages():
-    """Each function of pyro_vae._utils.distributed, in a group of two."""
+def check_collectives():
+    """Check each function of pyro_vae._utils.distributed in a group of two."""
     rank = processes.rank()
     assert processes.num_processes() == 2
     some = [torch.full((3, 2), float(rank)), torch.arange(4), torch.ones(2).double()]
@@ -132,7 +132,7 @@ def messages():
 
 
 def interrupts(rank):
-    """One process of two is interrupted: both stop, and both go on."""
+    """Interrupt one process of two: both stop, and both resume."""
     found, x = pairs()
     model, guide = found["gaussian"]
     options = {"num_particles": 30, "batch_size": 20, "capture": False, "seed": 3}
@@ -149,7 +149,7 @@ def interrupts(rank):
 
 
 def failures(rank):
-    """One process fails, or is given something else: the other is told."""
+    """Check that both processes raise an error if one fails or has other data."""
     found, x = pairs()
     model, guide = found["gaussian"]
     options = {"batch_size": 20, "seed": 3}
@@ -167,19 +167,19 @@ def failures(rank):
         ValueError, match=r"the same data, got 130 data points in 7 parts, 100 data points in 5"
     ):
         pv.evidence(model, guide, x[: 100 if rank else None], num_particles=2, **options)
-    with pytest.raises(KeyboardInterrupt):  # before there was anything to keep
+    with pytest.raises(KeyboardInterrupt):  # before the first result
         pv.evidence(Calls(model, 1 if rank else 0, KeyboardInterrupt()), guide, x, **options)
 
 
 def work(rank, folder):
     join_two(rank, folder)
-    messages()
+    check_collectives()
     assert list(estimates()) == NAMES
     found = {name: numbers(estimate()) for name, estimate in estimates().items()}
     pair, x = pairs()
     torch.manual_seed(rank)
     found["no seed"] = numbers(pv.evidence(*pair["flow"], x, num_particles=5, batch_size=20))
-    # Shown by the first alone: the second would be interrupted here.
+    # Only the first process shows progress: this bar would interrupt the second.
     bar = Interrupting(1) if rank else False
     pv.evidence(*pair["flow"], x, num_particles=5, progress=bar)
     failures(rank)
@@ -190,7 +190,7 @@ def work(rank, folder):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What each of two processes found, and what interrupts left."""
+    """Return the results of each of two processes, and those of ``interrupts``."""
     folder = tmp_path_factory.mktemp("processes")
     start_two(work, folder)
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(2)]
@@ -206,19 +206,19 @@ def require_close(found, expected, tolerance=0.0):
 
 @pytest.mark.filterwarnings("ignore:inference_gaps:UserWarning")
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_find_what_one_finds(name, two):
+def test_two_processes_match_one(name, two):
     expected = numbers(estimates()[name]())
     assert len(expected) > 4
     for found, _ in two:
         require_close(found[name], expected, 1e-9 if name.startswith("surgery") else 0.0)
 
 
-def test_without_a_seed_all_processes_draw_by_one(two):
+def test_processes_share_a_random_seed(two):
     (first, _), (second, _) = two
     require_close(first["no seed"], second["no seed"])
 
 
-def test_what_stops_in_one_process_stops_in_all_and_goes_on(two):
+def test_interrupt_in_one_process_stops_all_and_resumes(two):
     found, x = pairs()
     model, guide = found["gaussian"]
     options = {"num_particles": 30, "batch_size": 20, "capture": False, "seed": 3}
@@ -229,7 +229,7 @@ def test_what_stops_in_one_process_stops_in_all_and_goes_on(two):
         assert 0 < len(so_far) < len(x)
         assert torch.equal(so_far, whole.values[: len(so_far)])
         require_close(left["resumed"], numbers(whole))
-        # What two processes began, one may end.
+        # One process can resume an evaluation of two.
         alone = pv.evidence(model, guide, x, resume=left["evidence"], **options)
         require_close(numbers(alone), numbers(whole))
         require_close(left["resumed surgery"], numbers(surgery), 1e-9)
@@ -238,7 +238,7 @@ def test_what_stops_in_one_process_stops_in_all_and_goes_on(two):
     require_close(numbers(two[0][1]["surgery"].partial), numbers(two[1][1]["surgery"].partial))
 
 
-def test_one_process_tells_itself_nothing():
+def test_collectives_in_one_process_return_their_input():
     given = torch.arange(3.0)
     processes.sum_over_processes([given])
     assert torch.equal(given, torch.arange(3.0))

@@ -1,4 +1,4 @@
-"""Modules are found wherever a program keeps them; where no name leads to them, as they run."""
+"""The modules of a program are found by name, or else when they run."""
 
 import argparse
 import collections
@@ -26,7 +26,7 @@ from pyro_vae._utils.modules import modules, unnamed
 
 
 class Net(nn.Module):
-    """Notes the modes that it is run in; has running averages and noise of training."""
+    """A network with batch norm and dropout that records its mode at each call."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 def run(net, x):
-    """The model's body, for whatever gives a module or is one."""
+    """The body of each model; ``net`` is a module or is called like one."""
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
         pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
@@ -50,7 +50,7 @@ def guide(x):
         pyro.sample("z", dist.Normal(x[:, :1] / 2, 0.7).to_event(1))
 
 
-# Each gives a model that uses the module; the module is found by name.
+# Each returns a model that uses the module, which is found by name.
 
 
 def closure(net):
@@ -248,7 +248,7 @@ def metaclass(net):
 
 
 def own_python_module(net):
-    """A function of another file, which uses the globals there."""
+    """A function of another file that uses the globals of that file."""
     other = types.ModuleType("other_file")
     other.run, other.net = run, net
     exec("def model(x):\n    run(net, x)", vars(other))  # noqa: S102
@@ -304,13 +304,13 @@ def list_with_an_attribute(net):
     return held
 
 
-def threads_own(net):
+def thread_local(net):
     held = threading.local()
     held.net = net
     return held
 
 
-def variable_of_context(net):
+def context_variable(net):
     variable = contextvars.ContextVar("net")
     variable.set(net)
     return variable
@@ -375,8 +375,8 @@ CONTAINERS = {
     "generator": (lambda net: (each for each in [net] * 1000), next),
     "function attribute": (function_attribute, lambda h: h()),
     "bound method of a dictionary": (lambda net: {"net": net}.get, lambda h: h("net")),
-    "ContextVar": (variable_of_context, lambda h: h.get()),
-    "threading.local": (threads_own, lambda h: h.net),
+    "ContextVar": (context_variable, lambda h: h.get()),
+    "threading.local": (thread_local, lambda h: h.net),
     "queue": (queued, lambda h: h.queue[0]),
     "array of objects": (array_of_objects, lambda h: h[0]),
     "SimpleNamespace": (lambda net: types.SimpleNamespace(net=net), lambda h: h.net),
@@ -396,7 +396,7 @@ FOUND = {
 } | {name: held_in(*how) for name, how in CONTAINERS.items()}  # fmt: skip
 
 
-# The module is not found by name.
+# Each returns a model that uses the module, which is not found by name.
 
 
 def by_a_name_in_a_string(net):
@@ -439,7 +439,7 @@ NOT_FOUND = [
 
 
 def made_at_each_run(net):
-    """A module without parameters, as nn.Softplus() is often used."""
+    """Create a module without parameters at each run, as is common for nn.Softplus()."""
     return lambda x: run(lambda z: nn.Dropout(0.5)(net(z)), x)
 
 
@@ -460,18 +460,18 @@ WAYS = FOUND | {f.__name__: f for f in NOT_FOUND}
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_module_is_in_evaluation_mode_and_keeps_its_running_averages(way):
+def test_evaluation_uses_eval_mode_and_keeps_running_averages(way):
     net = Net()
     model = WAYS[way](net)
     before = {name: value.clone() for name, value in net.named_buffers()}
     x = torch.randn(6, 2) + 3
-    for judge in (
+    for call in (
         lambda: pv.evidence(model, guide, x, num_particles=2, seed=0),
         lambda: pv.elbo_surgery(model, guide, x, seed=0),
         lambda: pv.generate(model, x),
         lambda: pv.reconstruct(model, guide, x),
     ):
-        judge()
+        call()
         assert set(net.modes) == {False}
         assert all(part.training for part in net.modules())
         net.modes.clear()
@@ -502,18 +502,18 @@ class Hidden:
             pyro.sample("z", dist.Normal(loc, 0.7).to_event(1))
 
 
-def test_a_fit_validates_unnamed_modules_in_evaluation_mode():
+def test_fit_validates_unnamed_modules_in_eval_mode():
     net = Net()
     pair = Hidden(net)
     x = torch.randn(20, 2) + 3
     pv.fit(pair.model, pair.guide, x, validation=x, epochs=2, batch_size=10, progress=False)
-    assert net.body[1].num_batches_tracked == 4  # the trial of a minibatch leaves it as it was
+    assert net.body[1].num_batches_tracked == 4  # the trial minibatch does not count
     assert net.modes.count(True) == 5
     assert not any(net.modes[:2] + net.modes[-2:])
     assert unnamed(pair.model, pair.guide) == [net]
 
 
-def test_a_dropout_made_at_each_run_is_in_evaluation_mode():
+def test_dropout_made_at_each_run_is_in_eval_mode():
     x = torch.randn(6, 2)
     values = [
         pv.evidence(made(nn.Linear(1, 2)), guide, x, num_particles=500, seed=0).values
@@ -523,8 +523,8 @@ def test_a_dropout_made_at_each_run_is_in_evaluation_mode():
     assert torch.equal(*values)
 
 
-def test_the_best_epoch_has_the_running_averages_of_unnamed_modules():
-    """Patience puts the whole pair back."""
+def test_patience_restores_running_averages_of_unnamed_modules():
+    """Patience restores the whole pair."""
     net, found, x = Net(), [], torch.randn(40, 2)
     pair = Hidden(net)
     fit = pv.fit(
@@ -537,7 +537,7 @@ def test_the_best_epoch_has_the_running_averages_of_unnamed_modules():
     assert all(torch.equal(value, best[name]) for name, value in net.state_dict().items())
 
 
-def test_gradients_leave_the_running_averages_of_unnamed_modules():
+def test_gradient_noise_keeps_running_averages_of_unnamed_modules():
     net = Net()
     pair, before = Hidden(net), copy.deepcopy(net.state_dict())
     pv.gradient_noise(pair.model, pair.guide, torch.randn(6, 2), [pv.objectives.ELBO()], repeats=2)
@@ -545,7 +545,7 @@ def test_gradients_leave_the_running_averages_of_unnamed_modules():
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_unnamed_modules_are_not_left_out_of_files(tmp_path):
+def test_save_and_checkpoints_refuse_unnamed_modules(tmp_path):
     pair, x = Hidden(Net()), torch.randn(20, 2)
     with pytest.raises(ValueError, match="a Net with parameters or buffers runs in model or guide"):
         pv.fit(pair.model, pair.guide, x, epochs=1, batch_size=10, progress=False,
@@ -554,7 +554,7 @@ def test_unnamed_modules_are_not_left_out_of_files(tmp_path):
         pv.save(tmp_path / "pair", pair.model, pair.guide)
 
 
-def test_a_parameter_of_a_module_that_is_made_at_each_run_is_not_left_out_of_files(tmp_path):
+def test_save_refuses_parameters_of_a_module_made_at_each_run(tmp_path):
     def model(x):
         net = nn.Linear(1, 2)
         pyro.module("net", net)
@@ -565,8 +565,8 @@ def test_a_parameter_of_a_module_that_is_made_at_each_run_is_not_left_out_of_fil
         pv.save(tmp_path / "pair", model, guide)
 
 
-def test_an_unnamed_module_of_one_pair_is_not_anothers(tmp_path):
-    """A guide that was judged beside the same model does not leave its modules there."""
+def test_unnamed_module_of_one_pair_is_not_found_in_another(tmp_path):
+    """A guide that was evaluated with the same model does not add its modules there."""
     net = Net()
     pair = Hidden(Net(), nn.Linear(2, 1))
 
@@ -599,8 +599,8 @@ def test_a_module_of_another_thread_keeps_its_mode():
 
 
 @pytest.mark.parametrize("way", [closure, imported_by_a_string])
-def test_a_compiled_module_is_compiled_whole(way):
-    """The look at what runs is no part of a graph, and dropout is none in evaluation mode."""
+def test_compiled_module_has_no_graph_break(way):
+    """The hooks that find modules are not in the graph, and eval mode disables dropout."""
     net = nn.Sequential(nn.Linear(1, 2), nn.Dropout(0.5))
     x = torch.randn(6, 2)
     compiled = torch.compile(net, fullgraph=True, backend="eager")
@@ -610,7 +610,7 @@ def test_a_compiled_module_is_compiled_whole(way):
     assert torch.equal(*values)
 
 
-def test_a_module_that_two_modules_share_gets_its_mode_back():
+def test_shared_module_keeps_its_mode():
     shared = nn.Dropout(0.5)
     first, second = nn.Sequential(nn.Linear(1, 2), shared), nn.Sequential(shared)
     pv.evidence(closure(lambda z: second(first(z))), guide, torch.randn(6, 2), num_particles=2)
@@ -621,7 +621,7 @@ def test_a_module_that_two_modules_share_gets_its_mode_back():
     assert first.training
 
 
-def test_nothing_looks_on_after_a_judgement_or_an_error():
+def test_hooks_are_removed_after_evaluation_or_error():
     hooks = nn.modules.module._global_forward_pre_hooks
     pv.evidence(closure(Net()), guide, torch.randn(5, 2), num_particles=2)
     with pytest.raises(ValueError, match="could not run"):

@@ -1,4 +1,4 @@
-"""Checks of values are put back as they were, and stop no capture of distributions made before."""
+"""Validation switches are restored, and distributions made before a fit can be captured."""
 
 import pyro
 import pyro.distributions as dist
@@ -19,7 +19,7 @@ def switches():
 
 @pytest.fixture(params=[(False, True), (True, False)], ids=str)
 def before(request):
-    """Torch's switch, as the user or another library left it, and Pyro's."""
+    """Set the validation switches of torch and Pyro, as a user may, and yield them."""
     pyro.enable_validation(request.param[1])
     Distribution.set_default_validate_args(request.param[0])
     yield switches()
@@ -30,7 +30,7 @@ def failing(x):
     raise ArithmeticError
 
 
-JUDGES = {
+CALLS = {
     "fit": lambda m, g, x: pv.fit(m, g, x, validation=x, epochs=2, batch_size=25, progress=False),
     "evidence": lambda m, g, x: pv.evidence(m, g, x, num_particles=3),
     "surgery": pv.elbo_surgery,
@@ -41,23 +41,23 @@ JUDGES = {
 }
 
 
-@pytest.mark.parametrize("judge", JUDGES)
-def test_the_switches_are_as_they_were(judge, before, binary):
-    JUDGES[judge](*make_pair(), binary)
+@pytest.mark.parametrize("call", CALLS)
+def test_calls_restore_validation_switches(call, before, binary):
+    CALLS[call](*make_pair(), binary)
     assert switches() == before
 
 
-@pytest.mark.parametrize("judge", JUDGES)
-def test_the_switches_are_as_they_were_after_an_error(judge, before, binary):
+@pytest.mark.parametrize("call", CALLS)
+def test_errors_restore_validation_switches(call, before, binary):
     model, guide = make_pair()
     guide(binary)
     model.likelihood.decoder.register_forward_hook(lambda *_: failing(None))
     with pytest.raises(ArithmeticError):
-        JUDGES[judge](model, guide, binary)
+        CALLS[call](model, guide, binary)
     assert switches() == before
 
 
-def test_nested_blocks_restore_each_switch_of_validation(before):
+def test_nested_blocks_restore_validation_switches(before):
     with values_checked(False):
         assert switches() == [False] * 4
         with values_checked(True):
@@ -69,7 +69,7 @@ def test_nested_blocks_restore_each_switch_of_validation(before):
     assert switches() == before
 
 
-def test_a_distribution_made_before_does_not_check_and_one_that_asks_to_does():
+def test_values_checked_respects_validate_args():
     prior = dist.Normal(torch.zeros(2), 1.0).expand([3, 2]).to_event(1)
     outside = torch.full((2,), torch.nan)
     with values_checked(False):
@@ -124,7 +124,7 @@ def with_a_function(prior):
 
 
 def with_a_factor(prior):
-    """The density is taken in the program, and is no site's."""
+    """The program itself computes the log-density; no site has this distribution."""
 
     def model(x):
         with pyro.plate("data", len(x)):

@@ -41,7 +41,7 @@ def source(content):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache and no data folder: what the user of this machine has must not matter."""
+    """Use an empty cache and no data folder, to ignore the files of this machine."""
     monkeypatch.setattr(pooch, "os_cache", lambda project: tmp_path / "cache" / project)
     monkeypatch.delenv(download.FOLDER_VARIABLE, raising=False)
     return tmp_path / "cache" / "pyro_vae" / "toy"
@@ -56,7 +56,7 @@ def put(folder, name, content):
 
 @pytest.fixture
 def mirrors(monkeypatch):
-    """Mirrors by host name: bytes that they serve, or None where they do not answer."""
+    """Mirrors by host name: the bytes that each serves, or None if it does not answer."""
     served = {"one": None, "two": None}
     asked = []
 
@@ -77,7 +77,7 @@ def mirrors(monkeypatch):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("by", ["argument", "environment"])
-def test_the_data_folder_is_looked_at_first(
+def test_data_folder_is_used_first(
     source, images, content, zipped, by, tmp_path, monkeypatch, mirrors
 ):
     name = "toy-ubyte.gz" if zipped else "toy-ubyte"
@@ -89,9 +89,7 @@ def test_the_data_folder_is_looked_at_first(
     assert mirrors["asked"] == []
 
 
-def test_mirrors_are_tried_in_turn_and_the_cache_is_used_next_time(
-    source, images, content, mirrors, cache
-):
+def test_mirrors_are_tried_in_turn_and_files_are_cached(source, images, content, mirrors, cache):
     mirrors["two"] = gzip.compress(content)
     assert np.array_equal(source.load(), images)
     assert len(mirrors["asked"]) == 2
@@ -100,21 +98,21 @@ def test_mirrors_are_tried_in_turn_and_the_cache_is_used_next_time(
     assert list(cache.iterdir()) == [cache / "toy-ubyte.gz"]
 
 
-def test_a_mirror_with_another_file_is_passed_over(source, images, content, mirrors, cache):
+def test_mirror_with_a_wrong_file_is_skipped(source, images, content, mirrors, cache):
     other = bytearray(content)
     other[500] ^= 1
     mirrors["one"], mirrors["two"] = gzip.compress(bytes(other)), gzip.compress(content)
     assert np.array_equal(source.load(), images)
 
 
-def test_a_damaged_cache_is_fetched_again(source, images, content, mirrors, cache):
+def test_damaged_cache_is_downloaded_again(source, images, content, mirrors, cache):
     cache.mkdir(parents=True)
     (cache / "toy-ubyte.gz").write_bytes(gzip.compress(content)[:-50])
     mirrors["one"] = gzip.compress(content)
     assert np.array_equal(source.load(), images)
 
 
-def test_no_network_says_which_file_and_where_to_put_it(source, mirrors):
+def test_error_without_network_names_the_file_and_folder(source, mirrors):
     with pytest.raises(FileNotFoundError) as caught:
         source.load()
     message = str(caught.value)
@@ -153,10 +151,10 @@ def test_wrong_files_in_the_data_folder_are_refused_by_name(
     with pytest.raises(ValueError, match=message) as caught:
         source.load(tmp_path)
     assert str(path) in str(caught.value)
-    assert path.exists()  # the user's own file is not ours to remove
+    assert path.exists()  # files of the user are not removed
 
 
-def test_freyfaces_from_either_format(tmp_path):
+def test_freyfaces_are_read_from_both_formats(tmp_path):
     faces = np.random.default_rng(0).integers(0, 256, (6, 560), dtype=np.uint8)
     scipy.io.savemat(tmp_path / "f.mat", {"ff": faces.T})
     np.save(tmp_path / "f.npy", faces)
@@ -181,7 +179,7 @@ def test_a_pickle_in_the_data_folder_is_not_run(tmp_path, mirrors):
     assert not canary.exists()
 
 
-def test_digits_are_embedded_and_their_split_never_changes():
+def test_digits_are_included_and_their_split_is_fixed():
     data = pv.datasets.load("digits", binarize="none")
     assert [len(s) for s in (data.train, data.validation, data.test)] == [1297, 200, 300]
     assert data.image_shape == (8, 8)
@@ -191,7 +189,7 @@ def test_digits_are_embedded_and_their_split_never_changes():
     assert digest == "3337a4cde065b85efce889551872afddc3a75e0efb4b9a206efac1a6232e2d4a"
 
 
-def test_binarisation_none_fixed_and_dynamic():
+def test_binarize_none_fixed_and_dynamic():
     gray = pv.datasets.load("digits", binarize="none")
     fixed = [pv.datasets.load("digits", seed=seed) for seed in (0, 0, 1)]
     dynamic = pv.datasets.load("digits", binarize="dynamic")
@@ -215,13 +213,13 @@ def test_binarisation_none_fixed_and_dynamic():
         (("digits", "maybe"), "binarize must be one of none, fixed, dynamic, got 'maybe'"),
     ],
 )
-def test_names_that_are_not_known(arguments, message):
+def test_unknown_names_are_refused(arguments, message):
     name, *binarize = arguments
     with pytest.raises(ValueError, match=message):
         pv.datasets.load(name, **({"binarize": binarize[0]} if binarize else {}))
 
 
-def test_mnist_and_freyfaces_themselves(data_folder):
+def test_mnist_and_freyfaces_are_loaded(data_folder):
     mnist = pv.datasets.load("mnist", binarize="none", folder=data_folder)
     assert [len(s) for s in (mnist.train, mnist.validation, mnist.test)] == [50_000, 10_000, 10_000]
     assert mnist.image_shape == (28, 28)
@@ -231,7 +229,7 @@ def test_mnist_and_freyfaces_themselves(data_folder):
     assert faces.image_shape == (28, 20)
 
 
-def test_one_bit_of_mnist(data_folder, tmp_path):
+def test_one_flipped_bit_of_mnist_is_refused(data_folder, tmp_path):
     name = "t10k-images-idx3-ubyte.gz"
     (tmp_path / "mnist").mkdir()
     shutil.copy(Path(data_folder) / "mnist" / "train-images-idx3-ubyte.gz", tmp_path / "mnist")
@@ -241,8 +239,8 @@ def test_one_bit_of_mnist(data_folder, tmp_path):
         pv.datasets.load("mnist", folder=tmp_path)
 
 
-def test_labels_are_of_their_rows():
-    """A digit is nearest to the mean of its class, most often."""
+def test_labels_match_their_rows():
+    """Most digits are nearest to the mean of their class."""
     data, labels = pv.datasets.load("digits", binarize="none"), pv.datasets.load_labels("digits")
     means = torch.stack([data.train[labels.train == c].mean(0) for c in range(10)])
     for rows, classes in ((data.test, labels.test), (data.validation, labels.validation)):
@@ -259,7 +257,7 @@ def test_labels_of_mnist_match_the_ink_of_its_images(data_folder):
     ]
     assert labels.train[:5].tolist() == [5, 0, 4, 1, 9]
     data = pv.datasets.load("mnist", binarize="none", folder=data_folder)
-    for part in ("train", "validation", "test"):  # a nought has more ink than a one
+    for part in ("train", "validation", "test"):  # a zero has more ink than a one
         images, classes = getattr(data, part), getattr(labels, part)
         ink = [images[classes == c].mean() for c in (0, 1)]
         assert ink[0] > 2 * ink[1]

@@ -1,4 +1,4 @@
-"""Latents that are angles: a wrapped Gaussian, and pairs against quadrature over the circle."""
+"""Latents that are angles: the wrapped normal, and pairs compared with quadrature."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ SCALES = [1e-3, 0.1, 1.0, 1.79, 1.81, 5.0, 100.0]
 
 
 def grid(count=4000, dtype=torch.float64):
-    """Angles, evenly spaced, and the weight of each."""
+    """Return evenly spaced angles and the weight of each."""
     angles = (torch.arange(count, dtype=dtype) + 0.5) / count * 2 * math.pi - math.pi
     return angles, 2 * math.pi / count
 
@@ -34,7 +34,7 @@ def sum_over_windings(value, loc, scale):
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-def test_the_density_is_the_sum_over_all_windings(scale, dtype, rounding):
+def test_density_is_the_sum_over_all_windings(scale, dtype, rounding):
     value, _ = grid(101, dtype)
     for loc in (0.0, 3.1, -2.0):
         parameters = [torch.tensor(v, dtype=dtype, requires_grad=True) for v in (loc, scale)]
@@ -46,14 +46,14 @@ def test_the_density_is_the_sum_over_all_windings(scale, dtype, rounding):
         gradients = torch.autograd.grad((found * weights).sum(), parameters)
         exact = torch.autograd.grad((exact * weights.double()).sum(), wide)
         for one, other in zip(gradients, exact, strict=True):
-            size = 1e3 * rounding * (1 + scale**-3)  # what cancels is as large as (pi / scale)^2
+            size = 1e3 * rounding * (1 + scale**-3)  # terms of size (pi / scale)^2 cancel
             torch.testing.assert_close(one.double(), other, rtol=size, atol=size)
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.8, 4.0])
-def test_a_sample_has_the_density_and_the_gradient_of_an_expectation(scale):
+def test_samples_match_expectations_and_their_gradients(scale):
     torch.manual_seed(0)
-    parameters = [torch.tensor(v, requires_grad=True) for v in (3.0, scale)]  # astride the cut
+    parameters = [torch.tensor(v, requires_grad=True) for v in (3.0, scale)]  # near the cut
     q = WrappedNormal(*parameters)
     z = q.rsample((400_000,))
     assert circle.check(z).all()
@@ -73,7 +73,7 @@ def test_a_sample_has_the_density_and_the_gradient_of_an_expectation(scale):
         assert abs(found[1].item() - of_exact[1].item()) < 5 * size
 
 
-def test_the_map_onto_the_circle():
+def test_circle_transform_and_its_inverse():
     x = torch.linspace(-60.0, 60.0, 1001, dtype=torch.float64, requires_grad=True)
     t = CircleTransform()
     y = t(x)
@@ -92,7 +92,7 @@ def test_the_map_onto_the_circle():
 
 
 class Angles:
-    """An angle seen through another one: log p(x) and the posterior by quadrature."""
+    """An angle z, observed through an angle x; log p(x) is computed by quadrature."""
 
     def __init__(self, prior=0.1, likelihood=2.0, loc=0.0):
         self.prior, self.likelihood, self.loc = prior, likelihood, loc
@@ -129,17 +129,17 @@ GUIDES = {
 CUT = ["multivariate", "low rank", "mixture", "planar"]
 
 
-def astride(count=40):
-    """Data whose posteriors lie on both sides of the cut."""
+def data_at_the_cut(count=40):
+    """Return data with posteriors on both sides of the cut."""
     torch.manual_seed(1)
     x = math.pi - 0.2 + 0.6 * torch.randn(count, 1)
     return torch.remainder(x + math.pi, 2 * math.pi) - math.pi
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_the_evidence_of_any_guide_is_that_of_quadrature(name):
-    model, x = Angles(), astride()
-    if name in CUT:  # what is cut has weights of finite variance where the prior is low at the cut
+def test_evidence_of_every_guide_matches_quadrature(name):
+    model, x = Angles(), data_at_the_cut()
+    if name in CUT:  # a prior that is low at the cut keeps the weights' variance finite
         model, x = Angles(prior=6.0), 0.5 * torch.randn(40, 1)
     guide = GUIDES[name](model, x)
     evidence = pv.evidence(model, guide, x, num_particles=1000, seed=0, capture=False)
@@ -148,9 +148,9 @@ def test_the_evidence_of_any_guide_is_that_of_quadrature(name):
                   evidence.monte_carlo_errors.square().sum().sqrt().item() / len(x))  # fmt: skip
 
 
-def test_an_elbo_stays_below_the_evidence_and_comes_near():
-    """Fitted to data on both sides of the cut, where a Gaussian on the line would go astray."""
-    model, x = Angles(likelihood=3.0), astride(50)
+def test_fitted_elbo_is_slightly_below_the_evidence():
+    """The data are on both sides of the cut, where a Gaussian on the real line would fail."""
+    model, x = Angles(likelihood=3.0), data_at_the_cut(50)
     guide = guides.AmortizedNormal(model, pv.nets.MLP(1, [32]))
     elbo = objectives.ELBO(5)
     options = {"epochs": 90, "batch_size": 50, "learning_rate": 0.05, "seed": 0}
@@ -167,11 +167,11 @@ def test_an_elbo_stays_below_the_evidence_and_comes_near():
         log_q = q.log_prob(angles.float().unsqueeze(-1)).double()  # (grid, data)
     log_p = model.log_joint(x.double(), angles).T - exact
     distance = (log_q.exp() - log_p.exp()).abs().sum(0) * weight / 2
-    assert distance.median() < 0.1  # in total variation, which a Gaussian nearly fits
+    assert distance.median() < 0.1  # total variation distance: a Gaussian nearly fits
 
 
-def test_the_gradient_of_an_elbo_is_that_of_quadrature():
-    model, x = Angles(likelihood=3.0), astride(3)
+def test_gradient_of_the_elbo_matches_quadrature():
+    model, x = Angles(likelihood=3.0), data_at_the_cut(3)
     loc = torch.tensor([3.0, -3.0, 2.5], requires_grad=True)
     scale = torch.tensor([0.5, 0.8, 2.2], requires_grad=True)
 
@@ -190,7 +190,7 @@ def test_the_gradient_of_an_elbo_is_that_of_quadrature():
         draws.append(torch.cat(torch.autograd.grad(bound, [loc, scale])))
     draws = torch.stack(draws)
     error = draws.std(0) / 30**0.5
-    # Six numbers, each by a Student's t of 29 degrees: beyond 5.5 once in 30,000 runs.
+    # Six Student's t values with 29 degrees of freedom exceed 5.5 once in 30,000 runs.
     assert ((draws.mean(0) - torch.cat(exact)).abs() < 5.5 * error).all()
 
 
@@ -216,7 +216,7 @@ def two_latents(x):
         guides.AmortizedDelta,
     ],
 )
-def test_guides_of_angles_and_other_latents_score_the_same_when_loaded(make, tmp_path):
+def test_loaded_guides_of_angles_and_other_latents_score_the_same(make, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(12, 1)
     guide = make(two_latents, ENCODER())
@@ -243,14 +243,14 @@ def test_guides_of_angles_and_other_latents_score_the_same_when_loaded(make, tmp
 
 @pytest.mark.slow
 @needs_compiler
-def test_captured_steps_are_eager_steps():
+def test_captured_steps_match_eager():
     def make():
         return two_latents, guides.AmortizedNormal(two_latents, ENCODER())
 
     check_same(make, torch.randn(30, 1), objective=objectives.ELBO(2))
 
 
-def test_the_networks_of_a_chain_see_no_cut():
+def test_networks_of_a_hierarchical_guide_are_continuous_at_the_cut():
     torch.manual_seed(0)
     x = torch.randn(4, 1)
     guide = guides.HierarchicalGuide(two_latents, ENCODER(), order="top-down")
@@ -263,7 +263,7 @@ def test_the_networks_of_a_chain_see_no_cut():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-def test_evidence_of_a_chain_of_angles_agrees_with_the_forward_algorithm():
+def test_evidence_of_a_chain_of_angles_matches_the_forward_algorithm():
     def model(x):
         with pyro.plate("data", len(x)):
             z = x.new_zeros(len(x))
@@ -286,9 +286,9 @@ def test_evidence_of_a_chain_of_angles_agrees_with_the_forward_algorithm():
     assert_within(evidence.values.mean().item(), exact, error)
 
 
-def test_what_else_takes_a_pair():
-    """Bounds of all kinds, estimators, annealing, surgery, gaps, collapse, ArviZ."""
-    model, x = Angles(likelihood=3.0), astride(30)
+def test_other_functions_accept_angles():
+    """Objectives, KL terms, AIS, surgery and the collapse report."""
+    model, x = Angles(likelihood=3.0), data_at_the_cut(30)
     guide = guides.AmortizedNormal(model, ENCODER())
     for objective in (
         objectives.ELBO(3),

@@ -1,4 +1,4 @@
-"""Closed-form KLs against quadrature and brute force: every pair that torch and Pyro register."""
+"""Closed-form KLs of all pairs that torch and Pyro register, against quadrature and sums."""
 
 import functools
 import itertools
@@ -80,7 +80,7 @@ class Tilted:
 
 
 class Laplace:
-    """scipy's, whose logarithm is that of a density that underflows."""
+    """scipy's Laplace distribution, with a log-density that does not underflow."""
 
     def __init__(self, loc, scale):
         self.loc, self.scale = loc, scale
@@ -102,7 +102,7 @@ def ends(cls, parameters):
 
 @functools.lru_cache
 def quantiles(cls, parameters):
-    """Quantiles on a logistic scale that reaches 1e-150 at both ends, and their weights."""
+    """Return quantiles on a logistic scale to 1e-150 at both ends, log-densities and weights."""
     place = np.arange(-345, 345, 1 / 8)
     share, rest = scipy.special.expit(-np.abs(place)), scipy.special.expit(np.abs(place))
     one = exact(cls, parameters)
@@ -112,17 +112,17 @@ def quantiles(cls, parameters):
 
 
 def by_quadrature(of_q, q, of_p, p):
-    """Integrate over the quantiles of q."""
+    """Return KL(q || p), integrated over the quantiles of q."""
     (low, high), (least, most) = ends(of_q, q), ends(of_p, p)
     if low < least or high > most:
         return math.inf
     x, log_q, weight = quantiles(of_q, q)
     with np.errstate(all="ignore"):
         terms = (log_q - exact(of_p, p).logpdf(x)) * weight
-    assert weight[~np.isfinite(terms)].sum() < 1e-6  # where a quantile underflows
+    assert weight[~np.isfinite(terms)].sum() < 1e-6  # a quantile underflows there
     kl = terms[np.isfinite(terms)].sum()
     edge = np.abs(terms[np.isfinite(terms)][[0, -1]]).max()
-    return math.inf if edge > 1e-9 * abs(kl) else kl  # the terms grow to the very end
+    return math.inf if edge > 1e-9 * abs(kl) else kl  # the terms grow up to the ends
 
 
 def make(cls, parameters, dtype):
@@ -143,7 +143,7 @@ def known_pairs():
 @pytest.mark.parametrize(
     "pair", sorted(known_pairs(), key=str), ids=lambda pair: "-".join(c.__name__ for c in pair)
 )
-def test_a_closed_form_of_scalars_is_that_of_quadrature(pair):
+def test_kl_of_scalars_matches_quadrature(pair):
     of_q, of_p = pair
     for q, p in itertools.product(SCALARS[of_q], SCALARS[of_p]):
         for dtype in (torch.float32, torch.float64):
@@ -158,7 +158,7 @@ def test_a_closed_form_of_scalars_is_that_of_quadrature(pair):
 
 
 def enumerated(q, p, values):
-    """Sum over values, in float64."""
+    """Return KL(q || p) as a sum over values, in float64."""
     log_q, log_p = q.log_prob(values), p.log_prob(values)
     return torch.where(log_q > -700, log_q.exp() * (log_q - log_p), 0.0).sum(0)
 
@@ -173,12 +173,12 @@ DISCRETE = {
 
 @pytest.mark.parametrize("cls", DISCRETE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_closed_form_of_counts_is_the_sum(cls, dtype):
+def test_kl_of_counts_matches_the_sum(cls, dtype):
     values, make_one, parameters = DISCRETE[cls]
     for q, p in itertools.product(parameters, repeat=2):
         wide = [make_one(torch.tensor(v, dtype=torch.float64)) for v in (q, p)]
         truth = enumerated(*wide, values.double()).item()
-        if cls is D.Bernoulli:  # whose own log_prob is exact in its logits
+        if cls is D.Bernoulli:  # its log_prob is exact in the logits
             truth = _of_two(q, p)
         found = known_kl(*(make_one(torch.tensor(v, dtype=dtype)) for v in (q, p)))
         assert found.item() == pytest.approx(truth, rel=1e-4, abs=1e-4), (q, p)
@@ -189,7 +189,7 @@ def _of_two(q, p):
     return sum(math.exp(log(sign * q)) * (log(sign * q) - log(sign * p)) for sign in (-1, 1))
 
 
-def test_probabilities_of_zero_and_one():
+def test_kl_at_probabilities_zero_and_one():
     probs = torch.tensor([0.0, 0.0, 0.3, 0.3, 1.0, 1.0, 0.0])
     other = torch.tensor([0.0, 0.3, 0.0, 1.0, 1.0, 0.3, 1.0])
     wanted = [0.0, -math.log(0.7), math.inf, math.inf, 0.0, -math.log(0.3), math.inf]
@@ -200,7 +200,7 @@ def test_probabilities_of_zero_and_one():
         torch.testing.assert_close(known_kl(one, two), torch.tensor(wanted, dtype=dtype))
 
 
-def test_categories_of_small_probability():
+def test_kl_of_categories_of_small_probability():
     logits = torch.tensor([0.0, -300.0, 2.0]), torch.tensor([-300.0, 0.0, -2.0])
     for cls in (dist.Categorical, dist.OneHotCategorical):
         found = known_kl(*(cls(logits=v) for v in logits))
@@ -220,7 +220,7 @@ def random_gaussians(dim=3):
     )
 
 
-def test_gaussians_of_several_dimensions():
+def test_kl_of_multivariate_gaussians():
     torch.set_default_dtype(torch.float64)
     try:
         first, second = random_gaussians(), [each.expand([4]) for each in random_gaussians()]
@@ -250,8 +250,8 @@ def _covariance(q):
     return torch.diag_embed(q.variance) if isinstance(q, D.Independent) else q.covariance_matrix
 
 
-def test_kl_of_dirichlets_agrees_with_betas_and_with_draws():
-    """E log x_k is digamma(a_k) - digamma(a_0); against draws, and against Betas for two."""
+def test_kl_of_dirichlets_matches_betas_and_samples():
+    """E log x_k is digamma(a_k) - digamma(a_0); a Dirichlet of two numbers is a Beta."""
     for first, second in (([2.0, 3.0], [0.5, 0.7]), ([2e5, 3e5], [2e5, 3.01e5])):
         one, two = torch.tensor(first), torch.tensor(second)
         found = known_kl(dist.Dirichlet(one), dist.Dirichlet(two)).item()
@@ -264,7 +264,7 @@ def test_kl_of_dirichlets_agrees_with_betas_and_with_draws():
     assert abs(ratio.mean() - known_kl(q, p)) < 4 * ratio.std() / 200_000**0.5
 
 
-# Registered, and not trusted: a sum without a closed form, no sum at rate zero, no gradient to q's
+# Registered but not trusted: a sum without a closed form, no sum at rate zero, no gradient in q's
 # parameters, and no log_density.
 UNTRUSTED = {
     (D.Binomial, D.Binomial),
@@ -277,8 +277,8 @@ ALIKE = {D.Dirichlet, D.Categorical, D.OneHotCategorical, *DISCRETE, *WRAPPERS}
 INFINITE = {(D.Poisson, D.Bernoulli), (D.Poisson, D.Binomial)}
 
 
-def test_no_other_pair_is_trusted():
-    """What torch or Pyro may register beyond the pairs of this file has to be looked at first."""
+def test_no_untested_pair_is_trusted():
+    """A pair that torch or Pyro newly registers must first be tested in this file."""
     for (q, p), function in registry._KL_REGISTRY.items():
         if function.__module__.split(".")[0] not in ("torch", "pyro"):
             continue
@@ -293,13 +293,13 @@ def test_no_other_pair_is_trusted():
         assert trusted or (q, p) in UNTRUSTED, f"{q.__name__} and {p.__name__} are new"
 
 
-def test_a_pair_that_is_registered_by_others():
+def test_kl_registered_by_a_user_is_used():
     class Mine(dist.Normal):
         def log_prob(self, value):
             return super().log_prob(value) - 1.0
 
     one, other = (Mine(torch.tensor(v), 1.0) for v in (0.0, 1.0))
-    assert known_kl(one, other) is None  # the density is another one
+    assert known_kl(one, other) is None  # the density differs
     assert known_kl(one.to_event(0), dist.Normal(0.0, 1.0)) is None
     register = torch.distributions.register_kl(Mine, Mine)
     register(lambda q, p: q.loc + 7.0)
@@ -309,13 +309,13 @@ def test_a_pair_that_is_registered_by_others():
         del registry._KL_REGISTRY[Mine, Mine]
 
 
-def test_kl_is_infinite_outside_the_support_of_the_other():
+def test_kl_is_infinite_outside_the_support_of_p():
     rate = torch.tensor([1.0, 2.0])
     for p in (dist.Bernoulli(0.3), dist.Binomial(5, 0.3)):
         assert known_kl(dist.Poisson(rate), p.expand([2])).tolist() == [math.inf] * 2
 
 
-def test_kl_of_wrapped_distributions_is_that_inside_or_not_known():
+def test_kl_of_wrapped_distributions_matches_the_base_or_is_unknown():
     q, p = dist.Gamma(torch.ones(4, 3, 2), 2.0), dist.Gamma(torch.ones(3, 2), 1.0)
     each = known_kl(q, p)
     assert each.shape == (4, 3, 2)
@@ -351,8 +351,8 @@ def test_kl_of_wrapped_distributions_is_that_inside_or_not_known():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_are_those_of_the_formula(dtype):
-    """In float64 inside, with the gradient in the parameters' own type."""
+def test_gradients_match_finite_differences(dtype):
+    """The KL is computed in float64; the gradient has the dtype of the parameters."""
     for of_q, of_p in ((D.Gamma, D.Gamma), (D.ContinuousBernoulli,) * 2, (D.Beta, D.Beta)):
         q, p = (
             [torch.tensor(v, dtype=dtype, requires_grad=True) for v in SCALARS[cls][number]]
@@ -377,8 +377,8 @@ def test_gradients_are_those_of_the_formula(dtype):
                 assert found.item() == pytest.approx(slope.item(), rel=1e-3, abs=1e-4)
 
 
-def test_the_terms_of_a_pair_take_them():
-    """A pair whose q and p are not of one kind, against its own draws."""
+def test_terms_use_closed_forms():
+    """q and p are of different families; the KL is compared with samples."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -393,6 +393,6 @@ def test_the_terms_of_a_pair_take_them():
     t = pv.terms(model, guide, torch.zeros(3, 2), num_particles=20_000)
     sampled = t.log_guide - t.log_prior
     error = sampled.std(0) / 20_000**0.5
-    assert ((sampled.mean(0) - t.kl[0]).abs() < 5 * error).all()  # once in a million, of three
+    assert ((sampled.mean(0) - t.kl[0]).abs() < 5 * error).all()  # fails once in a million
     each = t.kl_of_dimensions()["z"]
     torch.testing.assert_close(each.sum(-1), t.kl)

@@ -1,4 +1,4 @@
-"""Log-densities of likelihoods at extreme numbers in float64, against sixty digits of mpmath."""
+"""Log-densities of likelihoods at extreme values in float64, against 60 digits of mpmath."""
 
 import itertools
 
@@ -14,7 +14,7 @@ L = pv.likelihoods
 
 
 class Fixed(nn.Module):
-    """A decoder that gives the same numbers for any z."""
+    """A decoder that returns the same numbers for any z."""
 
     def __init__(self, *numbers):
         super().__init__()

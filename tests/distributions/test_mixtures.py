@@ -1,4 +1,4 @@
-"""A mixture's density, and the gradient of its samples, against sums and quadrature."""
+"""The density of a mixture and the gradient of its samples, against sums and quadrature."""
 
 import pyro.distributions as dist
 import pytest
@@ -14,16 +14,16 @@ def random_mixture(k, d, batch=(), dtype=torch.float64):
 
 
 @pytest.mark.parametrize(("k", "d"), [(1, 1), (3, 1), (2, 4)])
-def test_the_density_is_the_sum_by_hand(k, d):
+def test_density_is_the_sum_over_components(k, d):
     logits, loc, scale = random_mixture(k, d, (5,))
     q = pv.distributions.MixtureOfDiagNormals(logits, loc, scale)
     z = torch.randn(7, 5, d, dtype=torch.float64)
-    by_hand = sum(
+    expected = sum(
         logits.softmax(-1)[:, i] * dist.Normal(loc[:, i], scale[:, i]).log_prob(z).sum(-1).exp()
         for i in range(k)
     )
-    torch.testing.assert_close(q.log_prob(z), by_hand.log())
-    torch.testing.assert_close(q.expand((7, 5)).log_prob(z), by_hand.log())
+    torch.testing.assert_close(q.log_prob(z), expected.log())
+    torch.testing.assert_close(q.expand((7, 5)).log_prob(z), expected.log())
 
 
 def test_samples_of_a_mixture_have_its_mean_and_variance():
@@ -35,8 +35,8 @@ def test_samples_of_a_mixture_have_its_mean_and_variance():
 
 
 @pytest.mark.parametrize("d", [1, 2])
-def test_the_gradient_of_samples_is_that_of_the_expectation(d):
-    """To weights, means and scales alike; no more than 5 standard errors off (1 in 10^5 each)."""
+def test_gradient_of_samples_matches_the_expectation(d):
+    """For weights, means and scales, within 5 standard errors (1 in 10^5 each)."""
     parameters = [p.requires_grad_() for p in random_mixture(3, d)]
 
     def f(z):
@@ -60,7 +60,7 @@ def test_the_gradient_of_samples_is_that_of_the_expectation(d):
         assert (error < 0.1).all()
 
 
-def test_one_component_is_a_normal_and_its_gradient_pathwise():
+def test_one_component_is_a_normal_with_pathwise_gradient():
     loc, scale = torch.randn(1, 3).requires_grad_(), (torch.rand(1, 3) + 0.5).requires_grad_()
     z = pv.distributions.MixtureOfDiagNormals(torch.zeros(1), loc, scale).rsample()
     assert z.shape == (3,)
@@ -69,7 +69,7 @@ def test_one_component_is_a_normal_and_its_gradient_pathwise():
     torch.testing.assert_close(gradients[1], ((z - loc) / scale).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_wrong_shapes_and_scales_are_refused():
     with pytest.raises(ValueError, match=r"logits \(..., K\)"):
         pv.distributions.MixtureOfDiagNormals(torch.zeros(2), torch.zeros(3, 4), torch.ones(3, 4))
     with pytest.raises(ValueError, match="scale"):

@@ -1,4 +1,4 @@
-"""The true supports of latents: densities integrate to one on them, and guides keep to them."""
+"""The true supports of latents: densities integrate to one, and guides sample inside."""
 
 import math
 
@@ -17,7 +17,7 @@ from pyro_vae import guides
 from pyro_vae.distributions._circular import WrappedNormal, circle
 from pyro_vae.distributions._supports import support_of
 
-# Not the angles, whose guide is wound around the circle.
+# Angles, which have a wrapped normal guide.
 ANGLES = ["VonMises", "SineBivariateVonMises", "SineSkewed", "MixtureSameFamily, angles",
           "DiscreteHMM, angles"]  # fmt: skip
 
@@ -45,7 +45,7 @@ def guide_of(make, cls=guides.AmortizedNormal):
 
 
 def points(dim):
-    """Numbers on R^dim and the logarithms of their weights: a grid, or draws of a wide density."""
+    """Return points of R^dim and their log-weights: a grid, or samples of a wide density."""
     if dim > 2:
         proposal = dist.StudentT(2.0, torch.zeros(dim), 1.5).to_event(1)
         u = proposal.sample((40_000,))
@@ -57,7 +57,7 @@ def points(dim):
 
 
 def integral(log_prob, support, event_shape):
-    """Integrate a density over a support, and tell the standard error."""
+    """Return the integral of a density over a support, and its standard error."""
     bijection = biject_to(support)
     shape = bijection.inverse_shape(torch.Size(event_shape))
     u, log_weight = points(shape.numel())
@@ -68,7 +68,7 @@ def integral(log_prob, support, event_shape):
         change = change.flatten(1).sum(1)
     kept = values.flatten(1).isfinite().all(1) if values.dim() > 1 else values.isfinite()
     kept = kept & support.check(values)
-    if support.event_dim == 0 and support is not constraints.real:  # where a power overflows
+    if support.event_dim == 0 and support is not constraints.real:  # a power may overflow
         kept = kept & (values.abs() > 1e-150) & (values.abs() < 1e150)
     terms = (log_prob(values[kept]) + change[kept] + log_weight[kept]).exp().nan_to_num(nan=0.0)
     error = 0.0 if shape.numel() <= 2 else terms.std().item() * math.sqrt(len(terms))
@@ -81,12 +81,12 @@ def test_the_table_names_every_distribution():
 
 
 @pytest.mark.parametrize("name", table.GUIDED)
-def test_a_density_and_its_guide_live_on_the_true_support(name):
+def test_density_and_guide_integrate_to_one_on_the_true_support(name):
     make = table.GUIDED[name]
     fn = make()
     support = support_of(fn)
     total, error = integral(fn.log_prob, support, fn.event_shape)
-    # Six standard errors, of heavy tails: once in 500 million; else a rule's.
+    # Six standard errors fail once in 500 million; 2e-3 is the error of quadrature.
     assert abs(total - 1) < 6 * error + 2e-3, f"{total} ± {error}"
     _, site = guide_of(make)
     q, z = site["fn"], site["value"]
@@ -97,15 +97,15 @@ def test_a_density_and_its_guide_live_on_the_true_support(name):
     torch.testing.assert_close(drawn, q.log_prob(z.detach().clone()), rtol=1e-6, atol=1e-6)
     total, error = integral(lambda z: q.log_prob(z.unsqueeze(1))[:, 0], support, fn.event_shape)
     assert abs(total - 1) < 6 * error + 2e-3, f"{total} ± {error}"
-    wound = q
-    while isinstance(wound, torch.distributions.Independent):
-        wound = wound.base_dist
-    assert isinstance(wound, WrappedNormal) is (name in ANGLES)
+    inner = q
+    while isinstance(inner, torch.distributions.Independent):
+        inner = inner.base_dist
+    assert isinstance(inner, WrappedNormal) is (name in ANGLES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, make in table.GUIDED.items() if not make().event_shape])
-def test_several_numbers_of_a_distribution(name):
+def test_guide_samples_and_scores_several_numbers(name):
     make = table.GUIDED[name]
     _, site = guide_of(lambda: make().expand([2]).to_event(1))
     z = site["value"]
@@ -116,7 +116,7 @@ def test_several_numbers_of_a_distribution(name):
 
 
 @pytest.mark.parametrize("name", table.REFUSED)
-def test_what_has_no_density_on_an_open_set_is_refused_by_name(name):
+def test_distribution_without_a_density_on_an_open_set_is_refused(name):
     make, reason = table.REFUSED[name]
     model = model_of(make)
     guide = guides.AmortizedNormal(model, pv.nets.MLP(1, [4]))
@@ -179,7 +179,7 @@ CHAINS = {
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_the_support_of_a_chain_of_transforms(name):
+def test_support_of_a_chain_of_transforms(name):
     make, low, high = CHAINS[name]
     fn = make()
     support = support_of(fn)
@@ -199,7 +199,7 @@ NO_SUPPORT = {
     "softmax": (
         lambda: transformed(dist.Normal(torch.zeros(3), 1.0).to_event(1), T.SoftmaxTransform()),
         "not one-to-one"),
-    "power of what is negative": (
+    "power of a negative number": (
         lambda: transformed(dist.Normal(0.0, 1.0), T.PowerTransform(2.0)), "is defined on"),
     "elu": (lambda: transformed(dist.Normal(0.0, 1.0), dist.transforms.ELUTransform()), "at -1"),
     "ordered positive numbers": (
@@ -219,7 +219,7 @@ PLANAR = dist.transforms.planar(2).double()
 
 
 class Cardioid(dist.TorchDistribution):
-    """Angles, which states the real line."""
+    """Angles, with the real line as the stated support."""
 
     arg_constraints = {"loc": constraints.real}  # noqa: RUF012
     support = constraints.real
@@ -249,7 +249,7 @@ class Stateless(dist.Normal):
 
 
 @pytest.mark.parametrize("name", NO_SUPPORT)
-def test_a_support_that_cannot_be_told_is_refused_by_name(name):
+def test_unknown_support_is_refused_by_name(name):
     make, reason = NO_SUPPORT[name]
     model = model_of(make)
     guide = guides.AmortizedNormal(model, pv.nets.MLP(1, [4]))
@@ -258,12 +258,12 @@ def test_a_support_that_cannot_be_told_is_refused_by_name(name):
     assert "'z'" in str(raised.value)
 
 
-def test_a_distribution_of_angles_by_a_user():
+def test_user_distribution_of_angles_has_a_wrapped_guide():
     _, site = guide_of(lambda: CardioidOnTheCircle(torch.zeros(())))
     assert isinstance(site["fn"], WrappedNormal)
 
 
-def test_a_users_guide_for_a_flow_without_an_inverse():
+def test_prior_of_a_flow_without_an_inverse_is_refused():
     model = model_of(lambda: transformed(dist.Normal(torch.zeros(2), 1.0).to_event(1), PLANAR))
 
     def guide(x):
@@ -275,7 +275,7 @@ def test_a_users_guide_for_a_flow_without_an_inverse():
             run(model, guide, torch.randn(3, 1))
 
 
-def test_an_observation_without_a_support():
+def test_observation_without_a_support_warns():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -296,14 +296,14 @@ def test_an_observation_without_a_support():
         lambda p: transformed(dist.Gamma(2.0, 1.0), T.AffineTransform(p, 1.0)),
     ],
 )
-def test_a_support_that_is_learned_is_refused(make):
+def test_learned_support_is_refused(make):
     width = nn.Parameter(torch.tensor(2.0))
     guide = guides.AmortizedNormal(model_of(lambda: make(width.exp())), pv.nets.MLP(1, [4]))
     with pytest.raises(ValueError, match="depends on parameters"):
         guide(torch.randn(3, 1))
 
 
-def test_a_learned_scale_of_positive_numbers_leaves_them_positive():
+def test_learned_scale_keeps_a_positive_support():
     width = nn.Parameter(torch.tensor(2.0))
     _, site = guide_of(
         lambda: transformed(dist.Gamma(2.0, 1.0), T.AffineTransform(0.0, width.exp()))
@@ -313,7 +313,7 @@ def test_a_learned_scale_of_positive_numbers_leaves_them_positive():
 
 @pytest.mark.parametrize("after", [[], [T.ExpTransform()]])
 @pytest.mark.parametrize("name", ["affine_coupling", "affine_autoregressive"])
-def test_a_flow_over_real_numbers_keeps_its_support(name, after):
+def test_flow_over_the_reals_keeps_its_support(name, after):
     f = getattr(dist.transforms, name)(2, hidden_dims=[4]).double()
 
     def make():
@@ -323,7 +323,7 @@ def test_a_flow_over_real_numbers_keeps_its_support(name, after):
     assert support_of(make()).check(site["value"]).all()
 
 
-def test_bounds_that_are_infinite_tensors():
+def test_infinite_bounds_are_recognized():
     low = torch.tensor([[0.0], [-math.inf], [-math.inf], [2.0]])
     high = torch.tensor([[math.inf], [1.0], [math.inf], [5.0]])
     wanted = [constraints.greater_than, constraints.less_than, type(constraints.real),

@@ -1,4 +1,4 @@
-"""The contract that every guide keeps: its samples and its density belong together."""
+"""Tests for every guide: its samples and its density agree."""
 
 import copy
 import io
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.float64]
 
 
 def scored(guide, x, values):
-    """log q at values (M, *event), (M, B)."""
+    """Return log q at values (M, *event), of shape (M, B)."""
     with pyro.validation_enabled(False):
         return guide_log_prob(guide, (x,), values, plate_nesting=1)
 
@@ -33,7 +33,7 @@ def grid(low, high, steps, dim):
 
 
 @pytest.mark.parametrize("name", ONE_DIMENSION)
-def test_the_density_integrates_to_one_in_one_dimension(name):
+def test_density_integrates_to_one_in_one_dimension(name):
     model = Model((), dtype=torch.float64)
     x = torch.randn(3, 5, dtype=torch.float64)
     guide = make(name, model, x, spread=2.0)
@@ -43,7 +43,7 @@ def test_the_density_integrates_to_one_in_one_dimension(name):
 
 
 @pytest.mark.parametrize("name", DENSITIES)
-def test_the_density_integrates_to_one_in_two_dimensions(name):
+def test_density_integrates_to_one_in_two_dimensions(name):
     model = Model((2,), dtype=torch.float64)
     x = torch.randn(2, 5, dtype=torch.float64)
     guide = make(name, model, x, spread=1.5)
@@ -55,7 +55,7 @@ def test_the_density_integrates_to_one_in_two_dimensions(name):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("event_shape", [(3,), (1, 4, 4)], ids=str)
 @pytest.mark.parametrize("name", DENSITIES)
-def test_a_sample_is_scored_as_it_was_reported(name, event_shape, dtype):
+def test_sample_is_scored_the_same_when_given(name, event_shape, dtype):
     model = Model(event_shape, dtype=dtype)
     x = torch.randn(4, 5, dtype=dtype)
     guide = make(name, model, x)
@@ -72,7 +72,7 @@ def test_a_sample_is_scored_as_it_was_reported(name, event_shape, dtype):
 
 
 @pytest.mark.parametrize("name", DENSITIES)
-def test_particles_and_batches_of_one(name):
+def test_guides_support_particles_and_batches_of_one(name):
     model = Model((2,))
     x = torch.randn(6, 5)
     guide = make(name, model, x)
@@ -99,8 +99,8 @@ def test_every_parameter_has_a_gradient(name):
 
 
 @pytest.mark.parametrize("name", DENSITIES)
-def test_the_density_has_gradients_at_given_values(name):
-    """To the value, and to the parameters: against finite differences."""
+def test_gradients_at_given_values_match_finite_differences(name):
+    """With respect to the value and to the parameters."""
     model = Model((2,), dtype=torch.float64)
     x = torch.randn(2, 5, dtype=torch.float64)
     guide = make(name, model, x, spread=1.5)
@@ -125,7 +125,7 @@ def test_the_density_has_gradients_at_given_values(name):
 
 
 @pytest.mark.parametrize("name", DENSITIES)
-def test_saved_loaded_and_copied(name):
+def test_loaded_and_copied_guides_score_the_same(name):
     model = Model((2,))
     x = torch.randn(4, 5)
     guide = make(name, model, x)
@@ -144,7 +144,7 @@ def test_saved_loaded_and_copied(name):
         torch.testing.assert_close(scored(other, x, {"z": torch.ones(1, 2)}), expected)
 
 
-def test_what_was_saved_of_another_guide_is_refused():
+def test_state_dict_of_another_guide_is_refused():
     model, x = Model((2,)), torch.randn(4, 5)
     state = make("planar", model, x).state_dict()
     other = guides.AmortizedFlow(model, pv.nets.MLP(5, [7]), length=9)
@@ -175,7 +175,7 @@ def test_local_guides_find_their_rows():
             assert guide.parameters_of(torch.randn(2, 5)).isnan().all()
 
 
-def test_local_guides_tell_covariates_apart():
+def test_local_guides_distinguish_covariates():
     def model(x, y):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(y, 1.0))
@@ -204,21 +204,21 @@ def test_values_that_broadcast_are_scored(name, shape):
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
 
 
-def test_a_low_rank_density_is_right_for_small_scales():
+def test_low_rank_density_is_accurate_for_small_scales():
     guide = guides.AmortizedLowRankNormal(Model((20,)), nn.Identity(), rank=4)
     family = guide._family(20)
     parameters = torch.randn(64, family.num_parameters)
-    parameters[:, 20:40] = -7.0  # scales of 0.0016 beside factors of one
+    parameters[:, 20:40] = -7.0  # scales of 0.0016 with factors of one
     z = family(parameters).sample()
     exact = dist.MultivariateNormal(
         parameters[:, :20].double(), family(parameters.double()).covariance_matrix
     ).log_prob(z.double())
     error = family(parameters).log_prob(z).double() - exact
-    # What float32 cannot say of z itself, z (1 + 1e-7), moves the density by some 1e-2.
+    # The rounding of z in float32, z (1 + 1e-7), changes the log-density by about 1e-2.
     assert error.abs().max() < 0.1
 
 
-def test_copies_hold_the_same_model():
+def test_copied_guides_keep_the_same_model():
     model, x = Model((2,)), torch.randn(4, 5)
     for guide in (
         make("planar", model, x),
@@ -231,14 +231,14 @@ def test_copies_hold_the_same_model():
         assert copied._model.program is twin
 
 
-def test_second_derivatives_that_there_are_not_are_refused():
+def test_missing_second_derivatives_are_refused():
     model, x = Model((2,)), torch.randn(4, 5)
     guide = guides.SemiAmortized(make("mixture", model, x), through=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         pv.objectives.ELBO().loss_and_grads(model, guide, x)
 
 
-# The layers of flows by themselves.
+# Layers of flows.
 
 
 @pytest.mark.parametrize("product", [-0.999, 0.0, 1.0, 5.0, 20.0, 1000.0])
@@ -256,22 +256,22 @@ def test_roots_of_steep_functions_are_found(product):
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_inverses_have_the_gradient_of_finite_differences(name):
-    """To y and to the parameters; the solvers' gradients are not those of their steps."""
+def test_gradients_of_inverses_match_finite_differences(name):
+    """With respect to y and the parameters; gradients skip the steps of the solvers."""
     layer = FLOWS[name](3).double()
     parameters = torch.randn(layer.num_parameters, dtype=torch.float64, requires_grad=True)
     y = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda p, v: layer(p).inv(v.clone()), (parameters, y))
 
 
-def test_large_planar_layers_are_scored_as_they_sampled():
+def test_large_planar_layers_are_inverted_accurately():
     f = flows.Planar(2)(torch.tensor([3.0, 3.0, 2.0, 2.0, 0.0], dtype=torch.float64))
     z = torch.randn(20_000, 2, dtype=torch.float64)
     torch.testing.assert_close(f.inv(f(z).clone()), z, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_the_log_determinant_is_that_of_the_jacobian(name):
+def test_log_determinant_matches_the_jacobian(name):
     layer = FLOWS[name](4).double()
     parameters = torch.randn(layer.num_parameters, dtype=torch.float64)
     f = layer(parameters)
@@ -283,7 +283,7 @@ def test_the_log_determinant_is_that_of_the_jacobian(name):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("name", FLOWS)
-def test_the_inverse_is_the_inverse(name, dtype, tolerance):
+def test_inverse_returns_the_input(name, dtype, tolerance):
     layer = FLOWS[name](4).to(dtype)
     f = layer(torch.randn(20, layer.num_parameters, dtype=dtype))
     z = torch.randn(50, 20, 4, dtype=dtype)
@@ -292,7 +292,7 @@ def test_the_inverse_is_the_inverse(name, dtype, tolerance):
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_the_log_determinant_is_computed_once_for_a_sample(name, monkeypatch):
+def test_log_determinant_of_a_sample_is_computed_once(name, monkeypatch):
     layer = FLOWS[name](3)
     f = layer(torch.randn(layer.num_parameters))
     base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
@@ -302,12 +302,12 @@ def test_the_log_determinant_is_computed_once_for_a_sample(name, monkeypatch):
     inner = f.inv if isinstance(f.inv, flows.FlowTransform) else f
     monkeypatch.setattr(type(inner), "map", None)
     monkeypatch.setattr(type(inner), "unmap", None)
-    if name != "masked autoregressive":  # which scores by its one pass
+    if name != "masked autoregressive":  # it scores in one pass
         assert q.log_prob(z).isfinite()
 
 
-def test_one_flow_for_all_data_is_inverted_once_for_all(monkeypatch):
-    """M values under N posteriors: M inversions, N*M base densities."""
+def test_shared_flow_is_inverted_once_per_value(monkeypatch):
+    """M values under N posteriors need M inversions and N*M base densities."""
     model, x = Model((2,)), torch.randn(7, 5)
     guide = make("planar, shared", model, x)
     shapes = []
@@ -328,7 +328,7 @@ def test_one_flow_for_all_data_is_inverted_once_for_all(monkeypatch):
     assert {shape.numel() for shape in shapes} == {11 * 2}
 
 
-def test_zeros_leave_values_nearly_as_they_are():
+def test_zero_parameters_give_the_identity():
     for name in ("planar", "radial"):
         layer = FLOWS[name](3)
         z = torch.randn(4, 3)
@@ -345,7 +345,7 @@ def test_zeros_leave_values_nearly_as_they_are():
         (lambda m, e: guides.AmortizedLowRankNormal(m, e, rank=0), "rank must be at least 1"),
     ],
 )  # fmt: skip
-def test_families_that_do_not_fit_name_the_site(make_guide, message):
+def test_invalid_families_are_refused_by_site(make_guide, message):
     guide = make_guide(Model(()), pv.nets.MLP(5, [7]))
     with pytest.raises(ValueError, match=message):
         guide(torch.randn(3, 5))

@@ -1,4 +1,4 @@
-"""A guide makes its head at its first call, which must not change what the call returns."""
+"""A guide makes its head at its first call, which must not change the result."""
 
 import copy
 
@@ -24,7 +24,7 @@ def pair(name, x):
 
 
 def loaded(guide, model):
-    """A copy as load_state_dict leaves it: its head is made at the next call."""
+    """Return a copy as after load_state_dict: its head is made at the next call."""
     state = guide.state_dict()
     name = "guide." if isinstance(guide, guides.SemiAmortized) else ""
     fresh = copy.deepcopy(guide)
@@ -54,7 +54,7 @@ CASES = [(n, f) for n in MAKERS for f in FUNCTIONS if (n, f) != ("semi-amortized
 
 @pytest.mark.filterwarnings("ignore::pyro_vae.evaluation.UnreliableEvidence")
 @pytest.mark.parametrize(("name", "function"), CASES)
-def test_the_first_call_gives_the_numbers_of_the_second(name, function):
+def test_first_call_returns_the_same_as_the_second(name, function):
     x = torch.randn(20, 5)
     model, guide = pair(name, x)
     guide(x)
@@ -67,7 +67,7 @@ def test_the_first_call_gives_the_numbers_of_the_second(name, function):
 
 @pytest.mark.parametrize("num_particles", [1, 4])
 @pytest.mark.parametrize("name", MAKERS)
-def test_losses_and_terms_of_the_first_call(name, num_particles):
+def test_losses_and_terms_of_the_first_call_are_the_same(name, num_particles):
     x = torch.randn(20, 5)
     model, guide = pair(name, x)
     guide(x)
@@ -83,7 +83,7 @@ def test_losses_and_terms_of_the_first_call(name, num_particles):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_head_follows_the_seed(name):
+def test_head_depends_on_the_seed(name):
     x, heads = torch.randn(20, 5), []
     model = Model()
     encoder = pv.nets.MLP(5, [7])
@@ -97,7 +97,7 @@ def test_a_head_follows_the_seed(name):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_guide_first_called_under_inference_mode_is_trained(name):
+def test_guide_first_called_under_inference_mode_can_be_trained(name):
     x = torch.randn(40, 5)
     model, guide = pair(name, x)
     with torch.inference_mode():
@@ -109,7 +109,7 @@ def test_a_guide_first_called_under_inference_mode_is_trained(name):
     assert all(not torch.equal(a, b) for a, b in zip(before, guide.parameters(), strict=True))
 
 
-def test_a_sequence_guide_first_called_under_inference_mode_is_trained():
+def test_sequence_guide_first_called_under_inference_mode_can_be_trained():
     model = pv.models.SequenceModel(
         prior=pv.priors.StandardNormal(2),
         transition=lambda z: dist.Normal(0.9 * z, 0.4).to_event(1),

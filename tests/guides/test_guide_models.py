@@ -1,4 +1,4 @@
-"""Models that nobody prepared for a guide: one name changes the posterior family in each."""
+"""Guides of every family for models that were not written for them."""
 
 import functools
 
@@ -26,7 +26,7 @@ def two_supports(x):
 
 
 def nested_plate(x):
-    """A latent of the datum, and one for each of its three parts."""
+    """A latent for the data point, and one for each of its three parts."""
     with pyro.plate("data", len(x), dim=-2):
         level = pyro.sample("level", dist.Normal(torch.zeros(1), 1.0))
         with pyro.plate("parts", 3, dim=-1):
@@ -35,7 +35,7 @@ def nested_plate(x):
 
 
 def plate_outside(x):
-    """The parts' plate to the left of the data's."""
+    """The plate of the parts is to the left of the data plate."""
     with pyro.plate("data", len(x), dim=-1):
         level = pyro.sample("level", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         with pyro.plate("parts", 3, dim=-2):
@@ -69,7 +69,7 @@ def make(name, model):
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("name", NAMES)
-def test_any_family_for_any_model(name, model):
+def test_every_family_works_for_every_model(name, model):
     torch.manual_seed(0)
     x = torch.randn(8, 3).abs()
     guide = make(name, model)
@@ -79,7 +79,7 @@ def test_any_family_for_any_model(name, model):
     assert t.log_weight.isfinite().all()
     for parameter in guide.parameters():
         assert parameter.grad is not None
-    # What was drawn for the third datum, scored under every datum's posterior.
+    # Score the samples of the third data point under the posterior of every data point.
     drawn = {site: values[:, 2] for site, values in t.samples.items()}
     nesting = 2 if "plate" in model.__name__ else 1
     given = guide_log_prob(guide, (x,), drawn, plate_nesting=nesting)
@@ -90,7 +90,7 @@ def test_any_family_for_any_model(name, model):
 
 
 @pytest.mark.parametrize("name", ["multivariate normal", "planar", "mixture"])
-def test_a_joint_density_integrates_to_one(name):
+def test_joint_density_integrates_to_one(name):
     """Over a positive site and a real one."""
 
     def model(x):
@@ -112,7 +112,7 @@ def test_a_joint_density_integrates_to_one(name):
     torch.testing.assert_close(total, torch.ones(2), rtol=2e-3, atol=0)
 
 
-def test_sites_of_a_joint_draw_are_correlated():
+def test_sites_of_a_joint_sample_are_correlated():
     torch.manual_seed(0)
     guide = guides.AmortizedMultivariateNormal(two_supports, pv.nets.MLP(3, [8]))
     x = torch.ones(1, 3)
@@ -124,7 +124,7 @@ def test_sites_of_a_joint_draw_are_correlated():
     assert torch.corrcoef(both)[0, 1] > 0.5
 
 
-def test_joint_latents_are_given_all_or_none():
+def test_joint_latents_must_be_given_together():
     guide = guides.AmortizedMultivariateNormal(two_supports, pv.nets.MLP(3, [8]))
     x = torch.ones(2, 3)
     guide(x)
@@ -135,7 +135,7 @@ def test_joint_latents_are_given_all_or_none():
     assert torch.equal(values["rate"], torch.ones(2))
 
 
-def test_masked_latents_are_not_joint():
+def test_joint_guide_refuses_masked_latents():
     def model(x):
         with pyro.plate("data", len(x)):
             a = pyro.sample("a", dist.Normal(0.0, 1.0))
@@ -149,7 +149,7 @@ def test_masked_latents_are_not_joint():
         guides.AmortizedMultivariateNormal(model, pv.nets.MLP(3, [8]))(x)
 
 
-def test_a_global_weight_is_left_to_an_autoguide():
+def test_autoguide_samples_a_global_weight():
     def model(x):
         weight = pyro.sample("weight", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
         with pyro.plate("data", len(x)):
@@ -171,7 +171,7 @@ def test_a_global_weight_is_left_to_an_autoguide():
 
 
 @pytest.mark.parametrize("order", ["top-down", "bottom-up", ["z_1", "z_0", "z_2"]])
-def test_a_hierarchical_guide_depends_on_what_came_before(order):
+def test_hierarchical_guide_depends_on_earlier_latents(order):
     guide = guides.HierarchicalGuide(sequence, pv.nets.MLP(3, [8]), order=order)
     x = torch.randn(4, 3)
     trace = poutine.trace(guide).get_trace(x)
@@ -184,7 +184,7 @@ def test_a_hierarchical_guide_depends_on_what_came_before(order):
     assert not torch.allclose(*locs)
 
 
-def test_orders_that_are_none_are_refused():
+def test_invalid_order_and_history_are_refused():
     x = torch.randn(4, 3)
     for order in ("sideways", ["z_0"]):
         with pytest.raises(ValueError, match="order must be"):
@@ -211,13 +211,13 @@ def test_refining_raises_the_elbo_of_an_untrained_guide(through):
         assert not refined(x)["rate"].requires_grad
 
 
-def test_a_family_may_be_any_function():
+def test_family_may_be_any_function():
     x = torch.randn(4, 3).abs()
     guide = guides.AmortizedGuide(two_supports, pv.nets.MLP(3, [8]), lambda d: families.Normal(d))
     assert pv.terms(two_supports, guide, x).log_weight.isfinite().all()
 
 
-def test_samples_keep_to_a_bound_of_one_dimension():
+def test_samples_respect_a_bound_of_one_dimension():
     def model(x):
         with pyro.plate("data", len(x)):
             prior = dist.Pareto(torch.tensor([1.0, 2.0]), 3.0).expand([len(x), 2]).to_event(1)
@@ -230,7 +230,7 @@ def test_samples_keep_to_a_bound_of_one_dimension():
     assert (z[..., 1] >= 2).all()
 
 
-def test_a_bottom_up_guide_is_judged_by_every_estimator():
+def test_surgery_of_a_bottom_up_guide_matches_its_elbo():
     torch.manual_seed(0)
 
     def model(x):
@@ -247,7 +247,7 @@ def test_a_bottom_up_guide_is_judged_by_every_estimator():
     assert surgery.elbo == pytest.approx(elbo, abs=1.0)
 
 
-def test_what_cannot_be_refined_is_refused():
+def test_semi_amortized_refuses_unsupported_arguments():
     def with_a_global_weight(x):
         weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
@@ -265,7 +265,7 @@ def test_what_cannot_be_refined_is_refused():
         guides.SemiAmortized(amortized, steps=0)
 
 
-def test_a_delta_guide_is_an_autoencoder():
+def test_delta_guide_has_a_constant_or_learned_log_density():
     def model(x):
         weight = pyro.param("decoder", lambda: torch.randn(2, 3))
         with pyro.plate("data", len(x)):

@@ -14,7 +14,7 @@ from pyro_vae._utils.numerics import inverse_softplus_scale
 from pyro_vae.evaluation._scoring import guide_log_prob
 from pyro_vae.guides import AmortizedNormal
 
-# Latents by name: distribution of one datum. Together: every support, several event shapes.
+# Distributions of latents by name, of every support and several event shapes.
 LATENTS = {
     "real": lambda: dist.Normal(0.0, 1.0),
     "vector": lambda: dist.Normal(torch.zeros(3), 1.0).to_event(1),
@@ -52,8 +52,8 @@ def guide_for(model, x, hidden=8):
 
 @pytest.mark.parametrize("name", LATENTS)
 @pytest.mark.parametrize("num_particles", [1, 4])
-def test_density_at_a_sample_is_the_one_reported(name, num_particles):
-    """Scoring inverts the bijection; the draw itself used what it had cached."""
+def test_density_at_a_sample_matches_the_terms(name, num_particles):
+    """Scoring inverts the bijection; sampling uses its cache."""
     torch.set_default_dtype(torch.float64)
     try:
         model, x = model_with(name), torch.randn(5, 1)
@@ -98,7 +98,7 @@ def test_gradient_reaches_every_parameter():
         assert p.grad.abs().max() > 0, name
 
 
-def test_latents_in_nested_plates_and_a_data_plate_that_is_not_the_last():
+def test_guide_supports_nested_plates_and_any_data_dimension():
     def model(x):
         with pyro.plate("data", len(x), dim=-2):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -115,7 +115,7 @@ def test_latents_in_nested_plates_and_a_data_plate_that_is_not_the_last():
         t = pv.terms(model, guide, x, num_particles=num_particles)
         assert t.samples["z"].shape == (num_particles, 5, 2)
         assert t.samples["w"].shape == (num_particles, 5, 3, 4)
-    # Each datum's latents hang on its own row of x alone.
+    # The latents of a data point depend only on its own row of x.
     with torch.no_grad():
         guide.built["head"].weight.mul_(10)
         means = {}
@@ -135,7 +135,7 @@ def test_subsampled_data_plate_scales_the_guide_as_the_model():
     assert pv.terms(model, guide, torch.randn(7, 1)).scale == pytest.approx(1000 / 7)
 
 
-def test_the_guide_leaves_global_latents_to_a_guide_beside_it():
+def test_global_latents_are_left_to_another_guide():
     def model(x):
         mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
         with pyro.plate("data", len(x)):
@@ -163,7 +163,7 @@ def test_the_guide_leaves_global_latents_to_a_guide_beside_it():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("batch", [1, 9])
-def test_dtype_and_batches_of_one(dtype, batch):
+def test_terms_keep_the_dtype_for_any_batch_size(dtype, batch):
     model, guide = make_pair()
     model.to(dtype)
     guide.encoder.to(dtype)
@@ -172,7 +172,7 @@ def test_dtype_and_batches_of_one(dtype, batch):
     assert t.log_weight.shape == (2, batch)
 
 
-def test_a_copied_guide_is_independent_and_loads_a_state_dict():
+def test_copied_guide_is_independent_and_loads_a_state_dict():
     _, guide = make_pair()
     x = torch.ones(3, 16)
     guide(x)
@@ -185,7 +185,7 @@ def test_a_copied_guide_is_independent_and_loads_a_state_dict():
         assert torch.equal(a, b)
 
 
-def test_a_fresh_guide_starts_near_a_unit_scale():
+def test_new_guide_starts_at_unit_scale():
     _, guide = make_pair()
     x = torch.zeros(3, 16)
     guide(x)
@@ -236,12 +236,12 @@ def discrete_latent(x):
         (discrete_latent, "latent site 'c' has the support IntegerInterval"),
     ],
 )
-def test_models_that_no_continuous_guide_fits(model, message):
+def test_models_without_continuous_latents_are_refused(model, message):
     with pytest.raises(ValueError, match=message):
         latent_sites(model, torch.randn(5, 1))
 
 
-def test_encoder_whose_output_does_not_fit():
+def test_encoder_output_of_wrong_shape_is_refused():
     class Mixer(nn.Module):
         def forward(self, x):
             return x.mean(0)
@@ -251,7 +251,7 @@ def test_encoder_whose_output_does_not_fit():
         AmortizedNormal(model, Mixer())(torch.ones(5, 16))
 
 
-def test_bounds_of_a_support_serve_batches_of_any_size():
+def test_bounds_of_a_support_work_for_any_batch_size():
     """The model's plate expands Uniform's bounds to the batch that the guide was built on."""
     low, high = torch.tensor([0.0, 1.0]), torch.tensor([2.0, 5.0])
 
@@ -270,7 +270,7 @@ def test_bounds_of_a_support_serve_batches_of_any_size():
             assert ((t.samples["a"] > -1) & (t.samples["a"] < 3)).all()
 
 
-def test_a_support_that_differs_from_datum_to_datum_is_refused():
+def test_support_that_differs_between_data_points_is_refused():
     def model(x):
         with pyro.plate("data", len(x)):
             a = pyro.sample("a", dist.Uniform(torch.zeros(len(x)), x[:, 0].abs() + 0.1))
@@ -280,7 +280,7 @@ def test_a_support_that_differs_from_datum_to_datum_is_refused():
         guide_for(model, torch.randn(5, 1))
 
 
-def test_a_guide_built_on_all_data_of_a_subsampled_plate():
+def test_guide_built_on_all_data_accepts_a_minibatch():
     def model(x):
         with pyro.plate("data", 40, subsample=x):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -290,7 +290,7 @@ def test_a_guide_built_on_all_data_of_a_subsampled_plate():
     assert pv.terms(model, guide, torch.randn(10, 1)).scale == 4.0
 
 
-def test_an_inner_plate_that_subsamples_is_refused():
+def test_inner_plate_that_subsamples_is_refused():
     def model(x):
         with pyro.plate("data", len(x)):
             with pyro.plate("words", 6, subsample_size=2):
@@ -301,7 +301,7 @@ def test_an_inner_plate_that_subsamples_is_refused():
         guide_for(model, torch.randn(5, 1))
 
 
-def test_weights_are_loaded_into_a_guide_that_was_not_called_yet():
+def test_state_dict_is_loaded_before_the_first_call():
     model, guide = make_pair()
     x = torch.ones(3, 16)
     guide(x)
@@ -316,15 +316,15 @@ def test_weights_are_loaded_into_a_guide_that_was_not_called_yet():
 
 
 def widen(guide):
-    """Make a guide a standard normal: wider than the posteriors, so weights have a variance."""
+    """Set a guide to N(0, 1), wider than the posteriors, so that the weights vary."""
     with torch.no_grad():
         for p in guide.built["head"].parameters():
             p.zero_()
 
 
 @pytest.mark.parametrize("num_particles", [1, 3])
-def test_the_models_masks_are_asked_for(num_particles):
-    """Padded latents, and obs_mask: what the model masks, the guide masks."""
+def test_guide_applies_the_masks_of_the_model(num_particles):
+    """Padded latents: the guide masks the sites that the model masks."""
 
     def model(x, lengths):
         kept = torch.arange(3).unsqueeze(-1) < lengths
@@ -354,7 +354,7 @@ def test_the_models_masks_are_asked_for(num_particles):
         pv.elbo_surgery(model, guide, (x, lengths))
 
 
-def test_an_observation_that_is_partly_missing():
+def test_evidence_with_obs_mask_matches_the_closed_form():
     seen = torch.tensor([True, False, True, True])
 
     def model(x, seen):
@@ -369,7 +369,7 @@ def test_an_observation_that_is_partly_missing():
     guide = AmortizedNormal(model, Rows())
     x = torch.randn(4, 1)
     guide(x, seen)
-    with torch.no_grad():  # all of N(0, 2^2): twice the prior's width, for weights of some variance
+    with torch.no_grad():  # N(0, 2^2), twice as wide as the prior, so that the weights vary
         guide.built["head"].weight.zero_()
         guide.built["head"].bias.copy_(torch.tensor([0.0, inverse_softplus_scale(2.0)] * 2))
     estimate = pv.evidence(model, guide, (x, seen), num_particles=20_000, seed=0)

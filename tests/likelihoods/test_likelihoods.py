@@ -1,4 +1,4 @@
-"""Likelihoods: densities that sum to one, closed forms, tails, samples, steps that are captured."""
+"""Likelihoods: normalization, closed forms, tails, samples and captured steps."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ import pyro_vae as pv
 L = pv.likelihoods
 DTYPES = [torch.float32, torch.float64]
 
-# How to make each on a decoder, and how many numbers that gives for each of x.
+# Each likelihood as a function of its decoder, and the number of outputs per element of x.
 MADE = {
     "bernoulli": (L.Bernoulli, 1),
     "continuous-bernoulli": (L.ContinuousBernoulli, 1),
@@ -51,7 +51,7 @@ COUNTS = torch.arange(4000.0)
 
 
 def made(name, numbers=None, **options):
-    """A likelihood, in evaluation mode, whose decoder gives these numbers; 4 outputs if none."""
+    """Return a likelihood on an MLP of 4 outputs, or on given numbers, in eval mode."""
     make, parts = MADE[name]
     if numbers is None:
         return make(pv.nets.MLP(2, [8], 4 * parts), **options)
@@ -59,7 +59,7 @@ def made(name, numbers=None, **options):
 
 
 def grid_of(support, dtype):
-    """Values that cover a support, and the weight of each in a sum."""
+    """Return values that cover a support, and the weight of each in a sum."""
     if isinstance(support, L.Levels):
         x = torch.arange(support.levels, dtype=dtype) / (support.levels - 1)
         return x, torch.ones_like(x)
@@ -77,7 +77,7 @@ def grid_of(support, dtype):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_sums_to_one_with_its_mean(name):
+def test_density_sums_to_one_and_has_its_mean(name):
     parts = MADE[name][1]
     numbers = torch.randn(4 * parts, dtype=torch.double)
     p = made(name, numbers).double()(numbers)
@@ -86,13 +86,13 @@ def test_sums_to_one_with_its_mean(name):
     probabilities = p.base_dist.log_prob(x.unsqueeze(-1)).exp() * weights.unsqueeze(-1)
     # Quadrature over the kink of a Laplace density of scale 0.05 at x = 4 errs by 2e-5.
     torch.testing.assert_close(probabilities.sum(0), torch.ones(4).double(), rtol=0, atol=2e-5)
-    if name != "student":  # whose tail is beyond the grid
+    if name != "student":  # its tail is beyond the grid
         mean = (x.unsqueeze(-1) * probabilities).sum(0)
         torch.testing.assert_close(p.mean, mean, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_leading_dimensions_and_event_dimensions(name):
+def test_likelihoods_support_leading_and_event_dimensions(name):
     parts = MADE[name][1]
     numbers = torch.randn(3, 5, 2 * parts, 3, 4)  # particles, data; channels, height, width
     likelihood = made(name, numbers, event_dim=3)
@@ -138,7 +138,7 @@ def test_samples_have_the_mean_of_the_distribution(name):
 
 
 @pytest.mark.parametrize("name", ["categorical", "logistic", "logistic-mixture", "poisson"])
-def test_samples_come_as_often_as_their_probabilities(name):
+def test_sample_frequencies_match_their_probabilities(name):
     parts = MADE[name][1]
     numbers = torch.randn(4 * parts)
     p = made(name, numbers)(numbers).base_dist
@@ -152,8 +152,8 @@ def test_samples_come_as_often_as_their_probabilities(name):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_all_tensors_are_made_where_the_inputs_are_and_none_is_looked_at(name):
-    likelihood = made(name).to("meta")  # which has no values, and takes no tensors from elsewhere
+def test_tensors_stay_on_the_input_device_and_are_not_read(name):
+    likelihood = made(name).to("meta")  # has no values, and refuses tensors of other devices
     with pyro.validation_enabled(False):
         p = likelihood(torch.empty(3, 2, device="meta"))
         x = torch.empty(3, 4, device="meta")
@@ -161,11 +161,11 @@ def test_all_tensors_are_made_where_the_inputs_are_and_none_is_looked_at(name):
             assert tensor.device.type == "meta"
 
 
-# Decoders and what they give
+# Decoders and their outputs
 
 
 @pytest.mark.parametrize("name", [n for n in MADE if MADE[n][1] > 1])
-def test_decoders_that_cannot_be_cut_are_refused(name):
+def test_decoder_outputs_of_wrong_size_are_refused(name):
     make, parts = MADE[name]
     message = rf"needs {parts} decoder outputs .* {4 * parts + 1} is not divisible"
     with pytest.raises(ValueError, match=message):
@@ -175,7 +175,7 @@ def test_decoders_that_cannot_be_cut_are_refused(name):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_covariates_go_to_the_decoder(name):
+def test_covariates_reach_the_decoder(name):
     make, parts = MADE[name]
     likelihood = make(pv.nets.Joined(pv.nets.MLP(2 + 3, [8], 4 * parts))).eval()
     z, y = torch.randn(5, 7, 2), torch.randn(7, 3)
@@ -186,7 +186,7 @@ def test_covariates_go_to_the_decoder(name):
     torch.testing.assert_close(p.log_prob(x), expected(likelihood.decoder(z, y)).log_prob(x))
 
 
-def test_blocks_of_the_decoder_are_parameters_in_their_order():
+def test_blocks_of_decoder_outputs_are_parameters_in_order():
     numbers = torch.randn(3, 8)
     x = torch.randn(3, 4)
     scale = nn.functional.softplus(numbers[:, 4:] + math.log(math.e - 1)) + 1e-6
@@ -202,20 +202,20 @@ def test_blocks_of_the_decoder_are_parameters_in_their_order():
     torch.testing.assert_close(p.log_prob(torch.full((4,), 0.5)), expected)
 
 
-def test_zero_is_a_scale_of_one():
+def test_decoder_output_of_zero_is_a_scale_of_one():
     p = L.Normal(nn.Identity(), L.ScaleFromDecoder())(torch.zeros(2))
     assert p.stddev.item() == pytest.approx(1, abs=1e-5)
     assert L.Poisson(nn.Identity())(torch.zeros(1)).mean.item() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("initial", [1e-4, 0.03, 1.0, 7.0, 300.0])
-def test_learned_scales_begin_where_they_are_told(initial):
+def test_learned_scales_start_at_initial(initial):
     for scale in (L.SharedScale(initial), L.ScalePerOutput(4, initial=initial)):
         p = L.Normal(nn.Identity(), scale)(torch.zeros(4))
         torch.testing.assert_close(p.stddev, torch.full((4,), initial), rtol=1e-4, atol=1e-7)
 
 
-def test_a_normal_likelihood_has_closed_form_kl_with_its_kind():
+def test_kl_of_normal_likelihoods_matches_samples():
     p = L.Normal(nn.Identity(), L.ScaleFromDecoder())(torch.randn(3, 8))
     q = L.Normal(nn.Identity(), L.SharedScale(0.5))(torch.randn(3, 4))
     kl = torch.distributions.kl_divergence(q, p)
@@ -229,11 +229,11 @@ def test_a_normal_likelihood_has_closed_form_kl_with_its_kind():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_continuous_bernoulli_near_zero_and_far_from_it(dtype):
+def test_continuous_bernoulli_is_accurate_at_small_and_large_logits(dtype):
     sizes = torch.tensor([0.0, 1e-30, 1e-8, 1e-4, 0.02, 0.0999, 0.1001, 0.5, 3.0, 20.0, 200.0, 1e4])
     logits = torch.cat([-sizes, sizes]).to(dtype)
     x = torch.rand(len(logits), dtype=dtype)
-    # The normaliser by quadrature in float64, from the end where the density is greatest.
+    # The normalizer by quadrature in float64, from the end where the density is greatest.
     l64 = logits.double().requires_grad_()
     u = torch.logspace(-8, 0, 40_001, dtype=torch.double)
     u = torch.cat([torch.zeros(1, dtype=torch.double), u])
@@ -279,7 +279,7 @@ def test_continuous_bernoulli_samples_have_its_mean_and_inverse_cdf(logit):
 
 
 def brute_force(level, levels, loc, scale):
-    """The bin of a level as a difference, in float64, of whichever tail is the smaller."""
+    """Return the log-probability of a level: a difference of the smaller tails, in float64."""
     loc, scale = loc.double() * (levels - 1), scale.double() * (levels - 1)
     lower = (level - 0.5 - loc) / scale if level > 0 else torch.full_like(loc, -torch.inf)
     upper = (level + 0.5 - loc) / scale if level < levels - 1 else torch.full_like(loc, torch.inf)
@@ -331,7 +331,7 @@ def test_tails_are_finite_in_value_and_gradient(make, dtype):
         assert (log_p <= 1e-6).all()
 
 
-def test_a_mixture_is_the_sum_of_its_components():
+def test_mixture_is_the_sum_of_its_components():
     numbers = torch.randn(5, 3 * 2 * 4, dtype=torch.double)  # C = 2, D = 4
     x = torch.randint(0, 17, (5, 4))
     p = L.DiscretizedLogisticMixture(nn.Identity(), 17, 2)(numbers).base_dist
@@ -344,7 +344,7 @@ def test_a_mixture_is_the_sum_of_its_components():
     torch.testing.assert_close(p.log_prob(x), expected)
 
 
-def test_the_grid_of_levels():
+def test_levels_accept_only_their_grid():
     support = L.Levels(256)
     assert repr(support) == "levels(256)"
     grid = torch.arange(256) / 255
@@ -358,7 +358,7 @@ def test_the_grid_of_levels():
 
 
 @pytest.mark.parametrize("name", ["categorical", "logistic", "logistic-mixture"])
-def test_levels_that_do_not_match_the_data_are_refused(name):
+def test_data_that_are_not_levels_are_refused(name):
     likelihood = made(name)
     model = pv.LatentVariableModel(pv.priors.StandardNormal(2), likelihood)
     guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(4, [8]))
@@ -376,7 +376,7 @@ def test_levels_that_do_not_match_the_data_are_refused(name):
 
 
 @pytest.mark.parametrize("dispersion", [1e-6, 1e-3, 0.049, 0.051, 0.7, 30.0])
-def test_negative_binomials_in_float32_are_those_in_float64(dispersion):
+def test_negative_binomial_in_float32_matches_float64(dispersion):
     raw = torch.tensor([-8.0, 0.0, 3.0, 50.0])
     x = torch.tensor([0.0, 1, 3, 40, 200]).unsqueeze(-1)
     mean = nn.functional.softplus(raw.double() + math.log(math.e - 1)) + 1e-6
@@ -392,7 +392,7 @@ def test_negative_binomials_in_float32_are_those_in_float64(dispersion):
 
 
 @pytest.mark.parametrize("dispersion", [1e-6, 0.01, 0.7, 30.0])
-def test_gradients_of_the_dispersion_are_finite_and_right(dispersion):
+def test_gradient_of_the_dispersion_in_float32_matches_float64(dispersion):
     def log_p(alpha, dtype):
         scale = L.ScalePerOutput(1, initial=alpha + 1e-5).to(dtype)
         p = L.NegativeBinomial(nn.Identity(), scale)(torch.tensor([3.0], dtype=dtype))
@@ -412,7 +412,7 @@ def test_counts_may_be_integers(name, dtype):
     torch.testing.assert_close(p.log_prob(x), p.log_prob(x.float()))
 
 
-# The best scale
+# The optimal scale
 
 
 def optimal(make, **options):
@@ -425,12 +425,12 @@ def best(make, residuals):
 
 
 @pytest.mark.parametrize("make", [L.Normal, L.Laplace])
-def test_training_at_the_best_scale_is_a_closed_form_with_its_gradient(make):
+def test_optimal_scale_has_a_closed_form_loss_and_gradient(make):
     likelihood, z, x = optimal(make)
     loss = -likelihood(z).log_prob(x).mean()
     scale = best(make, x - likelihood.decoder(z))
     constant = 0.5 * math.log(2 * math.pi * math.e) if make is L.Normal else math.log(2 * math.e)
-    profile = 4 * (scale.log() + constant)  # D dimensions, through the optimum itself
+    profile = 4 * (scale.log() + constant)  # D dimensions; the gradient includes that of the scale
     torch.testing.assert_close(loss, profile)
     parameters = list(likelihood.decoder.parameters())
     torch.testing.assert_close(
@@ -442,7 +442,7 @@ def test_training_at_the_best_scale_is_a_closed_form_with_its_gradient(make):
 
 
 @pytest.mark.parametrize("make", [L.Normal, L.Laplace])
-def test_evaluation_is_at_the_running_average(make):
+def test_evaluation_uses_the_running_average_of_the_scale(make):
     likelihood, z, x = optimal(make, momentum=0.25)
     power = 2 if make is L.Normal else 1
     assert likelihood.eval()(z).base_dist.scale.unique().item() == 1
@@ -450,7 +450,7 @@ def test_evaluation_is_at_the_running_average(make):
     for shift in (0.0, 3.0, 1.0):
         likelihood.train()(z).log_prob(x + shift)
         deviations.append(best(make, x + shift - likelihood.decoder(z)).item() ** power)
-    average = deviations[0]  # no part of the initial value
+    average = deviations[0]  # without the initial value
     for deviation in deviations[1:]:
         average += 0.25 * (deviation - average)
     expected = average ** (1 / power)
@@ -472,7 +472,7 @@ def test_evaluation_is_at_the_running_average(make):
     torch.testing.assert_close(restored.eval()(z).log_prob(x), p.log_prob(x))
 
 
-def test_the_best_scale_has_a_least():
+def test_optimal_scale_has_a_minimum():
     likelihood = L.Normal(nn.Identity(), L.OptimalScale(least=0.01))
     x = torch.randn(5, 4)
     loc = x.clone().requires_grad_()
@@ -483,7 +483,7 @@ def test_the_best_scale_has_a_least():
     torch.testing.assert_close(likelihood.eval()(x).log_prob(x), expected)
 
 
-def test_a_kl_at_a_scale_that_is_not_known_yet_has_no_closed_form():
+def test_kl_at_an_unknown_optimal_scale_is_not_implemented():
     likelihood = L.Normal(nn.Identity(), L.OptimalScale())
     p, q = likelihood(torch.zeros(4)), dist.Normal(torch.zeros(4), 1.0).to_event(1)
     with pytest.raises(NotImplementedError):
@@ -543,7 +543,7 @@ def test_bad_numbers_are_refused(make, message):
         (lambda net: L.Categorical(net, 2.5), "levels must be a whole number"),
     ],
 )
-def test_other_kinds_of_arguments_are_refused(make, message):
+def test_arguments_of_wrong_type_are_refused(make, message):
     with pytest.raises(TypeError, match=message):
         make(nn.Identity())
 
@@ -551,14 +551,14 @@ def test_other_kinds_of_arguments_are_refused(make, message):
 # Fits
 
 
-GREY = {"continuous-bernoulli", "categorical", "logistic", "logistic-mixture"}
+GRAY = {"continuous-bernoulli", "categorical", "logistic", "logistic-mixture"}
 
 
 def data_for(name):
-    """Two kinds of rows, in the support."""
+    """Return rows of two kinds, inside the support."""
     base = torch.where(torch.rand(40, 1) < 0.5, torch.tensor([1.0, 4, 0, 3]), 2.0)
     x = (base + torch.randint(-1, 2, (40, 4))).clamp(0, 5)
-    if name in GREY:
+    if name in GRAY:
         return x / 5
     return (x > 2).float() if name == "bernoulli" else x
 
@@ -569,7 +569,7 @@ def pair(name):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_a_pair_of_each_likelihood_fits_evaluates_and_generates(name):
+def test_every_likelihood_fits_evaluates_and_generates(name):
     x = data_for(name)
     model, guide = pair(name)
     fit = pv.fit(model, guide, x, validation=x, epochs=4, batch_size=10, learning_rate=1e-2,
@@ -581,14 +581,14 @@ def test_a_pair_of_each_likelihood_fits_evaluates_and_generates(name):
 
 
 @pytest.mark.parametrize("name", [n for n in MADE if n != "bernoulli"])
-def test_captured_steps_are_eager_steps(name, without_compiler):
+def test_captured_steps_match_eager(name, without_compiler):
     options = {"objective": pv.objectives.IWAE(3), "execution": "captured, not compiled"}
     check_same(functools.partial(pair, name), data_for(name), double=True, epochs=2, **options)
 
 
 @pytest.mark.parametrize("logit", [-60.0, -3.0, -0.4, -1e-9, 0.0, 1e-4, 0.05, 0.7, 20.0, 50.0])
-def test_moments_of_the_continuous_bernoulli_against_a_grid(logit):
-    """In float32, where torch's own end at logits of 16."""
+def test_moments_of_the_continuous_bernoulli_match_a_grid(logit):
+    """In float32, where torch's own moments are limited to logits of 16."""
     p = pv.likelihoods.ContinuousBernoulli(nn.Identity())(torch.tensor([logit])).base_dist
     x = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
     density = torch.exp(logit * x - (logit * x).logsumexp(0)).double() * 400_000
@@ -605,7 +605,7 @@ def test_moments_of_the_continuous_bernoulli_against_a_grid(logit):
         )
 
 
-def test_the_divergence_of_continuous_bernoullis_is_that_of_the_grid():
+def test_kl_of_continuous_bernoullis_matches_a_grid():
     p, q = (
         pv.likelihoods.ContinuousBernoulli(nn.Identity())(torch.tensor([each])).base_dist
         for each in (1.0, 40.0)
@@ -616,7 +616,7 @@ def test_the_divergence_of_continuous_bernoullis_is_that_of_the_grid():
     torch.testing.assert_close(kl_divergence(p, q)[0], expected, rtol=1e-4, atol=0)
 
 
-def test_draws_near_the_uniform_have_a_gradient():
+def test_samples_near_the_uniform_have_a_gradient():
     """E[x] = 1/2 + l/12 for small logits."""
     for value in (0.0, 1e-8, -1e-5, 1e-3):
         logit = torch.tensor([value], requires_grad=True)
@@ -625,14 +625,14 @@ def test_draws_near_the_uniform_have_a_gradient():
         assert gradient.item() == pytest.approx(1 / 12, abs=0.003)
 
 
-def test_small_integers_are_levels_too():
+def test_levels_accept_small_integer_dtypes():
     x = torch.tensor([0, 100, 127])
     assert pv.likelihoods.Levels(300).check(x.to(torch.uint8)).all()
     assert pv.likelihoods.Levels(256).check(x.to(torch.int8)).all()
     assert not pv.likelihoods.Levels(100).check(x.to(torch.int8)).all()
 
 
-def test_degrees_of_freedom_begin_at_five_and_stay_above_one():
+def test_degrees_of_freedom_start_at_five_and_stay_above_one():
     likelihood = pv.likelihoods.StudentT(nn.Identity())
     df = likelihood(torch.zeros(1, 3)).base_dist.df
     torch.testing.assert_close(df, torch.full((1, 3), 5.0))
