@@ -91,7 +91,7 @@ class LinearPair(nn.Module):
 
 
 def test_iwae_guide_gradients_lose_signal_with_particles_and_dreg_gains():
-    """Rainforth et al. (2018): signal-to-noise is O(K^-1/2) for the guide, O(K^1/2) in the model."""
+    """Rainforth et al. (2018): the guide's signal-to-noise ratio is O(K^-1/2)."""
     torch.manual_seed(2)
     oracle = LinearGaussian()
     oracle.s = 2 * oracle.s  # wider than the posterior, so weights are bounded
