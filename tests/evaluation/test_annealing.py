@@ -43,7 +43,7 @@ def check(estimate, truth):
 
 
 def log_normalizers(oracle, x, start, temperatures):
-    """The log of the integral of every density of the path, (T + 1, N)."""
+    """Return the log-integral of each density of the path, (T + 1, N)."""
     eye = torch.eye(len(oracle.mu), dtype=torch.float64)
     log_evidence = oracle.log_evidence(x)
     results = []
@@ -205,7 +205,7 @@ def test_ais_warns_when_chains_hardly_move():
     assert estimate.untrusted.all()
 
 
-# --- any program
+# --- kinds of models
 
 
 class NonlinearDecoder(nn.Module):
@@ -434,7 +434,7 @@ def test_ais_with_one_chain_or_one_temperature(pair, binary):
     assert (off < 4.5 * (many.monte_carlo_errors + plain.monte_carlo_errors)).all()
 
 
-# --- how it runs
+# --- execution
 
 
 @pytest.mark.parametrize("method", ["prior", "guide", "naive"])

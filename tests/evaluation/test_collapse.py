@@ -74,7 +74,7 @@ def test_sampling_noise_does_not_count_as_activity():
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_unused_units_are_detected_at_any_scale(scale):
-    """Column 1 of W is zero; the latents are measured in units of 1 and of 1/30."""
+    """Column 1 of W is zero; the scale of the latents is 1 or 30."""
     weight = torch.tensor([[1.0, 0.0], [-0.5, 0.0], [2.0, 0.0]])
 
     def model(x):

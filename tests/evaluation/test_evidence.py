@@ -276,7 +276,7 @@ def test_non_finite_evidence_warns():
 
 
 def test_naive_and_ais_accept_a_guide_that_enumerates():
-    """M2 enumerates missing labels. Importance weights cannot, but the other methods can."""
+    """Importance weights need sampled labels; naive sampling and AIS from the prior do not."""
     mlp, joined = pv.nets.MLP, pv.nets.Joined
     likelihood = pv.likelihoods.Bernoulli(joined(mlp(2 + 3, [8], 16)))
     model = pv.models.SemiSupervisedModel(3, pv.priors.StandardNormal(2), likelihood)

@@ -174,7 +174,7 @@ def test_surgery_of_a_bijection_that_depends_on_the_data():
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 3.0).to_event(1))
             pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
 
-    def told(x):
+    def transformed(x):
         with pyro.plate("data", len(x)):
             base = dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1)
             inverse = dist.transforms.AffineTransform(-2 * x, 2.0, event_dim=1).inv
@@ -185,7 +185,7 @@ def test_surgery_of_a_bijection_that_depends_on_the_data():
             pyro.sample("z", dist.Normal(x, 0.5).to_event(1))
 
     x = 3 * torch.randn(200, 2)
-    a, b = (pv.elbo_surgery(model, g, x, num_particles=50, seed=0) for g in (told, plain))
+    a, b = (pv.elbo_surgery(model, g, x, num_particles=50, seed=0) for g in (transformed, plain))
     assert a.mutual_information == pytest.approx(b.mutual_information, abs=0.05)
     assert a.mutual_information > 2
 

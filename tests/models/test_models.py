@@ -212,7 +212,7 @@ class TestSemiSupervisedModel:
             assert ((each.mean(0) - truth).abs() < 6 * error + 1e-9).all()
 
     def test_fully_labeled_data_need_no_enumeration(self):
-        """With all labels known, enumeration changes neither the bound nor the weights."""
+        """With all labels known, enumeration does not change the bound."""
         model, guide = semi_supervised()
         x, y = torch.rand(5, 16).round(), torch.tensor([0, 1, 2, 1, 0])
         bounds = [

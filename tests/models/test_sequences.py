@@ -206,7 +206,7 @@ def test_padded_sequence_scores_like_the_unpadded_sequence():
             torch.testing.assert_close(total, expected[:, row : row + 1])
 
 
-def test_guide_factor_depends_on_current_and_future_data_and_the_previous_latent():
+def test_guide_factor_depends_on_current_and_later_data_and_previous_latent():
     chain = Chain()
     x, lengths = binary(3, 6)
     lengths = torch.tensor([6, 4, 5])

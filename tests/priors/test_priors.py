@@ -152,7 +152,7 @@ def test_exemplar_prior_is_a_mixture_of_gaussians_at_the_codes():
     torch.testing.assert_close(prior().log_prob(z), expected_log_prob)
 
 
-def test_exemplar_prior_samples_exemplars_in_training_and_uses_all_in_evaluation():
+def test_exemplar_prior_uses_a_sample_in_training_and_all_in_evaluation():
     model, _ = bind_guide(pv.priors.ExemplarPrior(2, exemplars=torch.rand(9, 16), num_drawn=3))
     assert len(model.prior().loc) == 3
     z = torch.randn(2)

@@ -618,8 +618,8 @@ def test_every_public_class_is_rebuilt_from_its_recipe(name):
     ).parameters.keys() - {"self"}
     # Copies and pickles keep the recipe and do not refer to the original's parts.
     for twin in (copy.deepcopy(thing), pickle.loads(pickle.dumps(thing))):  # noqa: S301
-        told = recipe(thing=twin)
-        assert repr(told["things"]) == repr(structure["things"])
+        twin_recipe = recipe(thing=twin)
+        assert repr(twin_recipe["things"]) == repr(structure["things"])
         if cls.__name__ not in vars(guides):
             inner = {id(m) for m in thing.modules()}
             held = [v for v in (init_args_of(twin) or {}).values() if isinstance(v, nn.Module)]

@@ -135,7 +135,7 @@ def test_evidence_of_a_flow_is_exact_with_one_particle(kind):
 
 
 @pytest.mark.parametrize("kind", FLOWS)
-def test_bijection_inverts_and_scores_generated_data_without_recorded_origins(kind):
+def test_bijection_inverts_and_scores_samples_without_recorded_origins(kind):
     model, guide = flow_pair(kind)
     x = pv.generate(model, torch.zeros(6, 3, dtype=torch.float64), seed=1)
     layer = model.layers[0]

@@ -588,7 +588,7 @@ class Subsampling(nn.Module):
         lambda pair, x: 10 * len(x),
         lambda pair, x: 50 if pair.training else len(x),
     ],
-    ids=["of the data", "of the minibatch", "of the mode"],
+    ids=["number of data", "multiple of the minibatch", "depends on the mode"],
 )
 @pytest.mark.parametrize("batch_size", [50, 20])
 def test_losses_and_steps_are_the_same_for_any_scale(batch_size, num_data, objective, binary):

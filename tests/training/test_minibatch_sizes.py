@@ -114,7 +114,7 @@ class OfTwenty(nn.Module):
 
 
 @pytest.mark.parametrize("encoder", [normalized, OfTwenty])
-def test_too_small_last_minibatch_of_a_stream_is_refused_when_it_comes(encoder):
+def test_too_small_last_minibatch_of_a_stream_is_refused(encoder):
     """The length of a stream is known only at its end."""
     told = r"a minibatch of 1 row, where others have 20: .* DataLoader does with drop_last=True"
     with pytest.raises(ValueError, match=told) as caught:
@@ -123,7 +123,7 @@ def test_too_small_last_minibatch_of_a_stream_is_refused_when_it_comes(encoder):
     assert fit.steps >= 2
 
 
-def test_bad_value_in_the_last_minibatch_of_a_stream_is_not_reported_as_its_size():
+def test_bad_value_in_the_last_minibatch_is_not_reported_as_its_size():
     x = ONE_MORE.clone()
     x[40, 3] = 0.5
     for options in ({"data": Stream(x)}, {"data": EVEN, "validation": Stream(x)}):
@@ -132,7 +132,7 @@ def test_bad_value_in_the_last_minibatch_of_a_stream_is_not_reported_as_its_size
         assert "others have" not in str(caught.value)
 
 
-def test_too_small_last_minibatch_of_a_validation_stream_is_refused_when_it_comes():
+def test_too_small_last_minibatch_of_a_validation_stream_is_refused():
     told = r"a minibatch of 1 row, where others have 20: .* 2 data points in a minibatch"
     with pytest.raises(ValueError, match=told):
         fit(EVEN, objective=o.InfoVAE(), validation=Stream(ONE_MORE))

@@ -116,7 +116,7 @@ class Offset(nn.Module):
 @pytest.mark.parametrize(
     "function",
     [lambda t: t.square().sqrt(), lambda t: t.clamp(min=0).sqrt()],
-    ids=["slope nan", "slope inf"],
+    ids=["nan gradient", "inf gradient"],
 )
 @pytest.mark.parametrize("optimizer", [None, torch.optim.Rprop])  # Rprop uses the gradient's sign
 @pytest.mark.parametrize("capture", [False, True])
