@@ -367,7 +367,7 @@ def test_select_estimator():
     )
 
 
-def test_captured_gaps_equal_eager_ones(without_compiler):
+def test_captured_gaps_equal_eager_gaps(without_compiler):
     oracle = correlated()
     x = oracle.sample(20)
     ascent = pv.evaluation.Ascent(learning_rate=0.01, window=10, patience=1, max_steps=20)

@@ -75,7 +75,7 @@ def test_share_matches_the_closed_form(prior_scale):
     assert holes.threshold == pytest.approx(log_density, abs=0.3)
 
 
-def test_latents_of_a_hole():
+def test_latents_in_holes_are_sorted_and_below_the_threshold():
     model, guide = rotated(2, 0.5, prior_scale=2.0)
     x = torch.randn(500, 2)
     holes = pv.prior_holes(model, guide, x, num_samples=900, seed=3, batch_size=70)

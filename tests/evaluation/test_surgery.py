@@ -64,7 +64,7 @@ def test_surgery_matches_the_linear_gaussian_model(dtype, num_particles, scored)
     assert surgery.log_n == pytest.approx(math.log(count))
 
 
-def test_marginal_kl_of_a_mismatched_prior():
+def test_marginal_kl_of_a_mismatched_prior_matches_its_closed_form():
     """The prior is off by a known amount: the marginal KL is KL(N(0, Q) || N(0, I))."""
     oracle = LinearGaussian(d=1, D=3)
     x = 2 * (oracle.sample(4000) - oracle.mu) + oracle.mu  # twice the model's spread

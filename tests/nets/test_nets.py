@@ -150,7 +150,9 @@ def test_joined_networks_broadcast_leading_dimensions():
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), [*zip(ENCODERS, DECODERS, strict=True)])
-def test_captured_steps_of_image_networks(encoder, decoder, binary, without_compiler):
+def test_captured_steps_of_image_networks_equal_eager_steps(
+    encoder, decoder, binary, without_compiler
+):
     shape = (1, 3, 5)
 
     def make():

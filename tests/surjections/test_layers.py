@@ -660,7 +660,7 @@ def test_captured_steps_equal_eager_steps(double, without_compiler):
 
 
 @pytest.mark.parametrize("objective", [pv.objectives.IWAE(3), pv.objectives.StickingTheLanding()])
-def test_captured_steps_of_a_flow(objective, without_compiler):
+def test_captured_steps_of_a_flow_equal_eager_steps(objective, without_compiler):
     def make():
         model = pv.surjections.FlowModel(pv.priors.StandardNormal(4), FLOWS["spline coupling"](4))
         return model, pv.surjections.FlowGuide(model)

@@ -479,7 +479,7 @@ def plateau(validation):
     }
 
 
-def test_interrupt_while_writing_the_last_checkpoint_of_an_epoch(binary, tmp_path):
+def test_run_interrupted_while_writing_a_checkpoint_resumes(binary, tmp_path):
     _, straight = fit(binary, transform=torch.bernoulli)
     write, times = TrainingLoop._write_checkpoint, 0
 
@@ -536,7 +536,7 @@ def test_dtypes_of_the_optimizer_state_are_kept(binary, tmp_path):
     assert equal(straight, resumed)
 
 
-def test_ctrl_c_in_the_callback_of_the_last_epoch(binary):
+def test_ctrl_c_in_the_last_callback_raises_interrupted(binary):
     def press(epoch):
         if epoch == 3:
             signal.raise_signal(signal.SIGINT)
@@ -783,7 +783,7 @@ def fixed_scale_pair():
     return model, pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [7]))
 
 
-def test_resume_of_a_pair_whose_attributes_were_changed(binary, tmp_path):
+def test_resume_detects_changed_attributes(binary, tmp_path):
     torch.manual_seed(11)
     programs = fixed_scale_pair()
     options = {"batch_size": 10, "seed": 0, "progress": False, "capture": False}
@@ -855,7 +855,7 @@ def late_pair(noisy):
 
 
 @pytest.mark.parametrize("stops", ["at the end of the epoch", "in a later step"])
-def test_interrupt_after_a_parameter_was_created(stops, binary, tmp_path):
+def test_run_resumes_after_a_parameter_was_created(stops, binary, tmp_path):
     pair = functools.partial(late_pair, noisy=True)
     straight = fit(binary, pair=pair, epochs=4)[1]
     assert "param.late" in straight
