@@ -30,10 +30,10 @@ def scores(estimate, truth):
 
 
 def check(estimate, truth):
-    """Hold 40 values to their errors, one by one and together.
+    """Assert that 40 values lie within their errors, singly and on average.
 
-    A few hundred skewed weights may be seven errors off; log of an average is low by half of a
-    squared error.
+    Each weight is skewed, so one value may be seven errors off. The log of an average is low by
+    half of a squared error.
     """
     of_all = scores(estimate, truth)
     assert of_all.abs().max() < 7
@@ -43,21 +43,21 @@ def check(estimate, truth):
 
 
 def log_normalizers(oracle, x, start, temperatures):
-    """The log of the integral of every density of the path, (T + 1, N)."""
+    """Return the log-integral of each density of the path, (T + 1, N)."""
     eye = torch.eye(len(oracle.mu), dtype=torch.float64)
     log_evidence = oracle.log_evidence(x)
     results = []
     for b in temperatures.tolist():
         if b == 0:
             results.append(torch.zeros_like(log_evidence))
-        elif start == "prior":  # p(x|z)^b is a Gaussian in x of variance s2 / b, not normalised
+        elif start == "prior":  # p(x|z)^b is an unnormalized Gaussian in x of variance s2 / b
             noise = oracle.s2 / b
             p = torch.distributions.MultivariateNormal(
                 oracle.mu, oracle.weight @ oracle.weight.T + noise * eye
             )
             scale = (2 * math.pi * noise).log() - b * (2 * math.pi * oracle.s2).log()
             results.append(p.log_prob(x.double()) + 0.5 * len(eye) * scale)
-        else:  # Gaussians of one mean and of precisions L and P
+        else:  # Gaussians with one mean and precisions L and P
             width, precision = oracle.s.inverse(), oracle.precision
             between = (1 - b) * width + b * precision
             overlap = (1 - b) * width.logdet() + b * precision.logdet() - between.logdet()
@@ -67,7 +67,7 @@ def log_normalizers(oracle, x, start, temperatures):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("start", ["prior", "guide"])
-def test_every_normalizer_of_the_linear_gaussian_path(start, dtype):
+def test_normalizers_match_the_linear_gaussian_path(start, dtype):
     oracle = LinearGaussian(d=2, D=5, dtype=dtype)
     x = oracle.sample(40)
     ais = pv.evaluation.AIS(start=start, **QUICK)
@@ -86,8 +86,8 @@ def test_every_normalizer_of_the_linear_gaussian_path(start, dtype):
 
 
 @pytest.mark.parametrize("step_size", [1e-4, 0.4, 30.0])
-def test_weights_are_unbiased_whatever_the_step_size(step_size):
-    """Chains that never move, that move well, and that are never accepted."""
+def test_weights_are_unbiased_for_any_step_size(step_size):
+    """The chains never move, move well, or are always rejected."""
     oracle = LinearGaussian(weight=torch.randn(4, 2), noise=0.8)
     x = oracle.sample(1)
     ais = pv.evaluation.AIS(20, 4, leapfrog_steps=3, step_size=step_size)
@@ -99,7 +99,7 @@ def test_weights_are_unbiased_whatever_the_step_size(step_size):
     assert accepted > 0.999 if step_size < 0.1 else accepted < (0.999 if step_size < 1 else 0.01)
 
 
-def test_a_transition_leaves_the_posterior_as_it_is():
+def test_transition_leaves_the_posterior_invariant():
     oracle = LinearGaussian(d=2, D=5, exact=True)
     x = oracle.sample(3)
     path = TemperedPath(oracle.model, oracle.guide, (x,), start="prior", plate_nesting=1)
@@ -112,7 +112,7 @@ def test_a_transition_leaves_the_posterior_as_it_is():
             state, acceptance = transition(
                 lambda rows: State(rows, *path.evaluate(rows, x)), state, 1.0, sizes, 4
             )
-    assert (acceptance.mean(0).diff() < 0).all()  # a longer step, more refused
+    assert (acceptance.mean(0).diff() < 0).all()  # longer steps are rejected more often
     assert (state.rows != before).any(-1).double().mean() > 0.8
     mean = (x - oracle.mu) @ oracle.v.T
     white = (state.rows - mean) @ torch.linalg.cholesky(oracle.precision)
@@ -122,7 +122,7 @@ def test_a_transition_leaves_the_posterior_as_it_is():
         assert (moments.mean(0).abs() / moments.std(0)).max() < 4.5 / 8000**0.5
 
 
-def test_the_pilot_reaches_the_acceptance_that_it_aims_at():
+def test_pilot_reaches_the_target_acceptance():
     oracle = LinearGaussian(d=3, D=6, noise=0.05)
     x = oracle.sample(10)
     ais = pv.evaluation.AIS(100, 40, start="prior", leapfrog_steps=4, target_acceptance=0.7)
@@ -134,7 +134,7 @@ def test_the_pilot_reaches_the_acceptance_that_it_aims_at():
 
 
 def test_coverage_of_the_monte_carlo_errors():
-    """Over 200 repeats the 95% intervals cover in between 90% and 98%."""
+    """Over 200 repeats the 95% intervals cover the truth 90% to 98% of the time."""
     oracle = LinearGaussian(weight=torch.randn(4, 2), noise=0.5)
     x = oracle.sample(1)
     ais = pv.evaluation.AIS(200, 10, start="prior", leapfrog_steps=4, step_size=0.4)
@@ -160,7 +160,7 @@ def test_schedules_rise_from_zero_to_one(schedule):
 # --- other methods
 
 
-def test_naive_sampling_is_unbiased_and_as_noisy_as_theory_says():
+def test_naive_sampling_has_the_exact_mean_and_variance():
     r"""E[p(x|z)^2] is (4 pi s2)^(-D/2) N(x; mu, W W' + s2/2 I), a Gaussian integral."""
     oracle = LinearGaussian(d=1, D=2, noise=1.0)
     x = oracle.sample(1)
@@ -178,7 +178,7 @@ def test_naive_sampling_is_unbiased_and_as_noisy_as_theory_says():
     assert_within(squares.mean(), variance, squares.std() / 4000**0.5)
 
 
-def test_naive_sampling_says_that_it_fails():
+def test_naive_sampling_warns_when_unreliable():
     oracle = LinearGaussian(d=8, D=30, noise=0.02)
     x = oracle.sample(20)
     with pytest.warns(
@@ -196,7 +196,7 @@ def test_naive_sampling_says_that_it_fails():
     torch.testing.assert_close(good.effective_sample_size, torch.full((5,), 100.0).double())
 
 
-def test_chains_that_hardly_move_are_not_trusted():
+def test_ais_warns_when_chains_hardly_move():
     oracle = LinearGaussian(d=8, D=30, noise=0.02)
     x = oracle.sample(20)
     ais = pv.evaluation.AIS(50, 5, start="prior", leapfrog_steps=1, step_size=1e-3)
@@ -205,11 +205,11 @@ def test_chains_that_hardly_move_are_not_trusted():
     assert estimate.untrusted.all()
 
 
-# --- any program
+# --- kinds of models
 
 
-class Bent(nn.Module):
-    """A decoder that no Gaussian posterior fits, of one latent."""
+class NonlinearDecoder(nn.Module):
+    """A decoder of one latent whose posterior is far from Gaussian."""
 
     def __init__(self):
         super().__init__()
@@ -219,17 +219,17 @@ class Bent(nn.Module):
         return 2 * torch.sin(2 * z @ self.a) + z.square() @ self.b
 
 
-def bent_model(prior):
+def nonlinear_model(prior):
     torch.set_default_dtype(torch.float64)
     try:
-        model = pv.LatentVariableModel(prior, pv.likelihoods.Bernoulli(Bent()))
+        model = pv.LatentVariableModel(prior, pv.likelihoods.Bernoulli(NonlinearDecoder()))
     finally:
         torch.set_default_dtype(torch.float32)
     return model.double()
 
 
 def quadrature(model, x):
-    """log p(x) on a fine grid of the one latent."""
+    """Return log p(x), integrated on a fine grid of the one latent."""
     z = torch.linspace(-12, 12, 20_001, dtype=torch.float64).unsqueeze(-1)
     with torch.no_grad():
         log_joint = model.prior().log_prob(z).unsqueeze(-1)
@@ -237,13 +237,13 @@ def quadrature(model, x):
     return log_joint.logsumexp(0) + math.log(24 / 20_000)
 
 
-BENT_PRIORS = {
+NONLINEAR_PRIORS = {
     "normal": lambda: pv.priors.StandardNormal(1),
     "mixture": lambda: pv.priors.MixtureOfNormals(1, components=3),
     "vamp": lambda: pv.priors.VampPrior(1, pseudo_inputs=torch.rand(4, 3)),
     "flow": lambda: pv.priors.FlowPrior(1, dist.transforms.Spline(1, count_bins=4)),
 }
-BENT_GUIDES = {
+NONLINEAR_GUIDES = {
     "normal": guides.AmortizedNormal,
     "mixture": guides.AmortizedMixture,
     "planar": lambda model, encoder: guides.AmortizedFlow(model, encoder, flow=flows.Planar),
@@ -253,12 +253,13 @@ BENT_GUIDES = {
 
 @pytest.mark.parametrize(
     ("prior", "guide"),
-    [(prior, "normal") for prior in BENT_PRIORS] + [("normal", guide) for guide in BENT_GUIDES],
+    [(prior, "normal") for prior in NONLINEAR_PRIORS]
+    + [("normal", guide) for guide in NONLINEAR_GUIDES],
 )
-def test_a_bent_posterior_against_quadrature(prior, guide):
-    model = bent_model(BENT_PRIORS[prior]())
+def test_ais_matches_quadrature_for_a_nonlinear_decoder(prior, guide):
+    model = nonlinear_model(NONLINEAR_PRIORS[prior]())
     x = torch.bernoulli(torch.full((30, 3), 0.5, dtype=torch.float64))
-    q = BENT_GUIDES[guide](model, pv.nets.MLP(3, [5]).double())
+    q = NONLINEAR_GUIDES[guide](model, pv.nets.MLP(3, [5]).double())
     if prior == "vamp":
         model.prior.bind_guide(q)
     q(x)
@@ -269,8 +270,8 @@ def test_a_bent_posterior_against_quadrature(prior, guide):
 
 
 @pytest.mark.parametrize("start", ["prior", "guide"])
-def test_a_positive_latent_against_conjugacy(start):
-    """Counts of a Poisson whose rate is Gamma: x is negative binomial."""
+def test_ais_matches_conjugacy_for_a_positive_latent(start):
+    """A Poisson count with a Gamma rate is negative binomial."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -288,8 +289,8 @@ def test_a_positive_latent_against_conjugacy(start):
 
 
 @pytest.mark.parametrize("start", ["prior", "guide"])
-def test_a_simplex_and_an_inner_plate_against_conjugacy(start):
-    """Counts of categories whose probabilities are Dirichlet, three times for each datum."""
+def test_ais_matches_conjugacy_for_a_simplex_and_an_inner_plate(start):
+    """Multinomial counts with Dirichlet probabilities, three per data point."""
 
     def model(x):
         with pyro.plate("data", len(x)), pyro.plate("words", 3):
@@ -302,13 +303,13 @@ def test_a_simplex_and_an_inner_plate_against_conjugacy(start):
     truth = dist.DirichletMultinomial(torch.tensor([1.0, 2.0, 0.7]), 5).log_prob(x).sum(1)
     ais = pv.evaluation.AIS(
         start=start, **{**QUICK, "num_temperatures": 40}
-    )  # 8 of them leave a bias
+    )  # 8 temperatures leave a bias
     estimate = pv.evidence(model, guide, x, method=ais, seed=0)
     check(estimate, truth.double())
 
 
-def test_latents_and_data_that_are_masked():
-    """A latent that is masked has no part in p(x, z), and neither does a datum."""
+def test_evidence_with_masked_latents_and_data():
+    """Masked latents and masked data do not enter p(x, z)."""
     keep = torch.rand(40) < 0.5
 
     def model(x, keep):
@@ -319,7 +320,7 @@ def test_latents_and_data_that_are_masked():
                 w = pyro.sample("w", dist.LogNormal(0.0, 1.0))
                 pyro.sample("y", dist.Normal(w.log() - 1, 0.5), obs=x)
 
-    guide = guides.AmortizedNormal(model, OfBoth())
+    guide = guides.AmortizedNormal(model, EncoderOfBoth())
     x = torch.randn(40)
     guide(x, keep)
     truth = dist.Normal(0.0, 2**0.5).log_prob(x)
@@ -333,7 +334,7 @@ def test_latents_and_data_that_are_masked():
     check(naive, truth.double())
 
 
-class OfBoth(nn.Module):
+class EncoderOfBoth(nn.Module):
     def forward(self, x, keep):
         return torch.stack([x, keep.to(x)], -1)
 
@@ -341,7 +342,7 @@ class OfBoth(nn.Module):
 @pytest.mark.parametrize(
     "method", [pv.evaluation.AIS(start="prior", **QUICK), pv.evaluation.AIS(**QUICK), "naive"]
 )
-def test_a_latent_that_the_model_sums_out(method):
+def test_evidence_with_an_enumerated_latent(method):
     weights, means = torch.tensor([0.3, 0.7]), torch.tensor([-1.0, 2.0])
 
     def model(x):
@@ -361,7 +362,7 @@ def test_a_latent_that_the_model_sums_out(method):
     check(pv.evidence(model, guide, x, method=method, num_particles=2000, seed=0), truth)
 
 
-def test_discrete_latents_are_drawn_by_naive_sampling():
+def test_naive_sampling_samples_discrete_latents():
     weights, means = torch.tensor([0.3, 0.7]), torch.tensor([-1.0, 2.0])
 
     def model(x):
@@ -384,7 +385,7 @@ def test_discrete_latents_are_drawn_by_naive_sampling():
 @pytest.mark.parametrize(
     "method", [pv.evaluation.AIS(start="prior", **QUICK), pv.evaluation.AIS(**QUICK), "naive"]
 )
-def test_programs_that_take_no_dimension_of_chains(method):
+def test_evidence_without_vectorized_particles(method):
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -404,7 +405,7 @@ def test_programs_that_take_no_dimension_of_chains(method):
     assert_within(estimate.mean, truth, estimate.monte_carlo_error, errors=4.5)
 
 
-def test_a_decoder_that_ignores_the_latent_leaves_no_error():
+def test_ais_is_exact_when_the_decoder_ignores_the_latent():
     def model(x):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -419,7 +420,7 @@ def test_a_decoder_that_ignores_the_latent_leaves_no_error():
     torch.testing.assert_close(estimate.values, dist.Normal(0.0, 1.0).log_prob(x).double())
 
 
-def test_a_single_chain_and_a_single_temperature(pair, binary):
+def test_ais_with_one_chain_or_one_temperature(pair, binary):
     pair[1](binary)
     x = binary[:4]
     one = pv.evidence(*pair, x, method=pv.evaluation.AIS(1, 1), seed=0)
@@ -427,17 +428,17 @@ def test_a_single_chain_and_a_single_temperature(pair, binary):
     assert one.monte_carlo_errors.isnan().all()
     many = pv.evidence(
         *pair, x, method=pv.evaluation.AIS(300, 1), seed=0
-    )  # importance sampling itself
+    )  # plain importance sampling
     plain = pv.evidence(*pair, x, num_particles=3000, seed=1)
     off = (many.values - plain.values).abs()
     assert (off < 4.5 * (many.monte_carlo_errors + plain.monte_carlo_errors)).all()
 
 
-# --- how it runs
+# --- execution
 
 
 @pytest.mark.parametrize("method", ["prior", "guide", "naive"])
-def test_captured_chains_are_eager_chains(method, binary, without_compiler):
+def test_captured_chains_equal_eager_chains(method, binary, without_compiler):
     pair = make_pair()
     pair[1](binary)
     if method != "naive":
@@ -453,7 +454,7 @@ def test_captured_chains_are_eager_chains(method, binary, without_compiler):
 
 @pytest.mark.slow
 @needs_compiler
-def test_compiled_chains_are_eager_chains(binary):
+def test_compiled_chains_equal_eager_chains(binary):
     pair = make_pair()
     pair[1](binary)
     ais = pv.evaluation.AIS(6, 4, leapfrog_steps=2, step_size=0.3)
@@ -462,7 +463,7 @@ def test_compiled_chains_are_eager_chains(binary):
     torch.testing.assert_close(captured.values, eager.values, rtol=1e-5, atol=0)
 
 
-def test_seed_fixes_the_chains_and_leaves_the_processs_own_draws(pair, binary):
+def test_seed_fixes_the_chains_and_keeps_the_global_rng_state(pair, binary):
     pair[1](binary)
     ais = pv.evaluation.AIS(5, 3, leapfrog_steps=2, step_size=0.3)
     before = torch.get_rng_state()
@@ -472,7 +473,7 @@ def test_seed_fixes_the_chains_and_leaves_the_processs_own_draws(pair, binary):
     assert all(p.grad is None for p in (*pair[0].parameters(), *pair[1].parameters()))
 
 
-def test_pairs_of_a_pass_bound_the_chains_that_run_at_once():
+def test_pairs_per_pass_bounds_the_chains_per_pass():
     largest = []
 
     def model(x):
@@ -492,7 +493,7 @@ def test_pairs_of_a_pass_bound_the_chains_that_run_at_once():
     assert "23 data, 20 chains" in str(estimate)
 
 
-# --- what is refused
+# --- errors
 
 
 @pytest.mark.parametrize(
@@ -512,18 +513,18 @@ def test_pairs_of_a_pass_bound_the_chains_that_run_at_once():
         ({"schedule": (1.0,)}, ValueError, "must increase from 0 to 1"),
     ],
 )
-def test_settings_that_make_no_sense(options, error, message):
+def test_ais_refuses_invalid_settings(options, error, message):
     with pytest.raises(error, match=message):
         pv.evaluation.AIS(**options)
 
 
 @pytest.mark.parametrize("method", ["exact", None, 3])
-def test_an_unknown_method_of_evidence_is_refused(method, pair, binary):
+def test_evidence_refuses_an_unknown_method(method, pair, binary):
     with pytest.raises(ValueError, match='method must be "importance", "naive", "ais" or'):
         pv.evidence(*pair, binary, method=method)
 
 
-def test_guides_that_cannot_start_chains():
+def test_ais_refuses_guides_that_cannot_start_chains():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
@@ -531,7 +532,7 @@ def test_guides_that_cannot_start_chains():
 
     def outside(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(5.0 + 0 * x, 1.0))  # below zero once in three million
+            pyro.sample("z", dist.Normal(5.0 + 0 * x, 1.0))  # below zero once in 3 million
 
     def auxiliary(x):
         with pyro.plate("data", len(x)):
@@ -548,7 +549,7 @@ def test_guides_that_cannot_start_chains():
     assert pv.evidence(model, auxiliary, x[:5], method=from_prior).values.isfinite().all()
 
 
-def test_a_guide_that_refines_itself_at_random():
+def test_ais_refuses_a_randomly_refined_guide():
     model, plain = make_pair()
     x = torch.bernoulli(torch.full((10, 16), 0.5))
     guide = guides.SemiAmortized(plain, steps=2, step_size=0.5)
@@ -556,7 +557,7 @@ def test_a_guide_that_refines_itself_at_random():
         pv.evidence(model, guide, x, method=pv.evaluation.AIS(**QUICK))
 
 
-def test_global_latents_are_refused():
+def test_evidence_refuses_global_latents():
     def model(x):
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
@@ -573,13 +574,13 @@ def test_global_latents_are_refused():
             pv.evidence(model, guide, torch.randn(5), method=method)
 
 
-# --- stopped and resumed
+# --- interrupted and resumed
 
 
 @pytest.mark.parametrize(
     "method", ["importance", pv.evaluation.AIS(10, 3, leapfrog_steps=1, step_size=0.3)]
 )
-def test_what_was_stopped_goes_on_as_if_it_had_not_been(method):
+def test_evidence_resumes_exactly_after_an_interrupt(method):
     oracle = LinearGaussian(d=2, D=3)
     x = oracle.sample(30)
     options = {"method": method, "num_particles": 40, "batch_size": 10, "seed": 3}
@@ -587,7 +588,7 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(method):
     before = torch.get_rng_state()
 
     class Stop:
-        """Ctrl-C, when the model has seen a row of the third minibatch twice."""
+        """Raise KeyboardInterrupt when the model has seen the third minibatch twice."""
 
         calls = 0
 
@@ -613,7 +614,7 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(method):
     unfinished = copy.deepcopy(stopped.value)
     unseeded = options | {"seed": None}
     again = pv.evidence(oracle.model, oracle.guide, x, resume=unfinished, **unseeded)
-    assert torch.equal(again.values, whole.values)  # by the seed that the exception holds
+    assert torch.equal(again.values, whole.values)  # with the seed stored in the exception
     with pytest.raises(ValueError, match="resume has samples of seed 3, got seed=4"):
         pv.evidence(oracle.model, oracle.guide, x, resume=unfinished, **options | {"seed": 4})
     with pytest.raises(ValueError, match="resume comes from evidence, but this call is sandwich"):
@@ -644,7 +645,7 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(method):
         pv.evidence(oracle.model, oracle.guide, x, resume=so_far, **{**options, "method": "naive"})
 
 
-def test_a_stop_before_the_first_data_is_one():
+def test_interrupt_in_the_first_minibatch_is_a_plain_keyboard_interrupt():
     oracle = LinearGaussian()
 
     def model(x):
@@ -655,8 +656,8 @@ def test_a_stop_before_the_first_data_is_one():
     assert not isinstance(stopped.value, pv.evaluation.Interrupted)
 
 
-def test_an_interrupt_comes_through_between_two_transitions():
-    """Not at the end of a part, which may take minutes; what was done before it is kept."""
+def test_interrupt_is_raised_between_two_transitions():
+    """A minibatch may take minutes, so its end is too late; finished minibatches are kept."""
     oracle = LinearGaussian(d=2, D=3)
     x = oracle.sample(20)
     options = {
@@ -667,7 +668,8 @@ def test_an_interrupt_comes_through_between_two_transitions():
     counted = Calls(oracle.model, -1, None)
     whole = pv.evidence(counted, oracle.guide, x, capture=False, **options)
     num_calls = -1 - counted.left
-    stopping = Calls(oracle.model, num_calls - 20, KeyboardInterrupt())  # amid the second part
+    # Inside the second minibatch.
+    stopping = Calls(oracle.model, num_calls - 20, KeyboardInterrupt())
     with pytest.raises(pv.evaluation.Interrupted) as stopped:
         pv.evidence(stopping, oracle.guide, x, capture=False, **options)
     assert stopping.left == 0  # the model was not called again
@@ -675,7 +677,7 @@ def test_an_interrupt_comes_through_between_two_transitions():
     assert torch.equal(resumed.values, whole.values)
 
 
-def test_a_stop_without_a_seed_goes_on_with_the_draws_that_it_had():
+def test_evidence_resumes_exactly_without_a_seed():
     oracle = LinearGaussian(d=2, D=3)
     x = oracle.sample(30)
     options = {"num_particles": 10, "batch_size": 10, "capture": False}
@@ -688,7 +690,7 @@ def test_a_stop_without_a_seed_goes_on_with_the_draws_that_it_had():
     assert torch.equal(resumed.values, whole.values)
 
 
-def test_the_state_of_an_interrupt_resumes_and_that_of_a_fit_is_refused():
+def test_evidence_resumes_from_a_state_and_refuses_that_of_a_fit():
     oracle = LinearGaussian(d=2, D=3)
     x = oracle.sample(30)
     options = {"num_particles": 10, "batch_size": 10, "capture": False}
@@ -708,8 +710,8 @@ def test_the_state_of_an_interrupt_resumes_and_that_of_a_fit_is_refused():
 @pytest.mark.parametrize(
     "method", ["importance", pv.evaluation.AIS(5, 3, leapfrog_steps=1, pilot=2)]
 )
-def test_ctrl_c_waits_until_a_run_is_done_and_leaves_nothing_half_done(method):
-    """Amid a program it would leave plates open, which Pyro does not forgive."""
+def test_ctrl_c_is_deferred_until_the_program_returns(method):
+    """An interrupt inside a program would leave Pyro's plates open."""
     oracle = LinearGaussian(d=2, D=3)
     x = oracle.sample(30)
     options = {"method": method, "num_particles": 40, "batch_size": 10, "seed": 3}
@@ -720,7 +722,7 @@ def test_ctrl_c_waits_until_a_run_is_done_and_leaves_nothing_half_done(method):
         oracle.model(rows)
         if torch.equal(rows[0], x[20]) and not ends:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)  # where it would come through
+            time.sleep(0.01)  # where the interrupt would be raised
             ends.append(rows)
 
     with pytest.raises(pv.evaluation.Interrupted, match="stopped after 20 data") as stopped:
@@ -731,7 +733,7 @@ def test_ctrl_c_waits_until_a_run_is_done_and_leaves_nothing_half_done(method):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_estimates_of_other_settings_are_not_gone_on_with():
+def test_resume_refuses_estimates_of_other_settings():
     oracle = LinearGaussian(d=1, D=2)
     x = oracle.sample(20)
     ais = pv.evaluation.AIS(**QUICK)
@@ -748,8 +750,8 @@ def test_estimates_of_other_settings_are_not_gone_on_with():
     assert torch.equal(whole.values[:10], first.values)
 
 
-def test_a_trajectory_keeps_its_energy():
-    """Leapfrog's error is of second order in the step: a fourth of it at half the step."""
+def test_leapfrog_energy_error_is_second_order():
+    """The error of leapfrog is second order: half the step leaves a fourth of the error."""
     precision = torch.tensor([1.0, 4.0], dtype=torch.float64)
 
     def evaluate(rows):
@@ -760,7 +762,7 @@ def test_a_trajectory_keeps_its_energy():
     rows = torch.randn(500, 1, 2, dtype=torch.float64) / precision.sqrt()
     rejected = []
     for step, count in ((0.2, 8), (0.1, 16)):
-        torch.manual_seed(0)  # the same momenta, and the same jitter
+        torch.manual_seed(0)  # the same momenta and jitter
         size = torch.tensor([step], dtype=torch.float64)
         _, acceptance = transition(evaluate, evaluate(rows), 1.0, size, count)
         rejected.append(1 - acceptance.mean().item())
@@ -769,15 +771,15 @@ def test_a_trajectory_keeps_its_energy():
 
 
 @pytest.mark.slow
-def test_intervals_from_the_guide_cover_the_truth_as_often_as_they_say():
-    """200 repeats of 5 data, fresh data and draws: log p(x) of each, and the mean of the 5.
+def test_intervals_from_the_guide_have_nominal_coverage():
+    """Check log p(x) of each of 5 data points and their mean, over 200 repeats.
 
-    The errors are of the draws alone, so that the truth is that of the data at hand. That
-    log p(x) is low by half of a squared error is left out: three hundredths of an error here.
+    The errors cover the draws alone, so the truth is that of the given data. The estimate of
+    log p(x) is low by half of a squared error; this bias is ignored (0.03 errors here).
     """
     weight = torch.tensor([[1.0, 0.8], [-0.4, 0.5], [0.6, 0.9], [0.3, -0.5]])
     oracle = LinearGaussian(weight=weight, noise=1.0)
-    oracle.v, oracle.s = 0.7 * oracle.v, 1.5 * oracle.s  # a start that is off, and too wide
+    oracle.v, oracle.s = 0.7 * oracle.v, 1.5 * oracle.s  # a start that is off and too wide
     x = oracle.sample(1000)
     options = {"pairs_per_pass": 40_000, "batch_size": 200, "capture": False, "seed": 0}
     ais = pv.evaluation.AIS(200, 8, start="guide", leapfrog_steps=4)

@@ -1,4 +1,4 @@
-"""Which units of a latent are used, against closed forms, and the verdict on whole models."""
+"""Compare the activity of latent units with closed forms, and check the verdict."""
 
 import dataclasses
 import itertools
@@ -18,8 +18,8 @@ import pyro_vae as pv
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("exact", [True, False])
-def test_units_of_the_linear_gaussian(dtype, exact):
-    """Var_x E_q[z_d] = (V C V')_dd and Var_q = S_dd, for a correlated q as for a diagonal one."""
+def test_units_match_the_linear_gaussian_model(dtype, exact):
+    """Var_x E_q[z_d] = (V C V')_dd and Var_q = S_dd, for both correlated and diagonal q."""
     oracle = LinearGaussian(d=3, D=5, exact=exact, dtype=dtype)
     report = pv.collapse_report(oracle.model, oracle.guide, oracle.sample(2000), seed=0)
     moved = (oracle.aggregated_covariance - oracle.s).diagonal()
@@ -28,7 +28,7 @@ def test_units_of_the_linear_gaussian(dtype, exact):
         row = units.loc[unit]
         assert_within(row.activity, truth, row.activity_error)
         assert row.active == (truth > 0.01)
-        # Of 2000 variances from 50 draws each.
+        # The mean of 2000 variances, from 50 draws each.
         assert row.posterior_variance == pytest.approx(oracle.s[unit, unit].item(), rel=0.03)
         assert row.prior_variance == pytest.approx(1.0, abs=1e-6)
     information, error = oracle.mutual_information, report.surgery.standard_errors
@@ -39,13 +39,13 @@ def test_units_of_the_linear_gaussian(dtype, exact):
     assert units["kl"].isna().all() == exact
     if not exact:
         q = oracle.aggregated_covariance.diagonal()
-        kl = 0.5 * (q - 1 - oracle.s.diagonal().log())  # E of the KL of a Gaussian to N(0, 1)
+        kl = 0.5 * (q - 1 - oracle.s.diagonal().log())  # the expected KL from a Gaussian to N(0, 1)
         assert units["kl"].sum() == pytest.approx(report.rate, rel=1e-4)
         assert units["kl"].tolist() == pytest.approx(kl.tolist(), rel=0.15)
     assert report.state == "healthy"
 
 
-def test_errors_of_the_activity_are_honest():
+def test_activity_errors_match_the_spread_over_repeats():
     oracle = LinearGaussian(d=2, D=3)
     truth = (oracle.aggregated_covariance - oracle.s).diagonal()
     scores = []
@@ -56,12 +56,12 @@ def test_errors_of_the_activity_are_honest():
         units = report.units
         scores.append((units["activity"].to_numpy() - truth.numpy()) / units["activity_error"])
     scores = torch.tensor([list(each) for each in scores])
-    assert scores.mean(0).abs().max() < 4 / 50**0.5 + 0.1  # the errors follow the values
+    assert scores.mean(0).abs().max() < 4 / 50**0.5 + 0.1  # the errors correlate with the values
     assert 0.75 < scores.std() < 1.3
 
 
-def test_noise_of_the_draws_is_no_activity():
-    """With two draws for each datum their means vary by a half, were it not taken off."""
+def test_sampling_noise_does_not_count_as_activity():
+    """With two draws per data point, the means have variance 1/2 from sampling alone."""
     oracle = LinearGaussian(weight=torch.zeros(3, 2))
     report = pv.collapse_report(
         oracle.model, oracle.guide, oracle.sample(4000), num_particles=2, seed=0
@@ -73,8 +73,8 @@ def test_noise_of_the_draws_is_no_activity():
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_an_unused_unit_is_told_whatever_the_unit_of_measure(scale):
-    """Column 1 of W is zero; the latents are measured in units of 1 and of 1/30."""
+def test_unused_units_are_detected_at_any_scale(scale):
+    """Column 1 of W is zero; the scale of the latents is 1 or 30."""
     weight = torch.tensor([[1.0, 0.0], [-0.5, 0.0], [2.0, 0.0]])
 
     def model(x):
@@ -84,7 +84,7 @@ def test_an_unused_unit_is_told_whatever_the_unit_of_measure(scale):
 
     def guide(x):
         used = scale * x @ weight[:, 0] / (1 + weight.square().sum())
-        loc = torch.stack([used, 0.05 * scale * x[:, 0]], -1)  # and a little noise in the other
+        loc = torch.stack([used, 0.05 * scale * x[:, 0]], -1)  # the other unit: slightly noisy
         deviation = scale * torch.tensor([(1 / (1 + weight.square().sum())) ** 0.5, 1.0])
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc, deviation).to_event(1))
@@ -113,7 +113,7 @@ def fitted(beta, decoder=None, epochs=8):
     return pv.collapse_report(model, guide, data, num_particles=20, seed=0)
 
 
-def test_a_healthy_model_is_called_healthy():
+def test_healthy_model_is_reported_as_healthy():
     report = fitted(beta=1.0)
     assert report.state == "healthy"
     assert report.num_active >= 2
@@ -121,8 +121,8 @@ def test_a_healthy_model_is_called_healthy():
     assert (report.units["posterior_variance"] < 0.7 * report.units["prior_variance"]).any()
 
 
-class Deaf(nn.Module):
-    """A decoder that explains the data without z."""
+class DecoderWithoutZ(nn.Module):
+    """A decoder that ignores z."""
 
     def __init__(self):
         super().__init__()
@@ -133,8 +133,8 @@ class Deaf(nn.Module):
 
 
 @pytest.mark.parametrize("why", ["beta", "decoder"])
-def test_a_collapsed_model_is_called_collapsed(why):
-    report = fitted(beta=10.0) if why == "beta" else fitted(1.0, Deaf())
+def test_collapsed_model_is_reported_as_collapsed(why):
+    report = fitted(beta=10.0) if why == "beta" else fitted(1.0, DecoderWithoutZ())
     assert report.verdict.startswith("collapsed: 0 of 4 units active, mutual information 0.0")
     assert report.num_active == 0
     assert report.units["kl"].max() < 0.02
@@ -143,8 +143,8 @@ def test_a_collapsed_model_is_called_collapsed(why):
     assert str(report).startswith(report.verdict)
 
 
-def test_units_that_move_without_saying_anything():
-    """Means that move within a wide posterior: active, yet next to no information."""
+def test_active_units_without_information_are_collapsed():
+    """Means move within a wide posterior: the unit is active but carries little information."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -164,8 +164,8 @@ def test_units_that_move_without_saying_anything():
     )
 
 
-def test_units_that_say_much_without_moving():
-    """The scale of the data is inferred by the scale of the posterior: no mean moves."""
+def test_informative_units_with_constant_means_are_partly_collapsed():
+    """The posterior's scale encodes the sign of x, and its mean is constant."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -185,8 +185,8 @@ def test_units_that_say_much_without_moving():
     )
 
 
-def test_a_verdict_agrees_with_its_own_numbers():
-    """Two units of one latent and one of another, of which some are active."""
+def test_verdict_agrees_with_its_numbers():
+    """Two units of one latent and one unit of another; some are active."""
     oracle = LinearGaussian(d=2, D=3)
     surgery = pv.elbo_surgery(oracle.model, oracle.guide, oracle.sample(20), seed=0)
     index = pd.MultiIndex.from_tuples([("a", 0), ("a", 1), ("b", 0)], names=["site", "unit"])
@@ -216,8 +216,8 @@ def test_a_verdict_agrees_with_its_own_numbers():
         assert (", though " in line) == disagree
 
 
-def test_hierarchies_site_by_site():
-    """x ~ N(top, 1), and a latent below that nothing depends on; of a support and a joint guide."""
+def test_collapse_report_lists_the_sites_of_a_hierarchy():
+    """x depends on "top" only; the positive latent "rate" below it is unused."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -236,14 +236,14 @@ def test_hierarchies_site_by_site():
     assert report.state == "partly collapsed"
     assert "2 of 2 units active in top, 0 of 1 units active in rate" in report.verdict
     assert report.units.index.names == ["site", "unit"]
-    # Var exp(y) of y ~ N(0, v), v = 0.25 + 0.25: by the spread of means and the mean of variances.
+    # Var exp(y) for y ~ N(0, v), with v = 0.25 + 0.25 from the means and the variances.
     v = torch.tensor(0.5)
     variance = (v.expm1() * v.exp()).item()
     assert report.units.loc[("rate", 0), "prior_variance"] == pytest.approx(variance, rel=0.35)
 
 
-def test_guides_without_a_density_over_data():
-    """An auxiliary variable: no mutual information, and the rate says why it is told instead."""
+def test_collapse_report_without_surgery_reports_the_rate():
+    """The sites are masked, so the report gives the rate and the reason."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -263,13 +263,13 @@ def test_guides_without_a_density_over_data():
 
     report = pv.collapse_report(masked_model, guide, torch.randn(100, 1), seed=0)
     assert report.surgery is None
-    assert "masked" in report.note
+    assert "has a mask" in report.note
     assert f"no mutual information: {report.note}" in str(report)
     assert f"rate {report.rate:.2f} nats" in report.verdict
 
 
 @pytest.mark.parametrize("guide", [pv.guides.AmortizedMixture, pv.guides.AmortizedFlow])
-def test_collapse_report_takes_a_mixture_prior_and_other_guides(guide, binary):
+def test_collapse_report_accepts_mixture_priors_and_other_guides(guide, binary):
     model = pv.LatentVariableModel(
         prior=pv.priors.MixtureOfNormals(2, components=3),
         likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16)),
@@ -281,7 +281,7 @@ def test_collapse_report_takes_a_mixture_prior_and_other_guides(guide, binary):
     assert report.surgery.mutual_information <= report.surgery.log_n
 
 
-def test_saturation_is_flagged():
+def test_verdict_reports_saturation():
     oracle = LinearGaussian(d=4, weight=300 * torch.eye(4), noise=0.1)
     report = pv.collapse_report(oracle.model, oracle.guide, oracle.sample(40), seed=0)
     assert "(saturated: log N is 3.69)" in report.verdict
@@ -296,8 +296,8 @@ def test_collapse_report_refuses_numbers_out_of_range(pair, binary):
         pv.collapse_report(*pair, binary, threshold=0.0)
 
 
-def following(spread):
-    """Posteriors that follow their prior: given a covariate, or a latent above that is used."""
+def pair_whose_posterior_follows_its_prior(spread):
+    """Return a pair where q(below|top, c) equals its prior, given a covariate and a used latent."""
 
     def model(x, c):
         with pyro.plate("data", len(x)):
@@ -315,16 +315,16 @@ def following(spread):
     return model, guide, (1.1 * torch.randn(400), c)
 
 
-def test_a_unit_that_follows_the_latents_above_is_not_used():
-    report = pv.collapse_report(*following(0.0), seed=0)
+def test_unit_that_only_follows_a_latent_is_inactive():
+    report = pv.collapse_report(*pair_whose_posterior_follows_its_prior(0.0), seed=0)
     assert report.units["active"].tolist() == [True, False]
-    assert report.units.loc[("below", 0), "activity"] > 0.3  # and yet
+    assert report.units.loc[("below", 0), "activity"] > 0.3  # although the mean moves
     assert report.state == "partly collapsed"
     assert "mutual information" in report.verdict
 
 
-def test_a_unit_that_follows_the_covariates_is_not_used():
-    report = pv.collapse_report(*following(2.0), seed=0)
+def test_unit_that_only_follows_covariates_is_inactive():
+    report = pv.collapse_report(*pair_whose_posterior_follows_its_prior(2.0), seed=0)
     assert report.units["active"].tolist() == [True, False]
 
     def model(x, c):
@@ -338,14 +338,14 @@ def test_a_unit_that_follows_the_covariates_is_not_used():
 
     c = torch.randn(300)
     report = pv.collapse_report(model, guide, (c + torch.randn(300), c), seed=0)
-    assert report.surgery.mutual_information > 1.0  # with c
+    assert report.surgery.mutual_information > 1.0  # information shared with c
     assert report.verdict == "collapsed: 0 of 1 units active, rate 0.00 nats"
 
 
 @pytest.mark.parametrize(
     "prior", [dist.Cauchy(0.0, 1.0), dist.StudentT(1.0, 0.0, 1.0), dist.StudentT(1.5, 0.0, 1.0)]
 )
-def test_priors_without_a_variance(prior):
+def test_collapse_report_accepts_priors_without_a_variance(prior):
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", prior)
@@ -360,7 +360,7 @@ def test_priors_without_a_variance(prior):
     assert not torch.tensor(report.units.loc[("z", 0), "prior_variance"]).isfinite()
 
 
-def test_an_angle_has_the_variance_of_its_number():
+def test_prior_variance_of_an_angle_is_that_of_its_value():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.VonMises(0.0, torch.tensor(0.01)))
@@ -371,12 +371,12 @@ def test_an_angle_has_the_variance_of_its_number():
             pyro.sample("z", dist.VonMises(0.2 * x, torch.tensor(1.0)))
 
     report = pv.collapse_report(model, guide, torch.randn(600), num_particles=5, seed=0)
-    # Uniform between -pi and pi, but for a little.
+    # Nearly uniform between -pi and pi.
     assert report.units.loc[("z", 0), "prior_variance"] == pytest.approx(math.pi**2 / 3, rel=0.15)
 
 
-def test_an_infinite_rate_is_told():
-    """The guide draws beyond the prior's ends: the information is what it is all the same."""
+def test_infinite_rate_is_reported():
+    """The guide samples outside the prior's support; the information is still finite."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -395,7 +395,7 @@ def test_an_infinite_rate_is_told():
     assert "rate nan nats" in dataclasses.replace(report, surgery=None, rate=math.nan).verdict
 
 
-def test_terms_that_are_no_numbers_are_named():
+def test_non_finite_terms_raise_by_name():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -412,7 +412,7 @@ def test_terms_that_are_no_numbers_are_named():
             judge(model, guide, x, batch_size=10)
 
 
-def test_what_else_is_refused(pair, binary):
+def test_collapse_report_refuses_unknown_estimators_and_improper_priors(pair, binary):
     with pytest.raises(ValueError, match="estimator must be one of"):
         pv.collapse_report(*pair, binary, estimator="all")
 

@@ -17,8 +17,8 @@ import pyro_vae as pv
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("vectorize", [True, False])
 @pytest.mark.parametrize(("num_particles", "pairs"), [(300, 20_000), (400, 70), (301, 100)])
-def test_evidence_of_the_linear_gaussian_model(dtype, vectorize, num_particles, pairs):
-    """37 data in batches of 10, particles in chunks that do not divide their number."""
+def test_evidence_matches_the_linear_gaussian_model(dtype, vectorize, num_particles, pairs):
+    """37 data points in batches of 10; the chunk size does not divide the number of particles."""
     oracle = LinearGaussian(d=2, D=5, dtype=dtype)
     x = oracle.sample(37)
     estimate = pv.evidence(
@@ -32,7 +32,7 @@ def test_evidence_of_the_linear_gaussian_model(dtype, vectorize, num_particles, 
         seed=1,
     )
     scores = (estimate.values - oracle.log_evidence(x)) / estimate.monte_carlo_errors
-    assert scores.abs().max() < 4.5  # of 37 data, once in 4000 runs
+    assert scores.abs().max() < 4.5  # 37 data points: fails once in 4000 runs
     assert 0.6 < scores.std() < 1.5  # the errors are neither too small nor too large
     bias = -0.5 * estimate.monte_carlo_errors.square().mean().item()
     total = (estimate.values - oracle.log_evidence(x)).mean().item() - bias
@@ -55,7 +55,7 @@ def test_evidence_is_exact_with_an_exact_guide(num_particles, dtype, tolerance):
     assert estimate.monte_carlo_errors.isnan().all() == (num_particles == 1)
 
 
-def test_streamed_sums_are_those_of_all_weights_at_once():
+def test_weight_stream_equals_all_weights_at_once():
     oracle = LinearGaussian(d=3)
     x = oracle.sample(9)
     torch.manual_seed(3)
@@ -73,7 +73,7 @@ def test_streamed_sums_are_those_of_all_weights_at_once():
 
 
 def test_coverage_of_the_monte_carlo_errors():
-    """Over 200 repeats the 95% intervals cover in between 90% and 98%."""
+    """Over 200 repeats the 95% intervals cover the truth 90% to 98% of the time."""
     oracle = LinearGaussian(d=3, D=4)
     while not 0.1 < oracle.weight_excess < 0.5:  # weights that have a variance
         oracle = LinearGaussian(d=3, D=4)
@@ -84,7 +84,7 @@ def test_coverage_of_the_monte_carlo_errors():
     assert 0.90 <= (z.abs() < 1.96).double().mean().item() <= 0.98
 
 
-def test_unreliable_weights_are_told():
+def test_unreliable_weights_warn():
     oracle = LinearGaussian(d=2, D=4)
     x = oracle.sample(50)
 
@@ -101,7 +101,7 @@ def test_unreliable_weights_are_told():
     assert "k-hat > 0.7" in str(bad)
 
 
-def test_seed_fixes_the_draws_and_leaves_the_processs_own(pair, binary):
+def test_seed_fixes_the_draws_and_keeps_the_global_rng_state(pair, binary):
     model, guide = pair
     guide(binary)
     torch.manual_seed(7)
@@ -112,7 +112,7 @@ def test_seed_fixes_the_draws_and_leaves_the_processs_own(pair, binary):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_evaluation_mode_is_set_and_put_back():
+def test_evaluation_mode_is_set_and_restored():
     class Dropping(nn.Module):
         def __init__(self):
             super().__init__()
@@ -123,7 +123,7 @@ def test_evaluation_mode_is_set_and_put_back():
 
     decoder = Dropping()
     model = pv.LatentVariableModel(pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(decoder))
-    decoder.layer.eval()  # one part as the user wants it
+    decoder.layer.eval()  # one part is already in evaluation mode
     guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(3, [4]))
     seen = []
     decoder.drop.register_forward_hook(lambda module, *_: seen.append(module.training))
@@ -134,7 +134,7 @@ def test_evaluation_mode_is_set_and_put_back():
     assert not decoder.layer.training
 
 
-def test_memory_is_bounded_by_the_pairs_of_a_pass():
+def test_pairs_per_pass_bounds_memory():
     largest = []
 
     def model(x):
@@ -151,14 +151,14 @@ def test_memory_is_bounded_by_the_pairs_of_a_pass():
     assert max(largest) == 100
 
 
-def test_one_datum_has_no_spread():
+def test_standard_error_is_nan_for_one_data_point():
     oracle = LinearGaussian()
     estimate = pv.evidence(oracle.model, oracle.guide, oracle.sample(1), num_particles=100)
     assert math.isnan(estimate.standard_error)
     assert estimate.monte_carlo_error > 0
 
 
-def test_global_and_scaled_sites_are_refused():
+def test_evidence_refuses_global_latents():
     def model(x):
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
@@ -180,7 +180,7 @@ def test_evidence_with_weights_of_zero_is_captured(without_compiler):
 
     def guide(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(0.3 * x, 0.45))  # at times outside the prior's support
+            pyro.sample("z", dist.Normal(0.3 * x, 0.45))  # sometimes outside the prior's support
 
     torch.manual_seed(1)
     x = 0.1 * torch.randn(40)
@@ -193,7 +193,7 @@ def test_evidence_with_weights_of_zero_is_captured(without_compiler):
 
 
 @pytest.mark.parametrize("num_particles", [1, 7, 300])
-def test_captured_evidence_is_eager_evidence(num_particles, binary, without_compiler):
+def test_captured_evidence_equals_eager_evidence(num_particles, binary, without_compiler):
     pair = make_pair()
     pair[1](binary)
     options = {"num_particles": num_particles, "batch_size": 15, "pairs_per_pass": 600, "seed": 5}
@@ -203,7 +203,7 @@ def test_captured_evidence_is_eager_evidence(num_particles, binary, without_comp
 
 
 @needs_compiler
-def test_compiled_evidence_is_eager_evidence(binary):
+def test_compiled_evidence_equals_eager_evidence(binary):
     pair = make_pair()
     pair[1](binary)
     options = {"num_particles": 300, "batch_size": 10, "pairs_per_pass": 500, "seed": 5}
@@ -211,7 +211,7 @@ def test_compiled_evidence_is_eager_evidence(binary):
     torch.testing.assert_close(captured.values, eager.values, rtol=1e-6, atol=0)
 
 
-def test_evidence_validates_every_value_though_captured(binary, without_compiler):
+def test_captured_evidence_validates_every_value(binary, without_compiler):
     pair = make_pair()
     pair[1](binary)
     stream = [binary[:10], binary[10:20], binary[20:30] + 0.5]
@@ -221,7 +221,7 @@ def test_evidence_validates_every_value_though_captured(binary, without_compiler
 
 
 def test_evidence_of_a_shuffled_loader_is_fixed_by_the_seed():
-    """No random number is drawn outside the seed: not even for the order of the data."""
+    """The seed also fixes the order of the data."""
     oracle = LinearGaussian(d=2, D=5)
     loader = torch.utils.data.DataLoader(oracle.sample(40), batch_size=10, shuffle=True)
     before = torch.get_rng_state()
@@ -241,20 +241,20 @@ def untrusted(values, sizes, khats, num_particles=100):
     ).untrusted.tolist()
 
 
-def test_which_values_are_trusted():
+def test_untrusted_values():
     nan, inf = math.nan, math.inf
     values = [-1.0, -1.0, -1.0, -1.0, -1.0, -inf, nan, inf]
     sizes = [50.0, 9.0, 50.0, 50.0, nan, nan, nan, nan]
-    khats = [0.5, 0.5, 0.8, nan, nan, nan, nan, nan]  # the fourth of weights with ties
+    khats = [0.5, 0.5, 0.8, nan, nan, nan, nan, nan]  # the fourth has tied weights
     expected = [False, True, True, False, True, True, True, True]
     assert untrusted(values, sizes, khats) == expected
-    # Of few draws there is no k-hat: a tenth of them must count.
+    # Few draws have no k-hat; the effective sample size must be at least a tenth of them.
     few = [[-1.0, -1.0, -inf], [2.5, 1.4, nan], [nan] * 3, 20]
     assert untrusted(*few) == [False, True, True]
     assert untrusted([-1.0], [1.0], [nan], 1) == [False]
 
 
-def test_an_evidence_that_is_not_finite_is_told():
+def test_non_finite_evidence_warns():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -265,7 +265,7 @@ def test_an_evidence_that_is_not_finite_is_told():
             pyro.sample("z", dist.Normal(x / 2, 0.7))
 
     x = torch.randn(40)
-    x[30:] = 1e20  # a quarter alone
+    x[30:] = 1e20  # a quarter of the data
     with pytest.warns(
         pv.evaluation.UnreliableEvidence, match="-inf for 10 of 40 data points, the first in row 30"
     ):
@@ -275,8 +275,8 @@ def test_an_evidence_that_is_not_finite_is_told():
     assert "k-hat > 0.7: unknown" in str(few)
 
 
-def test_a_guide_that_nothing_is_drawn_from_need_not_be_one():
-    """M2 averages over missing labels, which weights cannot; the prior's draws need no guide."""
+def test_naive_and_ais_accept_a_guide_that_enumerates():
+    """Importance weights need sampled labels; naive sampling and AIS from the prior do not."""
     mlp, joined = pv.nets.MLP, pv.nets.Joined
     likelihood = pv.likelihoods.Bernoulli(joined(mlp(2 + 3, [8], 16)))
     model = pv.models.SemiSupervisedModel(3, pv.priors.StandardNormal(2), likelihood)
@@ -313,13 +313,13 @@ def test_evaluation_of_latents_refuses_pairs_without_latents():
         pv.sandwich(model, like=x)
 
 
-def test_a_seed_is_a_whole_number(pair, binary):
+def test_seed_must_be_a_whole_number(pair, binary):
     for seed in ("a", 1.5, True):
         with pytest.raises(TypeError, match="seed must be a whole number or None"):
             pv.evidence(*pair, binary, seed=seed)
 
 
-def test_bounds_that_depend_on_latents_are_not_blamed_on_the_data():
+def test_support_error_names_bounds_computed_by_the_program():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.LogNormal(0.0, 1.0))

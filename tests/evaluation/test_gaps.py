@@ -1,4 +1,4 @@
-"""Approximation and amortization gaps against closed forms and quadrature."""
+"""Compare approximation and amortization gaps with closed forms and quadrature."""
 
 import dataclasses
 import functools
@@ -18,12 +18,12 @@ from pyro_vae import flows, guides
 from pyro_vae._utils.numerics import inverse_softplus_scale, softplus_scale
 from pyro_vae.evaluation._gap_estimates import select_estimator
 
-AT_ONCE = pv.evaluation.Ascent(learning_rate=1e-6, window=1, patience=1)  # stays where it begins
+NO_ASCENT = pv.evaluation.Ascent(learning_rate=1e-6, window=1, patience=1)  # keeps its start
 QUICK = pv.evaluation.Ascent(learning_rate=0.02, num_particles=20, window=50, patience=2)
 
 
 def mean_field(oracle, shift=0.0, stretch=1.0):
-    """The best diagonal Gaussians, their means moved and their scales stretched."""
+    """Return the best diagonal Gaussian guide, its means shifted and its scales stretched."""
     x = oracle.sample(3)
     guide = guides.AmortizedNormal(oracle.model, nn.Identity()).to(x)
     guide(x)
@@ -37,7 +37,7 @@ def mean_field(oracle, shift=0.0, stretch=1.0):
 
 
 def correlated(dtype=torch.float64):
-    """A linear-Gaussian model whose mean-field guide has a gap, and weights of a small variance."""
+    """Return a linear-Gaussian model with a mean-field gap and weights of small variance."""
     while True:
         weight = torch.randn(4, 2)
         weight[:, 1] = weight[:, 0] + weight[:, 1]
@@ -50,7 +50,7 @@ def scores(estimate, truth):
     return (estimate.values - truth) / estimate.monte_carlo_errors
 
 
-def test_gaps_of_a_perturbed_mean_field_encoder():
+def test_gaps_match_a_perturbed_mean_field_encoder():
     oracle = correlated()
     x = oracle.sample(40)
     shift = torch.tensor([0.3, -0.2], dtype=torch.float64)
@@ -58,14 +58,14 @@ def test_gaps_of_a_perturbed_mean_field_encoder():
     gaps = pv.inference_gaps(
         oracle.model, guide, x, num_particles=2000, ascent=QUICK, batch_size=20, seed=0
     )
-    # KL(q || posterior) of a Gaussian, less that of the best diagonal one.
+    # KL(q || posterior) of a Gaussian, minus that of the best diagonal Gaussian.
     precision = oracle.precision
     covariance = 1.5**2 * oracle.s
     log_det = 0.5 * (precision @ covariance).logdet()
     kl = 0.5 * ((precision @ covariance).trace() - 2 + shift @ precision @ shift) - log_det
     assert oracle.gap > 0.02
     assert kl - oracle.gap > 0.1
-    slack = 0.003  # of an ascent that ends near the optimum
+    slack = 0.003  # for an ascent that ends near the optimum
     for gap, truth in (
         (gaps.approximation_gap, oracle.gap),
         (gaps.amortization_gap, kl - oracle.gap),
@@ -73,7 +73,7 @@ def test_gaps_of_a_perturbed_mean_field_encoder():
         assert abs(gap.mean - truth) < 4.5 * gap.monte_carlo_error + slack
     assert scores(gaps.log_evidence, oracle.log_evidence(x)).abs().max() < 4.5
     assert gaps.converged == (True, True)
-    # What was found is the closed form: the posterior's mean, and the diagonal of its precision.
+    # The closed form: the posterior's mean and the diagonal of its precision.
     loc, raw = gaps.parameters.split(2, -1)
     scale = softplus_scale(raw)
     torch.testing.assert_close(loc, (x - oracle.mu) @ oracle.v.T, atol=0.03, rtol=0.03)
@@ -83,12 +83,12 @@ def test_gaps_of_a_perturbed_mean_field_encoder():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_monte_carlo_errors_of_gaps_cover_known_values(dtype):
-    """At the optimum every quantity is known; 300 data are 300 repeats."""
+    """At the optimum every quantity is known; 300 data points serve as 300 repeats."""
     oracle = correlated(dtype)
     x = oracle.sample(300)
     guide = mean_field(oracle)
     gaps = pv.inference_gaps(
-        oracle.model, guide, x, num_particles=1000, ascent=AT_ONCE, batch_size=150, seed=1
+        oracle.model, guide, x, num_particles=1000, ascent=NO_ASCENT, batch_size=150, seed=1
     )
     log_evidence = oracle.log_evidence(x)
     for estimate, truth in (
@@ -99,11 +99,11 @@ def test_monte_carlo_errors_of_gaps_cover_known_values(dtype):
         (gaps.amortization_gap, 0.0),
     ):
         z = scores(estimate, truth)
-        z = z[estimate.monte_carlo_errors > 0]  # not where the guide was taken for the best
+        z = z[estimate.monte_carlo_errors > 0]  # zero where the guide's own parameters are the best
         assert len(z) >= 297
-        # Of 300: 3.7 standard errors down; up some more, for skewed weights have heavier tails.
+        # 3.7 standard errors below, and more above, because skewed weights have heavier tails.
         assert 0.85 < z.std() < 1.22
-        assert abs(z.mean()) < 4.5 / 300**0.5 + 0.1  # the bias of log p(x) among it
+        assert abs(z.mean()) < 4.5 / 300**0.5 + 0.1  # includes the bias of log p(x)
         assert estimate.monte_carlo_error == pytest.approx(
             (estimate.monte_carlo_errors.square().sum().sqrt() / 300).item()
         )
@@ -120,7 +120,7 @@ def test_full_covariance_has_no_approximation_gap():
     assert abs(gaps.approximation_gap.mean) < 4.5 * gaps.approximation_gap.monte_carlo_error + 0.004
     assert gaps.amortization_gap.mean > 0.5
     assert gaps.approximation_gap.mean < 0.2 * oracle.gap
-    # Errors of the same draws cancel in part: the gap is surer than independent errors allow.
+    # Errors of shared draws cancel in part, so the gap is more accurate than independent errors.
     assert (gaps.sources == 1).all()
     errors = [e.monte_carlo_errors for e in (gaps.log_evidence, gaps.best_elbo)]
     assert (gaps.approximation_gap.monte_carlo_errors < torch.hypot(*errors)).all()
@@ -131,7 +131,7 @@ def test_full_covariance_has_no_approximation_gap():
 
 
 class Curved:
-    """A decoder that bends: x ~ N(f(z), 1) in three dimensions, z of one or two."""
+    """A nonlinear decoder: x ~ N(f(z), 1) in three dimensions, z in one or two."""
 
     def __init__(self, dim):
         self.dim = dim
@@ -152,7 +152,7 @@ class Curved:
         return self.likelihood(torch.randn(count, self.dim, dtype=torch.float64)).sample()
 
     def log_joint(self, x):
-        """log p(x, z) over the grid, (G, B)."""
+        """Return log p(x, z) on the grid, (G, B)."""
         prior = dist.Normal(torch.zeros_like(self.grid), 1.0).log_prob(self.grid).sum(-1)
         return prior.unsqueeze(1) + self.likelihood(self.grid.unsqueeze(1)).log_prob(x)
 
@@ -160,7 +160,7 @@ class Curved:
         return self.log_joint(x).logsumexp(0) + self.cell.log()
 
     def elbo(self, guide, parameters, x):
-        """E_q[log p(x, z) - log q(z)] over the grid, q the guide at given parameters, (B,)."""
+        """Return E_q[log p(x, z) - log q(z)] on the grid for the given guide parameters, (B,)."""
 
         def member(x):
             return guide.sample(parameters, x)
@@ -198,16 +198,16 @@ WITHOUT_INVERSE = {"planar"}
     ],
 )
 def test_gaps_agree_with_quadrature(dim, name):
-    """log p(x) on the grid; the ELBO of whatever members were found, too."""
+    """Compare log p(x) and the ELBOs of the best and amortized parameters with a grid."""
     model = Curved(dim)
     x = model.sample(5)
     guide = FAMILIES[name](model, nn.Linear(3, 5)).double()
     ascent = pv.evaluation.Ascent(learning_rate=0.03, window=50, patience=1, max_steps=300)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of an ascent that is not at its end
+        warnings.simplefilter("ignore")  # the ascent has not converged
         gaps = pv.inference_gaps(model, guide, x, num_particles=2000, ascent=ascent, seed=0)
     error = (gaps.log_evidence.values - model.log_evidence(x)).abs()
-    # Weights of a narrow guide have long tails, and their estimated errors are a little short.
+    # Weights of a narrow guide have long tails, and their estimated errors are slightly too small.
     assert (error < 5 * gaps.log_evidence.monte_carlo_errors + 0.03).all()
     assert gaps.amortization_gap.mean > 0.1
     assert gaps.approximation_gap.mean > -4 * gaps.approximation_gap.monte_carlo_error
@@ -218,8 +218,8 @@ def test_gaps_agree_with_quadrature(dim, name):
         assert scores(gaps.amortized_elbo, amortized).abs().max() < 4.5
 
 
-def test_the_best_gaussian_of_a_curved_decoder():
-    """Its ELBO, by quadrature and a search over means and scales."""
+def test_best_gaussian_matches_a_direct_search():
+    """Compare the best ELBO with quadrature and an LBFGS search over means and scales."""
     model = Curved(1)
     x = model.sample(5)
     guide = guides.AmortizedNormal(model, nn.Linear(3, 2)).double()
@@ -248,11 +248,11 @@ def test_the_best_gaussian_of_a_curved_decoder():
     search.step(closure)
     optimum = elbo().detach()
     assert scores(gaps.best_elbo, start).abs().max() < 4.5
-    assert (optimum - start).mean() < 0.01  # nothing was left to gain
+    assert (optimum - start).mean() < 0.01  # no gain is left
     assert (optimum - start).min() > -1e-6
 
 
-def test_a_failed_ascent_leaves_the_guide():
+def test_failed_ascent_keeps_the_guide_parameters():
     oracle = correlated()
     x = oracle.sample(8)
     ascent = pv.evaluation.Ascent(learning_rate=1e6, window=1, patience=1, max_steps=2)
@@ -266,8 +266,8 @@ def test_a_failed_ascent_leaves_the_guide():
 
 
 @pytest.mark.parametrize("learning_rate", [1e4, 1e30])
-def test_an_ascent_that_diverged_is_told(learning_rate):
-    """Away from every optimum, so that no gain in patience windows looks like an end."""
+def test_diverged_ascent_warns(learning_rate):
+    """Start away from the optimum; windows without a gain must not count as convergence."""
     oracle = correlated()
     x = oracle.sample(8)
     ascent = pv.evaluation.Ascent(learning_rate=learning_rate, window=5, patience=2, max_steps=400)
@@ -280,15 +280,15 @@ def test_an_ascent_that_diverged_is_told(learning_rate):
         assert gaps.converged == (False,)
 
 
-def test_an_ascent_without_a_number_has_not_converged():
+def test_ascent_with_nan_gradients_has_not_converged():
     ascended = pv.evaluation.Ascent(window=2, patience=2)(
         lambda parameters: (parameters.sum(1) * torch.nan, parameters), torch.ones(3, 2)
     )
     assert (ascended.steps, ascended.converged) == (4, False)
 
 
-def test_gradients_without_a_number_are_left_out():
-    """What has no number would stay in Adam's averages for ever."""
+def test_ascent_skips_nan_and_infinite_gradients():
+    """A NaN would stay in Adam's running averages."""
 
     def step(parameters):
         seen.append(parameters.clone())
@@ -304,8 +304,8 @@ def test_gradients_without_a_number_are_left_out():
     assert (ascended.parameters - 1).abs().max() < 0.05
 
 
-def test_parameters_are_averaged_since_the_best_window_began():
-    """Steps of known length: 1, 2, 3, ... times 0.1, with the best ELBO in the second window."""
+def test_parameters_are_averaged_from_the_start_of_the_best_window():
+    """Parameters after step t are 0.1 t; the best ELBO is in the second window."""
     elbos = iter([1.0, 1.0, 5.0, 5.0, 2.0, 2.0, 3.0, 3.0])
 
     def step(parameters):
@@ -313,11 +313,11 @@ def test_parameters_are_averaged_since_the_best_window_began():
 
     ascent = pv.evaluation.Ascent(learning_rate=0.1, window=2, patience=2)
     ascended = ascent(step, torch.zeros(1, 1, dtype=torch.float64))
-    # Adam's steps along a gradient of one are the learning rate. After steps 3 to 8:
+    # With a gradient of one, each Adam step equals the learning rate. The mean over steps 3 to 8:
     assert ascended.parameters.item() == pytest.approx(0.1 * (3 + 8) / 2, rel=1e-5)
 
 
-def test_the_evidence_given_counts_where_it_is_surer():
+def test_given_evidence_is_used_where_it_is_more_accurate():
     oracle = correlated()
     x = oracle.sample(9)
     exact = dataclasses.replace(
@@ -326,7 +326,7 @@ def test_the_evidence_given_counts_where_it_is_surer():
         monte_carlo_errors=torch.full((9,), 1e-9),
         khat=torch.zeros(9),
     )
-    options = {"num_particles": 50, "ascent": AT_ONCE, "batch_size": 4, "seed": 0}
+    options = {"num_particles": 50, "ascent": NO_ASCENT, "batch_size": 4, "seed": 0}
     gaps = pv.inference_gaps(oracle.model, mean_field(oracle), x, evidence=exact, **options)
     assert (gaps.sources == 2).all()
     torch.testing.assert_close(gaps.log_evidence.values, oracle.log_evidence(x))
@@ -336,12 +336,12 @@ def test_the_evidence_given_counts_where_it_is_surer():
     torch.testing.assert_close(without.best_elbo.values, gaps.best_elbo.values)
 
 
-def test_which_estimate_is_taken():
+def test_select_estimator():
     nan, inf = float("nan"), float("inf")
-    rows = [  # values, errors, k-hats, the choice; the first is the surer at most data
+    rows = [  # values, errors, k-hats, choice; the first estimator is more accurate for most data
         ([1.0, 1.1], [0.1, 0.2], [0.3, 0.3], 0),
         ([1.0, 1.1], [0.2, 0.1], [0.3, 0.3], 0),
-        ([1.0, 5.0], [0.1, 0.2], [0.3, 0.3], 1),  # clearly higher: the surer has missed weights
+        ([1.0, 5.0], [0.1, 0.2], [0.3, 0.3], 1),  # clearly higher: the first has missed weights
         ([1.0, 5.0], [0.1, 0.2], [0.3, 0.9], 0),  # but not if it is unreliable
         ([1.0, 5.0], [0.1, 0.2], [0.3, nan], 0),
         ([5.0, 1.0], [0.1, 0.2], [0.3, 0.3], 0),
@@ -352,7 +352,7 @@ def test_which_estimate_is_taken():
     values, errors, khats, choice = zip(*rows, strict=True)
     values, errors, khats = (torch.tensor(each).T for each in (values, errors, khats))
     assert select_estimator(values, errors.square(), khats).tolist() == list(choice)
-    # At most data, which a single wild error does not change.
+    # The choice for most data does not change with a single large error.
     wild = torch.tensor([[0.1, 0.1, 9.0], [0.2, 0.2, 0.2]])
     assert select_estimator(torch.zeros(2, 3), wild.square(), torch.zeros(2, 3)).tolist() == [
         0,
@@ -367,7 +367,7 @@ def test_which_estimate_is_taken():
     )
 
 
-def test_captured_gaps_equal_eager_ones(without_compiler):
+def test_captured_gaps_equal_eager_gaps(without_compiler):
     oracle = correlated()
     x = oracle.sample(20)
     ascent = pv.evaluation.Ascent(learning_rate=0.01, window=10, patience=1, max_steps=20)
@@ -394,7 +394,7 @@ def test_captured_gaps_equal_eager_ones(without_compiler):
     torch.testing.assert_close(*(run.parameters for run in runs))
 
 
-def test_several_latents_and_covariates_and_streams():
+def test_gaps_with_several_latents_covariates_and_a_loader():
     def model(x, y):
         with pyro.plate("data", len(x)):
             rate = pyro.sample("rate", dist.Gamma(x.new_tensor(2.0), 1.0))
@@ -421,7 +421,7 @@ def test_several_latents_and_covariates_and_streams():
     assert "amortization_gap" in str(gaps)
 
 
-def test_it_says_when_an_ascent_was_cut_short(pair, binary):
+def test_gaps_warn_when_an_ascent_reaches_max_steps(pair, binary):
     ascent = pv.evaluation.Ascent(window=2, patience=5, max_steps=4)
     with pytest.warns(UserWarning, match="still gaining when they reached 4 steps"):
         gaps = pv.inference_gaps(*pair, binary, num_particles=10, ascent=ascent, seed=0)
@@ -456,17 +456,17 @@ def test_gaps_refuse_bad_arguments_and_guides(pair, binary):
         pv.inference_gaps(*pair, binary, ascent=0.01)
 
 
-def test_the_mean_over_data_is_within_its_population_error():
+def test_mean_evidence_is_within_its_standard_error():
     oracle = correlated()
     gaps = pv.inference_gaps(
-        oracle.model, mean_field(oracle), oracle.sample(200), num_particles=50, ascent=AT_ONCE
+        oracle.model, mean_field(oracle), oracle.sample(200), num_particles=50, ascent=NO_ASCENT
     )
     dimension = len(oracle.mu)
     entropy = 0.5 * (oracle.covariance.logdet() + dimension * (1 + 1.8378770664093453))
     assert_within(gaps.log_evidence.mean, -entropy.item(), gaps.log_evidence.standard_error)
 
 
-def test_gaps_that_were_stopped_go_on_as_if_they_had_not_been():
+def test_gaps_resume_exactly_after_an_interrupt():
     oracle = correlated()
     x = oracle.sample(30)
     guide = mean_field(oracle, shift=0.1)
@@ -494,8 +494,8 @@ def test_gaps_that_were_stopped_go_on_as_if_they_had_not_been():
             assert found == expected
 
 
-def test_no_estimate_is_taken_because_chance_made_it_higher():
-    """3.5 standard errors are clear for one of ten data, and bound to come among ten thousand."""
+def test_select_estimator_accounts_for_multiple_comparisons():
+    """3.5 standard errors are significant among 10 data points, but not among 10,000."""
     for count, taken in ((10, 1), (10_000, 0)):
         values = torch.zeros(2, count)
         values[1, 0], values[1, 1] = 3.5 * 5**0.5, 6 * 5**0.5
@@ -506,17 +506,17 @@ def test_no_estimate_is_taken_because_chance_made_it_higher():
 
 
 @pytest.mark.slow
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    """200 repeats, the data and draws anew each time.
+def test_intervals_have_nominal_coverage():
+    """Repeat 200 times with fresh data and draws.
 
-    Intervals by the standard error are for the expectation over all data, those by the Monte
-    Carlo error for the mean over the data at hand. Both leave two biases out, which are 0.3 and
-    -0.2 of the Monte Carlo error of the approximation gap here: an ascent ends a little below
-    the optimum, and log p(x) is low by half of the weights' variance over K.
+    Intervals from the standard error cover the expectation over all data. Intervals from the
+    Monte Carlo error cover the mean over the given data. Both ignore two biases: the ascent ends
+    slightly below the optimum, and log p(x) is low by half of the weights' variance over K. They
+    are 0.3 and -0.2 of the Monte Carlo error of the approximation gap here.
     """
     weight = torch.tensor([[1.0, 0.8], [-0.4, 0.5], [0.6, 0.9], [0.3, -0.5]])
     oracle = LinearGaussian(weight=weight, noise=1.0)
-    # The encoder's means are off by numbers that depend on x, and so is the amortization gap.
+    # The error of the encoder's means depends on x, and so does the amortization gap.
     shift = torch.tensor([0.6, -0.5], dtype=torch.float64)
     guide = mean_field(oracle, shift + 0.2 * oracle.v @ oracle.mu, stretch=1.3)
     with torch.no_grad():
@@ -542,7 +542,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
             capture=False,
             seed=seed,
         )
-        # As a rule from other draws than the amortized ELBO, so that the errors are independent.
+        # Usually not the draws of the amortized ELBO, so the errors are independent.
         assert (gaps.sources == 1).double().mean() > 0.95
         of_total = pv.evaluation.Estimate(
             gaps.log_evidence.values - gaps.amortized_elbo.values,

@@ -11,7 +11,7 @@ from pyro_vae import objectives as o
 
 
 class OneLatent(nn.Module):
-    """Two parameters whose gradients are Gaussian integrals: x ~ N(w z, 1), q = N(m + x/2, 1)."""
+    """x ~ N(w z, 1) and q = N(m + x/2, 1): the gradients of w and m are Gaussian integrals."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ class OneLatent(nn.Module):
             pyro.sample("z", dist.Normal(self.m + x / 2, 1.0))
 
 
-def test_moments_are_the_closed_forms():
+def test_gradient_moments_match_closed_forms():
     """d/dw (x - w z) z and d/dm -> (x - w z) w - z, with z ~ N(a, 1), a = m + x/2."""
     pair, x = OneLatent(), torch.tensor([0.7], dtype=torch.float64)
     noise = pv.gradient_noise(pair.model, pair.guide, x, [o.ELBO()], repeats=2000, seed=0)
@@ -45,7 +45,7 @@ def test_moments_are_the_closed_forms():
     assert guide.signal_to_noise == pytest.approx(abs(mean_m) / 2, rel=0.3)
 
 
-def test_bias_is_told_from_noise():
+def test_bias_is_distinguished_from_noise():
     torch.manual_seed(1)
     pair, x = OneLatent(), torch.randn(5, dtype=torch.float64)
     noise = pv.gradient_noise(
@@ -64,13 +64,13 @@ def test_bias_is_told_from_noise():
             assert row.bias < 3 * row.bias_noise
     row = table.loc["scaled", "guide"]
     assert row.bias > 10 * row.bias_noise
-    # twice the KL's gradient, whose own is a = m + x/2
+    # twice the KL's gradient, which is a = m + x/2
     excess = 2 * (0.3 + x / 2).mean().abs().item()
     assert row.bias == pytest.approx(excess, rel=0.2)
 
 
 class LinearPair(nn.Module):
-    """Weights a little away from where model and guide agree."""
+    """A linear-Gaussian pair with slightly perturbed weights."""
 
     def __init__(self, oracle):
         super().__init__()
@@ -90,11 +90,11 @@ class LinearPair(nn.Module):
             pyro.sample("z", dist.Normal(loc, self.oracle.s.diagonal().sqrt()).to_event(1))
 
 
-def test_the_guides_signal_drowns_in_noise_as_the_bound_tightens_and_dreg_saves_it():
-    """Rainforth et al. (2018): of order K^-1/2 for the guide, K^1/2 for the model."""
+def test_iwae_guide_gradients_lose_signal_with_particles_and_dreg_gains():
+    """Rainforth et al. (2018): the guide's signal-to-noise ratio is O(K^-1/2)."""
     torch.manual_seed(2)
     oracle = LinearGaussian()
-    oracle.s = 2 * oracle.s  # wider than the posterior: bounded weights, all of whose moments exist
+    oracle.s = 2 * oracle.s  # wider than the posterior, so weights are bounded
     x = oracle.sample(8)
     pair = LinearPair(oracle)
     ratios = {}
@@ -107,7 +107,7 @@ def test_the_guides_signal_drowns_in_noise_as_the_bound_tightens_and_dreg_saves_
     assert ratios["DReG 256"] > ratios["DReG 16"] > ratios["DReG 1"]
 
 
-def test_table_and_plot_name_everything(binary):
+def test_table_and_plot_label_objectives_and_programs(binary):
     model, guide = make_pair()
     guide(binary)
     before = [p.detach().clone() for p in (*model.parameters(), *guide.parameters())]
@@ -131,7 +131,7 @@ def test_table_and_plot_name_everything(binary):
     )
 
 
-def test_bad_arguments_are_refused(binary):
+def test_gradient_noise_refuses_bad_arguments(binary):
     pair = make_pair()
     with pytest.raises(ValueError, match="repeats must be at least 2"):
         pv.gradient_noise(*pair, binary, [o.ELBO()], repeats=1)
@@ -156,7 +156,7 @@ def test_bad_arguments_are_refused(binary):
         pv.gradient_noise(model, guide, binary, [o.ELBO()])
 
 
-def test_the_pair_and_the_objectives_stay_as_they_are(binary):
+def test_gradient_noise_leaves_the_pair_and_objectives_unchanged(binary):
     model, _ = make_pair()
     encoder = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 8), nn.Tanh())
     guide = pv.guides.AmortizedNormal(model, encoder)
@@ -170,7 +170,7 @@ def test_the_pair_and_the_objectives_stay_as_they_are(binary):
         pv.gradient_noise(model, guide, binary, [pyro.infer.RenyiELBO()])
 
 
-def test_gradients_are_per_datum_whatever_the_scale_of_the_plate():
+def test_gradients_are_per_data_point_for_any_plate_scale():
     norms = []
     for full in (None, 1000):
         w = nn.Parameter(torch.tensor(1.0))

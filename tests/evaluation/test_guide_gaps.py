@@ -1,4 +1,4 @@
-"""The gap that a family leaves on a correlated Gaussian posterior, against its closed form."""
+"""Compare each family's gap on a correlated Gaussian posterior with its closed form."""
 
 import functools
 
@@ -28,11 +28,11 @@ RICH = {
     "radial": flow(flows.Radial, 16),
 }
 SLOW = {"affine coupling", "masked autoregressive", "sylvester", "planar", "spline", "radial"}
-LONG = {"low rank", "inverse autoregressive", "householder"}  # seconds each, like the others
+LONG = {"low rank", "inverse autoregressive", "householder"}  # seconds each
 
 
 def gap_after_training(make, steps):
-    """KL(q || posterior), averaged over data, and its standard error; and that of mean-field."""
+    """Return the mean KL(q || posterior), its standard error, and the mean-field gap."""
     torch.manual_seed(3)
     weight = 2 * torch.randn(4, 2)
     weight[:, 1] = weight[:, 0] + 0.3 * weight[:, 1]  # correlates the posterior
@@ -61,7 +61,7 @@ def gap_after_training(make, steps):
     return gaps.mean().item(), (gaps.std() / 500**0.5).item(), oracle.gap
 
 
-def test_mean_field_keeps_its_closed_form_gap():
+def test_mean_field_gap_matches_its_closed_form():
     gap, error, expected = gap_after_training(guides.AmortizedNormal, 1500)
     assert expected > 0.3
     assert abs(gap - expected) < 4 * error + 0.01 * expected
@@ -70,7 +70,7 @@ def test_mean_field_keeps_its_closed_form_gap():
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW | LONG else n for n in RICH]
 )
-def test_richer_families_close_it(name):
+def test_richer_families_close_the_gap(name):
     gap, error, of_mean_field = gap_after_training(RICH[name], 8000 if name in SLOW else 2000)
     assert gap < 0.01 * of_mean_field + 4 * error
     assert gap > -4 * error

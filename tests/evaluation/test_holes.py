@@ -1,4 +1,4 @@
-"""Holes of the prior: Gaussian aggregated posteriors, whose level sets are ellipsoids."""
+"""Prior holes under Gaussian aggregated posteriors, whose level sets are ellipsoids."""
 
 import math
 
@@ -19,7 +19,7 @@ def chi_square_below(level, dimensions):
 
 
 def rotated(d, spread, prior_scale=1.0, as_full_covariance=False):
-    """q(z|x) = N(spread x, (1 - spread^2) I) for x ~ N(0, I): q_agg = N(0, I) for many data."""
+    """Return a pair with q(z|x) = N(spread x, (1 - spread^2) I); q_agg tends to N(0, I)."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -40,8 +40,8 @@ def rotated(d, spread, prior_scale=1.0, as_full_covariance=False):
 
 @pytest.mark.parametrize("as_full_covariance", [False, True])
 @pytest.mark.parametrize("spread", [0.3, 0.9, 0.999])
-def test_a_prior_that_matches_has_the_share_of_the_quantile(spread, as_full_covariance):
-    """Also where posteriors hardly overlap, so that q_agg is all spikes: the draws are alike."""
+def test_share_equals_the_quantile_for_a_matching_prior(spread, as_full_covariance):
+    """This also holds when posteriors hardly overlap and q_agg consists of spikes."""
     model, guide = rotated(2, spread, as_full_covariance=as_full_covariance)
     count, repeats, quantile = 300, 12 if not as_full_covariance else 4, 0.1
     found = [
@@ -52,22 +52,22 @@ def test_a_prior_that_matches_has_the_share_of_the_quantile(spread, as_full_cova
     ]
     shares = torch.tensor([each.share for each in found])
     errors = torch.tensor([each.standard_error for each in found])
-    # Two binomials of 400 draws, and what the draws share with the data.
+    # Two binomials of 400 draws, plus the dependence of draws on the data.
     assert abs(shares.mean() - quantile) < 4.5 * (errors.square().sum().sqrt() / repeats + 0.003)
     expected = (2 * quantile * (1 - quantile) / 400) ** 0.5
     assert 0.6 * expected < errors.mean() < 1.6 * expected
 
 
 @pytest.mark.parametrize("prior_scale", [0.5, 1.5, 3.0])
-def test_the_share_is_the_closed_form(prior_scale):
-    """log q_agg falls with |z|: the share is that of the prior beyond the quantile's radius."""
+def test_share_matches_the_closed_form(prior_scale):
+    """log q_agg falls with |z|, so the share is the prior mass beyond the quantile's radius."""
     d, quantile = 3, 0.05
     model, guide = rotated(d, 0.5, prior_scale)
     holes = pv.prior_holes(
         model, guide, torch.randn(4000, d), num_samples=4000, quantile=quantile, seed=0
     )
     levels = torch.distributions.Chi2(torch.tensor(float(d))).sample((200_000,))
-    level = levels.quantile(1 - quantile).item()  # off by some 0.5% of the tail's probability
+    level = levels.quantile(1 - quantile).item()  # error: about 0.5% of the tail probability
     assert chi_square_below(level, d) == pytest.approx(1 - quantile, abs=0.003)
     share = 1 - chi_square_below(level / prior_scale**2, d)
     assert_within(holes.share, share, holes.standard_error + 0.01 * share + 1e-4)
@@ -75,7 +75,7 @@ def test_the_share_is_the_closed_form(prior_scale):
     assert holes.threshold == pytest.approx(log_density, abs=0.3)
 
 
-def test_what_lies_in_a_hole():
+def test_latents_in_holes_are_sorted_and_below_the_threshold():
     model, guide = rotated(2, 0.5, prior_scale=2.0)
     x = torch.randn(500, 2)
     holes = pv.prior_holes(model, guide, x, num_samples=900, seed=3, batch_size=70)
@@ -88,7 +88,7 @@ def test_what_lies_in_a_hole():
         torch.zeros(500), 0.5 * x, torch.full((500, 2), 0.75**0.5)
     )
     log_q = q.log_prob(z.double())
-    assert (log_q.diff() >= 0).all()  # the emptiest first
+    assert (log_q.diff() >= 0).all()  # lowest density first
     assert (log_q < holes.threshold).all()
     p = dist.Normal(torch.zeros(2).double(), 2.0).to_event(1)
     torch.testing.assert_close(holes.log_ratio, p.log_prob(z.double()) - log_q, atol=1e-5, rtol=0)
@@ -99,7 +99,7 @@ def test_what_lies_in_a_hole():
     assert torch.equal(again.latents["z"], z)
 
 
-def test_a_posterior_left_out_by_hand():
+def test_aggregate_log_prob_without_one_posterior():
     loc, z = torch.randn(5, 2), torch.randn(7, 2)
 
     def guide(x):
@@ -124,8 +124,8 @@ def test_a_posterior_left_out_by_hand():
         )
 
 
-def test_the_rank_of_the_threshold_has_no_bias_for_any_number_of_draws():
-    """Of both kinds alike, the share of one below a quantile of the other is the quantile."""
+def test_share_below_a_quantile_is_unbiased_for_few_draws():
+    """For two samples of one distribution, the expected share equals the quantile."""
     count, quantile = 20, 0.1
     shares = torch.stack(
         [_share_below(torch.rand(50), torch.rand(count), quantile)[0] for _ in range(4000)]
@@ -133,7 +133,7 @@ def test_the_rank_of_the_threshold_has_no_bias_for_any_number_of_draws():
     assert abs(shares.mean() - quantile) < 4.5 * shares.std() / 4000**0.5  # 0.0046
 
 
-def test_a_guide_whose_density_differs_from_run_to_run_is_refused():
+def test_prior_holes_refuses_a_guide_with_a_random_density():
     model, _ = rotated(2, 0.5)
     guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(2, [8]))
     moving = pv.guides.SemiAmortized(guide, steps=5, step_size=0.1)
@@ -141,7 +141,7 @@ def test_a_guide_whose_density_differs_from_run_to_run_is_refused():
         pv.prior_holes(model, moving, torch.randn(60, 2), num_samples=100, seed=0)
 
 
-def test_a_model_that_observes_no_x():
+def test_prior_holes_without_an_observed_x():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 2.0))
@@ -157,7 +157,7 @@ def test_a_model_that_observes_no_x():
 
 
 def test_intervals_cover_the_share():
-    """The share of given data: of a prior off by a known amount, under one and the same q_agg."""
+    """Compare with a long run on the same data, for a prior of the wrong scale."""
     model, guide = rotated(1, 0.5, prior_scale=2.0)
     x = torch.randn(400, 1)
     truth = pv.prior_holes(model, guide, x, num_samples=40_000, quantile=0.1, seed=0).share
@@ -165,7 +165,7 @@ def test_intervals_cover_the_share():
     for seed in range(40):
         holes = pv.prior_holes(model, guide, x, num_samples=500, quantile=0.1, seed=seed + 1)
         hits += abs(holes.share - truth) < 1.96 * holes.standard_error
-    assert hits >= 33  # fewer once in some 3,000 if 95% is right
+    assert hits >= 33  # fewer about once in 3,000 runs if 95% is right
 
 
 @pytest.mark.parametrize("name", ["mixture model", "hierarchical", "two sites", "planar", "IAF"])
@@ -197,7 +197,7 @@ def test_prior_holes_are_finite_for_every_kind_of_pair(name, binary):
     assert holes.log_aggregate_of_prior.isfinite().all()
 
 
-def test_prior_holes_refuse_bad_arguments_and_unscorable_guides():
+def test_prior_holes_refuses_bad_arguments_and_unscorable_guides():
     oracle = LinearGaussian()
     x = oracle.sample(20)
     with pytest.raises(ValueError, match=r"too close to 0 or 1 .* num_samples to at least 100"):

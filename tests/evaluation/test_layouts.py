@@ -1,4 +1,4 @@
-"""Means of generate and reconstruct stand where x was read, whatever the model makes of x."""
+"""Means of generate and reconstruct have the layout of x, for any view the model takes of x."""
 
 import functools
 
@@ -14,7 +14,7 @@ MEANS = torch.tensor([0.0, 10.0, 20.0])
 
 
 def program(observe):
-    """A model with one latent that adds next to nothing."""
+    """Return a model with one latent of negligible scale."""
 
     def model(x, *covariates):
         with pyro.plate("data", len(x)):
@@ -30,7 +30,7 @@ def guide(x, *covariates):
 
 
 def in_plate(x, z, view=lambda x: x.T, means=MEANS):
-    """The columns of x in an inner plate."""
+    """Observe the columns of x in an inner plate."""
     with pyro.plate("columns", 3):
         pyro.sample("x", dist.Normal(z + means.unsqueeze(-1), 1.0), obs=view(x))
 
@@ -62,7 +62,7 @@ def filled(x):
 
 
 def under_a_mask(x, z):
-    """What is missing is replaced by zero, and counts for nothing."""
+    """Replace missing values by zero and mask them."""
     known = torch.arange(len(x)).unsqueeze(-1) != torch.arange(3)
     with pyro.poutine.mask(mask=known.T):
         in_plate(x, z, lambda x: torch.where(known, x, 0.0).T)
@@ -78,7 +78,7 @@ VIEWS = {
     "transposed": in_plate,
     "moved": functools.partial(in_plate, view=lambda x: x.movedim(-1, 0)),
     "copied": functools.partial(in_plate, view=lambda x: x.T.contiguous()),
-    "of another type": functools.partial(in_plate, view=lambda x: x.double().T),
+    "cast to double": functools.partial(in_plate, view=lambda x: x.double().T),
     "indexed": functools.partial(in_plate, view=lambda x: x.T[torch.tensor([0, 1, 2])]),
     "stacked": functools.partial(in_plate, view=lambda x: torch.stack(x.unbind(1))),
     "through numpy": functools.partial(in_plate, view=lambda x: torch.from_numpy(x.numpy()).T),
@@ -97,18 +97,18 @@ VIEWS = {
         view=lambda x: torch.cat([x, torch.ones(len(x), 1)], -1),
         means=torch.cat([MEANS, torch.ones(1)]),
     ),
-    "as it is": as_event,
+    "unchanged": as_event,
     "column by column": column_by_column,
-    "a sequential plate": sequential_plate,
+    "sequential plate": sequential_plate,
     "in parts": in_parts,
     "under a mask": under_a_mask,
-    "a masked distribution": masked,
+    "masked distribution": masked,
 }
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5])
 @pytest.mark.parametrize("view", VIEWS)
-def test_means_come_in_the_layout_of_x(view, rows):
+def test_means_have_the_layout_of_x(view, rows):
     model, random = program(VIEWS[view]), torch.randn(rows, 3)
     for x in (random, torch.zeros(rows, 3), random.T.contiguous().T):
         found = [pv.generate(model, x), pv.reconstruct(model, guide, x)]
@@ -117,7 +117,7 @@ def test_means_come_in_the_layout_of_x(view, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float64])
-def test_generate_takes_data_of_any_dtype(dtype):
+def test_generate_accepts_data_of_any_dtype(dtype):
     x = torch.zeros(4, 3, dtype=dtype)
     model = program(functools.partial(in_plate, view=lambda x: x.float().T))
     torch.testing.assert_close(pv.generate(model, x), MEANS.expand(4, 3), atol=0.02, rtol=0)
@@ -125,17 +125,17 @@ def test_generate_takes_data_of_any_dtype(dtype):
 
 COMPUTED = {
     "whole numbers": lambda x: x.long(),
-    "truth values": lambda x: (x > 0.5).float(),
+    "booleans": lambda x: (x > 0.5).float(),
     "scaled": lambda x: x / 255,
     "standardized": lambda x: (x - x.mean(0)) / (x.std(0) + 1),
     "log": lambda x: (1 + x.abs()).log(),
-    "times itself": lambda x: x * x,
+    "squared": lambda x: x * x,
     "weighted": lambda x: x * torch.tensor([1.0, 2.0, 3.0]),
 }
 
 
 @pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
-def test_what_is_computed_number_by_number_keeps_the_layout(compute):
+def test_elementwise_functions_keep_the_layout(compute):
     model = program(functools.partial(in_plate, view=lambda x: compute(x).T))
     x = torch.randn(4, 3)
     for found in (pv.generate(model, x), pv.reconstruct(model, guide, x)):
@@ -143,14 +143,14 @@ def test_what_is_computed_number_by_number_keeps_the_layout(compute):
 
 
 def images(x, z):
-    """Rows and columns exchanged, the channel last, and one more dimension of size one."""
+    """Observe images with the channel last."""
     loc = z[..., None, None, None] + torch.arange(12.0).reshape(3, 2, 2)
     p = dist.Normal(loc, 1.0).to_event(3)
     pyro.sample("x", p, obs=x.permute(0, 2, 3, 1))
 
 
 def steps(x, z):
-    """A site for each step, from the last to the first; steps are vectors."""
+    """Observe one site per step, from the last to the first; each step is a vector."""
     for t in (2, 1, 0):
         loc = z.unsqueeze(-1) + 10 * t + torch.arange(2.0)
         pyro.sample(f"x_{t}", dist.Normal(loc, 1.0).to_event(1), obs=x[:, t])
@@ -181,8 +181,8 @@ def test_predictions_keep_the_shape_of_events_of_any_rank(shape):
         torch.testing.assert_close(found, means.expand(x.shape), atol=0.02, rtol=0)
 
 
-def test_sites_of_covariates_are_no_sites_of_x():
-    """A covariate of the shape of x, observed before it."""
+def test_sites_of_covariates_are_not_sites_of_x():
+    """A covariate with the shape of x is observed before x."""
 
     def observe(x, z, y):
         pyro.sample("y", dist.Normal(z.unsqueeze(-1) - MEANS, 1.0).to_event(1), obs=y)
@@ -221,7 +221,7 @@ REFUSED = {
     "repeated": (expanded, "observed more than once"),
     "in part": (half, "4 of the 12 numbers of x cannot be traced to an observed"),
     "mixed": (functools.partial(as_event, view=lambda x: x @ torch.eye(3)), "no observed site"),
-    "two of them": (functools.partial(as_event, view=lambda x: x + x.flip(1)), "no observed site"),
+    "sum of two": (functools.partial(as_event, view=lambda x: x + x.flip(1)), "no observed site"),
     "in place": (functools.partial(as_event, view=lambda x: x.clone().mul_(2)), "no observed site"),
     "overwritten": (functools.partial(as_event, view=overwritten), "no observed site"),
     "replaced": (
@@ -231,7 +231,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_has_no_certain_place_is_told_by_site(case):
+def test_ambiguous_layouts_raise_and_by_site_returns_them(case):
     observe, message = REFUSED[case]
     model, x = program(observe), torch.tensor([[1.0], [-1.0], [2.0], [3.0]]).expand(4, 3).clone()
     calls = [
@@ -247,7 +247,7 @@ def test_what_has_no_certain_place_is_told_by_site(case):
         torch.testing.assert_close(found["x"], wanted.expand_as(found["x"]), atol=0.02, rtol=0)
 
 
-def test_a_plate_that_stands_for_more_data():
+def test_generate_with_a_subsampled_plate():
     def model(x):
         with pyro.plate("data", 200, subsample=x):
             z = pyro.sample("z", dist.Normal(0.0, 1e-3))
@@ -257,7 +257,7 @@ def test_a_plate_that_stands_for_more_data():
     torch.testing.assert_close(found, MEANS.expand(4, 3), atol=0.02, rtol=0)
 
 
-def test_a_plate_of_another_size_than_x_is_no_place_for_x():
+def test_generate_refuses_a_plate_of_another_size():
     def model(x):
         with pyro.plate("data", 7):
             pyro.sample("x", dist.Normal(torch.zeros(7), 1.0), obs=x)
@@ -267,8 +267,8 @@ def test_a_plate_of_another_size_than_x_is_no_place_for_x():
             pv.generate(model, torch.zeros(rows))
 
 
-def test_padding_shows_the_steps_in_its_place():
-    """Padded steps are masked; their means stand where the padding is."""
+def test_generate_returns_means_at_padded_steps():
+    """Padded steps are masked, but their means are returned."""
     model = pv.models.SequenceModel(
         prior=pv.priors.StandardNormal(2),
         transition=lambda z: dist.Normal(z, 0.4).to_event(1),
@@ -281,7 +281,7 @@ def test_padding_shows_the_steps_in_its_place():
     assert ((found - 100).abs() < 10).all()
 
 
-def test_distributions_without_a_mean_and_points():
+def test_generate_with_distributions_without_a_mean_and_with_points():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))

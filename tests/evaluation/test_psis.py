@@ -9,7 +9,7 @@ import pyro_vae as pv
 from pyro_vae.evaluation import _psis as psis
 
 
-def weights_of_a_narrow_proposal(t, draws, data):
+def narrow_proposal_weights(t, draws, data):
     """Target N(0, 1), proposal N(0, t^2): the tail index is 1 - t^2 for t < 1."""
     z = t * torch.randn(draws, data, dtype=torch.float64)
     normal = torch.distributions.Normal
@@ -18,11 +18,11 @@ def weights_of_a_narrow_proposal(t, draws, data):
 
 @pytest.mark.parametrize("draws", [100, 1000, 5000])
 @pytest.mark.parametrize("t", [0.4, 0.8, 1.5])
-def test_khat_is_that_of_arviz(draws, t):
+def test_khat_equals_arviz(draws, t):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         arviz = pytest.importorskip("arviz", reason="compares with ArviZ's own psislw")
-    log_weights = weights_of_a_narrow_proposal(t, draws, 7)
+    log_weights = narrow_proposal_weights(t, draws, 7)
     if not hasattr(arviz, "psislw"):
         pytest.skip("this ArviZ has no psislw (1.x moved it): the comparison runs on 0.x")
     _, expected = arviz.psislw(log_weights.T.numpy())
@@ -32,14 +32,14 @@ def test_khat_is_that_of_arviz(draws, t):
 
 
 @pytest.mark.parametrize("t", [0.5, 0.7, 0.9])
-def test_khat_is_one_less_the_squared_scale(t):
-    khat = pv.evaluation.khat(weights_of_a_narrow_proposal(t, 100_000, 40))
+def test_khat_equals_one_minus_squared_scale(t):
+    khat = pv.evaluation.khat(narrow_proposal_weights(t, 100_000, 40))
     error = khat.std().item() / 40**0.5
-    # The tail is generalised Pareto in the limit only: what is left of it at this S is below 0.1.
+    # The tail is generalized Pareto only in the limit. The remaining bias at this S is below 0.1.
     assert abs(khat.mean().item() - (1 - t**2)) < 0.1 + 4 * error
 
 
-def test_weights_without_a_tail():
+def test_khat_of_weights_without_a_tail():
     assert pv.evaluation.khat(torch.zeros(1000, 3)).tolist() == [-math.inf] * 3
     assert pv.evaluation.khat(torch.randn(20, 2)).isnan().all()
     mostly_equal = torch.zeros(1000)
@@ -47,30 +47,30 @@ def test_weights_without_a_tail():
     assert pv.evaluation.khat(mostly_equal).isnan()
 
 
-def test_ties_with_the_cutoff_are_no_tail():
+def test_khat_is_finite_with_ties_at_the_cutoff():
     log_weights = torch.zeros(1000, dtype=torch.float64)
     log_weights[:30] = torch.rand(30, dtype=torch.float64)
     assert pv.evaluation.khat(log_weights).isfinite()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_weights_that_are_no_numbers(bad):
+def test_khat_is_nan_for_nan_or_infinite_weights(bad):
     log_weights = torch.randn(100, 2)
     log_weights[7, 1] = bad
     assert pv.evaluation.khat(log_weights).isnan().tolist() == [False, True]
     assert pv.evaluation.khat(torch.full((100,), bad)).isnan()
 
 
-def test_weights_that_are_all_zero():
+def test_khat_is_nan_when_all_weights_are_zero():
     assert pv.evaluation.khat(torch.full((100,), -math.inf)).isnan()
 
 
-def test_khat_of_an_array():
+def test_khat_accepts_a_numpy_array():
     log_weights = torch.randn(100, 2, dtype=torch.float64)
     assert torch.equal(pv.evaluation.khat(log_weights.numpy()), pv.evaluation.khat(log_weights))
 
 
-def test_khat_of_no_draws():
+def test_khat_raises_without_draws():
     with pytest.raises(ValueError, match=r"got \(0, 3\)"):
         pv.evaluation.khat(torch.zeros(0, 3))
 
@@ -80,8 +80,8 @@ def spread(seed=0):
     return 0.1 * torch.randn(1000, dtype=torch.float64)
 
 
-def test_a_weight_far_above_the_rest():
-    """From e^700 on the others are zero beside it; k-hat grows on, by its share of the tail."""
+def test_khat_grows_linearly_with_one_dominant_weight():
+    """Beyond e^700 the other weights underflow to zero; k-hat still grows by 1/105 per nat."""
     found = []
     for distance in (300, 500, 599, 601, 650, 700, 1000, 2000, 100_000):
         log_weights = spread()
@@ -93,31 +93,31 @@ def test_a_weight_far_above_the_rest():
 
 
 @pytest.mark.parametrize("many", [2, 4, 5, 20, 60])
-def test_several_weights_far_above_the_rest(many):
+def test_khat_is_finite_with_several_dominant_weights(many):
     log_weights = spread()
     log_weights[:many] += 2000
     assert 20 < pv.evaluation.khat(log_weights) < math.inf
 
 
-def test_both_ways_to_fit_a_tail_agree():
+def test_two_tail_fits_agree():
     log_excess = (20 * torch.randn(95, 3, dtype=torch.float64)).sort(0).values
     log_excess[-1] += 100
     plain = psis._fit_generalized_pareto((log_excess - log_excess[-1]).exp())
     torch.testing.assert_close(psis._fit_far_tail(log_excess), plain, rtol=1e-10, atol=0)
 
 
-def test_a_few_weights_above_others_that_are_equal():
+def test_khat_when_most_weights_are_equal():
     log_weights = torch.zeros(1000, dtype=torch.float64)
     log_weights[:3] = torch.tensor([2000.0, 1999.0, 3.0])
-    assert pv.evaluation.khat(log_weights) == math.inf  # all hangs on three
+    assert pv.evaluation.khat(log_weights) == math.inf  # three weights dominate
     log_weights[:3] = torch.tensor([1.0, 0.9, 0.3])
-    assert pv.evaluation.khat(log_weights).isnan()  # nothing does
+    assert pv.evaluation.khat(log_weights).isnan()  # no weight dominates
     log_weights[:3] = -1.0
     assert pv.evaluation.khat(log_weights) == -math.inf
     assert pv.evaluation.khat(torch.zeros(1000).index_fill(0, torch.arange(500), -1.0)) == -math.inf
 
 
-def test_weights_most_of_which_are_zero():
+def test_khat_when_most_weights_are_zero():
     log_weights = torch.full((1000,), -math.inf, dtype=torch.float64)
     log_weights[:3] = 0.0
     assert pv.evaluation.khat(log_weights) == math.inf
@@ -131,7 +131,7 @@ def test_weights_most_of_which_are_zero():
     )
 
 
-def test_few_draws_one_of_which_is_far_above():
+def test_khat_of_few_draws_with_one_dominant_weight():
     for draws, wanted in ((25, math.isfinite), (20, math.isnan)):
         log_weights = torch.randn(draws, dtype=torch.float64)
         log_weights[0] = 3000.0

@@ -20,20 +20,20 @@ def bounds(oracle, num_temperatures, start="prior", count=150, **options):
 
 
 @pytest.mark.parametrize("start", ["prior", "guide"])
-def test_the_two_sides_hold_the_truth_between_them(start):
+def test_bounds_enclose_the_truth(start):
     oracle = LinearGaussian(d=2, D=4, noise=0.2)
     result = bounds(oracle, 4, start)
     truth = oracle.log_evidence(result.data[0])
     below, above = truth - result.lower, result.upper - truth
     assert below.mean() > -4 * below.std() / 150**0.5
     assert above.mean() > -4 * above.std() / 150**0.5
-    for ratio in ((-below).exp(), (-above).exp()):  # p(x) and 1/p(x) without bias
+    for ratio in ((-below).exp(), (-above).exp()):  # unbiased estimates of p(x) and 1/p(x)
         assert_within(ratio.mean(), 1.0, ratio.std() / 150**0.5)
     assert result.gap == pytest.approx((below + above).mean().item())
     assert result.gap_error == pytest.approx((below + above).std().item() / 150**0.5)
 
 
-def test_the_two_sides_meet():
+def test_bounds_converge_with_temperatures():
     oracle = LinearGaussian(d=2, D=4, noise=0.5)
     few, more, most = (bounds(oracle, count, count=60) for count in (3, 15, 80))
     assert few.gap > 4 * more.gap
@@ -42,7 +42,7 @@ def test_the_two_sides_meet():
     assert most.gap < more.gap + 4 * math.hypot(most.gap_error, more.gap_error)
 
 
-def test_simulated_data_are_the_models():
+def test_simulated_data_follow_the_model():
     oracle = LinearGaussian(d=2, D=3, noise=0.5)
     x = bounds(oracle, 1, count=4000, batch_size=4000, pairs_per_pass=100_000).data[0]
     white = torch.linalg.solve(torch.linalg.cholesky(oracle.covariance), (x - oracle.mu).mT).mT
@@ -50,7 +50,7 @@ def test_simulated_data_are_the_models():
     assert (white.mT @ white / 4000 - torch.eye(3)).abs().max() < 4.5 * (2 / 4000) ** 0.5
 
 
-def test_a_model_without_a_guide_and_with_covariates():
+def test_sandwich_without_a_guide_and_with_covariates():
     def model(x, shift):
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
@@ -72,7 +72,7 @@ def test_a_model_without_a_guide_and_with_covariates():
     assert "<= log p(x) <=" in str(result)
 
 
-def test_sandwich_of_a_neural_pair_encloses_its_evidence_and_repeats(binary):
+def test_sandwich_of_a_neural_pair_matches_evidence_and_is_reproducible(binary):
     pair = make_pair()
     pair[1](binary)
     ais = pv.evaluation.AIS(20, 10, leapfrog_steps=3, step_size=0.5)
@@ -112,7 +112,7 @@ def test_sandwich_refuses_missing_guides_and_factors(binary):
         pv.sandwich(weighted, like=torch.zeros(4), ais=ais)
 
 
-def test_a_sandwich_that_was_stopped_goes_on_as_if_it_had_not_been():
+def test_sandwich_resumes_exactly_after_an_interrupt():
     oracle = LinearGaussian(d=2, D=3)
     ais = pv.evaluation.AIS(5, 4, leapfrog_steps=1, pilot=2)
     options = {"like": oracle.sample(30), "ais": ais, "batch_size": 10, "seed": 3}
@@ -131,8 +131,8 @@ def test_a_sandwich_that_was_stopped_goes_on_as_if_it_had_not_been():
         pv.sandwich(oracle.model, oracle.guide, resume=stopped.value, **options)
 
 
-def test_a_site_that_observes_x_transposed_or_a_part_of_it():
-    """x = z + noise, of scales 0.1, 1 and 5: columns that are not mixed up."""
+def test_sandwich_when_sites_observe_x_transposed_or_by_column():
+    """x = z + noise with scales 0.1, 1 and 5, so mixed-up columns would be detected."""
     scale = torch.tensor([0.1, 1.0, 5.0])
 
     def transposed(x):
@@ -175,7 +175,7 @@ def test_sequences_are_simulated_step_by_step():
 
 
 @pytest.mark.parametrize("where", ["decoder", "prior", "twice"])
-def test_models_that_use_x_otherwise_than_to_observe_it(where):
+def test_sandwich_refuses_models_that_use_x_beyond_observing_it(where):
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x[:, 0] if where == "prior" else 0.0, 1.0))
@@ -190,7 +190,7 @@ def test_models_that_use_x_otherwise_than_to_observe_it(where):
         pv.sandwich(model, like=torch.randn(20, 2), ais=ais, seed=0)
 
 
-def test_bounds_the_wrong_way_round_are_told():
+def test_crossed_bounds_warn():
     lower, upper = torch.randn(100), torch.randn(100)
     data = (torch.zeros(100),)
     crossed = Sandwich(lower + 1, upper - 1, lower.abs(), upper.abs(), data, 10)
@@ -201,7 +201,7 @@ def test_bounds_the_wrong_way_round_are_told():
         warn_of_crossing(Sandwich(lower, lower + 0.1 * upper, lower, upper, data, 10))
 
 
-def test_a_guide_that_does_not_know_simulated_data():
+def test_sandwich_refuses_a_guide_without_amortization():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -213,12 +213,12 @@ def test_a_guide_that_does_not_know_simulated_data():
         pv.sandwich(model, guide, like=x, ais=pv.evaluation.AIS(5, 2, step_size=0.1), seed=0)
 
 
-def test_errors_of_each_side_are_those_of_its_own_chains():
+def test_errors_of_each_bound_come_from_its_own_chains():
     oracle = LinearGaussian(d=2, D=3, noise=0.4)
     result = bounds(oracle, 4, count=400)
     backward, forward = result.upper_errors, result.lower_errors
     assert not torch.allclose(backward, forward)
-    # Four times as many chains from one start halve the error.
+    # Four times as many chains halve the error.
     more = pv.evaluation.AIS(80, 4, "prior", leapfrog_steps=4, step_size=0.35)
     like = torch.zeros(400, 3, dtype=oracle.dtype)
     again = pv.sandwich(oracle.model, oracle.guide, like=like, ais=more, seed=0)

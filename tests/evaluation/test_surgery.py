@@ -26,7 +26,7 @@ from pyro_vae.evaluation._surgery.threads import in_threads
 
 
 def as_full_covariance(oracle):
-    """The same guide, told to Pyro in a way that only running it can score."""
+    """Return the same guide with a full-covariance site, which surgery scores by running it."""
 
     def guide(x):
         with pyro.plate("data", len(x)):
@@ -38,17 +38,17 @@ def as_full_covariance(oracle):
 
 @pytest.mark.parametrize(("dtype", "num_particles"), [(torch.float32, 1), (torch.float64, 3)])
 @pytest.mark.parametrize("scored", [False, True])
-def test_surgery_of_the_linear_gaussian_model(dtype, num_particles, scored):
+def test_surgery_matches_the_linear_gaussian_model(dtype, num_particles, scored):
     oracle = LinearGaussian(d=2, D=5, noise=2.0, dtype=dtype)
-    count = 3001  # no multiple of the batch
+    count = 3001  # not a multiple of the batch size
     x = oracle.sample(count)
     guide = as_full_covariance(oracle) if scored else oracle.guide
     surgery = pv.elbo_surgery(oracle.model, guide, x, num_particles=num_particles, seed=2)
     errors = surgery.standard_errors
     shift = oracle.finite_data_shift(count)
-    assert shift < 0.004  # small enough for its second order to be all of it
+    assert shift < 0.004  # small enough for the second-order formula
     evidence = oracle.log_evidence(x)
-    # Given the data, the ELBO's only error is that of the draws; the rest varies with the data.
+    # Given the data, the ELBO has only sampling error; the other terms also vary with the data.
     assert_within(surgery.elbo, evidence.mean().item() - oracle.gap, errors["elbo"])
     assert_within(surgery.rate, oracle.mutual_information + oracle.marginal_kl, errors["rate"])
     assert_within(
@@ -64,10 +64,10 @@ def test_surgery_of_the_linear_gaussian_model(dtype, num_particles, scored):
     assert surgery.log_n == pytest.approx(math.log(count))
 
 
-def test_marginal_kl_is_told_apart_from_nothing():
-    """A prior that is off by a known amount: KL(N(0, Q) || N(0, I)) is large, and found."""
+def test_marginal_kl_of_a_mismatched_prior_matches_its_closed_form():
+    """The prior is off by a known amount: the marginal KL is KL(N(0, Q) || N(0, I))."""
     oracle = LinearGaussian(d=1, D=3)
-    x = 2 * (oracle.sample(4000) - oracle.mu) + oracle.mu  # twice the spread that the model has
+    x = 2 * (oracle.sample(4000) - oracle.mu) + oracle.mu  # twice the model's spread
     surgery = pv.elbo_surgery(oracle.model, oracle.guide, x, seed=0)
     q = (4 * oracle.v @ oracle.covariance @ oracle.v.T + oracle.s).item()
     expected = 0.5 * (q - 1 - math.log(q))
@@ -76,7 +76,7 @@ def test_marginal_kl_is_told_apart_from_nothing():
 
 
 def test_matrix_products_equal_the_scored_pairs():
-    """Two latents, one on the positive reals, through a guide that was made for the model."""
+    """Two latents, one of them positive, with a guide built for the model."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -103,7 +103,7 @@ def test_matrix_products_equal_the_scored_pairs():
 
     fast = pv.elbo_surgery(model, guide, x, num_particles=200, seed=0)
 
-    # The same density, in a form that is not read as a Gaussian.
+    # The same density in a form that surgery does not recognize as Gaussian.
     masked = pyro.poutine.mask(guide, mask=torch.tensor(True))
     masked_model = pyro.poutine.mask(model, mask=torch.tensor(True))
     assert not DiagonalGaussians.is_diagonal_gaussian(masked, (x,))
@@ -116,14 +116,14 @@ def test_matrix_products_equal_the_scored_pairs():
     assert fast.rate == pytest.approx(slow.rate, abs=4 * error)  # false alarm: 6e-5
 
 
-def test_hierarchical_guides_are_scored_and_not_taken_for_mean_field():
+def test_hierarchical_guides_are_not_treated_as_mean_field():
     def model(x):
         with pyro.plate("data", len(x)):
             z2 = pyro.sample("z2", dist.Normal(0.0, 1.0))
             z1 = pyro.sample("z1", dist.Normal(z2, 1.0))
             pyro.sample("x", dist.Normal(z1, 1.0), obs=x)
 
-    def guide(x):  # the exact posterior, top down
+    def guide(x):  # the exact posterior, top-down
         with pyro.plate("data", len(x)):
             z2 = pyro.sample("z2", dist.Normal(x / 3, (2 / 3) ** 0.5))
             pyro.sample("z1", dist.Normal((x + z2) / 2, 0.5**0.5))
@@ -138,8 +138,8 @@ def test_hierarchical_guides_are_scored_and_not_taken_for_mean_field():
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
-def test_guides_that_look_at_the_shape_of_what_they_drew(vectorize):
-    """Codes are given to the guide with the data's dimension, as its own draws have it."""
+def test_surgery_of_guides_that_use_the_shape_of_their_samples(vectorize):
+    """The guide receives codes with a data dimension, like its own samples."""
     refine = torch.nn.Linear(2, 1).double()
 
     def model(x):
@@ -166,15 +166,15 @@ def test_guides_that_look_at_the_shape_of_what_they_drew(vectorize):
     assert table.entries[0].surgery is not None
 
 
-def test_a_bijection_that_differs_from_datum_to_datum_is_scored():
-    """N(x, 0.5) told as a standard normal through an affine map that holds x."""
+def test_surgery_of_a_bijection_that_depends_on_the_data():
+    """N(x, 0.5), written as a standard normal under an affine map that depends on x."""
 
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 3.0).to_event(1))
             pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
 
-    def told(x):
+    def transformed(x):
         with pyro.plate("data", len(x)):
             base = dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1)
             inverse = dist.transforms.AffineTransform(-2 * x, 2.0, event_dim=1).inv
@@ -185,7 +185,7 @@ def test_a_bijection_that_differs_from_datum_to_datum_is_scored():
             pyro.sample("z", dist.Normal(x, 0.5).to_event(1))
 
     x = 3 * torch.randn(200, 2)
-    a, b = (pv.elbo_surgery(model, g, x, num_particles=50, seed=0) for g in (told, plain))
+    a, b = (pv.elbo_surgery(model, g, x, num_particles=50, seed=0) for g in (transformed, plain))
     assert a.mutual_information == pytest.approx(b.mutual_information, abs=0.05)
     assert a.mutual_information > 2
 
@@ -203,7 +203,7 @@ def test_surgery_of_a_latent_whose_base_has_another_event_shape():
 
 
 def test_mutual_information_saturates_at_log_n():
-    """Well separated codes: each names its datum, and no more can be said of N data."""
+    """Well-separated codes identify their data point, so the information is log N."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -218,14 +218,14 @@ def test_mutual_information_saturates_at_log_n():
     assert surgery.mutual_information == pytest.approx(surgery.log_n, abs=1e-6)
 
 
-def test_control_variate_leaves_the_identity_and_cuts_the_error():
+def test_control_variate_reduces_the_error_of_the_marginal_kl():
     oracle = LinearGaussian(d=2, D=5)
     surgery = pv.elbo_surgery(oracle.model, oracle.guide, oracle.sample(2000), seed=0)
     errors = surgery.standard_errors
     assert errors["marginal_kl"] < 0.3 * errors["mutual_information"]
 
 
-def test_guides_that_cannot_be_scored():
+def test_surgery_refuses_guides_that_cannot_be_scored():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -250,8 +250,8 @@ def test_surgery_prints_its_terms():
 
 
 @pytest.mark.parametrize("width", [1e-9, 1e-4, 0.05, 1.0])
-def test_sums_over_pairs_lose_no_digits(width):
-    """Narrow posteriors far off, whose log-densities cancel; some codes near many of them."""
+def test_log_sum_of_ratios_is_accurate_for_narrow_posteriors(width):
+    """Narrow posteriors far from zero, whose log-densities cancel, and codes near many of them."""
     loc = 3 + torch.randn(1000, 8, dtype=torch.float64)
     loc[500:] = loc[:500] + width * torch.randn(500, 8, dtype=torch.float64)
     scale = width * (0.5 + torch.rand_like(loc))
@@ -262,8 +262,8 @@ def test_sums_over_pairs_lose_no_digits(width):
     torch.testing.assert_close(log_sum_of_ratios(loc, scale, codes), exact, rtol=0, atol=1e-6)
 
 
-def test_codes_that_are_no_draws_of_their_posterior_are_summed_all_the_same():
-    """What rounding does to a posterior of no width: ratios pass the largest float32."""
+def test_log_sum_of_ratios_of_codes_far_from_their_posterior():
+    """Rounding moves codes off a very narrow posterior; ratios then exceed float32's maximum."""
     loc = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     scale = torch.tensor([[1e-3], [1.0]], dtype=torch.float64)
     codes = torch.tensor([[0.1], [1.0]], dtype=torch.float64)
@@ -273,7 +273,7 @@ def test_codes_that_are_no_draws_of_their_posterior_are_summed_all_the_same():
     torch.testing.assert_close(log_sum_of_ratios(loc, scale, codes)[0], expected)
 
 
-def test_threads_give_what_one_gives_and_are_put_back():
+def test_threads_equal_one_thread_and_are_restored():
     loc = torch.randn(700, 3, dtype=torch.float64)
     scale = torch.full_like(loc, 0.3)
     alone = log_sum_of_ratios(loc, scale, loc)
@@ -295,7 +295,7 @@ def test_threads_give_what_one_gives_and_are_put_back():
         torch.set_num_threads(before)
 
 
-def test_total_correlation_and_dimension_wise_kl_of_the_linear_gaussian_model():
+def test_total_correlation_and_dimension_wise_kl_match_the_linear_gaussian_model():
     oracle = LinearGaussian(d=3, D=5, noise=2.0)
     x = oracle.sample(3001)
     surgery = pv.elbo_surgery(oracle.model, oracle.guide, x, num_particles=2, seed=1)
@@ -304,9 +304,9 @@ def test_total_correlation_and_dimension_wise_kl_of_the_linear_gaussian_model():
     correlation = 0.5 * (v.log().sum() - q.logdet()).item()
     dimension_wise = 0.5 * (v - 1 - v.log()).sum().item()
     errors = surgery.standard_errors
-    shift = oracle.finite_data_shift(3001)  # of the joint; that of each dimension is far smaller
+    shift = oracle.finite_data_shift(3001)  # of the joint; far smaller for each dimension
     assert_within(surgery.total_correlation, correlation + shift, errors["total_correlation"], 4.5)
-    # A KL near zero is a chi-square: its own size of 1/2N for each dimension is no bias to count.
+    # An estimated KL near zero is chi-square, about 1/2N per dimension. That is not a bias.
     assert_within(surgery.dimension_wise_kl, dimension_wise, errors["dimension_wise_kl"] + 3 / 3001)
     total = surgery.total_correlation + surgery.dimension_wise_kl
     assert surgery.marginal_kl == pytest.approx(total, abs=1e-9)
@@ -316,8 +316,8 @@ def test_total_correlation_and_dimension_wise_kl_of_the_linear_gaussian_model():
     assert "total_correlation" in str(surgery)
 
 
-def test_dimension_wise_kl_by_sampling():
-    """Mixtures of narrow and wide Gaussians on the line, prior Laplace."""
+def test_dimension_wise_kl_matches_sampling():
+    """One-dimensional mixtures of narrow and wide Gaussians with a Laplace prior."""
     loc = torch.randn(40, 2, dtype=torch.float64) * torch.tensor([2.0, 0.1])
     scale = 0.05 + torch.rand(40, 2, dtype=torch.float64)
     prior = torch.distributions.Laplace(torch.tensor([0.5, 0.0]).double(), 1.5)
@@ -332,11 +332,11 @@ def test_dimension_wise_kl_by_sampling():
         assert ((log_ratio.mean(0) - found[:, j]).abs() < 4.5 * error).all()
 
 
-@pytest.mark.parametrize("kind", ["dependent", "of the datum", "two sites", "narrow"])
-def test_dimensions_that_make_no_sense_are_left_out(kind):
+@pytest.mark.parametrize("kind", ["dependent", "data-dependent", "two sites", "narrow"])
+def test_surgery_omits_undefined_dimension_terms(kind):
     def model(x):
         with pyro.plate("data", len(x)):
-            loc = x if kind == "of the datum" else torch.zeros(2)
+            loc = x if kind == "data-dependent" else torch.zeros(2)
             p = dist.Normal(loc, 1.0).to_event(1)
             if kind == "dependent":
                 p = dist.MultivariateNormal(torch.zeros(2), torch.eye(2) + 0.5)
@@ -364,7 +364,7 @@ def test_dimensions_that_make_no_sense_are_left_out(kind):
 
 @pytest.mark.parametrize("scored", [False, True])
 @pytest.mark.parametrize("size", [15, 60])
-def test_minibatch_estimators_keep_to_the_bounds_of_their_bias(scored, size):
+def test_minibatch_estimators_have_bounded_bias(scored, size):
     oracle = LinearGaussian(d=2, D=5, noise=0.5)
     count = 400
     x = oracle.sample(count)
@@ -387,10 +387,10 @@ def test_minibatch_estimators_keep_to_the_bounds_of_their_bias(scored, size):
     assert -4.5 * s < stratified - exact < math.log(count) - exact + 4.5 * s
     bias = weighted - exact
     assert math.log(size) - 4.5 * w < bias < math.log(count * size) - exact + 4.5 * w
-    assert size > 15 or stratified - exact > 4.5 * s  # the bias of few data is seen
+    assert size > 15 or stratified - exact > 4.5 * s  # the bias of few data is visible
 
 
-def test_a_minibatch_of_all_data_is_exact_but_for_the_weights():
+def test_minibatch_of_all_data_is_exact_up_to_the_weights():
     oracle = LinearGaussian(d=2, D=5)
     pairs = torch.randn(3, 50, 50, dtype=torch.float64)
     exact = (pairs.diagonal(dim1=1, dim2=2) - pairs.logsumexp(2) + math.log(50)).mean(0)
@@ -404,8 +404,8 @@ def test_a_minibatch_of_all_data_is_exact_but_for_the_weights():
     assert torch.equal(torch.cat(subsets).sort().values, torch.arange(7))
 
 
-def test_the_stratified_estimate_of_q_agg_is_unbiased():
-    """Over all minibatches of 3 of 5 data that hold the first."""
+def test_stratified_estimate_of_q_agg_is_unbiased():
+    """Average over all minibatches of 3 of 5 data points that contain the first."""
     pairs = torch.randn(5, 5, dtype=torch.float64)
     estimates = []
     for others in itertools.combinations(range(1, 5), 2):
@@ -415,7 +415,7 @@ def test_the_stratified_estimate_of_q_agg_is_unbiased():
     torch.testing.assert_close(torch.stack(estimates).mean(), pairs[0].exp().mean())
 
 
-def test_estimators_that_cannot_be_had():
+def test_surgery_refuses_unavailable_estimators():
     oracle = LinearGaussian()
     x = oracle.sample(20)
     with pytest.raises(ValueError, match="estimator must be one of"):
@@ -424,8 +424,8 @@ def test_estimators_that_cannot_be_had():
         pv.elbo_surgery(oracle.model, oracle.guide, x, estimator="stratified", batch_size=1)
 
 
-def covered(repeats, count):
-    """How many of the 95% intervals hold the truth, by term, the data and draws anew each time."""
+def coverage(repeats, count):
+    """Return the share of 95% intervals that cover the truth, by term, with new data each time."""
     hits = dict.fromkeys(("elbo", "distortion", "rate", "mutual_information", "marginal_kl"), 0)
     weight = torch.tensor([[1.0, 0.3], [-0.4, 0.8], [0.5, 0.5]]).double()
     oracle = LinearGaussian(weight=weight, noise=1.5)
@@ -449,17 +449,17 @@ def covered(repeats, count):
 
 
 def test_intervals_cover_the_truth():
-    for name, share in covered(40, 1000).items():  # below 0.85 once in 10,000 if 0.95 is right
+    for name, share in coverage(40, 1000).items():  # below 0.85 once in 10,000 if 0.95 is right
         assert share >= 0.82, name
 
 
 @pytest.mark.slow
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    for name, share in covered(200, 2000).items():
+def test_intervals_have_nominal_coverage():
+    for name, share in coverage(200, 2000).items():
         assert 0.90 <= share <= 0.98, name
 
 
-def test_an_interrupt_leaves_everything_as_it_was():
+def test_interrupt_restores_the_rng_state():
     oracle = LinearGaussian()
     calls = []
 
@@ -479,11 +479,11 @@ def test_an_interrupt_leaves_everything_as_it_was():
     assert again[0] == again[1]
 
 
-# --- stopped and resumed
+# --- interrupted and resumed
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "scored", "stratified", "shuffled"])
-def test_a_surgery_that_was_stopped_goes_on_as_if_it_had_not_been(kind, monkeypatch):
+def test_surgery_resumes_exactly_after_an_interrupt(kind, monkeypatch):
     monkeypatch.setattr(information, "_CODES_OF_A_THREAD", 64)
     monkeypatch.setattr(information, "LOG_DENSITIES_AT_A_TIME", 100 * 50 * 64)
     before = torch.get_num_threads()
@@ -495,7 +495,7 @@ def test_a_surgery_that_was_stopped_goes_on_as_if_it_had_not_been(kind, monkeypa
     if kind == "shuffled":
         x = torch.utils.data.DataLoader(x, batch_size=50, shuffle=True)
     whole = pv.elbo_surgery(oracle.model, guide, x, **options)
-    at = 3 if kind == "stratified" else 6 + 2  # in the walk over the data, or after two blocks
+    at = 3 if kind == "stratified" else 6 + 2  # during the pass over the data, or after two blocks
     with pytest.raises(
         pv.evaluation.Interrupted, match="elbo_surgery was stopped after"
     ) as stopped:
@@ -508,7 +508,7 @@ def test_a_surgery_that_was_stopped_goes_on_as_if_it_had_not_been(kind, monkeypa
     difference = abs(partial.mutual_information - whole.mutual_information)
     assert difference < 5 * partial.standard_errors["mutual_information"]
     assert partial.total_correlation is None
-    # Stopped once more on the way, with the codes scored twice over.
+    # Interrupted once more after the resume.
     with pytest.raises(pv.evaluation.Interrupted) as again:
         pv.elbo_surgery(
             *(oracle.model, guide, x),
@@ -521,7 +521,7 @@ def test_a_surgery_that_was_stopped_goes_on_as_if_it_had_not_been(kind, monkeypa
     assert torch.get_num_threads() == before
 
 
-def test_a_surgery_stopped_in_its_last_part_has_all_codes_scored():
+def test_surgery_interrupted_in_its_last_part_has_scored_all_codes():
     oracle = LinearGaussian(d=2, D=5)
     x = oracle.sample(100)
     whole = pv.elbo_surgery(oracle.model, oracle.guide, x, seed=3)
@@ -538,13 +538,13 @@ def test_a_surgery_stopped_in_its_last_part_has_all_codes_scored():
         pv.elbo_surgery(oracle.model, oracle.guide, x, resume=stopped.value, num_particles=2)
 
 
-def test_an_interrupt_while_threads_work_ends_them_at_once():
-    """A signal, as Ctrl-C sends it, in the midst of a sum over more pairs than can be had soon."""
+def test_interrupt_ends_running_threads_at_once():
+    """Send SIGINT, as Ctrl-C does, during a sum that would run for minutes."""
     loc = torch.randn(200_000, 20, dtype=torch.float64)
     scale = torch.full_like(loc, 0.3)
     before = torch.get_num_threads()
     begun = []
-    gc.collect()  # what other tests left: a weak reference's callback would swallow the interrupt
+    gc.collect()  # garbage of other tests: a weak reference's callback would swallow the interrupt
     timer = threading.Timer(1.0, lambda: begun.append(time.perf_counter()) or send_interrupt())
     try:
         torch.set_num_threads(2)
@@ -562,8 +562,8 @@ def send_interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_prior_that_depends_on_covariates_has_no_marginal_kl():
-    """q(z|x, c) = p(z|c): nothing is lost, and the latents tell of c."""
+def test_marginal_kl_is_nan_if_the_prior_depends_on_covariates():
+    """q(z|x, c) = p(z|c): the rate is zero and the latents are informative about c."""
 
     def model(x, c):
         with pyro.plate("data", len(x)):
@@ -584,13 +584,13 @@ def test_a_prior_that_depends_on_covariates_has_no_marginal_kl():
         assert math.isnan(surgery.optimal_prior_gain)
         assert surgery.total_correlation is None
         assert "no marginal KL: the prior depends on covariates" in str(surgery)
-    # Sorted by a class, so that the first minibatch holds one alone.
+    # The rows are sorted by class, so the first minibatch holds one class.
     classes = (c > 0).to(c)
     surgery = pv.elbo_surgery(model, guide, (x, classes), batch_size=60, seed=0)
     assert math.isnan(surgery.marginal_kl)
 
 
-def test_a_prior_that_depends_on_latents_above_is_one_for_all_data():
+def test_marginal_kl_is_defined_if_the_prior_depends_on_other_latents():
     def model(x):
         with pyro.plate("data", len(x)):
             top = pyro.sample("top", dist.Normal(0.0, 1.0))
@@ -607,8 +607,8 @@ def test_a_prior_that_depends_on_latents_above_is_one_for_all_data():
     assert surgery.marginal_kl == pytest.approx(surgery.rate - surgery.mutual_information)
 
 
-class Drawn(torch.utils.data.Dataset):
-    """Rows drawn anew each time that they are asked for."""
+class RandomRows(torch.utils.data.Dataset):
+    """A data set that samples a new row at each access."""
 
     def __init__(self, means):
         self.means = means
@@ -621,8 +621,8 @@ class Drawn(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("estimator", ["exact", "stratified"])
-def test_data_that_are_drawn_anew_at_each_pass_are_read_once(estimator):
-    """Scored under what their neighbours were in another pass, codes would tell more than log N."""
+def test_random_data_are_read_once(estimator):
+    """A second pass would sample other rows, and the information could exceed log N."""
     weight = torch.randn(20, 2)
 
     def guide(x):
@@ -635,13 +635,13 @@ def test_data_that_are_drawn_anew_at_each_pass_are_read_once(estimator):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=z @ weight.T).to_event(1), obs=x)
 
-    data = Drawn(torch.rand(60, 20))
+    data = RandomRows(torch.rand(60, 20))
     surgery = pv.elbo_surgery(model, guide, data, estimator=estimator, seed=0)
     assert 0.5 < surgery.mutual_information <= surgery.log_n
 
 
 @pytest.mark.parametrize("estimator", ["exact", "stratified"])
-def test_a_guide_whose_density_differs_from_run_to_run_is_refused(estimator):
+def test_surgery_refuses_a_guide_with_a_random_density(estimator):
     weight = 1.5 * torch.randn(2, 6)
 
     def model(x):
@@ -655,8 +655,8 @@ def test_a_guide_whose_density_differs_from_run_to_run_is_refused(estimator):
         pv.elbo_surgery(model, moving, torch.randn(40, 6), estimator=estimator, seed=0)
 
 
-def test_very_narrow_posteriors_have_no_dimensions():
-    """A grid for posteriors of 1e-7 among data of some units fills the memory, and loses digits."""
+def test_dimension_wise_kl_is_none_for_very_narrow_posteriors():
+    """A grid for posterior scales of 1e-7 would exhaust memory and lose accuracy."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -678,8 +678,8 @@ def test_very_narrow_posteriors_have_no_dimensions():
 
 
 @pytest.mark.parametrize("width", [3e-4, 1e-7, 1e-8])
-def test_pairs_of_narrow_gaussians_keep_their_digits(width):
-    """Two near each other, and one at ten, whose square would leave no digit of the others'."""
+def test_log_sum_of_ratios_is_accurate_for_nearby_narrow_gaussians(width):
+    """Two Gaussians are close; the third at 10 would swamp their squares in rounding error."""
     loc = torch.tensor([[0.0], [0.5 * width], [10.0]], dtype=torch.float64)
     scale = torch.full_like(loc, width)
     z = loc + scale * torch.randn(3, 1, dtype=torch.float64)
@@ -688,8 +688,8 @@ def test_pairs_of_narrow_gaussians_keep_their_digits(width):
     torch.testing.assert_close(log_sum_of_ratios(loc, scale, z), expected, atol=1e-6, rtol=0)
 
 
-def test_errors_of_few_data_are_honest():
-    """Of 12 data: what the draws make of the marginal KL, a regression would take for less."""
+def test_errors_of_few_data_cover_the_truth():
+    """With 12 data points, a regression would underestimate the error of the marginal KL."""
     x = torch.randn(12, dtype=torch.float64)
     q = dist.Normal(torch.stack([0.5 * x + 0.3, 0.3 * x], 1), 0.5)
     p = dist.Normal(torch.zeros_like(q.loc), 1.0)

@@ -1,7 +1,7 @@
-"""ELBO surgery of non-linear decoders, with any guide and prior, against integrals on a grid.
+"""Compare ELBO surgery of nonlinear decoders with integrals on a grid.
 
-The aggregated posterior that counts is that of the given data: its integrals have no sampling
-error, and what the surgery may miss them by is the error of its draws alone.
+The aggregated posterior is that of the given data, so its integrals have no sampling error.
+The surgery may differ by the error of its draws alone.
 """
 
 import functools
@@ -64,7 +64,7 @@ def make_pair(d, guide_name, prior_name):
 
 
 def grid(q, d, fine):
-    """Return points that hold all of the posteriors, and the volume of each."""
+    """Return grid points that cover all posteriors, and the volume of each."""
     drawn = q.sample((3000,)).flatten(0, 1)
     reach = 1.6 * drawn.abs().amax(0)
     count = 6001 if d == 1 else 421 if fine else 161
@@ -96,7 +96,7 @@ def by_quadrature(model, guide, x, d, fine=False):
 
 def check(d, guide_name, prior_name):
     model, guide, x = make_pair(d, guide_name, prior_name)
-    fine = guide_name == "spline"  # whose density has a kink at each of its knots
+    fine = guide_name == "spline"  # its density has a kink at each knot
     information, marginal, distortion = by_quadrature(model, guide, x, d, fine)
     parts = [pv.elbo_surgery(model, guide, x, num_particles=60, seed=s) for s in range(8)]
     for name, truth in (
@@ -108,17 +108,17 @@ def check(d, guide_name, prior_name):
     ):
         values = torch.tensor([getattr(part, name) for part in parts])
         error = values.std().item() / 8**0.5
-        # Student's t with 7 degrees of freedom: 7 errors, once in 5,000. Rates may be exact, and
-        # the grid is right to some 1e-3 of what a flow folds sharply.
+        # Student's t with 7 degrees of freedom exceeds 7 errors once in 5,000 runs. Rates may be
+        # exact, and the grid has an error of about 1e-3 where a flow folds sharply.
         assert_within(values.mean().item(), truth, error + 2e-4, 7.0)
 
 
 @pytest.mark.parametrize(("d", "guide", "prior"), QUICK)
-def test_surgery_against_quadrature(d, guide, prior):
+def test_surgery_matches_quadrature(d, guide, prior):
     check(d, guide, prior)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("d", "guide", "prior"), [case for case in CASES if case not in QUICK])
-def test_surgery_against_quadrature_for_all(d, guide, prior):
+def test_surgery_matches_quadrature_for_all_cases(d, guide, prior):
     check(d, guide, prior)

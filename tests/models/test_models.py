@@ -1,4 +1,4 @@
-"""Hierarchies, mixtures, labels for some data, covariates: against sums and integrals."""
+"""Compare hierarchical, mixture, semi-supervised and conditional models with exact sums."""
 
 import functools
 
@@ -19,7 +19,7 @@ MLP, Joined = pv.nets.MLP, pv.nets.Joined
 
 
 def bernoulli(*sizes, out=16):
-    """A likelihood of some tensors whose sizes are given."""
+    """Return a Bernoulli likelihood of tensors of the given sizes."""
     network = MLP(sum(sizes), [8], out)
     return pv.likelihoods.Bernoulli(Joined(network) if len(sizes) > 1 else network)
 
@@ -54,8 +54,8 @@ def semi_supervised(latent=2, classes=3):
 
 class TestHierarchicalModel:
     @pytest.mark.parametrize("k", [1, 5])
-    def test_a_linear_hierarchy_has_its_evidence(self, k):
-        """The exact posterior, bottom-up, leaves every weight at log p(x)."""
+    def test_weights_of_a_linear_hierarchy_equal_the_evidence(self, k):
+        """With the exact bottom-up posterior, every log-weight is log p(x)."""
         a, b = (torch.randn(*s, dtype=torch.float64) for s in ((3, 2), (5, 3)))
         down, out = nn.Linear(2, 3, bias=False).double(), nn.Linear(3, 5, bias=False).double()
         with torch.no_grad():
@@ -94,7 +94,7 @@ class TestHierarchicalModel:
         assert values.mean > pv.elbo_surgery(model, guide, binary, seed=0).elbo
         assert pv.generate(model, binary).shape == binary.shape
 
-    def test_with_skips_all_layers_above_are_seen(self):
+    def test_skip_connections_pass_all_layers_to_the_likelihood(self):
         model = hierarchy(skip=True)
         with torch.no_grad():
             z = {f"z_{n}": torch.randn(4, d) for n, d in ((3, 2), (2, 3), (1, 4))}
@@ -103,7 +103,7 @@ class TestHierarchicalModel:
             expected = model.likelihood(z["z_1"], z["z_2"], z["z_3"])
         assert torch.equal(nodes["x"]["fn"].mean, expected.mean)
 
-    def test_what_makes_no_hierarchy(self):
+    def test_hierarchical_model_refuses_invalid_layers(self):
         prior = pv.priors.StandardNormal(2)
         with pytest.raises(ValueError, match="single latent layer, use LatentVariableModel"):
             pv.models.HierarchicalModel(prior, [], bernoulli(2))
@@ -112,7 +112,7 @@ class TestHierarchicalModel:
 
 
 class TestMixtureModel:
-    def test_it_is_the_model_of_the_mixture_prior(self, binary):
+    def test_mixture_model_equals_a_model_with_a_mixture_prior(self, binary):
         model = mixture()
         summed = pv.LatentVariableModel(model.prior, model.likelihood)
         guide = pv.guides.AmortizedNormal(model, MLP(16, [8]))
@@ -128,8 +128,8 @@ class TestMixtureModel:
         torch.testing.assert_close(*weights)
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
-    def test_its_evidence_is_the_sum_over_components_of_integrals(self):
-        """On a grid of a one-dimensional z."""
+    def test_evidence_matches_quadrature(self):
+        """The evidence is a sum over components of integrals on a grid of z."""
         model = pv.models.MixtureModel(pv.priors.MixtureOfNormals(1, components=3), bernoulli(1))
         x = torch.rand(4, 16).round()
         with torch.no_grad():
@@ -158,7 +158,7 @@ class TestMixtureModel:
 
 
 class OnAGrid:
-    """M2 with a latent in one dimension: everything by sums over a fine grid of z."""
+    """M2 with a one-dimensional latent, summed over a fine grid of z."""
 
     def __init__(self, model, guide, x):
         self.axis = axis = torch.linspace(-9, 9, 2001, dtype=x.dtype)
@@ -179,7 +179,7 @@ class OnAGrid:
 
     @property
     def log_evidence(self):
-        """With no label, shape (B,)."""
+        """Return log p(x) without labels, shape (B,)."""
         return self.log_p.logsumexp((0, 2)) + self.log_cell
 
     def elbo(self, y):
@@ -190,7 +190,7 @@ class OnAGrid:
 
 
 class TestSemiSupervisedModel:
-    def test_value_and_gradient_are_those_of_the_exact_sum(self):
+    def test_elbo_and_gradient_match_the_exact_sum(self):
         model, guide = (each.double() for each in semi_supervised(latent=1))
         x = torch.rand(5, 16, dtype=torch.float64).round()
         y = torch.tensor([-1, 2, 0, -1, -1])
@@ -211,8 +211,8 @@ class TestSemiSupervisedModel:
             error = each.std(0) / 30**0.5
             assert ((each.mean(0) - truth).abs() < 6 * error + 1e-9).all()
 
-    def test_labels_need_no_sum(self):
-        """Where all are known, a class is not averaged over, and the weights are plain."""
+    def test_fully_labeled_data_need_no_enumeration(self):
+        """With all labels known, enumeration does not change the bound."""
         model, guide = semi_supervised()
         x, y = torch.rand(5, 16).round(), torch.tensor([0, 1, 2, 1, 0])
         bounds = [
@@ -223,7 +223,7 @@ class TestSemiSupervisedModel:
         drawn = functools.partial(guide, enumerates=False)
         assert pv.objectives.SemiSupervisedELBO(2.0).loss(model, drawn, x, y) > 0
 
-    def test_evidence_draws_the_class(self):
+    def test_evidence_samples_the_class(self):
         model, guide = semi_supervised(latent=1)
         x, y = torch.rand(4, 16).round(), torch.full((4,), -1)
         guide(x, y)
@@ -238,8 +238,8 @@ class TestSemiSupervisedModel:
         with pytest.raises(ValueError, match="averages over all values of site 'y_missing'"):
             pv.evidence(model, guide, (x, y), num_particles=10)
 
-    def test_the_objective_teaches_the_classifier(self, binary):
-        """Two kinds of rows; ten labels tell which is which."""
+    def test_semi_supervised_elbo_trains_the_classifier(self, binary):
+        """Two kinds of rows, ten of them labeled."""
         model, guide = semi_supervised(classes=2)
         truth = (binary[:, :8].sum(1) > binary[:, 8:].sum(1)).long()
         y = torch.where(torch.arange(50) < 10, truth, -1)
@@ -248,7 +248,7 @@ class TestSemiSupervisedModel:
         found = guide.classify(binary[10:]).logits.argmax(-1)
         assert (found == truth[10:]).double().mean() > 0.9
 
-    def test_its_loss_is_the_elbo_and_the_classification(self):
+    def test_loss_is_elbo_plus_classification_term(self):
         model, guide = semi_supervised()
         x, y = torch.rand(5, 16).round(), torch.tensor([-1, 1, -1, 2, 0])
         guide(x, y)
@@ -260,13 +260,13 @@ class TestSemiSupervisedModel:
         log_q = sum(logits[n, y[n]].item() for n in (1, 3, 4))
         assert losses[0] == pytest.approx(losses[1] - 3 * log_q, rel=1e-6)
 
-    def test_labels_may_be_missing_after_a_first_minibatch_that_has_all(self):
+    def test_later_minibatches_may_miss_labels(self):
         model, guide = semi_supervised()
         y = torch.tensor([0, 1, 2, 1, 0, -1, -1, -1, 2, -1])
         x = torch.rand(10, 16).round()
         check_pair(model, guide, (x[:5], y[:5]), Minibatches((x, y), 5))
 
-    def test_generated_labels_are_checked_too(self):
+    def test_generate_checks_labels(self):
         model, _ = semi_supervised()
         x = torch.rand(3, 16).round()
         assert pv.generate(model, x, torch.tensor([0, 2, -1])).shape == (3, 16)
@@ -307,8 +307,8 @@ def conditional(conditional_prior=False):
 
 
 @pytest.mark.parametrize("conditional_prior", [False, True])
-def test_a_conditional_model_learns_what_the_covariates_tell(conditional_prior, binary):
-    """Its evidence beats that of the same model shown covariates at random."""
+def test_conditional_model_learns_from_the_covariates(conditional_prior, binary):
+    """The evidence exceeds that of the same model with permuted covariates."""
     y = torch.eye(3)[(binary[:, :8].sum(1) > binary[:, 8:].sum(1)).long()]
     found = []
     for covariates in (y, y[torch.randperm(50)]):
@@ -327,13 +327,13 @@ def hierarchical_pair():
     return model, pv.guides.HierarchicalGuide(model, MLP(16, [8]))
 
 
-def test_captured_steps_of_a_hierarchy_are_eager_steps(binary, without_compiler):
+def test_captured_steps_of_a_hierarchy_equal_eager_steps(binary, without_compiler):
     check_same(hierarchical_pair, binary, double=True, objective=pv.objectives.IWAE(2),
                execution="captured, not compiled")  # fmt: skip
 
 
 @pytest.mark.parametrize("make", [semi_supervised, conditional])
-def test_captured_steps_with_covariates_are_eager_steps(make, binary, without_compiler):
+def test_captured_steps_with_covariates_equal_eager_steps(make, binary, without_compiler):
     y = torch.randint(-1, 3, (50,)) if make is semi_supervised else torch.rand(50, 3)
     losses = []
     for capture in (True, False):
@@ -351,8 +351,8 @@ def test_captured_steps_with_covariates_are_eager_steps(make, binary, without_co
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_compiled_average_over_classes(binary):
-    """Its tensors are laid out otherwise by the compiler than by torch."""
+def test_compiled_semi_supervised_fit(binary):
+    """The compiler lays out tensors in another order than torch."""
     model, guide = semi_supervised()
     y = torch.randint(-1, 3, (50,))
     fit = pv.fit(model, guide, (binary, y), objective=pv.objectives.SemiSupervisedELBO(2.0),
@@ -360,7 +360,7 @@ def test_a_compiled_average_over_classes(binary):
     assert fit.execution == "captured"
 
 
-def test_a_conditional_prior_depends_on_its_covariates():
+def test_conditional_prior_depends_on_its_covariates():
     model, _ = conditional(conditional_prior=True)
     y = torch.eye(3)
     locs = model.prior(y).mean
@@ -370,7 +370,7 @@ def test_a_conditional_prior_depends_on_its_covariates():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 4, 4), (1, 1), (2, 2)])
-def test_few_data_of_few_dimensions_are_no_sequence(shape):
+def test_generate_and_reconstruct_small_data(shape):
     size = torch.Size(shape[1:]).numel()
     net = nn.Sequential(MLP(2, [4], size), nn.Unflatten(-1, shape[1:]))
     likelihood = pv.likelihoods.Bernoulli(net, event_dim=len(shape) - 1)
@@ -380,13 +380,13 @@ def test_few_data_of_few_dimensions_are_no_sequence(shape):
     assert pv.generate(model, x).shape == pv.reconstruct(model, guide, x).shape == shape
 
 
-def test_a_mixture_model_needs_a_mixture():
+def test_mixture_model_requires_a_mixture_prior():
     with pytest.raises(TypeError, match=r"must be a priors.MixtureOfNormals"):
         pv.models.MixtureModel(pv.priors.StandardNormal(2), bernoulli(2))
 
 
 def test_fair_coins_have_one_bit_per_dimension():
-    """Fair coins have one bit each, whatever z."""
+    """Fair coins have one bit each for any z."""
     likelihood = pv.likelihoods.Bernoulli(lambda z: torch.zeros(*z.shape[:-1], 16))
     model = pv.LatentVariableModel(pv.priors.StandardNormal(2), likelihood)
     guide = pv.guides.AmortizedNormal(model, MLP(16, [4]))

@@ -1,4 +1,4 @@
-"""Sequences of unequal lengths: a linear Gaussian one in closed form, padding, and the guide."""
+"""Sequences of unequal lengths: a linear-Gaussian closed form, padding, and the guide."""
 
 import functools
 
@@ -17,9 +17,9 @@ from pyro_vae.guides import _families as families
 
 
 class StateSpace(nn.Module):
-    """z_1 ~ N(m, P), z_t ~ N(F z_{t-1}, Q), x_t ~ N(C z_t, R): all in closed form (Kalman 1960).
+    """z_1 ~ N(m, P), z_t ~ N(F z_{t-1}, Q), x_t ~ N(C z_t, R), in closed form (Kalman 1960).
 
-    Random weights; ``exact`` is the posterior, by a backward information filter.
+    The weights are random. ``exact`` is the posterior, from a backward information filter.
     """
 
     def __init__(self, d=2, D=3):  # noqa: N803
@@ -53,7 +53,7 @@ class StateSpace(nn.Module):
         return torch.stack(steps, 1)
 
     def log_evidence(self, x, lengths):
-        """log p(x_1, ..., x_length) by the Kalman filter, (B,)."""
+        """Return log p(x_1, ..., x_length) from the Kalman filter, (B,)."""
         mean, covariance, total = self.m.expand(len(x), -1), self.P, torch.zeros(())
         for t in range(x.shape[1]):
             predicted = self.C @ covariance @ self.C.mT + self.R
@@ -66,9 +66,9 @@ class StateSpace(nn.Module):
         return total
 
     def exact(self, x, lengths):
-        """The guide p(z_1|x) prod p(z_t|z_{t-1}, x_t, ..., x_length).
+        """Sample from the guide p(z_1|x) prod p(z_t|z_{t-1}, x_t, ..., x_length).
 
-        The density of x from t + 1 on, given z_t, is exp(-z'Lz/2 + b'z) but for a constant.
+        The density of x_{t+1}, ... given z_t is exp(-z'Lz/2 + b'z) up to a constant.
         """
         eye = torch.eye(len(self.m), dtype=x.dtype)
         information = torch.zeros(len(x), *eye.shape, dtype=x.dtype)
@@ -106,7 +106,7 @@ def covariance(n):
 
 
 class Chain(nn.Module):
-    """Networks of random weights over binary sequences, and their guide."""
+    """A sequence model of binary data with random networks, and its guide."""
 
     def __init__(self, d=2, D=3, **options):  # noqa: N803
         super().__init__()
@@ -133,7 +133,7 @@ def padded_with(x, lengths, values):
     return torch.where(inside.unsqueeze(-1), x, values)
 
 
-def test_the_exact_posterior_has_the_evidence_for_every_weight():
+def test_weights_of_the_exact_posterior_equal_the_evidence():
     system = StateSpace()
     x, lengths = system.sample(6, 5), torch.tensor([5, 1, 3, 2, 5, 4])
     expected = system.log_evidence(x, lengths)
@@ -141,7 +141,7 @@ def test_the_exact_posterior_has_the_evidence_for_every_weight():
     torch.testing.assert_close(t.log_weight, expected.expand(4, 6), rtol=0, atol=1e-9)
 
 
-def test_a_fitted_guide_finds_the_evidence_of_the_kalman_filter():
+def test_fitted_guide_matches_the_kalman_filter_evidence():
     system = StateSpace()
     x, lengths = system.sample(300, 4), torch.randint(1, 5, (300,))
     model = system.model()
@@ -168,7 +168,7 @@ def test_a_fitted_guide_finds_the_evidence_of_the_kalman_filter():
 
 
 @pytest.mark.parametrize("padding", ["random", "infinite", "nan"])
-def test_what_the_padding_holds_is_not_read(padding):
+def test_padding_values_are_ignored(padding):
     chain = Chain()
     x, lengths = binary()
     chain.guide(x, lengths)
@@ -189,7 +189,7 @@ def test_what_the_padding_holds_is_not_read(padding):
         assert torch.equal(one, other)
 
 
-def test_a_padded_sequence_is_scored_like_itself_alone():
+def test_padded_sequence_scores_like_the_unpadded_sequence():
     chain = Chain()
     x, lengths = binary()
     t = pv.terms(chain.model, chain.guide, x, lengths, num_particles=3)
@@ -206,7 +206,7 @@ def test_a_padded_sequence_is_scored_like_itself_alone():
             torch.testing.assert_close(total, expected[:, row : row + 1])
 
 
-def test_each_factor_depends_on_the_present_the_future_and_the_step_before():
+def test_guide_factor_depends_on_current_and_later_data_and_previous_latent():
     chain = Chain()
     x, lengths = binary(3, 6)
     lengths = torch.tensor([6, 4, 5])
@@ -228,7 +228,7 @@ def test_each_factor_depends_on_the_present_the_future_and_the_step_before():
         ]
 
 
-def test_each_factor_of_the_model_depends_on_its_step_and_the_latent_before():
+def test_model_factor_depends_on_its_step_and_the_previous_latent():
     chain = Chain()
     x, lengths = binary(3, 4)
     z = {f"z_{t}": torch.randn(3, 2, requires_grad=True) for t in range(1, 5)}
@@ -243,7 +243,7 @@ def test_each_factor_of_the_model_depends_on_its_step_and_the_latent_before():
             }
 
 
-def test_one_guide_for_minibatches_of_any_number_of_steps():
+def test_guide_accepts_minibatches_of_any_number_of_steps():
     chain = Chain()
     chain.guide(torch.zeros(2, 1, 3))
     parameters = sum(p.numel() for p in chain.guide.parameters())
@@ -273,7 +273,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_any_family_and_every_parameter_has_a_gradient(name, dtype):
+def test_every_parameter_has_a_gradient_for_each_family(name, dtype):
     chain = Chain(family=FAMILIES[name]).to(dtype)
     x, lengths = binary(5, 4)
     x = x.to(dtype)
@@ -290,8 +290,8 @@ def test_any_family_and_every_parameter_has_a_gradient(name, dtype):
     torch.testing.assert_close(again, t.log_guide, rtol=1e-3, atol=2e-3)
 
 
-def test_latents_of_other_supports_and_shapes():
-    """Positive matrices; counts as data; an encoder of single steps."""
+def test_sequence_guide_with_other_supports_and_shapes():
+    """Positive matrices as latents, counts as data, and an encoder of single steps."""
     loading = torch.randn(2, 3).softmax(-1)
     model = pv.models.SequenceModel(
         prior=lambda: dist.LogNormal(torch.zeros(2, 2), 1.0).to_event(2),
@@ -313,15 +313,15 @@ def test_latents_of_other_supports_and_shapes():
         assert (t.samples["z_2"] > 0).all()
         assert t.log_weight.isfinite().all()
     locs = []
-    for size in (1e-20, 1e-10):  # the network sees their logarithms
+    for size in (1e-20, 1e-10):  # the network receives their logarithms
         given = poutine.condition(guide, data={"z_1": torch.full((5, 2, 2), size)})
         q = poutine.trace(given).get_trace(x, lengths).nodes["z_2"]["fn"]
         locs.append(q.base_dist.base_dist.loc)
     assert not torch.allclose(*locs)
 
 
-def test_a_scalar_sequence_in_an_inner_plate():
-    """A program of one's own: two chains for each datum, one of which may be shorter."""
+def test_sequence_guide_with_an_inner_plate():
+    """A custom model with two chains per data point, of different lengths."""
 
     def model(x, lengths):
         z = torch.zeros(())
@@ -339,24 +339,26 @@ def test_a_scalar_sequence_in_an_inner_plate():
     expected = torch.arange(4)[:, None, None] < lengths
     found = torch.stack([drawn.nodes[f"level_{t}"]["mask"] for t in range(4)])
     assert torch.equal(found, expected)
-    behind_both, behind_one = x.clone(), x.clone()
+    changed_past_both, changed_past_one = x.clone(), x.clone()
     for row, length in enumerate(lengths.amax(-1)):
-        behind_both[row, length:] = torch.nan
-    behind_one[0, 3] += 1.0
+        changed_past_both[row, length:] = torch.nan
+    changed_past_one[0, 3] += 1.0
     given = {name: node["value"] for name, node in drawn.nodes.items() if "level" in name}
     scored = [
         poutine.trace(poutine.condition(guide, data=given)).get_trace(each, lengths).log_prob_sum()
-        for each in (x, behind_both, behind_one)
+        for each in (x, changed_past_both, changed_past_one)
     ]
     assert torch.equal(scored[0], scored[1])
     assert not torch.allclose(scored[0], scored[2])
 
 
-def test_a_hierarchical_guide_and_many_objectives_take_the_model():
+def test_sequence_model_with_other_guides_and_objectives():
     chain = Chain()
     x, lengths = binary()
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(15, 8))
-    by_site = guides.HierarchicalGuide(chain.model, _Alone(encoder), order="top-down", history=1)
+    by_site = guides.HierarchicalGuide(
+        chain.model, _WithoutCovariates(encoder), order="top-down", history=1
+    )
     for guide in (by_site, chain.guide):
         for objective in (pv.objectives.ELBO(2), pv.objectives.IWAE(num_particles=3)):
             loss = objective.loss_and_grads(chain.model, guide, x, lengths)
@@ -367,12 +369,12 @@ def test_a_hierarchical_guide_and_many_objectives_take_the_model():
             ValueError, match="'z_1' has a mask that may differ between data points"
         ):
             pv.elbo_surgery(chain.model, guide, (x, lengths))
-    surgery = pv.elbo_surgery(chain.model, chain.guide, x, seed=0)  # of one length: no masks
+    surgery = pv.elbo_surgery(chain.model, chain.guide, x, seed=0)  # equal lengths, so no masks
     assert surgery.elbo == pytest.approx(-surgery.distortion - surgery.rate)
 
 
-class _Alone(nn.Module):
-    """An encoder that does not look at covariates."""
+class _WithoutCovariates(nn.Module):
+    """An encoder that ignores covariates."""
 
     def __init__(self, network):
         super().__init__()
@@ -382,7 +384,7 @@ class _Alone(nn.Module):
         return self.network(x)
 
 
-def test_an_analytic_kl_where_nothing_is_masked():
+def test_kl_is_analytic_without_masks():
     chain = Chain()
     x, _ = binary()
     t = pv.terms(chain.model, chain.guide, x)
@@ -393,7 +395,7 @@ def test_an_analytic_kl_where_nothing_is_masked():
 
 
 @pytest.mark.parametrize("with_lengths", [True, False])
-def test_captured_steps_are_those_of_python(with_lengths, without_compiler):
+def test_captured_steps_equal_eager_steps(with_lengths, without_compiler):
     x, lengths = binary(40, 4)
     data = (x, lengths) if with_lengths else x
 
@@ -404,9 +406,9 @@ def test_captured_steps_are_those_of_python(with_lengths, without_compiler):
     check_same(make, data, execution="captured, not compiled", epochs=2)
 
 
-def test_a_fit_learns_and_is_repeatable():
+def test_fit_lowers_the_loss_reproducibly():
     x, lengths = binary(60, 4)
-    x = padded_with(x[:, :1].expand(-1, 4, -1).clone(), lengths, 7.0)  # out of the support
+    x = padded_with(x[:, :1].expand(-1, 4, -1).clone(), lengths, 7.0)  # outside the support
     losses = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -418,20 +420,20 @@ def test_a_fit_learns_and_is_repeatable():
     assert losses[0][-1] < losses[0][0] - 0.3
 
 
-def test_parameters_can_be_loaded_before_the_first_call():
+def test_state_dict_loads_before_the_first_call():
     chain, other = Chain(), Chain()
     x, lengths = binary()
     chain.guide(x, lengths)
     other.guide.load_state_dict(chain.guide.state_dict())
     torch.manual_seed(0)
     expected = chain.guide(x, lengths)
-    other.guide(x, lengths)  # makes its networks
+    other.guide(x, lengths)  # creates its networks
     torch.manual_seed(0)
     for name, value in other.guide(x, lengths).items():
         assert torch.equal(value, expected[name])
 
 
-def test_the_model_returns_its_sequences():
+def test_model_returns_its_sequences():
     chain = Chain()
     x, lengths = binary()
     assert torch.equal(chain.model(x), x)
@@ -451,7 +453,7 @@ def test_the_model_returns_its_sequences():
         ([[5, 1, 2, 3]], r"shape \(4,\).*got \(1, 4\)"),
     ],
 )
-def test_lengths_that_are_none_are_refused(lengths, message):
+def test_invalid_lengths_are_refused(lengths, message):
     chain = Chain()
     x = torch.zeros(4, 5, 3)
     with pyro.validation_enabled(True), pytest.raises(ValueError, match=message):
@@ -460,7 +462,7 @@ def test_lengths_that_are_none_are_refused(lengths, message):
         pv.fit(chain.model, chain.guide, (x, torch.tensor(lengths)), batch_size=4, progress=False)
 
 
-def test_a_late_length_is_found_in_the_first_epoch():
+def test_invalid_length_in_a_late_minibatch_is_refused():
     chain = Chain()
     x, lengths = binary(20, 3)
     lengths[-1] = 4
@@ -469,7 +471,7 @@ def test_a_late_length_is_found_in_the_first_epoch():
             run(chain.model, chain.guide, (x, lengths), batch_size=5)
 
 
-def test_sequences_are_generated_and_reconstructed():
+def test_generate_and_reconstruct_sequences():
     system = StateSpace()
     x, lengths = system.sample(300, 4), torch.full((300,), 4)
     drawn = pv.generate(system.model(), x, lengths)
@@ -478,7 +480,7 @@ def test_sequences_are_generated_and_reconstructed():
     assert (shown - x).square().mean() < 0.8 * (drawn - x).square().mean()
 
 
-def test_other_kinds_of_lengths_and_data_are_refused():
+def test_lengths_and_data_of_other_types_and_shapes_are_refused():
     chain = Chain()
     x = torch.zeros(4, 5, 3)
     with pytest.raises(TypeError, match=r"integers, got torch.float32"):
@@ -490,7 +492,7 @@ def test_other_kinds_of_lengths_and_data_are_refused():
             chain.model(wrong)
 
 
-def test_models_that_are_no_sequence_are_refused(pair):
+def test_sequence_guide_refuses_models_that_are_not_sequences(pair):
     x = torch.zeros(4, 5, 3)
     with pytest.raises(ValueError, match="recurrent must be at least 1"):
         guides.SequenceGuide(pair[0], recurrent=0)

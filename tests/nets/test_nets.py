@@ -1,4 +1,4 @@
-"""Networks: leading dimensions, exact sizes, gradients that reach every weight."""
+"""Networks keep leading dimensions and sizes, and every weight gets a gradient."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def assert_gradient_reaches_all(net, output):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("make", ENCODERS)
-def test_encoders_take_images_of_any_size_and_leading_dimensions(make, shape, dtype):
+def test_encoders_accept_images_of_any_size_and_leading_dimensions(make, shape, dtype):
     encoder = make(shape, channels=(4, 6, 5), activation=nn.ELU).to(dtype)
     x = torch.randn(2, 3, *shape, dtype=dtype)
     features = encoder(x)
@@ -35,7 +35,7 @@ def test_encoders_take_images_of_any_size_and_leading_dimensions(make, shape, dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("make", DECODERS)
-def test_decoders_make_images_of_any_size(make, shape, dtype):
+def test_decoders_return_images_of_any_size(make, shape, dtype):
     decoder = make(4, shape, channels=(4, 6, 5), parameters_per_output=2, activation=nn.ELU).to(
         dtype
     )
@@ -55,7 +55,7 @@ def test_every_pixel_of_an_image_depends_on_z(make):
     assert (jacobian.abs().amax(-1) > 0).all()
 
 
-def test_a_residual_block_is_the_identity_and_its_branch():
+def test_residual_block_adds_its_branch_to_the_identity():
     block = pv.nets.ResidualBlock(3, nn.Tanh)
     x = torch.randn(2, 3, 5, 4)
     first, second = block.branch[1], block.branch[3]
@@ -109,13 +109,13 @@ def test_bad_sizes_are_refused(make, message):
         lambda: pv.nets.ResidualDecoder(3, (1, 8, 8), channels=4),
     ],
 )
-def test_a_number_is_no_sequence_of_sizes(make):
+def test_a_number_as_sequence_of_sizes_is_refused(make):
     with pytest.raises(TypeError, match="must be a sequence"):
         make()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gated_layers_are_products_of_two_linear_ones(dtype):
+def test_gated_layers_are_products_of_two_linear_layers(dtype):
     net = pv.nets.GatedMLP(3, [5, 4], 2).to(dtype)
     x = torch.randn(6, 7, 3, dtype=dtype)
     h = x
@@ -130,12 +130,12 @@ def test_gated_layers_are_products_of_two_linear_ones(dtype):
     assert_gradient_reaches_all(net, net(x))
 
 
-def test_gated_layers_begin_with_a_variance_of_two_over_fan_in():
+def test_gated_layers_are_initialized_with_variance_two_over_fan_in():
     net = pv.nets.GatedMLP(50, [100], 40)
     for layer in (net[0], net[2]):
         n = layer.weight.numel()
-        normalised = layer.weight.square().mean() * layer.in_features / 2
-        assert abs(normalised - 1) < 5 * (2 / n) ** 0.5  # the error of a Gaussian's variance
+        normalized = layer.weight.square().mean() * layer.in_features / 2
+        assert abs(normalized - 1) < 5 * (2 / n) ** 0.5  # the error of a Gaussian's variance
         assert abs(layer.weight.mean()) < 5 * (2 / layer.in_features / n) ** 0.5
 
 
@@ -150,7 +150,9 @@ def test_joined_networks_broadcast_leading_dimensions():
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), [*zip(ENCODERS, DECODERS, strict=True)])
-def test_captured_steps_of_networks_of_images(encoder, decoder, binary, without_compiler):
+def test_captured_steps_of_image_networks_equal_eager_steps(
+    encoder, decoder, binary, without_compiler
+):
     shape = (1, 3, 5)
 
     def make():

@@ -1,4 +1,4 @@
-"""Where each bound lies, and what each objective makes of a pair that it cannot bound."""
+"""The order of the bounds, and which pairs each objective accepts or refuses."""
 
 import itertools
 
@@ -27,7 +27,7 @@ BOUNDS = {
     "ReweightedWakeSleep": o.ReweightedWakeSleep,
     "CUBO": lambda k: o.CUBO(1.5, k),
 }
-# Bounds of something else: weighted, floored, or with a distance that is no divergence.
+# Not bounds on the evidence: weighted, floored, or with a distance that is not a divergence.
 OTHERS = {
     "BetaELBO": lambda k: o.BetaELBO(4.0, k),
     "FreeBits": lambda k: o.FreeBits(0.5, num_particles=k),
@@ -39,7 +39,7 @@ OTHERS = {
 
 
 def estimates(objective, oracle, x, rows=500):
-    """The bound of each of many data, drawn anew."""
+    """Return the mean bound of each block of rows."""
     losses = [-objective.loss(oracle.model, oracle.guide, part) for part in x.split(rows)]
     return torch.tensor(losses, dtype=torch.float64) / rows
 
@@ -70,8 +70,8 @@ def test_bounds_are_ordered_and_close_on_the_evidence():
         assert gaps.mean() > 3 * gaps.std() / len(gaps) ** 0.5
 
 
-def test_the_chi_upper_bound_has_its_closed_form():
-    """E_q[w^2] is a Gaussian integral; many particles leave little of Jensen's gap."""
+def test_chi_upper_bound_matches_its_closed_form():
+    """E_q[w^2] is a Gaussian integral; Jensen's gap is small with many particles."""
     torch.manual_seed(1)
     oracle = LinearGaussian(weight=torch.tensor([[1.0, 0.1], [0.1, 1.0], [0.5, 0.0]]), noise=0.8)
     x = oracle.sample(4)
@@ -86,7 +86,7 @@ def test_the_chi_upper_bound_has_its_closed_form():
 
 @pytest.mark.parametrize("k", [1, 64])
 @pytest.mark.parametrize("name", BOUNDS)
-def test_bound_of_the_posterior_is_the_evidence(name, k):
+def test_bound_with_the_exact_posterior_equals_the_evidence(name, k):
     torch.manual_seed(2)
     oracle = LinearGaussian(exact=True)
     x = oracle.sample(6)
@@ -96,7 +96,7 @@ def test_bound_of_the_posterior_is_the_evidence(name, k):
 
 
 class Subsampled(LinearGaussian):
-    """Each minibatch stands for ten times as many data."""
+    """A model whose plate scales each minibatch by ten."""
 
     def plate(self, x):
         return pyro.plate("data", 10 * len(x), subsample=x)
@@ -104,8 +104,8 @@ class Subsampled(LinearGaussian):
 
 @pytest.mark.parametrize("k", [1, 64])
 @pytest.mark.parametrize("name", BOUNDS)
-def test_bound_under_a_subsampled_plate_lies_on_its_side_of_the_evidence(name, k):
-    """A minibatch stands for all data: ten times its bound, never a power of its weights."""
+def test_bound_under_a_subsampled_plate_stays_a_bound(name, k):
+    """The plate's scale multiplies the bound; it is not an exponent of the weights."""
     torch.manual_seed(3)
     oracle = Subsampled()
     x = oracle.sample(2000)
@@ -116,14 +116,14 @@ def test_bound_under_a_subsampled_plate_lies_on_its_side_of_the_evidence(name, k
         evidence = oracle.log_evidence(part).mean().item()
         gaps.append(evidence + loss if name != "CUBO" else loss - evidence)
     gaps = torch.tensor(gaps)
-    if name == "CUBO" and k == 1:  # with one particle the estimate is the ELBO's, as documented
+    if name == "CUBO" and k == 1:  # with one particle the estimate equals the ELBO, as documented
         gaps = -gaps
     assert gaps.mean() > 0
     assert gaps.mean() < oracle.gap + 4.5 * gaps.std() / 10**0.5
 
 
 def shared_weight():
-    """A latent that all data share."""
+    """Return a pair with a global latent, and data."""
 
     def model(x):
         weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
@@ -141,7 +141,7 @@ def shared_weight():
 
 @pytest.fixture(scope="module")
 def with_shared_weight():
-    """The pair, and losses of it by Pyro."""
+    """Return the pair and its losses from Pyro."""
     torch.manual_seed(4)
     pair = shared_weight()
     return pair, torch.tensor([pyro.infer.Trace_ELBO(64).loss(*pair) for _ in range(30)])
@@ -166,14 +166,14 @@ def test_global_latents_are_accepted_or_refused_by_name(name, k, with_shared_wei
 
 
 @pytest.mark.parametrize("name", [*BOUNDS, *(f"other {n}" for n in OTHERS)])
-def test_objectives_drive_pyros_svi(name, pair, binary):
+def test_objectives_work_with_pyros_svi(name, pair, binary):
     make = OTHERS[name.removeprefix("other ")] if name.startswith("other") else BOUNDS[name]
     model, guide = pair
     objective = make(2)
     svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=objective)
     losses = [svi.step(binary) for _ in range(30)]
     assert objective.step == 30
-    if name != "CUBO":  # whose guide alone moves
+    if name != "CUBO":  # which trains the guide alone
         assert sum(losses[-5:]) < sum(losses[:5])
     before = objective.step.item()
     svi.evaluate_loss(binary)
@@ -212,7 +212,7 @@ def test_arguments_out_of_range_are_refused(make, message):
 
 @pytest.mark.parametrize("name", sorted({*BOUNDS} - {"ELBO", "VIMCO", "ScoreFunction", "TVO",
                                                      "ReweightedWakeSleep"}))  # fmt: skip
-def test_sites_without_a_reparameterised_sample_are_refused_by_name(name):
+def test_sites_without_a_reparameterized_sample_are_refused_by_name(name):
     def model(x):
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Bernoulli(0.3))

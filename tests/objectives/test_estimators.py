@@ -1,4 +1,4 @@
-"""The expected value and gradient of every objective, against autograd through quadrature."""
+"""Compare each objective's expected value and gradient with autograd through quadrature."""
 
 import functools
 import itertools
@@ -14,11 +14,11 @@ import pyro_vae as pv
 from pyro_vae import objectives
 
 X = torch.tensor([0.8, -1.3], dtype=torch.float64)
-CHUNKS, ROWS = 80, 300  # of draws of each x; 4.5 standard errors: some 1e-4 false alarms a case
+CHUNKS, ROWS = 80, 300  # draws per x; at 4.5 standard errors, about 1e-4 false alarms per case
 
 
 class Pair(nn.Module):
-    """One latent, a curved decoder, a guide that is off the posterior."""
+    """A pair with one latent, a nonlinear decoder, and a guide unequal to the posterior."""
 
     num_latents = 1
     of_model = ("value", "w", "shift")
@@ -65,7 +65,7 @@ class Pair(nn.Module):
 
 
 class Chain(Pair):
-    """Two latents, the second drawn given the first under both programs."""
+    """A pair with two latents; both programs sample the second given the first."""
 
     num_latents = 2
     of_model = ("value", "w", "shift", "carry")
@@ -87,7 +87,7 @@ class Chain(Pair):
 
 
 def nodes(pair, particles):
-    """All draws of K particles for one x: noise (J, points), and the weights of the points."""
+    """Return quadrature nodes of K particles for one x: noise (K, J, points), and weights."""
     count = {1: 80, 2: 40, 4: 16}[particles * pair.num_latents]
     t, weight = np.polynomial.hermite_e.hermegauss(count)
     t, weight = torch.tensor(t), torch.tensor(weight) / np.sqrt(2 * np.pi)
@@ -100,7 +100,7 @@ def nodes(pair, particles):
 
 
 def log_densities(pair, noise, x, *, hold=False):
-    """log p(x, z_k) and log q(z_k|x) at the points, each (K, points)."""
+    """Return log p(x, z_k) and log q(z_k|x) at the nodes, each (K, points)."""
     z, log_q, log_p = [], 0.0, 0.0
     for number in range(pair.num_latents):
         q = pair.q_z(number, z, x)
@@ -117,7 +117,7 @@ def log_densities(pair, noise, x, *, hold=False):
 
 
 def expected(pair, particles, reduce):
-    """E[reduce(log w)] summed over x, and its gradient, by autograd through quadrature."""
+    """Return E[reduce(log w)] summed over x and its gradient, by autograd through quadrature."""
     noise, weights = nodes(pair, particles)
     total = 0.0
     for x in X:
@@ -158,7 +158,7 @@ def mixed(pair, beta):
 
 
 def wake(pair):
-    """E[sum_k w_k grad log q(z_k)] for the guide, at K = 2: biased, and this is its value."""
+    """Return the biased wake gradient E[sum_k w_k grad log q(z_k)] of the guide at K = 2."""
     noise, weights = nodes(pair, 2)
     total = 0.0
     for x in X:
@@ -211,7 +211,7 @@ UNREPARAMETERIZED = {
 
 
 def sampled(pair, objective, chunks=CHUNKS, rows=ROWS):
-    """The bound summed over X, and its gradient, in chunks of many draws each."""
+    """Return the bound summed over X and its gradient, per chunk of draws."""
     x = X.repeat_interleave(rows)
     found = []
     for _ in range(chunks):
@@ -249,7 +249,7 @@ def test_expected_gradient_with_one_latent_given_another(name):
 
 @pytest.mark.parametrize("make", [Pair, Chain])
 @pytest.mark.parametrize("name", UNREPARAMETERIZED)
-def test_expected_gradient_without_reparameterisation(make, name):
+def test_expected_gradient_without_reparameterization(make, name):
     torch.manual_seed(3)
     objective, truth = UNREPARAMETERIZED[name]
     pair = make(reparameterized=False)
@@ -261,8 +261,8 @@ def test_expected_gradient_of_a_weighted_kl():
     check(Pair(), objectives.BetaELBO(2.5), beta_elbo(Pair(), 2.5))
 
 
-def test_thermodynamic_gradient_tends_to_that_of_the_riemann_sum():
-    """Its covariances are of weighted particles: a bias of order 1/K."""
+def test_tvo_gradient_approaches_that_of_the_riemann_sum():
+    """The covariances use self-normalized weights, with a bias of order 1/K."""
     torch.manual_seed(5)
     pair, objective = Pair(), objectives.TVO(400, 4, 0.05)
     noise, weights = nodes(pair, 1)
@@ -279,7 +279,7 @@ def test_thermodynamic_gradient_tends_to_that_of_the_riemann_sum():
         assert abs(m - truth[name]) < 4.5 * e + 2 / 400, f"{name}: {m} ± {e}, {truth[name]}"
 
 
-def test_sleep_gradient_is_that_of_the_joint():
+def test_sleep_gradient_equals_that_of_the_joint():
     torch.manual_seed(6)
     pair = Pair()
     t, weight = np.polynomial.hermite_e.hermegauss(40)
@@ -296,8 +296,8 @@ def test_sleep_gradient_is_that_of_the_joint():
             assert abs(m - truth[name]) < 4.5 * e, f"{name}: {m} ± {e}, expected {truth[name]}"
 
 
-def test_two_weights_of_the_guides_updates():
-    """Twice the sleep is twice its gradient."""
+def test_sleep_gradient_is_linear_in_its_weight():
+    """Doubling the sleep weight doubles the gradient."""
     pair, found = Pair(), []
     for sleep in (1.0, 2.0):
         torch.manual_seed(7)
@@ -321,8 +321,8 @@ def test_baselines_lower_the_variance(without, with_baseline, share):
     assert variances[1] < share * variances[0]
 
 
-def test_vimco_written_out():
-    """The signal of each particle, at one draw of three of each datum."""
+def test_vimco_matches_its_definition():
+    """Compute the signal of each of three particles per data point."""
     torch.manual_seed(9)
     pair = Pair(reparameterized=False)
     t = pv.terms(pair.model, pair.guide, X, num_particles=3)

@@ -11,7 +11,7 @@ from pyro_vae.objectives import ELBO, IWAE, MeanFieldELBO
 
 
 def two_latents():
-    """A hierarchy, the guide written by hand and structured."""
+    """Return a hierarchical pair with a handwritten, structured guide."""
     top, bottom = nn.Linear(2, 3), nn.Linear(3, 4)
     encode, refine = nn.Linear(4, 6), nn.Linear(7, 4)
 
@@ -28,7 +28,7 @@ def two_latents():
         pyro.module("refine", refine)
         with pyro.plate("data", len(x)):
             loc, raw = encode(x).chunk(2, -1)
-            # the model's order, top first: the upper loc does not see z1
+            # the model's order, top first; the upper loc does not depend on z1
             z2 = pyro.sample("z2", dist.Normal(loc[..., :2], raw[..., :2].exp()).to_event(1))
             seen = torch.cat([x.expand(*z2.shape[:-1], 4), z2, z2[..., :1]], -1)
             loc1, raw1 = refine(seen).split([3, 1], -1)
@@ -38,7 +38,7 @@ def two_latents():
 
 
 def non_gaussian():
-    """A latent on the positive reals and one on the unit interval, the guide made for them."""
+    """Return a pair with one positive latent and one on the unit interval."""
 
     def model(x):
         loc = pyro.param("loc", torch.tensor(0.3))
@@ -55,7 +55,7 @@ def non_gaussian():
 
 
 def bare_parameters():
-    """Everything by pyro.param, a global observation beside the data."""
+    """Return a pair of pyro.param parameters, with a global observation."""
 
     def model(x):
         weight = pyro.param("weight", torch.tensor([0.5, -1.0]))
@@ -92,7 +92,7 @@ def discrete():
 
 
 def loss_and_gradients(objective, model, guide, x):
-    objective.loss_and_grads(model, guide, x)  # both sides find their plates now
+    objective.loss_and_grads(model, guide, x)  # the first call determines plate nesting
     for p in dict(pyro.get_param_store().named_parameters()).values():
         p.grad = None
     torch.manual_seed(5)
@@ -113,9 +113,7 @@ def loss_and_gradients(objective, model, guide, x):
         (discrete, ELBO, Trace_ELBO),
     ],
 )
-def test_loss_and_gradient_are_those_of_pyro_at_the_same_noise(
-    program, ours, theirs, num_particles
-):
+def test_loss_and_gradient_equal_pyros_for_the_same_noise(program, ours, theirs, num_particles):
     torch.set_default_dtype(torch.float64)
     try:
         model, guide, x = program()
@@ -131,8 +129,8 @@ def test_loss_and_gradient_are_those_of_pyro_at_the_same_noise(
         torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12)
 
 
-def test_score_function_gradient_is_the_exact_one():
-    """The average of many single-particle gradients against the enumerated ELBO's."""
+def test_score_function_gradient_matches_the_exact_gradient():
+    """Compare the average of many gradients with that of the enumerated ELBO."""
     model, guide, x = discrete()
     objective = ELBO(num_particles=20_000)
     _, gradients = loss_and_gradients(objective, model, guide, x)
@@ -164,8 +162,8 @@ def test_score_function_gradient_is_the_exact_one():
 
 
 @pytest.mark.parametrize("num_particles", [1, 4])
-def test_score_function_under_a_scale_is_pyros(num_particles):
-    """The scale belongs to the bound, not to the score as well."""
+def test_score_function_gradient_under_a_scale_equals_pyros(num_particles):
+    """The scale multiplies the bound once, not the score as well."""
     plain_model, plain_guide, x = discrete()
     model = pyro.poutine.scale(plain_model, scale=0.1)
     guide = pyro.poutine.scale(plain_guide, scale=0.1)
@@ -194,7 +192,7 @@ def test_discrete_latents_beside_global_sites_are_refused():
 
 @pytest.mark.parametrize("objective", [ELBO, MeanFieldELBO])
 @pytest.mark.parametrize("num_particles", [1, 10])
-def test_expected_elbo_is_evidence_less_the_closed_form_gap(objective, num_particles):
+def test_expected_elbo_is_evidence_minus_the_closed_form_gap(objective, num_particles):
     oracle = LinearGaussian()
     x = oracle.sample(400)
     truth = (oracle.log_evidence(x) - oracle.gap).sum().item()
@@ -203,7 +201,7 @@ def test_expected_elbo_is_evidence_less_the_closed_form_gap(objective, num_parti
     assert_within(-losses.mean().item(), truth, losses.std().item() / 30**0.5)
 
 
-def test_iwae_rises_with_particles_to_the_evidence():
+def test_iwae_rises_with_particles_toward_the_evidence():
     oracle = LinearGaussian(d=3)
     x = oracle.sample(300)
     evidence = oracle.log_evidence(x).sum().item()
@@ -217,8 +215,8 @@ def test_iwae_rises_with_particles_to_the_evidence():
         previous, previous_error = mean, error
 
 
-def test_bias_of_iwae_is_the_predicted_one():
-    """About -(E[w^2] - 1)/(2K) for each datum, w = p(z|x)/q: with E[w^2] in closed form."""
+def test_iwae_bias_matches_theory():
+    """The bias is about -(E[w^2] - 1)/(2K) per data point, with w = p(z|x)/q."""
     oracle = LinearGaussian(d=2, D=5)
     while not 0.3 < oracle.weight_excess < 0.8:
         oracle = LinearGaussian(d=2, D=5)
@@ -226,15 +224,15 @@ def test_bias_of_iwae_is_the_predicted_one():
     bias = -oracle.weight_excess / (2 * 16)
     bounds = -torch.tensor([IWAE(16).loss(oracle.model, oracle.guide, x) for _ in range(100)])
     bounds = (bounds.double() - oracle.log_evidence(x).sum()) / 500
-    # The next order is smaller by about the same factor again.
+    # The next order is smaller by about the same factor.
     assert bounds.mean().item() == pytest.approx(
         bias, abs=4 * bounds.std().item() / 10 + 3 * bias**2 + abs(bias) / 16
     )
-    assert bias < -6 * bounds.std().item() / 10  # the test can see it
+    assert bias < -6 * bounds.std().item() / 10  # the bias is significant
 
 
 def subsampled():
-    """plate(N = 1000, subsample of 50): local latents in four dimensions, a poor guide."""
+    """Return a pair with a plate of 1000, a subsample of 50, and a poor guide."""
     x = torch.randn(1000) * 5**0.5
 
     def model(x):
@@ -252,7 +250,7 @@ def subsampled():
     return model, guide, x, evidence
 
 
-def test_iwae_of_a_subsampled_plate_is_a_bound_and_pyros_is_none():
+def test_iwae_of_a_subsampled_plate_is_a_bound_unlike_pyros():
     model, guide, x, evidence = subsampled()
 
     def bound(objective, repeats=150):
@@ -267,10 +265,10 @@ def test_iwae_of_a_subsampled_plate_is_a_bound_and_pyros_is_none():
         previous = value
     renyi = RenyiELBO(alpha=0, num_particles=500, vectorize_particles=True, max_plate_nesting=1)
     value, error = bound(renyi)
-    assert value > evidence + 4 * error  # the scale within the logarithm: no bound at all
+    assert value > evidence + 4 * error  # the scale is inside the logarithm, so this is not a bound
 
 
-def test_iwae_refuses_what_would_make_it_no_bound():
+def test_iwae_refuses_scaled_and_discrete_sites():
     def scaled(x):
         with pyro.plate("data", len(x)), pyro.poutine.scale(scale=0.5):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -288,8 +286,8 @@ def test_iwae_refuses_what_would_make_it_no_bound():
             objective.loss(model, discrete_guide, x)
 
 
-def test_the_kl_of_latents_in_another_order_is_sampled():
-    """In closed form, b given x would be held fixed where a's KL depends on it."""
+def test_kl_is_sampled_if_the_guide_samples_in_another_order():
+    """The guide samples b before a, so the KL of a depends on b and has no closed form."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -315,7 +313,7 @@ def test_the_kl_of_latents_in_another_order_is_sampled():
 
 
 def test_global_latents_are_accepted_by_elbos():
-    """A Bayesian mean: the exact evidence is a multivariate normal's."""
+    """With an unknown mean, the exact evidence is a multivariate normal density."""
     x = torch.randn(6) + 1
 
     def model(x):
@@ -326,7 +324,7 @@ def test_global_latents_are_accepted_by_elbos():
 
     precision = torch.tensor(1 + len(x) / 2)
 
-    def guide(x):  # the exact posterior, site by site
+    def guide(x):  # the exact posterior of each site
         mean = pyro.sample("mean", dist.Normal(x.sum() / 2 / precision, precision.rsqrt()))
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal((x - mean) / 2, 0.5**0.5))
@@ -341,7 +339,7 @@ def test_global_latents_are_accepted_by_elbos():
 
 
 @pytest.mark.parametrize("objective", [ELBO(), ELBO(5), MeanFieldELBO(2), IWAE(5)])
-def test_objectives_drive_pyros_svi(objective, pair, binary):
+def test_objectives_work_with_pyros_svi(objective, pair, binary):
     model, guide = pair
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=objective)
     losses = [svi.step(binary) for _ in range(60)]
@@ -351,7 +349,7 @@ def test_objectives_drive_pyros_svi(objective, pair, binary):
     assert module(binary).requires_grad
 
 
-def test_one_objective_serves_pairs_of_different_nesting():
+def test_one_objective_works_for_pairs_of_different_plate_nesting():
     objective = IWAE(3)
     oracle = LinearGaussian(exact=True)
     x = oracle.sample(5)
@@ -374,7 +372,7 @@ def test_one_objective_serves_pairs_of_different_nesting():
         assert loss == pytest.approx(-exact, rel=1e-5)
 
 
-def test_a_program_that_takes_no_particle_dimension():
+def test_programs_without_a_particle_dimension_need_vectorize_particles_false():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -391,7 +389,10 @@ def test_a_program_that_takes_no_particle_dimension():
     with pytest.raises(
         ValueError, match=r"no more than the batch, please\. .*vectorize_particles=False"
     ):
-        IWAE(3).loss(model, guide, x)
+        IWAE(3, vectorize_particles=True).loss(model, guide, x)
+    with pytest.warns(UserWarning, match="no more than the batch, please"):
+        loss = IWAE(3).loss(model, guide, x)
+    assert loss == pytest.approx(-exact, rel=1e-5)
     loss = IWAE(3, vectorize_particles=False).loss(model, guide, x)
     assert loss == pytest.approx(-exact, rel=1e-5)
 

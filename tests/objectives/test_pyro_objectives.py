@@ -1,4 +1,4 @@
-"""Pyro's own objectives in a fit give each data point the same loss as the library's."""
+"""In a fit, Pyro's objectives have the same loss per data point as the library's."""
 
 import pyro
 import pyro.distributions as dist
@@ -14,13 +14,13 @@ N = 25
 
 
 class Pair(nn.Module):
-    """A Gaussian latent; a class of three values beside it, if it enumerates."""
+    """A Gaussian latent, and an enumerated class of three values if ``enumerate_``."""
 
     def __init__(self, *, subsample, enumerate_=False, norm=False):
         super().__init__()
         torch.manual_seed(0)
         self.subsample, self.enumerate_ = subsample, enumerate_
-        self.centres = nn.Parameter(torch.randn(3, 2))
+        self.centers = nn.Parameter(torch.randn(3, 2))
         self.encoder = nn.Linear(2, 2, bias=not norm)
         self.norm = nn.BatchNorm1d(2) if norm else nn.Identity()
 
@@ -31,12 +31,12 @@ class Pair(nn.Module):
         pyro.module("pair", self)
         with self.plate(x):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            loc = self.centres[0]
+            loc = self.centers[0]
             if self.enumerate_:
                 c = pyro.sample(
                     "c", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"}
                 )
-                loc = self.centres[c]
+                loc = self.centers[c]
             pyro.sample("x", dist.Normal(loc + z[..., None], 1.0).to_event(1), obs=x)
 
     def guide(self, x):
@@ -68,19 +68,19 @@ CLOSED = {"MeanField": infer.TraceMeanField_ELBO, "JitMeanField": infer.JitTrace
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("subsample", [False, True])
 @pytest.mark.parametrize("name", [*SAMPLED, *CLOSED])
-def test_the_history_is_that_of_the_librarys_objective(name, subsample, norm):
-    """At the same noise: minibatches of 10, 10 and 5 rows, and 7 held out."""
+def test_history_equals_that_of_the_librarys_objective(name, subsample, norm):
+    """Use the same noise, with minibatches of 10, 10 and 5 rows and 7 validation rows."""
     make, own = (SAMPLED | CLOSED)[name], o.ELBO if name in SAMPLED else o.MeanFieldELBO
     found = history(make(), subsample=subsample, norm=norm)
-    expected = make if name == "TMC" else own  # which draws in an order of its own
+    expected = make if name == "TMC" else own  # TMC samples in another order
     expected = history(expected(), subsample=False, norm=norm)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [infer.TraceEnum_ELBO, infer.JitTraceEnum_ELBO])
 @pytest.mark.parametrize("subsample", [False, True])
-def test_enumerated_latents_are_validated(kind, subsample):
-    """At a rate of nothing: both are averages of 2000 draws, and agree to seven standard errors."""
+def test_validation_loss_with_enumerated_latents(kind, subsample):
+    """With a negligible rate, both are averages of 2000 draws, equal to seven standard errors."""
     at_rest = {"learning_rate": 1e-9, "epochs": 1, "enumerate_": True, "subsample": subsample}
     found = history(kind(2000, max_plate_nesting=1, vectorize_particles=True), **at_rest)
     expected = history(o.ELBO(2000), **at_rest)
@@ -107,8 +107,6 @@ def test_tensor_monte_carlo_of_enumerated_latents_is_refused():
         (infer.TraceTailAdaptive_ELBO(2, vectorize_particles=True), "pyro_vae.objectives.Renyi"),
     ],
 )
-def test_objectives_without_a_loss_and_its_value_are_refused_with_what_takes_their_place(
-    objective, instead
-):
+def test_refused_pyro_objectives_name_a_replacement(objective, instead):
     with pytest.raises(TypeError, match=f"with a differentiable_loss and a loss.* {instead}"):
         history(objective)

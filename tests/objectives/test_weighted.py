@@ -1,4 +1,4 @@
-"""Objectives that weigh parts of the KL, against their definitions written out."""
+"""Compare objectives that weight parts of the KL with their definitions."""
 
 import pyro
 import pyro.distributions as dist
@@ -15,7 +15,7 @@ from pyro_vae.objectives._aggregated import squared_mmd
 
 
 class Gaussian:
-    """Two latents of unlike sizes, independent given x; and their exact KLs."""
+    """Two latents of different sizes, independent given x, and their exact KLs."""
 
     def __init__(self):
         self.loc = {"a": torch.randn(5, 2), "b": torch.randn(5)}
@@ -34,12 +34,12 @@ class Gaussian:
             pyro.sample("b", dist.Normal(self.loc["b"], self.scale["b"]))
 
     def kl(self, name):
-        """Of each dimension, in closed form."""
+        """Return the KL of each dimension in closed form."""
         loc, scale = self.loc[name], self.scale[name]
         return 0.5 * (scale**2 + loc**2 - 1) - scale.log()
 
     def kls(self):
-        """Of each site and datum."""
+        """Return the KL of each site and data point."""
         return {"a": self.kl("a").sum(-1), "b": self.kl("b")}
 
     def loss(self, objective, seed=0):
@@ -57,7 +57,7 @@ def gaussian():
     return Gaussian()
 
 
-def test_weight_of_the_kl(gaussian):
+def test_beta_elbo_weights_the_kl(gaussian):
     kl = sum(k.sum() for k in gaussian.kls().values()).item()
     for beta in (0.0, 1.0, 3.5):
         expected = -gaussian.likelihood() + beta * kl
@@ -65,9 +65,9 @@ def test_weight_of_the_kl(gaussian):
     assert gaussian.loss(o.BetaELBO(1.0)) == gaussian.loss(o.MeanFieldELBO())
 
 
-def test_free_bits_floor_each_kl_per_site_or_dimension_over_batch_or_datum(gaussian):
+def test_free_bits_floor_the_kl_per_site_or_dimension(gaussian):
     kls = gaussian.kls()
-    least = kls["a"].mean().item() * 0.99  # above one part's KL, below the other's
+    least = kls["a"].mean().item() * 0.99  # above the KL of b, below the KL of a
     assert kls["b"].mean() < least
     cases = {
         ("site", "batch"): sum(5 * k.mean().clamp(min=least) for k in kls.values()),
@@ -80,7 +80,7 @@ def test_free_bits_floor_each_kl_per_site_or_dimension_over_batch_or_datum(gauss
         assert gaussian.loss(o.FreeBits(least, per, over)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_free_bits_send_no_gradient_below_their_floor(gaussian):
+def test_free_bits_have_no_gradient_below_the_floor(gaussian):
     gaussian.scale["b"] = torch.full((5,), 0.9, requires_grad=True)
     gaussian.loc["b"] = torch.full((5,), 0.1, requires_grad=True)
     x, gaussian.x = gaussian.x, gaussian.x.clone()
@@ -96,17 +96,17 @@ def test_free_bits_send_no_gradient_below_their_floor(gaussian):
         torch.testing.assert_close(one, other)
 
 
-def test_capacity_elbo_charges_the_distance_of_the_kl_from_its_target(gaussian):
+def test_capacity_elbo_penalizes_the_distance_of_the_kl_from_its_target(gaussian):
     kl = sum(gaussian.kls().values()).mean().item()
     for target in (0.5 * kl, 2.0 * kl):
         expected = -gaussian.likelihood() + 5 * 7.0 * abs(kl - target)
         assert gaussian.loss(o.CapacityELBO(target, 7.0)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_joint_densities_have_no_parts(pair, binary):
+def test_free_bits_refuse_parts_of_a_joint_density(pair, binary):
     model, _ = pair
     guide = pv.guides.AmortizedFlow(model, pv.nets.MLP(16, [8]), length=2)
-    o.FreeBits(0.5).loss(model, guide, binary)  # one latent: its KL is the whole
+    o.FreeBits(0.5).loss(model, guide, binary)  # with one latent, its KL is the total KL
     with pytest.raises(ValueError, match="cannot compute the KL of each dimension"):
         o.FreeBits(0.5, per="dimension").loss(model, guide, binary)
     gaussian = Gaussian()
@@ -115,7 +115,7 @@ def test_joint_densities_have_no_parts(pair, binary):
         o.FreeBits(0.5).loss(gaussian.model, lambda x: guide(x.unsqueeze(-1)), gaussian.x)
 
 
-def test_schedules_give_their_written_values_at_each_step():
+def test_schedules_return_their_documented_values():
     def values(schedule, steps):
         return [round(schedule(torch.tensor(float(step))).item(), 6) for step in steps]
 
@@ -124,8 +124,8 @@ def test_schedules_give_their_written_values_at_each_step():
     assert values(o.Constant(0.3), (0, 7)) == [0.3, 0.3]
 
 
-def test_fit_leads_a_schedule_step_by_step(pair, binary):
-    """At a rate of nothing the loss changes with the weight alone."""
+def test_fit_advances_the_schedule_once_per_step(pair, binary):
+    """Training steps call the schedule at 0, 1, ..., 9."""
     seen = []
 
     class Noted(o.Linear):
@@ -149,7 +149,7 @@ SCHEDULED = [
 
 
 @pytest.mark.parametrize("objective", SCHEDULED, ids=str)
-def test_a_captured_fit_follows_schedules_as_an_eager_one(objective, binary, without_compiler):
+def test_captured_fit_follows_schedules_like_an_eager_fit(objective, binary, without_compiler):
     steps = objective.step
 
     def make():
@@ -164,7 +164,7 @@ def one_latent(count, dtype=torch.float64):
     return oracle, oracle.sample(count)
 
 
-def test_parts_of_the_kl_make_the_whole():
+def test_beta_tcvae_with_unit_weights_equals_the_elbo():
     torch.manual_seed(5)
     oracle, x = one_latent(12)
     torch.manual_seed(6)
@@ -173,7 +173,7 @@ def test_parts_of_the_kl_make_the_whole():
     assert parts == pytest.approx(o.ELBO().loss(oracle.model, oracle.guide, x), rel=1e-12)
 
 
-def test_parts_of_the_kl_written_out():
+def test_beta_tcvae_parts_match_their_definitions():
     torch.manual_seed(7)
     oracle, x = one_latent(4)
     t = pv.terms(oracle.model, oracle.guide, x)
@@ -194,8 +194,8 @@ def test_parts_of_the_kl_written_out():
             torch.testing.assert_close(part[0, b], truth)
 
 
-def test_index_code_information_is_the_closed_form():
-    """With all data in the batch nothing is estimated but the expectation over them."""
+def test_beta_tcvae_parts_match_closed_forms():
+    """With all data in the batch, only the expectation over them is estimated."""
     torch.manual_seed(8)
     oracle, x = one_latent(1500)
     t = pv.terms(oracle.model, oracle.guide, x)
@@ -213,7 +213,7 @@ def test_index_code_information_is_the_closed_form():
         assert abs(part.mean().item() - truth) < 4.5 * error + shift
 
 
-def test_total_correlation_refuses_what_it_cannot_estimate(pair, binary):
+def test_beta_tcvae_refuses_missing_num_data_and_unsupported_pairs(pair, binary):
     model, guide = pair
     with pytest.raises(ValueError, match="Pass num_data="):
         o.BetaTCVAE().loss(model, guide, binary)
@@ -224,7 +224,7 @@ def test_total_correlation_refuses_what_it_cannot_estimate(pair, binary):
         o.BetaTCVAE(num_data=10).loss(gaussian.model, gaussian.guide, gaussian.x)
 
 
-def test_discrepancy_written_out_and_unbiased():
+def test_squared_mmd_matches_its_definition_and_is_unbiased():
     torch.manual_seed(9)
     x, y = torch.randn(4, 3), torch.randn(5, 3) + 1
 
@@ -239,7 +239,7 @@ def test_discrepancy_written_out_and_unbiased():
     assert abs(same.mean()) < 4.5 * same.std() / 500**0.5
 
 
-def test_wasserstein_autoencoder_of_a_point(binary, pair):
+def test_info_vae_trains_a_deterministic_encoder(binary, pair):
     model, _ = pair
     guide = pv.guides.AmortizedDelta(model, pv.nets.MLP(16, [8]))
     fit = pv.fit(model, guide, binary, objective=o.InfoVAE(), epochs=30, batch_size=25,
@@ -249,8 +249,8 @@ def test_wasserstein_autoencoder_of_a_point(binary, pair):
         o.InfoVAE(alpha=0.5).loss(model, guide, binary)
 
 
-def test_information_objective_between_its_ends(gaussian):
-    """At alpha = 0, lambda = 1 the discrepancy has no weight: the ELBO."""
+def test_info_vae_equals_the_elbo_at_alpha_zero_and_lambda_one(gaussian):
+    """At alpha = 0 and lambda = 1, the MMD has weight zero."""
     assert gaussian.loss(o.InfoVAE(0.0, 1.0)) == pytest.approx(gaussian.loss(o.MeanFieldELBO()))
 
 
@@ -263,7 +263,7 @@ def test_kl_of_sites_and_dimensions(gaussian):
         torch.testing.assert_close(t.kl_of_sites()[name][0], exact.reshape(5, -1).sum(-1))
 
 
-def test_the_discrepancy_reaches_a_prior_that_is_learned():
+def test_mmd_has_a_gradient_for_a_learned_prior():
     loc = torch.tensor(3.0, requires_grad=True)
 
     def model(x):
@@ -277,10 +277,10 @@ def test_the_discrepancy_reaches_a_prior_that_is_learned():
 
     loss = o.InfoVAE().differentiable_loss(model, guide, torch.randn(200))
     (gradient,) = torch.autograd.grad(loss, loc)
-    assert gradient > 0  # the prior lies too far on the right
+    assert gradient > 0  # the prior's mean is too large
 
 
-def test_what_cannot_dream_is_refused(pair, binary):
+def test_sleep_phase_refuses_autoguides(pair, binary):
     model, _ = pair
     guide = pyro.infer.autoguide.AutoNormal(model)
     guide(binary)
@@ -288,7 +288,7 @@ def test_what_cannot_dream_is_refused(pair, binary):
         o.ReweightedWakeSleep(2, sleep=1.0).loss(model, guide, binary)
 
 
-def test_a_dream_is_not_shown_with_its_columns_mixed_up():
+def test_sample_joint_refuses_transposed_observations():
     def model(x):
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -303,7 +303,7 @@ def test_a_dream_is_not_shown_with_its_columns_mixed_up():
         pv.terms(model, guide, torch.randn(5, 3)).sample_joint().log_guide()
 
 
-def test_gradients_of_their_own_need_held_samples(pair, binary):
+def test_custom_gradients_need_held_samples(pair, binary):
     t = pv.terms(*pair, binary)
     with pytest.raises(ValueError, match="set hold_samples = True"):
         o.gradient(t, joint=torch.ones(1, 50))

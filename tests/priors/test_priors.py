@@ -1,4 +1,4 @@
-"""Priors: their densities by hand and on grids, and the best of them by theory."""
+"""Compare priors with their definitions and grids, and the optimal prior with theory."""
 
 import copy
 import functools
@@ -39,7 +39,7 @@ def flow_guide(model, joint=True):
 
 
 def bind_guide(prior, make=amortized):
-    """A pair whose prior is told its guide."""
+    """Return a pair whose prior is bound to its guide."""
     model = model_with(prior)
     guide = make(model)
     prior.bind_guide(guide)
@@ -63,8 +63,8 @@ def aggregated(make=amortized, **kwargs):
     return pv.priors.AggregatedPosterior(guide, torch.rand(7, 16), **kwargs)
 
 
-def randomised(module):
-    """Random numbers in place of those that a fresh module begins with."""
+def randomized(module):
+    """Add noise to the initial parameters."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -73,13 +73,13 @@ def randomised(module):
 
 PRIORS = {
     "standard normal": lambda: pv.priors.StandardNormal(2),
-    "mixture": lambda: randomised(pv.priors.MixtureOfNormals(2, components=4)),
+    "mixture": lambda: randomized(pv.priors.MixtureOfNormals(2, components=4)),
     "Vamp": lambda: vamp()[0],
     "Vamp, flow": lambda: vamp(flow_guide)[0],
     "exemplar": lambda: exemplar()[0],
     "aggregated": aggregated,
     "aggregated, flow": lambda: aggregated(flow_guide),
-    "coupling": lambda: randomised(
+    "coupling": lambda: randomized(
         pv.priors.FlowPrior(2, pv.flows.Composition(2, pv.flows.AffineCoupling, length=3))
     ),
     "spline": lambda: pv.priors.FlowPrior(2, pv.flows.Composition(2, pv.flows.NeuralSpline, 2)),
@@ -89,7 +89,7 @@ PRIORS = {
 
 
 @pytest.mark.parametrize("name", PRIORS)
-def test_a_prior_integrates_to_one_and_samples_what_it_scores(name):
+def test_prior_integrates_to_one_and_samples_match_its_density(name):
     prior = PRIORS[name]().double()
     axis = torch.linspace(-10, 10, 201, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
@@ -109,8 +109,8 @@ def test_a_prior_integrates_to_one_and_samples_what_it_scores(name):
         assert ((value.mean(0) - truth).abs() < 5 * error + 3e-3).all()
 
 
-def test_a_mixture_of_two_is_the_sum_by_hand():
-    prior = randomised(pv.priors.MixtureOfNormals(3, components=2)).double()
+def test_mixture_of_normals_matches_its_definition():
+    prior = randomized(pv.priors.MixtureOfNormals(3, components=2)).double()
     z = torch.randn(4, 5, 3, dtype=torch.float64)
     weight = prior.logits.softmax(0)
     scale = softplus_scale(prior.raw_scale)
@@ -128,7 +128,7 @@ def test_a_mixture_of_two_is_the_sum_by_hand():
 
 
 @pytest.mark.parametrize("make", [amortized, flow_guide])
-def test_vamp_is_the_average_of_what_the_guide_says_of_its_inputs(make):
+def test_vamp_prior_averages_the_guide_over_its_pseudo_inputs(make):
     prior, guide = vamp(make)
     z = torch.randn(6, 2)
     total = 0.0
@@ -139,18 +139,20 @@ def test_vamp_is_the_average_of_what_the_guide_says_of_its_inputs(make):
     torch.testing.assert_close(prior().log_prob(z), total.log(), rtol=1e-4, atol=1e-5)
 
 
-def test_exemplars_are_gaussians_around_their_codes():
+def test_exemplar_prior_is_a_mixture_of_gaussians_at_the_codes():
     prior, guide = exemplar()
     with torch.no_grad():
         prior.raw_scale += 0.4
         means = pyro.poutine.trace(guide).get_trace(prior.exemplars).nodes["z"]["fn"].base_dist.loc
     scale = softplus_scale(prior.raw_scale)
     z = torch.randn(6, 2)
-    by_hand = dist.Normal(means, scale).to_event(1).log_prob(z.unsqueeze(1)).exp().mean(1).log()
-    torch.testing.assert_close(prior().log_prob(z), by_hand)
+    expected_log_prob = (
+        dist.Normal(means, scale).to_event(1).log_prob(z.unsqueeze(1)).exp().mean(1).log()
+    )
+    torch.testing.assert_close(prior().log_prob(z), expected_log_prob)
 
 
-def test_exemplars_are_drawn_anew_in_training_and_all_count_in_evaluation():
+def test_exemplar_prior_uses_a_sample_in_training_and_all_in_evaluation():
     model, _ = bind_guide(pv.priors.ExemplarPrior(2, exemplars=torch.rand(9, 16), num_drawn=3))
     assert len(model.prior().loc) == 3
     z = torch.randn(2)
@@ -158,7 +160,7 @@ def test_exemplars_are_drawn_anew_in_training_and_all_count_in_evaluation():
     assert len(model.eval().prior().loc) == 9
 
 
-def test_a_float_prior_of_thousands_of_components_loses_no_digits():
+def test_float32_mixture_of_thousands_of_components_is_accurate():
     loc, scale = 5 * torch.randn(3000, 20), 0.01 + 0.1 * torch.rand(3000, 20)
     z = loc[:10] + scale[:10] * torch.randn(7, 10, 20)
     single = pv.distributions.MixtureOfDiagNormals(torch.zeros(3000), loc, scale).log_prob(z)
@@ -203,13 +205,13 @@ def captured(name):
 @pytest.mark.parametrize(
     "name", ["mixture", "Vamp", "exemplar", "coupling", "spline", "mixture model", "aggregated"]
 )
-def test_captured_steps_are_eager_steps(name, binary, without_compiler):
+def test_captured_steps_equal_eager_steps(name, binary, without_compiler):
     check_same(captured(name), binary, double=True, objective=pv.objectives.IWAE(2), epochs=2,
                execution="captured, not compiled")  # fmt: skip
 
 
-def test_the_gaussian_aggregated_posterior_gains_the_marginal_kl():
-    """Of data whose moments are those of the population, to rounding."""
+def test_gaussian_aggregated_posterior_gains_the_marginal_kl():
+    """The data have the exact moments of the population, up to rounding."""
     oracle = LinearGaussian(d=3, D=6, exact=True)
     x = torch.randn(200, 6, dtype=torch.float64)
     x = x - x.mean(0)
@@ -236,7 +238,7 @@ def test_the_gaussian_aggregated_posterior_gains_the_marginal_kl():
 
 
 @pytest.mark.parametrize("make", [amortized, flow_guide])
-def test_the_aggregated_posterior_gains_what_surgery_reports(make, binary):
+def test_aggregated_posterior_gains_the_marginal_kl_of_surgery(make, binary):
     model, guide = make_pair()
     guide = make(model)
     pv.fit(model, guide, binary, epochs=30, batch_size=10, learning_rate=0.02, progress=False)
@@ -248,39 +250,39 @@ def test_the_aggregated_posterior_gains_what_surgery_reports(make, binary):
     assert after.distortion == before.distortion
     assert after.marginal_kl == pytest.approx(0.0, abs=1e-4)
     error = before.standard_errors["marginal_kl"]
-    assert before.marginal_kl > 4 * error  # there is something to gain
+    assert before.marginal_kl > 4 * error  # the gain is significant
     assert_within(after.elbo - before.elbo, before.marginal_kl, error)
 
 
-def test_the_aggregated_posterior_of_a_subset_is_of_that_many():
+def test_aggregated_posterior_of_a_subset_has_one_component_per_row():
     torch.manual_seed(0)
     assert len(aggregated(subset=3)().loc) == 3
     assert len(aggregated()().loc) == 7
 
 
-def test_the_aggregated_posterior_stays_when_the_guide_moves_on():
+def test_aggregated_posterior_does_not_change_with_the_guide():
     guide = flow_guide(model_with(pv.priors.StandardNormal(2)))
     guide(torch.rand(3, 16))
     prior = pv.priors.AggregatedPosterior(guide, torch.rand(12, 16))
     z = torch.randn(4, 2)
     before = prior().log_prob(z)
-    randomised(guide)
+    randomized(guide)
     torch.testing.assert_close(prior().log_prob(z), before)
     assert not any(p.requires_grad for p in prior.parameters())
 
 
-def test_a_copied_pair_is_of_its_own():
+def test_copied_pair_is_independent():
     model, guide = bind_guide(pv.priors.VampPrior(2, pseudo_inputs=torch.rand(5, 16)))
     twins = copy.deepcopy((model, guide))
     assert twins[0].prior.guide is twins[1]
     z = torch.randn(4, 2)
     before = model.prior().log_prob(z)
-    randomised(twins[1])
+    randomized(twins[1])
     torch.testing.assert_close(model.prior().log_prob(z), before)
     assert (twins[0].prior().log_prob(z) - before).abs().max() > 1e-4
 
 
-def test_a_loaded_pair_makes_the_same_prior():
+def test_loaded_pair_has_the_same_prior():
     model, _ = bind_guide(pv.priors.VampPrior(2, pseudo_inputs=torch.rand(5, 16)))
     prior = pv.priors.VampPrior(2, pseudo_inputs=torch.rand(5, 16))
     other = model_with(prior)
@@ -291,8 +293,8 @@ def test_a_loaded_pair_makes_the_same_prior():
     torch.testing.assert_close(prior().log_prob(z), model.prior().log_prob(z))
 
 
-def test_a_vamp_prior_on_the_top_of_a_hierarchy():
-    """The guide must draw the top first; otherwise its aggregate is an integral."""
+def test_vamp_prior_at_the_top_of_a_hierarchy():
+    """The guide must sample the top first; otherwise the aggregated posterior is an integral."""
     for order in ("top-down", "bottom-up"):
         prior = pv.priors.VampPrior(2, pseudo_inputs=torch.rand(5, 16))
 
@@ -317,7 +319,7 @@ def test_a_vamp_prior_on_the_top_of_a_hierarchy():
                 pv.evidence(model, guide, x, num_particles=5)
 
 
-def test_what_makes_no_prior_is_refused():
+def test_priors_refuse_bad_arguments():
     rows = torch.rand(5, 16)
     with pytest.raises(ValueError, match="positive sizes"):
         pv.priors.MixtureOfNormals(2, components=0)
@@ -349,7 +351,7 @@ def test_what_makes_no_prior_is_refused():
         UniformMixture([])
 
 
-def test_guides_whose_posterior_is_not_known_are_refused():
+def test_priors_refuse_guides_without_a_known_posterior():
     rows = torch.rand(5, 16)
     prior = pv.priors.VampPrior(3, pseudo_inputs=rows)
     guide = amortized(model_with(pv.priors.StandardNormal(2)))
@@ -384,7 +386,7 @@ def test_guides_whose_posterior_is_not_known_are_refused():
     assert pv.priors.AggregatedPosterior(joint(joint=False), rows, site="w")().event_shape == (2,)
 
 
-def test_flow_priors_take_transforms_of_torch_and_pyro():
+def test_flow_prior_accepts_torch_and_pyro_transforms():
     loc, scale = torch.randn(2), torch.rand(2) + 0.5
     z = torch.randn(5, 2)
     for transform in (
@@ -405,22 +407,22 @@ def test_flow_priors_take_transforms_of_torch_and_pyro():
         pv.priors.FlowPrior(2, 3)
 
 
-def test_the_guide_learns_from_the_prior_that_it_is_a_part_of():
-    """The gradient of log p(z) to the encoder, through means and scales, by hand."""
+def test_prior_density_has_a_gradient_for_the_guide():
+    """Compare the gradient of log p(z) through the encoder with its definition."""
     prior, guide = vamp()
     z = torch.randn(6, 2)
     parameters = [*guide.parameters(), prior.pseudo_inputs]
     found = torch.autograd.grad(prior().log_prob(z).sum(), parameters)
     loc, raw = guide.parameters_of(prior.pseudo_inputs.clamp(0, 1)).split(2, -1)
     q = dist.Normal(loc, softplus_scale(raw)).to_event(1)
-    by_hand = q.log_prob(z.unsqueeze(1)).logsumexp(1).sum()
-    torch.testing.assert_close(found, torch.autograd.grad(by_hand, parameters))
+    expected_log_prob = q.log_prob(z.unsqueeze(1)).logsumexp(1).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(expected_log_prob, parameters))
     prior, guide = exemplar()
     found = torch.autograd.grad(prior().log_prob(z).sum(), guide.encoder[0].weight)[0]
     assert found.abs().sum() > 0
 
 
-def test_an_even_mixture_of_several_blocks():
+def test_uniform_mixture_of_several_blocks():
     loc = torch.tensor([[-30.0], [-10.0], [0.0], [10.0], [30.0]])
     parts = [dist.Normal(part, 1.0).to_event(1) for part in loc.split([3, 2])]
     q = UniformMixture(parts)
@@ -432,7 +434,7 @@ def test_an_even_mixture_of_several_blocks():
     assert ((shares - 0.2).abs() < 5 * (0.16 / 4000) ** 0.5).all()
 
 
-def test_a_batch_of_mixtures_expands():
+def test_batch_of_mixtures_expands():
     q = pv.distributions.MixtureOfDiagNormals(
         torch.zeros(5, 2), torch.randn(5, 2, 3), torch.ones(5, 2, 3)
     )
@@ -450,8 +452,8 @@ def test_pseudo_inputs_lie_within_their_bounds():
     assert pv.priors.VampPrior(2, pseudo_inputs=rows, bounds=None).rows().min() == rows.min()
 
 
-def test_a_frozen_guide_is_as_it_was_evaluated():
-    """A method is frozen with its module, dropout and all; a mere function cannot be."""
+def test_aggregated_posterior_freezes_the_guide_in_evaluation_mode():
+    """A method is frozen with its module, including dropout; a plain function is refused."""
 
     class Pair(torch.nn.Module):
         def __init__(self):
@@ -465,13 +467,13 @@ def test_a_frozen_guide_is_as_it_was_evaluated():
     pair, x, z = Pair(), torch.rand(12, 16), torch.randn(4, 2)
     prior = pv.priors.AggregatedPosterior(pair.guide, x)
     before = prior().log_prob(z)
-    randomised(pair)
+    randomized(pair)
     assert torch.equal(prior.train()().log_prob(z), before)
     with pytest.raises(ValueError, match="must be a module or a method of one"):
         pv.priors.AggregatedPosterior(lambda x: Pair().guide(x), x)
 
 
-def test_each_call_of_a_prior_draws_another_subset():
+def test_aggregated_posterior_draws_a_new_subset_each_time():
     guide = amortized(model_with(pv.priors.StandardNormal(2)))
     x = torch.rand(15, 16)
     guide(x)
@@ -479,7 +481,7 @@ def test_each_call_of_a_prior_draws_another_subset():
     assert not torch.equal(*drawn)
 
 
-def test_data_that_are_none_are_refused():
+def test_aggregated_posterior_refuses_invalid_data():
     guide = make_pair()[1]
     x = torch.rand(6, 16)
     for data in (None, 3.0, (x, torch.zeros(5))):
@@ -489,7 +491,7 @@ def test_data_that_are_none_are_refused():
         pv.priors.AggregatedPosterior(guide, x, subset=2.5)
 
 
-def test_a_latent_outside_of_the_plate_is_refused():
+def test_aggregated_posterior_refuses_a_latent_outside_the_plate():
     def guide(x):
         pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         with pyro.plate("data", len(x)):

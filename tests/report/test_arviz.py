@@ -9,7 +9,7 @@ from oracles import LinearGaussian
 import pyro_vae as pv
 
 
-def test_groups_hold_what_the_pair_drew():
+def test_groups_contain_draws_weights_and_data():
     oracle = LinearGaussian(exact=True)
     x = oracle.sample(6)
     container = pv.to_arviz(oracle.model, oracle.guide, x, num_draws=400, seed=0)
@@ -20,7 +20,7 @@ def test_groups_hold_what_the_pair_drew():
     exact = oracle.log_evidence(x).numpy()
     np.testing.assert_allclose(log_weight, np.broadcast_to(exact, (1, 400, 6)), rtol=1e-9)
     np.testing.assert_array_equal(container["observed_data"]["x"].values, x.numpy())
-    # The draws of z are the posterior's, those of x the posterior predictive's.
+    # z is drawn from the posterior, and x from the posterior predictive.
     mean = (x - oracle.mu) @ oracle.v.T
     scale = oracle.s.diagonal().sqrt()
     z = (posterior.values.mean((0, 1)) - mean.numpy()) / (scale.numpy() / 20)
@@ -33,7 +33,7 @@ def test_groups_hold_what_the_pair_drew():
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
-def test_sites_in_nested_plates(vectorize):
+def test_to_arviz_with_nested_plates(vectorize):
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -51,7 +51,7 @@ def test_sites_in_nested_plates(vectorize):
     np.testing.assert_array_equal(container["observed_data"]["x"].values, x.numpy())
 
 
-def test_arviz_can_summarise_it(binary):
+def test_arviz_summarizes_the_container(binary):
     arviz = pytest.importorskip("arviz", reason="needs ArviZ")
     container = pv.to_arviz(*make_pair(), binary, num_draws=50)
     if isinstance(container, getattr(arviz, "InferenceData", ())):

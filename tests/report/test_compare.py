@@ -33,7 +33,7 @@ def comparison():
     return pv.compare(pairs, test, train=train, num_particles=200, image_shape=(4, 4))
 
 
-def test_the_best_comes_first_and_differences_are_paired(comparison):
+def test_entries_are_sorted_and_differences_are_paired(comparison):
     assert [e.name for e in comparison.entries] == ["long", "as programs", "short"]
     assert comparison.difference("long") == (0.0, 0.0)
     assert comparison.difference("as programs") == (0.0, 0.0)  # the same draws
@@ -47,7 +47,7 @@ def test_the_best_comes_first_and_differences_are_paired(comparison):
         comparison.difference("nobody")
 
 
-def test_dataframe_holds_what_the_results_say(comparison):
+def test_dataframe_matches_the_results(comparison):
     frame = comparison.to_dataframe()
     assert isinstance(frame, pd.DataFrame)
     entry = comparison.entries[0]
@@ -65,7 +65,7 @@ def test_dataframe_holds_what_the_results_say(comparison):
     assert math.isnan(frame.loc["as programs"].seconds)
 
 
-def test_table_in_eighty_columns(comparison):
+def test_table_fits_eighty_columns(comparison):
     text = str(comparison)
     for entry in comparison.entries:
         assert f"{entry.evidence.mean:.2f}±{entry.evidence.standard_error:.2f}" in text
@@ -110,18 +110,18 @@ def test_page_is_self_contained(comparison, tmp_path):
     assert f"{entry.surgery.distortion:.2f}" in page.cells
 
 
-def test_names_are_escaped(binary, tmp_path):
+def test_html_escapes_names(binary, tmp_path):
     comparison = pv.compare({"<b>&": make_pair()}, binary, num_particles=3)
     text = comparison.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;&amp;" in text
     assert "<b>" not in text
 
 
-def test_markup_in_names_is_printed_as_it_is(binary):
+def test_table_prints_markup_in_names_literally(binary):
     assert "[red]x" in str(pv.compare({"[red]x": make_pair()}, binary, num_particles=3))
 
 
-def test_a_pair_without_surgery_is_told_and_the_rest_compared(tmp_path):
+def test_pair_without_surgery_is_noted_and_the_others_compared(tmp_path):
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
@@ -129,7 +129,7 @@ def test_a_pair_without_surgery_is_told_and_the_rest_compared(tmp_path):
 
     radial = dist.transforms.Radial(1)
 
-    def guide(x):  # a flow that Pyro can only score where it sampled
+    def guide(x):  # a flow that Pyro can score only at its own samples
         with pyro.plate("data", len(x)):
             base = dist.Normal(x / 2, 0.7).to_event(1)
             pyro.sample("z", dist.TransformedDistribution(base, [radial]))
@@ -150,21 +150,21 @@ def test_a_pair_without_surgery_is_told_and_the_rest_compared(tmp_path):
     assert "-" in str(comparison)
 
 
-def test_a_page_of_data_that_are_no_images(tmp_path):
+def test_page_of_data_that_are_not_images(tmp_path):
     x = torch.bernoulli(torch.full((20, 16), 0.5))
     page = pv.compare({"a": make_pair()}, x, num_particles=3).to_html(tmp_path / "p.html")
     assert page.read_text(encoding="utf-8").count("<img") == 2
 
 
-def test_every_pair_is_checked_before_any_is_judged(binary, monkeypatch):
-    judged = []
-    monkeypatch.setattr("pyro_vae.report._compare.evidence", lambda *a, **k: judged.append(a))
+def test_every_pair_is_checked_before_any_is_evaluated(binary, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr("pyro_vae.report._compare.evidence", lambda *a, **k: evaluated.append(a))
     with pytest.raises(ValueError, match="the guide cannot run on data x"):
         pv.compare({"good": make_pair(), "bad": make_pair(data=9)}, binary)
-    assert judged == []
+    assert evaluated == []
 
 
-def test_parameters_are_counted_of_the_pair_alone():
+def test_only_parameters_of_the_pair_are_counted():
     linear = torch.nn.Linear(1, 4)
 
     def model(x):
@@ -190,7 +190,7 @@ def test_compare_refuses_pairs_and_image_shapes_that_do_not_fit(binary):
     assert pv.compare({1: make_pair()}, binary, num_particles=2).entries[0].name == "1"
 
 
-def test_a_model_that_observes_nothing_like_x_is_compared_without_pictures(tmp_path):
+def test_model_that_does_not_observe_x_is_compared_without_pictures(tmp_path):
     def model(x, y):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -228,7 +228,7 @@ def test_two_fits_of_one_pair_are_refused(binary):
 
 
 @pytest.mark.parametrize("as_fits", [True, False], ids=["fits", "programs"])
-def test_one_model_under_two_guides_is_refused_unless_it_is_frozen(as_fits, binary):
+def test_one_model_with_two_guides_is_refused_unless_frozen(as_fits, binary):
     def pairs():
         found = {"a": pv.fit(model, guide, binary, **options())}
         if frozen:
@@ -271,7 +271,7 @@ def bare_pair():
     return model, guide
 
 
-def test_pyro_param_values_of_one_store_are_refused_and_those_of_two_are_not(binary):
+def test_fits_that_share_pyro_params_are_refused(binary):
     model, guide = bare_pair()
     fits = {name: pv.fit(model, guide, binary, **options()) for name in "ab"}
     with pytest.raises(ValueError, match=r"'a' differs .*: param\.loc has changed since, and 'b'"):
@@ -287,8 +287,8 @@ def test_pyro_param_values_of_one_store_are_refused_and_those_of_two_are_not(bin
     pv.compare({"fitted": fit, "naive": (fit.model, prior)}, binary, num_particles=3)
 
 
-def test_running_averages_that_a_later_fit_moved_are_refused(binary):
-    """The model's parameters are frozen, but not what its batch norm remembers."""
+def test_running_averages_changed_by_a_later_fit_are_refused(binary):
+    """The model's parameters are frozen, but not the running averages of its batch norm."""
     decoder = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.BatchNorm1d(8, affine=False))
     decoder.append(torch.nn.Linear(8, 16)).requires_grad_(False)
     likelihood = pv.likelihoods.Bernoulli(decoder)
@@ -298,7 +298,7 @@ def test_running_averages_that_a_later_fit_moved_are_refused(binary):
         pv.compare(fits, binary, num_particles=3, vectorize_particles=False)
 
 
-def test_pairs_that_pyro_trained_must_not_share_parameters(binary):
+def test_pairs_trained_by_pyro_must_not_share_parameters(binary):
     model, guide = make_pair()
     pairs = {"a": (model, guide), "b": (model, other_guide(model))}
     for pair in pairs.values():
@@ -310,7 +310,7 @@ def test_pairs_that_pyro_trained_must_not_share_parameters(binary):
     pv.compare(pairs, binary, num_particles=3)
 
 
-def test_a_fit_that_pyro_went_on_from_is_told(binary):
+def test_fit_changed_by_pyro_warns(binary):
     fit = pv.fit(*make_pair(), binary, **options())
     svi = pyro.infer.SVI(fit.model, fit.guide, pyro.optim.Adam({}), pv.objectives.ELBO())
     svi.step(binary)
@@ -318,7 +318,7 @@ def test_a_fit_that_pyro_went_on_from_is_told(binary):
         pv.compare({"a": fit}, binary, num_particles=3)
 
 
-def test_buffers_that_runs_change_are_no_news(binary):
+def test_buffers_changed_by_evaluation_do_not_warn(binary):
     def count(module):
         module.runs += 1
 
@@ -332,15 +332,15 @@ def test_buffers_that_runs_change_are_no_news(binary):
         pv.compare(pairs, binary, num_particles=100)
 
 
-def test_a_fitted_pair_may_move_change_its_type_and_be_evaluated(binary):
+def test_fitted_pair_may_be_evaluated_and_change_dtype(binary):
     fit = pv.fit(*make_pair(), binary, **options())
     pv.evidence(fit.model, fit.guide, binary, num_particles=3)
     fit.model.double(), fit.guide.double()
     pv.compare({"a": fit}, binary.double(), num_particles=3)
 
 
-def test_any_single_change_is_seen():
-    """Of one entry by its last bit, of two entries that change places, of a shape."""
+def test_changed_detects_any_single_change():
+    """Change the last bit of one entry, and swap two rows."""
     values = torch.randn(50, 3)
     model, guide = make_pair()
     encoder = guide.encoder

@@ -1,4 +1,4 @@
-"""The rate-distortion curve against its closed form for a linear-Gaussian model."""
+"""Compare the rate-distortion curve with the closed form of a linear-Gaussian model."""
 
 import functools
 import math
@@ -16,10 +16,10 @@ BETAS = [0.5, 1.0, 2.0, 5.0]
 
 
 def optimum(oracle, x, beta, diagonal):
-    """Rate and distortion of the best q, averaged over x.
+    """Return rate and distortion of the optimal q, averaged over x.
 
-    q is p(z) p(x|z)^(1/beta), normalised: N(m, S), of precision P = I + W'W / (beta s2) and mean
-    m = P^-1 W'(x - mu) / (beta s2). The best diagonal q has that mean, and the precision diag(P).
+    q is p(z) p(x|z)^(1/beta), normalized: N(m, S) with precision P = I + W'W / (beta s2) and mean
+    m = P^-1 W'(x - mu) / (beta s2). The best diagonal q has the same mean and precision diag(P).
     """
     w, d = oracle.weight, oracle.d
     precision = oracle.eye + w.T @ w / (beta * oracle.s2)
@@ -29,8 +29,8 @@ def optimum(oracle, x, beta, diagonal):
         s = torch.diag(precision.diagonal().reciprocal())
     rate = 0.5 * (s.trace() + mean.square().sum(1) - d - s.logdet())
     residual = (x - oracle.mu - mean @ w.T).square().sum(1) + (w @ s @ w.T).trace()
-    normaliser = 0.5 * len(w) * (2 * math.pi * oracle.s2).log()
-    distortion = normaliser + residual / (2 * oracle.s2)
+    normalizer = 0.5 * len(w) * (2 * math.pi * oracle.s2).log()
+    distortion = normalizer + residual / (2 * oracle.s2)
     return rate.mean().item(), distortion.mean().item()
 
 
@@ -38,8 +38,8 @@ def optimum(oracle, x, beta, diagonal):
     ("make", "diagonal"),
     [(pv.guides.AmortizedNormal, True), (pv.guides.AmortizedMultivariateNormal, False)],
 )
-def test_the_curve_of_a_linear_gaussian_model(make, diagonal):
-    """A guide whose family, and whose encoder, hold the optimum for every beta."""
+def test_curve_matches_the_linear_gaussian_model(make, diagonal):
+    """The guide's family and encoder contain the optimum for every beta."""
     oracle = LinearGaussian(d=2, D=3, noise=0.5, dtype=torch.float32)
     x = oracle.sample(500)
     guide = make(oracle.model, nn.Identity())
@@ -56,13 +56,13 @@ def test_the_curve_of_a_linear_gaussian_model(make, diagonal):
         row = table.loc[beta]
         assert row["rate"] == pytest.approx(rate, rel=0.06, abs=0.03)
         assert row["distortion"] == pytest.approx(distortion, rel=0.04, abs=0.04)
-        # What is maximised is flat at its optimum: it is met more closely than either.
+        # The objective is flat at its optimum, so it is closer than rate or distortion.
         assert row["distortion"] + beta * row["rate"] == pytest.approx(
             distortion + beta * rate, abs=0.03
         )
     assert table["rate"].is_monotonic_decreasing
     assert table["distortion"].is_monotonic_increasing
-    # Chords of a convex curve are as steep as some beta between their ends.
+    # The slope of a chord of a convex curve is some -beta between those of its ends.
     slopes = (table["distortion"].diff() / table["rate"].diff()).iloc[1:]
     for slope, low, high in zip(slopes, BETAS, BETAS[1:], strict=False):
         assert 0.9 * low < -slope < 1.1 * high
@@ -73,7 +73,7 @@ def test_the_curve_of_a_linear_gaussian_model(make, diagonal):
     assert (table["rate"] + table["distortion"] >= curve.entropy - 1e-9).all()
 
 
-def test_the_closed_form_has_slope_minus_beta():
+def test_closed_form_has_slope_minus_beta():
     oracle = LinearGaussian(d=3, D=4)
     x = oracle.sample(50)
     for diagonal in (False, True):
@@ -86,7 +86,7 @@ def test_the_closed_form_has_slope_minus_beta():
     assert -rate - distortion == pytest.approx(oracle.log_evidence(x).mean().item())
 
 
-def test_the_pair_is_left_as_it_was(pair, binary):
+def test_rate_distortion_leaves_the_pair_unchanged(pair, binary):
     model, guide = pair
     guide(binary)
     before = [p.clone() for p in (*model.parameters(), *guide.parameters())]
@@ -100,7 +100,7 @@ def test_the_pair_is_left_as_it_was(pair, binary):
     for p, q in zip(before, after, strict=True):
         assert torch.equal(p, q)
     assert both.table.index.tolist() == alone.table.index.tolist() == [0.5, 4.0]
-    # The model moves with one and not with the other.
+    # The model is refitted with refit="both" only.
     assert both.table.loc[4.0, "elbo"] != pytest.approx(alone.table.loc[4.0, "elbo"], abs=1e-4)
     with pytest.raises(FloatingPointError):
         pv.rate_distortion(
@@ -110,7 +110,7 @@ def test_the_pair_is_left_as_it_was(pair, binary):
         assert torch.equal(p, q)
 
 
-def test_the_model_stays_while_the_guide_is_refitted(pair, binary):
+def test_model_is_constant_while_the_guide_is_refitted(pair, binary):
     model, guide = pair
     seen = []
     model.register_forward_hook(
@@ -125,7 +125,7 @@ def test_the_model_stays_while_the_guide_is_refitted(pair, binary):
     assert not torch.equal(moved[0], moved[-1])
 
 
-def test_parameters_without_a_module():
+def test_rate_distortion_with_pyro_param_parameters():
     def model(x):
         loading = pyro.param("loading", torch.tensor([1.0, 2.0]))
         with pyro.plate("data", len(x)):
@@ -151,7 +151,7 @@ def test_parameters_without_a_module():
         assert pyro.param("loading").requires_grad
 
 
-def test_test_data_evidence_and_the_figure(pair, binary):
+def test_curve_with_test_data_evidence_and_figure(pair, binary):
     model, guide = pair
     test = torch.bernoulli(torch.full((30, 16), 0.5))
     evidence = pv.evidence(model, guide, test, num_particles=50, seed=0)
@@ -204,7 +204,7 @@ def test_rate_distortion_refuses_bad_arguments_before_any_fit(pair, binary):
     evidence = pv.evidence(model, guide, binary, num_particles=30)
     with pytest.raises(ValueError, match="evidence must be None with refit='both'"):
         pv.rate_distortion(model, guide, binary, [1.0], refit="both", evidence=evidence)
-    fit = {"epochs": 10**6}  # which never begins
+    fit = {"epochs": 10**6}  # an error must come before the fit
     with pytest.raises(TypeError, match="evidence must be a result"):
         pv.rate_distortion(model, guide, binary, [1.0], evidence=-20.0, **fit)
     for options in ({"data": binary[:20]}, {"data": binary, "test": binary[:20]}):
@@ -212,7 +212,7 @@ def test_rate_distortion_refuses_bad_arguments_before_any_fit(pair, binary):
             pv.rate_distortion(model, guide, betas=[1.0], evidence=evidence, **options, **fit)
 
 
-def test_a_prior_that_runs_the_guide(binary):
+def test_rate_distortion_with_a_prior_that_uses_the_guide(binary):
     vamp = pv.priors.VampPrior(2, pseudo_inputs=binary[:5])
     model = pv.LatentVariableModel(
         prior=vamp, likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16))

@@ -1,4 +1,4 @@
-"""Pairs that are saved and loaded give the same numbers, to the bit; recipes tell how."""
+"""Saved and loaded pairs compute bitwise equal numbers, and recipes rebuild them."""
 
 import copy
 import functools
@@ -189,7 +189,7 @@ PAIRS = [latent_variable, conditional, hierarchical, mixture, semi_supervised, s
 
 
 def trained(make):
-    """A pair whose parameters are its own, its lazy parts made, as a fit would leave it."""
+    """Return a pair with lazy parts built and parameters moved, as after a fit."""
     model, guide, data = make()
     with torch.no_grad():
         guide(*data)
@@ -212,7 +212,7 @@ def same_state(ours, theirs):
 
 
 @pytest.mark.parametrize("make", PAIRS, ids=lambda make: make.__name__)
-def test_pairs_of_the_library_are_loaded_by_themselves(tmp_path, make):
+def test_library_pairs_load_without_programs(tmp_path, make):
     model, guide, data = trained(make)
     expected = numbers(model, guide, data)
     pv.save(tmp_path / "pair", model, guide)
@@ -225,14 +225,14 @@ def test_pairs_of_the_library_are_loaded_by_themselves(tmp_path, make):
     assert not {id(t) for t in state(model, guide).values()} & {
         id(t) for t in state(saved.model, saved.guide).values()
     }
-    # A pair that was loaded is saved as one that was made.
+    # A loaded pair can be saved again.
     pv.save(tmp_path / "again", saved.model, saved.guide)
     again = pv.load(tmp_path / "again")
     assert torch.equal(numbers(again.model, again.guide, data), expected)
 
 
 @pytest.mark.parametrize("name", DENSITIES)
-def test_every_family_of_guides_is_loaded(tmp_path, name):
+def test_guides_of_every_family_load(tmp_path, name):
     def make():
         model = plain_model()
         return model, DENSITIES[name](model, encoder()), (binary(),)
@@ -244,7 +244,7 @@ def test_every_family_of_guides_is_loaded(tmp_path, name):
     assert torch.equal(numbers(saved.model, saved.guide, data), numbers(model, guide, data))
 
 
-def test_a_loaded_pair_is_ready_for_all(tmp_path):
+def test_loaded_pair_works_like_the_original(tmp_path):
     model, guide, (x,) = trained(latent_variable)
     pv.save(tmp_path / "pair", model, guide)
     saved = pv.load(tmp_path / "pair")
@@ -268,7 +268,7 @@ torch.save(values, sys.argv[3])
 """
 
 
-def test_a_new_process_gives_the_same_numbers(tmp_path):
+def test_new_process_computes_the_same_numbers(tmp_path):
     model, guide, data = trained(vamp)
     pv.save(tmp_path / "pair", model, guide)
     torch.save(data[0], tmp_path / "x")
@@ -279,7 +279,7 @@ def test_a_new_process_gives_the_same_numbers(tmp_path):
     assert torch.equal(torch.load(tmp_path / "values"), numbers(model, guide, data))
 
 
-def test_history_notes_and_versions_come_back(tmp_path):
+def test_history_notes_and_versions_round_trip(tmp_path):
     model, guide, (x,) = latent_variable()
     fit = pv.fit(model, guide, x, epochs=3, batch_size=4, progress=False)
     index = pd.Index(["a", "b", "c"], name="run")
@@ -315,7 +315,7 @@ def test_types_frozen_parameters_and_modes_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("capture", [True, False])
-def test_names_are_the_same_however_the_steps_ran(tmp_path, capture, without_compiler):
+def test_tensor_names_do_not_depend_on_capture(tmp_path, capture, without_compiler):
     model, guide, (x,) = latent_variable()
     pv.fit(model, guide, x, epochs=1, batch_size=4, progress=False, capture=capture)
     pv.save(tmp_path / "pair", model, guide)
@@ -330,7 +330,7 @@ def test_names_are_the_same_however_the_steps_ran(tmp_path, capture, without_com
 
 
 @pytest.mark.slow
-def test_a_compiled_pair_is_loaded_and_goes_on(tmp_path):
+def test_compiled_pair_loads_and_trains_on(tmp_path):
     model, guide, (x,) = latent_variable()
     options = {"epochs": 2, "batch_size": 4, "seed": 0, "progress": False, "capture": True}
     assert pv.fit(model, guide, x, **options).execution == "captured"
@@ -340,10 +340,10 @@ def test_a_compiled_pair_is_loaded_and_goes_on(tmp_path):
     assert fits[0].history.loss.tolist() == fits[1].history.loss.tolist()
 
 
-# Programs of the user's own
+# Custom programs
 
 
-def own_pair(width=4):
+def custom_pair(width=4):
     net, body = nn.Linear(2, 6), nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width))
 
     def model(x):
@@ -362,22 +362,22 @@ def own_pair(width=4):
     return model, guide
 
 
-def fitted_own_pair(x):
-    model, guide = own_pair()
+def fitted_custom_pair(x):
+    model, guide = custom_pair()
     pv.fit(model, guide, x, epochs=3, batch_size=4, learning_rate=0.1, progress=False)
     return model, guide
 
 
-def test_programs_of_the_users_own_are_filled(tmp_path):
+def test_custom_programs_are_filled(tmp_path):
     x = torch.randn(ROWS, 6)
-    model, guide = fitted_own_pair(x)
+    model, guide = fitted_custom_pair(x)
     expected = numbers(model, guide, (x,))
     pv.save(tmp_path / "pair", model, guide)
     with pytest.raises(ValueError, match=r"pass model and guide to load: model is the function"):
         pv.load(tmp_path / "pair")
     with pytest.raises(ValueError, match=r"pass guide to load: guide is the function"):
-        pv.load(tmp_path / "pair", own_pair()[0])
-    saved = pv.load(tmp_path / "pair", *own_pair())
+        pv.load(tmp_path / "pair", custom_pair()[0])
+    saved = pv.load(tmp_path / "pair", *custom_pair())
     assert torch.equal(numbers(saved.model, saved.guide, (x,)), expected)
     assert len(pyro.get_param_store()) == 0
     with pv.parameter_store(model, guide), torch.no_grad():
@@ -390,9 +390,9 @@ def test_programs_of_the_users_own_are_filled(tmp_path):
     assert fits[0].history.loss.tolist() == fits[1].history.loss.tolist()
 
 
-def test_a_pair_is_loaded_into_the_very_programs(tmp_path):
+def test_pair_loads_into_the_same_programs(tmp_path):
     x = torch.randn(ROWS, 6)
-    model, guide = fitted_own_pair(x)
+    model, guide = fitted_custom_pair(x)
     expected = numbers(model, guide, (x,))
     pv.save(tmp_path / "pair", model, guide)
     pv.fit(model, guide, x, epochs=1, batch_size=4, progress=False)
@@ -401,25 +401,25 @@ def test_a_pair_is_loaded_into_the_very_programs(tmp_path):
     assert torch.equal(numbers(model, guide, (x,)), expected)
 
 
-def test_a_pair_trained_by_pyro_is_saved(tmp_path):
+def test_pair_trained_by_pyro_is_saved(tmp_path):
     x = torch.randn(ROWS, 6)
-    model, guide = own_pair()
+    model, guide = custom_pair()
     svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), pyro.infer.Trace_ELBO())
     for _ in range(3):
         svi.step(x)
     expected = numbers(model, guide, (x,))
     pv.save(tmp_path / "pair", model, guide)
     pyro.clear_param_store()
-    saved = pv.load(tmp_path / "pair", *own_pair())
+    saved = pv.load(tmp_path / "pair", *custom_pair())
     assert torch.equal(numbers(saved.model, saved.guide, (x,)), expected)
 
 
-def test_what_does_not_fit_is_told(tmp_path):
+def test_load_refuses_programs_that_do_not_match(tmp_path):
     x = torch.randn(ROWS, 6)
-    pv.save(tmp_path / "pair", *fitted_own_pair(x))
+    pv.save(tmp_path / "pair", *fitted_custom_pair(x))
     with pytest.raises(ValueError, match=r"of another shape: guide.body.0.weight \(saved \(4, 6\)"):
-        pv.load(tmp_path / "pair", *own_pair(width=8))
-    model, _ = own_pair()
+        pv.load(tmp_path / "pair", *custom_pair(width=8))
+    model, _ = custom_pair()
     with pytest.raises(
         ValueError, match=r"missing here: guide.body.0.weight.* not saved: guide.enc"
     ):
@@ -428,11 +428,11 @@ def test_what_does_not_fit_is_told(tmp_path):
         pv.load(tmp_path / "pair", model, 3)
 
 
-def test_a_guide_of_the_library_is_made_for_a_model_of_the_users_own(tmp_path):
+def test_library_guide_is_rebuilt_for_a_custom_model(tmp_path):
     x = torch.randn(ROWS, 6)
 
     def pair():
-        model, _ = own_pair()
+        model, _ = custom_pair()
         return model, guides.AmortizedFlow(
             model, encoder(), functools.partial(flows.Sylvester, size=1)
         )
@@ -455,7 +455,7 @@ class OwnEncoder(nn.Module):
         return self.layer(x).relu()
 
 
-def test_a_fresh_guide_with_an_encoder_of_the_users_own_gets_its_head(tmp_path):
+def test_new_guide_with_a_custom_encoder_gets_its_head(tmp_path):
     model, guide, data = trained(
         lambda: (model := plain_model(), guides.AmortizedNormal(model, OwnEncoder()), (binary(),))
     )
@@ -472,14 +472,14 @@ def test_a_fresh_guide_with_an_encoder_of_the_users_own_gets_its_head(tmp_path):
 
 
 class Odd(dist.constraints.interval):
-    """A support that is none of torch's."""
+    """A support that is not one of torch's."""
 
 
 class OddTransform(torch.distributions.transforms.SigmoidTransform):
-    """A transform that is none of torch's."""
+    """A transform that is not one of torch's."""
 
 
-def test_a_support_without_a_name_asks_for_a_guide_that_was_called(tmp_path):
+def test_unregistered_support_needs_a_guide_that_was_called(tmp_path):
     torch.distributions.biject_to.register(Odd, lambda _: OddTransform())
 
     class Half(dist.Uniform):
@@ -501,7 +501,7 @@ def test_a_support_without_a_name_asks_for_a_guide_that_was_called(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["activation", "size", "more", "tied", "value", "hook"])
-def test_programs_that_were_changed_after_they_were_made_must_be_given(tmp_path, change):
+def test_programs_changed_after_construction_must_be_passed(tmp_path, change):
     model, guide, _ = trained(latent_variable)
     if change == "activation":
         guide.encoder[1] = nn.ReLU()
@@ -524,7 +524,7 @@ def test_programs_that_were_changed_after_they_were_made_must_be_given(tmp_path,
     pv.load(tmp_path / "pair", *copy.deepcopy((model, guide)))
 
 
-def test_values_that_wait_for_a_first_call_are_not_lost(tmp_path):
+def test_save_refuses_values_that_a_guide_uses_at_its_first_call(tmp_path):
     model, guide, (x,) = trained(latent_variable)
     fresh = guides.AmortizedNormal(model, encoder())
     fresh.load_state_dict(guide.state_dict())
@@ -534,7 +534,7 @@ def test_values_that_wait_for_a_first_call_are_not_lost(tmp_path):
     pv.save(tmp_path / "pair", model, fresh)
 
 
-def test_a_pair_before_its_first_call_is_saved(tmp_path):
+def test_pair_is_saved_before_its_first_call(tmp_path):
     model, guide, data = latent_variable()
     pv.save(tmp_path / "pair", model, guide)
     saved = pv.load(tmp_path / "pair")
@@ -555,8 +555,8 @@ def public_classes():
     return {name: cls for name, cls in names.items() if not name.startswith("torch.")}
 
 
-def an_object(cls):
-    """An object of a class, made of simple arguments: by name, or by type."""
+def build(cls):
+    """Return an object of a class, built from simple arguments."""
     model = plain_model()
     known = {
         "model": model, "encoder": encoder(), "decoder": decoder(), "network": encoder(), "dim": 4,
@@ -579,7 +579,7 @@ def an_object(cls):
     if cls is pv.models.MixtureModel:
         known["prior"] = priors.MixtureOfNormals(2, 3)
     if cls is pv.surjections.FlowGuide:
-        known["model"] = an_object(pv.surjections.FlowModel)
+        known["model"] = build(pv.surjections.FlowModel)
     if cls is nets.ResidualBlock:
         known["channels"] = 2
     if cls is flows.Sylvester:
@@ -603,9 +603,9 @@ def an_object(cls):
 
 
 @pytest.mark.parametrize("name", public_classes())
-def test_every_public_component_tells_how_it_was_made(name):
+def test_every_public_class_is_rebuilt_from_its_recipe(name):
     cls = public_classes()[name]
-    thing = an_object(cls)
+    thing = build(cls)
     structure = recipe(thing=thing)
     assert not structure["given"]
     made = rebuild(structure, memory=2**24)["thing"]
@@ -616,17 +616,17 @@ def test_every_public_component_tells_how_it_was_made(name):
     assert inspect.signature(cls).parameters.keys() >= inspect.signature(
         cls.__init__
     ).parameters.keys() - {"self"}
-    # Neither copies nor pickles lose it, and they do not refer to the original's parts.
+    # Copies and pickles keep the recipe and do not refer to the original's parts.
     for twin in (copy.deepcopy(thing), pickle.loads(pickle.dumps(thing))):  # noqa: S301
-        told = recipe(thing=twin)
-        assert repr(told["things"]) == repr(structure["things"])
+        twin_recipe = recipe(thing=twin)
+        assert repr(twin_recipe["things"]) == repr(structure["things"])
         if cls.__name__ not in vars(guides):
             inner = {id(m) for m in thing.modules()}
             held = [v for v in (init_args_of(twin) or {}).values() if isinstance(v, nn.Module)]
             assert not any(id(module) in inner for module in held)
 
 
-def test_all_public_classes_are_in_the_vocabulary():
+def test_all_public_classes_are_registered():
     missing = []
     for package in (nets, priors, likelihoods, pv.models, guides, flows, pv.surjections):
         for name in package.__all__:
@@ -645,7 +645,7 @@ def test_shared_parts_stay_shared():
     assert made["guide"].encoder[0] is made["guide"].encoder[2]
 
 
-def test_a_copied_pair_is_told_as_one():
+def test_recipe_of_a_copied_pair_shares_the_model():
     model, guide = copy.deepcopy(latent_variable()[:2])
     made = rebuild(recipe(model=model, guide=guide), memory=2**24)
     assert made["guide"]._model.program is made["model"]
@@ -654,7 +654,7 @@ def test_a_copied_pair_is_told_as_one():
     assert recipe(model=model, guide=alone)["roots"]["guide"]["thing"] > 0
 
 
-def test_decorated_classes_are_as_they_were():
+def test_decorated_classes_keep_signature_state_and_pickling():
     signature = inspect.signature(nets.MLP)
     assert [*signature.parameters] == ["in_features", "hidden", "out_features", "activation"]
     net = nets.MLP(2, [3])
@@ -671,7 +671,7 @@ def test_decorated_classes_are_as_they_were():
     assert "Wider" in reason
 
 
-# Records that are not what save wrote
+# Tampered records
 
 
 def tampered(folder, change):
@@ -719,7 +719,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("through", [{"thing": 0}, 3])
-def test_priors_through_themselves_are_refused(tmp_path, through):
+def test_load_refuses_priors_that_refer_to_themselves(tmp_path, through):
     pv.save(tmp_path / "pair", *trained(vamp)[:2])
     tampered(tmp_path / "pair", lambda c: c["recipe"]["through"][0].update(guide=through))
     with pytest.raises(pv.serialization.UnreadableFile, match=r"has no pair"):
@@ -727,7 +727,7 @@ def test_priors_through_themselves_are_refused(tmp_path, through):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_records_are_refused_before_they_take_memory(tmp_path, name):
+def test_hostile_records_are_refused_before_allocation(tmp_path, name):
     model, guide, _ = trained(latent_variable)
     pv.save(tmp_path / "pair", model, guide)
     tampered(tmp_path / "pair", HOSTILE[name])
@@ -738,23 +738,23 @@ def test_hostile_records_are_refused_before_they_take_memory(tmp_path, name):
     assert grown < 300_000  # kilobytes
 
 
-def test_all_of_a_pair_goes_to_the_device(tmp_path):
+def test_load_moves_the_whole_pair_to_the_device(tmp_path):
     x = torch.randn(ROWS, 6)
-    pv.save(tmp_path / "pair", *fitted_own_pair(x))
-    saved = pv.load(tmp_path / "pair", *own_pair(), device="meta")
+    pv.save(tmp_path / "pair", *fitted_custom_pair(x))
+    saved = pv.load(tmp_path / "pair", *custom_pair(), device="meta")
     with pv.parameter_store(saved.model, saved.guide):
         tensors = state(saved.model, saved.guide)
     assert len(tensors) == 11
     assert all(tensor.is_meta for tensor in tensors.values())
 
 
-def test_programs_that_do_not_fit_are_left_as_they_are(tmp_path):
+def test_failed_load_leaves_the_programs_unchanged(tmp_path):
     x = torch.randn(ROWS, 6)
-    pv.save(tmp_path / "pair", *fitted_own_pair(x))
+    pv.save(tmp_path / "pair", *fitted_custom_pair(x))
     tampered(
         tmp_path / "pair", lambda c: c["constraints"].update({"param.scale": ["os.system", "true"]})
     )
-    model, guide = own_pair()
+    model, guide = custom_pair()
     before = {name: tensor.clone() for name, tensor in state(model, guide).items()}
     with pytest.raises(
         pv.serialization.UnreadableFile, match=r"no constraint or transform named 'os.sys"
@@ -763,7 +763,7 @@ def test_programs_that_do_not_fit_are_left_as_they_are(tmp_path):
     assert all(torch.equal(before[name], t) for name, t in state(model, guide).items())
 
 
-def test_other_folders_are_refused(tmp_path):
+def test_load_refuses_other_folders(tmp_path):
     write(tmp_path / "run", {}, kind="checkpoint of a fit")
     with pytest.raises(
         pv.serialization.UnreadableFile, match="of the kind 'checkpoint of a fit', not 'pair'"
@@ -773,8 +773,8 @@ def test_other_folders_are_refused(tmp_path):
         pv.load(tmp_path / "nowhere")
 
 
-def test_loading_needs_no_more_than_it_may_take(tmp_path):
-    """The bound is far from what honest pairs need."""
+def test_rebuild_refuses_more_memory_than_allowed(tmp_path):
+    """The memory bound is far above the need of valid pairs."""
     model, guide, _ = trained(latent_variable)
     structure = recipe(model=model, guide=guide)
     made = rebuild(structure, memory=20_000)
@@ -783,7 +783,7 @@ def test_loading_needs_no_more_than_it_may_take(tmp_path):
         rebuild(structure, memory=100)
 
 
-def test_a_history_with_two_columns_of_one_name_is_refused(tmp_path):
+def test_save_refuses_a_history_with_duplicate_columns(tmp_path):
     history = pd.DataFrame([[1.0, 2.0]], columns=["loss", "loss"])
     with pytest.raises(ValueError, match=r"\['loss'\] twice"):
-        pv.save(tmp_path / "pair", *own_pair(), history=history)
+        pv.save(tmp_path / "pair", *custom_pair(), history=history)

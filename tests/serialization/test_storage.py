@@ -1,4 +1,4 @@
-"""Folders of tensors and a record: what goes in comes out, whole or not at all."""
+"""Folders of tensors and a record are written completely or not at all."""
 
 # ruff: noqa: S311, S603 - draws need not be secret, and the processes are our own
 
@@ -35,13 +35,13 @@ def write(folder, content=CONTENT, **options):
     writing.write(folder, content, kind=KIND, **options)
 
 
-def back(folder, content):
+def round_trip(folder, content):
     write(folder, content)
     return read(folder, kind=KIND)
 
 
 def same(a, b):
-    """Equal in value, type and bits."""
+    """Return whether two structures are equal in value, type and bits."""
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         a, b = (torch.from_numpy(each.copy()) for each in (a, b))
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
@@ -59,8 +59,8 @@ def same(a, b):
     return struct.pack(">d", a) == struct.pack(">d", b) if isinstance(a, float) else a == b
 
 
-def anything(draw, depth=0):
-    """A random structure of all types that can be written."""
+def random_structure(draw, depth=0):
+    """Return a random structure of all supported types."""
     words = ["", "a", "$tensor", "$x", "__metadata__", "a/b", "ü\ud800", 'quote"', "content", "0"]
     numbers = [math.nan, -math.nan, math.inf, -math.inf, -0.0, 5e-324, 0.1, 1e308, draw.random()]
     leaves = [
@@ -75,54 +75,54 @@ def anything(draw, depth=0):
     if depth > 4 or draw.random() < 0.5:
         return draw.choice(leaves)()
     count = draw.randrange(4)
-    parts = [anything(draw, depth + 1) for _ in range(count)]
+    parts = [random_structure(draw, depth + 1) for _ in range(count)]
     keys = draw.sample([*words, 0, 1, -5, 10**30], count)
     return draw.choice([parts, tuple(parts), dict(zip(keys, parts, strict=True))])
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_random_structures_come_back(tmp_path, seed):
+def test_random_structures_round_trip(tmp_path, seed):
     draw = random.Random(seed)
-    content = {key: anything(draw) for key in ("a", "$b", 0, -(10**20), "a/b")}
-    assert same(back(tmp_path / "run", content), content)
+    content = {key: random_structure(draw) for key in ("a", "$b", 0, -(10**20), "a/b")}
+    assert same(round_trip(tmp_path / "run", content), content)
 
 
-def test_all_types_of_tensors_come_back(tmp_path):
+def test_tensors_of_all_dtypes_round_trip(tmp_path):
     content = {str(dtype): torch.randint(0, 2, (3, 2)).to(dtype) for dtype in DTYPES}
     whole = torch.randn(4, 6)
     content["views"] = [whole, whole, whole[:2], whole.T, whole[::2, 1:3], whole[0, 0]]
     content["parameter"] = torch.nn.Parameter(whole)
     content["conjugate"] = torch.randn(3, dtype=torch.complex64).conj()
     content["empty"] = torch.empty(0, 5)
-    found = back(tmp_path / "run", content)
+    found = round_trip(tmp_path / "run", content)
     assert same(found, content | {"parameter": whole})
     assert all(each.is_contiguous() for each in found["views"])
-    found["views"][0].zero_()  # their own memory
+    found["views"][0].zero_()  # views do not share memory
     assert same(found["views"][1], whole)
 
 
-def test_arrays_come_back_as_arrays(tmp_path):
+def test_numpy_arrays_round_trip_as_arrays(tmp_path):
     whole = np.random.default_rng(0).normal(size=(4, 6))
     fixed = whole.copy()
     fixed.flags.writeable = False
     content = {"views": (whole[::-1], whole.T, whole[1:, ::2], fixed), "point": np.array(2.5),
                "swapped": np.arange(3, dtype=">i4"), "empty": np.empty((0, 2))}  # fmt: skip
-    found = back(tmp_path / "run", content)
+    found = round_trip(tmp_path / "run", content)
     assert same(found, content | {"swapped": np.arange(3, dtype="i4")})
     assert type(found["point"]) is np.ndarray
 
 
-def test_what_derives_from_plain_types_comes_back_plain(tmp_path):
+def test_subclasses_of_plain_types_are_read_as_plain_types(tmp_path):
     content = {"shape": torch.Size([2, 3]), "number": np.float64(0.1)}
-    assert same(back(tmp_path / "run", content), {"shape": (2, 3), "number": 0.1})
+    assert same(round_trip(tmp_path / "run", content), {"shape": (2, 3), "number": 0.1})
 
 
-def test_the_state_of_an_optimizer_comes_back(tmp_path):
+def test_optimizer_state_round_trips(tmp_path):
     net = torch.nn.Linear(3, 2)
     optimizer = torch.optim.Adam(net.parameters())
     net(torch.randn(4, 3)).sum().backward()
     optimizer.step()
-    found = back(tmp_path / "run", {"optimizer": optimizer.state_dict()})
+    found = round_trip(tmp_path / "run", {"optimizer": optimizer.state_dict()})
     assert same(found["optimizer"], optimizer.state_dict())
 
 
@@ -145,13 +145,13 @@ def test_the_state_of_an_optimizer_comes_back(tmp_path):
         ({(0, 1): 1}, r"the key \(0, 1\)"),
     ],
 )
-def test_other_types_are_named_by_their_place(tmp_path, thing, message):
+def test_unsupported_types_raise_with_their_path(tmp_path, thing, message):
     with pytest.raises(TypeError, match=message):
         write(tmp_path / "run", {"optimizer": [{"f": thing}]})
     assert not list(tmp_path.iterdir())
 
 
-def test_structures_that_hold_themselves_are_refused(tmp_path):
+def test_recursive_and_too_deep_structures_are_refused(tmp_path):
     endless = []
     endless.append(endless)
     with pytest.raises(ValueError, match="more than 100 deep, or contains itself"):
@@ -159,10 +159,10 @@ def test_structures_that_hold_themselves_are_refused(tmp_path):
     deep = 0
     for level in range(98):
         deep = (lambda x, level: [[x], (x,), {0: x}][level % 3])(deep, level)
-    assert same(back(tmp_path / "run", {"a": deep}), {"a": deep})
+    assert same(round_trip(tmp_path / "run", {"a": deep}), {"a": deep})
 
 
-def test_the_record_can_be_read_without_this_library(tmp_path):
+def test_record_is_plain_json_and_safetensors(tmp_path):
     write(tmp_path / "run", {"lengths": {0: 2}, "net": {"weight": torch.ones(2)}})
     record = json.loads((tmp_path / "run/record.json").read_text())
     assert record["kind"] == KIND
@@ -171,10 +171,10 @@ def test_the_record_can_be_read_without_this_library(tmp_path):
     assert torch.equal(tensors["net/weight"], torch.ones(2))
 
 
-# What is there already
+# Existing folders
 
 
-def test_nothing_is_replaced_unasked(tmp_path):
+def test_existing_folder_needs_overwrite(tmp_path):
     run = tmp_path / "new/run"
     write(run)
     with pytest.raises(FileExistsError, match="exists: pass overwrite"):
@@ -185,10 +185,10 @@ def test_nothing_is_replaced_unasked(tmp_path):
     assert [path.name for path in run.parent.iterdir()] == ["run"]
 
 
-def test_only_folders_of_the_kind_are_replaced(tmp_path):
+def test_overwrite_replaces_only_folders_of_the_same_kind(tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
-    write(mine)  # an empty folder is nobody's work
+    write(mine)  # an empty folder may be replaced
     (mine / "thesis.tex").write_text("x")
     other, file, link = tmp_path / "other", tmp_path / "file", tmp_path / "link"
     writing.write(other, CONTENT, kind="another")
@@ -211,8 +211,8 @@ def full_disk(*_):
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("call", range(6))
 @pytest.mark.parametrize("name", ["fsync", "rename"])
-def test_a_full_disk_harms_nothing(tmp_path, monkeypatch, name, call, overwrite):
-    """Whichever of the calls it is that fails."""
+def test_full_disk_leaves_the_old_folder(tmp_path, monkeypatch, name, call, overwrite):
+    """Fail at each of the first calls in turn."""
     run = tmp_path / "run"
     if overwrite:
         write(run)
@@ -236,7 +236,7 @@ def test_a_full_disk_harms_nothing(tmp_path, monkeypatch, name, call, overwrite)
         assert same(read(run, kind=KIND), CONTENT if failed else {"new": 1})
 
 
-def test_a_write_that_fails_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
+def test_write_that_fails_midway_leaves_no_files(tmp_path, monkeypatch):
     class Full(io.FileIO):
         def write(self, data):
             super().write(data[:10])
@@ -249,7 +249,7 @@ def test_a_write_that_fails_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lack_of_permission_is_told(tmp_path, monkeypatch):
+def test_permission_error_names_the_folder(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -258,7 +258,7 @@ def test_a_lack_of_permission_is_told(tmp_path, monkeypatch):
         write(tmp_path / "run")
 
 
-# Writers that are no more
+# Dead writers
 
 
 def dead_process():
@@ -267,7 +267,7 @@ def dead_process():
     return process.pid
 
 
-def test_leavings_of_dead_writers_are_removed(tmp_path):
+def test_temporary_folders_of_dead_writers_are_removed(tmp_path):
     def leave(name, host, pid, purpose):
         path = tmp_path / f".{name}.{host}.{pid}.0a1b2c3d.{purpose}"
         path.mkdir()
@@ -289,7 +289,7 @@ def test_leavings_of_dead_writers_are_removed(tmp_path):
     assert all(path.exists() for path in kept)
 
 
-def test_what_was_about_to_be_replaced_is_found_and_put_back(tmp_path):
+def test_folder_moved_aside_by_a_dead_writer_is_restored(tmp_path):
     run = tmp_path / "run"
     write(run)
     run.rename(tmp_path / f".run.{files._host()}.{dead_process()}.0a1b2c3d.replaced")
@@ -300,7 +300,7 @@ def test_what_was_about_to_be_replaced_is_found_and_put_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-# One process that starts writers and kills them, since each new one would import torch.
+# One process forks and kills the writers, because each new process would import torch.
 WRITERS = """
 import os, random, signal, sys, time, torch
 from pyro_vae.serialization._folder import read
@@ -341,19 +341,19 @@ for number in range(10**6):
 """
 
 
-def test_killed_writers_leave_the_old_or_the_new(tmp_path):
+def test_killed_writers_leave_the_old_or_the_new_folder(tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-c", WRITERS, run]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not result.returncode, result.stderr
     last, places = map(int, result.stdout.split())
     assert last > 5
-    assert places <= 4  # of the writer killed last, which may have taken a stale one's place
+    assert places <= 4  # temporary folders of the last writer remain
     write(run, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_readers_see_the_old_or_the_new_while_a_folder_is_replaced(tmp_path):
+def test_readers_see_the_old_or_the_new_folder_during_replacement(tmp_path):
     run = tmp_path / "run"
     with subprocess.Popen([sys.executable, "-c", WRITER, run], stdout=subprocess.PIPE) as process:
         while not run.exists():
@@ -368,11 +368,11 @@ def test_readers_see_the_old_or_the_new_while_a_folder_is_replaced(tmp_path):
     assert len(numbers) == 20
 
 
-# Files that are not what was written
+# Damaged and foreign files
 
 
 class Canary:
-    """Unpickled, it would leave a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -388,7 +388,7 @@ def torch_file(thing):
 
 
 def seal(folder, record=None, tensors=None):
-    """Give tampered files the checksums that they should have."""
+    """Update the checksums of tampered files."""
     path, data = folder / "record.json", folder / "tensors.safetensors"
     record = json.loads(path.read_text()) if record is None else record
     if tensors is not None:
@@ -426,12 +426,12 @@ def test_foreign_files_are_refused_and_not_run(tmp_path, foreign, name, sealed):
         seal(run)
     refused(run, f"{name} (is no|is damaged|has)")
     assert not canary.exists()
-    pickle.loads(pickle.dumps(Canary(canary))).close()  # noqa: S301 - the canary can sing
+    pickle.loads(pickle.dumps(Canary(canary))).close()  # noqa: S301 - the canary works
     assert canary.exists()
 
 
 @pytest.mark.parametrize("name", ["record.json", "tensors.safetensors"])
-def test_every_truncation_is_refused(tmp_path, name):
+def test_truncated_files_are_refused(tmp_path, name):
     run = tmp_path / "run"
     write(run)
     whole = (run / name).read_bytes()
@@ -475,7 +475,7 @@ def test_only_regular_files_are_opened(tmp_path, monkeypatch, kind, name):
     refused(run, f"{name} is (missing|not a regular file|a link)")
 
 
-def test_a_folder_that_is_none_is_refused(tmp_path):
+def test_missing_and_invalid_folders_are_refused(tmp_path):
     refused(tmp_path / "nowhere", "does not exist")
     (tmp_path / "file").write_bytes(pickle.dumps(1))
     refused(tmp_path / "file", "is not a folder")
@@ -516,13 +516,13 @@ def test_hostile_json_is_refused(tmp_path, text):
     refused(tmp_path / "run", "record.json")
 
 
-def test_a_record_that_is_too_large_is_not_read(tmp_path):
+def test_oversized_record_is_not_read(tmp_path):
     write(tmp_path / "run")
     os.truncate(tmp_path / "run/record.json", 2**40)
     refused(tmp_path / "run", "bytes, not at most 33554432")
 
 
-def test_a_file_larger_than_its_record_says_is_not_read(tmp_path):
+def test_tensor_file_larger_than_recorded_is_not_read(tmp_path):
     write(tmp_path / "run")
     os.truncate(tmp_path / "run/tensors.safetensors", 2**40)
     refused(tmp_path / "run", "has 1099511627776 bytes, not")
@@ -587,16 +587,16 @@ def test_records_that_do_not_fit_their_tensors_are_refused(tmp_path, content):
     refused(tmp_path / "run", "record.json")
 
 
-def test_the_error_is_public_and_a_value_error():
+def test_unreadable_file_is_public_and_a_value_error():
     assert issubclass(UnreadableFile, ValueError)
     assert pv.serialization.UnreadableFile is UnreadableFile
 
 
-def test_more_tensors_than_memory_are_refused_unread(tmp_path):
+def test_tensors_larger_than_memory_are_refused_before_reading(tmp_path):
     writing.write(tmp_path / "run", {"x": torch.ones(2)}, kind="test")
     tensors, path = tmp_path / "run/tensors.safetensors", tmp_path / "run/record.json"
     record = json.loads(path.read_text())
-    os.truncate(tensors, 2**42)  # a file with a hole, as long as the record says
+    os.truncate(tensors, 2**42)  # a sparse file of the recorded length
     record["tensors"]["bytes"] = 2**42
     record["sha256"] = checksum(record)
     path.write_text(json.dumps(record))
@@ -604,7 +604,7 @@ def test_more_tensors_than_memory_are_refused_unread(tmp_path):
         read(tmp_path / "run", kind="test")
 
 
-def test_a_record_that_nobody_could_read_is_not_written(tmp_path, monkeypatch):
+def test_record_too_large_to_read_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "MAX_RECORD", 2000)
     with pytest.raises(ValueError, match="store long lists as"):
         writing.write(tmp_path / "run", {"x": [0.125] * 1000}, kind="test")
@@ -612,8 +612,8 @@ def test_a_record_that_nobody_could_read_is_not_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_files_folder_and_name_are_brought_to_the_disk_in_turn(tmp_path, monkeypatch, overwrite):
-    """A name that is not there after a power cut would be a checkpoint that was lost."""
+def test_files_folder_and_parent_are_synced_in_order(tmp_path, monkeypatch, overwrite):
+    """Otherwise a power cut could lose the checkpoint."""
     run = tmp_path / "run"
     if overwrite:
         write(run, {"old": 1})

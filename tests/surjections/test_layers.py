@@ -1,4 +1,4 @@
-"""Flows, surjections and VAEs as layers of one pair, against closed forms."""
+"""Compare flows, surjections and VAEs as layers of one pair with closed forms."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ from pyro_vae.surjections._images import _ORIGINS
 
 
 class Gaussian(nn.Module):
-    """A learned prior without arguments; on a value, a Gaussian of what a network makes of it."""
+    """A learned prior without arguments; with a value, a Gaussian whose mean is a network."""
 
     def __init__(self, inputs, outputs=None, dtype=torch.float64):
         super().__init__()
@@ -33,7 +33,7 @@ class Gaussian(nn.Module):
 
 
 class Affine(nn.Module):
-    """Gives a torch transform with parameters."""
+    """A module that returns a torch transform with parameters."""
 
     def __init__(self, dim):
         super().__init__()
@@ -67,7 +67,7 @@ def flow_pair(kind, layers=None):
 
 
 def exact_log_p(model, x):
-    """log p(f(x)) + log|det J_f(x)| by autograd alone, differentiable."""
+    """Return log p(f(x)) + log|det J_f(x)| by autograd, differentiable."""
     f = model.layers[0].transform
     jacobians = [
         torch.autograd.functional.jacobian(lambda row: f(row[None])[0], row, create_graph=True)
@@ -76,7 +76,7 @@ def exact_log_p(model, x):
     return model.prior().log_prob(f(x.clone())) + torch.stack(jacobians).slogdet()[1]
 
 
-def exact_log_p_of(f, x):
+def exact_log_p_under_normal_prior(f, x):
     jacobians = torch.stack([torch.autograd.functional.jacobian(f, row) for row in x])
     z = torch.stack([f(row) for row in x])
     return dist.Normal(0.0, 1.0).log_prob(z).sum(-1) + jacobians.slogdet()[1]
@@ -91,13 +91,13 @@ def gradients(value, module):
 
 
 def assert_exact(model, guide, x, expected, num_particles=3):
-    """All particles have the weight p(x)."""
+    """Assert that every particle has the weight p(x)."""
     log_weight = pv.terms(model, guide, x, num_particles=num_particles).log_weight
     torch.testing.assert_close(log_weight, expected.expand(num_particles, -1), rtol=1e-9, atol=1e-9)
 
 
 def assert_evidence(model, guide, x, expected, num_particles=20_000):
-    """The importance-weighted bound comes to log p(x), each datum within 4.5 errors."""
+    """Assert that the evidence of each data point is log p(x) within 4.5 errors."""
     estimate = pv.evidence(model, guide, x, num_particles=num_particles, capture=False, seed=0)
     assert (estimate.monte_carlo_errors < 0.05).all()
     distance = (estimate.values - expected).abs()
@@ -111,7 +111,7 @@ def assert_evidence(model, guide, x, expected, num_particles=20_000):
      pv.objectives.StickingTheLanding(), pyro.infer.Trace_ELBO()],
     ids=lambda objective: type(objective).__name__,
 )  # fmt: skip
-def test_a_flow_is_a_vae_in_value_and_gradient(kind, objective):
+def test_elbo_of_a_flow_equals_its_log_likelihood_in_value_and_gradient(kind, objective):
     model, guide = flow_pair(kind)
     x = torch.randn(5, 3, dtype=torch.float64)
     exact = exact_log_p(model, x).sum()
@@ -119,7 +119,7 @@ def test_a_flow_is_a_vae_in_value_and_gradient(kind, objective):
     torch.testing.assert_close(-loss, exact, rtol=1e-9, atol=0)
     found, expected = gradients(-loss, model), gradients(exact, model)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
-    assert sum(g.abs().sum() > 0 for g in expected) >= 4  # of prior and flow
+    assert sum(g.abs().sum() > 0 for g in expected) >= 4  # prior and flow
 
 
 @pytest.mark.parametrize("kind", FLOWS)
@@ -135,7 +135,7 @@ def test_evidence_of_a_flow_is_exact_with_one_particle(kind):
 
 
 @pytest.mark.parametrize("kind", FLOWS)
-def test_generated_data_map_back_and_score_alike_without_the_name_tags(kind):
+def test_bijection_inverts_and_scores_samples_without_recorded_origins(kind):
     model, guide = flow_pair(kind)
     x = pv.generate(model, torch.zeros(6, 3, dtype=torch.float64), seed=1)
     layer = model.layers[0]
@@ -150,7 +150,7 @@ def test_generated_data_map_back_and_score_alike_without_the_name_tags(kind):
     assert (layer.generate(z + 1e-3).log_prob(x) == -math.inf).all()
 
 
-def test_a_step_maps_once_however_many_particles():
+def test_layers_map_data_once_for_all_particles():
     shapes = []
 
     class Counted(pv.flows.FlowTransform):
@@ -173,8 +173,8 @@ def lambda_module(make):
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, lambda f: lambda_module(lambda: f)])
-def test_transforms_with_a_cache_are_not_out_of_date(wrap):
-    """Pyro's transforms are modules, and keep their last input; x is one tensor at every step."""
+def test_cached_transforms_are_recomputed_after_an_update(wrap):
+    """Pyro's transforms cache their last input, and x is the same tensor at every step."""
     spline = dist.transforms.spline_coupling(3, 1, [5]).double()
     prior = lambda: dist.Normal(torch.zeros(3).double(), 1.0).to_event(1)  # noqa: E731
     model = pv.surjections.FlowModel(prior, wrap(spline))
@@ -186,12 +186,12 @@ def test_transforms_with_a_cache_are_not_out_of_date(wrap):
             parameter += torch.randn_like(parameter)
     second = pv.terms(model, guide, x).log_weight
     assert (first - second).abs().max() > 1e-3
-    expected = exact_log_p_of(lambda row: spline(row[None].clone())[0], x)
+    expected = exact_log_p_under_normal_prior(lambda row: spline(row[None].clone())[0], x)
     torch.testing.assert_close(second[0], expected, rtol=1e-8, atol=1e-8)
 
 
-def test_inverses_are_learned_and_copied():
-    """torch's inverse of a module is no module, and forgets what it inverts when it is copied."""
+def test_inverse_transforms_are_trained_and_copied():
+    """In torch, the inverse of a module is not a module and loses its link when copied."""
     learned = dist.transforms.affine_coupling(3, [5]).double()
     scale = transforms.AffineTransform(0.3, 2.0)
     radial = pv.flows.Radial(3)(torch.randn(5).double())
@@ -205,11 +205,11 @@ def test_inverses_are_learned_and_copied():
     log_weight = pv.terms(model, guide, x).log_weight[0]
     twins = copy.deepcopy((model, guide))
     torch.testing.assert_close(pv.terms(*twins, x).log_weight[0], log_weight)
-    exact = exact_log_p_of(lambda row: f((f.inv(row[None]) + 30.0).log())[0], x)
+    exact = exact_log_p_under_normal_prior(lambda row: f((f.inv(row[None]) + 30.0).log())[0], x)
     torch.testing.assert_close(log_weight, exact, rtol=1e-8, atol=1e-8)
 
 
-def test_a_sigmoid_upside_down_maps_the_cube_onto_the_reals():
+def test_inverse_sigmoid_maps_the_unit_cube_to_the_reals():
     squash = transforms.SigmoidTransform().inv
     model = pv.surjections.FlowModel(Gaussian(3), squash)
     guide = pv.surjections.FlowGuide(model)
@@ -222,7 +222,7 @@ def test_a_sigmoid_upside_down_maps_the_cube_onto_the_reals():
     assert pv.terms(model, guide, x).log_weight[0, 4] == -math.inf
 
 
-def test_transforms_of_images_and_of_their_shapes():
+def test_reshape_and_image_transforms():
     prior = lambda: dist.Normal(torch.zeros(4, 4), 2.0).to_event(2)  # noqa: E731
     reshape = transforms.ReshapeTransform((16,), (4, 4))
     model = pv.surjections.FlowModel(
@@ -251,7 +251,7 @@ def test_images_pass_through_dequantization_and_bijections():
         )
 
 
-def test_a_step_of_pyros_svi_is_one_of_maximum_likelihood():
+def test_svi_step_is_a_maximum_likelihood_step():
     model, guide = flow_pair("affine coupling")
     x = torch.randn(8, 3, dtype=torch.float64)
     expected = [
@@ -265,11 +265,11 @@ def test_a_step_of_pyros_svi_is_one_of_maximum_likelihood():
     torch.testing.assert_close([p.detach() for p in model.parameters()], expected)
 
 
-# Dequantisation
+# Dequantization
 
 
 def cells(prior, levels, x):
-    """The log-mass of a product of Gaussians in the cells of x."""
+    """Return the log-mass of a product of Gaussians in the cells of x."""
     low = (x * (levels - 1)).round() / levels
     mass = prior.cdf(low + 1 / levels) - prior.cdf(low)
     return mass.log().sum(-1)
@@ -285,7 +285,7 @@ def variational(levels, dim=2):
 
 
 def logistic(levels):
-    """Noise with heavier tails than a uniform u has: a Gaussian's weights have no variance."""
+    """Return a layer with heavy-tailed noise; Gaussian noise has weights of infinite variance."""
     net = pv.nets.MLP(2, [5], 2).double()
     return pv.surjections.VariationalDequantization(
         levels, lambda x: dist.Logistic(net(x), 1.3).to_event(1)
@@ -293,7 +293,7 @@ def logistic(levels):
 
 
 @pytest.mark.parametrize("make", [pv.surjections.UniformDequantization, logistic])
-def test_many_particles_come_to_the_mass_of_the_cell(make):
+def test_evidence_of_dequantized_data_is_the_mass_of_the_cell(make):
     base = dist.Normal(torch.tensor([0.4, 0.7], dtype=torch.float64), 0.3)
     layer = make(4)
     model = pv.surjections.FlowModel(lambda: base.to_event(1), layer)
@@ -309,16 +309,16 @@ def test_probabilities_sum_to_one_over_the_grid():
     torch.testing.assert_close(log_p.exp().sum(), torch.ones((), dtype=torch.float64))
 
 
-def test_variational_noise_is_scored_by_the_change_of_variables():
+def test_variational_noise_density_uses_the_change_of_variables():
     layer = variational(8, dim=3)
     x = (torch.randint(8, (6, 3)) / 7).double()
     q = layer.infer(x)
     z = q.rsample()
     u = 8 * z - (7 * x).round()
     v = u.logit()
-    by_hand = layer.noise(x).log_prob(v) - (u * (1 - u)).log().sum(-1) + 3 * math.log(8)
-    torch.testing.assert_close(q.log_prob(z), by_hand)
-    torch.testing.assert_close(q.log_prob(z.clone()), by_hand)
+    expected_log_q = layer.noise(x).log_prob(v) - (u * (1 - u)).log().sum(-1) + 3 * math.log(8)
+    torch.testing.assert_close(q.log_prob(z), expected_log_q)
+    torch.testing.assert_close(q.log_prob(z.clone()), expected_log_q)
     assert (q.log_prob(z + 1) == -math.inf).all()
     assert (layer.generate(z).log_prob(x) == 0).all()
     assert (
@@ -326,8 +326,8 @@ def test_variational_noise_is_scored_by_the_change_of_variables():
     ).all()
 
 
-def test_noise_from_a_flow_without_an_inverse_is_scored_where_it_was_drawn():
-    """Pyro's planar flows know the way back from what they gave last, and no other."""
+def test_noise_from_a_flow_without_an_inverse_is_scored_at_its_samples():
+    """Pyro's planar flows can invert only their last output."""
     planar = dist.transforms.Planar(3).double()
 
     def noise(x):
@@ -344,7 +344,7 @@ def test_noise_from_a_flow_without_an_inverse_is_scored_where_it_was_drawn():
         assert log_q.shape == (7, 20)
         with pytest.raises((KeyError, NotImplementedError)):
             q.log_prob(z.clone())
-    e = z[..., 3:]  # of the last layer: z = (x, e), with e = f(v)
+    e = z[..., 3:]  # in the last layer, z = (x, e) with e = f(v)
     v = e.clone()  # found as a fixed point
     for _ in range(200):
         v = v - 0.5 * (planar(v.clone()) - e)
@@ -354,7 +354,7 @@ def test_noise_from_a_flow_without_an_inverse_is_scored_where_it_was_drawn():
     torch.testing.assert_close(log_q, dist.Normal(x, 1.0).log_prob(v).sum(-1) - log_det)
 
 
-def test_levels_as_whole_numbers_are_those_between_zero_and_one():
+def test_integer_levels_equal_scaled_levels():
     model = pv.surjections.FlowModel(
         pv.priors.StandardNormal(4), pv.surjections.UniformDequantization(256)
     )
@@ -368,7 +368,7 @@ def test_levels_as_whole_numbers_are_those_between_zero_and_one():
     assert whole.isfinite().all()
 
 
-def test_rounding_moves_no_value_out_of_its_cell():
+def test_rounding_keeps_values_in_their_cell():
     layer = pv.surjections.UniformDequantization(256)
     x = torch.arange(256).repeat_interleave(20)[:, None] / 255
     ends = torch.tensor([0.0, 1.0, 1e-8, 1 - 1e-7]).repeat(256 * 5)[:, None]
@@ -392,7 +392,7 @@ def test_data_off_the_grid_are_refused():
 # Surjections
 
 
-def test_a_slice_gives_the_exact_log_likelihood():
+def test_slice_has_the_exact_log_likelihood():
     model = pv.surjections.FlowModel(
         Gaussian(2), pv.surjections.Slice(2, Gaussian(2, 3), conditional=True)
     )
@@ -402,15 +402,15 @@ def test_a_slice_gives_the_exact_log_likelihood():
     assert_exact(model, pv.surjections.FlowGuide(model), x, expected.detach())
 
 
-def test_a_slice_with_a_prior_for_the_rest():
+def test_slice_with_unconditional_noise_has_the_exact_log_likelihood():
     model = pv.surjections.FlowModel(Gaussian(2), pv.surjections.Slice(2, Gaussian(3)))
     x = torch.randn(6, 5, dtype=torch.float64)
     expected = model.prior().log_prob(x[:, :2]) + model.layers[0].noise().log_prob(x[:, 2:])
     assert_exact(model, pv.surjections.FlowGuide(model), x, expected.detach())
 
 
-def test_augmenting_integrates_over_what_is_added():
-    """z = (x, e) is a Gaussian with a correlation: log p(x) is known, and so is the best q(e|x)."""
+def test_augment_integrates_over_the_added_dimensions():
+    """z = (x, e) is a correlated Gaussian, so log p(x) and the optimal q(e|x) are known."""
     covariance = torch.tensor([[1.0, 0.6], [0.6, 0.8]], dtype=torch.float64)
     prior = lambda: dist.MultivariateNormal(torch.zeros(2).double(), covariance)  # noqa: E731
     scale = (0.8 - 0.36) ** 0.5
@@ -426,7 +426,7 @@ def test_augmenting_integrates_over_what_is_added():
     assert_evidence(model, pv.surjections.FlowGuide(model), x, expected)
 
 
-def test_absolute_values_on_the_way_up_are_exact():
+def test_absolute_has_the_exact_log_likelihood():
     x = torch.randn(6, 3, dtype=torch.float64)
     prior = lambda: dist.Gamma(torch.full((3,), 2.0).double(), 1.5).to_event(1)  # noqa: E731
     magnitude = prior().log_prob(x.abs())
@@ -440,11 +440,11 @@ def test_absolute_values_on_the_way_up_are_exact():
 
 
 def folded(prior, x):
-    """log sum_s p(s x) over all signs, number by number."""
+    """Return log sum_s p(s x) over the signs of each number."""
     return torch.logaddexp(prior.log_prob(x), prior.log_prob(-x)).sum(-1)
 
 
-def test_absolute_values_on_the_way_down_fold_the_density():
+def test_generative_absolute_folds_the_density():
     base = dist.Normal(torch.tensor([0.3, -0.8], dtype=torch.float64), 1.1)
     x = torch.rand(6, 2, dtype=torch.float64) + 0.1
     exact = folded(base, x)
@@ -456,14 +456,14 @@ def test_absolute_values_on_the_way_down_fold_the_density():
     model = pv.surjections.FlowModel(lambda: base.to_event(1), pv.surjections.GenerativeAbsolute())
     guide = pv.surjections.FlowGuide(model)
     assert_evidence(model, guide, x, exact)
-    pv.objectives.IWAE(3).loss(model, guide, x)  # fair signs leave out no gradient
+    pv.objectives.IWAE(3).loss(model, guide, x)  # fair signs have no parameters
     x[2, 1] *= -1
     with pytest.raises(ValueError, match=r"outside the support|log-density of -inf"):
         pv.fit(model, guide, x, progress=False, batch_size=5)
 
 
-def test_learned_signs_get_the_gradient_of_the_score_function():
-    """Against the sum over all signs, of a stack whose draws below depend on parameters too."""
+def test_learned_signs_have_score_function_gradients():
+    """Compare with the sum over signs, in a stack with a parameter below the signs."""
     base = dist.Normal(torch.tensor([0.7], dtype=torch.float64), 1.1)
     logits, x = nn.Parameter(torch.randn(1).double()), torch.full((4000, 1), 0.4).double()
     shift = nn.Parameter(torch.tensor(0.3).double())
@@ -504,7 +504,7 @@ def test_learned_signs_get_the_gradient_of_the_score_function():
         pv.objectives.IWAE(2).loss(model, guide, x)
 
 
-def test_the_maximum_is_exact_and_a_density():
+def test_maximum_has_the_exact_normalized_log_likelihood():
     rates = torch.tensor([0.7, 1.3], dtype=torch.float64)
     noise = lambda z: dist.Exponential(rates * (1 + z.abs())).to_event(1)  # noqa: E731
     model = pv.surjections.FlowModel(Gaussian(1), pv.surjections.Maximum(noise, conditional=True))
@@ -548,7 +548,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_layers_take_any_leading_dimensions_and_either_type(kind, dtype):
+def test_layers_accept_leading_dimensions_and_both_dtypes(kind, dtype):
     layer = LAYERS[kind]().to(dtype)
     z = torch.rand(3, 5, 4, dtype=dtype)
     p = layer.generate(z)
@@ -561,7 +561,7 @@ def test_layers_take_any_leading_dimensions_and_either_type(kind, dtype):
         assert value.dtype == dtype
     assert p.log_prob(x).shape == q.log_prob(back).shape == (3, 5)
     assert (p.log_prob(x) + q.log_prob(back)).isfinite().all()
-    # One datum by itself; more particles; and z as an observer would give it.
+    # One row alone, more particles, and z without a recorded origin.
     torch.testing.assert_close(
         layer.generate(z[1]).log_prob(x[1].clone()), p.log_prob(x.clone())[1], rtol=1e-4, atol=1e-4
     )
@@ -578,7 +578,7 @@ def test_layers_take_any_leading_dimensions_and_either_type(kind, dtype):
 
 
 def stack(dim=4, levels=8, hidden=5):
-    """A flow above a VAE above a dequantiser."""
+    """Return a stack: dequantization, a bijection, a VAE and a flow."""
     return pv.surjections.FlowModel(
         pv.priors.StandardNormal(2),
         [
@@ -597,7 +597,7 @@ def levels_of_two_kinds(count=60):
     return (kinds[torch.randint(2, (count,))] + torch.randint(2, (count, 4))) / 7
 
 
-def test_a_flow_a_vae_and_a_dequantiser_are_one_program():
+def test_stack_of_flow_vae_and_dequantization_trains():
     model, x = stack(), levels_of_two_kinds()
     guide = pv.surjections.FlowGuide(model)
     assert guide(x).keys() == {"z_1", "z_2", "z_3", "z_4"}
@@ -616,7 +616,7 @@ def test_a_flow_a_vae_and_a_dequantiser_are_one_program():
     torch.testing.assert_close(pv.reconstruct(model, guide, x), x)
 
 
-def test_a_linear_vae_below_a_bijection_in_closed_form():
+def test_linear_vae_above_a_bijection_matches_its_closed_form():
     oracle = LinearGaussian()
     scale, shift = torch.tensor([1.0, -2, 0.5, 3, 1.5]).double(), torch.randn(5).double()
 
@@ -639,7 +639,7 @@ def test_a_linear_vae_below_a_bijection_in_closed_form():
     assert_within(gap.mean().item(), oracle.gap, terms.log_weight.std().item() / (4000 * 30) ** 0.5)
 
 
-def test_another_guide_is_refused():
+def test_fit_refuses_another_guide():
     model, _ = flow_pair("affine coupling")
     guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(3, [4])).double()
     x = torch.randn(10, 3, dtype=torch.float64)
@@ -649,7 +649,7 @@ def test_another_guide_is_refused():
 
 
 @pytest.mark.parametrize("double", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_captured_steps_are_those_of_python(double, without_compiler):
+def test_captured_steps_equal_eager_steps(double, without_compiler):
     def make():
         model = stack() if not double else stack().double()
         return model, pv.surjections.FlowGuide(model)
@@ -660,7 +660,7 @@ def test_captured_steps_are_those_of_python(double, without_compiler):
 
 
 @pytest.mark.parametrize("objective", [pv.objectives.IWAE(3), pv.objectives.StickingTheLanding()])
-def test_captured_steps_of_a_flow(objective, without_compiler):
+def test_captured_steps_of_a_flow_equal_eager_steps(objective, without_compiler):
     def make():
         model = pv.surjections.FlowModel(pv.priors.StandardNormal(4), FLOWS["spline coupling"](4))
         return model, pv.surjections.FlowGuide(model)
@@ -674,8 +674,8 @@ def test_captured_steps_of_a_flow(objective, without_compiler):
     )
 
 
-def test_surgery_finds_all_that_a_bijection_keeps():
-    """The codes of N data are N points: the information is log N, and says nothing more."""
+def test_surgery_of_a_bijection_has_mutual_information_log_n():
+    """The codes of N data points are N distinct points, so the information is log N."""
     model, guide = flow_pair("affine coupling")
     x = torch.randn(30, 3, dtype=torch.float64)
     surgery = pv.elbo_surgery(model, guide, x, seed=0)
@@ -699,15 +699,15 @@ def test_model_and_guide_are_copied_together():
     assert (pv.terms(model, guide, x).log_weight - before).abs().max() > 1e-3
 
 
-def test_the_path_passes_through_held_images():
-    """Below a bijection lies noise: its gradient along the held samples is that of the ELBO."""
+def test_path_gradient_below_a_bijection_equals_the_elbo_gradient():
+    """With noise below a bijection, the path gradient at held samples equals that of the ELBO."""
     layers = [
         pv.surjections.Stochastic(Gaussian(3, 2), Gaussian(2, 3)),
         pv.flows.Composition(2, length=2).double(),
     ]
     model = pv.surjections.FlowModel(Gaussian(2), layers)
     guide, x = pv.surjections.FlowGuide(model), torch.randn(50, 3, dtype=torch.float64)
-    encoder = layers[0].encoder.raw  # the scale: its score has an average of zero, and a variance
+    encoder = layers[0].encoder.raw  # the scale: its score has mean zero and positive variance
     found = {}
     for objective in (pv.objectives.ELBO(200), pv.objectives.StickingTheLanding(200)):
         draws = [
@@ -727,17 +727,17 @@ BAD = {
         ValueError,
         "at least one layer",
     ),
-    "no layer": (
+    "not a layer": (
         lambda: pv.surjections.FlowModel(pv.priors.StandardNormal(2), [3]),
         TypeError,
         "takes layers, torch Transforms",
     ),
-    "a module that gives no transform": (
+    "module without a transform": (
         lambda: pv.surjections.FlowModel(pv.priors.StandardNormal(2), pv.priors.StandardNormal(2)),
         TypeError,
         "StandardNormal is not a layer: .*which returns Independent",
     ),
-    "a transform of matrices": (
+    "transform of matrices": (
         lambda: pv.surjections.FlowModel(
             pv.priors.StandardNormal(2), transforms.LowerCholeskyTransform()
         ),
@@ -756,7 +756,7 @@ BAD = {
         ValueError,
         "size must be at least 1",
     ),
-    "a guide of no layers": (
+    "guide without layers": (
         lambda: pv.surjections.FlowGuide(nn.Linear(2, 2)),
         TypeError,
         "FlowGuide takes a FlowModel",
@@ -800,7 +800,7 @@ MISFITS = {
         (5, 4),
         r"Slice needs a distribution .* with 1 event dimension",
     ),
-    "dequantising noise of another size": (
+    "dequantization noise of another size": (
         vectors(4),
         pv.surjections.VariationalDequantization(2, lambda x: dist.Normal(x, 1.0)),
         (5, 4),
@@ -812,14 +812,14 @@ MISFITS = {
         (5, 4),
         "one logit for each",
     ),
-    "the maximum of one number": (
+    "maximum of one number": (
         vectors(2), pv.surjections.Maximum(vectors(3)), (5, 4), r"events of shape \(2,\)",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", MISFITS)
-def test_what_does_not_fit_is_told_at_the_first_call(what):
+def test_shape_mismatch_raises_at_the_first_call(what):
     prior, layers, shape, message = MISFITS[what]
     model = pv.surjections.FlowModel(prior, layers)
     with pytest.raises(ValueError, match=message):
@@ -836,7 +836,7 @@ def test_what_does_not_fit_is_told_at_the_first_call(what):
         (vectors(2, 4), transforms.AffineTransform(0.3, 2.0), "event_dim does not fit"),
     ],
 )
-def test_what_does_not_fit_is_told_by_the_model_alone(prior, layers, message):
+def test_shape_mismatch_raises_in_generate(prior, layers, message):
     with pytest.raises(ValueError, match=message):
         pv.generate(pv.surjections.FlowModel(prior, layers), torch.ones(5, 4))
 
@@ -847,8 +847,8 @@ def test_what_does_not_fit_is_told_by_the_model_alone(prior, layers, message):
      pv.objectives.ScoreFunction(3), pv.objectives.TVO(3), pv.objectives.PIWAE(2, 3)],
     ids=lambda objective: type(objective).__name__,
 )  # fmt: skip
-def test_estimators_at_held_samples_have_the_gradient_of_a_flow(objective):
-    """An image is no sample: held fixed, it would hide the prior from the flow's parameters."""
+def test_estimators_with_held_samples_have_the_exact_gradient_of_a_flow(objective):
+    """Deterministic outputs must not be held, or the flow would lose the prior's gradient."""
     model, guide = flow_pair("affine coupling")
     x = torch.randn(5, 3, dtype=torch.float64)
     expected = gradients(exact_log_p(model, x).sum(), model)
@@ -856,8 +856,8 @@ def test_estimators_at_held_samples_have_the_gradient_of_a_flow(objective):
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
 
 
-def test_a_support_that_the_data_never_reach_is_refused():
-    """Else p(x) would integrate to less than one."""
+def test_prior_support_beyond_the_image_of_the_data_is_refused():
+    """Otherwise p(x) would integrate to less than one."""
     normal = pv.priors.StandardNormal(1)
     x = torch.rand(5, 1)
     for layer in (
@@ -874,7 +874,7 @@ def test_a_support_that_the_data_never_reach_is_refused():
         pv.evidence(model, pv.surjections.FlowGuide(model), torch.rand(5, 3), num_particles=1)
 
 
-def test_what_is_no_bijection_or_holds_parameters_is_refused():
+def test_bijection_refuses_non_bijective_and_parametrized_transforms():
     with pytest.raises(ValueError, match="needs a bijective transform, got AbsTransform"):
         pv.surjections.Bijection(torch.distributions.AbsTransform())
     loc = nn.Parameter(torch.zeros(2))
@@ -884,8 +884,8 @@ def test_what_is_no_bijection_or_holds_parameters_is_refused():
         pv.surjections.Absolute().infer(torch.tensor([[1, -2]]))
 
 
-def test_a_flow_scores_what_the_model_dreams():
-    """In float32, a logit moves the rounding of its data far."""
+def test_flow_guide_scores_joint_samples():
+    """In float32, a logit amplifies rounding errors."""
     logit = torch.distributions.SigmoidTransform().inv
     steep = torch.distributions.AffineTransform(0.0, 30.0)
     model = pv.surjections.FlowModel(pv.priors.StandardNormal(4), [logit, steep.inv])
@@ -894,7 +894,7 @@ def test_a_flow_scores_what_the_model_dreams():
     assert pv.terms(model, guide, x).sample_joint().log_guide().isfinite().double().mean() > 0.99
 
 
-def test_an_image_taken_without_gradients_does_not_hide_them():
+def test_sample_taken_without_gradients_keeps_the_density_differentiable():
     model, _ = flow_pair("affine coupling")
     x = torch.randn(5, 3, dtype=torch.float64)
     layer = model.layers[0]
@@ -903,7 +903,7 @@ def test_an_image_taken_without_gradients_does_not_hide_them():
     assert layer.generate(z).log_prob(x).requires_grad
 
 
-def test_a_draw_is_no_draw_of_another_preimage():
+def test_sample_has_zero_density_under_another_latent():
     layer = pv.surjections.Slice(
         2, noise=lambda z: dist.Normal(z, 1.0).to_event(1), conditional=True
     )
@@ -912,7 +912,7 @@ def test_a_draw_is_no_draw_of_another_preimage():
     assert (layer.generate(other).log_prob(x) == -torch.inf).all()
 
 
-def test_the_origin_of_a_sample_ends_with_it():
+def test_origin_of_a_sample_is_freed_with_it():
     model = pv.surjections.FlowModel(pv.priors.StandardNormal(3), pv.flows.Composition(3))
     z = pv.surjections.FlowGuide(model)(torch.randn(5, 3))["z"]
     assert vars(z) == {}

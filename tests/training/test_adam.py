@@ -16,13 +16,13 @@ def closure_of(parameters, gradients):
     return closure
 
 
-def test_adam_is_torchs_adam():
+def test_adam_equals_torchs_adam():
     ours = [torch.randn(5, 3), torch.randn(4), torch.randn(2, dtype=torch.double)]
     theirs = [p.clone().requires_grad_() for p in ours]
     ours = [p.requires_grad_() for p in ours]
     mine, reference = Adam(ours, lr=0.01), torch.optim.Adam(theirs, lr=0.01)
     calls = []
-    for optimizer in (mine, reference):  # hooks see the same
+    for optimizer in (mine, reference):  # both run hooks
         optimizer.register_step_pre_hook(lambda self, args, kwargs: calls.append(len(args)))
         optimizer.register_step_post_hook(lambda self, args, kwargs: calls.append(len(args)))
     for step in range(60):

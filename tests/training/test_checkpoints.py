@@ -1,4 +1,4 @@
-"""A run that was stopped, at whatever instant, and resumed is the run that was never stopped."""
+"""A run that was interrupted at any time and resumed equals the uninterrupted run."""
 
 import errno
 import functools
@@ -32,21 +32,21 @@ from pyro_vae.training import _loading as loading
 from pyro_vae.training._loop import TrainingLoop
 from pyro_vae.training._step import TrainStep
 
-SHARE_OF_TIME = checkpoints._SHARE_OF_TIME  # before every test sets it
+SHARE_OF_TIME = checkpoints._SHARE_OF_TIME  # before the fixture changes it
 
 
 class Killed(BaseException):
-    """Stands for whatever ends a process."""
+    """Simulates the end of the process."""
 
 
 @pytest.fixture(autouse=True)
-def at_every_step(monkeypatch):
-    """Write as often as asked for, whatever it costs."""
+def write_at_every_step(monkeypatch):
+    """Write checkpoints at the requested times regardless of their cost."""
     monkeypatch.setattr(checkpoints, "_SHARE_OF_TIME", float("inf"))
 
 
 class Noisy(nn.Module):
-    """An encoder with a running average and noise of its own."""
+    """An encoder with batch norm and dropout."""
 
     def __init__(self, size: int, width: int):
         super().__init__()
@@ -65,7 +65,7 @@ def noisy_pair():
 
 
 def bare_pair():
-    """Functions, with parameters that Pyro's store alone holds, one of them made later."""
+    """Return functions with pyro.param parameters, one of them created later."""
     calls = []
 
     def model(x):
@@ -101,7 +101,7 @@ class Rows(Dataset):
 
 
 class Shuffled(IterableDataset):
-    """A stream with a buffer, whose order depends on all that was drawn before."""
+    """A shuffled stream whose order depends on all earlier random numbers."""
 
     def __init__(self, x):
         self.x = x
@@ -161,7 +161,7 @@ CAPTURED = {
 
 
 def run(x, folder=None, killed_after=None, **case):
-    """Fit a new pair; die in some step, if so wished. Return its tensors and its history."""
+    """Fit a new pair, killed after a step if asked, and return its tensors and history."""
     torch.manual_seed(11)
     random.seed(12)
     np.random.seed(13)  # noqa: NPY002
@@ -199,13 +199,13 @@ def assert_same(found, expected):
 
 
 def some_of(last, name):
-    """Two steps, the same for a name each time."""
+    """Return two steps, chosen by the name alone."""
     generator = np.random.default_rng(list(name.encode()))
     return 1 + generator.choice(last, 2, replace=False)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_resumed_run_ends_as_if_it_had_not_been_killed(name, binary, tmp_path):
+def test_resumed_run_equals_the_uninterrupted_run(name, binary, tmp_path):
     expected = run(binary, **CASES[name])
     last = expected[2]
     steps = some_of(last, name)
@@ -216,8 +216,12 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_killed(name, binary, tmp_path)
         assert_same(run(binary, folder, **CASES[name]), expected)
 
 
-def test_a_captured_run_is_resumed_at_the_stage_it_had(binary, tmp_path, without_compiler):
-    case = {"capture": True, "epochs": 3, "batch_size": 20}  # two whole minibatches, and a rest
+def test_captured_run_resumes_at_its_capture_stage(binary, tmp_path, without_compiler):
+    case = {
+        "capture": True,
+        "epochs": 3,
+        "batch_size": 20,
+    }  # two full minibatches and a smaller one
     expected = run(binary, **case)
     for step in (1, 4, 5, 7):
         with pytest.raises(Killed):
@@ -227,7 +231,7 @@ def test_a_captured_run_is_resumed_at_the_stage_it_had(binary, tmp_path, without
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CAPTURED)
-def test_a_compiled_run_is_resumed_bit_by_bit(name, binary, tmp_path):
+def test_compiled_run_resumes_bitwise(name, binary, tmp_path):
     case = {"capture": True, "epochs": 3} | CAPTURED[name]
     expected = run(binary, **case)
     for number, step in enumerate(some_of(expected[2], name)):
@@ -257,7 +261,7 @@ def equal(some, others):
 
 
 class At:
-    """A transform that does something at one of its calls."""
+    """A transform that runs an action at one of its calls."""
 
     def __init__(self, call, action):
         self.call, self.action, self.calls = call, action, 0
@@ -269,7 +273,7 @@ class At:
         return torch.bernoulli(x)
 
 
-def test_rows_on_disk_are_streamed_and_resumed(binary, tmp_path):
+def test_run_on_memory_mapped_rows_resumes(binary, tmp_path):
     rows = on_disk(binary, tmp_path)
     expected, straight = fit(rows)
     with mock.patch.object(TrainStep, "end_epoch", side_effect=Killed), pytest.raises(Killed):
@@ -279,7 +283,7 @@ def test_rows_on_disk_are_streamed_and_resumed(binary, tmp_path):
     assert result.history.loss.tolist() == expected.history.loss.tolist()
 
 
-def test_a_run_that_was_over_goes_on_for_more_epochs(binary, tmp_path):
+def test_finished_run_resumes_for_more_epochs(binary, tmp_path):
     expected, straight = fit(binary, epochs=4)
     fit(binary, tmp_path, epochs=2)
     result, resumed = fit(binary, tmp_path, epochs=4, resume=True)
@@ -290,19 +294,19 @@ def test_a_run_that_was_over_goes_on_for_more_epochs(binary, tmp_path):
     assert again.history.loss.tolist() == expected.history.loss.tolist()
 
 
-def test_ctrl_c_ends_the_run_after_the_step_and_it_can_be_resumed(binary, tmp_path):
+def test_ctrl_c_stops_after_the_step_and_the_run_resumes(binary, tmp_path):
     _, straight = fit(binary, transform=torch.bernoulli)
     press = At(9, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(pv.training.Interrupted) as stopped:
         fit(binary, tmp_path, transform=press)
-    assert press.calls == 9  # one by the fit's first look, then that step's and no other
+    assert press.calls == 9  # one for the fit's first check, the last for the interrupted step
     assert len(stopped.value.partial.history) == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     _, resumed = fit(binary, tmp_path, transform=torch.bernoulli, resume=True)
     assert equal(straight, resumed)
 
 
-def test_a_second_ctrl_c_does_not_wait_and_leaves_a_whole_state(binary, tmp_path):
+def test_second_ctrl_c_stops_at_once_and_the_run_resumes(binary, tmp_path):
     _, straight = fit(binary, transform=torch.bernoulli)
 
     def twice():
@@ -315,7 +319,7 @@ def test_a_second_ctrl_c_does_not_wait_and_leaves_a_whole_state(binary, tmp_path
     assert equal(straight, resumed)
 
 
-def test_a_fit_interrupted_during_validation_resumes_to_the_bit(binary, tmp_path):
+def test_fit_interrupted_during_validation_resumes_bitwise(binary, tmp_path):
     _, straight = fit(binary, validation=binary)
     evaluate = TrainStep.evaluate
 
@@ -329,14 +333,14 @@ def test_a_fit_interrupted_during_validation_resumes_to_the_bit(binary, tmp_path
     assert equal(straight, resumed)
 
 
-def test_a_fit_in_a_thread_leaves_signals_alone(binary):
+def test_fit_in_a_thread_keeps_signal_handlers(binary):
     thread = threading.Thread(target=fit, args=(binary,))
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_full_disk_leaves_the_checkpoints_before_it(binary, tmp_path):
+def test_full_disk_keeps_earlier_checkpoints(binary, tmp_path):
     _, straight = fit(binary)
     written = 0
 
@@ -354,13 +358,13 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(binary, tmp_path):
     assert equal(straight, resumed)
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(binary, tmp_path):
+def test_unwritable_folder_raises_before_the_first_step(binary, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         fit(binary, tmp_path / "file" / "run")
 
 
-def test_a_damaged_checkpoint_is_passed_over(binary, tmp_path):
+def test_damaged_checkpoint_is_skipped(binary, tmp_path):
     _, straight = fit(binary, transform=torch.bernoulli)
     with pytest.raises(pv.training.Interrupted):
         fit(binary, tmp_path, transform=At(9, lambda: signal.raise_signal(signal.SIGINT)))
@@ -394,7 +398,7 @@ def test_a_damaged_checkpoint_is_passed_over(binary, tmp_path):
         ({"transform": torch.bernoulli}, "transform False"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(changes, message, binary, tmp_path):
+def test_resume_refuses_a_checkpoint_of_another_run(changes, message, binary, tmp_path):
     fit(binary, tmp_path)
     with pytest.raises(ValueError, match=message):
         fit(binary, tmp_path, resume=True, **changes)
@@ -425,13 +429,15 @@ def test_a_checkpoint_of_another_run_is_refused(changes, message, binary, tmp_pa
         ),
     ],
 )
-def test_a_run_with_other_parts_is_refused(first, then, message, binary, tmp_path):
+def test_resume_refuses_another_optimizer_scheduler_or_objective(
+    first, then, message, binary, tmp_path
+):
     fit(binary, tmp_path, **first)
     with pytest.raises(ValueError, match=message):
         fit(binary, tmp_path, resume=True, **then)
 
 
-def test_a_finished_run_that_is_called_again_keeps_its_random_numbers(binary, tmp_path):
+def test_repeated_resume_of_a_finished_run_keeps_its_random_numbers(binary, tmp_path):
     options = {"pair": noisy_pair, "transform": torch.bernoulli}
     _, straight = fit(binary, epochs=4, **options)
     for epochs in (2, 2, 4):
@@ -439,8 +445,8 @@ def test_a_finished_run_that_is_called_again_keeps_its_random_numbers(binary, tm
     assert equal(straight, resumed)
 
 
-class Drawn(Dataset):
-    """Rows that are drawn anew each time they are read."""
+class RandomRows(Dataset):
+    """A data set that samples a new row at each access."""
 
     def __init__(self, x):
         self.x = x
@@ -453,11 +459,11 @@ class Drawn(Dataset):
 
 
 def shuffled_loader(x):
-    return DataLoader(Drawn(x), 10, shuffle=True, generator=torch.Generator())
+    return DataLoader(RandomRows(x), 10, shuffle=True, generator=torch.Generator())
 
 
-@pytest.mark.parametrize("wrap", [Drawn, shuffled_loader])
-def test_streams_are_validated_on_the_same_numbers_each_time(wrap, binary, tmp_path):
+@pytest.mark.parametrize("wrap", [RandomRows, shuffled_loader])
+def test_random_validation_data_are_the_same_each_epoch(wrap, binary, tmp_path):
     result, _ = fit(binary, validation=wrap(binary), learning_rate=1e-12)
     assert result.history["validation_loss"].nunique() == 1
     _, straight = fit(binary, epochs=3, **plateau(wrap(binary)))
@@ -473,7 +479,7 @@ def plateau(validation):
     }
 
 
-def test_an_interrupt_while_the_last_checkpoint_of_an_epoch_is_written(binary, tmp_path):
+def test_run_interrupted_while_writing_a_checkpoint_resumes(binary, tmp_path):
     _, straight = fit(binary, transform=torch.bernoulli)
     write, times = TrainingLoop._write_checkpoint, 0
 
@@ -493,7 +499,7 @@ def test_an_interrupt_while_the_last_checkpoint_of_an_epoch_is_written(binary, t
     assert equal(straight, resumed)
 
 
-def test_schedulers_within_a_scheduler(binary, tmp_path):
+def test_nested_schedulers_resume(binary, tmp_path):
     def scheduler(optimizer):
         rates = torch.optim.lr_scheduler
         first = rates.LinearLR(optimizer, total_iters=2)
@@ -507,7 +513,7 @@ def test_schedulers_within_a_scheduler(binary, tmp_path):
 
 
 class Exact(torch.optim.Optimizer):
-    """Adds gradients up in another type than the parameters'."""
+    """An optimizer that sums gradients in float64."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {"lr": 1e-3})
@@ -523,14 +529,14 @@ class Exact(torch.optim.Optimizer):
         return loss
 
 
-def test_the_types_of_an_optimizers_state_are_kept(binary, tmp_path):
+def test_dtypes_of_the_optimizer_state_are_kept(binary, tmp_path):
     _, straight = fit(binary, optimizer=Exact)
     fit(binary, tmp_path, epochs=1, optimizer=Exact)
     _, resumed = fit(binary, tmp_path, optimizer=Exact, resume=True)
     assert equal(straight, resumed)
 
 
-def test_ctrl_c_in_the_last_epochs_callback(binary):
+def test_ctrl_c_in_the_last_callback_raises_interrupted(binary):
     def press(epoch):
         if epoch == 3:
             signal.raise_signal(signal.SIGINT)
@@ -540,7 +546,7 @@ def test_ctrl_c_in_the_last_epochs_callback(binary):
     assert len(stopped.value.partial.history) == 3
 
 
-def test_what_a_killed_writer_leaves_is_removed(binary, tmp_path):
+def test_temporary_folder_of_a_killed_writer_is_removed(binary, tmp_path):
     left = files.hidden(tmp_path / "step-000000000003", files.WRITING)
     left = left.with_name(left.name.replace(f".{os.getpid()}.", ".99999999."))
     left.mkdir(parents=True)
@@ -550,7 +556,7 @@ def test_what_a_killed_writer_leaves_is_removed(binary, tmp_path):
     assert (tmp_path / "step-notes.txt").read_text() == "mine"
 
 
-def test_a_checkpoint_with_other_content_is_refused(binary, tmp_path):
+def test_checkpoint_with_other_content_is_refused(binary, tmp_path):
     fit(binary, tmp_path)
     last = sorted(tmp_path.iterdir())[-1]
     content = read(last, kind=checkpoints.KIND)
@@ -561,24 +567,24 @@ def test_a_checkpoint_with_other_content_is_refused(binary, tmp_path):
 
 
 @pytest.mark.parametrize("found", [3, {"loss": 1.0}, {"kl": "much"}])
-def test_what_after_epoch_must_not_return(found, binary):
+def test_after_epoch_refuses_invalid_return_values(found, binary):
     with pytest.raises((TypeError, ValueError), match="after_epoch must"):
         fit(binary, after_epoch=lambda epoch: found)
 
 
-def test_numbers_of_numpy_are_numbers(binary, tmp_path):
+def test_after_epoch_may_return_numpy_numbers(binary, tmp_path):
     numbers = {"a": np.float32(1.5), "b": np.int64(2)}
     result, _ = fit(binary, tmp_path, after_epoch=lambda epoch: numbers)
     assert result.history["a"].tolist() == [1.5] * 3
 
 
-def test_other_data_are_refused(binary, tmp_path):
+def test_resume_refuses_other_data(binary, tmp_path):
     fit(binary, tmp_path)
     with pytest.raises(ValueError, match="with data "):
         fit(1 - binary, tmp_path, resume=True)
 
 
-def test_a_folder_in_use_is_refused(binary, tmp_path):
+def test_folder_with_checkpoints_needs_resume(binary, tmp_path):
     fit(binary, tmp_path)
     with pytest.raises(ValueError, match="resume=True"):
         fit(binary, tmp_path)
@@ -598,12 +604,12 @@ def test_a_folder_in_use_is_refused(binary, tmp_path):
         ({"resume": True}, TypeError, "folder"),
     ],
 )
-def test_settings_of_checkpoints_are_checked(arguments, error, name):
+def test_checkpoint_refuses_bad_arguments(arguments, error, name):
     with pytest.raises(error, match=name):
         Checkpoint(**arguments)
 
 
-def test_a_folder_is_a_checkpoint_with_the_default_settings(binary, tmp_path):
+def test_folder_is_a_checkpoint_with_default_settings(binary, tmp_path):
     pv.fit(*make_pair(), binary, epochs=1, checkpoint=tmp_path / "run", progress=False)
     assert len(pv.load_checkpoint(tmp_path / "run").history) == 1
     assert Checkpoint(tmp_path) == Checkpoint(tmp_path, seconds=60.0, keep=3, resume=False)
@@ -611,7 +617,7 @@ def test_a_folder_is_a_checkpoint_with_the_default_settings(binary, tmp_path):
         pv.fit(*make_pair(), binary, checkpoint=3)
 
 
-def test_what_cannot_be_written_is_told_before_the_first_step(binary, tmp_path):
+def test_state_that_cannot_be_saved_raises_before_the_first_step(binary, tmp_path):
     class Odd(torch.optim.SGD):
         def state_dict(self):
             return super().state_dict() | {"callback": print}
@@ -620,7 +626,7 @@ def test_what_cannot_be_written_is_told_before_the_first_step(binary, tmp_path):
         fit(binary, tmp_path, optimizer=functools.partial(Odd, lr=0.1), epochs=10**6)
 
 
-def test_the_last_few_stay(binary, tmp_path):
+def test_only_the_last_checkpoints_are_kept(binary, tmp_path):
     fit(binary, tmp_path, keep=2)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
         "step-000000000014",
@@ -628,7 +634,7 @@ def test_the_last_few_stay(binary, tmp_path):
     ]
 
 
-def test_what_after_epoch_returns_are_columns(binary):
+def test_after_epoch_results_are_history_columns(binary):
     seen = []
 
     def kl_of_units(epoch):
@@ -642,13 +648,15 @@ def test_what_after_epoch_returns_are_columns(binary):
     result = pv.fit(*programs, binary, after_epoch=kl_of_units, **options)
     assert seen == [1, 2, 3]
     assert result.history[["kl of unit 0", "kl of unit 1"]].notna().all(axis=None)
-    assert equal(tensors(*programs), fit(binary)[1])  # it does not touch the run's noise
+    assert equal(
+        tensors(*programs), fit(binary)[1]
+    )  # after_epoch does not change the noise of the run
 
 
 @pytest.mark.parametrize(
     ("name", "given"), [("modules", tuple), ("noise of their own", noisy_pair)]
 )
-def test_the_pair_of_a_run_that_was_killed_is_loaded(name, given, binary, tmp_path):
+def test_load_checkpoint_of_a_killed_run(name, given, binary, tmp_path):
     with pytest.raises(Killed):
         run(binary, tmp_path, 9, **CASES[name])
     saved = pv.load_checkpoint(tmp_path, *given())
@@ -662,7 +670,7 @@ def test_the_pair_of_a_run_that_was_killed_is_loaded(name, given, binary, tmp_pa
             pv.load(folder)
 
 
-def test_the_pair_of_a_run_over_functions_is_given(binary, tmp_path):
+def test_load_checkpoint_of_functions_needs_the_programs(binary, tmp_path):
     _, fitted = fit(binary, tmp_path, pair=bare_pair)
     with pytest.raises(ValueError, match="pass model and guide"):
         pv.load_checkpoint(tmp_path)
@@ -671,7 +679,7 @@ def test_the_pair_of_a_run_over_functions_is_given(binary, tmp_path):
     assert {"param.scale", "param.shift", "param.weight"} <= fitted.keys()
 
 
-def test_the_pair_of_the_best_epoch_is_loaded(binary, tmp_path):
+def test_load_checkpoint_returns_the_best_epoch(binary, tmp_path):
     options = {"patience": 5, "validation": binary[:9], "learning_rate": 0.3, "epochs": 6}
     result, fitted = fit(binary, tmp_path, **options)
     assert result.best_epoch < 6
@@ -680,21 +688,21 @@ def test_the_pair_of_the_best_epoch_is_loaded(binary, tmp_path):
     pd.testing.assert_frame_equal(saved.history, result.history)
 
 
-def test_a_folder_without_a_checkpoint_has_no_pair(binary, tmp_path):
+def test_load_checkpoint_without_a_readable_checkpoint(binary, tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(FileNotFoundError, match="no checkpoint"):
             pv.load_checkpoint(folder)
     fit(binary, tmp_path, epochs=1)
     names = sorted(tmp_path.iterdir())
     (names[-1] / "tensors.safetensors").write_bytes(b"nothing")
-    pv.load_checkpoint(tmp_path)  # of the one before it
+    pv.load_checkpoint(tmp_path)  # loads the previous checkpoint
     assert sorted(tmp_path.iterdir()) == names  # reading changes nothing
     write(names[-1], {"trainer": {}}, kind=checkpoints.KIND, overwrite=True)
     with pytest.raises(pv.serialization.UnreadableFile, match="no checkpoint with a pair"):
         pv.load_checkpoint(tmp_path)
 
 
-def test_a_long_history_is_resumed(binary, tmp_path, monkeypatch):
+def test_long_history_is_resumed(binary, tmp_path, monkeypatch):
     fit(binary, tmp_path, epochs=1, after_epoch=lambda epoch: {"kl": 0.5})
     path = max(tmp_path.iterdir())
     content = read(path, kind=checkpoints.KIND)
@@ -702,14 +710,14 @@ def test_a_long_history_is_resumed(binary, tmp_path, monkeypatch):
     content["history"] |= {"columns": columns, "rows": 5_000}
     content["position"]["epoch"] = 5_001
     write(path, content, kind=checkpoints.KIND, overwrite=True)
-    monkeypatch.setattr(writing, "MAX_RECORD", 100_000)  # 20 for each row
+    monkeypatch.setattr(writing, "MAX_RECORD", 100_000)  # 20 bytes per row
     result, _ = fit(binary, tmp_path, epochs=5_001, resume=True)
     assert len(result.history) == 5_001
     assert result.history["kl"].notna().sum() == 5_000
 
 
-def test_a_best_epoch_before_the_resume_is_gone_back_to(binary, tmp_path):
-    """Steps that are 1000 times as long from the second epoch on make the first the best."""
+def test_best_epoch_before_the_resume_is_restored(binary, tmp_path):
+    """The rate is 1000 times larger from the second epoch on, so the first epoch is best."""
     options = {
         "validation": binary,
         "patience": 5,
@@ -723,8 +731,8 @@ def test_a_best_epoch_before_the_resume_is_gone_back_to(binary, tmp_path):
     assert equal(best, resumed)
 
 
-def test_checkpoints_that_the_run_went_back_from_are_removed(binary, tmp_path):
-    """Ctrl-C twice, between a checkpoint and the removal of the one before it."""
+def test_checkpoints_after_the_interrupted_state_are_removed(binary, tmp_path):
+    """Press Ctrl-C twice between writing a checkpoint and removing the previous one."""
     _, straight = fit(binary)
     remove, names = checkpoints.shutil.rmtree, []
 
@@ -745,8 +753,8 @@ def test_checkpoints_that_the_run_went_back_from_are_removed(binary, tmp_path):
 
 
 @pytest.mark.parametrize(("took", "wait"), [(0.1, 10.0), (3.0, 150.0)])
-def test_writing_takes_a_fiftieth_of_the_time_at_most(took, wait, tmp_path, monkeypatch):
-    """Ten seconds from checkpoint to checkpoint, or fifty times as long as the last one took."""
+def test_writing_takes_at_most_a_fiftieth_of_the_time(took, wait, tmp_path, monkeypatch):
+    """The wait is ten seconds, or fifty times as long as the last write if that is more."""
     now = 1000.0
 
     def content():
@@ -766,8 +774,8 @@ def test_writing_takes_a_fiftieth_of_the_time_at_most(took, wait, tmp_path, monk
     assert folder.due
 
 
-def own_scale():
-    """A pair with numbers and parts that a callback may change."""
+def fixed_scale_pair():
+    """Return a pair whose attributes a callback may change."""
     model = pv.LatentVariableModel(
         prior=pv.priors.StandardNormal(2),
         likelihood=pv.likelihoods.Normal(pv.nets.MLP(2, [7], 16), scale=1.0),
@@ -775,9 +783,9 @@ def own_scale():
     return model, pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [7]))
 
 
-def test_a_pair_whose_numbers_were_changed_on_the_way(binary, tmp_path):
+def test_resume_detects_changed_attributes(binary, tmp_path):
     torch.manual_seed(11)
-    programs = own_scale()
+    programs = fixed_scale_pair()
     options = {"batch_size": 10, "seed": 0, "progress": False, "capture": False}
     begun = options | {"checkpoint": Checkpoint(tmp_path, seconds=0.0)}
     resumed = options | {"checkpoint": Checkpoint(tmp_path, seconds=0.0, resume=True)}
@@ -789,15 +797,15 @@ def test_a_pair_whose_numbers_were_changed_on_the_way(binary, tmp_path):
     with pytest.raises(ValueError, match="pass model and guide"):  # not made as it is now
         pv.load_checkpoint(tmp_path)
     with pytest.warns(UserWarning, match=r"scale.value was 0.333\d*, now 1.0"):
-        pv.fit(*own_scale(), binary, epochs=3, **resumed)
-    other, _ = own_scale()
+        pv.fit(*fixed_scale_pair(), binary, epochs=3, **resumed)
+    other, _ = fixed_scale_pair()
     other.likelihood.decoder[1] = nn.ReLU()
     guide = pv.guides.AmortizedNormal(other, encoder=pv.nets.MLP(16, [7]))
     with pytest.raises(ValueError, match="was Tanh, now ReLU"):
         pv.fit(other, guide, binary, epochs=4, **resumed)
 
 
-def test_what_was_frozen_on_the_way_stays_so(binary, tmp_path):
+def test_parameters_frozen_during_the_run_stay_frozen(binary, tmp_path):
     def run(folder, pressed):
         torch.manual_seed(11)
         model, guide = make_pair()
@@ -824,7 +832,7 @@ def test_what_was_frozen_on_the_way_stays_so(binary, tmp_path):
 
 
 def late_pair(noisy):
-    """A parameter that is made in the seventh call of the model."""
+    """Return a pair that creates a parameter in the seventh training call of the model."""
     calls = torch.zeros(())
     register = nn.Module()
     register.register_buffer("calls", calls)
@@ -847,7 +855,7 @@ def late_pair(noisy):
 
 
 @pytest.mark.parametrize("stops", ["at the end of the epoch", "in a later step"])
-def test_an_interrupt_after_a_parameter_was_made(stops, binary, tmp_path):
+def test_run_resumes_after_a_parameter_was_created(stops, binary, tmp_path):
     pair = functools.partial(late_pair, noisy=True)
     straight = fit(binary, pair=pair, epochs=4)[1]
     assert "param.late" in straight
@@ -876,7 +884,7 @@ def test_an_interrupt_after_a_parameter_was_made(stops, binary, tmp_path):
     assert equal(straight, resumed)
 
 
-def test_a_run_that_goes_back_over_its_capture_begins_it_anew(binary, tmp_path, without_compiler):
+def test_run_restored_to_before_its_capture_captures_again(binary, tmp_path, without_compiler):
     step, taken = TrainStep.step, 0
 
     def stopped(*args, **options):
@@ -897,13 +905,13 @@ def test_a_run_that_goes_back_over_its_capture_begins_it_anew(binary, tmp_path, 
     assert equal(fit(binary, capture=True)[1], resumed)
 
 
-def test_another_rate_of_ones_own_optimizer_is_refused(binary, tmp_path):
+def test_resume_refuses_another_rate_of_a_custom_optimizer(binary, tmp_path):
     fit(binary, tmp_path, optimizer=functools.partial(torch.optim.SGD, lr=0.1))
     with pytest.raises(ValueError, match=r"'lr': 0.1.*'lr': 0.5"):
         fit(binary, tmp_path, optimizer=functools.partial(torch.optim.SGD, lr=0.5), resume=True)
 
 
-def test_a_checkpoint_that_a_run_takes_away_is_read_anew(binary, tmp_path):
+def test_load_checkpoint_retries_if_a_checkpoint_was_removed(binary, tmp_path):
     fit(binary, tmp_path, epochs=1)
     read, times = loading.last_whole, 0
 
@@ -918,8 +926,8 @@ def test_a_checkpoint_that_a_run_takes_away_is_read_anew(binary, tmp_path):
         assert len(pv.load_checkpoint(tmp_path).history) == 1
 
 
-def test_a_best_epoch_that_was_undone_is_no_longer_the_best(binary, tmp_path):
-    """A second Ctrl-C after the epoch, before the next has begun, undoes its last steps."""
+def test_undone_best_epoch_is_not_the_best(binary, tmp_path):
+    """An interrupt between two epochs undoes the last steps of the first."""
     options = {"patience": 5, "validation": binary[:9], "epochs": 4}
     _, straight = fit(binary, **options)
     order, calls = Minibatches.state_dict, 0
@@ -927,7 +935,7 @@ def test_a_best_epoch_that_was_undone_is_no_longer_the_best(binary, tmp_path):
     def interrupted(batches):
         nonlocal calls
         calls += 1
-        if calls == 3:  # one before the first epoch
+        if calls == 3:  # one call comes before the first epoch
             raise KeyboardInterrupt
         return order(batches)
 

@@ -1,4 +1,4 @@
-"""Two processes that share every minibatch train as one does."""
+"""Two processes that split every minibatch train like one process."""
 
 import functools
 import subprocess
@@ -23,11 +23,11 @@ from pyro_vae.training import _checkpoints as checkpoints
 from pyro_vae.training._step import TrainStep
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "data_parallel.py"
-ROWS = 51  # the last minibatch of 10 has one row, and a process none
+ROWS = 51  # the last minibatch of 10 has one row, so one process has none
 
 
 class Pair(nn.Module):
-    """A Gaussian pair whose noise comes with the data: a row of x and a row of noise."""
+    """A Gaussian pair whose noise is part of the data."""
 
     def __init__(self, batch_norm=False):
         super().__init__()
@@ -58,8 +58,8 @@ def data(rows=ROWS):
     return x, torch.randn(rows, 2, generator=generator, dtype=torch.float64)
 
 
-def logs(x, noise, bad=(27,)):
-    """Rows of which some are not a number once their logarithm is taken."""
+def data_with_zeros(x, noise, bad=(27,)):
+    """Return positive rows with zeros at the bad rows, where x log x is NaN."""
     x = x.abs() + 0.1
     x[list(bad), 2] = 0.0
     return x, noise
@@ -71,7 +71,7 @@ class Logarithm(Pair):
 
 
 class Sometimes(Pair):
-    """Has a parameter that large rows alone need: not every share has one, nor every minibatch."""
+    """A pair with a parameter used only for large rows, which some shares and minibatches lack."""
 
     def __init__(self):
         super().__init__()
@@ -82,8 +82,8 @@ class Sometimes(Pair):
         super().model(x - large * self.raised if large.any() else x, noise)
 
 
-class Labelled(Pair):
-    """Observes whether rows are large as 0 or 1; where they are very large, as 2."""
+class Labeled(Pair):
+    """A pair that observes 1 for large rows, 0 for others and an invalid 2 for very large rows."""
 
     def model(self, x, noise):
         super().model(x, noise)
@@ -145,7 +145,7 @@ def trained(kind=Pair, columns=None, killed_after=None, own_noise=False, frozen=
 
 
 def runs(folder):
-    """What is trained, by name: each a function of nothing."""
+    """Return the training runs by name, each a function without arguments."""
     columns = data()
     loader = functools.partial(DataLoader, TensorDataset(*columns), batch_size=10)
     written = functools.partial(pv.training.Checkpoint, folder, seconds=0.0)
@@ -159,14 +159,16 @@ def runs(folder):
         "validation": lambda: trained(validation=columns, patience=2),
         "a Dataset": lambda: trained(columns=Rows(columns)),
         "a loader": lambda: trained(columns=loader(shuffle=True)),
-        "skipped": lambda: trained(Logarithm, logs(*columns), on_nonfinite="skip"),
+        "skipped": lambda: trained(Logarithm, data_with_zeros(*columns), on_nonfinite="skip"),
         "needed by some": lambda: trained(Sometimes),
         "frozen": lambda: trained(frozen="decoder.weight"),
-        # In the first epoch, whose values are validated: errors of both, of the second alone, and,
-        # in a minibatch of which the second has no row, of the first.
+        # In the first epoch, which validates values, errors occur in both processes, in the second
+        # alone, and in the first alone, where the second has no row.
         "errors": lambda: trained(
             Logarithm,
-            DataLoader(TensorDataset(*logs(*columns, bad=(22, 27, 47, 50))), batch_size=10),
+            DataLoader(
+                TensorDataset(*data_with_zeros(*columns, bad=(22, 27, 47, 50))), batch_size=10
+            ),
             on_nonfinite="skip",
             clip_norm=1.0,
         ),
@@ -180,8 +182,8 @@ def runs(folder):
     }
 
 
-def one_of_two(rank, folder):
-    """What one process does: everything, and each run's tensors into a file."""
+def run_process(rank, folder):
+    """Run everything in one process and save the tensors of each run."""
     join_two(rank, folder)
     checkpoints._SHARE_OF_TIME = float("inf")
     Captured.compiles = False
@@ -198,36 +200,36 @@ def one_of_two(rank, folder):
     loader = DataLoader(TensorDataset(*data()), batch_size=5, sampler=sampler)
     found["own rows"] = trained(columns=loader)
     with pytest.raises(pv.training.NonFiniteError) as raised:
-        trained(Logarithm, logs(*data()))
+        trained(Logarithm, data_with_zeros(*data()))
     found["told"] = [str(raised.value), raised.value.rows[raised.value.bad]]
     x, noise = data()
-    x[27, 0] = 100.0  # in the half of its minibatch that is the second process's
+    x[27, 0] = 100.0  # in the second process's half of its minibatch
     with pytest.raises(ValueError, match=r"support|process 1") as raised:
-        trained(Labelled, DataLoader(TensorDataset(x, noise), batch_size=10), on_nonfinite="skip")
+        trained(Labeled, DataLoader(TensorDataset(x, noise), batch_size=10), on_nonfinite="skip")
     found["refused"] = str(raised.value)
     with pytest.raises(ValueError, match=r"support|another process failed on its validation"):
-        trained(Labelled, validation=DataLoader(TensorDataset(x, noise), batch_size=10))
+        trained(Labeled, validation=DataLoader(TensorDataset(x, noise), batch_size=10))
     found["noise and averages"] = trained(functools.partial(Pair, batch_norm=True), batch_size=13)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def compiled(rank, folder):
-    """The captured run once more, compiled."""
+def run_compiled_process(rank, folder):
+    """Run the captured case in one process, compiled."""
     join_two(rank, folder)
     torch._inductor.config.compile_threads = 1
     torch.save({"captured": trained(capture=True)}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def found_by_two(work, folder):
+def run_two(work, folder):
     start_two(work, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return found_by_two(one_of_two, tmp_path_factory.mktemp("two"))
+    return run_two(run_process, tmp_path_factory.mktemp("two"))
 
 
 EQUAL = [
@@ -246,14 +248,14 @@ EQUAL = [
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_two_find_what_one_finds(name, found, tmp_path, without_compiler):
+def test_two_processes_equal_one(name, found, tmp_path, without_compiler):
     require_equal(name, found, tmp_path)
 
 
 @needs_compiler
 @pytest.mark.slow
-def test_two_that_compile_find_what_one_finds(tmp_path):
-    require_equal("captured", found_by_two(compiled, tmp_path), tmp_path)
+def test_two_compiling_processes_equal_one(tmp_path):
+    require_equal("captured", run_two(run_compiled_process, tmp_path), tmp_path)
 
 
 def require_equal(name, found, folder):
@@ -274,34 +276,34 @@ def test_all_processes_end_with_equal_tensors(name, found):
         assert torch.equal(tensor, second[key]) or key == "history", key
 
 
-def test_the_noise_of_each_is_its_own(found):
+def test_processes_draw_different_noise(found):
     first, second = (share["drawn"] for share in found)
     assert not torch.equal(first[-1], second[-1])
 
 
 @pytest.mark.parametrize("name", ["a loader", "own rows"])
-def test_every_row_counts_whatever_brings_it(name, found):
-    """In another order than that of a tensor: the losses of the epochs differ, but by little."""
+def test_all_rows_are_used_for_any_loader(name, found):
+    """Loaders use another order of rows than a tensor, so losses differ slightly."""
     history, expected = (found[0][n]["history"][:, 0] for n in (name, "straight"))
     assert not torch.equal(history, expected)
     torch.testing.assert_close(history, expected, rtol=0.05, atol=0.0)
 
 
-def test_both_name_the_row_that_is_not_a_number(found):
+def test_both_processes_name_the_nan_row(found):
     for share in found:
         message, bad = share["told"]
         assert bad.tolist() == [27]
         assert "site 'z'" in message
 
 
-def test_data_that_one_cannot_take_are_refused_by_both(found):
-    """Not skipped: such a value is finite."""
+def test_data_refused_by_one_process_stop_both(found):
+    """The value is finite, so it is not skipped."""
     first, second = (share["refused"] for share in found)
     assert "values outside the support of site 'label'" in second
     assert first == "process 1 failed on its rows of the minibatch. See its error"
 
 
-def test_a_group_is_resumed_bit_by_bit(found):
+def test_resumed_processes_are_bitwise_equal(found):
     for share in found:
         assert share["killed"] == {}
         for key, tensor in share["resumed"].items():
@@ -309,7 +311,7 @@ def test_a_group_is_resumed_bit_by_bit(found):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_again_what_was_killed(tmp_path):
+def test_torchrun_restarts_a_killed_process(tmp_path):
     def printed(folder, *arguments):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
         command += ["--standalone", "--max-restarts=2", str(EXAMPLE), "--checkpoint", folder]

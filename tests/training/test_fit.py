@@ -33,14 +33,14 @@ def fit(pair, data, **changes):
         lambda x: DataLoader(Rows(x), batch_size=20, shuffle=True),
     ],
 )
-def test_fit_and_evidence_take_data_of_every_kind(wrap, binary):
+def test_fit_and_evidence_accept_data_of_every_kind(wrap, binary):
     result = fit(make_pair(), wrap(binary), epochs=10, learning_rate=0.05, validation=wrap(binary))
     assert result.history.loss.iloc[-1] < result.history.loss.iloc[0] - 0.5
     assert result.history.validation_loss.notna().all()
     assert len(pv.evidence(result.model, result.guide, wrap(binary), num_particles=5).values) == 50
 
 
-def test_read_only_and_strided_arrays(binary):
+def test_fit_accepts_read_only_and_strided_arrays(binary):
     array = np.asarray(binary.repeat(2, 1))[::2]
     array.setflags(write=False)
     fit(make_pair(), array)
@@ -56,7 +56,7 @@ def test_read_only_and_strided_arrays(binary):
     ],
 )
 def test_every_objective_reaches_the_maximum_likelihood_of_the_linear_gaussian_model(objective):
-    """The exact maximum of the likelihood, by principal components (Lucas et al. 2019)."""
+    """Compare with the maximum likelihood from principal components (Lucas et al. 2019)."""
     oracle = LinearGaussian(d=1, D=4, dtype=torch.float32)
     x = oracle.sample(500)
 
@@ -70,7 +70,7 @@ def test_every_objective_reaches_the_maximum_likelihood_of_the_linear_gaussian_m
             return dist.Normal(self.linear(z), self.log_scale.exp()).to_event(1)
 
     model = pv.LatentVariableModel(pv.priors.StandardNormal(1), Normal())
-    guide = pv.guides.AmortizedNormal(model, nn.Identity())  # linear: the posterior is in reach
+    guide = pv.guides.AmortizedNormal(model, nn.Identity())  # linear, so it contains the posterior
     fit(
         (model, guide),
         x,
@@ -91,7 +91,7 @@ def test_every_objective_reaches_the_maximum_likelihood_of_the_linear_gaussian_m
     assert reached == pytest.approx(best.log_prob(x.double()).mean().item(), abs=0.02)
 
 
-def test_one_optimizer_of_the_users_choice_and_a_scheduler(binary):
+def test_fit_with_a_custom_optimizer_and_scheduler(binary):
     made = []
 
     def optimizer(parameters):
@@ -111,7 +111,7 @@ def test_one_optimizer_of_the_users_choice_and_a_scheduler(binary):
     assert result.history.learning_rate.tolist() == pytest.approx([0.1, 0.05, 0.025])
 
 
-def test_plateau_scheduler_sees_the_validation_loss(binary):
+def test_plateau_scheduler_receives_the_validation_loss(binary):
     scheduler = functools.partial(
         torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=1e9
     )
@@ -150,16 +150,18 @@ def test_early_stopping_restores_parameters_and_buffers_of_the_best_epoch(binary
     assert len(losses) == result.best_epoch + 15 < 400
     assert losses[result.best_epoch] == losses.min()
     batches = norm.num_batches_tracked.item()
-    assert batches == result.best_epoch  # one minibatch an epoch; looks before do not count
+    assert (
+        batches == result.best_epoch
+    )  # one minibatch per epoch; checks before the run do not count
     objective = pv.objectives.MeanFieldELBO(2000)
     model.eval()
     guide.eval()
     again = objective.loss(model, guide, validation) / len(validation)
     assert again == pytest.approx(losses.min(), abs=0.2)
-    assert losses.iloc[-1] > losses.min() + 0.2  # so the last epoch's would have been told apart
+    assert losses.iloc[-1] > losses.min() + 0.2  # differs from the last epoch
 
 
-def test_the_same_seed_gives_the_same_fit_and_leaves_the_processs_random_numbers(binary):
+def test_seed_fixes_the_fit_and_keeps_the_global_rng_state(binary):
     results = []
     for _ in range(2):
         torch.manual_seed(11)
@@ -175,8 +177,8 @@ def test_the_same_seed_gives_the_same_fit_and_leaves_the_processs_random_numbers
         assert torch.equal(p, q)
 
 
-def test_history_is_in_nats_per_datum_whatever_the_scale_of_the_plate(binary):
-    """plate("data", N, subsample=x) scales the loss by N/B; the history takes it out again."""
+def test_history_is_in_nats_per_data_point_for_any_plate_scale(binary):
+    """plate("data", N, subsample=x) scales the loss by N/B; the history undoes this scale."""
     histories = []
     for full_size in (None, 5000):
         torch.manual_seed(4)
@@ -194,7 +196,7 @@ def test_history_is_in_nats_per_datum_whatever_the_scale_of_the_plate(binary):
     assert histories[0] == pytest.approx(histories[1], rel=1e-4)
 
 
-def test_dynamic_binarisation_is_redrawn_for_every_minibatch():
+def test_dynamic_binarization_is_redrawn_for_every_minibatch():
     gray = torch.full((40, 16), 0.5)
     seen = []
 
@@ -203,11 +205,11 @@ def test_dynamic_binarisation_is_redrawn_for_every_minibatch():
         return seen[-1]
 
     fit(make_pair(), gray, transform=transform, epochs=2, batch_size=40)
-    assert len(seen) == 3  # the check, and two epochs
+    assert len(seen) == 3  # the check and two epochs
     assert not torch.equal(seen[1], seen[2])
 
 
-def test_parameters_that_a_program_makes_later_are_trained_too(binary):
+def test_parameters_created_later_are_trained(binary):
     calls = []
 
     def model(x):
@@ -224,7 +226,7 @@ def test_parameters_that_a_program_makes_later_are_trained_too(binary):
         assert pyro.param("late").item() != 0.0
 
 
-def test_a_loss_that_is_not_finite_is_told_with_its_epoch(binary):
+def test_non_finite_loss_raises_with_its_epoch(binary):
     sgd = functools.partial(torch.optim.SGD, lr=1e30)
     with pytest.raises(FloatingPointError, match="in epoch"):
         fit(make_pair(), binary, optimizer=sgd, epochs=10)
@@ -237,7 +239,7 @@ def test_progress_bar_shows_the_loss(binary, capsys):
 
 @pytest.mark.parametrize("batch_size", [100, 99, 30])
 def test_steps_of_a_subsampled_plate_do_not_grow_as_batches_shrink(batch_size):
-    """Each batch is scaled by its own N/b: the last of 99 + 1 counts as one datum, not as 100."""
+    """Every step has the same size, and a last batch of one row counts as one data point."""
 
     def model(x):
         loc = pyro.param("loc", torch.tensor(0.0))
@@ -261,7 +263,7 @@ def test_steps_of_a_subsampled_plate_do_not_grow_as_batches_shrink(batch_size):
     assert result.history.validation_loss.iloc[0] == pytest.approx(exact, abs=0.01)
 
 
-def test_minibatches_that_would_each_charge_a_global_kl_are_refused():
+def test_minibatches_with_a_global_latent_are_refused():
     def model(x):
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
@@ -275,7 +277,7 @@ def test_minibatches_that_would_each_charge_a_global_kl_are_refused():
     pv.fit(model, guide, torch.randn(50), batch_size=50, epochs=1, progress=False)
 
 
-def test_an_optimizer_that_calls_back():
+def test_fit_with_an_optimizer_that_calls_its_closure_repeatedly():
     oracle = LinearGaussian(d=1, D=3, dtype=torch.float32)
     x = oracle.sample(50)
     model = pv.LatentVariableModel(
@@ -296,12 +298,12 @@ def test_objectives_without_a_differentiable_loss_are_refused(objective, binary)
         fit(make_pair(), binary, objective=objective)
 
 
-def test_an_optimizer_of_another_kind_is_refused(binary):
+def test_pyro_optimizer_is_refused(binary):
     with pytest.raises(TypeError, match=r"must make a torch.optim.Optimizer"):
         fit(make_pair(), binary, optimizer=pyro.optim.Adam({"lr": 0.1}))
 
 
-def test_a_run_that_diverges_leaves_the_best_state(binary):
+def test_diverging_run_restores_the_best_state(binary):
     scheduler = functools.partial(
         torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda epoch: 1.0 if epoch < 3 else 1e35
     )
@@ -313,7 +315,7 @@ def test_a_run_that_diverges_leaves_the_best_state(binary):
 
 
 class Once(IterableDataset):
-    """A stream that goes on where it was left: what was taken from it does not come again."""
+    """A stream that can be read only once."""
 
     def __init__(self, x):
         self.rows = iter(x)
@@ -322,7 +324,7 @@ class Once(IterableDataset):
         return self.rows
 
 
-def test_no_row_of_a_stream_is_lost(binary):
+def test_every_row_of_a_stream_is_used(binary):
     model, guide = make_pair()
     estimate = pv.evidence(model, guide, Once(binary), num_particles=2, batch_size=20)
     assert len(estimate.values) == 50
@@ -332,7 +334,7 @@ def test_no_row_of_a_stream_is_lost(binary):
 
 @pytest.mark.parametrize("bad", [7.0, float("nan")])
 @pytest.mark.parametrize("wrap", [Rows, lambda x: DataLoader(Rows(x), batch_size=20)])
-def test_bad_values_deep_in_a_stream_are_refused_as_they_come(bad, wrap, binary):
+def test_bad_values_late_in_a_stream_are_refused(bad, wrap, binary):
     x = binary.clone()
     x[45, 3] = bad
     pair = make_pair()
@@ -345,7 +347,7 @@ def test_bad_values_deep_in_a_stream_are_refused_as_they_come(bad, wrap, binary)
             call()
 
 
-def test_bad_values_of_a_covariate_that_is_observed():
+def test_bad_values_of_an_observed_covariate_are_refused():
     def model(x, y):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(16), 1.0).to_event(1))
@@ -368,7 +370,7 @@ class FirstArgument(nn.Module):
         return x
 
 
-def test_bad_values_that_the_model_derives_from_its_data(binary):
+def test_bad_values_computed_by_the_model_are_refused(binary):
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
@@ -384,8 +386,8 @@ def test_bad_values_that_the_model_derives_from_its_data(binary):
         pv.evidence(model, guide, x, num_particles=2, batch_size=20)
 
 
-def test_a_batch_size_beyond_the_data_takes_them_all(binary):
-    """The default of 100 too, for 50 rows."""
+def test_batch_size_larger_than_the_data_uses_all_rows(binary):
+    """This includes the default of 100, for 50 rows."""
     histories = [
         pv.fit(*pair, binary, epochs=2, seed=0, progress=False, validation=binary[:7], **options)
         for pair, options in zip(
@@ -403,7 +405,7 @@ def same_pairs(count):
 
 
 @pytest.mark.parametrize("make", [list, lambda x: list(x.split(20)), lambda x: [x], lambda x: []])
-def test_lists_are_refused_with_what_to_pass(make, binary):
+def test_lists_are_refused_with_a_remedy(make, binary):
     told = r"data must be a tensor, .* got a list. For rows, pass torch.stack\(rows\)"
     with pytest.raises(ValueError, match=told):
         fit(make_pair(), make(binary))
@@ -414,14 +416,14 @@ def test_lists_are_refused_with_what_to_pass(make, binary):
 @pytest.mark.parametrize(
     "wrap", [TensorDataset, lambda x, y: DataLoader(TensorDataset(x, y), batch_size=20)]
 )
-def test_labels_that_no_program_takes_are_refused_by_name(wrap, binary):
+def test_unused_labels_are_refused(wrap, binary):
     data = wrap(binary, torch.arange(50))
     with pytest.raises(ValueError, match=r"the model does not take 2. Leave out .* such as labels"):
         fit(make_pair(), data)
     fit(make_pair(), TensorDataset(binary, torch.arange(50)).tensors[0])
 
 
-def test_items_that_cannot_be_put_together_are_refused_by_name(binary):
+def test_items_that_cannot_be_collated_are_refused(binary):
     class Objects(Rows):
         def __getitem__(self, i):
             return object()
@@ -430,7 +432,7 @@ def test_items_that_cannot_be_put_together_are_refused_by_name(binary):
         fit(make_pair(), Objects(binary))
 
 
-def test_a_learning_rate_beside_an_optimizer_is_refused(binary):
+def test_learning_rate_with_a_custom_optimizer_is_refused(binary):
     with pytest.raises(ValueError, match=r"learning_rate=0.001 is for the default optimizer, and"):
         fit(make_pair(), binary, learning_rate=1e-3, optimizer=torch.optim.Adam)
     result = fit(make_pair(), binary, optimizer=functools.partial(torch.optim.Adam, lr=0.3))
@@ -438,7 +440,7 @@ def test_a_learning_rate_beside_an_optimizer_is_refused(binary):
     assert fit(make_pair(), binary).history.learning_rate.tolist() == [1e-3, 1e-3]
 
 
-def test_fewer_data_than_a_fit_takes_are_no_number_of_data(binary):
+def test_num_data_smaller_than_the_data_is_refused(binary):
     for num_data, call in {
         49: lambda o: fit(make_pair(), binary, objective=o),
         19: lambda o: fit(make_pair(), DataLoader(Rows(binary), batch_size=20), objective=o),
@@ -450,8 +452,8 @@ def test_fewer_data_than_a_fit_takes_are_no_number_of_data(binary):
 
 
 @pytest.mark.parametrize("capture", [False, True])
-def test_an_optimizer_without_a_learning_rate(capture, binary, tmp_path, without_compiler):
-    """Pyro's AdagradRMSProp has eta; and a run with it can be resumed bit by bit."""
+def test_fit_with_an_optimizer_without_a_learning_rate(capture, binary, tmp_path, without_compiler):
+    """Pyro's AdagradRMSProp has eta instead; a run with it resumes bitwise."""
     optimizer = functools.partial(AdagradRMSProp, eta=0.1)
     pairs = same_pairs(2)
     whole = fit(next(pairs), binary, optimizer=optimizer, epochs=4, capture=capture)
@@ -468,7 +470,7 @@ def test_an_optimizer_without_a_learning_rate(capture, binary, tmp_path, without
 @pytest.mark.parametrize(
     "optimizer", [torch.optim.Adafactor, functools.partial(ClippedAdam, lrd=0.9)]
 )
-def test_the_history_has_the_learning_rate_of_any_optimizer(optimizer, binary):
+def test_history_has_the_learning_rate_of_any_optimizer(optimizer, binary):
     rates = fit(make_pair(), binary, optimizer=optimizer).history.learning_rate
     assert rates.notna().all()
 
@@ -484,12 +486,12 @@ def test_the_history_has_the_learning_rate_of_any_optimizer(optimizer, binary):
         ),
     ],
 )
-def test_optimizers_of_svi_are_refused_with_what_to_pass(optimizer, binary):
+def test_svi_optimizers_are_refused_with_a_remedy(optimizer, binary):
     with pytest.raises(TypeError, match=r"must make a torch.optim.Optimizer .*is for Pyro's SVI"):
         fit(make_pair(), binary, optimizer=optimizer)
 
 
-def test_schedulers_of_another_kind_are_refused(binary):
+def test_other_kinds_of_schedulers_are_refused(binary):
     of_pyro = pyro.optim.ExponentialLR(
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.1}
     )
@@ -503,7 +505,7 @@ def test_schedulers_of_another_kind_are_refused(binary):
 
 
 class Classifier(nn.Module):
-    """A pair of methods without latents: a supervised loss."""
+    """A pair without latents, trained with a supervised loss."""
 
     def __init__(self):
         super().__init__()
@@ -522,8 +524,8 @@ class Classifier(nn.Module):
 @pytest.mark.parametrize(
     "objective", [pv.objectives.ELBO(2), pv.objectives.IWAE(2), pyro.infer.Trace_ELBO()]
 )
-def test_a_pair_without_latents_is_trained(objective, capture, binary, without_compiler):
-    """The loss is the cross-entropy; and so is minus the evidence."""
+def test_pair_without_latents_is_trained(objective, capture, binary, without_compiler):
+    """The loss and the negative evidence both equal the cross-entropy."""
     pair, y = Classifier(), (binary.sum(1) > 8).long()
     fit((pair.model, pair.guide), (binary, y), objective=objective, epochs=40, learning_rate=0.1,
         capture=capture)  # fmt: skip
@@ -545,7 +547,7 @@ def test_a_pair_without_latents_is_trained(objective, capture, binary, without_c
         (pv.objectives.CUBO(), "depends on no parameter"),
     ],
 )
-def test_what_needs_latents_is_refused_without_them(objective, message, binary):
+def test_objectives_that_need_latents_are_refused_without_them(objective, message, binary):
     pair, y = Classifier(), torch.zeros(50, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
         fit((pair.model, pair.guide), (binary, y), objective=objective)
@@ -554,7 +556,7 @@ def test_what_needs_latents_is_refused_without_them(objective, message, binary):
 
 
 class Subsampling(nn.Module):
-    """A pair whose plate states N in one of several ways."""
+    """A pair whose plate has N from a given function."""
 
     def __init__(self, num_data):
         super().__init__()
@@ -586,11 +588,11 @@ class Subsampling(nn.Module):
         lambda pair, x: 10 * len(x),
         lambda pair, x: 50 if pair.training else len(x),
     ],
-    ids=["of the data", "of the minibatch", "of the mode"],
+    ids=["number of data", "multiple of the minibatch", "depends on the mode"],
 )
 @pytest.mark.parametrize("batch_size", [50, 20])
 def test_losses_and_steps_are_the_same_for_any_scale(batch_size, num_data, objective, binary):
-    """Adam would hide a factor on the gradient: plain gradient descent does not."""
+    """Adam would hide a factor on the gradient; plain gradient descent does not."""
     found = []
     for count in (lambda pair, x: len(x), num_data):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Minibatches of every size that a run will see are tried before its first step."""
+"""Every minibatch size of a run is tried before its first step."""
 
 import numpy as np
 import pyro
@@ -55,7 +55,7 @@ LEFT += (
         lambda x: DataLoader(TensorDataset(x), batch_size=20, shuffle=True),
     ],
 )
-def test_a_last_minibatch_that_normalization_cannot_take(wrap):
+def test_last_minibatch_too_small_for_batch_norm_is_refused(wrap):
     with pytest.raises(ValueError, match=LEFT) as caught:
         fit(wrap(ONE_MORE), normalized())
     assert "Expected more than 1 value per channel" in str(caught.value)
@@ -64,14 +64,14 @@ def test_a_last_minibatch_that_normalization_cannot_take(wrap):
     fit(wrap(ONE_MORE))
 
 
-def test_rows_of_a_file_are_counted_too(tmp_path):
+def test_last_minibatch_of_a_memory_mapped_file_is_checked(tmp_path):
     np.save(tmp_path / "x.npy", ONE_MORE.numpy())
     with pytest.raises(ValueError, match=LEFT):
         fit(np.load(tmp_path / "x.npy", mmap_mode="r"), normalized())
 
 
 @pytest.mark.parametrize("objective", [o.InfoVAE(), o.BetaTCVAE(num_data=41)])
-def test_a_last_minibatch_that_the_objective_cannot_take(objective):
+def test_last_minibatch_too_small_for_the_objective_is_refused(objective):
     with pytest.raises(ValueError, match=LEFT):
         fit(ONE_MORE, objective=objective)
     assert fit.steps == 0
@@ -80,10 +80,10 @@ def test_a_last_minibatch_that_the_objective_cannot_take(objective):
     assert fit.steps == 0
 
 
-def test_ways_out_of_it():
+def test_suggested_remedies_work():
     fit(ONE_MORE, normalized(), batch_size=16)
     fit(DataLoader(TensorDataset(ONE_MORE), batch_size=20, drop_last=True), normalized())
-    fit(EVEN, normalized(), validation=ONE_MORE)  # in evaluation mode one row will do
+    fit(EVEN, normalized(), validation=ONE_MORE)  # evaluation mode accepts one row
     with pytest.raises(ValueError, match="Choose a larger batch_size"):
         fit(EVEN, normalized(), batch_size=1)
 
@@ -94,11 +94,11 @@ class Deviation(nn.Module):
         self.linear = nn.Linear(16, 8)
 
     def forward(self, x):
-        variance = ((x - x.mean(0)) ** 2).sum() / (len(x) - 1)  # NaN of one row
+        variance = ((x - x.mean(0)) ** 2).sum() / (len(x) - 1)  # NaN for one row
         return self.linear(x) / (1 + variance)
 
 
-def test_a_loss_that_is_nan_at_one_size_alone():
+def test_loss_that_is_nan_for_one_minibatch_size_is_refused():
     with pytest.raises(ValueError, match="a minibatch of 1 row in training mode: the loss is nan"):
         fit(ONE_MORE, Deviation())
     result = fit(ONE_MORE, Deviation(), on_nonfinite="skip")
@@ -115,8 +115,8 @@ class OfTwenty(nn.Module):
 
 
 @pytest.mark.parametrize("encoder", [normalized, OfTwenty])
-def test_a_stream_is_told_at_the_time(encoder):
-    """Its length is known when it ends."""
+def test_too_small_last_minibatch_of_a_stream_is_refused(encoder):
+    """The length of a stream is known only at its end."""
     told = r"a minibatch of 1 row, but can process 20 rows: .* DataLoader with drop_last=True"
     with pytest.raises(ValueError, match=told) as caught:
         fit(Stream(ONE_MORE), encoder())
@@ -124,7 +124,7 @@ def test_a_stream_is_told_at_the_time(encoder):
     assert fit.steps >= 2
 
 
-def test_a_stream_with_a_bad_value_in_its_last_minibatch_is_not_told_of_its_size():
+def test_bad_value_in_the_last_minibatch_is_not_reported_as_its_size():
     x = ONE_MORE.clone()
     x[40, 3] = 0.5
     for options in ({"data": Stream(x)}, {"data": EVEN, "validation": Stream(x)}):
@@ -133,15 +133,15 @@ def test_a_stream_with_a_bad_value_in_its_last_minibatch_is_not_told_of_its_size
         assert "others have" not in str(caught.value)
 
 
-def test_held_out_data_that_are_a_stream_are_told_of_at_the_time():
+def test_too_small_last_minibatch_of_a_validation_stream_is_refused():
     told = r"a minibatch of 1 row, but can process 20 rows: .* 2 data points in a minibatch"
     with pytest.raises(ValueError, match=told):
         fit(EVEN, objective=o.InfoVAE(), validation=Stream(ONE_MORE))
 
 
 @pytest.mark.parametrize("rest", [0, 5])
-def test_a_run_with_trials_is_that_without_them_bit_by_bit(rest, monkeypatch):
-    """Running averages, random numbers and what the objective remembers are put back."""
+def test_size_trials_do_not_change_the_run(rest, monkeypatch):
+    """Running averages, random numbers and the objective's state are restored bitwise."""
     data, found = ONE_MORE[: 20 + rest], []
     for trials in (True, False):
         if not trials:
@@ -157,8 +157,8 @@ def test_a_run_with_trials_is_that_without_them_bit_by_bit(rest, monkeypatch):
         assert torch.equal(with_trials, without)
 
 
-def test_a_look_at_what_depends_on_a_parameter_moves_no_running_average():
-    """Methods of one module, which both hold all parameters."""
+def test_parameter_dependency_check_does_not_change_running_averages():
+    """Model and guide are methods of one module, so both hold all parameters."""
 
     class Pair(nn.Module):
         def __init__(self):

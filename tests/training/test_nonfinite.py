@@ -1,4 +1,4 @@
-"""The first NaN or infinity of a run is found, named and undone, or skipped."""
+"""The first NaN or infinity of a run is located, reported and undone, or skipped."""
 
 import functools
 
@@ -20,7 +20,7 @@ BAD = 37  # a row of the data
 
 
 class Logarithm(nn.Module):
-    """Not a number where a pixel is zero; counts its calls, as running averages do."""
+    """NaN where a pixel is zero; accumulates a buffer like a running average."""
 
     def __init__(self, inner):
         super().__init__()
@@ -62,7 +62,7 @@ def fit(programs, data, **changes):
 
 
 @pytest.mark.parametrize("capture", [False, True])
-def test_the_site_the_rows_and_the_state_before(
+def test_error_names_site_and_rows_and_restores_the_previous_state(
     capture, data, tmp_path, without_compiler, monkeypatch
 ):
     programs = pair()
@@ -79,11 +79,11 @@ def test_the_site_the_rows_and_the_state_before(
     def count(x):
         nonlocal steps
         steps += 1
-        if steps > found.step:  # the fit's look at its first minibatch is one more
+        if steps > found.step:  # the fit's first check adds one call
             raise KeyboardInterrupt
         return x
 
-    monkeypatch.setattr(run, "STEPS_OF_A_CHUNK", 1)  # what is interrupted goes back that far
+    monkeypatch.setattr(run, "STEPS_OF_A_CHUNK", 1)  # an interrupt goes back to the last chunk
     expected = pair()
     with pytest.raises(pv.training.Interrupted):
         fit(expected, data, transform=count)
@@ -91,7 +91,7 @@ def test_the_site_the_rows_and_the_state_before(
     for name, tensor in left.items():
         assert torch.equal(tensor, right[name]) or capture, name
         torch.testing.assert_close(tensor, right[name])
-    # And the folder leads to the same error.
+    # Resuming from the folder raises the same error.
     checkpoint = pv.training.Checkpoint(found.folder, resume=True)
     assert repr(str(found.folder)) in str(found)
     with pytest.raises(pv.training.NonFiniteError) as again:
@@ -101,7 +101,7 @@ def test_the_site_the_rows_and_the_state_before(
 
 
 class Offset(nn.Module):
-    """Adds a function of a parameter that is zero."""
+    """A decoder that adds a function of a parameter equal to zero."""
 
     def __init__(self, function):
         super().__init__()
@@ -116,11 +116,11 @@ class Offset(nn.Module):
 @pytest.mark.parametrize(
     "function",
     [lambda t: t.square().sqrt(), lambda t: t.clamp(min=0).sqrt()],
-    ids=["slope nan", "slope inf"],
+    ids=["nan gradient", "inf gradient"],
 )
-@pytest.mark.parametrize("optimizer", [None, torch.optim.Rprop])  # Rprop takes the slope's sign
+@pytest.mark.parametrize("optimizer", [None, torch.optim.Rprop])  # Rprop uses the gradient's sign
 @pytest.mark.parametrize("capture", [False, True])
-def test_a_gradient_that_is_not_finite_names_its_parameter(
+def test_non_finite_gradient_names_its_parameter(
     function, optimizer, capture, data, without_compiler
 ):
     torch.manual_seed(1)
@@ -138,7 +138,7 @@ def test_a_gradient_that_is_not_finite_names_its_parameter(
     assert all(tensor.isfinite().all() for tensor in tensors(model, guide).values())
 
 
-def test_a_step_that_leaves_the_numbers_is_undone(binary):
+def test_step_with_non_finite_parameters_is_undone(binary):
     programs = make_pair()
     optimizer = functools.partial(torch.optim.SGD, lr=3e38)
     with pytest.raises(pv.training.NonFiniteError, match=r"made parameter|gradient|loss") as error:
@@ -149,7 +149,7 @@ def test_a_step_that_leaves_the_numbers_is_undone(binary):
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: DataLoader(TensorDataset(x), 10)])
 @pytest.mark.parametrize("capture", [False, True])
-def test_skipped_steps_are_as_if_they_were_not_taken(capture, wrap, data, without_compiler):
+def test_skipped_steps_leave_no_trace(capture, wrap, data, without_compiler):
     programs = pair()
     options = {"on_nonfinite": "skip", "epochs": 3, "learning_rate": 0.02}
     result = fit(programs, wrap(data), capture=capture, transform=identity, **options)
@@ -164,7 +164,7 @@ def identity(x):
     return x
 
 
-def test_skipping_has_a_limit(data):
+def test_skip_limit_raises(data):
     with pytest.raises(
         pv.training.NonFiniteError, match=r"2 steps were skipped, which is the limit\. Now "
     ) as error:
@@ -172,7 +172,7 @@ def test_skipping_has_a_limit(data):
     assert error.value.epoch == 3
 
 
-def test_a_skipped_step_counts_for_a_resumed_run_too(data, tmp_path):
+def test_resumed_run_counts_skipped_steps(data, tmp_path):
     straight = pair()
     expected = fit(straight, data, on_nonfinite="skip", epochs=4)
     folder = tmp_path / "run"
@@ -185,7 +185,7 @@ def test_a_skipped_step_counts_for_a_resumed_run_too(data, tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_site_that_belongs_to_no_datum_has_no_rows(binary):
+def test_global_site_has_no_rows(binary):
     def model(x):
         scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
         with pyro.plate("data", len(x)):
@@ -194,7 +194,7 @@ def test_a_site_that_belongs_to_no_datum_has_no_rows(binary):
 
     def guide(x):
         loc = pyro.param("loc", torch.tensor(0.0))
-        pyro.sample("scale", dist.LogNormal(1e5 * loc, 0.1))  # the first step makes it infinite
+        pyro.sample("scale", dist.LogNormal(1e5 * loc, 0.1))  # infinite after the first step
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
 
@@ -205,14 +205,14 @@ def test_a_site_that_belongs_to_no_datum_has_no_rows(binary):
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: DataLoader(TensorDataset(x), 10)])
-def test_a_validation_that_is_not_finite_names_the_site(wrap, data):
+def test_non_finite_validation_loss_names_the_site(wrap, data):
     train = data[data.prod(1) > 0][:50]
     message = r"in epoch 1: .*'loc' of site 'z' is nan at rows \[37\] of the validation"
     with pytest.raises(FloatingPointError, match=message):
         fit(pair(), train, validation=wrap(data))
 
 
-def test_a_validation_outside_of_the_support_is_refused(binary):
+def test_validation_data_outside_the_support_are_refused(binary):
     odd = binary.clone()
     odd[33, 0] = 0.5
     with pytest.raises(ValueError, match="support") as error:
@@ -220,7 +220,7 @@ def test_a_validation_outside_of_the_support_is_refused(binary):
     assert not isinstance(error.value, FloatingPointError)
 
 
-def test_what_a_mask_hides_is_no_fault():
+def test_masked_non_finite_values_are_ignored():
     def model(x, seen):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -239,14 +239,14 @@ def test_what_a_mask_hides_is_no_fault():
     assert error.value.site is None
 
 
-def test_a_skipped_step_passes_the_turn_on(data):
-    """The second step, the model's, is skipped, and the third is the guide's all the same."""
+def test_skipped_step_keeps_the_turn_order(data):
+    """The second step, the model's, is skipped; the third is still the guide's."""
     model, guide = programs = pair()
     guide(data[:10])
     of_model, of_guide = (
         [parameter.detach().clone() for parameter in module.parameters()] for module in programs
     )
-    rows = DataLoader(TensorDataset(data[20:50]), 10)  # the second minibatch has the zero
+    rows = DataLoader(TensorDataset(data[20:50]), 10)  # the second minibatch contains the zero
     result = fit(programs, rows, epochs=1, on_nonfinite="skip", guide_steps=1, model_steps=1)
     assert result.history.skipped.tolist() == [1]
     assert all(map(torch.equal, model.parameters(), of_model))
@@ -255,7 +255,7 @@ def test_a_skipped_step_passes_the_turn_on(data):
 
 @pytest.mark.parametrize("kind", [*sorted(gradients._CARRYING), "Rprop"])
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
-def test_which_optimizers_hide_a_gradient_that_is_not_finite(kind, bad):
+def test_hides_gradients_matches_each_optimizer(kind, bad):
     if not hasattr(torch.optim, kind):
         pytest.skip(f"this torch has no {kind}")
     for steps in (1, 4):
@@ -271,7 +271,7 @@ def test_which_optimizers_hide_a_gradient_that_is_not_finite(kind, bad):
 
 
 @pytest.mark.parametrize("optimizer", [None, torch.optim.Rprop])
-def test_gradients_too_large_to_be_squared_are_no_fault(optimizer, binary):
+def test_gradients_too_large_to_square_are_accepted(optimizer, binary):
     torch.manual_seed(1)
     model = pv.LatentVariableModel(
         prior=pv.priors.StandardNormal(2),
@@ -291,14 +291,14 @@ def test_gradients_too_large_to_be_squared_are_no_fault(optimizer, binary):
     assert len(moved) >= len(trained)
 
 
-def test_the_error_is_told_though_the_run_cannot_be_written_down(data):
+def test_error_is_raised_if_the_run_cannot_be_saved(data):
     extra = nn.Parameter(torch.zeros(()))
     with pytest.raises(pv.training.NonFiniteError) as error:
         fit(pair(), data, optimizer=lambda parameters: torch.optim.Adam([*parameters, extra]))
     assert error.value.folder is None
 
 
-def test_an_optimizer_that_returns_no_loss(binary):
+def test_optimizer_without_a_returned_loss_is_refused(binary):
     class Silent(torch.optim.SGD):
         def step(self, closure):
             super().step(closure)

@@ -1,4 +1,4 @@
-"""An objective counts its steps in every way to train, and takes no look for a step."""
+"""An objective counts training steps in every kind of loop, and does not count evaluations."""
 
 import warnings
 
@@ -61,8 +61,8 @@ def test_each_step_is_counted_once(train, binary, without_compiler):
     assert objective.step == 10
 
 
-def test_gradient_noise_is_that_of_the_weight_of_the_moment(binary):
-    """A schedule that went on between repeats would give an exact gradient a variance."""
+def test_gradient_noise_keeps_the_current_schedule_weight(binary):
+    """If the schedule advanced between repeats, an exact gradient would have a variance."""
 
     def model(x):
         loc = pyro.param("loc", torch.tensor(0.3))
@@ -80,7 +80,7 @@ def test_gradient_noise_is_that_of_the_weight_of_the_moment(binary):
     assert objective.step == 0
 
 
-def test_the_loss_of_a_module_follows_the_schedule(binary):
+def test_loss_module_follows_the_schedule(binary):
     model, guide = make_pair()
     guide(binary)
     loss_fn = o.BetaELBO(o.Linear(steps=4))(model, guide)
@@ -91,7 +91,7 @@ def test_the_loss_of_a_module_follows_the_schedule(binary):
         assert found == pytest.approx(o.BetaELBO(beta).loss(model, guide, binary), rel=1e-5)
 
 
-def test_a_schedule_may_return_the_counter_itself(binary):
+def test_schedule_may_return_the_step_counter(binary):
     class Step(o.Schedule):
         def __call__(self, step):
             return step
@@ -103,7 +103,7 @@ def test_a_schedule_may_return_the_counter_itself(binary):
     assert objective.step == 3
 
 
-def test_an_average_is_of_steps_alone(binary):
+def test_running_average_counts_training_steps_only(binary):
     model, guide = make_pair()
     guide(binary)
     objective = o.ScoreFunction(2, "average")
@@ -123,7 +123,7 @@ def warnings_of(call):
     return [str(each.message) for each in seen]
 
 
-def test_parameters_that_were_not_there_when_they_were_read_are_told(binary):
+def test_parameters_created_after_reading_warn(binary):
     model, guide = make_pair()
     loss_fn = o.ELBO()(model, guide)
     assert warnings_of(lambda: loss_fn(binary)) == []
@@ -136,10 +136,10 @@ def test_parameters_that_were_not_there_when_they_were_read_are_told(binary):
     (text,) = warnings_of(lambda: late(binary))
     assert "'guide.built.head." in text
     assert "Call this module once before" in text
-    assert warnings_of(lambda: late(binary)) == []  # told once
+    assert warnings_of(lambda: late(binary)) == []  # warned once
 
 
-def test_parameters_of_plain_functions_are_told(binary):
+def test_parameters_of_plain_functions_warn(binary):
     def model(x):
         loading = pyro.param("loading", torch.ones(16))
         with pyro.plate("data", len(x)):
@@ -155,6 +155,6 @@ def test_parameters_of_plain_functions_are_told(binary):
     assert "'loading'" in text
 
 
-def test_pyros_own_objectives_still_give_their_module(binary):
+def test_pyros_objectives_return_their_module(binary):
     model, guide = make_pair()
     assert Trace_ELBO()(model, guide)(binary).requires_grad

@@ -1,4 +1,4 @@
-"""Validation is of one bound over the whole run, whatever the schedules of the objective."""
+"""Validation uses the same bound over the whole run, for any schedule of the objective."""
 
 import functools
 
@@ -50,11 +50,11 @@ class Declared(Rising):
         (Declared(), 2.0),
     ],
 )
-def test_the_last_value_of_a_schedule(schedule, last):
+def test_last_value_of_a_schedule(schedule, last):
     assert schedule.last_value() == pytest.approx(last, rel=2e-4)
 
 
-def test_a_schedule_without_a_last_value_is_refused_for_validation_alone(pair, binary):
+def test_schedule_without_a_last_value_is_refused_only_with_validation(pair, binary):
     with pytest.raises(ValueError, match=r"neither ends nor repeats: .* a method last_value"):
         pv.fit(*pair, binary, objective=o.BetaELBO(Rising()), validation=binary, progress=False)
     pv.fit(*pair, binary, objective=o.BetaELBO(Rising()), epochs=1, progress=False)
@@ -73,19 +73,19 @@ HELD = {"epochs": 4, "batch_size": 10, "learning_rate": 1e-9, "seed": 0, "progre
         (lambda: o.CapacityELBO(o.Linear(13, 0.0, 4.0)), lambda: o.CapacityELBO(4.0)),
     ],
 )
-def test_validation_is_one_bound_over_the_whole_run(scheduled, fixed, binary):
-    """At a rate of nothing a loss changes with the weight alone: this one does not."""
+def test_validation_uses_the_last_value_of_the_schedule(scheduled, fixed, binary):
+    """With a negligible learning rate, a loss changes only with its weight."""
     check_validation(scheduled, fixed, binary, capture=False)
 
 
-def test_validation_beside_captured_steps(binary, without_compiler):
+def test_validation_with_captured_steps_uses_the_last_value(binary, without_compiler):
     scheduled = functools.partial(o.BetaELBO, o.Linear(13))
     check_validation(scheduled, o.BetaELBO, binary, capture=True)
 
 
 def check_validation(scheduled, fixed, binary, *, capture):
     pair = make_pair()
-    pair[1](binary)  # makes its head, so that all fits draw the same noise
+    pair[1](binary)  # creates its head, so that all fits draw the same noise
     options = {**HELD, "validation": binary[:30], "capture": capture}
     history = pv.fit(*pair, binary, objective=scheduled(), **options).history
     expected = pv.fit(*pair, binary, objective=fixed(), **options).history
@@ -95,9 +95,9 @@ def check_validation(scheduled, fixed, binary, *, capture):
     assert np.ptp(losses) < 1e-4 < np.ptp(history.validation_loss_scheduled)
 
 
-def test_the_validation_loss_at_the_weight_of_the_moment(binary):
+def test_scheduled_validation_loss_uses_the_current_weight(binary):
     pair = make_pair()
-    pair[1](binary)  # makes its head, so that all fits draw the same noise
+    pair[1](binary)  # creates its head, so all fits draw the same noise
     options = {**HELD, "validation": binary[:30], "capture": False}
     free, whole = (
         pv.fit(*pair, binary, objective=o.BetaELBO(beta), **options).history.validation_loss
@@ -109,8 +109,8 @@ def test_the_validation_loss_at_the_weight_of_the_moment(binary):
     np.testing.assert_allclose(found.validation_loss_scheduled, expected, rtol=1e-4)
 
 
-def test_patience_waits_for_the_end_of_a_warm_up():
-    """With a weight of nothing the likelihood is best; the bound itself is not."""
+def test_patience_starts_after_the_warm_up():
+    """With weight zero the scheduled loss is lowest, but the bound is not at its best."""
     x = LinearGaussian(dtype=torch.float32).sample(60)
     model = pv.LatentVariableModel(
         pv.priors.StandardNormal(2), pv.likelihoods.Normal(pv.nets.MLP(2, [16], 5))
@@ -129,13 +129,13 @@ def test_patience_waits_for_the_end_of_a_warm_up():
     assert scheduled.idxmin() < 60
     held_out = pv.terms(model, guide, x[40:], num_particles=500)
     elbo = (held_out.log_likelihood - held_out.kl).mean(0)
-    found = -elbo.mean().item()  # of the pair that was restored, at the full weight
+    found = -elbo.mean().item()  # the restored pair at full weight
     error = held_out.log_likelihood.var(0).sum().sqrt().item() / 20 / 500**0.5
     noise = held_out.log_likelihood.var(0).sum().sqrt().item() / 20 / 4**0.5
     assert abs(found - losses[result.best_epoch]) < 4 * (error + noise)
 
 
-def test_an_objective_inside_another_is_led_with_it(pair, binary):
+def test_nested_objective_advances_with_the_outer_objective(pair, binary):
     class Half(o.ELBO):
         def __init__(self):
             super().__init__()
@@ -153,7 +153,7 @@ def test_an_objective_inside_another_is_led_with_it(pair, binary):
     assert objective.step == objective.inner.step == 21
 
 
-def test_a_run_that_is_resumed_ends_with_the_same_history(binary, tmp_path):
+def test_resumed_run_has_the_same_history(binary, tmp_path):
     histories = []
     for folder, legs in (("whole", [6]), ("parts", [2, 6])):
         checkpoint = pv.training.Checkpoint(tmp_path / folder, resume=True)
@@ -190,7 +190,7 @@ class Wave(o.Schedule):
     ],
     ids=lambda value: repr(value).partition(" object at ")[0],
 )
-def test_a_schedule_has_settled_once_it_was_at_its_last_value(schedule, before, after):
+def test_has_settled_after_the_schedule_reached_its_last_value(schedule, before, after):
     objective = o.BetaELBO(schedule)
     for step, expected in ((0, False), (before, False), (after, True), (10 * after, True)):
         objective.step.fill_(step)
@@ -199,7 +199,7 @@ def test_a_schedule_has_settled_once_it_was_at_its_last_value(schedule, before, 
 
 
 @pytest.mark.parametrize("held", ["list", "dict", "tuple"])
-def test_objectives_in_a_container_count_and_are_validated(binary, held):
+def test_objectives_in_a_container_advance_and_are_validated(binary, held):
     class Outer(o.Objective):
         def __init__(self):
             super().__init__()
@@ -222,6 +222,6 @@ def test_objectives_in_a_container_count_and_are_validated(binary, held):
     assert outer.with_last_values().inner.beta.last_value() == 1.0
 
 
-def test_a_cycle_that_falls_is_validated_at_its_top():
+def test_falling_cycle_is_validated_at_its_highest_value():
     assert o.Cyclical(100, start=4.0, end=1.0).last_value() == 4.0
     assert o.BetaELBO(o.Cyclical(100, start=4.0, end=1.0)).has_settled()

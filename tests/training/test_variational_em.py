@@ -1,4 +1,4 @@
-"""E-steps and M-steps, on the linear-Gaussian VAE, whose maximum likelihood is known."""
+"""E-steps and M-steps on the linear-Gaussian VAE, whose maximum likelihood is known."""
 
 import pyro
 import pyro.distributions as dist
@@ -12,7 +12,7 @@ import pyro_vae as pv
 
 
 class Linear(nn.Module):
-    """x = W z + mean + e, and q(z|x) = N(V (x - mean), a covariance for all x)."""
+    """x = W z + mean + e, and q(z|x) = N(V (x - mean), one covariance for all x)."""
 
     def __init__(self, x, d=2):
         super().__init__()
@@ -45,19 +45,19 @@ class Linear(nn.Module):
 
     @torch.no_grad()
     def m_step(self, x):
-        """Maximise E_q[log p(x, z)] (Tipping & Bishop 1999, eq. 27-28)."""
-        centred = x - self.mean
-        z = centred @ self.v.T
+        """Maximize E_q[log p(x, z)] (Tipping & Bishop 1999, eq. 27-28)."""
+        centered = x - self.mean
+        z = centered @ self.v.T
         second = len(x) * self.factor @ self.factor.T + z.T @ z
-        weight = torch.linalg.solve(second, z.T @ centred).T
-        rest = centred.square().sum() - 2 * (z * (centred @ weight)).sum()
-        s2 = (rest + (second @ weight.T @ weight).trace()) / centred.numel()
+        weight = torch.linalg.solve(second, z.T @ centered).T
+        rest = centered.square().sum() - 2 * (z * (centered @ weight)).sum()
+        s2 = (rest + (second @ weight.T @ weight).trace()) / centered.numel()
         self.weight.copy_(weight)
         self.log_s2.copy_(s2.log())
 
 
 def maximum_likelihood(x, d=2):
-    """W W' and s2 from the eigenvalues of the covariance (Tipping & Bishop 1999)."""
+    """Return W W' and s2 from the eigenvalues of the covariance (Tipping & Bishop 1999)."""
     values, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))
     s2 = values[:-d].mean()
     top = vectors[:, -d:]
@@ -69,7 +69,7 @@ def evidence(x, product, s2):
     return torch.distributions.MultivariateNormal(x.mean(0), covariance).log_prob(x).mean().item()
 
 
-def test_evidence_never_falls_from_one_exact_m_step_to_the_next():
+def test_evidence_never_decreases_under_exact_em_steps():
     torch.manual_seed(0)
     x = LinearGaussian().sample(400)
     pair = Linear(x)
@@ -122,12 +122,14 @@ def snapshot(module):
     ("options", "model_moves", "guide_moves"),
     [
         ({}, True, True),
-        ({"guide_steps": 10}, False, True),  # five steps in all: none is the model's
+        ({"guide_steps": 10}, False, True),  # five steps, none of them the model's
         ({"guide_steps": 1, "model_steps": 1}, True, True),
         ({"guide_steps": 2, "model_steps": 2}, True, True),
     ],
 )
-def test_whose_step_it_is(capture, options, model_moves, guide_moves, binary, without_compiler):
+def test_guide_steps_and_model_steps_select_which_program_moves(
+    capture, options, model_moves, guide_moves, binary, without_compiler
+):
     model, guide = make_pair()
     guide(binary)
     before = snapshot(model), snapshot(guide)
@@ -138,7 +140,7 @@ def test_whose_step_it_is(capture, options, model_moves, guide_moves, binary, wi
 
 
 class Recorded(torch.optim.SGD):
-    """Notes at each step which parameters have a gradient."""
+    """An SGD that records at each step which parameters have a gradient."""
 
     def __init__(self, parameters):
         super().__init__(parameters, lr=0.01)
@@ -152,7 +154,7 @@ class Recorded(torch.optim.SGD):
         return loss
 
 
-def test_each_step_moves_one_program_alone(binary):
+def test_each_step_moves_one_program(binary):
     model, guide = make_pair()
     guide(binary)
     made = []
@@ -167,7 +169,7 @@ def test_each_step_moves_one_program_alone(binary):
     assert made[0].moved == [of_guide, of_guide, of_model] * 3 + [of_guide]
 
 
-def test_model_and_guide_move_by_learning_rates_of_their_own(binary):
+def test_model_and_guide_use_their_own_learning_rates(binary):
     model, guide = make_pair()
     guide(binary)
     before = snapshot(model), snapshot(guide)
@@ -179,7 +181,7 @@ def test_model_and_guide_move_by_learning_rates_of_their_own(binary):
     assert fit.history.learning_rate.iloc[0] == 1e-2
 
 
-def test_what_both_programs_use_moves_in_all_steps():
+def test_shared_parameters_move_in_all_steps():
     shared = nn.Linear(1, 1)
 
     def model(x):
@@ -218,8 +220,8 @@ def test_steps_and_rates_out_of_range_are_refused(options, message, binary):
         pv.fit(*make_pair(), binary, progress=False, **options)
 
 
-class HoldsItsModel(nn.Module):
-    """A guide that keeps the model as a part of it."""
+class GuideThatHoldsItsModel(nn.Module):
+    """A guide that holds the model as a submodule."""
 
     def __init__(self, model):
         super().__init__()
@@ -231,7 +233,7 @@ class HoldsItsModel(nn.Module):
 
 
 def under_one_name():
-    """Plain functions that both register one module."""
+    """Return plain functions that both register one module."""
     vae = nn.ModuleDict({"decoder": nn.Linear(2, 16), "encoder": nn.Linear(16, 2)})
 
     def model(x):
@@ -250,12 +252,12 @@ def under_one_name():
 
 def guide_with_model():
     model, _ = make_pair()
-    guide = HoldsItsModel(model)
+    guide = GuideThatHoldsItsModel(model)
     return model, guide, model, guide.encoder
 
 
 @pytest.mark.parametrize("make", [under_one_name, guide_with_model])
-def test_parameters_that_both_hold_belong_to_the_one_that_depends_on_them(make, binary):
+def test_parameters_held_by_both_belong_to_the_program_that_uses_them(make, binary):
     model, guide, decoder, encoder = make()
     before = snapshot(decoder), snapshot(encoder)
     pv.fit(model, guide, binary, epochs=1, batch_size=10, guide_steps=100, progress=False)
@@ -268,7 +270,7 @@ def test_parameters_that_both_hold_belong_to_the_one_that_depends_on_them(make, 
     assert (snapshot(encoder) - before[1]).abs().max().item() == pytest.approx(1e-4, rel=0.01)
 
 
-def test_parameters_made_later_have_the_fits_rate():
+def test_parameters_created_later_use_the_learning_rate_of_the_fit():
     class Late(nn.Module):
         def model(self, x):
             loc = pyro.param("late", torch.tensor(0.0)) if self.training else torch.tensor(0.0)
@@ -283,15 +285,15 @@ def test_parameters_made_later_have_the_fits_rate():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc, scale))
 
-    for epochs in (1, 2):  # found at the end of the first, first moved in the second
+    for epochs in (1, 2):  # found at the end of the first run, trained in the second
         pv.fit(late.model, guide, torch.full((20,), 5.0), epochs=epochs, batch_size=20,
                learning_rate=0.1, seed=0, capture=False, progress=False)  # fmt: skip
     with pv.parameter_store(late.model, guide):
         assert pyro.param("late").item() > 0.09
 
 
-def test_only_what_moves_is_clipped():
-    """A large gradient of the model must not hold the guide back in its own step."""
+def test_only_moving_parameters_are_clipped():
+    """A large model gradient must not shrink the guide's step."""
 
     def model(x):
         w = pyro.param("w", torch.tensor(100.0))
