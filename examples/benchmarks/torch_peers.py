@@ -63,7 +63,7 @@ class Autoregressive(nn.Module):
         return mean, log_scale
 
 
-def binarise(x):
+def binarize(x):
     return (torch.rand_like(x) < x).to(x.dtype)
 
 
@@ -139,11 +139,11 @@ def rows():
 def ours(capture):
     model, guide = pair()
     objective = pv.objectives.IWAE(PARTICLES) if PARTICLES > 1 else pv.objectives.ELBO()
-    batches = Minibatches(X, BATCH, shuffle=True, transform=binarise)
+    batches = Minibatches(X, BATCH, shuffle=True, transform=binarize)
     trace = check_pair(model, guide, batches.first())
     objective.loss(model, guide, *batches.first())
     parameters = parameters_of(model, guide, trace)
-    train_state = TrainState(model, guide, objective, binarise, parameters)
+    train_state = TrainState(model, guide, objective, binarize, parameters)
     train_step = TrainStep(train_state, batches, capture=capture)
     pyro.enable_validation(False)
 
@@ -173,17 +173,17 @@ def pyro_svi():
     loss = RenyiELBO(alpha=0, num_particles=PARTICLES, vectorize_particles=True)
     loss = loss if PARTICLES > 1 else Trace_ELBO()
     svi = SVI(Model(), Guide(), pyro.optim.Adam({"lr": 1e-3}), loss)
-    return lambda: sum(svi.step(binarise(X[r])) for r in rows()) / len(X)
+    return lambda: sum(svi.step(binarize(X[r])) for r in rows()) / len(X)
 
 
 def by_hand(compiled):
     module = ByHand()
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, fused=True)
-    loss_of = torch.compile(lambda r: module(binarise(X[r]))) if compiled else None
+    loss_of = torch.compile(lambda r: module(binarize(X[r]))) if compiled else None
 
     def step(r):
         optimizer.zero_grad()
-        loss = loss_of(r) if compiled else module(binarise(X[r]))
+        loss = loss_of(r) if compiled else module(binarize(X[r]))
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -204,7 +204,7 @@ def captured_by_hand():
 
     def gradient(r, parameters, constants):
         parameters = [p.requires_grad_() for p in parameters]
-        x = binarise(constants[0][r])
+        x = binarize(constants[0][r])
         tensors = dict(zip([*names, *buffers], [*parameters, *constants[1:]], strict=True))
         loss = torch.func.functional_call(module, tensors, (x,))
         return loss.detach(), *torch.autograd.grad(loss, parameters)

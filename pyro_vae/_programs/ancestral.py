@@ -20,7 +20,7 @@ from pyro_vae._programs.sites import (
     is_loss_of_guide,
     own_scale,
     random_sites,
-    reduce_to_datum,
+    sum_to_data_points,
     to_particle_layout,
 )
 
@@ -88,7 +88,7 @@ class JointSample:
                 log_prob = scale_and_mask(
                     site["fn"].log_prob(site["value"]), own_scale(site), site["mask"]
                 )
-                total = total + reduce_to_datum(log_prob, site, frame.size, None, 1)[0]
+                total = total + sum_to_data_points(log_prob, site, frame.size, None, 1)[0]
         return total
 
     def _args_with_samples(self) -> list[Any]:

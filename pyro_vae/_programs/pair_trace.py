@@ -46,7 +46,7 @@ from pyro_vae._programs.sites import (
     observed_value,
     own_scale,
     random_sites,
-    reduce_to_datum,
+    sum_to_data_points,
     to_particle_layout,
     values_outside_support,
 )
@@ -430,7 +430,7 @@ class PairTrace:
 
     def reduced(self, log_prob: Tensor, site: Site) -> Tensor:
         """Sum a site's log-densities for each particle and data point."""
-        return reduce_to_datum(
+        return sum_to_data_points(
             log_prob, site, self.batch_size, self.particle_dim, self.num_particles
         )
 

@@ -228,7 +228,7 @@ def require_programs(model: Program, guide: Program) -> None:
 
 
 def device_of(model: Program, guide: Program) -> torch.device:
-    """Return the device of a pair's parameters, or the CPU if there are none."""
+    """Return the device of a pair's parameters, or the CPU for a pair without parameters."""
     require_programs(model, guide)
     fitted = fits.find(model, guide)
     own = fits.borrowed(model, guide) if fitted is None else fitted.store

@@ -107,7 +107,7 @@ def own_scale(site: Site) -> float | Tensor:
     return 1.0 if rounding else scale
 
 
-def reduce_to_datum(
+def sum_to_data_points(
     log_prob: Tensor,
     site: Site,
     batch_size: int,

@@ -141,15 +141,15 @@ class Annealing:
         return self.settings.temperatures
 
     @property
-    def by_datum(self) -> list[Tensor]:
+    def by_data_point(self) -> list[Tensor]:
         """All fields but the settings, with one row for each data point."""
         seen = (self.log_normalizers, self.monte_carlo_errors, self.acceptance, self.step_sizes)
         return [each.T for each in seen]
 
     @classmethod
-    def of_data(cls, settings: AIS, by_datum: Sequence[Tensor]) -> Annealing:
-        """Build an object from the tensors of :attr:`by_datum`."""
-        return cls(settings, *(each.T for each in by_datum))
+    def of_data(cls, settings: AIS, by_data_point: Sequence[Tensor]) -> Annealing:
+        """Build an object from the tensors of :attr:`by_data_point`."""
+        return cls(settings, *(each.T for each in by_data_point))
 
 
 class Annealer:

@@ -171,7 +171,7 @@ def evidence(
 
 def _columns(evidence: Evidence) -> tuple[Tensor, ...]:
     """Return the tensors that hold one row for each data point."""
-    seen = [] if evidence.annealing is None else evidence.annealing.by_datum
+    seen = [] if evidence.annealing is None else evidence.annealing.by_data_point
     return (
         evidence.values,
         evidence.monte_carlo_errors,
@@ -234,7 +234,7 @@ def _annealer(
         with values_checked(False):
             step_sizes = annealer.step_sizes(batch, num_parts, status)
             weights, annealing = annealer.forward(batch, step_sizes, num_parts, status)
-        return *_summary(weights), *annealing.by_datum
+        return *_summary(weights), *annealing.by_data_point
 
     return estimate
 

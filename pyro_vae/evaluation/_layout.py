@@ -198,8 +198,8 @@ class Layout:
     def numbers(self) -> Tensor:
         """Return the numbers in the layout of x, on the CPU.
 
-        Each place of x is filled from the site that observes this number of x unchanged. If there
-        is none, it is filled from a site that observes a number computed from this one. Masked
+        Each place of x is filled from the site that observes this number of x unchanged. Without
+        such a site, it is filled from a site that observes a number computed from this one. Masked
         numbers, such as padding, fill the remaining places.
 
         Raises:

@@ -16,7 +16,7 @@ from pyro_vae._programs.sites import (
     is_loss_of_guide,
     own_scale,
     random_sites,
-    reduce_to_datum,
+    sum_to_data_points,
 )
 
 _ROUNDING = 0.01  # an absolute (nats) and relative tolerance
@@ -135,6 +135,6 @@ def log_prob_given(
             ) from error
         log_prob = scale_and_mask(log_prob, own_scale(site), site["mask"])
         batch_size = data_frame(site).size
-        log_prob = reduce_to_datum(log_prob, site, batch_size, particle_dim, num_particles or 1)
+        log_prob = sum_to_data_points(log_prob, site, batch_size, particle_dim, num_particles or 1)
         total = log_prob if total is None else total + log_prob
     return total

@@ -34,14 +34,14 @@ class Radial(Flow):
 
     def forward(self, parameters: Tensor) -> FlowTransform:
         """Return the transform with a center c, alpha and beta."""
-        centre, alpha, beta = parameters.split([self.dim, 1, 1], -1)
-        return _Radial(centre, alpha.squeeze(-1), beta.squeeze(-1))
+        center, alpha, beta = parameters.split([self.dim, 1, 1], -1)
+        return _Radial(center, alpha.squeeze(-1), beta.squeeze(-1))
 
 
 class _Radial(FlowTransform):
-    def __init__(self, centre: Tensor, alpha: Tensor, beta: Tensor):
+    def __init__(self, center: Tensor, alpha: Tensor, beta: Tensor):
         super().__init__()
-        self._centre = centre
+        self._centre = center
         self._alpha = F.softplus(alpha) + 1e-3
         # beta > -alpha with a margin. softplus(log(e^s - 1)) = s, so zero gives zero.
         least = 0.999

@@ -74,7 +74,7 @@ class FreeBits(Objective):
         least: :math:`\lambda` of each part, in nats.
         per: the parts, either each latent ``"site"`` or each ``"dimension"``.
         over: ``"batch"`` compares :math:`\lambda` with the average KL of the batch, as in the
-            paper. ``"datum"`` compares it with the KL of each data point.
+            paper. ``"data_point"`` compares it with the KL of each data point.
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
@@ -87,7 +87,7 @@ class FreeBits(Objective):
         self,
         least: float = 0.5,
         per: Literal["site", "dimension"] = "site",
-        over: Literal["batch", "datum"] = "batch",
+        over: Literal["batch", "data_point"] = "batch",
         num_particles: int = 1,
         *,
         vectorize_particles: bool | None = None,
@@ -95,8 +95,8 @@ class FreeBits(Objective):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         if per not in ("site", "dimension"):
             raise ValueError(f"per must be 'site' or 'dimension', got {per!r}")
-        if over not in ("batch", "datum"):
-            raise ValueError(f"over must be 'batch' or 'datum', got {over!r}")
+        if over not in ("batch", "data_point"):
+            raise ValueError(f"over must be 'batch' or 'data_point', got {over!r}")
         self.least, self.per, self.over = positive_number("least", least), per, over
 
     def bound(self, terms: Terms) -> Tensor:

@@ -35,8 +35,8 @@ def to_arviz(
     - ``posterior_predictive``: the observed sites, sampled given the latents;
     - ``observed_data``: x.
 
-    The first dimensions are ``chain`` (of size 1), ``draw`` and ``datum`` (the data point). In
-    ``observed_data``, the first dimension is ``datum``.
+    The first dimensions are ``chain`` (of size 1), ``draw`` and ``data_point``. In
+    ``observed_data``, the first dimension is ``data_point``.
 
     There is no ``log_likelihood`` group. Leave-one-out cross-validation on log p(x|z) would score
     a data point under a z that was inferred from it. Compare models with :func:`pyro_vae.compare`.
@@ -65,7 +65,7 @@ def to_arviz(
         ... )
         >>> guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
         >>> container = pv.to_arviz(model, guide, torch.ones(3, 16), num_draws=7)
-        >>> container["posterior"]["z"].shape  # chain, draw, datum, the event
+        >>> container["posterior"]["z"].shape  # chain, draw, data point, event
         (1, 7, 3, 2)
     """
     check_call(to_arviz, locals())
@@ -90,7 +90,7 @@ def to_arviz(
 def make_container(arviz: ModuleType, **groups: dict[str, np.ndarray]) -> Any:
     """Return the container of the installed ArviZ version, with groups of arrays."""
     dims = {
-        name: ["datum", *(f"{name}_dim_{i}" for i in range(value.ndim - leading))]
+        name: ["data_point", *(f"{name}_dim_{i}" for i in range(value.ndim - leading))]
         for group, values in groups.items()
         for leading in (1 if group == "observed_data" else 3,)
         for name, value in values.items()

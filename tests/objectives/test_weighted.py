@@ -71,9 +71,9 @@ def test_free_bits_floor_the_kl_per_site_or_dimension(gaussian):
     assert kls["b"].mean() < least
     cases = {
         ("site", "batch"): sum(5 * k.mean().clamp(min=least) for k in kls.values()),
-        ("site", "datum"): sum(k.clamp(min=least).sum() for k in kls.values()),
+        ("site", "data_point"): sum(k.clamp(min=least).sum() for k in kls.values()),
         ("dimension", "batch"): sum(5 * gaussian.kl(n).mean(0).clamp(min=least).sum() for n in kls),
-        ("dimension", "datum"): sum(gaussian.kl(n).clamp(min=least).sum() for n in kls),
+        ("dimension", "data_point"): sum(gaussian.kl(n).clamp(min=least).sum() for n in kls),
     }
     for (per, over), floored in cases.items():
         expected = -gaussian.likelihood() + floored.item()

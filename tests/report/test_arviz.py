@@ -14,7 +14,7 @@ def test_groups_contain_draws_weights_and_data():
     x = oracle.sample(6)
     container = pv.to_arviz(oracle.model, oracle.guide, x, num_draws=400, seed=0)
     posterior = container["posterior"]["z"]
-    assert posterior.dims[:3] == ("chain", "draw", "datum")
+    assert posterior.dims[:3] == ("chain", "draw", "data_point")
     assert posterior.shape == (1, 400, 6, 2)
     log_weight = container["sample_stats"]["log_weight"].values
     exact = oracle.log_evidence(x).numpy()

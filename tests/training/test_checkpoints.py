@@ -132,7 +132,7 @@ CASES = {
     "modules": {},
     "noise of their own": {"pair": noisy_pair},
     "bare parameters": {"pair": bare_pair},
-    "binarised": {"transform": torch.bernoulli},
+    "binarized": {"transform": torch.bernoulli},
     "a Dataset": {"wrap": Rows},
     "a stream": {"wrap": Shuffled},
     "a loader": {"wrap": own_generator},

@@ -108,10 +108,10 @@ def dimension_wise_kl(
         ends = (low[number].item(), high[number].item())
         grid = torch.linspace(*ends, size, dtype=loc.dtype, device=loc.device)
         log_p = log_prior(grid.unsqueeze(1).expand(-1, len(intervals)))[:, number]
-        centre = (low[number] + high[number]) / 2
+        center = (low[number] + high[number]) / 2
         left, right = (
-            quadratic(grid.unsqueeze(1) - centre),
-            log_density_weights(loc - centre, scale),
+            quadratic(grid.unsqueeze(1) - center),
+            log_density_weights(loc - center, scale),
         )
         density = group.sum(row_sums(left, right, check=group.check)) / count
         step = (ends[1] - ends[0]) / (size - 1)

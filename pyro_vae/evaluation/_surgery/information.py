@@ -68,7 +68,7 @@ def of_gaussians(group: Group, q: DiagonalGaussians, codes: Tensor) -> Block:
     size = _CODES_OF_A_THREAD * torch.get_num_threads() if alone else _CODES
 
     blocks = zip(*(each.split(_GAUSSIANS_AT_A_TIME) for each in (q.loc, q.scale)), strict=True)
-    kept = [Gaussians(*some, extent.centre) for some in blocks]
+    kept = [Gaussians(*some, extent.center) for some in blocks]
 
     def everyone() -> Iterator[Gaussians]:
         for source, count in enumerate(counts):
@@ -81,7 +81,7 @@ def of_gaussians(group: Group, q: DiagonalGaussians, codes: Tensor) -> Block:
                 else:
                     size = min(_GAUSSIANS_AT_A_TIME, count - start)
                     received = q.loc.new_empty(2, size, q.loc.shape[1])
-                    yield Gaussians(*group.broadcast(received, source), extent.centre)
+                    yield Gaussians(*group.broadcast(received, source), extent.center)
 
     def anywhere(here: bool) -> bool:
         return bool(group.sum(torch.tensor(int(here))))

@@ -66,14 +66,14 @@ class Extent:
         return cls(count.sum(), total.sum(0), low.amin(0), high.amax(0), narrowest.amin(0))
 
     @property
-    def centre(self) -> Tensor:
+    def center(self) -> Tensor:
         """The average of the means (d,)."""
         return self.total / self.count
 
     @property
     def cancels(self) -> bool:
         """Whether expanding the squares may cause an error above about 1e-6 nats."""
-        largest = torch.maximum(self.high - self.centre, self.centre - self.low)
+        largest = torch.maximum(self.high - self.center, self.center - self.low)
         return bool((largest > WIDEST * self.narrowest).any())
 
 
@@ -84,12 +84,12 @@ class Gaussians:
     Args:
         loc: means (n, d), float64.
         scale: standard deviations (n, d), float64.
-        centre: the point that is subtracted from means and codes (d,).
+        center: the point that is subtracted from means and codes (d,).
     """
 
     loc: Tensor
     scale: Tensor
-    centre: Tensor
+    center: Tensor
 
     @cached_property
     def columns(self) -> list[tuple[Tensor, Tensor]]:
@@ -102,7 +102,7 @@ class Gaussians:
 
     @torch.no_grad()  # a new thread has gradients enabled
     def _block(self, some: slice) -> tuple[Tensor, Tensor]:
-        weights = log_density_weights(self.loc[some] - self.centre, self.scale[some])
+        weights = log_density_weights(self.loc[some] - self.center, self.scale[some])
         ones = weights.new_ones(1, weights.shape[1])
         return torch.cat([weights, ones]).contiguous(), ones[0]
 
@@ -119,7 +119,7 @@ def log_sum_of_ratios(loc: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
         Shape (N,), float64, in nats.
     """
     extent = Extent.of(loc, scale, codes)
-    all_of_them = Gaussians(loc, scale, extent.centre)
+    all_of_them = Gaussians(loc, scale, extent.center)
     log_own = Normal(loc, scale).log_prob(codes).sum(1)
     return log_sums(lambda: [all_of_them], codes, log_own, extent)
 
@@ -155,7 +155,7 @@ def log_sums(
     """
     if extent.cancels:
         return _log_sums_of_differences(gaussians(), codes, log_own, check)
-    left = torch.cat([quadratic(codes - extent.centre), -log_own.unsqueeze(1)], dim=1)
+    left = torch.cat([quadratic(codes - extent.center), -log_own.unsqueeze(1)], dim=1)
     total = codes.new_zeros(len(codes))
     for some in gaussians():
         total += _sums_over(left, some.columns, check)
@@ -176,7 +176,7 @@ def log_densities(loc: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
     """
     extent = Extent.of(loc, scale, codes)
     if not extent.cancels:
-        return quadratic(codes - extent.centre) @ log_density_weights(loc - extent.centre, scale)
+        return quadratic(codes - extent.center) @ log_density_weights(loc - extent.center, scale)
     rows = codes.reshape(-1, codes.shape[-1]).split(_rows_of_differences(loc))
     found = torch.cat([_by_differences(loc, scale, some) for some in rows])
     return found.reshape(*codes.shape[:-1], len(loc))

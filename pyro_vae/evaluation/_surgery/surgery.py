@@ -148,7 +148,7 @@ def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Sur
     averages, done = scores.averages, scores.done
     rate, log_likelihood = averages.rate[done], averages.log_likelihood[done]
     information = _control(scores.information[done], rate - averages.sampled_rate[done])
-    per_datum = {
+    per_data_point = {
         "elbo": log_likelihood - rate,
         "distortion": -log_likelihood,
         "rate": rate,
@@ -157,13 +157,13 @@ def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Sur
     }
     if scores.of_dimensions is not None:
         of_dimensions = scores.of_dimensions[done]
-        per_datum["total_correlation"] = rate - information - of_dimensions
-        per_datum["dimension_wise_kl"] = of_dimensions
+        per_data_point["total_correlation"] = rate - information - of_dimensions
+        per_data_point["dimension_wise_kl"] = of_dimensions
     sites, numbers = averages.kl_of_sites, averages.kl_of_dimensions
     return Surgery(
-        **{name: values.mean().item() for name, values in per_datum.items()},
+        **{name: values.mean().item() for name, values in per_data_point.items()},
         log_n=math.log(scores.num_data),
-        standard_errors={name: standard_error(values) for name, values in per_datum.items()},
+        standard_errors={name: standard_error(values) for name, values in per_data_point.items()},
         kl_of_sites=sites and {name: kl.item() for name, kl in sites.items()},
         kl_of_dimensions=numbers and {n: tuple(kl.flatten().tolist()) for n, kl in numbers.items()},
         estimator=estimator,
@@ -182,8 +182,8 @@ def _control(values: Tensor, noise: Tensor) -> Tensor:
     The values are returned unchanged in two cases. With few data points, the coefficient overfits
     the noise, and the standard errors are too small. With an infinite rate, it is undefined.
     """
-    centred = noise - noise.mean()
-    variance = centred.square().sum()
+    centered = noise - noise.mean()
+    variance = centered.square().sum()
     if len(values) < _FEWEST_TO_REGRESS or variance == 0 or not variance.isfinite():
         return values
-    return values - (values * centred).sum() / variance * noise
+    return values - (values * centered).sum() / variance * noise
