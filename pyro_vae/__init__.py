@@ -17,6 +17,7 @@ from pyro_vae import (
     training,
 )
 from pyro_vae._programs.parameters import parameter_store
+from pyro_vae._programs.scales import unscaled
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae.evaluation import (
     collapse_report,
@@ -69,4 +70,5 @@ __all__ = [
     "terms",
     "to_arviz",
     "training",
+    "unscaled",
 ]

@@ -367,7 +367,8 @@ class PairTrace:
         if isinstance(scale, Tensor) or scale != 1.0:
             raise ValueError(
                 f"site {site['name']!r} is scaled and depends on an enumerated site. A sum over "
-                "enumerated values cannot have a scale: remove it."
+                "enumerated values cannot have a scale. If the scale was for training, pass "
+                "pv.unscaled(model) and pv.unscaled(guide)."
             )
         sampled = of_guide and not site["is_observed"] and not is_enumerated(site)
         if sampled and not getattr(site["fn"], "has_rsample", False):

@@ -409,7 +409,8 @@ class Terms:
             raise ValueError(
                 f"{who} needs unscaled log-densities, but site {self.scaled_sites[0]!r} is scaled "
                 "by poutine.scale or by an inner plate that subsamples. A scale inside an "
-                "importance weight gives no bound on log p(x): remove it."
+                "importance weight gives no bound on log p(x). If the scale was for training, "
+                "pass pv.unscaled(model) and pv.unscaled(guide)."
             )
 
     def require_held_samples(self, who: str) -> None:
