@@ -1,0 +1,178 @@
+"""Directives that make the reference from ``__all__`` and from the command line's application.
+
+``.. summary:: pyro_vae.flows`` is a table of a folder's names, and ``.. entries:: pyro_vae.flows``
+has the entry of each. A name of several folders has one entry, and its other names are aliases.
+"""
+
+import functools
+import inspect
+import sys
+import typing
+
+import typer.main
+from docutils.parsers.rst import directives
+from sphinx.pycode import ModuleAnalyzer
+from sphinx.util.docutils import SphinxDirective
+
+import pyro_vae
+import pyro_vae.cli
+
+
+def public_names(module):
+    """Return the names of ``__all__``, or of the public classes that the module defines."""
+    return getattr(module, "__all__", None) or [
+        name
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and value.__module__ == module.__name__ and name[0] != "_"
+    ]
+
+
+def members(module, path):
+    """Yield the full name and the value of each public name, also of public modules inside."""
+    for name in public_names(module):
+        value = getattr(module, name)
+        yield f"{path}.{name}", value
+        if inspect.ismodule(value):
+            yield from members(value, f"{path}.{name}")
+
+
+@functools.cache
+def all_names():
+    """Return a dictionary from the id of each public object to its full names, shortest first."""
+    names = {}
+    for name, value in members(pyro_vae, "pyro_vae"):
+        names.setdefault(id(value), []).append(name)
+    return {key: sorted(found, key=lambda name: name.count(".")) for key, found in names.items()}
+
+
+def folder_of(names):
+    """Return the folder on whose page the entry of an object is, or "" for the first page."""
+    return next((name.split(".")[1] for name in names if name.count(".") > 1), "")
+
+
+def description(path, value):
+    """Return the docstring of an object, or the comment ``#:`` before a constant, as lines."""
+    if type(value).__module__ != "typing":
+        return (inspect.getdoc(value) or "").splitlines()
+    folder, _, name = path.rpartition(".")
+    for module in list(sys.modules):
+        if module.startswith(f"{folder}._") and getattr(sys.modules[module], name, None) is value:
+            return ModuleAnalyzer.for_module(module).find_attr_docs().get(("", name), [])
+    return []
+
+
+def first_paragraph(lines):
+    """Return the lines before the first empty one, joined, and the lines after it."""
+    end = lines.index("") if "" in lines else len(lines)
+    return " ".join(lines[:end]), lines[end + 1 :]
+
+
+class _NamesDirective(SphinxDirective):
+    required_arguments = 1
+
+    def run(self):
+        path = self.arguments[0]
+        module = functools.reduce(getattr, path.split(".")[1:], pyro_vae)
+        return self.parse_text_to_nodes("\n".join(self.lines(path, module)))
+
+
+class Summary(_NamesDirective):
+    """A table of the names of a module with the first sentences of their docstrings.
+
+    The option ``folders`` selects the names that are modules, and without it all others are listed.
+    """
+
+    option_spec: typing.ClassVar = {"folders": directives.flag}
+
+    def lines(self, path, module):
+        """Yield the lines of the table."""
+        yield from (f".. py:currentmodule:: {path}", "")
+        yield from (".. list-table::", "   :class: summary", "   :widths: auto", "")
+        for name in public_names(module):
+            value = getattr(module, name)
+            if path != "pyro_vae" or inspect.ismodule(value) == ("folders" in self.options):
+                text, _ = first_paragraph(description(f"{path}.{name}", value))
+                yield f"   * - :py:obj:`{name} <{path}.{name}>`"
+                yield f"     - {text}"
+
+
+class Entries(_NamesDirective):
+    """The entries of the names of a module: signatures, docstrings, members and sources."""
+
+    def lines(self, path, module):
+        """Yield the lines of all entries."""
+        _, rest = first_paragraph(description(path, module))
+        yield from (f".. py:module:: {path}", "", *rest, "")
+        done = set()
+        for name, value in members(module, path):
+            names = all_names()[id(value)]
+            if id(value) in done or folder_of(names) != "".join(path.split(".")[1:]):
+                continue
+            done.add(id(value))
+            if inspect.ismodule(value):
+                yield from (f".. py:module:: {name}", "", *description(name, value), "")
+                continue
+            yield from self.entry(names[0], value)
+            for alias in names[1:]:
+                kind = "class" if inspect.isclass(value) else "function"
+                domain = self.env.domains["py"]
+                domain.note_object(alias, kind, names[0], aliased=True, location=self.state_machine)
+
+    def entry(self, name, value):
+        """Yield the lines of one entry."""
+        if inspect.isclass(value):
+            kind = "exception" if issubclass(value, BaseException) else "class"
+            yield from (f".. auto{kind}:: {name}", "   :members:", "   :show-inheritance:", "")
+        elif inspect.isroutine(value):
+            yield from (f".. autofunction:: {name}", "")
+        else:
+            lines = description(name, value)
+            yield from (f".. py:data:: {name}", "", *(f"   {line}" for line in lines), "")
+
+
+class CommandLine(SphinxDirective):
+    """All commands of the program ``pyro-vae``, with their options, from the application itself."""
+
+    def run(self):
+        """Return the parsed text."""
+        group = typer.main.get_command(pyro_vae.cli.app)
+        lines = [line for name in group.commands for line in self.command(name, group)]
+        return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+
+    def command(self, name, group):
+        """Yield the lines of one command."""
+        command = group.commands[name]
+        full = f"pyro-vae {name}"
+        context = command.make_context(name, [], resilient_parsing=True)
+        yield from (full, "-" * len(full), "", *inspect.cleandoc(command.help).splitlines(), "")
+        yield from (f".. program:: {full}", "")
+        for parameter in command.params:
+            record = parameter.get_help_record(context)
+            if record is not None:
+                signature, text = record
+                yield from (f".. option:: {signature}", "", f"   {' '.join(text.split())}", "")
+
+
+def public_bases(app, name, cls, options, bases):
+    """Replace private base classes by the next public ones, or leave them out."""
+    shown = []
+    for base in bases:
+        for candidate in getattr(base, "__mro__", ()):
+            if candidate is object or id(candidate) in all_names():
+                break
+            if not candidate.__module__.startswith("pyro_vae"):
+                break
+        else:
+            continue
+        if candidate not in shown:
+            shown.append(candidate)
+    bases[:] = shown
+
+
+def setup(app):
+    """Register the directives."""
+    app.add_directive("summary", Summary)
+    app.add_directive("entries", Entries)
+    app.add_directive("command-line", CommandLine)
+    app.connect("autodoc-process-bases", public_bases)
+    return {"parallel_read_safe": True}
