@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 project = "pyro_vae"
 author = "The pyro_vae maintainers"
+project_copyright = author
 extensions = [
     "myst_parser",
     "reference",
@@ -20,12 +21,12 @@ extensions = [
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]
-myst_heading_anchors = 2
+myst_heading_anchors = 3
 autodoc_inherit_docstrings = False  # torch's and Pyro's are in their own references
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-python_maximum_signature_line_length = 80
+python_maximum_signature_line_length = 50  # a phone's width, about
 toc_object_entries_show_parents = "hide"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -41,6 +42,8 @@ intersphinx_mapping = {
 intersphinx_timeout = 10
 html_theme = "furo"
 html_title = "pyro_vae"
+html_static_path = ["_static"]
+html_css_files = ["reference.css"]
 html_extra_path = ["pages"]
 
 

@@ -17,6 +17,22 @@ from sphinx.util.docutils import SphinxDirective
 import pyro_vae
 import pyro_vae.cli
 
+# Where other references list a class under another name than that of its module or annotation.
+_DISTRIBUTION = "pyro.distributions.TorchDistribution"
+OTHER_NAMES = {
+    "Figure": "matplotlib.figure.Figure",
+    "Path": "pathlib.Path",
+    "Tensor": "torch.Tensor",
+    "TorchDistribution": _DISTRIBUTION,
+    "pandas.core.frame.DataFrame": "pandas.DataFrame",
+    "pd.DataFrame": "pandas.DataFrame",
+    "pyro.distributions.torch_distribution.TorchDistribution": _DISTRIBUTION,
+    "pyro.infer.ELBO": "pyro.infer.elbo.ELBO",
+    "torch.nn.modules.container.Sequential": "torch.nn.Sequential",
+    "torch.nn.modules.module.Module": "torch.nn.Module",
+    "torch.optim.optimizer.Optimizer": "torch.optim.Optimizer",
+}
+
 
 def public_names(module):
     """Return the names of ``__all__``, or of the public classes that the module defines."""
@@ -46,8 +62,8 @@ def all_names():
 
 
 def folder_of(names):
-    """Return the folder on whose page the entry of an object is, or "" for the first page."""
-    return next((name.split(".")[1] for name in names if name.count(".") > 1), "")
+    """Return the folder on whose page the entry of an object is, or None for the first page."""
+    return next((name.split(".")[1] for name in names if name.count(".") > 1), None)
 
 
 def description(path, value):
@@ -103,26 +119,31 @@ class Entries(_NamesDirective):
         """Yield the lines of all entries."""
         _, rest = first_paragraph(description(path, module))
         yield from (f".. py:module:: {path}", "", *rest, "")
+        folder = path.split(".")[1] if path != "pyro_vae" else None
         done = set()
         for name, value in members(module, path):
             names = all_names()[id(value)]
-            if id(value) in done or folder_of(names) != "".join(path.split(".")[1:]):
+            if id(value) in done or folder_of(names) != folder:
                 continue
             done.add(id(value))
+            if inspect.ismodule(value) and folder is None:
+                continue  # it has a page
             if inspect.ismodule(value):
                 yield from (f".. py:module:: {name}", "", *description(name, value), "")
                 continue
             yield from self.entry(names[0], value)
             for alias in names[1:]:
                 kind = "class" if inspect.isclass(value) else "function"
-                domain = self.env.domains["py"]
-                domain.note_object(alias, kind, names[0], aliased=True, location=self.state_machine)
+                self.env.domains["py"].note_object(alias, kind, names[0], aliased=True)
 
     def entry(self, name, value):
         """Yield the lines of one entry."""
         if inspect.isclass(value):
             kind = "exception" if issubclass(value, BaseException) else "class"
-            yield from (f".. auto{kind}:: {name}", "   :members:", "   :show-inheritance:", "")
+            yield from (f".. auto{kind}:: {name}", "   :members:")
+            if shown_bases(value):
+                yield "   :show-inheritance:"
+            yield ""
         elif inspect.isroutine(value):
             yield from (f".. autofunction:: {name}", "")
         else:
@@ -153,26 +174,60 @@ class CommandLine(SphinxDirective):
                 yield from (f".. option:: {signature}", "", f"   {' '.join(text.split())}", "")
 
 
-def public_bases(app, name, cls, options, bases):
-    """Replace private base classes by the next public ones, or leave them out."""
+def shown_bases(cls):
+    """Return the base classes, with the next public or foreign one in place of a private one."""
     shown = []
-    for base in bases:
-        for candidate in getattr(base, "__mro__", ()):
-            if candidate is object or id(candidate) in all_names():
+    for base in cls.__bases__:
+        for candidate in base.__mro__:
+            if id(candidate) in all_names() or not candidate.__module__.startswith("pyro_vae"):
+                if candidate is not object and candidate not in shown:
+                    shown.append(candidate)
                 break
-            if not candidate.__module__.startswith("pyro_vae"):
-                break
-        else:
-            continue
-        if candidate not in shown:
-            shown.append(candidate)
-    bases[:] = shown
+    return shown
+
+
+def public_bases(app, name, cls, options, bases):
+    """Make autodoc show these base classes."""
+    bases[:] = shown_bases(cls)
+
+
+def own_or_other_name(app, env, node, content):
+    """Find the one public name that ends as a reference does, or correct one to another project.
+
+    The docstring of ``pyro_vae.fit`` is written in ``pyro_vae.training``, so it says ``Fit``.
+    """
+    if node.get("refdomain") != "py":
+        return None
+    head, dot, rest = node["reftarget"].partition(".")
+    ours = [names[0] for names in all_names().values() if names[0].endswith(f".{head}")]
+    if len(ours) == 1:
+        name, kind = f"{ours[0]}{dot}{rest}", node["reftype"]
+        domain = env.domains["py"]
+        return domain.resolve_xref(env, node["refdoc"], app.builder, kind, name, node, content)
+    node["reftarget"] = OTHER_NAMES.get(node["reftarget"], node["reftarget"])  # for intersphinx
+    return None
+
+
+def hide_colon(app, what, name, obj, options, lines):
+    """Double the colon in a property's first line, before which Napoleon expects a type."""
+    if what in ("attribute", "property"):
+        lines[:1] = [line.replace(": ", ":: ") for line in lines[:1]]
+
+
+def show_colon(app, what, name, obj, options, lines):
+    """Undo :func:`hide_colon`, after Napoleon."""
+    if what in ("attribute", "property"):
+        lines[:1] = [line.replace(":: ", ": ") for line in lines[:1]]
 
 
 def setup(app):
     """Register the directives."""
+    app.setup_extension("sphinx.ext.autodoc")
     app.add_directive("summary", Summary)
     app.add_directive("entries", Entries)
     app.add_directive("command-line", CommandLine)
     app.connect("autodoc-process-bases", public_bases)
+    app.connect("autodoc-process-docstring", hide_colon, priority=400)
+    app.connect("autodoc-process-docstring", show_colon, priority=600)
+    app.connect("missing-reference", own_or_other_name, priority=400)
     return {"parallel_read_safe": True}
