@@ -147,8 +147,9 @@ class Entries(_NamesDirective):
         elif inspect.isroutine(value):
             yield from (f".. autofunction:: {name}", "")
         else:
-            lines = description(name, value)
-            yield from (f".. py:data:: {name}", "", *(f"   {line}" for line in lines), "")
+            module, _, short = name.rpartition(".")
+            yield from (f".. py:currentmodule:: {module}", "", f".. py:data:: {short}", "")
+            yield from (*(f"   {line}" for line in description(name, value)), "")
 
 
 class CommandLine(SphinxDirective):
