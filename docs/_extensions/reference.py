@@ -83,6 +83,15 @@ def first_paragraph(lines):
     return " ".join(lines[:end]), lines[end + 1 :]
 
 
+def table(path, module, names):
+    """Yield the lines of a table of names of a module, with their first sentences."""
+    yield from (".. list-table::", "   :class: summary", "   :widths: auto", "")
+    for name in names:
+        text, _ = first_paragraph(description(f"{path}.{name}", getattr(module, name)))
+        yield from (f"   * - :py:obj:`{name} <{path}.{name}>`", f"     - {text}")
+    yield ""
+
+
 class _NamesDirective(SphinxDirective):
     required_arguments = 1
 
@@ -102,14 +111,13 @@ class Summary(_NamesDirective):
 
     def lines(self, path, module):
         """Yield the lines of the table."""
-        yield from (f".. py:currentmodule:: {path}", "")
-        yield from (".. list-table::", "   :class: summary", "   :widths: auto", "")
-        for name in public_names(module):
-            value = getattr(module, name)
-            if path != "pyro_vae" or inspect.ismodule(value) == ("folders" in self.options):
-                text, _ = first_paragraph(description(f"{path}.{name}", value))
-                yield f"   * - :py:obj:`{name} <{path}.{name}>`"
-                yield f"     - {text}"
+        kind = "currentmodule" if "folders" in self.options else "module"
+        yield from (f".. py:{kind}:: {path}", "")
+        names = public_names(module)
+        if path == "pyro_vae":
+            folders = "folders" in self.options
+            names = [name for name in names if inspect.ismodule(getattr(module, name)) == folders]
+        yield from table(path, module, names)
 
 
 class Entries(_NamesDirective):
@@ -118,7 +126,7 @@ class Entries(_NamesDirective):
     def lines(self, path, module):
         """Yield the lines of all entries."""
         _, rest = first_paragraph(description(path, module))
-        yield from (f".. py:module:: {path}", "", *rest, "")
+        yield from (f".. py:currentmodule:: {path}", "", *rest, "")
         folder = path.split(".")[1] if path != "pyro_vae" else None
         done = set()
         for name, value in members(module, path):
@@ -129,7 +137,9 @@ class Entries(_NamesDirective):
             if inspect.ismodule(value) and folder is None:
                 continue  # it has a page
             if inspect.ismodule(value):
-                yield from (f".. py:module:: {name}", "", *description(name, value), "")
+                yield from (f".. py:module:: {name}", "", f".. rubric:: {name}", "")
+                yield from (*description(name, value), "")
+                yield from table(name, value, public_names(value))
                 continue
             yield from self.entry(names[0], value)
             for alias in names[1:]:

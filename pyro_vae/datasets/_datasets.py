@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_vae._utils.checks import checked
 from pyro_vae.datasets import _download as download
 
-#: When :func:`load` draws each pixel as 0 or 1: never, once, or in each minibatch.
+#: The argument ``binarize`` of :func:`load`: ``"none"``, ``"fixed"`` or ``"dynamic"``.
 Binarization: TypeAlias = Literal["none", "fixed", "dynamic"]
 
 
