@@ -6,6 +6,7 @@ has the entry of each. A name of several folders has one entry, and its other na
 
 import functools
 import inspect
+import re
 import sys
 import typing
 
@@ -219,14 +220,19 @@ def own_or_other_name(app, env, node, content):
     return None
 
 
-def hide_colon(app, what, name, obj, options, lines):
-    """Double the colon in a property's first line, before which Napoleon expects a type."""
+def before_napoleon(app, what, name, obj, options, lines):
+    """Protect what Napoleon and reStructuredText would read in another way.
+
+    Napoleon takes the words before a colon in a property's first line for a type: the colon is
+    doubled until :func:`after_napoleon`. In "levels: L.", the letter is the number of a list item.
+    """
+    lines[:] = [re.sub(r"^( +\*{0,2}\w+: )(?=[A-Za-z]\.( |$))", r"\1\\", line) for line in lines]
     if what in ("attribute", "property"):
         lines[:1] = [line.replace(": ", ":: ") for line in lines[:1]]
 
 
-def show_colon(app, what, name, obj, options, lines):
-    """Undo :func:`hide_colon`, after Napoleon."""
+def after_napoleon(app, what, name, obj, options, lines):
+    """Undo the doubled colon of :func:`before_napoleon`."""
     if what in ("attribute", "property"):
         lines[:1] = [line.replace(":: ", ": ") for line in lines[:1]]
 
@@ -238,7 +244,7 @@ def setup(app):
     app.add_directive("entries", Entries)
     app.add_directive("command-line", CommandLine)
     app.connect("autodoc-process-bases", public_bases)
-    app.connect("autodoc-process-docstring", hide_colon, priority=400)
-    app.connect("autodoc-process-docstring", show_colon, priority=600)
+    app.connect("autodoc-process-docstring", before_napoleon, priority=400)
+    app.connect("autodoc-process-docstring", after_napoleon, priority=600)
     app.connect("missing-reference", own_or_other_name, priority=400)
     return {"parallel_read_safe": True}
