@@ -232,9 +232,13 @@ def before_napoleon(app, what, name, obj, options, lines):
 
 
 def after_napoleon(app, what, name, obj, options, lines):
-    """Undo the doubled colon of :func:`before_napoleon`."""
+    """Undo the doubled colon, and leave attributes that are properties to their own entries."""
     if what in ("attribute", "property"):
         lines[:1] = [line.replace(":: ", ": ") for line in lines[:1]]
+    for row, line in reversed([*enumerate(lines)]):
+        attribute = line.removeprefix(".. attribute:: ")
+        if attribute != line and isinstance(getattr(obj, attribute, None), property):
+            lines.insert(row + 1, "   :no-index:")
 
 
 def setup(app):

@@ -39,6 +39,9 @@ class Bijection(InferenceSurjection):
         event_dim: how many of the rightmost dimensions of x make one datum. Transforms of fewer
             dimensions, a sigmoid say, act on each number, and their volumes add up.
 
+    Attributes:
+        transform: f, of the parameters as they are.
+
     Raises:
         TypeError: ``transform`` is neither a transform nor gives one.
         ValueError: ``event_dim`` is less than that of the transform's domain; the transform is not
