@@ -13,6 +13,8 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+collect_ignore = ["docs/conf.py", "docs/_extensions"]  # of Sphinx, which may not be installed
+
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
     patterns=["README.md", "docs/*.md"],

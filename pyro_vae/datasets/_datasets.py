@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_vae._utils.checks import checked
 from pyro_vae.datasets import _download as download
 
+#: The argument ``binarize`` of :func:`load`: ``"none"``, ``"fixed"`` or ``"dynamic"``.
 Binarization: TypeAlias = Literal["none", "fixed", "dynamic"]
 
 
