@@ -80,8 +80,8 @@ def test_code_has_no_banned_words(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_pages_have_no_banned_words(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert not sorted(findings(enumerate(lines, start=1))), path
+    text = re.sub(r"`[^`\n]*`", "code", path.read_text(encoding="utf-8"))
+    assert not sorted(findings(enumerate(text.splitlines(), start=1))), path
 
 
 def prose(text):
