@@ -23,6 +23,7 @@ from pyro_vae._capture.policy import (
 )
 from pyro_vae._capture.signatures import Signature, from_config, signature_of, to_config
 from pyro_vae._capture.tracing import CaptureError, Outputs, Trace, trace
+from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import (
     generator_state,
     noise_from_elsewhere,
@@ -350,4 +351,4 @@ def _require_device(inputs: Sequence[Tensor]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -23,6 +23,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import OwnSequence, random_state, set_random_state
 
 Batch: TypeAlias = tuple[Tensor, ...]
@@ -288,8 +289,8 @@ class Minibatches:
             if "collate" not in str(error):
                 raise
             raise ValueError(
-                f"{self.name} has items that torch's DataLoader cannot collate: {error}. Return "
-                "tensors or numpy arrays from the Dataset, or pass a DataLoader with a collate_fn"
+                f"{self.name} has items that torch's DataLoader cannot collate: "
+                f"{first_line(error)}. Return tensors or numpy arrays from the Dataset, or pass a DataLoader with a collate_fn"
             ) from error
 
     def _check_nonfinite(self, columns: Batch, row_offset: int) -> None:

@@ -23,6 +23,7 @@ from pyro_vae._programs.sites import (
 )
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._utils.checks import check_call, positive_integer, positive_number
+from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.progress import task
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation._context import evaluation_context
@@ -266,7 +267,7 @@ def _moments(t: Terms, model: Program, batch: Batch) -> dict[str, Tensor]:
     except NotImplementedError as error:
         raise ValueError(
             "collapse_report needs samples of the prior, but sampling from the model failed "
-            f"(cause: {error or 'a prior'}). Replace improper priors by proper ones."
+            f"(cause: {first_line(error)}). Replace improper priors by proper ones."
         ) from error
     for name, draws in t.samples.items():
         draws = draws.double().flatten(2) if draws.dim() > 2 else draws.double().unsqueeze(2)

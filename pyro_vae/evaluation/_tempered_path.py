@@ -13,6 +13,7 @@ from pyro_vae._programs.latent_sites import inside, latent_sites, surroundings
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.sites import is_discrete, to_particle_layout
 from pyro_vae._programs.terms import Terms, terms
+from pyro_vae._utils.messages import first_line
 from pyro_vae.evaluation._delta_sites import point, prior_sites
 from pyro_vae.evaluation._scoring import log_prob_given
 
@@ -203,7 +204,7 @@ class TemperedPath:
             return log_prob_given(self._guide, batch, values, in_plate, self._nesting)
         except ValueError as error:
             raise ValueError(
-                f'{error}. Or use AIS(start="prior"), which does not score the guide'
+                f'{first_line(error)}. Or use AIS(start="prior"), which does not score the guide'
             ) from error
 
     def _terms(self, guide: Program, batch: tuple[Tensor, ...], num_chains: int) -> Terms:

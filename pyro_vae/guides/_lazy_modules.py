@@ -71,7 +71,7 @@ class LazyModules(nn.ModuleDict):
                 self._waiting = waiting
                 raise ValueError(
                     "the loaded state dict belongs to a guide for another model or encoder: "
-                    f"{error}"
+                    f"{' '.join(str(error).split())}"
                 ) from error
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:

@@ -14,6 +14,7 @@ import torch
 from pyro_vae._programs.pair_state import require_parameters
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import parameter_store, require_programs
+from pyro_vae._utils.messages import first_line
 from pyro_vae.serialization._folder import UnreadableFile, read, write
 from pyro_vae.serialization._pair_state import (
     differences,
@@ -181,7 +182,7 @@ def made(
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
+        raise ValueError(f"device {device!r} cannot be used here: {first_line(error)}") from error
     content = read()
     try:
         return _loaded(content, given, device)

@@ -28,6 +28,7 @@ from pyro_vae._programs.parameters import (
     parameter_store,
 )
 from pyro_vae._utils import transform_config
+from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.referenced_objects import VALUES, referenced_objects
 from pyro_vae.guides._lazy_modules import LazyModules
@@ -223,7 +224,9 @@ def make_heads(model: Program, guide: Program, found: Mapping[str, Any], memory:
                 try:
                     owner.build(of_model, width, torch.empty(0))
                 except Exception as error:
-                    raise ValueError(f"{name} cannot build its head: {error}") from error
+                    raise ValueError(
+                        f"{name} cannot build its head: {first_line(error)}"
+                    ) from error
 
 
 def module_tensors(model: Program, guide: Program) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from torch.distributions.transforms import Transform
 from pyro_vae._programs.latent_sites import LatentSite
 from pyro_vae._utils import transform_config
 from pyro_vae._utils.init_args import Described, Unknown, init_args_of, kind_of
+from pyro_vae._utils.messages import first_line
 from pyro_vae.priors import GuideMixturePrior
 from pyro_vae.serialization import _registry as registry
 from pyro_vae.serialization._memory_limit import MAX_PARTS, MemoryLimit
@@ -267,7 +268,7 @@ class _Builder:
         try:
             return make(*bound.args, **bound.kwargs)
         except Exception as error:
-            raise ValueError(f"{thing['class']} cannot be made: {error}") from error
+            raise ValueError(f"{thing['class']} cannot be made: {first_line(error)}") from error
 
     def _container(self, thing: dict[str, Any], number: int) -> nn.Module:
         module = registry.CONTAINERS[thing["class"]]()
@@ -324,5 +325,7 @@ def site_from_config(structure: Any) -> LatentSite:
         plates = tuple(CondIndepStackFrame(*frame) for frame in structure["plates"])
         shapes = {name: torch.Size(structure[name]) for name in ("batch_shape", "event_shape")}
     except TypeError as error:
-        raise ValueError(f"a latent site has invalid plates or shapes: {error}") from error
+        raise ValueError(
+            f"a latent site has invalid plates or shapes: {first_line(error)}"
+        ) from error
     return LatentSite(**{**structure, **shapes, "plates": plates, "bijection": bijection})

@@ -14,6 +14,7 @@ from torch.distributions.transforms import ComposeTransform, Transform, _Inverse
 from pyro_vae._programs.sites import is_real
 from pyro_vae._utils.checks import ShapeError
 from pyro_vae._utils.init_args import records_init_args
+from pyro_vae._utils.messages import first_line
 from pyro_vae.surjections._images import Split
 from pyro_vae.surjections._surjection import (
     InferenceSurjection,
@@ -125,7 +126,7 @@ class Bijection(InferenceSurjection):
             there = f.forward_shape(event)
             fits = f.inverse_shape(there) == event and z.shape[z.dim() - len(there) :] == there
         except (RuntimeError, ShapeError) as error:
-            raise ValueError(f"{self._cannot_map(f, event)}: {error}") from error
+            raise ValueError(f"{self._cannot_map(f, event)}: {first_line(error)}") from error
         if not fits:
             raise ValueError(
                 f"{self._cannot_map(f, event)}: it returns values of shape {tuple(z.shape)}, "
@@ -145,7 +146,7 @@ class Bijection(InferenceSurjection):
         except (RuntimeError, ShapeError) as error:
             event = z.shape[z.dim() - self.output_event_dim :]
             raise ValueError(
-                f"{self._cannot_map(f, event)} back: {error}. Give the prior, or the layer above, "
+                f"{self._cannot_map(f, event)} back: {first_line(error)}. Give the prior, or the layer above, "
                 "the event shape of the transform."
             ) from error
 

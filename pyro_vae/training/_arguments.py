@@ -11,6 +11,7 @@ import torch
 
 from pyro_vae._utils.checks import positive_integer, positive_number
 from pyro_vae._utils.distributed import num_processes
+from pyro_vae._utils.messages import first_line
 from pyro_vae.training._checkpoints import Checkpoint, Checkpoints
 from pyro_vae.training._nonfinite import Skip
 from pyro_vae.training._step import BOTH
@@ -121,7 +122,7 @@ def torch_device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:  # torch does not have this device
         raise ValueError(
-            f'device {device!r} cannot be used here: {error}. Pass "auto" or a device of torch'
+            f'device {device!r} cannot be used here: {first_line(error)}. Pass "auto" or a device of torch'
         ) from error
     return torch.device(device)
 
