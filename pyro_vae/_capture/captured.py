@@ -259,7 +259,7 @@ class Captured:
                     rewind()
             except Exception as error:  # a compiler may raise any error; go without it
                 warnings.warn(
-                    f"{self._name} is captured, but not compiled: {_first_line(error)}",
+                    f"{self._name} is captured, but not compiled: {_cause(error)}",
                     stacklevel=2,
                 )
                 self.compiles = False
@@ -279,7 +279,7 @@ class Captured:
                     tensor.clone() for tensor in (*self._writable, generator_state(inputs))
                 ]
             except Exception as error:  # as above, any error
-                failure = f"its graph fails: {_first_line(error)}"
+                failure = f"its graph fails: {_cause(error)}"
             rewind()
             restore()
             outputs = self._function(*inputs)
@@ -325,7 +325,7 @@ class Captured:
                 rewind()  # the function is called again, eagerly
                 restore()
                 # An error of the function itself is raised again by that call.
-                raise CaptureError(f"it cannot be traced: {_first_line(error)}") from error
+                raise CaptureError(f"it cannot be traced: {_cause(error)}") from error
 
     def _give_up(self, reason: str) -> None:
         self.execution = f"eager: {reason}"
@@ -350,5 +350,5 @@ def _require_device(inputs: Sequence[Tensor]) -> None:
         raise CaptureError(f"device {str(device)!r} does not support capture")
 
 
-def _first_line(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"

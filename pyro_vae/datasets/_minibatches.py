@@ -290,7 +290,8 @@ class Minibatches:
                 raise
             raise ValueError(
                 f"{self.name} has items that torch's DataLoader cannot collate: "
-                f"{first_line(error)}. Return tensors or numpy arrays from the Dataset, or pass a DataLoader with a collate_fn"
+                f"{first_line(error)}. Return tensors or numpy arrays from the Dataset, or pass "
+                "a DataLoader with a collate_fn"
             ) from error
 
     def _check_nonfinite(self, columns: Batch, row_offset: int) -> None:

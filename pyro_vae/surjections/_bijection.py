@@ -146,8 +146,8 @@ class Bijection(InferenceSurjection):
         except (RuntimeError, ShapeError) as error:
             event = z.shape[z.dim() - self.output_event_dim :]
             raise ValueError(
-                f"{self._cannot_map(f, event)} back: {first_line(error)}. Give the prior, or the layer above, "
-                "the event shape of the transform."
+                f"{self._cannot_map(f, event)} back: {first_line(error)}. Give the prior, or the "
+                "layer above, the event shape of the transform."
             ) from error
 
     def remainder(self, output: Tensor) -> None:

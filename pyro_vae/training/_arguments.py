@@ -122,7 +122,8 @@ def torch_device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:  # torch does not have this device
         raise ValueError(
-            f'device {device!r} cannot be used here: {first_line(error)}. Pass "auto" or a device of torch'
+            f'device {device!r} cannot be used here: {first_line(error)}. Pass "auto" or a device '
+            "of torch"
         ) from error
     return torch.device(device)
 
