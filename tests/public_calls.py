@@ -80,6 +80,7 @@ COMMON: dict[str, Any] = {
 # The same, created for each call.
 MADE: dict[str, Callable[[], Any]] = {
     "encoder": MLP,
+    "program": lambda: make_pair()[0],
     "network": lambda: MLP(2),
     "prior": lambda: pv.priors.StandardNormal(2),
     "likelihood": lambda: pv.likelihoods.Bernoulli(pv.nets.MLP(2, [3], 4)),

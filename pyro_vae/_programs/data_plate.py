@@ -19,6 +19,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae._programs.sites import DATA_PLATE, PARTICLE_PLATE, Site, random_sites
+from pyro_vae._utils.checks import shown
 from pyro_vae._utils.identity import ProgramMap
 from pyro_vae._utils.random import restored_generators
 
@@ -34,6 +35,25 @@ def set_data_plate(program: Program, names: Iterable[str] | None) -> None:
     _names[program] = None if names is None else frozenset(names)
     if names is not None:
         _renamed[program] = True
+
+
+def name_data_plate(plate: str | None, *programs: Program | None) -> None:
+    """Keep the name that a caller gave to the data plate of programs.
+
+    Args:
+        plate: the name, or None to have it found.
+        *programs: the programs; those that are None are left out.
+
+    Raises:
+        TypeError: The name is not a string.
+    """
+    if plate is None:
+        return
+    if not isinstance(plate, str):
+        raise TypeError(f"plate must be the name of a pyro.plate, got {shown(plate)}")
+    for program in programs:
+        if program is not None:
+            set_data_plate(program, [plate])
 
 
 def data_plates_named(program: Program, args: tuple) -> AbstractContextManager:

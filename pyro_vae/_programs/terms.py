@@ -18,6 +18,7 @@ from pyro_vae._programs import divergences, predictions
 from pyro_vae._programs.agreement import is_delta
 from pyro_vae._programs.ancestral import JointSample
 from pyro_vae._programs.baselines import Baseline, baselines_of, less_baseline
+from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.held_samples import path_adjoints
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.particles import run_particles
@@ -31,6 +32,7 @@ def terms(
     *args: Any,
     num_particles: int = 1,
     vectorize_particles: bool | None = None,
+    plate: str | None = None,
     plate_nesting: int | None = None,
     hold_samples: bool = False,
     enumerates: bool = False,
@@ -49,6 +51,9 @@ def terms(
             tried first. A program that cannot take the extra dimension, such as one with
             ``BatchNorm1d`` in its decoder, is then run K times, with one warning. The terms have
             the same distribution. With K = 1 there is no extra dimension either way.
+        plate: the name of the plate of the data points in both programs. By default, it is found:
+            its size follows the number of rows of x (docs/contract.md). Pass the name if an error
+            says that several plates do. The name is kept with the programs, so pass it once.
         plate_nesting: the number of batch dimensions that the programs use, without that of the
             particles. It is found by default.
         hold_samples: let the terms depend on the parameters directly, and not through the
@@ -85,6 +90,8 @@ def terms(
     require_callable("model", model)
     require_callable("guide", guide)
     num_particles = positive_integer("num_particles", num_particles)
+    if plate is not None:
+        name_data_plate(plate, model, guide)
     if vectorize_particles is not None:
         truth_value("vectorize_particles", vectorize_particles)
     truth_value("hold_samples", hold_samples)

@@ -11,6 +11,7 @@ from pyro.distributions import VonMises
 from rich.progress import Progress
 from torch import Tensor
 
+from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import device_of
 from pyro_vae._programs.runs import trace_of
@@ -135,6 +136,7 @@ def collapse_report(
     estimator: Estimator = "exact",
     batch_size: int = 100,
     vectorize_particles: bool | None = None,
+    plate: str | None = None,
     seed: int | None = None,
     progress: bool | Progress = False,
     description: str = "collapse",
@@ -175,6 +177,7 @@ def collapse_report(
         estimator: estimator of the mutual information; see :func:`pyro_vae.elbo_surgery`.
         batch_size: data points at a time.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
+        plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         seed: of the samples. The random numbers of the process are restored afterwards.
         progress: show progress bars, or add them to a rich Progress.
         description: text before the bars.
@@ -205,6 +208,7 @@ def collapse_report(
         'healthy: 1 of 2 units active'
     """
     check_call(collapse_report, locals())
+    name_data_plate(plate, model, guide)
     import pandas as pd
 
     num_particles = positive_integer("num_particles", num_particles, minimum=2)

@@ -15,6 +15,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.parameters import (
     device_of,
@@ -153,6 +154,7 @@ def gradient_noise(
     *,
     repeats: int = 100,
     reference: pyro.infer.ELBO | None = None,
+    plate: str | None = None,
     seed: int | None = None,
     progress: bool | Progress = False,
     description: str = "gradient noise",
@@ -172,6 +174,7 @@ def gradient_noise(
         reference: the objective whose mean gradient is taken as the true one. Use the same bound
             with many particles and an unbiased gradient estimator. For the model, the gradient of
             ``IWAE`` with many particles is close to the gradient of log p(x).
+        plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         seed: of the samples. The random numbers of the process are restored afterwards.
         progress: show a progress bar, or add one to a rich Progress.
         description: text before the bar.
@@ -201,6 +204,7 @@ def gradient_noise(
         True
     """
     check_call(gradient_noise, locals())
+    name_data_plate(plate, model, guide)
     repeats = positive_integer("repeats", repeats, minimum=2)  # one gradient has no variance
     require_programs(model, guide)
     require_trainable_tensors(model, guide)

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae._capture import Capture, Captured, check_capture
+from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import require_programs, require_trainable_tensors
 from pyro_vae._programs.terms import Terms, terms
@@ -110,6 +111,7 @@ def inference_gaps(
     batch_size: int = 100,
     pairs_per_pass: int = 5_000,
     vectorize_particles: bool | None = None,
+    plate: str | None = None,
     capture: Capture = "auto",
     seed: int | None = None,
     resume: Interrupted | None = None,
@@ -157,6 +159,7 @@ def inference_gaps(
         batch_size: data points at a time.
         pairs_per_pass: pairs of a particle and a data point in one run of the programs.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
+        plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
         seed: of the samples. The random numbers of the process are restored afterwards.
         resume: the exception of an interrupted call (Ctrl-C) with the same arguments.
@@ -192,6 +195,7 @@ def inference_gaps(
         True
     """
     check_call(inference_gaps, locals())
+    name_data_plate(plate, model, guide)
     num_particles = positive_integer("num_particles", num_particles, minimum=2)
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)

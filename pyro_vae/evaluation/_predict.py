@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
 from pyro_vae._programs.predictions import drawn_observations, mean_or_draw, means
@@ -22,6 +23,7 @@ def reconstruct(
     guide: Program,
     x: Tensor,
     *covariates: Tensor,
+    plate: str | None = None,
     seed: int | None = None,
     by_site: bool = False,
 ) -> Tensor | dict[str, Tensor]:
@@ -37,6 +39,7 @@ def reconstruct(
         guide: program of q(z|x).
         x: data ``(B, *event)``.
         *covariates: further arguments of the programs.
+        plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         seed: of the samples of z.
         by_site: return the mean at each observed site of the plate ``"data"``, by name.
 
@@ -65,6 +68,7 @@ def reconstruct(
         ['first', 'second']
     """
     check_call(reconstruct, locals())
+    name_data_plate(plate, model, guide)
     x, *covariates = _columns(model, guide, x, *covariates)
     with (
         seeded(seed),
@@ -84,6 +88,7 @@ def generate(
     x: Tensor,
     *covariates: Tensor,
     guide: Program | None = None,
+    plate: str | None = None,
     seed: int | None = None,
     by_site: bool = False,
 ) -> Tensor | dict[str, Tensor]:
@@ -98,6 +103,7 @@ def generate(
         *covariates: further arguments of the program.
         guide: the guide that the model was fitted with. A model with ``pyro.param`` statements
             needs it, because their values are in the store of the pair.
+        plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         seed: of the samples of z.
         by_site: return the mean at each observed site of the plate ``"data"``, by name.
 
@@ -109,6 +115,7 @@ def generate(
             x twice, or observes sums of numbers of x.
     """
     check_call(generate, locals())
+    name_data_plate(plate, model, guide)
     guide = model if guide is None else guide
     x, *covariates = _columns(model, guide, x, *covariates)
     with (

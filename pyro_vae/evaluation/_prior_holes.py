@@ -11,6 +11,7 @@ from pyro import poutine
 from rich.progress import Progress
 from torch import Tensor
 
+from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import device_of
 from pyro_vae._programs.runs import trace_of
@@ -77,6 +78,7 @@ def prior_holes(
     quantile: float = 0.01,
     batch_size: int = 500,
     vectorize_particles: bool | None = None,
+    plate: str | None = None,
     seed: int | None = None,
     progress: bool | Progress = False,
     description: str = "holes of the prior",
@@ -108,6 +110,7 @@ def prior_holes(
         batch_size: data points at a time.
         vectorize_particles: score many latents in one run of the guide; see
             :func:`pyro_vae.terms`.
+        plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         seed: of the samples. The random numbers of the process are restored afterwards.
         progress: show a progress bar, or add one to a rich Progress.
         description: text before the bar.
@@ -136,6 +139,7 @@ def prior_holes(
         (True, True)
     """
     check_call(prior_holes, locals())
+    name_data_plate(plate, model, guide)
     num_samples = positive_integer("num_samples", num_samples)
     if not 0 < real_number("quantile", quantile) < 1:
         raise ValueError(f"quantile must lie between 0 and 1, got {quantile}")

@@ -11,6 +11,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae._capture import Capture, check_capture
+from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
 from pyro_vae._utils.checks import check_call, positive_integer
@@ -75,6 +76,7 @@ def sandwich(
     batch_size: int = 100,
     pairs_per_pass: int = 5_000,
     vectorize_particles: bool | None = None,
+    plate: str | None = None,
     capture: Capture = "auto",
     seed: int | None = None,
     resume: Interrupted | None = None,
@@ -102,6 +104,7 @@ def sandwich(
         batch_size: data points at a time.
         pairs_per_pass: pairs of a chain and a data point in one run of the programs.
         vectorize_particles: run many chains at once; see :func:`pyro_vae.terms`.
+        plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         capture: replay the operations of a gradient as compiled code; see :func:`pyro_vae.fit`.
         seed: of the samples. The random numbers of the process are restored afterwards.
         resume: the exception of an interrupted call (Ctrl-C) with the same arguments.
@@ -136,6 +139,7 @@ def sandwich(
         True
     """
     check_call(sandwich, locals())
+    name_data_plate(plate, model, guide)
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)
     ais = AIS(start="prior" if guide is None else "guide") if ais is None else ais

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import device_of
 from pyro_vae._programs.terms import terms
@@ -24,6 +25,7 @@ def to_arviz(
     *,
     num_draws: int = 500,
     vectorize_particles: bool | None = None,
+    plate: str | None = None,
     seed: int | None = None,
 ) -> Any:
     """Sample from a pair, and return the samples in an ArviZ container.
@@ -47,6 +49,7 @@ def to_arviz(
         data: the data, as in :func:`pyro_vae.fit`. All samples are held in memory.
         num_draws: samples per data point.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
+        plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         seed: of the samples.
 
     Returns:
@@ -69,6 +72,7 @@ def to_arviz(
         (1, 7, 3, 2)
     """
     check_call(to_arviz, locals())
+    name_data_plate(plate, model, guide)
     num_draws = positive_integer("num_draws", num_draws)
     arviz = require("arviz", "arviz", "to_arviz")
     batches = Minibatches(data, 2**31, device=device_of(model, guide))

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store, parameters_of
 from pyro_vae._programs.validation import check_pair
@@ -176,6 +177,7 @@ def compare(
     num_particles: int = 1000,
     vectorize_particles: bool | None = None,
     image_shape: tuple[int, int] | None = None,
+    plate: str | None = None,
     seed: int | None = 0,
     progress: bool | Progress = False,
 ) -> Comparison:
@@ -198,6 +200,7 @@ def compare(
         num_particles: importance samples per data point.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         image_shape: (height, width) of a row of data, for pictures in the report.
+        plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         seed: of all samples.
         progress: show progress bars, or add them to a rich Progress.
 
@@ -248,6 +251,8 @@ def compare(
         name: (pair.model, pair.guide) if isinstance(pair, Fit) else _unpack(name, pair)
         for name, pair in pairs.items()
     }
+    for programs in programs_of.values():
+        name_data_plate(plate, *programs)
     if image_shape is not None and math.prod(image_shape) != held_out[0][0].numel():
         raise ValueError(
             f"image_shape {image_shape} does not fit data of shape {tuple(held_out[0].shape)}. "

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae._programs import fits
+from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import (
     bind,
@@ -50,6 +51,7 @@ def rate_distortion(
     num_particles: int = 10,
     training_particles: int = 1,
     vectorize_particles: bool | None = None,
+    plate: str | None = None,
     seed: int | None = None,
     progress: bool | Progress = False,
     description: str = "rate-distortion",
@@ -85,6 +87,7 @@ def rate_distortion(
         num_particles: samples per data point in a measurement.
         training_particles: samples per data point in a fit.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
+        plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         seed: of all samples.
         progress: show progress bars, or add them to a rich Progress.
         description: text before the bars.
@@ -115,6 +118,7 @@ def rate_distortion(
         True
     """
     check_call(rate_distortion, locals())
+    name_data_plate(plate, model, guide)
     import pandas as pd
 
     betas = _check_betas(betas)

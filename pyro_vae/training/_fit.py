@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae._capture import Capture, check_capture
 from pyro_vae._programs import fits
+from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_state import digests as digests_of_pair
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.parameters import (
@@ -119,6 +120,7 @@ def fit(
     on_nonfinite: Literal["raise", "skip"] | Skip = "raise",
     checkpoint: str | Path | Checkpoint | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
+    plate: str | None = None,
     capture: Capture = "auto",
     device: str | torch.device = "auto",
     seed: int | None = None,
@@ -177,6 +179,7 @@ def fit(
             False. (``"auto"`` decides by the measured time of steps.)
         transform: applied to each minibatch x on the device. ``torch.bernoulli`` is dynamic
             binarization. Validation data are not transformed.
+        plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         capture: run the programs through Python a few times, then replay the operations of a step
             as compiled code; see docs/performance.md. ``"auto"`` captures and compiles if the run
             is long enough. Steps of a pair that cannot be captured run eagerly, with a warning
@@ -221,6 +224,7 @@ def fit(
         True
     """
     check_call(fit, locals())
+    name_data_plate(plate, model, guide)
     objective = ELBO() if objective is None else objective
     check_objective(objective)
     check_arguments(

@@ -183,20 +183,58 @@ def test_an_inner_plate_as_large_as_the_minibatch_is_not_the_data():
     )
 
 
-def test_two_nested_plates_that_follow_the_minibatch_are_refused_by_name():
+def square_pair():
+    """Return a pair whose two plates both have the size of the minibatch, and x for it."""
+
     def model(x):
         rows, columns = pyro.plate("rows", len(x), dim=-1), pyro.plate("columns", len(x), dim=-2)
         with rows, columns:
-            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x @ x.mT)
 
     def guide(x):
         rows, columns = pyro.plate("rows", len(x), dim=-1), pyro.plate("columns", len(x), dim=-2)
         with rows, columns:
-            pyro.sample("z", dist.Normal(x / 2, 1.0))
+            shift = pyro.param("shift", torch.tensor(0.0))
+            pyro.sample("z", dist.Normal(x @ x.mT / 2 + shift, 0.5**0.5))
 
-    square = pyro.poutine.condition(lambda x: model(x @ x.T), {})
-    with pytest.raises(ValueError, match=r"'rows', 'columns'.*plate="):
-        pv.terms(square, lambda x: guide(x @ x.T), torch.randn(5, 2))
+    return model, guide, torch.randn(5, 2)
+
+
+CALLS = {
+    "terms": lambda m, g, x, **o: pv.terms(m, g, x, **o),
+    "fit": lambda m, g, x, **o: pv.fit(m, g, x, epochs=1, progress=False, **o),
+    "evidence": lambda m, g, x, **o: pv.evidence(m, g, x, num_particles=2, **o),
+    "elbo_surgery": lambda m, g, x, **o: pv.elbo_surgery(m, g, x, **o),
+    "collapse_report": lambda m, g, x, **o: pv.collapse_report(m, g, x, **o),
+    "compare": lambda m, g, x, **o: pv.compare({"a": (m, g)}, x, num_particles=2, **o),
+    "gradient_noise": lambda m, g, x, **o: pv.gradient_noise(
+        m, g, x, [pv.objectives.ELBO()], repeats=2, **o
+    ),
+    "to_arviz": lambda m, g, x, **o: pv.to_arviz(m, g, x, num_draws=2, **o),
+    "reconstruct": lambda m, g, x, **o: pv.reconstruct(m, g, x, by_site=True, **o),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_two_nested_plates_that_follow_the_minibatch_need_a_name(call):
+    model, guide, x = square_pair()
+    with pytest.raises(ValueError, match=r"'(rows|columns)', '(rows|columns)'.*plate="):
+        call(model, guide, x)
+    call(model, guide, x, plate="columns")
+    model, guide, x = square_pair()
+    pv.terms(model, guide, x, plate="columns")
+    expected = dist.Normal(0.0, 2**0.5).log_prob(x @ x.mT)
+    terms = pv.terms(model, guide, x)  # the name is kept
+    torch.testing.assert_close(terms.log_weight[0], expected.sum(1))
+
+
+def test_a_wrong_name_of_the_plate_is_refused_with_the_plates():
+    model, guide, x = square_pair()
+    with pytest.raises(ValueError, match=r"plates are, by size, \{.*'rows': 5"):
+        pv.terms(model, guide, x, plate="cells")
+    with pytest.raises(TypeError, match="plate must be the name"):
+        pv.terms(model, guide, x, plate=3)
 
 
 def test_a_latent_without_rows_in_a_plate_without_a_size_is_refused_by_name():

@@ -9,6 +9,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.interrupts import Interrupted
@@ -32,6 +33,7 @@ def elbo_surgery(
     batch_size: int = 500,
     estimator: Estimator = "exact",
     vectorize_particles: bool | None = None,
+    plate: str | None = None,
     seed: int | None = None,
     resume: Interrupted | None = None,
     progress: bool | Progress = False,
@@ -74,6 +76,7 @@ def elbo_surgery(
         estimator: of q_agg: ``"exact"``, from all pairs; ``"stratified"`` or ``"weighted"``, from
             random minibatches of the data, which are then read into memory.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
+        plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         seed: of the samples. The random numbers of the process are restored afterwards.
         resume: the exception of an interrupted call (Ctrl-C) with the same arguments. The same
             codes are sampled again. Codes that were scored are not scored again.
@@ -108,6 +111,7 @@ def elbo_surgery(
         0.000 0.000
     """
     check_call(elbo_surgery, locals())
+    name_data_plate(plate, model, guide)
     num_particles = positive_integer("num_particles", num_particles)
     check_estimator(estimator)
     with Runner.open(
