@@ -17,7 +17,9 @@ from torch import Tensor
 
 from pyro_vae._programs.sites import DATA_PLATE, PARTICLE_PLATE, Site, mask_of_events
 
-Tables = dict[str, Tensor]  # log-densities by site, each (*enumerated dimensions, K, B)
+# Log-densities by site, each (*enumerated dimensions, *inner plates, K, B). The inner plates are
+# those of enumerated sites. They have size 1 in the density of a site that depends on no such site.
+Tables = dict[str, Tensor]
 
 _LARGEST_TABLE = 2**28  # entries: 1 GiB in float32
 
@@ -58,8 +60,8 @@ def check_enumeration(site: Site) -> None:
     """Raise ValueError if a site asks for an enumeration that is not supported.
 
     Raises:
-        ValueError: The site is enumerated, but not in parallel, not over all values, or not in the
-            plate ``"data"`` alone.
+        ValueError: The site is enumerated, but not in parallel, not over all values, or outside
+            the plate ``"data"``.
     """
     if not is_enumerated(site):
         return
@@ -73,11 +75,20 @@ def check_enumeration(site: Site) -> None:
             "over all values. Remove num_samples, or remove enumerate."
         )
     plates = [frame.name for frame in site["cond_indep_stack"] if frame.name != PARTICLE_PLATE]
-    if plates != [DATA_PLATE]:
+    if DATA_PLATE not in plates:
         raise ValueError(
-            f'an enumerated site must be in the plate "data" and in no other, but '
+            'an enumerated site must be inside the plate "data", but '
             f"{site['name']!r} is in {plates}"
         )
+
+
+def inner_dims(site: Site) -> frozenset[int]:
+    """Return the dimensions of a site's plates inside the plate ``"data"``."""
+    return frozenset(
+        frame.dim
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized and frame.name not in (DATA_PLATE, PARTICLE_PLATE)
+    )
 
 
 def uniform_where_masked(log_prob: Tensor, site: Site) -> Tensor:
@@ -110,18 +121,28 @@ class Enumeration:
         in_model: names of the enumerated sites that only the model has.
         entangled: groups of latents with one joint density, because a shared site was summed out.
         summed_out: the sites of ``in_model``; sites that share a density form one group.
+        inner: the dimensions of the inner plates of enumerated sites, from the left.
 
     Raises:
-        ValueError: Two sites share a dimension. :meth:`without` also raises it, if a table of
-            values is too large.
+        ValueError: Two sites share a dimension, or a site of the guide is in an inner plate.
+            :meth:`without` also raises it, if a table of values is too large.
     """
 
     def __init__(self, model: Mapping[str, Site], guide: Mapping[str, Site], width: int):
         self._model_sites = model
         self.in_guide = [name for name, site in guide.items() if is_enumerated(site)]
         self.in_model = [n for n, site in model.items() if n not in guide and is_enumerated(site)]
+        for name in self.in_guide:
+            if inner_dims(guide[name]):
+                raise ValueError(
+                    f'the guide enumerates site {name!r} inside a plate in the plate "data". Let '
+                    "the model alone enumerate it, which sums it out, or use "
+                    "pyro.infer.TraceEnum_ELBO."
+                )
+        inner = frozenset().union(*(inner_dims(model[name]) for name in self.in_model))
+        self.inner = sorted(inner)
         dims = {
-            name: site["infer"]["_enumerate_dim"] + width - 2
+            name: site["infer"]["_enumerate_dim"] + width - 2 - len(self.inner)
             for name, site in {**model, **guide}.items()
             if is_enumerated(site)
         }
@@ -134,7 +155,32 @@ class Enumeration:
         self._model_dims = [dims[name] for name in self.in_model]
         self.entangled: list[list[str]] = []
         self.summed_out: list[SummedOut] = []
-        self.count = max((-2 - dim for dim in dims.values()), default=0)
+        self.count = max((-2 - len(self.inner) - dim for dim in dims.values()), default=0)
+        self._inner_of = {dims[name]: inner_dims(model[name]) for name in self.in_model}
+
+    def plates_to_keep(self, site: Site, sizes: torch.Size) -> frozenset[int]:
+        """Return the inner plates of the enumerated values on which a density depends.
+
+        Args:
+            site: the site with the density.
+            sizes: the sizes of its enumerated dimensions.
+
+        Raises:
+            ValueError: The site is not inside these plates.
+        """
+        first = -2 - len(self.inner) - self.count
+        dims = dict(zip(self._model_dims, self.in_model, strict=True))
+        kept: frozenset[int] = frozenset()
+        for dim, name in dims.items():
+            if sizes[dim - first] > 1:
+                kept |= self._inner_of[dim]
+                if not self._inner_of[dim] <= inner_dims(site):
+                    raise ValueError(
+                        f"site {site['name']!r} depends on site {name!r}, which is enumerated "
+                        "inside an inner plate, but is outside of that plate. The sum would have "
+                        "one term for each combination of values. Put both into the plate."
+                    )
+        return kept
 
     def varies(self, table: Tensor) -> bool:
         """Return whether a density depends on an enumerated value."""
@@ -179,7 +225,16 @@ class Enumeration:
             dims = dict(zip(self.in_model, self._model_dims, strict=True))
             dims = {name: dim for name, dim in dims.items() if name in group}
             sites = {name: self._model_sites[name] for name in dims}
-            self.summed_out.append(SummedOut(sites, dims, joint))
+            if not any(map(self._inner_of.get, dims.values())):
+                joint = joint.reshape(*joint.shape[: self.count], *joint.shape[-2:])
+                dims = {name: dim + len(self.inner) for name, dim in dims.items()}
+                self.summed_out.append(SummedOut(sites, dims, joint))
+            elif latents:
+                raise ValueError(
+                    f"latent site {latents[0]!r} depends on {[*dims]}, which the model enumerates "
+                    "inside an inner plate. Sample the latent outside of these values, or "
+                    "enumerate it too."
+                )
             if latents:
                 self.entangled.append(latents)
                 result.update(dict.fromkeys(latents, torch.zeros_like(prior)))
@@ -191,7 +246,20 @@ class Enumeration:
         return result
 
     def _log_sum(self, tables: Iterable[Tensor]) -> Tensor:
-        return sum(tables).logsumexp(self._model_dims, keepdim=True)
+        """Sum out the enumerated values, from the innermost plates to the plate ``"data"``."""
+        tables = list(tables)
+        for plates in sorted({*self._inner_of.values()}, key=len, reverse=True):
+            dims = [dim for dim in self._model_dims if self._inner_of[dim] == plates]
+            depending = [t for t in tables if any(t.shape[dim] > 1 for dim in dims)]
+            if not depending:
+                continue
+            total = sum(depending).logsumexp(dims, keepdim=True)
+            others = (self._inner_of[d] for d in self._model_dims if total.shape[d] > 1)
+            finished = plates.difference(*others)
+            axes = [self.inner.index(dim) - len(self.inner) - 2 for dim in finished]
+            total = total.sum(axes, keepdim=True) if axes else total
+            tables = [t for t in tables if not any(t is each for each in depending)] + [total]
+        return sum(tables)
 
     def _groups(self, tables: Tables) -> list[list[str]]:
         """Return groups of sites that depend on the same enumerated sites, each in order."""

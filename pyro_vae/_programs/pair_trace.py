@@ -331,7 +331,7 @@ class PairTrace:
         for sites in (model, guide):
             found, others = {}, {}
             for name, site in sites.items():
-                table = self._table(site, width, enumeration.count)
+                table = self._table(site, width, enumeration)
                 if table is None or not (is_enumerated(site) or enumeration.varies(table)):
                     others[name] = self._factor(site)
                     continue
@@ -350,15 +350,22 @@ class PairTrace:
         self.entangled, self.summed_out = enumeration.entangled, enumeration.summed_out
         return factors[0], factors[1]
 
-    def _table(self, site: Site, width: int, count: int) -> Tensor | None:
-        """Return a local site's log-densities by enumerated values, particle and data point."""
+    def _table(self, site: Site, width: int, enumeration: Enumeration) -> Tensor | None:
+        """Return a local site's log-densities, (*enumerated values, *inner plates, K, B)."""
         if data_frame(site) is None:
             return None
         log_prob = uniform_where_masked(self._checked_log_prob(site), site)
-        shape = torch.broadcast_shapes(log_prob.shape, (1,) * (width + count))
-        rows = log_prob.expand(shape).flatten(end_dim=count - 1)
+        shape = torch.broadcast_shapes(log_prob.shape, (1,) * (width + enumeration.count))
+        log_prob = log_prob.expand(shape)
+        kept = enumeration.plates_to_keep(site, log_prob.shape[: enumeration.count])
+        for position, dim in enumerate(enumeration.inner, start=enumeration.count):
+            log_prob = log_prob.unsqueeze(position)
+            if dim in kept:
+                log_prob = log_prob.transpose(position, dim)
+        outer = enumeration.count + len(enumeration.inner)
+        rows = log_prob.flatten(end_dim=outer - 1)
         reduced = torch.vmap(functools.partial(self.reduced, site=site))(rows)
-        return reduced.unflatten(0, shape[:count])
+        return reduced.unflatten(0, log_prob.shape[:outer])
 
     @staticmethod
     def _check_enumerated(site: Site, *, of_guide: bool) -> None:

@@ -247,13 +247,13 @@ def test_unsupported_enumeration_is_refused_by_name():
     with pytest.raises(ValueError, match='only "parallel" is supported'):
         o.ELBO().loss(pair.model, sequential, x)
 
-    def inside(x):
-        with pyro.plate("data", len(x), dim=-2), pyro.plate("pixels", 3, dim=-1):
-            c = pyro.sample("c", dist.Bernoulli(0.5), infer=dict(ALL))
+    def outside(x):
+        c = pyro.sample("c", dist.Bernoulli(0.5), infer=dict(ALL))
+        with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(c, 1.0), obs=x)
 
-    with pytest.raises(ValueError, match='must be in the plate "data" and in no other'):
-        o.ELBO().loss(inside, lambda x: None, torch.randn(5, 3))
+    with pytest.raises(ValueError, match='must be inside the plate "data"'):
+        o.ELBO().loss(outside, lambda x: None, torch.randn(5))
 
     scaled = [pyro.poutine.scale(program, scale=0.5) for program in (pair.model, pair.guide)]
     with pytest.raises(ValueError, match="is scaled and depends on an enumerated site"):
@@ -403,7 +403,7 @@ def test_a_sequential_plate_is_refused_by_name(infer):
                 pyro.sample(f"c{i}", dist.Categorical(torch.ones(2)))
 
     for call in (pv.terms, pv.objectives.ELBO().loss, pv.evidence, pv.elbo_surgery):
-        with pytest.raises(ValueError, match="no site of the model is inside a vectorized plate"):
+        with pytest.raises(ValueError, match="no site is inside a vectorized plate"):
             call(model, guide, torch.randn(3))
 
 

@@ -1,0 +1,206 @@
+"""Enumeration inside plates within a data point, such as the words of a document."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import constraints
+
+import pyro_vae as pv
+
+VOCABULARY, TOPICS, WORDS = 7, 3, 5
+ENUMERATED = {"enumerate": "parallel"}
+
+
+@pytest.fixture
+def x():
+    return torch.randint(VOCABULARY, (20, WORDS))
+
+
+@pytest.fixture
+def programs():
+    """Return a topic model, the same model with its topics summed out by hand, and a guide."""
+    pyro.clear_param_store()
+    start = torch.softmax(torch.randn(TOPICS, VOCABULARY), -1)
+
+    def topics():
+        return pyro.param("topics", start, constraint=constraints.simplex)
+
+    def model(x):
+        words = topics()
+        with pyro.plate("documents", len(x), dim=-1):
+            theta = pyro.sample("theta", dist.Dirichlet(torch.ones(TOPICS)))
+            with pyro.plate("words", WORDS, dim=-2):
+                c = pyro.sample("c", dist.Categorical(theta), infer=ENUMERATED)
+                pyro.sample("x", dist.Categorical(words[c]), obs=x.T)
+
+    def marginal(x):
+        words = topics()
+        with pyro.plate("documents", len(x), dim=-1):
+            theta = pyro.sample("theta", dist.Dirichlet(torch.ones(TOPICS)))
+            with pyro.plate("words", WORDS, dim=-2):
+                pyro.sample("x", dist.Categorical(theta @ words), obs=x.T)
+
+    def guide(x):
+        counts = torch.nn.functional.one_hot(x, VOCABULARY).sum(1).float()
+        weight = pyro.param("weight", lambda: 0.3 * torch.randn(VOCABULARY, TOPICS))
+        with pyro.plate("documents", len(x), dim=-1):
+            pyro.sample("theta", dist.Dirichlet((1 + counts @ weight).exp().clamp(0.5, 9)))
+
+    return model, marginal, guide
+
+
+def at_equal_noise(seed, call, *args, **options):
+    torch.manual_seed(seed)
+    return call(*args, **options)
+
+
+@pytest.mark.parametrize("num_particles", [1, 4])
+def test_words_are_summed_out_one_by_one(programs, x, num_particles):
+    model, marginal, guide = programs
+    options = {"num_particles": num_particles, "plate_nesting": 2}
+    found = at_equal_noise(1, pv.terms, model, guide, x, enumerates=True, **options)
+    expected = at_equal_noise(1, pv.terms, marginal, guide, x, **options)
+    torch.testing.assert_close(found.log_weight, expected.log_weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.log_prior, expected.log_prior)
+
+
+def test_loss_and_gradient_equal_those_of_trace_enum_elbo(programs, x):
+    model, _, guide = programs
+    at_equal_noise(0, pv.terms, model, guide, x)
+    names = ["topics", "weight"]
+    results = []
+    for ours in (False, True):
+        torch.manual_seed(3)
+        if ours:
+            terms = pv.terms(model, guide, x, enumerates=True, plate_nesting=2)
+            loss = -terms.log_weight.sum()
+        else:
+            elbo = pyro.infer.TraceEnum_ELBO(max_plate_nesting=2)
+            loss = elbo.differentiable_loss(model, guide, x)
+        parameters = [pyro.param(name).unconstrained() for name in names]
+        results.append((loss, *torch.autograd.grad(loss, parameters)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_estimators_agree_with_the_marginal_model(programs, x):
+    model, marginal, guide = programs
+    evidences = [
+        pv.evidence(m, guide, x, num_particles=4000, seed=1, progress=False)
+        for m in (model, marginal)
+    ]
+    error = sum(e.monte_carlo_errors.square().sum() for e in evidences).sqrt() / len(x)
+    assert abs(evidences[0].mean - evidences[1].mean) < 4 * error + 1e-3  # 1 in 16,000
+    fits = [
+        pv.fit(m, guide, x, epochs=2, batch_size=10, seed=2, progress=False, capture=capture)
+        for m, capture in ((model, False), (model, True))
+    ]
+    assert all(fit.history["loss"].notna().all() for fit in fits)
+    surgery = pv.elbo_surgery(model, guide, x, seed=0, progress=False)
+    assert surgery.rate == pytest.approx(surgery.mutual_information + surgery.marginal_kl)
+
+
+def test_predictions_sample_the_words(programs):
+    model, _, guide = programs
+    x = torch.randint(VOCABULARY, (400, WORDS))
+    terms = at_equal_noise(4, pv.terms, model, guide, x, num_particles=2)
+    drawn = terms.predict()["x"]
+    assert drawn.shape == (2, 400, WORDS)
+    probs = terms.samples["theta"] @ pyro.param("topics").detach()
+    expected = probs.mean((0, 1))
+    found = torch.nn.functional.one_hot(drawn, VOCABULARY).float().mean((0, 1, 2))
+    error = (expected * (1 - expected) / drawn.numel()).sqrt()
+    assert ((found - expected).abs() < 5 * error).all()  # 1 in 200,000 for all seven
+
+
+def test_a_class_of_the_document_and_topics_of_its_words_are_summed_in_order(programs, x):
+    _, _, _ = programs
+    words = torch.softmax(torch.randn(TOPICS, VOCABULARY), -1)
+    mixing = torch.softmax(torch.randn(2, TOPICS), -1)
+
+    def model(x):
+        with pyro.plate("documents", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            k = pyro.sample("k", dist.Bernoulli(torch.sigmoid(z)), infer=ENUMERATED)
+            pyro.sample("y", dist.Normal(k, 1.0), obs=x[:, 0].float())
+            with pyro.plate("words", WORDS, dim=-2):
+                c = pyro.sample("c", dist.Categorical(mixing[k.long()]), infer=ENUMERATED)
+                pyro.sample("x", dist.Categorical(words[c]), obs=x.T)
+
+    def guide(x):
+        with pyro.plate("documents", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(0.2, 0.9))
+
+    terms = pv.terms(model, guide, x, num_particles=3)
+    z = terms.samples["z"]
+    log_words = (mixing @ words).log()
+    of_class = [
+        dist.Bernoulli(torch.sigmoid(z)).log_prob(torch.tensor(float(k)))
+        + dist.Normal(float(k), 1.0).log_prob(x[:, 0].float())
+        + log_words[k][x].sum(1)
+        for k in (0, 1)
+    ]
+    expected = torch.stack(of_class).logsumexp(0)
+    torch.testing.assert_close(terms.log_likelihood, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_masked_words_do_not_count(programs, x):
+    """Documents of different lengths are padded, and the padding is masked."""
+    _, _, guide = programs
+    words = torch.softmax(torch.randn(TOPICS, VOCABULARY), -1)
+    lengths = torch.randint(1, WORDS + 1, (len(x),))
+    mask = torch.arange(WORDS) < lengths.unsqueeze(1)
+
+    def model(x):
+        with pyro.plate("documents", len(x), dim=-1):
+            theta = pyro.sample("theta", dist.Dirichlet(torch.ones(TOPICS)))
+            with pyro.plate("words", WORDS, dim=-2), pyro.poutine.mask(mask=mask[: len(x)].T):
+                c = pyro.sample("c", dist.Categorical(theta), infer=ENUMERATED)
+                pyro.sample("x", dist.Categorical(words[c]), obs=x.T)
+
+    terms = pv.terms(model, guide, x)
+    each = (terms.samples["theta"] @ words).log()[0].gather(1, x)
+    torch.testing.assert_close(terms.log_likelihood[0], (each * mask).sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_site_outside_the_plate_of_the_values_it_depends_on_is_refused(programs, x):
+    _, _, guide = programs
+
+    def model(x):
+        with pyro.plate("documents", len(x), dim=-1):
+            theta = pyro.sample("theta", dist.Dirichlet(torch.ones(TOPICS)))
+            with pyro.plate("words", WORDS, dim=-2):
+                c = pyro.sample("c", dist.Categorical(theta), infer=ENUMERATED)
+            total = c.float().sum(-2, keepdim=True)
+            pyro.sample("x", dist.Normal(total, 1.0), obs=x[:, 0].float())
+
+    with pytest.raises(ValueError, match="'x' depends on site 'c', which is enumerated inside"):
+        pv.terms(model, guide, x)
+
+
+def test_a_guide_that_enumerates_in_an_inner_plate_is_refused(programs, x):
+    model, _, guide = programs
+
+    def enumerating(x):
+        guide(x)
+        with pyro.plate("documents", len(x), dim=-1), pyro.plate("words", WORDS, dim=-2):
+            probs = torch.ones(WORDS, len(x), TOPICS)
+            pyro.sample("c", dist.Categorical(probs), infer=ENUMERATED)
+
+    with pytest.raises(ValueError, match="the guide enumerates site 'c' inside a plate"):
+        pv.terms(model, enumerating, x)
+
+
+def test_a_latent_that_depends_on_enumerated_words_is_refused(x):
+    def model(x):
+        with pyro.plate("documents", len(x), dim=-1), pyro.plate("words", WORDS, dim=-2):
+            c = pyro.sample("c", dist.Categorical(torch.ones(TOPICS)), infer=ENUMERATED)
+            z = pyro.sample("z", dist.Normal(c.float(), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.T.float())
+
+    def guide(x):
+        with pyro.plate("documents", len(x), dim=-1), pyro.plate("words", WORDS, dim=-2):
+            pyro.sample("z", dist.Normal(x.T.float(), 1.0))
+
+    with pytest.raises(ValueError, match="latent site 'z' depends on"):
+        pv.terms(model, guide, x)
