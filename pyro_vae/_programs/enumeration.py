@@ -8,11 +8,14 @@ is summed out of p. In both cases the results have the same shape as without enu
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae._programs.sites import DATA_PLATE, PARTICLE_PLATE, Site, mask_of_events
@@ -31,13 +34,23 @@ class SummedOut:
     Args:
         sites: by name, the sites from the run with all values at once.
         dims: by name, the dimension of ``log_joint`` over the values of a site.
-        log_joint: :math:`\log p(c, z)` for all values c of the sites and the latents z that depend
-            on them, of shape (\*enumerated dimensions, K, B).
+        tables: the factors of :math:`\log p(c, z)`, for the values c of the sites and the latents z
+            that depend on them, each of shape (\*enumerated dimensions, K, B).
     """
 
     sites: dict[str, Site]
     dims: dict[str, int]
-    log_joint: Tensor
+    tables: list[Tensor]
+
+    @cached_property
+    def log_joint(self) -> Tensor:
+        r""":math:`\log p(c, z)`, of shape (\*enumerated dimensions, K, B).
+
+        Raises:
+            ValueError: The table of all values would be too large for memory.
+        """
+        check_size([*self.sites], self.tables)
+        return sum(self.tables)
 
     @property
     def log_prob(self) -> Tensor:
@@ -124,8 +137,8 @@ class Enumeration:
         inner: the dimensions of the inner plates of enumerated sites, from the left.
 
     Raises:
-        ValueError: Two sites share a dimension, or a site of the guide is in an inner plate.
-            :meth:`without` also raises it, if a table of values is too large.
+        ValueError: A site of the guide is in an inner plate. :meth:`without` also raises it, if a
+            table of values is too large.
     """
 
     def __init__(self, model: Mapping[str, Site], guide: Mapping[str, Site], width: int):
@@ -146,11 +159,6 @@ class Enumeration:
             for name, site in {**model, **guide}.items()
             if is_enumerated(site)
         }
-        if len(set(dims.values())) < len(dims):
-            raise ValueError(
-                f"enumerated sites {list(dims)} share a dimension, as under pyro.markov, which is "
-                "not supported. Use pyro.infer.TraceEnum_ELBO."
-            )
         self._guide_dims = [dims[name] for name in self.in_guide]
         self._model_dims = [dims[name] for name in self.in_model]
         self.entangled: list[list[str]] = []
@@ -196,7 +204,7 @@ class Enumeration:
         model = self._summed_out(model)
         if not self.in_guide:
             return _flat(model), _flat(guide)
-        _check_size(self.in_guide, (guide[name] for name in self.in_guide))
+        check_size(self.in_guide, (guide[name] for name in self.in_guide))
         weights = sum(guide[name] for name in self.in_guide).exp()
 
         def expected(table: Tensor) -> Tensor:
@@ -219,16 +227,14 @@ class Enumeration:
             unobserved = [n for n in group if not self._model_sites[n]["is_observed"]]
             latents = [n for n in unobserved if n not in self.in_model]
             observed = [n for n in group if n not in unobserved]
-            _check_size(group, (tables[name] for name in group))
-            joint = sum(tables[n] for n in unobserved)
-            prior = self._log_sum([joint])
+            joint = [tables[n] for n in unobserved]
             dims = dict(zip(self.in_model, self._model_dims, strict=True))
             dims = {name: dim for name, dim in dims.items() if name in group}
             sites = {name: self._model_sites[name] for name in dims}
             if not any(map(self._inner_of.get, dims.values())):
-                joint = joint.reshape(*joint.shape[: self.count], *joint.shape[-2:])
+                flat = [t.reshape(*t.shape[: self.count], *t.shape[-2:]) for t in joint]
                 dims = {name: dim + len(self.inner) for name, dim in dims.items()}
-                self.summed_out.append(SummedOut(sites, dims, joint))
+                self.summed_out.append(SummedOut(sites, dims, flat))
             elif latents:
                 raise ValueError(
                     f"latent site {latents[0]!r} depends on {[*dims]}, which the model enumerates "
@@ -236,6 +242,7 @@ class Enumeration:
                     "enumerate it too."
                 )
             if latents:
+                prior = self._log_sum(joint)
                 self.entangled.append(latents)
                 result.update(dict.fromkeys(latents, torch.zeros_like(prior)))
                 result[latents[0]] = prior
@@ -246,20 +253,37 @@ class Enumeration:
         return result
 
     def _log_sum(self, tables: Iterable[Tensor]) -> Tensor:
-        """Sum out the enumerated values, from the innermost plates to the plate ``"data"``."""
+        """Sum out the enumerated values one by one, from the innermost plates outwards.
+
+        The next value is always the one that leaves the smallest table, so a chain of T sites needs
+        no table of more than two of them.
+        """
         tables = list(tables)
         for plates in sorted({*self._inner_of.values()}, key=len, reverse=True):
-            dims = [dim for dim in self._model_dims if self._inner_of[dim] == plates]
-            depending = [t for t in tables if any(t.shape[dim] > 1 for dim in dims)]
-            if not depending:
-                continue
-            total = sum(depending).logsumexp(dims, keepdim=True)
-            others = (self._inner_of[d] for d in self._model_dims if total.shape[d] > 1)
-            finished = plates.difference(*others)
-            axes = [self.inner.index(dim) - len(self.inner) - 2 for dim in finished]
-            total = total.sum(axes, keepdim=True) if axes else total
-            tables = [t for t in tables if not any(t is each for each in depending)] + [total]
+            dims = {dim for dim in self._model_dims if self._inner_of[dim] == plates}
+            dims = {dim for dim in dims if any(t.shape[dim] > 1 for t in tables)}
+            while dims:
+                dim = min(dims, key=functools.partial(self._size_without, tables))
+                dims.remove(dim)
+                depending = [t for t in tables if t.shape[dim] > 1]
+                check_size(self.in_model, depending)
+                total = sum(depending).logsumexp(dim, keepdim=True)
+                tables = [t for t in tables if t.shape[dim] == 1] + [total]
+            tables = [self._without_plates(t, plates) for t in tables]
         return sum(tables)
+
+    @staticmethod
+    def _size_without(tables: list[Tensor], dim: int) -> int:
+        """Return the size of the table that is left when the values of one dimension are summed."""
+        shape = torch.broadcast_shapes(*(t.shape for t in tables if t.shape[dim] > 1))
+        return math.prod(shape) // shape[dim]
+
+    def _without_plates(self, table: Tensor, plates: frozenset[int]) -> Tensor:
+        """Sum a table over plates, except those of the enumerated values that it depends on."""
+        depends = (self._inner_of[dim] for dim in self._model_dims if table.shape[dim] > 1)
+        finished = plates.difference(*depends)
+        axes = [self.inner.index(dim) - len(self.inner) - 2 for dim in finished]
+        return table.sum(axes, keepdim=True) if axes else table
 
     def _groups(self, tables: Tables) -> list[list[str]]:
         """Return groups of sites that depend on the same enumerated sites, each in order."""
@@ -276,7 +300,18 @@ class Enumeration:
         return [sorted(names, key=[*tables].index) for _, names in groups]
 
 
-def _check_size(names: list[str], tables: Iterable[Tensor]) -> None:
+class OwnDimensions(Messenger):
+    """Give each enumerated site its own dimension, also under ``pyro.markov``.
+
+    Pyro's handler lets sites of distant steps share a dimension. Here values are summed out one by
+    one, so the tables stay small without it.
+    """
+
+    def _pyro_sample(self, msg: Site) -> None:
+        msg["infer"].pop("_markov_scope", None)
+
+
+def check_size(names: list[str], tables: Iterable[Tensor]) -> None:
     """Raise ValueError if the sum of the tables would be too large for memory."""
     shape = torch.broadcast_shapes(*(table.shape for table in tables))
     if math.prod(shape) > _LARGEST_TABLE:
@@ -284,8 +319,7 @@ def _check_size(names: list[str], tables: Iterable[Tensor]) -> None:
         raise ValueError(
             f"the table of all values of the sites {names} has {math.prod(values)} entries for "
             f"each of {particles} particles and {rows} rows, more than {_LARGEST_TABLE} in all. "
-            "Enumerate fewer sites together, or use fewer rows or particles. "
-            "pyro.infer.TraceEnum_ELBO sums out the sites of a chain one by one."
+            "Enumerate fewer sites together, or use fewer rows or particles."
         )
 
 

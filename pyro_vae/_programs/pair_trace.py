@@ -28,6 +28,7 @@ from pyro_vae._programs.ancestral import JointSample
 from pyro_vae._programs.data_plate import find_data_plate, is_examined
 from pyro_vae._programs.enumeration import (
     Enumeration,
+    OwnDimensions,
     SummedOut,
     check_enumeration,
     is_enumerated,
@@ -220,8 +221,8 @@ class PairTrace:
         """Return the traces of the guide and of the model."""
         if first_enumerated is not None:
             first_enumerated -= self.particle_dim is not None
-            guide = EnumMessenger(first_available_dim=first_enumerated)(guide)
-            model = EnumMessenger()(model)  # uses the dimensions after those of the guide
+            guide = EnumMessenger(first_available_dim=first_enumerated)(OwnDimensions()(guide))
+            model = EnumMessenger()(OwnDimensions()(model))  # the dimensions after the guide's
         self._samples = HeldSamples()
         with self._samples if hold_samples else nullcontext():
             guide_trace = trace_of(guide, *args, **kwargs)
