@@ -47,19 +47,21 @@ def terms(
             then any covariates.
         num_particles: K, the number of samples of z for each data point.
         vectorize_particles: ``True`` draws all K particles in one run, under an outer plate whose
-            dimension comes first. ``False`` runs the programs K times. By default, one run is
-            tried first. A program that cannot take the extra dimension, such as one with
-            ``BatchNorm1d`` in its decoder, is then run K times, with one warning. The terms have
-            the same distribution. With K = 1 there is no extra dimension either way.
-        plate: the name of the plate of the data points in both programs. By default, it is found:
-            its size follows the number of rows of x (docs/contract.md). Pass the name if an error
-            says that several plates do. The name is kept with the programs, so pass it once.
-        plate_nesting: the number of batch dimensions that the programs use, without that of the
-            particles. It is found by default.
-        hold_samples: let the terms depend on the parameters directly, and not through the
-            reparameterized samples. :meth:`Terms.path` returns the gradient along the samples.
-        enumerates: whether a latent is known to be marked for enumeration. If False and a latent
-            is marked, the programs run once more.
+            dimension comes first. ``False`` runs the programs K times. By default, one run is tried
+            first. If a program does not allow the extra dimension, for example because of
+            ``BatchNorm1d`` in its decoder, the programs run K times, with one warning. The
+            distribution of the terms is the same in both cases. With K = 1 there is never an extra
+            dimension.
+        plate: the name of the plate of the data points in both programs. By default, the plate is
+            found, because its size changes with the number of rows of x (docs/contract.md). Pass
+            the name if an error says that several plates do. It is stored with the programs, so
+            one call is enough.
+        plate_nesting: the number of batch dimensions of the programs, without the dimension of the
+            particles. By default, a run of the programs determines it.
+        hold_samples: detach the samples of the guide, so that no gradient of the terms passes
+            through them. :meth:`Terms.path` returns the gradient along the samples.
+        enumerates: whether a latent has ``infer={"enumerate": "parallel"}``. If it is
+            False and a latent has it, the programs run once more.
         **kwargs: keyword arguments of both programs.
 
     Returns:
@@ -67,7 +69,8 @@ def terms(
 
     Raises:
         ValueError: No site is inside the plate ``"data"``. A latent of the model is missing in the
-            guide, or the guide has another one. The plates of the two programs disagree.
+            guide, or the guide has a latent that the model does not have. The plates of the two
+            programs disagree.
 
     Example:
         >>> import pyro, torch, pyro_vae as pv

@@ -52,42 +52,44 @@ def evidence(
         \qquad z_k \sim q(z|x)
 
     ``method="naive"`` samples from the prior, :math:`\log \frac1K \sum_k p(x|z_k)`. It needs about
-    :math:`e^{\mathrm{KL}(p(z|x) \| p(z))}` samples. :class:`AIS` runs chains from the guide, or the
-    prior, to the posterior.
+    :math:`e^{\mathrm{KL}(p(z|x) \| p(z))}` samples. With an :class:`AIS`, Markov chains start at
+    samples of the guide or the prior and move to the posterior.
 
-    ``pairs_per_pass`` bounds the memory for any K and N. The standard error is that of the delta
-    method, :math:`\sqrt{\mathrm{var}(w)/K} / \bar w`. On average, the estimate of log p(x) is
-    too low by about half of the squared standard error. A warning is issued if more than half of
-    the values are unreliable (see :attr:`Evidence.untrusted`).
+    ``pairs_per_pass`` limits the memory for any K and number of data points. The Monte Carlo error
+    is computed by the delta method, :math:`\sqrt{\mathrm{var}(w)/K} / \bar w`. On average, the
+    estimate of log p(x) is too low by about half of this error squared. A warning is issued if more
+    than half of the values are unreliable (see :attr:`Evidence.untrusted`).
 
     Args:
         model: program of p(x, z).
-        guide: program of q(z|x). If no sample comes from it (``"naive"``, or chains from the
-            prior), it only identifies the fitted pair.
+        guide: program of q(z|x). With ``"naive"`` or chains from the prior, it is not sampled. It
+            is then only needed to find the parameters of the fitted pair.
         data: the data, as in :func:`pyro_vae.fit`, in a fixed order.
         method: ``"importance"``, ``"naive"``, or an :class:`AIS`; ``"ais"`` is ``AIS()``.
         num_particles: K per data point. Annealed importance sampling has ``num_chains`` instead.
-        batch_size: data points at a time.
-        pairs_per_pass: pairs of a particle and a data point in one run of the programs.
+        batch_size: number of data points per minibatch.
+        pairs_per_pass: number of pairs of a particle and a data point in one run of the programs.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
-        seed: of the samples. The random numbers of the process are restored afterwards.
+        seed: seed of the samples. The random state of the process is restored afterwards.
         resume: the exception of an interrupted call (Ctrl-C) with the same arguments, or the
-            :class:`Evidence` of the first data points. The given seed is then used for the others.
+            :class:`Evidence` of the first data points. With an Evidence, ``seed`` is used for the
+            remaining data points.
         progress: show a progress bar, or add one to a rich Progress.
         description: text before the bar.
 
     Returns:
-        The :class:`Evidence`. In a group of processes (torch.distributed), each process is called
-        with all data, evaluates its share of the minibatches, and returns the whole result.
+        The :class:`Evidence`. In a group of processes (torch.distributed), each process calls
+        ``evidence`` with all data, evaluates its share of the minibatches, and returns the whole
+        result.
 
     Raises:
         Interrupted: Ctrl-C was pressed. This KeyboardInterrupt has the estimates for the first data
-            points in ``.partial``. Unfinished chains are dropped.
+            points in ``.partial``. Unfinished chains are lost.
         ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md). A
-            site is global or scaled, so that no weight belongs to a single data point. Annealed
-            importance sampling cannot move a latent variable, or cannot score the guide.
+            site is global or scaled, so a single data point has no importance weight of its own.
+            Annealed importance sampling cannot move a latent variable, or cannot score the guide.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv

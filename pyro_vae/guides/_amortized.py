@@ -221,14 +221,17 @@ class AmortizedFlow(AmortizedGuide):
         \log q(z|x) = \log\mathcal{N}(\epsilon; \mu(x), \sigma^2(x))
             - \sum_l \log|\det J_l(x)|, \qquad z = T f_L \circ \dots \circ f_1(\epsilon)
 
-    The encoder computes the parameters of the layers (planar, radial, Sylvester, Householder), or
-    the context of their networks (autoregressive, coupling, spline).
+    Here :math:`f_l` are the layers and :math:`J_l` their Jacobians. :math:`T` maps the result onto
+    the support of the latent. For planar, radial, Sylvester and Householder flows, the encoder
+    computes the parameters of the layers. For autoregressive, coupling and spline flows, it
+    computes an input of their networks, the context.
 
     Args:
         model: program of p(x, z).
         encoder: network from the program's arguments to features.
-        flow: function from D to a layer: a class of :mod:`pyro_vae.flows`, a
-            ``functools.partial`` of one, or your own :class:`pyro_vae.flows.Flow`.
+        flow: function from the number of dimensions D to a layer. It may be a class of
+            :mod:`pyro_vae.flows`, a ``functools.partial`` of such a class, or your own subclass of
+            :class:`pyro_vae.flows.Flow`.
         length: number of layers.
         amortized: whether the layers depend on x. If False, all data points share one flow.
         joint: whether one flow transforms all latents; see :class:`AmortizedGuide`.

@@ -99,16 +99,16 @@ class IWAE(Objective):
         \mathcal{L}_K(x) = \log \frac1K \sum_{k=1}^K \frac{p(x, z_k)}{q(z_k|x)},
         \qquad z_k \sim q(z|x)
 
-    It rises with K and tends to :math:`\log p(x)`. Each data point has its own weights. The scale
-    of a subsampled plate multiplies the bound and never enters the logarithm.
+    It rises with K and converges to :math:`\log p(x)`. Each data point has its own weights. The
+    scale of a subsampled plate multiplies the whole bound and not the weights inside the logarithm.
 
     Args:
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
     Raises:
-        ValueError: ``num_particles`` is less than one. Or, when the loss is computed, a site is
-            global or scaled, or a guide site has no reparameterized sample.
+        ValueError: ``num_particles`` is less than one. The loss raises it if a site is global or
+            scaled, or if a guide site has no reparameterized sample.
     """
 
     def bound(self, terms: Terms) -> Tensor:

@@ -105,19 +105,20 @@ class VampPrior(GuideMixturePrior):
 
     .. math:: p(z) = \frac1K \sum_k q(z|u_k)
 
-    with pseudo-inputs u learned by gradient descent. The aggregated posterior is the best prior,
-    and this one is the aggregated posterior of K learned data points. It works with any guide that
-    can score any value. With a flow as the guide, each z needs K inversions.
+    with pseudo-inputs :math:`u_k` that are learned by gradient descent. The aggregated posterior of
+    the training data would be the best prior. The VampPrior is the aggregated posterior of K
+    learned data points instead. The guide must be able to score any value. If the guide is a flow,
+    it is inverted K times for each z.
 
     Args:
         *event_shape: shape of z, usually one number, its dimension.
-        pseudo_inputs: initial values, ``(K, *event of x)``, within the bounds, such as rows of the
-            data.
+        pseudo_inputs: initial values of the pseudo-inputs, ``(K, *event of x)``, such as rows of
+            the data. They must be within the bounds.
         bounds: range to which the pseudo-inputs are clamped; None for data without bounds.
 
     Raises:
-        ValueError: There are no pseudo-inputs, or some are outside the bounds, or the bounds are
-            not in order. Also under the conditions of :class:`GuideMixturePrior`.
+        ValueError: There are no pseudo-inputs, some are outside the bounds, or the lower bound is
+            not below the upper one. :class:`GuideMixturePrior` lists further conditions.
 
     Example:
         >>> import torch, pyro_vae as pv

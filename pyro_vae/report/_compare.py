@@ -61,13 +61,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pairs on the same held-out data, the highest evidence first.
+    """The result of :func:`compare`: pairs on the same held-out data, by decreasing log p(x).
 
     Show it in a terminal with ``rich.print(comparison)`` or ``print(comparison)``.
 
     Args:
-        entries: one per pair.
-        num_train: the number of data points of the surgery.
+        entries: results of the pairs, one entry per pair.
+        num_train: number of data points of the ELBO surgery.
         image_shape: (height, width) of a row of data, if it is an image.
     """
 
@@ -78,9 +78,9 @@ class Comparison:
     def difference(self, name: str) -> tuple[float, float]:
         r"""Return a pair's log p(x) minus that of the best pair, and the standard error.
 
-        They are :math:`\bar d` and :math:`s_d / \sqrt N` of :math:`d_n = \log \hat p(x_n) - \log
-        \hat p_{best}(x_n)`, in nats per data point. The difference is zero for the best pair. If a
-        data point is hard for both pairs, this cancels in the difference.
+        With :math:`d_n = \log \hat p(x_n) - \log \hat p_{best}(x_n)`, they are the mean
+        :math:`\bar d` and :math:`s_d / \sqrt N`, in nats per data point. Both are zero for the best
+        pair. If a data point has a low density under both pairs, this cancels in the difference.
 
         Raises:
             ValueError: There is no pair of that name.
@@ -183,25 +183,25 @@ def compare(
 ) -> Comparison:
     r"""Compare fitted pairs on the same held-out data.
 
-    The criterion is the marginal log p(x) of each data point, estimated by importance sampling. Its
-    k-hat shows for each data point how reliable the estimate is. Two ELBOs cannot be compared,
-    because each is below its own log p(x) by its own gap. The terms of ELBO surgery show where the
-    pairs differ.
+    Pairs are compared by log p(x) of each data point, estimated by importance sampling. For each
+    data point, k-hat shows how reliable the estimate is. ELBOs should not be compared, because the
+    gap between ELBO and log p(x) differs from pair to pair. The terms of ELBO surgery show in which
+    part of the ELBO the pairs differ.
 
-    A fit trains its pair in place. So two fits of one pair, or of two pairs with a common network,
-    would both show the last values. Such pairs are refused. They are accepted if the common part is
-    frozen, or if only one of the fits trained it.
+    A fit trains its pair in place. So the second fit of a pair changes the result of the first fit,
+    also if two pairs share only a network. An error is raised for such pairs. Two pairs may share a
+    part that is frozen or that only one fit has trained.
 
     Args:
-        pairs: by name, (model, guide) or a :class:`pyro_vae.training.Fit`. The report also shows
-            the history of a Fit.
+        pairs: dictionary from names to pairs, each ``(model, guide)`` or a
+            :class:`pyro_vae.training.Fit`. For a Fit, the report also shows its history.
         data: held-out data, as in :func:`pyro_vae.fit`.
         train: data for the surgery, usually the training set. The default is the held-out data.
         num_particles: importance samples per data point.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         image_shape: (height, width) of a row of data, for pictures in the report.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
-        seed: of all samples.
+        seed: seed of all samples.
         progress: show progress bars, or add them to a rich Progress.
 
     Returns:
@@ -209,8 +209,8 @@ def compare(
 
     Raises:
         ValueError: There are no pairs. Data or an argument are invalid, or a pair breaks a rule
-            (docs/contract.md). Pairs share trained parameters. Another fit changed the pair of a
-            Fit later. All of these are raised before the first estimate.
+            (docs/contract.md). Pairs share trained parameters. A later fit changed the pair of a
+            Fit. All of these are raised before the first estimate.
         TypeError: ``pairs`` is not a dictionary.
 
     Example:

@@ -29,14 +29,14 @@ class Checkpoint:
 
     Args:
         folder: The folder of the checkpoints. ``fit`` creates it if it does not exist.
-        seconds: The shortest time between two checkpoints. Writing takes at most a fiftieth of
-            the time of a fit, so this time may become longer.
+        seconds: The shortest time between two checkpoints. If writing would take more than a
+            fiftieth of the time of the fit, the time between checkpoints is longer.
         keep: The number of checkpoints that stay in the folder. Older ones are removed.
         resume: Resume from the last checkpoint in the folder that can be read, if there is one.
             If False, ``fit`` raises an error for a folder that has checkpoints.
 
     Raises:
-        TypeError: An argument has another type than annotated.
+        TypeError: The type of an argument differs from its annotation.
         ValueError: ``seconds`` is infinite or NaN, or ``keep`` is less than 1.
 
     Example:

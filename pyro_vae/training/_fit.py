@@ -134,11 +134,12 @@ def fit(
     parameter store (see :func:`pyro_vae.parameter_store`). So two fits never change each other's
     parameters, and a second fit of the same pair continues the first.
 
-    Gradients are enabled inside, also under ``torch.no_grad`` or ``torch.inference_mode``.
+    A fit computes gradients even if it is called under ``torch.no_grad`` or
+    ``torch.inference_mode``.
 
-    In a ``torch.distributed`` group (``torchrun``), each process is called with the whole data and
-    processes its rows of every minibatch. Gradients are averaged. All processes start with the
-    parameters of the first one; see docs/scaling.md.
+    In a ``torch.distributed`` group (``torchrun``), each process calls ``fit`` with all data and
+    processes its share of the rows of every minibatch. Gradients are averaged. All processes start
+    with the parameters of the first one; see docs/scaling.md.
 
     Args:
         model: program of p(x, z), called with a minibatch.
@@ -151,42 +152,46 @@ def fit(
         epochs: passes over the data.
         batch_size: rows of a minibatch. With fewer rows of data, one minibatch has all of them. A
             DataLoader has its own batch size.
-        learning_rate: of the default optimizer, Adam (fused). The default is 1e-3. A dictionary
-            ``{"model": ..., "guide": ...}`` sets two rates. Parameters that both programs use, or
-            create later, have that of the model. Do not pass it together with ``optimizer``.
+        learning_rate: learning rate of the default optimizer, Adam (fused). The default is 1e-3. A
+            dictionary ``{"model": ..., "guide": ...}`` sets two rates. Parameters that both
+            programs use, or create later, have the rate of the model. Do not pass ``learning_rate``
+            together with ``optimizer``.
         guide_steps: number of steps of the guide alone (E-steps of variational EM; Neal & Hinton
             1998). They alternate with ``model_steps`` steps of the model alone (M-steps).
-            Parameters that both programs use, or create later, are updated in all steps. The
-            default trains both in each step. 1 if only the other number is given.
-        model_steps: see ``guide_steps``.
-        optimizer: makes another optimizer from the parameters.
-        scheduler: makes a learning rate scheduler from the optimizer. It steps once per epoch.
-        clip_norm: bound of the norm of the whole gradient.
+            Parameters that both programs use, or create later, are updated in all steps. By
+            default, each step trains both programs. If only ``model_steps`` is passed,
+            ``guide_steps`` is 1.
+        model_steps: number of steps of the model alone. If only ``guide_steps`` is passed, it is 1.
+        optimizer: function from the parameters to a torch optimizer, to replace Adam.
+        scheduler: function from the optimizer to a learning rate scheduler, which steps once per
+            epoch.
+        clip_norm: largest norm of the gradient of all parameters. A larger gradient is scaled down.
         patience: stop after this many epochs without a lower validation loss, and restore the
-            parameters and buffers of the best epoch. If the objective has schedules, epochs count
-            once all of them have their last values.
-        after_epoch: callback, called with the number of each epoch, from 1, at its end. It may
-            return numbers by name, which become columns of the history. It has the same noise each
-            time.
+            parameters and buffers of the best epoch. If the objective has schedules, counting
+            starts when all of them have their last values.
+        after_epoch: callback at the end of each epoch. It is called with the number of the epoch,
+            from 1. It may return a dictionary of numbers, which become columns of the history. Its
+            random numbers are the same in each epoch.
         on_nonfinite: the reaction to a step whose loss or gradient is NaN or infinite. ``"raise"``
             raises an error. A :class:`~pyro_vae.training.Skip` skips the update, counts it in the
             history, and raises an error beyond a limit. ``"skip"`` is ``Skip()``.
         checkpoint: a folder for checkpoints, or a :class:`~pyro_vae.training.Checkpoint` with
             further settings. A folder is ``Checkpoint(folder)``. To resume a run, pass
             ``Checkpoint(folder, resume=True)``, a new pair and the same arguments. ``epochs`` may
-            be larger than before. On the same device, a resumed run has bit for bit the parameters
-            of an uninterrupted one. This needs the same number of threads, and ``capture`` True or
-            False. (``"auto"`` decides by the measured time of steps.)
-        transform: applied to each minibatch x on the device. ``torch.bernoulli`` is dynamic
-            binarization. Validation data are not transformed.
+            be larger than before. On the same device, the parameters of a resumed run equal those
+            of an uninterrupted run bit for bit. The number of threads must be the same, and
+            ``capture`` must be True or False, because ``"auto"`` decides by the measured time of
+            steps.
+        transform: function that is applied to each minibatch x on the device. Use
+            ``torch.bernoulli`` for dynamic binarization. Validation data are not transformed.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         capture: run the programs through Python a few times, then replay the operations of a step
             as compiled code; see docs/performance.md. ``"auto"`` captures and compiles if the run
             is long enough. Steps of a pair that cannot be captured run eagerly, with a warning
             that names the cause. The results are equal up to rounding.
         device: ``"auto"`` is CUDA if available, else the CPU. The pair stays on the device.
-        seed: of the order of the data, the noise and the initial values that the first call of the
-            guide makes. The random numbers of the process continue as if there had been no fit.
+        seed: seed of the order of the data, of the noise, and of the initial values that the guide
+            creates at its first call. The random state of the process is restored afterwards.
         progress: show a progress bar, or add one to a rich Progress.
         description: text before the bar.
 
@@ -195,11 +200,11 @@ def fit(
 
     Raises:
         ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md).
-            A minibatch size is one that the pair or the objective cannot process. NaN or infinite
-            values of the data reach a density or a gradient. There are no parameters to train, or
-            some were made under ``torch.inference_mode``. ``learning_rate`` is passed together with
-            an optimizer. All of these are raised before the first step, except for minibatch sizes
-            and values of a stream.
+            The pair or the objective cannot process a minibatch of some size. A density or a
+            gradient is not finite because of NaN or infinite values in the data. There are no
+            parameters to train, or some were made under ``torch.inference_mode``. ``learning_rate``
+            is passed together with an optimizer. All of these are raised before the first step,
+            except for minibatch sizes and values of a stream.
         TypeError: The objective is not a ``pyro.infer.ELBO``, or ``optimizer`` or ``scheduler``
             does not return one of torch's.
         NonFiniteError: A loss or a gradient is NaN or infinite. It is a FloatingPointError that

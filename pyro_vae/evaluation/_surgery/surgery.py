@@ -47,39 +47,42 @@ def elbo_surgery(
         - \underbrace{\mathrm{KL}(q_{agg}(z) \| p(z))}_{\text{marginal KL}}
 
     with the aggregated posterior :math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)`. By default, every
-    sample :math:`z \sim q(z|x_n)` is scored under the posteriors of all N data points. Diagonal
-    Gaussians, also mapped onto a support, are scored by matrix products in float64. Any other guide
-    is run on all N times N pairs, with the data in memory. The rate is in closed form if torch or
-    Pyro has one.
+    sample :math:`z \sim q(z|x_n)` is scored under the posteriors of all N data points. If the
+    posteriors are diagonal Gaussians, matrix products in float64 are used, also if the Gaussians
+    are mapped onto another support. Any other guide is run on all N times N pairs, and the data are
+    read into memory. The rate is computed in closed form if torch or Pyro has a formula.
 
     The marginal KL of a single Gaussian latent variable is the sum of total correlation and
-    dimension-wise KL (Chen et al. 2018, eq. 2). The latter is computed by quadrature. With a prior
-    that depends on covariates or on x, the marginal KL and the terms that need it are NaN.
+    dimension-wise KL (Chen et al. 2018, eq. 2). The dimension-wise KL is computed by quadrature.
+    With a prior that depends on covariates or on x, the marginal KL and the terms that need it are
+    NaN.
 
-    In a group of R processes, Gaussians are exchanged and codes are not. For each block of 16,384
-    codes of a process, the Gaussians of all processes are sent once. Let D be the size of a latent
-    variable. A process receives :math:`16 D N (1 - 1/R) \lceil K N / (16384 R) \rceil` bytes, and
-    about 50 N at the end. A guide that is run on the given codes runs in each process on all data.
+    In a group of R processes, the processes exchange Gaussians but no codes (samples of z). For
+    each block of 16,384 codes of a process, the Gaussians of all processes are sent once. Let D be
+    the size of a latent variable. A process receives
+    :math:`16 D N (1 - 1/R) \lceil K N / (16384 R) \rceil` bytes, and about 50 N at the end. For any
+    other guide, each process runs the guide on all data.
 
     For large N, minibatch estimators of q_agg (Chen et al. 2018, appendix C) use M times N pairs,
-    with M data points in a minibatch. The expected mutual information of ``"stratified"`` is too
-    high, by at most log N minus its value, and by less for larger M. That of ``"weighted"`` is too
-    high by at least log M and at most log(N M) minus its value. The marginal KL and the total
-    correlation are too low by the same amount.
+    with M data points in a minibatch. On average, the mutual information I is then too high. The
+    bias of ``"stratified"`` is at most log N - I, and is smaller for larger M. The bias of
+    ``"weighted"`` is between log M and log(N M) - I. The marginal KL and the total correlation are
+    too low by the same amount.
 
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
         data: the data of q_agg, usually the training set, as in :func:`pyro_vae.fit`.
         num_particles: samples of z per data point.
-        batch_size: data points at a time. For the minibatch estimators, M or slightly more.
-        estimator: of q_agg: ``"exact"``, from all pairs; ``"stratified"`` or ``"weighted"``, from
-            random minibatches of the data, which are then read into memory.
+        batch_size: number of data points per minibatch. For the minibatch estimators it is M, or a
+            little more than M.
+        estimator: estimator of q_agg. ``"exact"`` uses all pairs. ``"stratified"`` and
+            ``"weighted"`` use random minibatches and read the data into memory.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
-        seed: of the samples. The random numbers of the process are restored afterwards.
+        seed: seed of the samples. The random state of the process is restored afterwards.
         resume: the exception of an interrupted call (Ctrl-C) with the same arguments. The same
-            codes are sampled again. Codes that were scored are not scored again.
+            codes are sampled again, but only codes without a score are scored.
         progress: show a progress bar, or add one to a rich Progress.
         description: text before the bar.
 
@@ -92,9 +95,9 @@ def elbo_surgery(
             from the codes that were scored.
         ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md). A
             likelihood is zero, or a term is NaN. A minibatch estimator has minibatches of one data
-            point. A site is global or scaled. The guide has auxiliary sites, so its density is an
-            integral. The guide has masks that differ between data points, or a density that differs
-            between runs.
+            point. A site is global or scaled. The guide has auxiliary sites, so log q(z|x) is an
+            integral that is not known. The guide has masks that differ between data points, or a
+            density that differs between runs.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
