@@ -8,17 +8,22 @@ is summed out of p. In both cases the results have the same shape as without enu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae._programs.sites import DATA_PLATE, PARTICLE_PLATE, Site, mask_of_events
+
+Program = Callable[..., Any]
 
 # Log-densities by site, each (*enumerated dimensions, *inner plates, K, B). The inner plates are
 # those of enumerated sites. They have size 1 in the density of a site that depends on no such site.
@@ -298,6 +303,33 @@ class Enumeration:
                 dims, names = dims | other[0], other[1] + names
             groups.append((dims, names))
         return [sorted(names, key=[*tables].index) for _, names in groups]
+
+
+_samples_guide = ContextVar("samples_guide", default=False)
+
+
+@contextlib.contextmanager
+def sampled_guides() -> Iterator[None]:
+    """Sample the sites that a guide marks for enumeration, instead of averaging over their values.
+
+    A log-weight needs a sample: the average over the values is not inside of its logarithm.
+    """
+    token = _samples_guide.set(True)
+    try:
+        yield
+    finally:
+        _samples_guide.reset(token)
+
+
+def sampled_if_needed(guide: Program) -> Program:
+    """Return the guide without its marks for enumeration, inside :func:`sampled_guides`."""
+    return _Sampled()(guide) if _samples_guide.get() else guide
+
+
+class _Sampled(Messenger):
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["infer"].get("enumerate") is not None:
+            msg["infer"] = {**msg["infer"], "enumerate": None}
 
 
 class OwnDimensions(Messenger):

@@ -32,6 +32,7 @@ from pyro_vae._programs.enumeration import (
     SummedOut,
     check_enumeration,
     is_enumerated,
+    sampled_if_needed,
     uniform_where_masked,
 )
 from pyro_vae._programs.held_samples import HeldSamples, log_prob_of_draw
@@ -134,7 +135,7 @@ class PairTrace:
     ):
         kwargs = kwargs or {}
         self._pair, self._arguments = (model, guide), (args, kwargs)
-        guide = as_guide(guide)
+        guide = sampled_if_needed(as_guide(guide))
         self.num_particles = num_particles
         self.holds_samples = hold_samples
         self.particle_dim = None if num_particles == 1 else -1 - plate_nesting

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from pyro_vae._programs.enumeration import sampled_guides
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import evaluation_mode, free_param_names, parameter_store
 from pyro_vae._programs.particles import particle_options
@@ -32,6 +33,8 @@ def evaluation_context(
     stacklevel: int = 4,
 ) -> Iterator[dict[str, Any]]:
     """Set the seed, open the parameter store, set evaluation mode, and check the pair.
+
+    Sites that the guide enumerates are sampled in the block.
 
     Args:
         who: name of the estimator, for messages.
@@ -59,6 +62,7 @@ def evaluation_context(
         seeded(seed),
         parameter_store(model, guide) as store,
         evaluation_mode(model, guide),
+        sampled_guides(),
     ):
         first = batches.first()
         known = set(store["params"])

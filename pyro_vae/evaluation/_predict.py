@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pyro import poutine
 from torch import Tensor
 
 from pyro_vae._programs.data_plate import name_data_plate
+from pyro_vae._programs.enumeration import sampled_guides
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
 from pyro_vae._programs.predictions import drawn_observations, mean_or_draw, means
@@ -76,8 +76,8 @@ def reconstruct(
         evaluation_mode(model, guide),
     ):
         check_pair(model, guide, (x, *covariates), weighs=True, name="x")
-        drawing = poutine.infer_config(guide, lambda site: {"enumerate": None})
-        run = PairTrace(model, drawing, (x, *covariates))
+        with sampled_guides():
+            run = PairTrace(model, guide, (x, *covariates))
         with Readings(x) as readings:
             found = [*means(run)]
     return _gathered(x, found, readings, by_site)

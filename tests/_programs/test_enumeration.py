@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -455,3 +456,45 @@ def test_table_larger_than_memory_is_refused_in_the_guide_and_avoided_in_the_mod
             logits = (logits.unsqueeze(-1) + step.log_softmax(-1)).logsumexp(0)
         expected = (logits + dist.Normal(mean, 1.0).log_prob(x.unsqueeze(-1))).logsumexp(-1)
         torch.testing.assert_close(exact.log_weight.squeeze(0), expected)
+
+
+def exact_pair():
+    """Return a mixture of Gaussians over (c, z), and its exact posterior, which enumerates c."""
+    mean, probs = torch.tensor([-1.0, 2.0]), torch.tensor([0.3, 0.7])
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            c = pyro.sample("c", dist.Categorical(probs), infer=dict(ALL))
+            z = pyro.sample("z", dist.Normal(mean[c], 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        logits = probs.log() + dist.Normal(mean, 2**0.5).log_prob(x.unsqueeze(-1))
+        with pyro.plate("rows", len(x)):
+            c = pyro.sample("c", dist.Categorical(logits=logits), infer=dict(ALL))
+            pyro.sample("z", dist.Normal((x + mean[c]) / 2, 0.5**0.5))
+
+    def log_evidence(x):
+        return (probs.log() + dist.Normal(mean, 2**0.5).log_prob(x.unsqueeze(-1))).logsumexp(-1)
+
+    return model, guide, log_evidence
+
+
+def test_evaluation_samples_the_sites_that_the_guide_enumerates():
+    """With the exact posterior, each log-weight equals log p(x)."""
+    model, guide, log_evidence = exact_pair()
+    x = torch.randn(30)
+    evidence = pv.evidence(model, guide, x, num_particles=3, progress=False)
+    torch.testing.assert_close(evidence.values.float(), log_evidence(x), rtol=1e-4, atol=1e-4)
+    many = torch.randn(500)
+    surgery = pv.elbo_surgery(model, guide, many, seed=0, progress=False)
+    # The rate of z given c is analytic, so the ELBO has a sampling error of about 0.01.
+    assert surgery.elbo == pytest.approx(log_evidence(many).mean().item(), abs=0.06)
+    container = pv.to_arviz(model, guide, x, num_draws=4)
+    assert set(np.unique(container["posterior"]["c"].values)) <= {0, 1}
+    comparison = pv.compare({"exact": (model, guide)}, x, num_particles=3)
+    assert comparison.entries[0].evidence.mean == pytest.approx(evidence.mean, rel=1e-4)
+    loss = o.ELBO().loss(model, guide, x)  # training still averages over c
+    assert loss == pytest.approx(-log_evidence(x).sum().item(), rel=1e-4)
+    with pytest.raises(ValueError, match="averages over all values of site 'c'"):
+        o.IWAE(3).loss(model, guide, x)

@@ -229,14 +229,13 @@ class TestSemiSupervisedModel:
         guide(x, y)
         with torch.no_grad():
             exact = OnAGrid(model, guide, x).log_evidence
-        drawing = functools.partial(guide, enumerates=False)
-        found = pv.evidence(model, drawing, (x, y), num_particles=20_000, seed=0)
+        found = pv.evidence(model, guide, (x, y), num_particles=20_000, seed=0)
         for value, error, truth in zip(
             found.values, found.monte_carlo_errors, exact.tolist(), strict=True
         ):
             assert_within(value, truth, error, 4.5)
         with pytest.raises(ValueError, match="averages over all values of site 'y_missing'"):
-            pv.evidence(model, guide, (x, y), num_particles=10)
+            pv.objectives.IWAE(3).loss(model, guide, x, y)
 
     def test_semi_supervised_elbo_trains_the_classifier(self, binary):
         """Two kinds of rows, ten of them labeled."""
