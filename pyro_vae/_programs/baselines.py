@@ -11,7 +11,7 @@ from pyro.distributions.util import detach, scale_and_mask
 from torch import Tensor
 
 from pyro_vae._programs.pair_trace import PairTrace
-from pyro_vae._programs.sites import Site, data_frame, placed
+from pyro_vae._programs.sites import Site, data_frame
 
 _OPTIONS = (
     "nn_baseline",
@@ -120,7 +120,7 @@ def less_baseline(
     """
     site = run.guide[name].site
     shape = site["fn"].batch_shape
-    signal = placed(signal.detach(), site, run.particle_dim)
+    signal = run.placed(signal.detach(), site)
     value = torch.zeros((), dtype=signal.dtype, device=signal.device)
     if average is not None:
         value = value + average.to(signal.dtype)

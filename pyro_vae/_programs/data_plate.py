@@ -180,6 +180,11 @@ def _resized(arguments: Any, rows: int, other: int) -> Any:
     return arguments
 
 
+def repeated_rows(arguments: Any, rows: int, copies: int) -> Any:
+    """Return arguments with several copies of their rows, one copy of all rows after the other."""
+    return _resized(arguments, rows, copies * rows)
+
+
 def _rows_of(args: tuple) -> int:
     x = args[0] if args else None
     return len(x) if isinstance(x, Tensor) and x.dim() else 0

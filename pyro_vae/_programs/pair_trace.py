@@ -25,7 +25,7 @@ from pyro_vae._programs.agreement import (
     common_data_frame,
 )
 from pyro_vae._programs.ancestral import JointSample
-from pyro_vae._programs.data_plate import find_data_plate, is_examined
+from pyro_vae._programs.data_plate import find_data_plate, is_examined, repeated_rows
 from pyro_vae._programs.enumeration import (
     Enumeration,
     OwnDimensions,
@@ -47,6 +47,7 @@ from pyro_vae._programs.sites import (
     is_loss_of_guide,
     observed_value,
     own_scale,
+    placed,
     random_sites,
     sum_to_data_points,
     to_particle_layout,
@@ -116,6 +117,8 @@ class PairTrace:
         hold_samples: run both programs on copies of the guide's samples, see ``Terms.path``.
         enumerates: whether a latent is known to be marked for enumeration. If False and a latent
             is marked, the programs run once more.
+        folded: whether the particles are rows of the batch: the programs run on K copies of each
+            row, instead of under an outer plate. The programs must treat rows independently.
 
     Raises:
         ValueError: The pair breaks the contract for programs (docs/contract.md).
@@ -132,13 +135,18 @@ class PairTrace:
         plate_nesting: int | None = None,
         hold_samples: bool = False,
         enumerates: bool = False,
+        folded: bool = False,
     ):
         kwargs = kwargs or {}
         self._pair, self._arguments = (model, guide), (args, kwargs)
+        self._copies = num_particles if folded else 1
+        if folded:
+            args, kwargs = repeated_rows((args, kwargs), len(args[0]), num_particles)
         guide = sampled_if_needed(as_guide(guide))
         self.num_particles = num_particles
         self.holds_samples = hold_samples
-        self.particle_dim = None if num_particles == 1 else -1 - plate_nesting
+        outer = num_particles > 1 and not folded
+        self.particle_dim = -1 - plate_nesting if outer else None
         if self.particle_dim is not None:
             particles = pyro.plate(PARTICLE_PLATE, num_particles, dim=self.particle_dim)
             model, guide = particles(model), particles(guide)
@@ -167,8 +175,10 @@ class PairTrace:
         check_rows(model_trace, guide_trace)
         check_agreement(model_sites, guide_sites)
         frame = common_data_frame([*model_sites.values(), *guide_sites.values()])
-        self.batch_size = frame.size
+        self.batch_size = frame.size // self._copies
         self.scale = (frame.full_size or frame.size) / frame.size
+        if self.scale != 1.0:
+            self.scale *= self._copies
         self.averaged: list[str] = []
         self.summed: list[str] = []  # sites that only the model enumerates
         self.entangled: list[list[str]] = []
@@ -272,6 +282,16 @@ class PairTrace:
         nodes = self._traces[program].nodes.items()
         return frozenset(name for name, node in nodes if node["type"] == "param")
 
+    def guide_of_copy(self, copy: int) -> Program:
+        """Return the guide with the samples of one copy of the rows, in a run with ``folded``."""
+        trace = poutine.Trace()  # without plates, which have the rows of all copies
+        for name, factor in self.guide.items():
+            value, dim = factor.site["value"], data_frame(factor.site).dim
+            dim -= factor.site["fn"].event_dim
+            rows = value.unflatten(dim, (self._copies, -1)).select(dim - 1, copy)
+            trace.add_node(name, **{**factor.site, "value": rows})
+        return poutine.replay(self._pair[1], trace=trace)
+
     @property
     def latents(self) -> list[str]:
         """Names of the model's latent sites, in the model's order."""
@@ -290,7 +310,7 @@ class PairTrace:
     def observations(self) -> dict[str, Tensor]:
         """Return the values of the local observed sites: ``(B, *inner plates, *event)``."""
         sites = [f.site for f in self.model.values() if f.observed and f.local and not f.is_factor]
-        return {site["name"]: observed_value(site) for site in sites}
+        return {site["name"]: observed_value(site)[: self.batch_size] for site in sites}
 
     def sample_joint(self) -> JointSample:
         """Sample latents and data together from the model, as many as the minibatch has rows."""
@@ -436,13 +456,26 @@ class PairTrace:
 
     def to_particle_layout(self, value: Tensor, site: Site) -> Tensor:
         """Return values of a site in the order of ``sites.to_particle_layout``."""
-        return to_particle_layout(value, site, self.particle_dim)
+        value = to_particle_layout(value, site, self.particle_dim)
+        return value if self._copies == 1 else value[0].unflatten(0, (self._copies, -1))
+
+    def placed(self, values: Tensor, site: Site, width: int | None = None) -> Tensor:
+        """Reshape values (..., K, B) to the batch dimensions of a site, as ``sites.placed``."""
+        if self._copies > 1:
+            values = values.flatten(-2).unsqueeze(-2)
+        return placed(values, site, self.particle_dim, width)
 
     def reduced(self, log_prob: Tensor, site: Site) -> Tensor:
         """Sum a site's log-densities for each particle and data point."""
-        return sum_to_data_points(
-            log_prob, site, self.batch_size, self.particle_dim, self.num_particles
-        )
+        if self._copies == 1:
+            return sum_to_data_points(
+                log_prob, site, self.batch_size, self.particle_dim, self.num_particles
+            )
+        size = self._copies * self.batch_size
+        summed = sum_to_data_points(log_prob, site, size, None, 1)
+        if data_frame(site) is None:
+            return summed.expand(self._copies)
+        return summed.reshape(self._copies, self.batch_size)
 
     def masked_log_prob(self, site: Site) -> Tensor:
         """Return a site's masked, unscaled log-density for each element of its plates."""

@@ -12,7 +12,7 @@ from torch.distributions import Categorical
 
 from pyro_vae._programs.enumeration import SummedOut
 from pyro_vae._programs.pair_trace import PairTrace
-from pyro_vae._programs.sites import Site, base_distribution, data_frame, placed, random_sites
+from pyro_vae._programs.sites import Site, base_distribution, data_frame, random_sites
 
 
 def predict(run: PairTrace) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ def drawn_sites(run: PairTrace) -> list[Site]:
         drawn = Categorical(logits=log_prob.flatten(end_dim=-3).movedim(0, -1)).sample()
         indices = torch.unravel_index(drawn, log_prob.shape[:-2])
         for name, site in together.sites.items():
-            index = placed(indices[together.dims[name] + 2], site, run.particle_dim)
+            index = run.placed(indices[together.dims[name] + 2], site)
             given[name] = site | {"value": _values(site)[index]}
     return drawn_observations(run.replay_unobserved(given))
 
@@ -63,7 +63,7 @@ def means(run: PairTrace) -> Iterator[tuple[Site, Tensor]]:
             yield site, site["value"]
             continue
         for together in run.summed_out:
-            mean = _averaged(mean, together, site, run.particle_dim)
+            mean = _averaged(mean, together, site, run)
         yield site, mean.reshape(mean.shape[mean.dim() - site["value"].dim() :])
 
 
@@ -101,12 +101,12 @@ def _mean(site: Site) -> Tensor | None:
     return None if mean.isnan().any() else mean
 
 
-def _averaged(mean: Tensor, together: SummedOut, site: Site, particle_dim: int | None) -> Tensor:
+def _averaged(mean: Tensor, together: SummedOut, site: Site, run: PairTrace) -> Tensor:
     """Average a mean over sites that were summed out, if it depends on them."""
     event_dim = len(site["fn"].event_shape)
     dims = [each["infer"]["_enumerate_dim"] - event_dim for each in together.sites.values()]
     if all(-dim > mean.dim() or mean.shape[dim] == 1 for dim in dims):
         return mean
-    weights = placed(together.log_prob.exp(), site, particle_dim, together.width)
+    weights = run.placed(together.log_prob.exp(), site, together.width)
     weights = weights.reshape(*weights.shape, *(1,) * event_dim)
     return (mean * weights).sum(dims, keepdim=True)

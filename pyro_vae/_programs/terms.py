@@ -21,7 +21,7 @@ from pyro_vae._programs.baselines import Baseline, baselines_of, less_baseline
 from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.held_samples import path_adjoints
 from pyro_vae._programs.pair_trace import PairTrace, Program
-from pyro_vae._programs.particles import run_particles
+from pyro_vae._programs.particles import Vectorize, run_particles
 from pyro_vae._programs.sites import require_one_observation
 from pyro_vae._utils.checks import positive_integer, require_callable, truth_value
 
@@ -31,7 +31,7 @@ def terms(
     guide: Program,
     *args: Any,
     num_particles: int = 1,
-    vectorize_particles: bool | None = None,
+    vectorize_particles: Vectorize = None,
     plate: str | None = None,
     plate_nesting: int | None = None,
     hold_samples: bool = False,
@@ -95,7 +95,7 @@ def terms(
     num_particles = positive_integer("num_particles", num_particles)
     if plate is not None:
         name_data_plate(plate, model, guide)
-    if vectorize_particles is not None:
+    if vectorize_particles not in (None, "fold"):
         truth_value("vectorize_particles", vectorize_particles)
     truth_value("hold_samples", hold_samples)
     truth_value("enumerates", enumerates)

@@ -30,6 +30,7 @@ def evaluation_context(
     drawn_from: Program | None = None,
     needs_latents: bool = False,
     weighs: bool = False,
+    may_fold: bool = True,
     stacklevel: int = 4,
 ) -> Iterator[dict[str, Any]]:
     """Set the seed, open the parameter store, set evaluation mode, and check the pair.
@@ -48,6 +49,7 @@ def evaluation_context(
         needs_latents: whether the estimator needs latents.
         weighs: whether a sample may have a density of zero under the model, and so a weight of
             zero.
+        may_fold: whether particles may become rows of the batch.
         stacklevel: stack level of a warning, which names the caller of the estimator.
 
     Yields:
@@ -82,5 +84,9 @@ def evaluation_context(
             )
         with values_checked(True):
             yield particle_options(
-                model, drawn_from, first, vectorize_particles=vectorize_particles
+                model,
+                drawn_from,
+                first,
+                vectorize_particles=vectorize_particles,
+                may_fold=may_fold,
             )

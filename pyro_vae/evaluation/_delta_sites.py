@@ -75,7 +75,7 @@ def log_likelihood_at_prior_draws(
         guide = _guide_to(sites)
         return terms(model, guide, *batch, num_particles=count, plate_nesting=plate_nesting)
 
-    if vectorize_particles:
+    if vectorize_particles is True:
         return draw(num_particles).log_likelihood
     return torch.cat([draw(1).log_likelihood for _ in range(num_particles)])
 

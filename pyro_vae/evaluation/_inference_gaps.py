@@ -212,6 +212,7 @@ def inference_gaps(
         data,
         batch_size=batch_size,
         vectorize_particles=vectorize_particles,
+        may_fold=False,  # its parameters have one row per data point
         seed=seed,
         resume=resume,
         settings={"num_particles": num_particles, "ascent": ascent},

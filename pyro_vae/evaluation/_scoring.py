@@ -45,7 +45,8 @@ def guide_log_prob(
     Raises:
         ValueError: The guide has auxiliary sites, or cannot score a value that it did not sample.
     """
-    if not vectorize_particles:
+    if vectorize_particles is not True:
+        vectorize_particles = False
         count = len(next(iter(values.values())))
         rows = [{name: value[m : m + 1] for name, value in values.items()} for m in range(count)]
         return torch.cat(

@@ -83,7 +83,7 @@ class TemperedPath:
         self._model, self._guide = model, guide
         self._from_prior = start == "prior"
         self._nesting = plate_nesting
-        self._vectorize = vectorize_particles
+        self._vectorize = vectorize_particles is True
         self._enumerates = False
         self._refuse_discrete(batch)
         # The nesting of the pair: an observation may be inside more plates than any latent.

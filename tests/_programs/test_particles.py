@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae._programs.particles import particle_options
 
 K = 3
 QUIET = {"progress": False, "seed": 1}
@@ -57,6 +58,8 @@ def pair_of(decoder=Decoder):
     return model, guide
 
 
+# Training runs each particle alone. Evaluation makes particles rows of the batch.
+TRAINING = ("terms", "fit", "captured fit")
 CALLS = {
     "terms": lambda m, g, x, **o: pv.terms(m, g, x, num_particles=K, **o).log_weight.tolist(),
     "evidence": lambda m, g, x, **o: pv.evidence(m, g, x, num_particles=K, **QUIET, **o).mean,
@@ -102,9 +105,9 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_the_default_equals_one_run_per_particle_and_warns_once(call):
-    x = torch.randn(20, 4)
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_default_equals_one_run_per_particle_and_warns_once(name):
+    x, call = torch.randn(20, 4), CALLS[name]
     results = []
     for options in ({"vectorize_particles": False}, {}):
         model, guide = pair_of()
@@ -118,6 +121,94 @@ def test_the_default_equals_one_run_per_particle_and_warns_once(call):
         told = [w for w in caught if "leading dimension of particles" in str(w.message)]
         assert len(told) == (0 if options else 1)
     torch.testing.assert_close(*map(torch.as_tensor, results), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in TRAINING])
+def test_evaluation_runs_particles_as_rows_of_the_batch_without_a_warning(name):
+    model, guide = pair_of()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*leading dimension of particles")
+        CALLS[name](model, guide, torch.randn(20, 4))
+
+
+def exact_pair(decode, plate=lambda x: pyro.plate("data", len(x))):
+    """Return a model of x given decode(z) = z, and its exact posterior."""
+
+    def model(x):
+        with plate(x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decode(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with plate(x):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5).to_event(1))
+
+    return model, guide
+
+
+def in_rows(z):
+    """Return z through an index that takes dimension 0 as the rows."""
+    if z.dim() != 2:
+        raise ValueError("rows are dimension 0")
+    return z[torch.arange(len(z))]
+
+
+@pytest.mark.parametrize("num_particles", [2, 7])
+def test_folded_particles_have_the_exact_weights(num_particles):
+    x = torch.randn(20, 2)
+    expected = dist.Normal(0.0, 2**0.5).log_prob(x).sum(1)
+    model, guide = exact_pair(in_rows)
+    terms = pv.terms(model, guide, x, num_particles=num_particles, vectorize_particles="fold")
+    torch.testing.assert_close(terms.log_weight, expected.expand(num_particles, -1))
+    assert terms.samples["z"].shape == (num_particles, 20, 2)
+    assert torch.equal(terms.observations["x"], x)
+    assert terms.predict()["x"].shape == (num_particles, 20, 2)
+    z = terms.samples["z"]
+    log_prior = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    torch.testing.assert_close(terms.log_prior, log_prior)
+    torch.testing.assert_close(terms.kl[0], terms.kl[1])  # analytic
+    evidence = pv.evidence(model, guide, x, num_particles=5, progress=False)
+    torch.testing.assert_close(evidence.values.float(), expected)
+
+
+def test_folded_particles_have_the_scale_of_the_minibatch():
+    x = torch.randn(20, 2)
+    model, guide = exact_pair(in_rows, lambda x: pyro.plate("data", 1000, subsample=x))
+    terms = pv.terms(model, guide, x, num_particles=3, vectorize_particles="fold")
+    assert terms.scale == 50.0
+    expected = dist.Normal(0.0, 2**0.5).log_prob(x).sum(1)
+    torch.testing.assert_close(terms.log_weight, expected.expand(3, -1))
+
+
+def centered(z):
+    return in_rows(z) - z.mean(0)
+
+
+def noisy(z):
+    return in_rows(z) + torch.randn_like(z)
+
+
+@pytest.mark.parametrize("decode", [centered, noisy])
+def test_programs_whose_rows_depend_on_each_other_are_not_folded(decode):
+    model, guide = exact_pair(decode)
+    with pytest.warns(UserWarning, match="rows are dimension 0"):
+        pv.evidence(model, guide, torch.randn(20, 2), num_particles=5, progress=False)
+
+
+def test_programs_with_a_global_latent_are_not_folded():
+    def model(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(in_rows(z) + w, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    options = particle_options(model, guide, (torch.randn(5, 2),), may_fold=True)
+    assert options == {"plate_nesting": 1, "vectorize_particles": False}
 
 
 def test_inference_gaps_run_each_particle_alone():
