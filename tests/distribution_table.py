@@ -130,7 +130,7 @@ GUIDED = {
 
 _NO_MAP = "no bijection from the reals"
 NOT_RUN = "cannot be sampled or expanded"
-BROKEN = "could not run"  # Pyro itself fails in a plate
+BROKEN = "cannot run"  # Pyro itself fails in a plate
 # Distributions that guides refuse, with words of the message.
 REFUSED = {
     "Bernoulli": (lambda: dist.Bernoulli(0.3), _NO_MAP),

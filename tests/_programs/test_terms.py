@@ -222,7 +222,7 @@ def test_dimension_without_a_plate_is_refused():
     with pytest.raises(
         ValueError, match=r"site 'x' has batch shape .* no plate at its dimension -2"
     ):
-        pv.terms(model, guide, torch.randn(6), num_particles=5)
+        pv.terms(model, guide, torch.randn(6), num_particles=5, vectorize_particles=True)
 
 
 def test_particles_in_the_dimension_of_a_plate_are_refused():
@@ -238,7 +238,7 @@ def test_particles_in_the_dimension_of_a_plate_are_refused():
             pyro.sample("w", dist.Normal(x, 0.7))
 
     with pytest.raises(ValueError, match=r"Shape mismatch inside plate\('out'\)"):
-        pv.terms(model, guide, torch.randn(6), num_particles=3)
+        pv.terms(model, guide, torch.randn(6), num_particles=3, vectorize_particles=True)
 
 
 def test_observations_and_factors_in_the_data_plate():
@@ -413,7 +413,7 @@ def test_num_particles_must_be_positive():
 
 
 @pytest.mark.parametrize("how", ["view", "flatten", "batch norm", "bilinear"])
-def test_decoder_without_particle_dimensions_is_refused(how):
+def test_decoder_without_particle_dimensions_is_refused_where_they_are_required(how):
     """The decoders flatten the particles into the batch, or use them as channels."""
     linear, norm = torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4).eval()
     bilinear = torch.nn.Bilinear(2, 2, 4)
@@ -432,11 +432,12 @@ def test_decoder_without_particle_dimensions_is_refused(how):
 
     x = torch.rand(20, 4).round()
     guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(4, [8]))
+    at_once = {"vectorize_particles": True}
     calls = (
-        lambda: pv.terms(model, guide, x, num_particles=3),
-        lambda: pv.objectives.IWAE(3).loss(model, guide, x),
-        lambda: pv.evidence(model, guide, x, num_particles=30),
-        lambda: pv.elbo_surgery(model, guide, x, num_particles=3),
+        lambda: pv.terms(model, guide, x, num_particles=3, **at_once),
+        lambda: pv.objectives.IWAE(3, **at_once).loss(model, guide, x),
+        lambda: pv.evidence(model, guide, x, num_particles=30, **at_once),
+        lambda: pv.elbo_surgery(model, guide, x, num_particles=3, **at_once),
     )
     for call in calls:
         with pytest.raises(ValueError, match="vectorize_particles=False") as caught:

@@ -624,7 +624,7 @@ def test_shared_module_keeps_its_mode():
 def test_hooks_are_removed_after_evaluation_or_error():
     hooks = nn.modules.module._global_forward_pre_hooks
     pv.evidence(closure(Net()), guide, torch.randn(5, 2), num_particles=2)
-    with pytest.raises(ValueError, match="could not run"):
+    with pytest.raises(ValueError, match="cannot run"):
         pv.evidence(closure(nn.Linear(7, 7)), guide, torch.randn(5, 2), num_particles=2)
     assert not hooks
 
