@@ -49,9 +49,12 @@ def terms(
         vectorize_particles: ``True`` draws all K particles in one run, under an outer plate whose
             dimension comes first. ``False`` runs the programs K times. By default, one run is tried
             first. If a program does not allow the extra dimension, for example because of
-            ``BatchNorm1d`` in its decoder, the programs run K times, with one warning. The
-            distribution of the terms is the same in both cases. With K = 1 there is never an extra
-            dimension.
+            ``BatchNorm1d`` in its decoder, the programs run K times, with one warning. ``"fold"``
+            makes the particles rows of the minibatch, K copies of each row, with one run and no
+            extra dimension. Evaluation tries this before it runs the programs K times, and
+            compares the densities of two copies with those of separate runs. Pass it only for
+            programs in evaluation mode whose rows do not depend on each other. The distribution
+            of the terms is the same in all cases. With K = 1 there is never an extra dimension.
         plate: the name of the plate of the data points in both programs. By default, the plate is
             found, because its size changes with the number of rows of x (docs/contract.md). Pass
             the name if an error says that several plates do. It is stored with the programs, so
