@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
 import torch
 from pyro import poutine
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -210,7 +209,7 @@ def _sizes_of(trace: poutine.Trace) -> dict[str, int]:
 
 
 def _kept(program: Program, plates: Plates, candidates: set[str]) -> frozenset[str] | None:
-    """Return the names found in an earlier run with these plates, or None if there was none.
+    """Return the names found in an earlier run with these plates, or None in the first run.
 
     If a plate had the rows of x by chance, the names are kept only if they never were others.
     """
@@ -349,8 +348,8 @@ def _resized(arguments: Any, rows: int, other: int) -> Any:
         return kind(*values) if hasattr(arguments, "_fields") else kind(values)
     if isinstance(arguments, Tensor) and arguments.dim() and len(arguments) == rows:
         return arguments[torch.arange(other, device=arguments.device) % rows]
-    if isinstance(arguments, np.ndarray) and arguments.ndim and len(arguments) == rows:
-        return arguments[np.arange(other) % rows]
+    if getattr(arguments, "ndim", 0) and len(arguments) == rows:  # an array
+        return arguments[torch.arange(other).remainder(rows).numpy()]
     return arguments
 
 
@@ -360,7 +359,7 @@ def _has_rows(arguments: Any, rows: int) -> bool:
         return any(_has_rows(value, rows) for value in arguments.values())
     if isinstance(arguments, tuple | list):
         return any(_has_rows(value, rows) for value in arguments)
-    return isinstance(arguments, Tensor | np.ndarray) and arguments.ndim and len(arguments) == rows
+    return bool(getattr(arguments, "ndim", 0)) and len(arguments) == rows
 
 
 def repeated_rows(arguments: Any, rows: int, copies: int) -> Any:

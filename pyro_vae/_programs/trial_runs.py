@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae._utils.modules import before_unknown, modules
-from pyro_vae._utils.random import restored_generators
+from pyro_vae._utils.random import restored_generators, restored_generators_of_python
 
 _NUMBERS = (bool, int, float, str, type(None))
 
@@ -30,8 +28,7 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
     Args:
         *programs: the programs that run in the block.
     """
-    python, store = random.getstate(), pyro.get_param_store()
-    of_numpy = np.random.get_state()  # noqa: NPY002
+    store = pyro.get_param_store()
     names, states = set(store.keys()), []
 
     def remember(module: nn.Module) -> None:
@@ -43,14 +40,13 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
     try:
         with (
             restored_generators(),
+            restored_generators_of_python(),
             torch.no_grad(),
             poutine.block(),
             before_unknown(remember, *found),
         ):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(of_numpy)  # noqa: NPY002
         for state in reversed(states):
             state.restore()
         for name in set(store.keys()) - names:
