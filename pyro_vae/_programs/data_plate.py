@@ -189,7 +189,7 @@ def _given_in(
         if not required:
             return None
         raise _no_such_plate("model", name, trace)
-    if rows and not all(p[3] for p in plates if p[0] == name):
+    if rows and not all(p[3] for p in plates if p[0] == name) and not _draws(trace, name, rows):
         raise ValueError(
             f"plate={name!r} was given as the plate of the data points, but it has size "
             f"{sizes[name]} and x has {rows} rows. The plates are, by size, {sizes}."
@@ -239,8 +239,8 @@ def _examined(
         inputs = (rest, kwargs)
         try:
             with trial_run(program):
-                x = _resized(x, rows, other)
-                rest, named = _resized(inputs, rows, other) if covariates else inputs
+                x = resized(x, rows, other)
+                rest, named = resized(inputs, rows, other) if covariates else inputs
                 return _names_of_size(random_sites(again(x, *rest, **named)), other)
         except Exception:  # a program for one number of rows may raise any error
             return None
@@ -307,6 +307,12 @@ def _renamed(
     return frame._replace(name=DATA_PLATE, size=rows, full_size=rows)
 
 
+def _draws(trace: poutine.Trace, name: str, rows: int) -> bool:
+    """Return whether a plate is a sample of all rows of x, as with ``subsample_size``."""
+    frames = [f for site in random_sites(trace) for f in _plates(site) if f.name == name]
+    return all(frame.full_size == rows for frame in frames)
+
+
 def _require_rows_of_unsized(trace: poutine.Trace, plates: Plates, rows: int) -> None:
     """Raise ValueError if the only plates that could hold the data points have too few values."""
     for site in random_sites(trace):
@@ -317,7 +323,7 @@ def _require_rows_of_unsized(trace: poutine.Trace, plates: Plates, rows: int) ->
                     f"the plate {frame.name!r}, which has no size, and x has {rows} rows. Give the "
                     f"plate the size of the minibatch: pyro.plate({frame.name!r}, x.shape[0])."
                 )
-    if any(name == DATA_PLATE for name, *_ in plates):
+    if any(p[0] == DATA_PLATE for p in plates) and not _draws(trace, DATA_PLATE, rows):
         raise ValueError(
             f'the plate "data" has size {_sizes_of(trace)[DATA_PLATE]} for a minibatch of {rows} '
             'rows. Programs are called with minibatches: use `pyro.plate("data", x.shape[0])`. '
@@ -338,12 +344,12 @@ def _size_of(frame: CondIndepStackFrame, site: Site) -> int:
     return shape[frame.dim] if len(shape) >= -frame.dim else 1
 
 
-def _resized(arguments: Any, rows: int, other: int) -> Any:
+def resized(arguments: Any, rows: int, other: int) -> Any:
     """Return arguments with another number of rows, where they have as many as x."""
     if isinstance(arguments, dict):
-        return {name: _resized(value, rows, other) for name, value in arguments.items()}
+        return {name: resized(value, rows, other) for name, value in arguments.items()}
     if isinstance(arguments, tuple | list):
-        values = [_resized(value, rows, other) for value in arguments]
+        values = [resized(value, rows, other) for value in arguments]
         kind = type(arguments)
         return kind(*values) if hasattr(arguments, "_fields") else kind(values)
     if isinstance(arguments, Tensor) and arguments.dim() and len(arguments) == rows:
@@ -364,7 +370,7 @@ def _has_rows(arguments: Any, rows: int) -> bool:
 
 def repeated_rows(arguments: Any, rows: int, copies: int) -> Any:
     """Return arguments with several copies of their rows, one copy of all rows after the other."""
-    return _resized(arguments, rows, copies * rows)
+    return resized(arguments, rows, copies * rows)
 
 
 def _rows_of(args: tuple) -> int:

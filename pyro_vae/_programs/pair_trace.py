@@ -258,15 +258,42 @@ class PairTrace:
         nodes = self._traces[program].nodes.items()
         return frozenset(name for name, node in nodes if node["type"] == "param")
 
+    def guide_at(self, values: Mapping[str, Tensor]) -> Program:
+        """Return the guide with given values at its sites."""
+        trace = poutine.Trace()  # without plates, which may have other rows
+        for name, value in values.items():
+            trace.add_node(name, **{**self.guide[name].site, "value": value})
+        return poutine.replay(self._pair[1], trace=trace)
+
+    def drawn_values(self) -> dict[str, Tensor]:
+        """Return the values that the guide sampled, by site, in the layout of the run."""
+        drawn = (f for f in self.guide.values() if not f.observed and not f.enumerated)
+        return {factor.name: factor.site["value"] for factor in drawn}
+
     def guide_of_copy(self, copy: int) -> Program:
         """Return the guide with the samples of one copy of the rows, in a run with ``folded``."""
-        trace = poutine.Trace()  # without plates, which have the rows of all copies
+        values = {}
         for name, factor in self.guide.items():
-            value, dim = factor.site["value"], data_frame(factor.site).dim
-            dim -= factor.site["fn"].event_dim
-            rows = value.unflatten(dim, (self._copies, -1)).select(dim - 1, copy)
-            trace.add_node(name, **{**factor.site, "value": rows})
-        return poutine.replay(self._pair[1], trace=trace)
+            dim = data_frame(factor.site).dim - factor.site["fn"].event_dim
+            rows = factor.site["value"].unflatten(dim, (self._copies, -1))
+            values[name] = rows.select(dim - 1, copy)
+        return self.guide_at(values)
+
+    def guide_of_particle(self, particle: int, single: PairTrace) -> Program:
+        """Return the guide with the samples of one particle, in the layout of a single run.
+
+        Args:
+            particle: the index of a particle.
+            single: a run of the pair with one particle.
+        """
+        values = {}
+        for name, value in self.drawn_values().items():
+            dim = self.particle_dim - self.guide[name].site["fn"].event_dim
+            if value.dim() >= -dim:
+                value = value.select(dim, particle if value.shape[dim] > 1 else 0)
+            shape = single.guide[name].site["value"].shape
+            values[name] = value.reshape(shape) if value.numel() == shape.numel() else value
+        return self.guide_at(values)
 
     @property
     def latents(self) -> list[str]:
