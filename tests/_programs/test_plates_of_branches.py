@@ -358,6 +358,25 @@ def test_a_given_name_is_that_of_the_model_and_the_guide_may_have_another():
     assert pv.terms(model, guide, x, plate="a").log_weight.shape == (1, ROWS)
 
 
+@pytest.mark.parametrize("given", ["b", None])
+def test_a_loaded_pair_keeps_the_given_name(given, tmp_path):
+    def square():
+        return pair_of(lambda x: [("a", len(x), -2), ("b", len(x), -1)])
+
+    x = torch.randn(ROWS, ROWS)
+    model, guide = square()
+    if given is not None:
+        pv.terms(model, guide, x, plate=given)
+    pv.save(tmp_path / "pair", model, guide)
+    saved = pv.load(tmp_path / "pair", *square())
+    if given is None:
+        with pytest.raises(ValueError, match="plate="):
+            pv.terms(saved.model, saved.guide, x)
+        return
+    found = pv.terms(saved.model, saved.guide, x).log_weight[0]
+    torch.testing.assert_close(found, log_evidence(x.mT))
+
+
 # Examining runs change nothing.
 
 
