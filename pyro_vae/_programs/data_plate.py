@@ -1,15 +1,16 @@
 """Find the plate of the data points in a program, and give it the name ``"data"`` in traces.
 
 The rest of the library reads the plate ``"data"``. A program may use any other name, or a plate
-without a size. Then its data plate is the one whose size follows the number of rows of x in two
-runs. The name is kept for as long as the program exists, so programs are examined once.
+without a size. Then its data plate is the one whose size follows the number of rows of x in
+further runs. The names are kept by the plates of a run. So a program is examined again if it opens
+other plates, for example in another branch.
 """
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,31 +19,30 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae._programs.sites import DATA_PLATE, PARTICLE_PLATE, Site, random_sites
+from pyro_vae._programs.sites import DATA_PLATE, PARTICLE_PLATE, Site, data_frame, random_sites
+from pyro_vae._programs.trial_runs import trial_run
 from pyro_vae._utils.checks import shown
 from pyro_vae._utils.identity import ProgramMap
-from pyro_vae._utils.random import restored_generators
 
 Program = Callable[..., Any]
+# The plates of a run: name, dimension, whether it has a size, whether it has the rows of x.
+Plates = frozenset[tuple[str, int, bool, bool]]
 _OTHER_PLATE = "_data_of_program"  # a plate called "data" that does not hold the data points
 
-_names = ProgramMap()  # of data plates, for examined programs; None for a plate "data" with a size
-_renamed = ProgramMap()  # the programs with other names, usually none
+_given = ProgramMap()  # by program: the name that a caller gave, and whether it must be there
+_found = ProgramMap()  # by program: names of data plates, by the plates of a run
+_reader: ContextVar[DataScale | None] = ContextVar("reader", default=None)
 
 
-def set_data_plate(program: Program, names: Iterable[str] | None) -> None:
-    """Keep the names of a program's data plates for as long as the program exists."""
-    _names[program] = None if names is None else frozenset(names)
-    if names is not None:
-        _renamed[program] = True
+def name_data_plate(plate: str | None, model: Program, guide: Program | None = None) -> None:
+    """Keep the name that a caller gave to the data plate of a pair.
 
-
-def name_data_plate(plate: str | None, *programs: Program | None) -> None:
-    """Keep the name that a caller gave to the data plate of programs.
+    A guide that does not open a plate of this name, such as a guide of the library, is examined.
 
     Args:
         plate: the name, or None to have it found.
-        *programs: the programs; those that are None are left out.
+        model: program of p(x, z).
+        guide: program of q(z|x), or None.
 
     Raises:
         TypeError: The name is not a string.
@@ -51,90 +51,230 @@ def name_data_plate(plate: str | None, *programs: Program | None) -> None:
         return
     if not isinstance(plate, str):
         raise TypeError(f"plate must be the name of a pyro.plate, got {shown(plate)}")
-    for program in programs:
-        if program is not None:
-            set_data_plate(program, [plate])
+    if guide is not None:
+        _given[guide] = (plate, False)
+    _given[model] = (plate, True)
 
 
-def data_plates_named(program: Program, args: tuple) -> AbstractContextManager:
-    """Return a context in which sites of a program have their data plate as ``"data"``.
+def given_name(program: Program) -> str | None:
+    """Return the name that a caller gave to the data plate of a program, or None."""
+    return _given.get(program, (None, False))[0]
+
+
+def name_plates_in(
+    trace: poutine.Trace,
+    program: Program,
+    args: tuple,
+    kwargs: dict[str, Any],
+    again: Callable[..., poutine.Trace],
+    role: str = "model",
+) -> None:
+    """Give the data plate the name ``"data"`` in a trace, and its number of rows as its size.
+
+    A plate ``"data"`` with one row per row of x is the data plate. In all other cases, the program
+    runs again on other numbers of rows, once for the same plates.
 
     Args:
-        program: a program, inside any handlers.
+        trace: a trace of the program.
+        program: the program, inside any handlers.
         args: its arguments; the first one is x.
+        kwargs: its keyword arguments.
+        again: returns a trace of the program for given arguments.
+        role: ``"model"`` or ``"guide"``, for messages.
+
+    Raises:
+        ValueError: A site is inside two plates whose sizes follow the rows of x, or in a plate
+            without a size and without a value for each row. The program does not have the given
+            plate, or the plate has another size.
     """
-    names = _names.get(program) if len(_renamed) else None
-    return contextlib.nullcontext() if names is None else _DataPlates(names, _rows_of(args))
+    rows = _rows_of(args)
+    plates = frozenset(
+        (frame.name, frame.dim, frame.size >= 0, _size_of(frame, site) == rows)
+        for site in random_sites(trace)
+        for frame in _plates(site)
+    )
+    if not plates:
+        return
+    names = _given_in(trace, program, plates, rows)
+    if names is None:
+        candidates = {name for name, *_ in plates} - {p[0] for p in plates if not p[3]}
+        if rows == 0 or candidates == {DATA_PLATE}:
+            names = frozenset([DATA_PLATE])
+        elif not candidates:
+            _require_rows_of_unsized(trace, plates, rows)
+            return
+        else:
+            names = _kept(program, plates, candidates)
+    if names is None:
+        try:
+            names = _examined(role, program, args, kwargs, again, trace, candidates)
+        except ValueError as error:
+            if (given := given_name(program)) is None:
+                raise
+            raise _no_such_plate(role, given, trace) from error
+        by_plates = _found.get(program, {})
+        by_plates[plates] = names
+        _found[program] = by_plates
+    if names != {DATA_PLATE} or any(p[0] == DATA_PLATE and not p[2] for p in plates):
+        _rename(trace, names, rows)
+    if (reader := _reader.get()) is not None:
+        reader.read(trace)
 
 
-def is_examined(program: Program) -> bool:
-    """Return whether the data plate of a program is known from an earlier run."""
-    return program in _names
+class DataScale(Messenger):
+    """Read the scale N/B of the plate of the data points in the runs of a block.
+
+    Every objective multiplies its loss by it. Each run reads the scale, because it may differ
+    between runs. N may depend on the minibatch or on the mode of a module. If the first minibatch
+    has all N rows, N and B are equal. A process with a share of the rows has a smaller B, and so
+    has a later minibatch of a stream.
+
+    Args:
+        *programs: the programs that run. Pyro's objectives trace them without a name for the
+            plate; then the names that earlier runs found are used.
+    """
+
+    def __init__(self, *programs: Program):
+        super().__init__()
+        self.scale = 1.0
+        self._programs = programs
+        self._was_read = False
+
+    def __enter__(self) -> DataScale:
+        self._names = known_names(*self._programs)
+        self._token = _reader.set(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _reader.reset(self._token)
+        super().__exit__(*error)
+
+    def read(self, trace: poutine.Trace) -> None:
+        """Read the scale from a trace whose plates are named."""
+        frames = (data_frame(site) for site in random_sites(trace))
+        if (frame := next((f for f in frames if f is not None), None)) is not None:
+            self.scale = (frame.full_size or frame.size) / frame.size
+            self._was_read = True
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if not self._was_read and (frame := known_frame(msg, self._names)) is not None:
+            self.scale = (frame.full_size or frame.size) / frame.size
 
 
-def find_data_plate(
+def known_names(*programs: Program) -> frozenset[str]:
+    """Return the names of data plates that earlier runs of programs found, or ``"data"``."""
+    names: set[str] = set()
+    for program in programs:
+        given = given_name(program) if len(_given) else None
+        found = _found.get(program, {}).values() if len(_found) and given is None else ()
+        names.update([given] if given is not None else itertools.chain.from_iterable(found))
+    return frozenset(names or [DATA_PLATE])
+
+
+def known_frame(site: Site, names: frozenset[str]) -> CondIndepStackFrame | None:
+    """Return the frame of a site's plate that has one of the names and a size, or None."""
+    stack = site["cond_indep_stack"]
+    return next((f for f in stack if f.name in names and f.vectorized and f.size > 0), None)
+
+
+def _given_in(
+    trace: poutine.Trace, program: Program, plates: Plates, rows: int
+) -> frozenset[str] | None:
+    """Return the given name of the data plate as a set, or None if the plate must be found."""
+    if not len(_given) or (given := _given.get(program)) is None:
+        return None
+    name, required = given
+    sizes = _sizes_of(trace)
+    if name not in sizes:
+        if not required:
+            return None
+        raise _no_such_plate("model", name, trace)
+    if rows and not all(p[3] for p in plates if p[0] == name) and not _draws(trace, name, rows):
+        raise ValueError(
+            f"plate={name!r} was given as the plate of the data points, but it has size "
+            f"{sizes[name]} and x has {rows} rows. The plates are, by size, {sizes}."
+        )
+    return frozenset([name])
+
+
+def _no_such_plate(role: str, name: str, trace: poutine.Trace) -> ValueError:
+    return ValueError(
+        f"the {role} has no vectorized plate {name!r}, which was given as plate={name!r}. The "
+        f"plates are, by size, {_sizes_of(trace)}. Pass the name of one of them."
+    )
+
+
+def _sizes_of(trace: poutine.Trace) -> dict[str, int]:
+    return {f.name: _size_of(f, site) for site in random_sites(trace) for f in _plates(site)}
+
+
+def _kept(program: Program, plates: Plates, candidates: set[str]) -> frozenset[str] | None:
+    """Return the names found in an earlier run with these plates, or None in the first run.
+
+    If a plate had the rows of x by chance, the names are kept only if they never were others.
+    """
+    by_plates: dict[Plates, frozenset[str]] = _found.get(program, {})
+    names = by_plates.get(plates)
+    if names is None or names == candidates:
+        return names
+    same = {p[:3] for p in plates}
+    others = (found for other, found in by_plates.items() if {p[:3] for p in other} == same)
+    return names if all(found == names for found in others) else None
+
+
+def _examined(
     role: str,
     program: Program,
     args: tuple,
     kwargs: dict[str, Any],
-    run: Callable[..., poutine.Trace],
+    again: Callable[..., poutine.Trace],
     trace: poutine.Trace,
-) -> bool:
-    """Find the data plates of a program, and keep their names.
+    candidates: set[str],
+) -> frozenset[str]:
+    """Run a program on other numbers of rows; return the names of plates that follow them."""
+    rows, names = _rows_of(args), set(candidates)
 
-    If the plate ``"data"`` does not have one row per row of x, the program runs again, on another
-    number of rows. Random numbers are left unchanged.
+    def sizes_at(other: int, *, covariates: bool) -> set[str] | None:
+        x, *rest = args
+        inputs = (rest, kwargs)
+        try:
+            with trial_run(program):
+                x = resized(x, rows, other)
+                rest, named = resized(inputs, rows, other) if covariates else inputs
+                return _names_of_size(random_sites(again(x, *rest, **named)), other)
+        except Exception:  # a program for one number of rows may raise any error
+            return None
 
-    Args:
-        role: ``"model"`` or ``"guide"``, for messages.
-        program: the program.
-        args: its arguments. Those with as many rows as x, the first one, get the other number.
-        kwargs: its keyword arguments, which are treated in the same way.
-        run: returns a trace of the program for given arguments.
-        trace: a trace of the program for these arguments.
-
-    Returns:
-        Whether plates were found under other names than ``"data"``, or without a size.
-
-    Raises:
-        ValueError: A site is inside two plates whose sizes follow the rows of x, or in a plate
-            without a size and without a value for each row.
-    """
-    if is_examined(program):
-        return False
-    sites, rows = [*random_sites(trace)], _rows_of(args)
-    frames = [frame for site in sites for frame in _plates(site)]
-    if any(f.name == DATA_PLATE and f.size >= 0 and rows in (0, f.size) for f in frames):
-        set_data_plate(program, None)
-        return False
-    if not rows or not frames:
-        return False
-    other = rows - 1 if rows > 2 else rows + 1  # a single row would broadcast
-    try:
-        with restored_generators(), torch.no_grad(), poutine.block():
-            again = run(*_resized(args, rows, other), **_resized(kwargs, rows, other))
-    except Exception:  # a program for one number of rows may raise any error
-        again = None
-    for site in sites:
-        for frame in _plates(site):
-            _require_rows(frame, site, rows)
-    names = _names_of_size(sites, rows)
-    if again is not None:
-        names &= _names_of_size(random_sites(again), other)
-    inside = [[f.name for f in _plates(site) if f.name in names] for site in sites]
-    if both := next((found for found in inside if len(found) > 1), None):
+    # A single row would broadcast. One row more and one less show a limit of a size.
+    others = (rows - 1, rows + 1) if rows > 2 else (rows + 1, rows + 2)
+    runs = [found for other in others if (found := sizes_at(other, covariates=True)) is not None]
+    for found in runs:
+        names &= found
+    if len(names) > 1 and runs and _has_rows((args[1:], kwargs), rows):
+        of_x = sizes_at(others[0], covariates=False)
+        if of_x is not None and not names <= of_x:
+            raise ValueError(
+                f"the {role} has the plates {sorted(names)} of {rows} rows, as many as x and one "
+                "of the other arguments, and they do not all follow the rows of x. Name the plate "
+                f"of the data points: plate={min(names)!r}."
+            )
+    inside = [{f.name for f in _plates(s)} & names for s in random_sites(trace)]
+    if DATA_PLATE in names:
+        names -= {n for found in inside if DATA_PLATE in found for n in found - {DATA_PLATE}}
+        inside = [found & names for found in inside]
+    if both := next((sorted(found) for found in inside if len(found) > 1), None):
         raise ValueError(
             f"the {role} has a site inside the plates {both}, and each of them has one row per "
             f"data point of x ({rows} rows). Name the plate of the data points: plate={both[0]!r}."
         )
-    if again is None and len(names) > 1:
+    if not runs and len(names) > 1:
+        if DATA_PLATE in names:
+            return frozenset([DATA_PLATE])
         raise ValueError(
             f"the {role} has the plates {sorted(names)} of {rows} rows, as many as x, and does not "
-            f"run on {other} rows. Name the plate of the data points: plate={min(names)!r}."
+            f"run on {others[0]} rows. Name the plate of the data points: plate={min(names)!r}."
         )
-    if names:
-        set_data_plate(program, names)
-    return bool(names)
+    return frozenset(names or candidates & {DATA_PLATE})
 
 
 def _names_of_size(sites: Iterable[Site], rows: int) -> set[str]:
@@ -144,6 +284,51 @@ def _names_of_size(sites: Iterable[Site], rows: int) -> set[str]:
         for frame in _plates(site):
             sizes.setdefault(frame.name, set()).add(_size_of(frame, site))
     return {name for name, found in sizes.items() if found == {rows}}
+
+
+def _rename(trace: poutine.Trace, names: frozenset[str], rows: int) -> None:
+    """Call plates ``"data"`` in a trace, and any other plate of that name differently."""
+    if not names:
+        return
+    for site in trace.nodes.values():
+        stack = site.get("cond_indep_stack") if site["type"] == "sample" else None
+        if stack and any(frame.name in names or frame.name == DATA_PLATE for frame in stack):
+            site["cond_indep_stack"] = tuple(_renamed(frame, site, names, rows) for frame in stack)
+
+
+def _renamed(
+    frame: CondIndepStackFrame, site: Site, names: frozenset[str], rows: int
+) -> CondIndepStackFrame:
+    if frame.name not in names:
+        other = frame.name == DATA_PLATE
+        return frame._replace(name=_OTHER_PLATE) if other else frame
+    if not frame.vectorized or frame.size >= 0 or not rows:
+        return frame._replace(name=DATA_PLATE)
+    return frame._replace(name=DATA_PLATE, size=rows, full_size=rows)
+
+
+def _draws(trace: poutine.Trace, name: str, rows: int) -> bool:
+    """Return whether a plate is a sample of all rows of x, as with ``subsample_size``."""
+    frames = [f for site in random_sites(trace) for f in _plates(site) if f.name == name]
+    return all(frame.full_size == rows for frame in frames)
+
+
+def _require_rows_of_unsized(trace: poutine.Trace, plates: Plates, rows: int) -> None:
+    """Raise ValueError if the only plates that could hold the data points have too few values."""
+    for site in random_sites(trace):
+        for frame in _plates(site):
+            if frame.size < 0 and _size_of(frame, site) != rows:
+                raise ValueError(
+                    f"site {site['name']!r} has batch shape {tuple(site['fn'].batch_shape)} inside "
+                    f"the plate {frame.name!r}, which has no size, and x has {rows} rows. Give the "
+                    f"plate the size of the minibatch: pyro.plate({frame.name!r}, x.shape[0])."
+                )
+    if any(p[0] == DATA_PLATE for p in plates) and not _draws(trace, DATA_PLATE, rows):
+        raise ValueError(
+            f'the plate "data" has size {_sizes_of(trace)[DATA_PLATE]} for a minibatch of {rows} '
+            'rows. Programs are called with minibatches: use `pyro.plate("data", x.shape[0])`. '
+            'If the minibatch represents N rows, use `pyro.plate("data", N, subsample=x)`.'
+        )
 
 
 def _plates(site: Site) -> list[CondIndepStackFrame]:
@@ -159,59 +344,35 @@ def _size_of(frame: CondIndepStackFrame, site: Site) -> int:
     return shape[frame.dim] if len(shape) >= -frame.dim else 1
 
 
-def _require_rows(frame: CondIndepStackFrame, site: Site, rows: int) -> None:
-    """Raise ValueError if a site in a plate without a size does not have a value for each row."""
-    if frame.size < 0 and _size_of(frame, site) != rows:
-        raise ValueError(
-            f"site {site['name']!r} has batch shape {tuple(site['fn'].batch_shape)} inside the "
-            f"plate {frame.name!r}, which has no size, and x has {rows} rows. Give the plate the "
-            f"size of the minibatch: pyro.plate({frame.name!r}, x.shape[0])."
-        )
-
-
-def _resized(arguments: Any, rows: int, other: int) -> Any:
+def resized(arguments: Any, rows: int, other: int) -> Any:
     """Return arguments with another number of rows, where they have as many as x."""
     if isinstance(arguments, dict):
-        return {name: _resized(value, rows, other) for name, value in arguments.items()}
+        return {name: resized(value, rows, other) for name, value in arguments.items()}
     if isinstance(arguments, tuple | list):
-        return type(arguments)(_resized(value, rows, other) for value in arguments)
+        values = [resized(value, rows, other) for value in arguments]
+        kind = type(arguments)
+        return kind(*values) if hasattr(arguments, "_fields") else kind(values)
     if isinstance(arguments, Tensor) and arguments.dim() and len(arguments) == rows:
         return arguments[torch.arange(other, device=arguments.device) % rows]
+    if getattr(arguments, "ndim", 0) and len(arguments) == rows:  # an array
+        return arguments[torch.arange(other).remainder(rows).numpy()]
     return arguments
+
+
+def _has_rows(arguments: Any, rows: int) -> bool:
+    """Return whether one of the arguments has as many rows as x."""
+    if isinstance(arguments, dict):
+        return any(_has_rows(value, rows) for value in arguments.values())
+    if isinstance(arguments, tuple | list):
+        return any(_has_rows(value, rows) for value in arguments)
+    return bool(getattr(arguments, "ndim", 0)) and len(arguments) == rows
 
 
 def repeated_rows(arguments: Any, rows: int, copies: int) -> Any:
     """Return arguments with several copies of their rows, one copy of all rows after the other."""
-    return _resized(arguments, rows, copies * rows)
+    return resized(arguments, rows, copies * rows)
 
 
 def _rows_of(args: tuple) -> int:
     x = args[0] if args else None
     return len(x) if isinstance(x, Tensor) and x.dim() else 0
-
-
-class _DataPlates(Messenger):
-    """Give the frames of data plates the name ``"data"``, and the number of rows as their size.
-
-    Args:
-        names: the names of the data plates in the program.
-        rows: the number of rows of x.
-    """
-
-    def __init__(self, names: frozenset[str], rows: int):
-        super().__init__()
-        self._names, self._rows = names, rows
-
-    def _pyro_sample(self, msg: Site) -> None:
-        stack = msg["cond_indep_stack"]
-        if any(frame.name in self._names or frame.name == DATA_PLATE for frame in stack):
-            msg["cond_indep_stack"] = tuple(self._renamed(frame, msg) for frame in stack)
-
-    def _renamed(self, frame: CondIndepStackFrame, msg: Site) -> CondIndepStackFrame:
-        if frame.name not in self._names:
-            other = frame.name == DATA_PLATE
-            return frame._replace(name=_OTHER_PLATE) if other else frame
-        if not frame.vectorized or frame.size >= 0:
-            return frame._replace(name=DATA_PLATE)
-        _require_rows(frame, msg, self._rows)
-        return frame._replace(name=DATA_PLATE, size=self._rows, full_size=self._rows)

@@ -19,9 +19,9 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
-from pyro_vae._programs.data_plate import data_plates_named, find_data_plate
+from pyro_vae._programs.data_plate import name_plates_in
 from pyro_vae._programs.enumeration import check_enumeration, is_enumerated
-from pyro_vae._programs.runs import outside_of_plates, plate_of_guide, trace_of
+from pyro_vae._programs.runs import outside_of_plates, plain_trace, plate_of_guide
 from pyro_vae._programs.sites import (
     DATA_PLATE,
     Site,
@@ -173,12 +173,7 @@ def latents_of(model: Callable[..., Any], *arguments: Any) -> list[Site]:
 
 def _latents(model: Callable[..., Any], *arguments: Any) -> list[Site]:
     try:
-        with (
-            outside_of_plates(),
-            poutine.block(),
-            poutine.trace() as tracer,
-            data_plates_named(model, arguments),
-        ):
+        with outside_of_plates(), poutine.block(), poutine.trace() as tracer:
             model(*arguments)
     except NotImplementedError as error:  # a distribution cannot be sampled or expanded
         seen = [name for name, node in tracer.trace.nodes.items() if node["type"] == "sample"]
@@ -187,9 +182,9 @@ def _latents(model: Callable[..., Any], *arguments: Any) -> list[Site]:
             f"{seen} cannot be sampled or expanded: NotImplementedError: {first_line(error)}. "
             "Use a distribution that can be sampled, and expanded in a plate."
         ) from error
-    run = functools.partial(trace_of, model)
-    if find_data_plate("model", model, arguments, {}, run, tracer.trace):
-        return _latents(model, *arguments)
+    with outside_of_plates():
+        run = functools.partial(plain_trace, model)
+        name_plates_in(tracer.trace, model, arguments, {}, run)
     sites = list(random_sites(tracer.trace))
     for site in sites:
         check_enumeration(site)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from pyro_vae._programs.agreement import (
     common_data_frame,
 )
 from pyro_vae._programs.ancestral import JointSample
-from pyro_vae._programs.data_plate import find_data_plate, is_examined, repeated_rows
+from pyro_vae._programs.data_plate import name_plates_in, repeated_rows
 from pyro_vae._programs.enumeration import (
     Enumeration,
     OwnDimensions,
@@ -37,7 +37,7 @@ from pyro_vae._programs.enumeration import (
 )
 from pyro_vae._programs.held_samples import HeldSamples, log_prob_of_draw
 from pyro_vae._programs.outside import log_prob_on, require_same_support, support_to_check
-from pyro_vae._programs.runs import Program, as_guide, replay, trace_of
+from pyro_vae._programs.runs import Program, as_guide, plain_trace, replay, trace_of
 from pyro_vae._programs.sites import (
     PARTICLE_PLATE,
     Site,
@@ -54,7 +54,6 @@ from pyro_vae._programs.sites import (
     values_outside_support,
 )
 from pyro_vae._utils.messages import first_line
-from pyro_vae._utils.random import random_state, set_random_state
 
 
 @dataclass(frozen=True)
@@ -152,10 +151,7 @@ class PairTrace:
             model, guide = particles(model), particles(guide)
         run = functools.partial(self._run, model, guide, args, kwargs, hold_samples)
         first_enumerated = -1 - plate_nesting if enumerates else None
-        if is_examined(model) and is_examined(guide):
-            guide_trace, model_trace = run(first_enumerated)
-        else:
-            guide_trace, model_trace = self._first_run(lambda: run(first_enumerated))
+        guide_trace, model_trace = run(first_enumerated)
         sites = [*_sites(guide_trace, model_trace)]
         for site in sites:
             check_enumeration(site)
@@ -192,34 +188,6 @@ class PairTrace:
         self.guide = {n: f for n, f in of_guide.items() if not is_loss_of_guide(f.site)}
         self.guide_losses = [f for f in of_guide.values() if is_loss_of_guide(f.site)]
 
-    def _first_run(
-        self, run: Callable[[], tuple[poutine.Trace, poutine.Trace]]
-    ) -> tuple[poutine.Trace, poutine.Trace]:
-        """Run the pair; if its data plates have other names than "data", find them and run again.
-
-        The second run has the same noise as the first.
-        """
-        (model, guide), (args, kwargs) = self._pair, self._arguments
-        device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
-        before = random_state(device)
-        traces = run()
-
-        def run_guide(*args: Any, **kwargs: Any) -> poutine.Trace:
-            return trace_of(as_guide(guide), *args, **kwargs)
-
-        def run_model(*args: Any, **kwargs: Any) -> poutine.Trace:
-            return trace_of(replay(model, run_guide(*args, **kwargs)), *args, **kwargs)
-
-        programs = (("guide", guide, run_guide), ("model", model, run_model))
-        found = [
-            find_data_plate(role, program, args, kwargs, run, trace)
-            for (role, program, run), trace in zip(programs, traces, strict=True)
-        ]
-        if not any(found):
-            return traces
-        set_random_state(before, device)
-        return run()
-
     def _run(
         self,
         model: Program,
@@ -234,10 +202,18 @@ class PairTrace:
             first_enumerated -= self.particle_dim is not None
             guide = EnumMessenger(first_available_dim=first_enumerated)(OwnDimensions()(guide))
             model = EnumMessenger()(OwnDimensions()(model))  # the dimensions after the guide's
+        run_guide = functools.partial(plain_trace, guide)
+
+        def run_both(*args: Any, **kwargs: Any) -> poutine.Trace:
+            return plain_trace(replay(model, run_guide(*args, **kwargs)), *args, **kwargs)
+
         self._samples = HeldSamples()
         with self._samples if hold_samples else nullcontext():
-            guide_trace = trace_of(guide, *args, **kwargs)
-        return guide_trace, trace_of(replay(model, guide_trace), *args, **kwargs)
+            guide_trace = run_guide(*args, **kwargs)
+        name_plates_in(guide_trace, guide, args, kwargs, run_guide, "guide")
+        model_trace = plain_trace(replay(model, guide_trace), *args, **kwargs)
+        name_plates_in(model_trace, model, args, kwargs, run_both)
+        return guide_trace, model_trace
 
     @property
     def plate_nesting(self) -> int:
@@ -282,15 +258,42 @@ class PairTrace:
         nodes = self._traces[program].nodes.items()
         return frozenset(name for name, node in nodes if node["type"] == "param")
 
+    def guide_at(self, values: Mapping[str, Tensor]) -> Program:
+        """Return the guide with given values at its sites."""
+        trace = poutine.Trace()  # without plates, which may have other rows
+        for name, value in values.items():
+            trace.add_node(name, **{**self.guide[name].site, "value": value})
+        return poutine.replay(self._pair[1], trace=trace)
+
+    def drawn_values(self) -> dict[str, Tensor]:
+        """Return the values that the guide sampled, by site, in the layout of the run."""
+        drawn = (f for f in self.guide.values() if not f.observed and not f.enumerated)
+        return {factor.name: factor.site["value"] for factor in drawn}
+
     def guide_of_copy(self, copy: int) -> Program:
         """Return the guide with the samples of one copy of the rows, in a run with ``folded``."""
-        trace = poutine.Trace()  # without plates, which have the rows of all copies
+        values = {}
         for name, factor in self.guide.items():
-            value, dim = factor.site["value"], data_frame(factor.site).dim
-            dim -= factor.site["fn"].event_dim
-            rows = value.unflatten(dim, (self._copies, -1)).select(dim - 1, copy)
-            trace.add_node(name, **{**factor.site, "value": rows})
-        return poutine.replay(self._pair[1], trace=trace)
+            dim = data_frame(factor.site).dim - factor.site["fn"].event_dim
+            rows = factor.site["value"].unflatten(dim, (self._copies, -1))
+            values[name] = rows.select(dim - 1, copy)
+        return self.guide_at(values)
+
+    def guide_of_particle(self, particle: int, single: PairTrace) -> Program:
+        """Return the guide with the samples of one particle, in the layout of a single run.
+
+        Args:
+            particle: the index of a particle.
+            single: a run of the pair with one particle.
+        """
+        values = {}
+        for name, value in self.drawn_values().items():
+            dim = self.particle_dim - self.guide[name].site["fn"].event_dim
+            if value.dim() >= -dim:
+                value = value.select(dim, particle if value.shape[dim] > 1 else 0)
+            shape = single.guide[name].site["value"].shape
+            values[name] = value.reshape(shape) if value.numel() == shape.numel() else value
+        return self.guide_at(values)
 
     @property
     def latents(self) -> list[str]:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import weakref
 from typing import Any, Literal
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
+from pyro_vae._programs.constant_noise import ConstantNoise
+from pyro_vae._programs.data_plate import resized
 from pyro_vae._programs.pair_trace import PairTrace, Program
-from pyro_vae._utils.identity import ProgramMap
+from pyro_vae._programs.parameters import evaluation_mode
+from pyro_vae._programs.trial_runs import trial_run
+from pyro_vae._utils.identity import ProgramMap, method_of
 from pyro_vae._utils.messages import first_line
-from pyro_vae._utils.random import restored_generators
+from pyro_vae._utils.modules import modules
+from pyro_vae._utils.referenced_objects import referenced_objects
 
 Vectorize = bool | Literal["fold"] | None
 
 # By model, then by guide: True for a pair that cannot take the particles' dimension.
 _needs_single_runs = ProgramMap()
+# By model, then by guide: the state of a pair whose particles were compared with single runs.
+_compared = ProgramMap()
 
 
 def run_particles(
@@ -47,8 +54,9 @@ def run_particles(
     Raises:
         ValueError: The pair breaks the contract, or must run at once and cannot.
     """
-    if num_particles > 1 and plate_nesting is None and vectorize_particles is not False:
-        layout = particle_options(model, guide, args, kwargs, vectorize_particles)
+    unknown = plate_nesting is None or vectorize_particles is None
+    if num_particles > 1 and unknown and vectorize_particles is not False:
+        layout = _compared_once(model, guide, args, kwargs, vectorize_particles)
         plate_nesting, vectorize_particles = layout.values()
     at_once = num_particles > 1 and vectorize_particles is not False
     if at_once and vectorize_particles == "fold":
@@ -96,8 +104,8 @@ def particle_options(
     """Return ``plate_nesting`` and ``vectorize_particles`` for runs of a pair with particles.
 
     Both programs run to count the batch dimensions that their plates use. Unless one run for each
-    particle is wanted, a second run has a number of particles that differs from every plate size.
-    It fails if a program moves the particles to the dimension of a plate.
+    particle is wanted, further runs compare particles in one run with single runs, at the same
+    noise and on two numbers of rows. None of the runs has an effect on the pair.
 
     Args:
         model: program of p(x, z).
@@ -115,7 +123,7 @@ def particle_options(
         UserWarning: The programs cannot run with a dimension of particles. Once for each pair.
     """
     kwargs = kwargs or {}
-    with restored_generators(), torch.no_grad(), poutine.block():
+    with trial_run(model, guide):
         trace = run_pair(model, guide, args, kwargs)
         nesting = trace.plate_nesting
         single = _needs_single_runs.get(model, ProgramMap()).get(guide)
@@ -123,9 +131,8 @@ def particle_options(
             return {"plate_nesting": nesting, "vectorize_particles": vectorize_particles}
         if vectorize_particles is None and single and not may_fold:
             return {"plate_nesting": nesting, "vectorize_particles": False}
-        count = next(k for k in itertools.count(2) if k not in trace.plate_sizes)
         try:
-            PairTrace(model, guide, args, kwargs, num_particles=count, plate_nesting=nesting)
+            _compare(model, guide, args, kwargs, trace, insist=bool(vectorize_particles))
         except Exception as error:  # networks raise errors of any type at a shape that they lack
             if vectorize_particles:
                 raise ValueError(
@@ -138,6 +145,142 @@ def particle_options(
             _warn_of_single_runs(model, guide, error)
             return {"plate_nesting": nesting, "vectorize_particles": False}
     return {"plate_nesting": nesting, "vectorize_particles": True}
+
+
+def _compared_once(
+    model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], vectorize: Vectorize
+) -> dict[str, Any]:
+    """Return :func:`particle_options`, from an earlier call if nothing in the pair has changed.
+
+    Modes of modules, flags that the programs refer to by name, and shapes are compared.
+    """
+    found = modules(model, guide)
+    state = (
+        vectorize,
+        [(type(a), getattr(a, "shape", ())[1:]) for a in (*args, *kwargs.values())],
+        bool(args) and isinstance(args[0], Tensor) and len(args[0]) == 1,
+        [part.training for module in found for part in module.modules()],
+        _key_of(model),
+        _key_of(guide),
+        [
+            (name, value)
+            for name, value in referenced_objects(model=model, guide=guide)
+            if type(value) in _FLAGS or (type(value) is int and value in range(-1, 10))
+        ],
+    )
+    by_guide = _compared.get(model) or ProgramMap()
+    before, references, layout = by_guide.get(guide, (None, [], {}))
+    if state != before or [reference() for reference in references] != found:
+        layout = particle_options(model, guide, args, kwargs, vectorize)
+        by_guide[guide] = state, [weakref.ref(module) for module in found], layout
+        _compared[model] = by_guide
+    return layout
+
+
+_FLAGS = (bool, str, type(None))  # and small integers; a larger one may count the steps
+
+
+def _key_of(program: Program) -> int | None:
+    """Return a number that differs for partials of one function with other arguments."""
+    try:
+        return hash(method_of(program))
+    except TypeError:  # an argument without a hash
+        return None
+
+
+class _OtherValuesError(ValueError):
+    """Particles in one run have other log-densities than in single runs."""
+
+
+def _compare(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: dict[str, Any],
+    single: PairTrace,
+    *,
+    insist: bool,
+) -> None:
+    """Raise an error unless particles in one run have the values of single runs.
+
+    They are also compared on another number of rows, if the pair runs on it. A layer may fit the
+    dimension of particles by chance, because it is as wide as the batch.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        args: positional arguments of both programs.
+        kwargs: keyword arguments of both programs.
+        single: a run of the pair.
+        insist: whether values that differ in training mode alone are accepted, such as those of
+            a batch normalization over all particles.
+
+    Raises:
+        Exception: A program cannot run with particles, or the values differ.
+    """
+    singles = [((args, kwargs), single)]
+    rows = single.batch_size
+    other = rows - 1 if rows > 2 else rows + 1
+    inputs = resized((args, kwargs), rows, other)
+    try:
+        with trial_run(model, guide):
+            singles.append((inputs, PairTrace(model, guide, *inputs)))
+    except Exception:  # noqa: S110 - a program for one number of rows may raise any error
+        pass
+    taken = set().union(*(_sizes(inputs, run) for inputs, run in singles))
+    count = next(k for k in itertools.count(2) if k not in taken)
+    try:
+        for inputs, run in singles:
+            _compare_at(model, guide, inputs, run, count, single.plate_nesting)
+    except _OtherValuesError:
+        if not insist:
+            raise
+        with evaluation_mode(model, guide):
+            for inputs, run in singles:
+                _compare_at(model, guide, inputs, run, count, single.plate_nesting)
+
+
+def _compare_at(
+    model: Program, guide: Program, inputs: Any, single: PairTrace, count: int, nesting: int
+) -> None:
+    """Raise :class:`_OtherValuesError` if a particle has other values than in a single run."""
+    options = {"num_particles": count, "plate_nesting": nesting}
+    with trial_run(model, guide):
+        drawn = PairTrace(model, guide, *inputs, **options)
+    with trial_run(model, guide), ConstantNoise():
+        together = PairTrace(model, drawn.guide_at(drawn.drawn_values()), *inputs, **options)
+    for particle in range(count):
+        with trial_run(model, guide), ConstantNoise():
+            alone = PairTrace(model, drawn.guide_of_particle(particle, single), *inputs)
+        for found, expected in ((together.model, alone.model), (together.guide, alone.guide)):
+            for name in found.keys() | expected.keys():
+                if name not in found or name not in expected:
+                    raise _OtherValuesError(f"site {name!r} is in one kind of run alone")
+                values = found[name].log_prob[particle], expected[name].log_prob[0]
+                if not _are_close(*values):
+                    raise _OtherValuesError(
+                        f"the log-density of site {name!r} differs from that of a run for this "
+                        "particle alone"
+                    )
+
+
+def _are_close(found: Tensor, expected: Tensor) -> bool:
+    """Return whether log-densities are equal up to rounding, relative to the largest."""
+    if found.shape != expected.shape:
+        return False
+    loose = torch.is_autocast_enabled() or found.is_cuda or found.dtype.itemsize < 4
+    finite = expected[expected.isfinite()].abs()
+    scale = 1.0 + (finite.max().item() if len(finite) else 0.0)
+    tolerance = (1e-3 if loose else 1e-5) * scale
+    return torch.allclose(found, expected, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def _sizes(inputs: Any, trace: PairTrace) -> set[int]:
+    """Return the sizes of plates, and of the dimensions of arguments and latents."""
+    args, kwargs = inputs
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    tensors += trace.drawn_values().values()
+    return trace.plate_sizes.union(*(tensor.shape for tensor in tensors))
 
 
 def _folds(model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -156,7 +299,7 @@ def _folds(model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) 
                 for name, factor in single.items():
                     expected = factor.log_prob[0]
                     found = folded[name].log_prob[copy]
-                    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
+                    if not _are_close(found, expected):
                         return False
     except Exception:  # errors of user code at another number of rows, or of a density
         return False

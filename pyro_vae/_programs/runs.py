@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from pyro.poutine.runtime import _PYRO_STACK, get_plates
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import Distribution
 
-from pyro_vae._programs.data_plate import data_plates_named
+from pyro_vae._programs.data_plate import name_plates_in
 from pyro_vae._programs.sites import ROWS_WERE_DRAWN, Site
 
 Program = Callable[..., Any]
@@ -31,7 +32,14 @@ def trace_of(program: Program, *args: Any, **kwargs: Any) -> poutine.Trace:
     uses. Errors of the program keep their messages. ``poutine.trace(program).get_trace`` would
     append the shapes of all sites to them.
     """
-    with poutine.trace() as messenger, data_plates_named(program, args):
+    trace = plain_trace(program, *args, **kwargs)
+    name_plates_in(trace, program, args, kwargs, functools.partial(plain_trace, program))
+    return trace
+
+
+def plain_trace(program: Program, *args: Any, **kwargs: Any) -> poutine.Trace:
+    """Run a program and return the trace of its sites, with the program's own names of plates."""
+    with poutine.trace() as messenger:
         program(*args, **kwargs)
     return messenger.trace
 

@@ -43,6 +43,17 @@ def restored_generators() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def restored_generators_of_python() -> Iterator[None]:
+    """Restore the generators of Python and numpy to their previous state after the block."""
+    python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+@contextlib.contextmanager
 def separate_draws(*names: str) -> Iterator[None]:
     """Seed torch inside the block from its next random number and from names.
 

@@ -73,7 +73,8 @@ def log_likelihood_at_prior_draws(
     def draw(count: int) -> Terms:
         sites = prior_sites(model, batch, count, plate_nesting)
         guide = _guide_to(sites)
-        return terms(model, guide, *batch, num_particles=count, plate_nesting=plate_nesting)
+        layout = {"plate_nesting": plate_nesting, "vectorize_particles": True}
+        return terms(model, guide, *batch, num_particles=count, **layout)
 
     if vectorize_particles is True:
         return draw(num_particles).log_likelihood

@@ -214,6 +214,7 @@ class TemperedPath:
             *batch,
             num_particles=num_chains,
             plate_nesting=self._nesting,
+            vectorize_particles=True,
             enumerates=self._enumerates,
         )
         self._enumerates = t.enumerates

@@ -21,6 +21,7 @@ from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.particles import particle_options
 from pyro_vae._programs.terms import Terms, terms, weighted
 from pyro_vae._utils.checks import positive_integer, truth_value
+from pyro_vae._utils.modules import modules
 from pyro_vae.objectives._loss_module import LossModule
 from pyro_vae.objectives._schedules import LAST_STEP, Constant, Schedule, schedules_in
 
@@ -68,7 +69,7 @@ class Objective(pyro.infer.ELBO):
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.step = torch.zeros(())
         self.averages: dict[str, Tensor] = {}
-        self._layout_of: tuple[Program, Program, dict[str, Any]] | None = None
+        self._layouts: _Layouts | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_particles={self.num_particles})"
@@ -108,19 +109,19 @@ class Objective(pyro.infer.ELBO):
             ValueError: Model or guide breaks the contract, or a site is not supported.
         """
         with self.not_counting():  # a subclass may call other objectives inside
+            layout = self._layout(model, guide, args, kwargs)
             t = terms(
                 model,
                 guide,
                 *args,
                 num_particles=self.num_particles,
                 hold_samples=self.hold_samples,
-                **self._layout(model, guide, args, kwargs),
+                **layout,
                 **kwargs,
             )
             if t.enumerates:
-                layout = self._layout(model, guide, args, kwargs)
                 layout = layout | {"plate_nesting": t.plate_nesting, "enumerates": True}
-                self._layout_of = (model, guide, layout)
+                self._layouts_of(model, guide).keep(layout)
             if not self.takes_baselines:
                 t.require_no_baselines(type(self).__name__)
             shared = self.shared(t)
@@ -240,14 +241,46 @@ class Objective(pyro.infer.ELBO):
         raise TypeError(f"{type(self).__name__} works on pyro_vae.terms, not on a single trace")
 
     def _layout(self, model, guide, args, kwargs) -> dict[str, Any]:
-        """Return how to run particles, found once per pair of model and guide."""
-        if self._layout_of is not None and self._layout_of[:2] == (model, guide):
-            return self._layout_of[2]
+        """Return how to run particles, found once per pair, in training and in evaluation mode."""
+        layouts = self._layouts
+        same = layouts is not None and layouts.pair == (model, guide)
+        if same and (found := layouts.get()) is not None:
+            return found
         if self.num_particles == 1 or self.vectorize_particles is False:
             return {"vectorize_particles": self.vectorize_particles}
         layout = particle_options(model, guide, args, kwargs, self.vectorize_particles)
-        self._layout_of = (model, guide, layout)
+        self._layouts_of(model, guide).keep(layout)
         return layout
+
+    def _layouts_of(self, model: Program, guide: Program) -> _Layouts:
+        if self._layouts is None or self._layouts.pair != (model, guide):
+            self._layouts = _Layouts(model, guide)
+        return self._layouts
+
+
+class _Layouts:
+    """How to run the particles of a pair, by the modes of its modules.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+    """
+
+    def __init__(self, model: Program, guide: Program):
+        self.pair = (model, guide)
+        self._modules = modules(model, guide)
+        self._by_modes: dict[tuple[bool, ...], dict[str, Any]] = {}
+
+    def get(self) -> dict[str, Any] | None:
+        """Return the layout for the present modes, or None."""
+        return self._by_modes.get(self._modes())
+
+    def keep(self, layout: dict[str, Any]) -> None:
+        """Keep a layout for the present modes."""
+        self._by_modes[self._modes()] = layout
+
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(module.training for module in self._modules)
 
 
 def _objectives_in(value: Any) -> Iterator[Objective]:

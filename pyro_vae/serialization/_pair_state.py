@@ -14,6 +14,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_vae._programs.data_plate import given_name, name_data_plate
 from pyro_vae._programs.pair_state import (
     FREE_PARAM,
     constraints_of_free_params,
@@ -69,6 +70,7 @@ def state_of(model: Program, guide: Program) -> dict[str, Any]:
         "heads": _heads(owners(modules_of_pair)),
         "constraints": constraints,
         "met": met,
+        "plate": given_name(model),
     }
 
 
@@ -284,6 +286,7 @@ def load_state(
         for name in bare
     }
     met = {program: frozenset(content["met"][program]) for program in ("model", "guide")}
+    name_data_plate(content.get("plate"), model, guide)  # None in older files
     # The content is checked. No error is raised from here on, so the load is complete or not begun.
     live = module_tensors(model, guide)
     for name, tensor in live.items():

@@ -74,7 +74,7 @@ def _refuse(train_step: TrainStep, selection: tuple[Tensor, ...], error: ValueEr
 
 def first_site(train_step: TrainStep, selection: tuple[Tensor, ...]) -> FirstNonFiniteSite:
     """Run the pair as a step does, and find the first site with a NaN or an infinity."""
-    with FirstNonFiniteSite() as site, values_checked(False):
+    with FirstNonFiniteSite(*train_step.train_state.pair) as site, values_checked(False):
         train_step.run(selection)
     return site
 

@@ -11,7 +11,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae._programs.sites import data_frame
+from pyro_vae._programs.data_plate import Program, known_frame, known_names
 from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.distributed import gather
 from pyro_vae.training._gradients import numbers_of
@@ -97,6 +97,9 @@ class NonFiniteError(FloatingPointError):
 class FirstNonFiniteSite(Messenger):
     """Record the first sample site with NaN or infinite numbers, and its rows of the minibatch.
 
+    Args:
+        *programs: The programs that run, whose plates of the data points have known names.
+
     Attributes:
         name: The name of the site, None if all sites are finite.
         what: A description of the number. It is in a parameter of the distribution, in the value
@@ -107,8 +110,9 @@ class FirstNonFiniteSite(Messenger):
             the support.
     """
 
-    def __init__(self):
+    def __init__(self, *programs: Program):
         super().__init__()
+        self._plates = known_names(*programs)
         self.name: str | None = None
         self.what = ""
         self.bad: Tensor | None = None
@@ -139,7 +143,7 @@ class FirstNonFiniteSite(Messenger):
                 if self.name is None:
                     self.name = msg["name"]
                     self.what = f"{what} of site {self.name!r} is {values[~finite][0].item()}"
-                    self.bad = _rows(msg, finite)
+                    self.bad = _rows(msg, finite, self._plates)
                 return
 
 
@@ -160,9 +164,9 @@ def _numbers(msg: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     yield "the log-density", log_prob
 
 
-def _rows(msg: dict[str, Any], finite: Tensor) -> Tensor | None:
+def _rows(msg: dict[str, Any], finite: Tensor, plates: frozenset[str]) -> Tensor | None:
     """Return the rows with NaN or infinite numbers, None if the site is outside the data plate."""
-    frame, batch = data_frame(msg), len(msg["fn"].batch_shape)
+    frame, batch = known_frame(msg, plates), len(msg["fn"].batch_shape)
     if frame is None or finite.dim() < batch or batch < -frame.dim:
         return None
     along = batch + frame.dim

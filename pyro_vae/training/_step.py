@@ -9,12 +9,11 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae._capture import Capture, Captured
+from pyro_vae._programs.data_plate import DataScale
 from pyro_vae._programs.parameters import evaluation_mode
-from pyro_vae._programs.sites import data_frame
 from pyro_vae._utils.distributed import num_processes, rank, sum_over_processes
 from pyro_vae.datasets._minibatches import Batch, Minibatches
 from pyro_vae.training._gradients import all_finite, clipped, gradients_of, hides_gradients
@@ -259,7 +258,7 @@ class TrainStep:
         return [loss.detach(), *gradients]
 
     def _loss(self, batch: Batch) -> Tensor:
-        with _DataScale() as data:
+        with DataScale(*self._pair) as data:
             loss = differentiable_loss(self._objective, *self._pair, *batch)
         return loss / (data.scale * batch[0].shape[0])
 
@@ -272,7 +271,7 @@ class TrainStep:
         return True
 
     def _value(self, batch: Batch, objective: pyro.infer.ELBO | None = None) -> Tensor:
-        with _DataScale() as data:
+        with DataScale(*self._pair) as data:
             loss = loss_value(objective or self._objective, *self._pair, *batch)
         loss = torch.as_tensor(loss, dtype=torch.float64, device=batch[0].device)
         return loss / (data.scale * batch[0].shape[0])
@@ -300,19 +299,3 @@ def _held_in_turns(
         "guide": ids["model"] - ids["guide"],
     }
     return [held[name] for name in alternation]
-
-
-class _DataScale(Messenger):
-    """Read the scale N/B of the plate ``"data"``. Every objective multiplies its loss by it.
-
-    Each run reads the scale, because it may differ between runs. N may depend on the minibatch or
-    on the mode of a module. If the first minibatch has all N rows, N and B are equal. A process
-    with a share of the rows has a smaller B, and so has a later minibatch of a stream.
-    """
-
-    scale = 1.0
-
-    def _pyro_post_sample(self, msg) -> None:
-        frame = data_frame(msg)
-        if frame is not None and frame.full_size is not None:
-            self.scale = frame.full_size / frame.size

@@ -101,7 +101,7 @@ class Validation:
     def _first_site(self) -> tuple[FirstNonFiniteSite, int]:
         """Find the first NaN or infinite site, and count the rows before its minibatch."""
         row_offset = 0
-        with FirstNonFiniteSite() as site, values_checked(False):
+        with FirstNonFiniteSite(*self._train_step.train_state.pair) as site, values_checked(False):
             for batch in self._data:
                 with contextlib.suppress(ValueError):  # raised before
                     self._train_step.run_held_out(batch)

@@ -110,13 +110,13 @@ def test_a_program_is_examined_once_and_forgotten_with_its_owner(x):
     pv.terms(counted, guide, x)
     first = len(calls)
     pv.terms(counted, guide, x)
-    assert (first, len(calls)) == (3, 4)  # a run, one on fewer rows, one that knows the name
-    before = len(data_plate._names)
+    assert (first, len(calls)) == (3, 4)  # a run, and two on other numbers of rows
+    before = len(data_plate._found)
     gone = weakref.ref(model)
     del model, counted
     gc.collect()
     assert gone() is None
-    assert len(data_plate._names) < before
+    assert len(data_plate._found) < before
 
 
 def test_methods_of_one_module_have_their_own_plates(x):

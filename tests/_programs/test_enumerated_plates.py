@@ -59,6 +59,7 @@ def at_equal_noise(seed, call, *args, **options):
 def test_words_are_summed_out_one_by_one(programs, x, num_particles):
     model, marginal, guide = programs
     options = {"num_particles": num_particles, "plate_nesting": 2}
+    pv.terms(model, guide, x)  # draws the initial weights
     found = at_equal_noise(1, pv.terms, model, guide, x, enumerates=True, **options)
     expected = at_equal_noise(1, pv.terms, marginal, guide, x, **options)
     torch.testing.assert_close(found.log_weight, expected.log_weight, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,94 @@
+"""Run programs on trial, without an effect on their modules, parameters or random numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_vae._utils.modules import before_unknown, modules
+from pyro_vae._utils.random import restored_generators, restored_generators_of_python
+
+_NUMBERS = (bool, int, float, str, type(None))
+
+
+@contextlib.contextmanager
+def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
+    """Restore after the block all state that a run of programs may change.
+
+    This is the state of the generators of torch, Python and numpy, the buffers, tensors, numbers
+    and modes of modules, and the names in Pyro's parameter store. Gradients are off in the block.
+    Handlers outside of the block do not see its sites.
+
+    Args:
+        *programs: the programs that run in the block.
+    """
+    store = pyro.get_param_store()
+    names, states = set(store.keys()), []
+
+    def remember(module: nn.Module) -> None:
+        states.extend(_ModuleState(part) for part in module.modules())
+
+    found = modules(*programs)
+    for module in found:
+        remember(module)
+    try:
+        with (
+            restored_generators(),
+            restored_generators_of_python(),
+            torch.no_grad(),
+            poutine.block(),
+            before_unknown(remember, *found),
+        ):
+            yield
+    finally:
+        for state in reversed(states):
+            state.restore()
+        for name in set(store.keys()) - names:
+            del store[name]
+
+
+class _ModuleState:
+    """The buffers, tensors, numbers and mode of one module without its submodules."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+        self._buffers = dict(module.named_buffers(recurse=False))
+        self._values = {
+            name: value
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor) or type(value) in _NUMBERS
+        }
+        tensors = (*self._buffers.values(), *self._values.values())
+        self._copies = [
+            (t, t.clone())
+            for t in tensors
+            if isinstance(t, Tensor) and not isinstance(t, nn.parameter.UninitializedTensorMixin)
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the module its values from the time of creation."""
+        for tensor, copy in self._copies:
+            if not _are_equal(tensor, copy):
+                tensor.copy_(copy)
+        if isinstance(self._module, torch.jit.ScriptModule):
+            return
+        for name, value in self._values.items():
+            if vars(self._module).get(name) is not value:
+                vars(self._module)[name] = value
+        for name, buffer in self._buffers.items():
+            if self._module._buffers.get(name) is not buffer:
+                self._module._buffers[name] = buffer
+
+
+def _are_equal(tensor: Tensor, copy: Tensor) -> bool:
+    """Return whether two tensors are equal; NaN values at the same places are equal."""
+    if tensor.shape != copy.shape:
+        return False
+    return bool(((tensor == copy) | ((tensor != tensor) & (copy != copy))).all())
