@@ -32,21 +32,30 @@ ON_SUPPORT = "_on_support"  # a latent: a bijection that keeps all samples insid
 
 
 def random_sites(trace: poutine.Trace) -> Iterator[Site]:
-    """Yield the sites with a density: no subsamples of plates and no pyro.deterministic sites."""
+    """Yield the sites with a density: no subsamples of plates and no deterministic sites."""
     for site in trace.nodes.values():
-        if (
-            site["type"] == "sample"
-            and not site_is_subsample(site)
-            and not site["infer"].get("_deterministic")
-        ):
+        if site["type"] == "sample" and not site_is_subsample(site) and not is_deterministic(site):
             yield site
 
 
+def is_deterministic(site: Site) -> bool:
+    """Return whether a site only records a value that the program computes.
+
+    It is a ``pyro.deterministic`` site, or a site that ``poutine.reparam`` has replaced by a
+    function of another one: an observed Delta that is masked out.
+    """
+    if (site["infer"] or {}).get("_deterministic"):
+        return True
+    fn = site["fn"]
+    masked_out = isinstance(fn, MaskedDistribution) and fn._mask is False
+    return site["is_observed"] and masked_out and isinstance(base_distribution(fn.base_dist), Delta)
+
+
 class Unobserve(UnconditionMessenger):
-    """Remove a model's observations, except at pyro.deterministic sites."""
+    """Remove a model's observations, except at deterministic sites."""
 
     def _pyro_sample(self, msg: Site) -> None:
-        if not (msg["infer"] or {}).get("_deterministic"):
+        if not is_deterministic(msg):
             super()._pyro_sample(msg)
 
 
