@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 Outputs: TypeAlias = Sequence[Tensor | None]
@@ -130,14 +131,18 @@ class _ValuesThatLeave(TorchDispatchMode):
     def __init__(self, reasons: list[str], places: _SampleLines):
         super().__init__()
         self._reasons, self._places = reasons, places
-        self._literals = WeakIdKeyDictionary()  # created from numbers, as in torch.tensor(1.0)
+        # Tensors of numbers, as torch.tensor(1.0) or torch.tensor(x.shape), and functions of them.
+        self._literals = WeakIdKeyDictionary()
         # One mode for the shapes of all results is faster than a new mode for each.
         self._shapes = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         tags, kwargs = operation.tags, kwargs or {}
-        reason = None
-        if torch.Tag.data_dependent_output in tags and args[0] not in self._literals:
+        reason, literal = None, self._is_literal(operation, args, kwargs)
+        if torch.Tag.data_dependent_output in tags:
+            if literal:
+                with _disable_current_modes():
+                    return operation(*args, **kwargs)
             reason = "its control flow depends on values of tensors"
         elif torch.Tag.dynamic_output_shape in tags and not _selects_by_number(operation, args):
             reason = "a shape depends on values of tensors"
@@ -147,13 +152,35 @@ class _ValuesThatLeave(TorchDispatchMode):
                 return operation(*args, **kwargs)
         with tracing(self._shapes):
             result = operation(*args, **kwargs)
-        if operation is aten.lift_fresh.default:
+        if literal and isinstance(result, Tensor):
             self._literals[result] = True
+        elif not literal and operation._schema.is_mutable:
+            self._forget(args, kwargs)
         return result
+
+    def _forget(self, args, kwargs) -> None:
+        """Remove the tensors of numbers into which an operation may have put other values."""
+        changed = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        places = {tensor.untyped_storage().data_ptr() for tensor in changed}
+        for tensor in [*self._literals]:
+            if tensor.untyped_storage().data_ptr() in places:
+                del self._literals[tensor]
+
+    def _is_literal(self, operation, args, kwargs) -> bool:
+        """Return whether the result of an operation depends on numbers alone."""
+        if operation is aten.lift_fresh.default:
+            return True
+        if torch.Tag.nondeterministic_seeded in operation.tags:
+            return False
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        return bool(tensors) and all(tensor in self._literals for tensor in tensors)
 
 
 class _ValuesThatLeaveTorch(TorchFunctionMode):
-    """Record conversions out of torch that are not tensor operations."""
+    """Record conversions out of torch that are not tensor operations.
+
+    ``one_hot`` is replaced by an equal operation that does not read values to check them.
+    """
 
     _WAYS_OUT = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__)
 
@@ -164,7 +191,16 @@ class _ValuesThatLeaveTorch(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in self._WAYS_OUT:
             self._reasons.append(f"it takes values of tensors out of torch{self._places.where()}")
+        if function is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes <= 0 or tensor.dtype != torch.int64:
+        return torch.nn.functional.one_hot(tensor, num_classes)
+    zeros = torch.zeros(*tensor.shape, num_classes, dtype=torch.int64, device=tensor.device)
+    return zeros.scatter(-1, tensor.unsqueeze(-1), 1)
 
 
 def _selects_by_number(operation, args) -> bool:

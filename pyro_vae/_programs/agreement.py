@@ -111,6 +111,11 @@ def is_delta(site: Site) -> bool:
     return isinstance(base_distribution(site["fn"]), Delta)
 
 
+def has_listed_values(site: Site) -> bool:
+    """Return whether the distribution of a site is discrete, with values that can be listed."""
+    return getattr(site["fn"], "has_enumerate_support", False) and not is_delta(site)
+
+
 def common_data_frame(sites: list[Site]) -> CondIndepStackFrame:
     """Return the frame of the plate ``"data"``, the same for all sites inside that plate.
 
@@ -192,8 +197,9 @@ def _check_auxiliary(names: list[str], latents: list[str], model: Sites, guide: 
 
     No integral is needed if the latents are functions of the auxiliary sites, as in Pyro's
     AutoGuides. Then the local latents, the global latents, or both are Deltas with at least as
-    many numbers as the auxiliary sites.
+    many numbers as the auxiliary sites. Discrete latents beside them have a density of their own.
     """
+    latents = [name for name in latents if not has_listed_values(guide[name])]
     for local in (True, False):
         some = [n for n in names if _is_local(guide[n]) is local]
         if not some:

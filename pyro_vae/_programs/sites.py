@@ -32,21 +32,30 @@ ON_SUPPORT = "_on_support"  # a latent: a bijection that keeps all samples insid
 
 
 def random_sites(trace: poutine.Trace) -> Iterator[Site]:
-    """Yield the sites with a density: no subsamples of plates and no pyro.deterministic sites."""
+    """Yield the sites with a density: no subsamples of plates and no deterministic sites."""
     for site in trace.nodes.values():
-        if (
-            site["type"] == "sample"
-            and not site_is_subsample(site)
-            and not site["infer"].get("_deterministic")
-        ):
+        if site["type"] == "sample" and not site_is_subsample(site) and not is_deterministic(site):
             yield site
 
 
+def is_deterministic(site: Site) -> bool:
+    """Return whether a site only records a value that the program computes.
+
+    It is a ``pyro.deterministic`` site, or a site that ``poutine.reparam`` has replaced by a
+    function of another one: an observed Delta that is masked out.
+    """
+    if (site["infer"] or {}).get("_deterministic"):
+        return True
+    fn = site["fn"]
+    masked_out = isinstance(fn, MaskedDistribution) and fn._mask is False
+    return site["is_observed"] and masked_out and isinstance(base_distribution(fn.base_dist), Delta)
+
+
 class Unobserve(UnconditionMessenger):
-    """Remove a model's observations, except at pyro.deterministic sites."""
+    """Remove a model's observations, except at deterministic sites."""
 
     def _pyro_sample(self, msg: Site) -> None:
-        if not (msg["infer"] or {}).get("_deterministic"):
+        if not is_deterministic(msg):
             super()._pyro_sample(msg)
 
 
@@ -97,6 +106,19 @@ def data_frame(site: Site) -> CondIndepStackFrame | None:
     return None
 
 
+def without_plate(site: Site) -> dict[int, int]:
+    """Return the sizes of a site's batch dimensions without a plate, right of the data's.
+
+    Each data point has such values together, like those of an event.
+    """
+    shape, frame = site["fn"].batch_shape, data_frame(site)
+    if frame is None or frame.dim == -1:
+        return {}
+    plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    dims = range(max(frame.dim + 1, -len(shape)), 0)
+    return {dim: shape[dim] for dim in dims if dim not in plates and shape[dim] > 1}
+
+
 def own_scale(site: Site) -> float | Tensor:
     """Return a site's scale without that of the plate ``"data"``."""
     frame = data_frame(site)
@@ -128,7 +150,8 @@ def sum_to_data_points(
 
     Raises:
         ValueError: A batch dimension of the site does not belong to a plate. It could hold
-            particles, moved there by a sum over a plate without ``keepdim=True``.
+            particles or data points, moved there by a sum over a plate without ``keepdim=True``.
+            Dimensions right of the data's are accepted, unless they have B elements.
     """
     frame = data_frame(site)
     if frame is not None and frame.dim == -1:  # usually there are only particles and data
@@ -138,13 +161,24 @@ def sum_to_data_points(
             return log_prob
     plates = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
     for dim in range(-log_prob.dim(), 0):
-        if log_prob.shape[dim] > 1 and dim not in plates:
-            raise ValueError(
-                f"site {site['name']!r} has batch shape {tuple(log_prob.shape)}, but no plate at "
-                f"its dimension {dim}. Declare event dimensions with .to_event(n), and put other "
-                "dimensions into a plate. Keep the dimensions of plates that you sum over "
-                "(keepdim=True)."
-            )
+        size = log_prob.shape[dim]
+        if size == 1 or dim in plates:
+            continue
+        right = frame is not None and dim > frame.dim
+        if right and size != batch_size:
+            continue  # no sum moves particles or data points to a dimension of another size
+        reason = (
+            f" It has as many elements as the minibatch has rows, {size}, so it could hold data "
+            "points. Another batch size also helps."
+            if right
+            else ""
+        )
+        raise ValueError(
+            f"site {site['name']!r} has batch shape {tuple(log_prob.shape)}, but no plate at its "
+            f"dimension {dim}. Declare event dimensions with .to_event(n), and put other "
+            "dimensions into a plate. Keep the dimensions of plates that you sum over "
+            f"(keepdim=True).{reason}"
+        )
     kept, sizes = [], [num_particles]
     if particle_dim is not None:
         kept.append(particle_dim)
@@ -180,6 +214,7 @@ def to_particle_layout(values: Tensor, site: Site, particle_dim: int | None) -> 
     values = values.expand(fn.batch_shape + fn.event_shape)
     batch_dims = range(-len(fn.batch_shape), 0)
     plates = [frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
+    plates += without_plate(site)
     kept = [dim for dim in batch_dims if dim in plates]
     values = values.squeeze([dim - fn.event_dim for dim in batch_dims if dim not in plates])
     data_axis = kept.index(data_frame(site).dim)
@@ -223,7 +258,7 @@ def observed_value(site: Site) -> Tensor:
     """
     event = tuple(site["fn"].event_shape)
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE]
-    sizes = {frame.dim: frame.size for frame in frames}
+    sizes = {frame.dim: frame.size for frame in frames} | without_plate(site)
     value = site["value"]
     value = value.reshape((1,) * (len(event) - min(sizes) - value.dim()) + tuple(value.shape))
     for dim in range(len(event) - value.dim(), 0):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._programs import divergences, predictions
-from pyro_vae._programs.agreement import is_delta
+from pyro_vae._programs.agreement import count_numbers, is_delta
 from pyro_vae._programs.ancestral import JointSample
 from pyro_vae._programs.baselines import Baseline, baselines_of, less_baseline
 from pyro_vae._programs.data_plate import name_data_plate
@@ -369,11 +369,25 @@ class Terms:
 
     @property
     def points(self) -> list[str]:
-        """Names of the latents that are Deltas in the guide; empty if it has auxiliary sites."""
-        guide, latents = self._first.guide, self._first.latents
-        if any(not f.observed and f.name not in latents for f in guide.values()):
+        """Names of the latents to which the guide gives one point, a Delta.
+
+        A Delta may also be a function of an auxiliary site, as in Pyro's AutoGuides. Then it has a
+        density. This is so if the auxiliary sites have as many numbers as all Deltas.
+        """
+        guide, model = self._first.guide, self._first.model
+        deltas = [n for n in self._first.latents if n in guide and is_delta(guide[n].site)]
+        auxiliary = [guide[name].site for name in self._auxiliary]
+        drawn = sum(site["value"].numel() for site in auxiliary)
+        if count_numbers(model[name].site for name in deltas) <= drawn:
             return []
-        return [name for name in latents if is_delta(guide[name].site)]
+        functions = {name for name in deltas if any(a.startswith(name) for a in self._auxiliary)}
+        return [name for name in deltas if name not in functions] or deltas
+
+    @property
+    def _auxiliary(self) -> list[str]:
+        """Names of the guide's samples that are not latents of the model."""
+        latents = self._first.latents
+        return [f.name for f in self._first.guide.values() if not (f.observed or f.name in latents)]
 
     @property
     def enumerates(self) -> bool:
@@ -401,6 +415,13 @@ class Terms:
             ValueError: A site is global, scaled, a point, or averaged over.
         """
         if self.global_sites:
+            if self.global_sites[0] in self._auxiliary:  # all latents of the model are local
+                raise ValueError(
+                    f"{who} weighs each data point by itself, but the guide samples the latents of "
+                    f"all data points together, at the auxiliary site {self.global_sites[0]!r} "
+                    'outside the plate "data". Use AutoNormal, whose samples are inside that '
+                    "plate, or a guide of the library."
+                )
             raise ValueError(
                 f"{who} weighs each data point by itself, but site {self.global_sites[0]!r} is "
                 'outside the plate "data" and shared by all data points. Move it into the plate, '

@@ -17,6 +17,7 @@ from pyro_vae._programs.sites import (
     own_scale,
     random_sites,
     sum_to_data_points,
+    without_plate,
 )
 
 _ROUNDING = 0.01  # an absolute (nats) and relative tolerance
@@ -63,6 +64,7 @@ def _score(guide, args, values, plate_nesting, vectorize_particles) -> Tensor:
         site = sites[name]
         event = value.shape[value.dim() - site["fn"].event_dim :]
         sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+        sizes |= without_plate(site)
         axis, batch_size = data_frame(site).dim, sizes.pop(data_frame(site).dim)
         batch = [sizes.get(dim, 1) for dim in range(-plate_nesting, 0)]
         value = value.reshape(num_values, *batch, *event)
