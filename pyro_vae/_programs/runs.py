@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import pyro
@@ -23,6 +24,14 @@ from pyro_vae._programs.sites import ROWS_WERE_DRAWN, Site
 
 Program = Callable[..., Any]
 
+# Whether a program runs in a trace of the library, in which the data plate is called "data".
+_traced: ContextVar[bool] = ContextVar("traced", default=False)
+
+
+def is_traced() -> bool:
+    """Return whether a program runs under :func:`trace_of`, so its data plate is ``"data"``."""
+    return _traced.get()
+
 
 def trace_of(program: Program, *args: Any, **kwargs: Any) -> poutine.Trace:
     """Run a program and return the trace of its sites.
@@ -31,8 +40,12 @@ def trace_of(program: Program, *args: Any, **kwargs: Any) -> poutine.Trace:
     uses. Errors of the program keep their messages. ``poutine.trace(program).get_trace`` would
     append the shapes of all sites to them.
     """
-    with poutine.trace() as messenger, data_plates_named(program, args):
-        program(*args, **kwargs)
+    token = _traced.set(True)
+    try:
+        with poutine.trace() as messenger, data_plates_named(program, args):
+            program(*args, **kwargs)
+    finally:
+        _traced.reset(token)
     return messenger.trace
 
 
