@@ -154,7 +154,7 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
         latents = latents_of(model, x, *covariates)
         try:
             fewer_latents = latents_of(model, *fewer)
-        except (RuntimeError, ValueError):  # the program needs a fixed batch size
+        except Exception:  # a program for one number of rows may raise any error
             fewer_latents = latents
     plates = {site["name"]: site["cond_indep_stack"] for site in fewer_latents}
     nesting = max(-f.dim for site in latents for f in site["cond_indep_stack"] if f.vectorized)

@@ -112,6 +112,20 @@ def test_guides_of_the_library_open_the_plate_of_the_model(name, kind):
     check_evidence(model, guide, x, expected)
 
 
+def test_model_that_asserts_the_number_of_its_rows():
+    """A model of all documents at once; the guide is built from a run on these rows alone."""
+    line, x = Line(), torch.randn(6)
+
+    def model(x):
+        assert x.shape == (6,)
+        line.model(x)
+
+    guide = pv.guides.AmortizedNormal(model, encoder=nn.Unflatten(0, (6, 1)))
+    fit = pv.fit(model, guide, x, epochs=1, progress=False)
+    assert fit.history.loss.isna().sum() == 0
+    check_evidence(model, line.guide, x, line.log_evidence(x))
+
+
 def test_masks_over_a_time_series_of_several_lengths():
     """``.mask(m).to_event(1)`` in both programs, as in deep Markov models."""
     lengths, steps, a = torch.tensor([4, 2, 3, 1]), 4, torch.randn(())
