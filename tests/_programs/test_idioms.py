@@ -8,6 +8,7 @@ import math
 
 import pyro
 import pyro.distributions as dist
+import pyro.infer.autoguide
 import pytest
 import torch
 from pyro import poutine
@@ -431,3 +432,65 @@ def test_parameters_of_svi_are_evaluated():
     assert fitted != w
     assert pyro.param("w") == w  # the fit has its own store
     check_evidence(fit.model, fit.guide, x, dist.Normal(0.0, variance.sqrt()).log_prob(x))
+
+
+def test_data_points_in_the_second_dimension_are_explained():
+    """The programs take x of shape (observations, data points)."""
+    x = torch.randn(3, 6)
+
+    def model(x):
+        with pyro.plate("data", x.shape[1], dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(x.shape[1]), 1.0))
+            with pyro.plate("observations", len(x), dim=-2):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", x.shape[1], dim=-1):
+            pyro.sample("z", dist.Normal(x.mean(0), 1.0))
+
+    with pytest.raises(ValueError, match=r"first dimension .* sizes \[6\] in the model and \[6\]"):
+        pv.evidence(model, guide, x)
+    posterior = dist.Normal(x.sum(0) / 4, 0.5)
+
+    def exact(x):
+        with pyro.plate("data", x.shape[1], dim=-1):
+            pyro.sample("z", posterior)
+
+    covariance = torch.eye(3) + torch.ones(3, 3)
+    expected = dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(x.T)
+    rows = x.T.contiguous()
+    check_evidence(lambda x: model(x.T), lambda x: exact(x.T), rows, expected)
+
+
+def test_enumerated_site_in_a_plate_that_draws_its_rows_is_explained():
+    """The plate draws three of six documents at random inside the programs."""
+    x = torch.randn(6)
+
+    def model(x):
+        with pyro.plate("documents", 6, subsample_size=3) as rows:
+            infer = {"enumerate": "parallel"}
+            c = pyro.sample("c", dist.Categorical(torch.ones(2) / 2), infer=infer)
+            pyro.sample("x", dist.Normal(c.double(), 1.0), obs=x[rows])
+
+    def guide(x):
+        pass
+
+    with pytest.raises(ValueError, match=r"\{'documents': 3\}. Put the site inside .*x.shape\[0\]"):
+        pv.fit(model, guide, x, progress=False)
+
+
+def test_autoguide_is_loaded_after_one_call(tmp_path):
+    line, x = Line(), torch.randn(6)
+    guide = pyro.infer.autoguide.AutoNormal(line.model)
+    pv.fit(line.model, guide, x, epochs=1, progress=False)
+    pv.save(tmp_path / "pair", line.model, guide)
+    again = pyro.infer.autoguide.AutoNormal(line.model)
+    with pytest.raises(ValueError, match="AutoGuides do, call it once on a minibatch"):
+        pv.load(tmp_path / "pair", line.model, again)
+    again(x)
+    saved = pv.load(tmp_path / "pair", line.model, again)
+    loss = {}
+    for name, pair in (("before", (line.model, guide)), ("after", (saved.model, saved.guide))):
+        torch.manual_seed(0)
+        loss[name] = ELBO().loss(*pair, x)
+    assert loss["before"] == loss["after"]
