@@ -167,9 +167,14 @@ def _check_latent(name: str, site: Site, guide: Sites) -> None:
     inside = [data_frame(each) is not None for each in (site, match)]
     if inside[0] != inside[1]:
         where = [("outside", "inside")[flag] for flag in inside]
+        sizes = [
+            [f.size for f in each["cond_indep_stack"] if f.vectorized] for each in (site, match)
+        ]
         raise ValueError(
             f'site {name!r} is {where[0]} the plate "data" in the model and {where[1]} it in '
-            "the guide. Both must agree."
+            "the guide. Both must agree. The plate of the data points has one row for each row of "
+            "x, the first dimension of the first argument. The plates at this site have the sizes "
+            f"{sizes[0]} in the model and {sizes[1]} in the guide."
         )
     of_model, of_guide = mask_of(site), mask_of(match)
     if (of_model is None) != (of_guide is None):

@@ -92,11 +92,13 @@ def check_enumeration(site: Site) -> None:
             f"site {site['name']!r} asks for enumeration by num_samples draws, but enumeration is "
             "over all values. Remove num_samples, or remove enumerate."
         )
-    plates = [frame.name for frame in site["cond_indep_stack"] if frame.name != PARTICLE_PLATE]
+    plates = {f.name: f.size for f in site["cond_indep_stack"] if f.name != PARTICLE_PLATE}
     if DATA_PLATE not in plates:
         raise ValueError(
-            'an enumerated site must be inside the plate "data", but '
-            f"{site['name']!r} is in {plates}"
+            'an enumerated site must be inside the plate "data", which has one row for each row of '
+            f"x, but {site['name']!r} is in the plates, by size, {plates}. Put "
+            'the site inside `with pyro.plate("data", x.shape[0]):`, or sample it in the guide '
+            "without enumeration."
         )
 
 

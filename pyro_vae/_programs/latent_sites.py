@@ -21,7 +21,7 @@ from torch.distributions.transforms import Transform
 
 from pyro_vae._programs.data_plate import name_plates_in
 from pyro_vae._programs.enumeration import check_enumeration, is_enumerated
-from pyro_vae._programs.runs import outside_of_plates, plain_trace, plate_of_guide
+from pyro_vae._programs.runs import is_traced, outside_of_plates, plain_trace, plate_of_guide
 from pyro_vae._programs.sites import (
     DATA_PLATE,
     Site,
@@ -32,10 +32,13 @@ from pyro_vae._programs.sites import (
     mask_of_events,
     random_sites,
 )
+from pyro_vae._utils.identity import ProgramMap
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import restored_generators
 from pyro_vae.distributions._circular import maps_onto_angles
 from pyro_vae.distributions._supports import support_of
+
+_own_names = ProgramMap()  # by model, the name that it gives to the plate of the data points
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
         latents = latents_of(model, x, *covariates)
         try:
             fewer_latents = latents_of(model, *fewer)
-        except (RuntimeError, ValueError):  # the program needs a fixed batch size
+        except Exception:  # a program for one number of rows may raise any error
             fewer_latents = latents
     plates = {site["name"]: site["cond_indep_stack"] for site in fewer_latents}
     nesting = max(-f.dim for site in latents for f in site["cond_indep_stack"] if f.vectorized)
@@ -344,21 +347,43 @@ def surroundings(
 
     Returns:
         The plates by name, with the plate ``"data"`` of the size of this batch; the masks by site.
+        If Pyro runs the guide, and not the library, the plate has the name that the model gives it.
+        Pyro's ``TraceEnum_ELBO`` compares the plates of model and guide by name.
     """
     masks: dict[str, bool | Tensor | None] = {}
     if masked := {site.name for site in sites if site.masked}:
         latents = latents_of(model, x, *covariates)
         masks = {site["name"]: mask_of_events(site) for site in latents if site["name"] in masked}
-    return _make_plates(sites, x), masks
+    data_plate = DATA_PLATE if is_traced() else _own_name(sites, model, x, *covariates)
+    return _make_plates(sites, x, data_plate), masks
 
 
-def _make_plates(sites: Sequence[LatentSite], x: Tensor) -> dict[str, AbstractContextManager]:
+def _own_name(sites: Sequence[LatentSite], model: Callable[..., Any], *arguments: Any) -> str:
+    """Return the name that a model gives to the plate of the data points at its latent sites."""
+    if model not in _own_names:
+        _own_names[model] = DATA_PLATE  # for a model that runs this guide
+        with restored_generators(), torch.no_grad(), outside_of_plates(), poutine.block():
+            nodes = poutine.trace(model).get_trace(*arguments).nodes
+        names = {
+            frame.name
+            for site in sites
+            for frame in nodes[site.name]["cond_indep_stack"]
+            if frame.vectorized and frame.dim == site.data_dim
+        }
+        _own_names[model] = names.pop() if len(names) == 1 else DATA_PLATE
+    return _own_names.get(model, DATA_PLATE)
+
+
+def _make_plates(
+    sites: Sequence[LatentSite], x: Tensor, data_plate: str
+) -> dict[str, AbstractContextManager]:
     plates = {}
     for frame in {frame.name: frame for site in sites for frame in site.plates}.values():
-        size, full_size = frame.size, frame.full_size
-        if frame.name == DATA_PLATE:
-            size, full_size = x.shape[0], None if full_size == size else full_size
-        plates[frame.name] = plate_of_guide(frame.name, size, frame.dim, full_size)
+        name, size, full_size = frame.name, frame.size, frame.full_size
+        if name == DATA_PLATE:
+            name, size = data_plate, x.shape[0]
+            full_size = None if full_size == frame.size else full_size
+        plates[frame.name] = plate_of_guide(name, size, frame.dim, full_size)
     return plates
 
 

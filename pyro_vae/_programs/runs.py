@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import pyro
@@ -24,6 +25,14 @@ from pyro_vae._programs.sites import ROWS_WERE_DRAWN, Site
 
 Program = Callable[..., Any]
 
+# Whether a program runs in a trace of the library, in which the data plate is called "data".
+_traced: ContextVar[bool] = ContextVar("traced", default=False)
+
+
+def is_traced() -> bool:
+    """Return whether a program runs in a trace of the library. A guide then uses ``"data"``."""
+    return _traced.get()
+
 
 def trace_of(program: Program, *args: Any, **kwargs: Any) -> poutine.Trace:
     """Run a program and return the trace of its sites.
@@ -39,8 +48,12 @@ def trace_of(program: Program, *args: Any, **kwargs: Any) -> poutine.Trace:
 
 def plain_trace(program: Program, *args: Any, **kwargs: Any) -> poutine.Trace:
     """Run a program and return the trace of its sites, with the program's own names of plates."""
-    with poutine.trace() as messenger:
-        program(*args, **kwargs)
+    token = _traced.set(True)
+    try:
+        with poutine.trace() as messenger:
+            program(*args, **kwargs)
+    finally:
+        _traced.reset(token)
     return messenger.trace
 
 

@@ -230,7 +230,10 @@ def _loaded(content: Mapping[str, Any], given: dict[str, Program], device: torch
         message = f"the programs have other parameters than the saved ones. {found}"
         if not given:
             raise ValueError(message)
-        raise _NotGivenError(f"{message}. Build them like the saved ones.")
+        raise _NotGivenError(
+            f"{message}. Build them like the saved ones. If a program makes parameters at its "
+            "first call, as Pyro's AutoGuides do, call it once on a minibatch before."
+        )
     load_state(model, guide, content, device)
     history = content["history"]
     return Saved(
