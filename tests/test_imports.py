@@ -36,7 +36,7 @@ ALLOWED = {
     "serialization": ("_programs _utils flows guides likelihoods models nets priors surjections",
                       "numpy pandas pyro safetensors"),
     "training": ("_capture _programs _utils datasets objectives serialization",
-                 "pandas pyro rich"),
+                 "cloudpickle joblib pandas pyro rich"),
     "report": ("_programs _utils datasets evaluation objectives training",
                "arviz jinja2 matplotlib numpy pandas pyro rich scipy"),
     "cli": ("_utils", "jinja2 matplotlib rich typer"),  # and the public names of pyro_vae

@@ -245,12 +245,12 @@ class Comparison:
         held_out = _table(
             f"{self.num_data} held-out data points, nats per data point",
             ("method", "runs", "log p(x)", "difference", "best", "ELBO", "gap", "k̂>0.7"),
-            "best: cannot be told from the best at 95% (t tests, Holm). gap = log p(x) - ELBO",
+            "best: not told from the best at 95% (Holm). gap = log p(x) - ELBO",
         )
         surgery = _table(
             f"ELBO surgery of {self.num_train} data points, nats per data point",
             ("method", "distortion", "rate", "MI", "marginal KL", "active units"),
-            "-ELBO = distortion + rate, rate = mutual information (MI) + marginal KL",
+            "-ELBO = distortion + rate, rate = MI (mutual information) + marginal KL",
         )
         for row in frame.itertuples():
             is_first = row.Index == self.entries[0].name
@@ -279,7 +279,14 @@ class Comparison:
 
 
 def _table(title: str, headers: tuple[str, ...], caption: str) -> Table:
-    table = Table(title=title, caption=caption, box=None, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column(headers[0], no_wrap=True)
     for header in headers[1:]:
         table.add_column(header, justify="right", no_wrap=True)
