@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import pickle
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -214,12 +215,21 @@ def _run_in_processes(run: Callable[..., Fit], seeds: Sequence[int], num_workers
 
 
 def _work(path: Path, seed: int) -> None:
-    """Fit the pair of one seed in a worker process."""
-    import pickle
+    """Fit the pair of one seed in a worker process.
 
+    Raises:
+        RuntimeError: The fit raised an error that cannot be pickled. The message has its text.
+    """
     run = pickle.loads(path.read_bytes())  # noqa: S301 - written by the parent process
-    with _one_thread():
-        run(seed)
+    try:
+        with _one_thread():
+            run(seed)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))  # noqa: S301
+        except Exception:  # exceptions of user code may need several arguments
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+        raise
 
 
 @contextlib.contextmanager
