@@ -157,7 +157,7 @@ def test_an_error_in_a_worker_is_that_of_the_fit(x):
     assert len(raised.value.rows) == 20
 
 
-class TwoArguments(Exception):
+class TwoArgumentsError(Exception):
     def __init__(self, one, two):
         super().__init__(f"{one} and {two}")
 
@@ -169,7 +169,7 @@ def test_an_error_that_cannot_be_pickled_keeps_its_message(x):
         return model, guide
 
     def fail(module, inputs, output):
-        raise TwoArguments("left", "right")
+        raise TwoArgumentsError("left", "right")
 
     with pytest.raises(Exception, match="left and right"):
         pv.fit_seeds(pair, x, seeds=2, num_workers=2, progress=False, **OPTIONS)
