@@ -73,7 +73,7 @@ def fit_seeds(
         One :class:`Fit` for each seed, in the order of the seeds.
 
     Raises:
-        ValueError: Two seeds are equal, or the list is empty. ``make_pair`` returns a program twice.
+        ValueError: Two seeds are equal, or the list is empty. ``make_pair`` repeats a program.
             An argument of ``fit`` is invalid. The call is inside a group of processes.
         TypeError: ``make_pair`` does not return two programs. An option is not an argument of
             ``fit``, or is set for each seed. An argument cannot be sent to another process.
