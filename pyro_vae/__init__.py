@@ -33,7 +33,7 @@ from pyro_vae.evaluation import (
 from pyro_vae.models import LatentVariableModel
 from pyro_vae.report import compare, rate_distortion, to_arviz
 from pyro_vae.serialization import load, save
-from pyro_vae.training import fit, load_checkpoint
+from pyro_vae.training import fit, fit_seeds, load_checkpoint
 
 __all__ = [
     "LatentVariableModel",
@@ -46,6 +46,7 @@ __all__ = [
     "evaluation",
     "evidence",
     "fit",
+    "fit_seeds",
     "flows",
     "generate",
     "gradient_noise",

@@ -7,12 +7,11 @@ import os
 import sys
 import tempfile
 import warnings
-from pathlib import Path
 
 EXTRAS = {
     "report": ("jinja2", "matplotlib"),
     "arviz": ("arviz",),
-    "data": ("pooch", "scipy"),
+    "data": ("pooch",),
     "cli": ("typer",),
 }
 HIDDEN = {package for packages in EXTRAS.values() for package in packages}
@@ -70,9 +69,6 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         pv.save(f"{folder}/pair", model, guide, history=fit.history)
         print(len(pv.load(f"{folder}/pair").history), "epochs were saved")
-        faces = Path(folder) / "freyfaces" / "frey_rawface.mat"
-        faces.parent.mkdir()
-        faces.touch()
         refused("report", ImportError, lambda: comparison.to_html(f"{folder}/page.html"))
         refused("report", ImportError, noise.plot)
         refused("report", ImportError, curve.plot)
@@ -80,7 +76,6 @@ def main():
         refused("data", ImportError, lambda: pv.datasets.load("mnist"))
         refused("data", ImportError, lambda: pv.datasets.load("mnist", folder=folder))
         refused("data", ImportError, lambda: pv.datasets.load_labels("fashion-mnist"))
-        refused("data", ImportError, lambda: pv.datasets.load("freyfaces", folder=folder))
 
     def command_line():
         from pyro_vae import cli  # noqa: F401 - it cannot be imported

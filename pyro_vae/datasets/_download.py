@@ -145,7 +145,12 @@ def read_freyfaces(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     if path.suffix == ".npy":
         array = np.load(path, allow_pickle=False)
     else:
-        array = require("scipy.io", "data", f"Reading {path.name}").loadmat(path)["ff"].T
+        from scipy.io import loadmat
+
+        try:
+            array = loadmat(path)["ff"].T
+        except Exception as error:  # scipy raises errors of many types for a damaged file
+            raise ValueError(f"{type(error).__name__}: {error}") from error
     if array.shape != shape or array.dtype != np.uint8:
         raise ValueError(f"expected uint8 {shape}, got {array.dtype} {array.shape}")
     return np.ascontiguousarray(array)

@@ -159,7 +159,7 @@ def evidence(
             max_rows = max(1, pairs_per_pass // ais.num_chains)
             estimate = _annealer(runner, ais, max_rows, capture)
             parts = runner.map_batches(estimate, done=runner.done, max_rows=max_rows)
-    values, errors, khats, sizes, *seen = map(torch.cat, zip(*parts, strict=True))
+    values, errors, khats, sizes, mean_logs, *seen = map(torch.cat, zip(*parts, strict=True))
     result = Evidence(
         values,
         errors,
@@ -167,6 +167,7 @@ def evidence(
         num_particles=num_draws,
         dimensions=dimensions,
         effective_sample_size=sizes,
+        mean_log_weights=mean_logs,
         method=name,
         annealing=Annealing.of_data(ais, seen) if seen else None,
     )
@@ -183,6 +184,7 @@ def _columns(evidence: Evidence) -> tuple[Tensor, ...]:
         evidence.monte_carlo_errors,
         evidence.khat,
         evidence.effective_sample_size,
+        evidence.mean_log_weights,
         *seen,
     )
 
@@ -245,9 +247,9 @@ def _annealer(
     return estimate
 
 
-def _summary(weights: WeightStream) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _summary(weights: WeightStream) -> tuple[Tensor, ...]:
     size = weights.effective_sample_size()
-    return weights.log_mean(), weights.error(), weights.khat(), size
+    return weights.log_mean(), weights.error(), weights.khat(), size, weights.mean_log()
 
 
 def _parse(method: Method) -> tuple[str, AIS | None]:

@@ -31,6 +31,8 @@ class Evidence:
         num_particles: samples per data point, or chains in annealed importance sampling.
         dimensions: the number of numbers in a data point x.
         effective_sample_size: :math:`(\sum w)^2 / \sum w^2` of each value's weights, shape (N,).
+        mean_log_weights: the mean of the logarithms of each value's weights, shape (N,). If the
+            samples come from the guide (``"importance"``), it is an unbiased estimate of the ELBO.
         method: name of the method of estimation.
         annealing: the results of annealed importance sampling at each temperature. None for other
             methods.
@@ -42,6 +44,7 @@ class Evidence:
     num_particles: int
     dimensions: int
     effective_sample_size: Tensor
+    mean_log_weights: Tensor
     method: str = "importance"
     annealing: Annealing | None = None
 
@@ -49,6 +52,11 @@ class Evidence:
     def mean(self) -> float:
         """The average over the data."""
         return self.values.mean().item()
+
+    @property
+    def elbo(self) -> float:
+        """The average ELBO over the data. NaN unless the method is ``"importance"``."""
+        return self.mean_log_weights.mean().item() if self.method == "importance" else math.nan
 
     @property
     def standard_error(self) -> float:

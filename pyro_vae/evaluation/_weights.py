@@ -13,7 +13,8 @@ from pyro_vae.evaluation._psis import khat_of_tail, tail_length
 class WeightStream:
     """Accumulates the weights of chunks (K, B).
 
-    Only their sum, the sum of their squares and the largest weights are kept.
+    Only their sum, the sum of their squares, the sum of their logarithms and the largest weights
+    are kept.
 
     Args:
         num_draws: the total number of weights per data point.
@@ -26,6 +27,7 @@ class WeightStream:
         self._num_draws = num_draws
         self._waiting: list[Tensor] = []
         self._log_sums: Tensor | None = None
+        self._sum_of_logs = torch.zeros(())
         self._largest: Tensor | None = None
 
     def add(self, log_weights: Tensor) -> None:
@@ -37,6 +39,7 @@ class WeightStream:
             self._waiting = []
 
     def _take_in(self, largest: Tensor) -> None:
+        self._sum_of_logs = self._sum_of_logs + largest.sum(0)
         sums = torch.stack([largest.logsumexp(0), (2 * largest).logsumexp(0)])
         if self._log_sums is not None:
             sums = torch.logaddexp(self._log_sums, sums)
@@ -51,6 +54,10 @@ class WeightStream:
     def log_mean(self) -> Tensor:
         """Return the logarithm of the mean weight, (B,)."""
         return self._log_sums[0] - math.log(self.count)
+
+    def mean_log(self) -> Tensor:
+        """Return the mean of the logarithms of the weights, (B,)."""
+        return self._sum_of_logs / self.count
 
     def effective_sample_size(self) -> Tensor:
         r"""Return :math:`(\sum w)^2 / \sum w^2`, (B,).

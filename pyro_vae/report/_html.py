@@ -13,18 +13,32 @@ import torch
 from matplotlib.figure import Figure
 
 from pyro_vae.report import _plots as plots
-from pyro_vae.report._compare import Comparison
+from pyro_vae.report._comparison import Comparison
 
 # Heading, column of Comparison.to_dataframe, column of its standard error.
-COLUMNS = (
+HELD_OUT = (
+    ("runs", "runs", None),
     ("log p(x)", "log_evidence", "standard_error"),
     ("difference", "difference", "difference_error"),
+    ("best", "is_best", None),
+    ("ELBO", "test_elbo", None),
+    ("gap", "gap", None),
     ("k̂ > 0.7", "unreliable_share", None),
+)
+SURGERY = (
     ("ELBO", "elbo", None),
     ("distortion", "distortion", None),
     ("rate", "rate", None),
     ("mutual information", "mutual_information", None),
     ("marginal KL", "marginal_kl", None),
+    ("active units", "active_units", None),
+)
+ESTIMATORS = {
+    "importance": "importance sampling from the guide",
+    "naive": "samples from the prior",
+    "ais": "annealed importance sampling",
+}
+FITS = (
     ("parameters", "num_parameters", None),
     ("epochs", "epochs", None),
     ("seconds", "seconds", None),
@@ -40,6 +54,7 @@ def render(comparison: Comparison) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    evidence = comparison.entries[0].runs[0].evidence
     figures = [
         ("Paired differences of log p(x)", plots.differences(comparison)),
         ("Terms of the ELBO", plots.surgery_terms(comparison)),
@@ -47,10 +62,16 @@ def render(comparison: Comparison) -> str:
     ]
     return environment.get_template("report.html.jinja").render(
         comparison=comparison,
-        num_data=len(comparison.entries[0].evidence.values),
-        headings=[heading for heading, _, _ in COLUMNS],
-        rows=_rows(comparison),
-        notes=[(entry.name, entry.note) for entry in comparison.entries if entry.note],
+        evidence=evidence,
+        estimator=ESTIMATORS[evidence.method],
+        tables=[
+            (title, [heading for heading, _, _ in columns], _rows(comparison, columns))
+            for title, columns in (
+                ("Held-out data", HELD_OUT),
+                (f"ELBO surgery of {comparison.num_train:,} data points", SURGERY),
+                ("Fits", FITS),
+            )
+        ],
         figures=[(title, _embed(figure)) for title, figure in figures if figure is not None],
         pictures=_pictures(comparison),
         log_n=math.log(comparison.num_train),
@@ -59,10 +80,10 @@ def render(comparison: Comparison) -> str:
     )
 
 
-def _rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
+def _rows(comparison: Comparison, columns: tuple) -> list[tuple[str, list[str]]]:
     frame = comparison.to_dataframe()
     return [
-        (name, [_cell(row, column, error) for _, column, error in COLUMNS])
+        (name, [_cell(row, column, error) for _, column, error in columns])
         for name, row in frame.iterrows()
     ]
 
@@ -73,12 +94,14 @@ def _cell(row, column: str, error: str | None) -> str:
         return "-"
     if column == "unreliable_share":
         return f"{value:.1%}"
-    if column in ("num_parameters", "epochs"):
+    if column == "is_best":
+        return "yes" if value else "no"
+    if column in ("num_parameters", "epochs", "runs", "active_units") and value % 1 == 0:
         return f"{int(value):,}"
     if error is None or math.isnan(row[error]):
         return f"{value:.2f}"
     if column == "difference" and value == 0 and row[error] == 0:
-        return "best"
+        return ""
     return f"{value:.2f} ± {row[error]:.2f}"
 
 

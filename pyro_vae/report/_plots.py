@@ -6,20 +6,25 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.report._compare import Comparison
+from pyro_vae.report._comparison import Comparison
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")
 
 
 def learning_curves(comparison: Comparison) -> Figure | None:
     """Plot the validation or training loss of each epoch; None if no pair has a fit."""
-    fits = [(entry.name, entry.fit) for entry in comparison.entries if entry.fit is not None]
+    fits = [
+        (number, entry.name if run is entry.runs[0] else None, run.fit)
+        for number, entry in enumerate(comparison.entries)
+        for run in entry.runs
+        if run.fit is not None
+    ]
     if not fits:
         return None
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
     floor = np.inf
-    for i, (name, fit) in enumerate(fits):
+    for i, name, fit in fits:
         held_out = fit.history["validation_loss"].notna().any()
         losses = fit.history["validation_loss" if held_out else "loss"]
         axes.plot(
@@ -27,11 +32,12 @@ def learning_curves(comparison: Comparison) -> Figure | None:
             losses,
             color=COLOURS[i % len(COLOURS)],
             linestyle=("-", "--", ":")[i // len(COLOURS) % 3],
-            label=name if held_out else f"{name} (training)",
+            linewidth=1.2,
+            label=name if held_out or name is None else f"{name} (training)",
         )
         floor = min(floor, losses.min())
     # The first epochs would dominate the axis. Show only the later part of the descent.
-    late = [fit.history["loss"].iloc[len(fit.history) // 10] for _, fit in fits]
+    late = [fit.history["loss"].iloc[len(fit.history) // 10] for _, _, fit in fits]
     if max(late) > floor:
         axes.set_ylim(floor - 0.05 * (max(late) - floor), max(late))
     axes.set(xlabel="epoch", ylabel="loss of each objective, nats per data point")
@@ -40,28 +46,36 @@ def learning_curves(comparison: Comparison) -> Figure | None:
 
 
 def differences(comparison: Comparison) -> Figure:
-    """Plot each pair's log p(x) minus that of the best, with bars of two standard errors."""
+    """Plot log p(x) of each method minus that of the best: its 95% interval, a dot per run."""
     entries = comparison.entries[::-1]
-    paired = [comparison.difference(entry.name) for entry in entries]
-    figure = Figure(figsize=(8, 1 + 0.35 * len(entries)), layout="constrained")
+    found = [comparison.difference(entry.name) for entry in entries]
+    best = comparison.entries[0].log_evidence.mean(0)
+    figure = Figure(figsize=(8, 1.2 + 0.4 * len(entries)), layout="constrained")
     axes = figure.add_subplot()
     axes.errorbar(
-        [difference for difference, _ in paired],
+        [each.mean for each in found],
         range(len(entries)),
-        xerr=[2 * np.nan_to_num(error) for _, error in paired],
-        fmt="o",
+        xerr=[np.nan_to_num(each.interval[1] - each.mean) for each in found],
+        fmt="D",
         color=COLOURS[0],
         capsize=3,
     )
+    for height, entry in enumerate(entries):
+        of_runs = (entry.log_evidence - best).mean(1)
+        axes.plot(of_runs, [height + 0.25] * len(of_runs), ".", color="#555555", markersize=5)
     axes.axvline(0, color="#999999", linewidth=0.8)
     axes.set_yticks(range(len(entries)), [entry.name for entry in entries])
-    axes.set_xlabel("log p(x) minus that of the best, nats per data point, ± 2 standard errors")
+    axes.set_ylim(-0.6, len(entries) - 0.2)
+    axes.set_xlabel(
+        "log p(x) minus that of the best, nats per data point\n"
+        "(diamond: mean and 95% interval; dots: runs)"
+    )
     return figure
 
 
 def surgery_terms(comparison: Comparison) -> Figure | None:
     """Plot distortion, mutual information and marginal KL as one bar, minus the ELBO in all."""
-    entries = [entry for entry in comparison.entries[::-1] if entry.surgery is not None]
+    entries = [e for e in comparison.entries[::-1] if not np.isnan(e.term("distortion"))]
     if not entries:
         return None
     figure = Figure(figsize=(8, 1.2 + 0.35 * len(entries)), layout="constrained")
@@ -69,7 +83,7 @@ def surgery_terms(comparison: Comparison) -> Figure | None:
     left = np.zeros(len(entries))
     terms = ("distortion", "mutual_information", "marginal_kl")
     for term, colour in zip(terms, COLOURS, strict=False):
-        values = np.array([max(0.0, getattr(entry.surgery, term)) for entry in entries])
+        values = np.array([max(0.0, entry.term(term)) for entry in entries])
         axes.barh(
             range(len(entries)), values, left=left, color=colour, label=term.replace("_", " ")
         )

@@ -6,6 +6,7 @@ from pyro_vae.training._checkpoints import Checkpoint
 from pyro_vae.training._fit import Fit, fit
 from pyro_vae.training._loading import load_checkpoint
 from pyro_vae.training._nonfinite import NonFiniteError, Skip
+from pyro_vae.training._seeds import fit_seeds
 
 __all__ = [
     "Checkpoint",
@@ -14,6 +15,7 @@ __all__ = [
     "NonFiniteError",
     "Skip",
     "fit",
+    "fit_seeds",
     "group_of_torchrun",
     "load_checkpoint",
 ]

@@ -87,6 +87,7 @@ class Fit:
             not compiled"``, or ``"eager: "`` and the reason.
         digests: checksums of the pair's tensors at the end of the fit. :func:`pyro_vae.compare`
             uses them to detect a later change.
+        seed: the seed of the fit. :func:`pyro_vae.compare` pairs runs of two methods by it.
     """
 
     model: Program
@@ -96,6 +97,7 @@ class Fit:
     seconds: float
     execution: str
     digests: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
+    seed: int | None = None
 
 
 @torch.inference_mode(False)
@@ -312,7 +314,8 @@ def fit(
         fits.find(model, guide).digests.update(digests)
     history = loop.history.set_index("epoch")
     seconds = time.perf_counter() - started
-    result = Fit(model, guide, history, loop.best_epoch, seconds, train_step.execution, digests)
+    execution = train_step.execution
+    result = Fit(model, guide, history, loop.best_epoch, seconds, execution, digests, seed)
     if not is_finished:
         raise Interrupted(f"the fit was stopped after {len(history)} epochs", result)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,9 @@ class NonFiniteError(FloatingPointError):
         bad: Tensor | None,
         folder: Path | None = None,
     ):
-        self.epoch, self.step, self.site, self.parameter = epoch, step, site, parameter
-        self.rows, self.bad, self.folder = rows, bad, folder
+        self.what, self.epoch, self.step = what, epoch, step
+        self.site, self.parameter, self.rows, self.bad = site, parameter, rows, bad
+        self.folder = folder
         lines = [f"{what} in epoch {epoch}, step {step}"]
         if bad is not None and len(bad):
             lines.append(f"The site is NaN or infinite in rows {shown_rows(bad)} of the minibatch")
@@ -92,6 +94,11 @@ class NonFiniteError(FloatingPointError):
             again = f"pv.training.Checkpoint({str(folder)!r}, resume=True)"
             lines.append(f"To reproduce the error, pass checkpoint={again}")
         super().__init__(". ".join(lines) + ".")
+
+    def __reduce__(self) -> tuple[Any, ...]:  # an exception is pickled by its one message otherwise
+        names = ("epoch", "step", "site", "parameter", "rows", "bad", "folder")
+        arguments = {name: getattr(self, name) for name in names}
+        return functools.partial(type(self), self.what, **arguments), ()
 
 
 class FirstNonFiniteSite(Messenger):

@@ -162,6 +162,13 @@ def test_freyfaces_are_read_from_both_formats(tmp_path):
         assert np.array_equal(read_freyfaces(tmp_path / name, (6, 560)), faces)
     with pytest.raises(ValueError, match=r"expected uint8 \(7, 560\)"):
         read_freyfaces(tmp_path / "f.npy", (7, 560))
+    path = tmp_path / "freyfaces" / "frey_rawface.mat"
+    path.parent.mkdir()
+    whole = (tmp_path / "f.mat").read_bytes()
+    for length in (0, 60, len(whole) // 2):  # scipy raises errors of several types
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="is truncated or not a file of freyfaces"):
+            pv.datasets.load("freyfaces", folder=tmp_path)
 
 
 def test_a_pickle_in_the_data_folder_is_not_run(tmp_path, mirrors):

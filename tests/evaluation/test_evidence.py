@@ -67,6 +67,7 @@ def test_weight_stream_equals_all_weights_at_once():
         stream.add(chunk)
     weights = whole.exp()
     torch.testing.assert_close(stream.log_mean(), weights.mean(0).log())
+    torch.testing.assert_close(stream.mean_log(), whole.mean(0))
     error = weights.std(0) / 500**0.5 / weights.mean(0)
     torch.testing.assert_close(stream.error(), error)
     torch.testing.assert_close(stream.khat(), pv.evaluation.khat(whole))
@@ -237,7 +238,13 @@ def untrusted(values, sizes, khats, num_particles=100):
     columns = (torch.tensor(each, dtype=torch.float64) for each in (values, sizes, khats))
     values, sizes, khats = columns
     return pv.evaluation.Evidence(
-        values, torch.zeros_like(values), khats, num_particles, 1, effective_sample_size=sizes
+        values,
+        torch.zeros_like(values),
+        khats,
+        num_particles,
+        1,
+        effective_sample_size=sizes,
+        mean_log_weights=values,
     ).untrusted.tolist()
 
 

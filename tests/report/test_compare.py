@@ -35,14 +35,17 @@ def comparison():
 
 def test_entries_are_sorted_and_differences_are_paired(comparison):
     assert [e.name for e in comparison.entries] == ["long", "as programs", "short"]
-    assert comparison.difference("long") == (0.0, 0.0)
-    assert comparison.difference("as programs") == (0.0, 0.0)  # the same draws
-    difference, error = comparison.difference("short")
-    values = {e.name: e.evidence.values for e in comparison.entries}
+    for same in ("long", "as programs"):  # the same samples
+        found = comparison.difference(same)
+        assert (found.mean, found.standard_error, found.p_value) == (0.0, 0.0, 1.0)
+    found = comparison.difference("short")
+    values = {e.name: e.log_evidence[0] for e in comparison.entries}
     paired = values["short"] - values["long"]
-    assert difference == pytest.approx(paired.mean().item())
-    assert error == pytest.approx((paired.std() / math.sqrt(60)).item())
-    assert difference < -4 * error
+    assert found.mean == pytest.approx(paired.mean().item())
+    assert found.standard_error == pytest.approx((paired.std() / math.sqrt(60)).item())
+    assert found.mean < -4 * found.standard_error
+    assert comparison.difference("long", "short").mean == -found.mean
+    assert comparison.best == ["long", "as programs"]
     with pytest.raises(ValueError, match=r"name must be one of .*, got 'nobody'"):
         comparison.difference("nobody")
 
@@ -52,14 +55,18 @@ def test_dataframe_matches_the_results(comparison):
     assert isinstance(frame, pd.DataFrame)
     entry = comparison.entries[0]
     row = frame.loc[entry.name]
-    assert row.log_evidence == entry.evidence.mean
-    assert row.standard_error == entry.evidence.standard_error
-    assert row.unreliable_share == entry.evidence.unreliable_share
-    assert row.mutual_information == entry.surgery.mutual_information
+    (run,) = entry.runs
+    assert row.log_evidence == pytest.approx(run.evidence.mean)
+    assert row.standard_error == pytest.approx(run.evidence.standard_error)
+    assert row.test_elbo == run.evidence.elbo < row.log_evidence
+    assert row.gap == pytest.approx(row.log_evidence - row.test_elbo)
+    assert row.unreliable_share == run.evidence.unreliable_share
+    assert row.mutual_information == run.surgery.mutual_information
+    assert row.active_units == run.collapse.num_active
     assert row.log_n == pytest.approx(math.log(100))
     assert row.epochs == 60
     assert row.num_parameters == sum(
-        p.numel() for m in (entry.fit.model, entry.fit.guide) for p in m.parameters()
+        p.numel() for m in (run.fit.model, run.fit.guide) for p in m.parameters()
     )
     assert frame.loc["as programs"].epochs == 0
     assert math.isnan(frame.loc["as programs"].seconds)
@@ -68,9 +75,11 @@ def test_dataframe_matches_the_results(comparison):
 def test_table_fits_eighty_columns(comparison):
     text = str(comparison)
     for entry in comparison.entries:
-        assert f"{entry.evidence.mean:.2f}±{entry.evidence.standard_error:.2f}" in text
-        assert f"{entry.surgery.mutual_information:.2f}" in text
+        assert f"{entry.mean.mean:.2f}±{entry.mean.standard_error:.2f}" in text
+        assert f"{entry.term('mutual_information'):.2f}" in text
     assert "…" not in text
+    lines = text.splitlines()
+    assert max(len(line.rstrip()) for line in lines[: lines.index("", 2)]) <= 80
 
 
 class Page(html.parser.HTMLParser):
@@ -106,8 +115,8 @@ def test_page_is_self_contained(comparison, tmp_path):
     assert all(address.startswith("data:") for address in page.addresses)
     assert not re.search(r"url\(|@import|<script", path.read_text(encoding="utf-8"))
     entry = comparison.entries[-1]
-    assert page.cells.count(entry.name) == 1
-    assert f"{entry.surgery.distortion:.2f}" in page.cells
+    assert page.cells.count(entry.name) == 3  # held-out data, surgery, fits
+    assert f"{entry.term('distortion'):.2f}" in page.cells
 
 
 def test_html_escapes_names(binary, tmp_path):
@@ -142,8 +151,8 @@ def test_pair_without_surgery_is_noted_and_the_others_compared(tmp_path):
         {"radial": (model, guide), "plain": (model, plain)}, torch.randn(30, 1), num_particles=50
     )
     (entry,) = (e for e in comparison.entries if e.name == "radial")
-    assert entry.surgery is None
-    assert "guide site 'z' cannot be scored" in entry.note
+    assert entry.runs[0].surgery is None
+    assert "guide site 'z' cannot be scored" in entry.runs[0].note
     assert math.isnan(comparison.to_dataframe().loc["radial"].rate)
     text = comparison.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
     assert "radial has no ELBO surgery" in text
@@ -356,3 +365,88 @@ def test_changed_detects_any_single_change():
     assert changed(model, guide, before) == ["guide.encoder.values"]
     encoder.values = values.clone()
     assert changed(model, guide, before) == []
+
+
+def linear_gaussian(loc):
+    """Return a model with mean ``loc`` and its exact posterior: x ~ N(loc, 2)."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + loc) / 2, 0.5**0.5))
+
+    return model, guide
+
+
+def test_runs_of_a_method_are_averaged_and_paired_by_seed():
+    x = 2**0.5 * torch.randn(60).double()
+
+    def fits(locs, seeds):
+        empty = pd.DataFrame({"loss": [0.0], "validation_loss": [0.0]})
+        return [
+            pv.training.Fit(*linear_gaussian(loc), empty, 1, 1.0, "eager", seed=seed)
+            for loc, seed in zip(locs, seeds, strict=True)
+        ]
+
+    a, b = [0.1, 0.2, 0.4], [0.5, 0.7, 0.6]
+    pairs = {"a": fits(a, [0, 1, 2]), "b": fits(b, [2, 0, 1]), "c": fits(b, [5, 0, 1])}
+    comparison = pv.compare(pairs, x, num_particles=30)
+
+    def exact(locs):
+        return torch.stack([dist.Normal(loc, 2**0.5).log_prob(x) for loc in locs])
+
+    entries = {entry.name: entry for entry in comparison.entries}
+    torch.testing.assert_close(entries["a"].log_evidence, exact(a))
+    torch.testing.assert_close(entries["b"].log_evidence, exact([0.7, 0.6, 0.5]))
+    assert entries["b"].seeds == [0, 1, 2]
+    frame = comparison.to_dataframe()
+    assert frame.loc["b"].runs == 3
+    assert frame.loc["b"].log_evidence == pytest.approx(exact(b).mean().item())
+    assert frame.loc["b"].gap == pytest.approx(0.0, abs=1e-9)
+    paired = (exact(a) - exact([0.7, 0.6, 0.5])).mean(1)
+    found = comparison.difference("a", "b")
+    assert found.has_replicates
+    assert found.mean == pytest.approx(paired.mean().item())
+    assert found.standard_error >= (paired.std() / 3**0.5).item()
+    assert comparison.difference("a", "c").standard_error != found.standard_error  # other seeds
+    assert comparison.notes == []
+
+
+def test_a_method_with_one_run_has_a_note():
+    x = torch.randn(30)
+    pairs = {"one": linear_gaussian(0.0), "two": [linear_gaussian(0.1), linear_gaussian(0.2)]}
+    comparison = pv.compare(pairs, x, num_particles=30)
+    assert comparison.notes[0].startswith("One run of 'one'")
+    assert "One run of 'one'" in str(comparison)
+    assert not comparison.difference("one", "two").has_replicates
+
+
+def test_unreliable_estimates_have_a_note():
+    model, _ = linear_gaussian(0.0)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + 2, 0.2))  # narrow, and far from the posterior
+
+    x = torch.randn(30)
+    with pytest.warns(pv.evaluation.UnreliableEvidence):
+        comparison = pv.compare({"narrow": (model, guide)}, x, num_particles=500)
+    assert "method=pv.evaluation.AIS()" in comparison.notes[-1]
+    chains = pv.evaluation.AIS(num_temperatures=20, num_chains=10, start="prior")
+    by_chains = pv.compare({"narrow": (model, guide)}, x, method=chains)
+    assert by_chains.entries[0].runs[0].evidence.method == "ais"
+    assert math.isnan(by_chains.to_dataframe().loc["narrow"].test_elbo)
+
+
+def test_the_same_pair_twice_in_a_method_is_refused(binary):
+    fit = pv.fit(*make_pair(), binary, **options())
+    with pytest.raises(ValueError, match="runs 'a, run 1' and 'a, run 2' are the same pair"):
+        pv.compare({"a": [fit, fit]}, binary, num_particles=3)
+    with pytest.raises(ValueError, match="method 'a' must have at least one run"):
+        pv.compare({"a": []}, binary)
+    with pytest.raises(ValueError, match="pair 'a' must be"):
+        pv.compare({"a": 3}, binary)

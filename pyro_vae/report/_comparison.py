@@ -1,0 +1,306 @@
+"""The result of a comparison: methods with one or more runs, and the table of their differences."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from pyro_vae._utils.extras import require
+from pyro_vae.evaluation import CollapseReport, Evidence, Surgery
+from pyro_vae.report._differences import Difference, difference, mean_of_runs, not_worse
+from pyro_vae.training import Fit
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TERMS = ("distortion", "rate", "mutual_information", "marginal_kl")
+_MANY = 0.1  # share of unreliable data points from which a log p(x) has a note
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pair of a comparison.
+
+    Args:
+        evidence: log p(x) of the held-out data.
+        surgery: the terms of the ELBO; None if they cannot be computed.
+        note: the reason why ``surgery`` is None.
+        collapse: the activity of the latents; None if it cannot be computed.
+        fit: the fit of the pair; None if it is not known.
+    """
+
+    evidence: Evidence
+    surgery: Surgery | None
+    note: str
+    collapse: CollapseReport | None
+    fit: Fit | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method of a comparison.
+
+    Args:
+        name: name of the method.
+        runs: its pairs, one for each training seed, in the order of the seeds.
+        num_parameters: number of trainable values in model and guide of the first run.
+        pictures: a few held-out x, their reconstructions (E[x|z] for z from the guide) and as many
+            samples (E[x|z] for z from the prior), for the first run. None if the model does not
+            observe x.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+    num_parameters: int
+    pictures: tuple[Tensor, Tensor, Tensor] | None
+
+    @cached_property
+    def log_evidence(self) -> Tensor:
+        """Log p(x_n) of each run, shape (S, N)."""
+        return torch.stack([run.evidence.values for run in self.runs])
+
+    @cached_property
+    def mean(self) -> Difference:
+        """The mean log p(x) over runs and data, with its error, as its difference from zero."""
+        return mean_of_runs(self.log_evidence)
+
+    @property
+    def seeds(self) -> list[int] | None:
+        """The seeds of the fits. None if a seed is not known, or if two are equal."""
+        seeds = [None if run.fit is None else run.fit.seed for run in self.runs]
+        return None if None in seeds or len(set(seeds)) < len(seeds) else seeds
+
+    @property
+    def unreliable_share(self) -> float:
+        """The share of estimates of log p(x) whose k-hat is above 0.7 or NaN."""
+        return _mean(run.evidence.unreliable_share for run in self.runs)
+
+    @property
+    def untrusted_share(self) -> float:
+        """The share of unreliable estimates; see :attr:`pyro_vae.evaluation.Evidence.untrusted`."""
+        return _mean(run.evidence.untrusted.double().mean().item() for run in self.runs)
+
+    @property
+    def elbo(self) -> float:
+        """The mean ELBO of the held-out data, over runs and data."""
+        return _mean(run.evidence.elbo for run in self.runs)
+
+    @property
+    def num_active(self) -> float:
+        """The mean number of active units over the runs. NaN if it is not known."""
+        return _mean(
+            math.nan if run.collapse is None else run.collapse.num_active for run in self.runs
+        )
+
+    def term(self, name: str) -> float:
+        """Return the mean of a term of the surgery over the runs. NaN without a surgery."""
+        return _mean(getattr(run.surgery, name, math.nan) for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of :func:`compare`: methods on the same held-out data, by decreasing log p(x).
+
+    Show it in a terminal with ``rich.print(comparison)`` or ``print(comparison)``.
+
+    Args:
+        entries: results of the methods, one entry per method.
+        num_train: number of data points of the ELBO surgery.
+        image_shape: (height, width) of a row of data, if it is an image.
+    """
+
+    entries: tuple[Entry, ...]
+    num_train: int
+    image_shape: tuple[int, int] | None = None
+
+    @property
+    def num_data(self) -> int:
+        """The number of held-out data points."""
+        return self.entries[0].log_evidence.shape[1]
+
+    def difference(self, name: str, other: str | None = None) -> Difference:
+        r"""Return the log p(x) of a method minus that of another, the best by default.
+
+        If a data point has a low density under both methods, this cancels in the difference. Runs
+        with the same training seeds are paired too. The standard error includes the spread of the
+        seeds. With a single run of a method, it is that of the two trained pairs:
+        :math:`s_d / \sqrt N` for :math:`d_n = \log \hat p(x_n) - \log \hat p'(x_n)`.
+
+        Args:
+            name: name of a method.
+            other: name of the other method.
+
+        Returns:
+            The :class:`Difference`. Its mean and error are zero for a method and itself.
+
+        Raises:
+            ValueError: There is no method of that name.
+        """
+        one, two = self._entry(name), self._entry(other or self.entries[0].name)
+        if one is two:
+            return Difference(0.0, 0.0, math.inf, len(one.runs) > 1)
+        paired = one.seeds is not None and one.seeds == two.seeds and len(one.runs) > 1
+        return difference(one.log_evidence, two.log_evidence, paired=paired)
+
+    @cached_property
+    def best(self) -> list[str]:
+        """The methods that cannot be told from the best at 95%, the best first.
+
+        Each method is compared with the best by a t test. The p-values are corrected for the
+        number of comparisons (Holm 1979).
+        """
+        names = [entry.name for entry in self.entries]
+        kept = not_worse({name: self.difference(name) for name in names[1:]})
+        return [names[0], *(name for name in names[1:] if name in kept)]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return a table with one row per method.
+
+        Log-densities and the terms of the ELBO are in nats per data point, averaged over runs.
+        """
+        import pandas as pd
+
+        return pd.DataFrame([self._row(entry) for entry in self.entries]).set_index("name")
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write a self-contained HTML page with tables, curves, reconstructions and samples.
+
+        Raises:
+            ImportError: The extra ``report`` is not installed.
+        """
+        require("jinja2", "report", "to_html")
+        require("matplotlib", "report", "to_html")
+        from pyro_vae.report._html import render
+
+        path = Path(path)
+        path.write_text(render(self), encoding="utf-8")
+        return path
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on the limits of this comparison."""
+        found = []
+        single = [entry.name for entry in self.entries if len(entry.runs) == 1]
+        if single:
+            found.append(
+                f"One run of {_listed(single)}: the errors are those of the trained pairs and show "
+                "nothing of how a method varies between seeds. Pass a list of fits per method."
+            )
+        unreliable = [e.name for e in self.entries if e.untrusted_share > _MANY]
+        if unreliable:
+            found.append(
+                f"The estimate of log p(x) is unreliable for many data points of "
+                f"{_listed(unreliable)}, and probably too low. Use more particles, or "
+                "method=pv.evaluation.AIS()."
+            )
+        found += [
+            f"{entry.name} has no ELBO surgery: {entry.runs[0].note}."
+            for entry in self.entries
+            if entry.runs[0].note
+        ]
+        return found
+
+    def _entry(self, name: str) -> Entry:
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise ValueError(
+            f"name must be one of {[entry.name for entry in self.entries]}, got {name!r}"
+        )
+
+    def _row(self, entry: Entry) -> dict[str, object]:
+        found = self.difference(entry.name)
+        fits = [run.fit for run in entry.runs if run.fit is not None]
+        return {
+            "name": entry.name,
+            "runs": len(entry.runs),
+            "log_evidence": entry.mean.mean,
+            "standard_error": entry.mean.standard_error,
+            "difference": found.mean,
+            "difference_error": found.standard_error,
+            "degrees_of_freedom": found.degrees_of_freedom,
+            "is_best": entry.name in self.best,
+            "test_elbo": entry.elbo,
+            "gap": entry.mean.mean - entry.elbo,
+            "unreliable_share": entry.unreliable_share,
+            **{term: entry.term(term) for term in ("elbo", *TERMS)},
+            "active_units": entry.num_active,
+            "log_n": entry.term("log_n"),
+            "num_parameters": entry.num_parameters,
+            "epochs": _mean(len(fit.history) for fit in fits) if fits else 0,
+            "seconds": sum(fit.seconds for fit in fits) if fits else math.nan,
+        }
+
+    def __rich__(self) -> Group:
+        frame = self.to_dataframe()
+        held_out = _table(
+            f"{self.num_data} held-out data points, nats per data point",
+            ("method", "runs", "log p(x)", "difference", "best", "ELBO", "gap", "k̂>0.7"),
+            "best: not told from the best at 95% (Holm). gap = log p(x) - ELBO",
+        )
+        surgery = _table(
+            f"ELBO surgery of {self.num_train} data points, nats per data point",
+            ("method", "distortion", "rate", "MI", "marginal KL", "active units"),
+            "-ELBO = distortion + rate, rate = MI (mutual information) + marginal KL",
+        )
+        for row in frame.itertuples():
+            is_first = row.Index == self.entries[0].name
+            held_out.add_row(
+                Text(row.Index),
+                str(row.runs),
+                f"{row.log_evidence:.2f}±{row.standard_error:.2f}",
+                "" if is_first else f"{row.difference:.2f}±{row.difference_error:.2f}",
+                "yes" if row.is_best else "no",
+                _shown(row.test_elbo),
+                _shown(row.gap),
+                f"{row.unreliable_share:.1%}",
+            )
+            surgery.add_row(
+                Text(row.Index),
+                *(_shown(getattr(row, term)) for term in TERMS),
+                _shown(row.active_units, 1 if row.active_units % 1 else 0),
+            )
+        return Group(held_out, "", surgery, *(Text(f"\n{note}") for note in self.notes))
+
+    def __str__(self) -> str:
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def _table(title: str, headers: tuple[str, ...], caption: str) -> Table:
+    table = Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column(headers[0], no_wrap=True)
+    for header in headers[1:]:
+        table.add_column(header, justify="right", no_wrap=True)
+    return table
+
+
+def _shown(value: float, digits: int = 2) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
