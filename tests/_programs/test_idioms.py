@@ -434,26 +434,33 @@ def test_parameters_of_svi_are_evaluated():
     check_evidence(fit.model, fit.guide, x, dist.Normal(0.0, variance.sqrt()).log_prob(x))
 
 
-def test_data_points_in_the_second_dimension_are_explained():
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("data", "has size 6 for a minibatch of 3 rows"),
+        ("items", "outside the plate \"data\""),
+    ],
+)
+def test_data_points_in_the_second_dimension_are_explained(name, message):
     """The programs take x of shape (observations, data points)."""
     x = torch.randn(3, 6)
 
     def model(x):
-        with pyro.plate("data", x.shape[1], dim=-1):
+        with pyro.plate(name, x.shape[1], dim=-1):
             z = pyro.sample("z", dist.Normal(torch.zeros(x.shape[1]), 1.0))
             with pyro.plate("observations", len(x), dim=-2):
                 pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     def guide(x):
-        with pyro.plate("data", x.shape[1], dim=-1):
+        with pyro.plate(name, x.shape[1], dim=-1):
             pyro.sample("z", dist.Normal(x.mean(0), 1.0))
 
-    with pytest.raises(ValueError, match=r"first dimension .* sizes \[6\] in the model and \[6\]"):
+    with pytest.raises(ValueError, match=message):
         pv.evidence(model, guide, x)
     posterior = dist.Normal(x.sum(0) / 4, 0.5)
 
     def exact(x):
-        with pyro.plate("data", x.shape[1], dim=-1):
+        with pyro.plate(name, x.shape[1], dim=-1):
             pyro.sample("z", posterior)
 
     covariance = torch.eye(3) + torch.ones(3, 3)
