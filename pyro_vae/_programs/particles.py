@@ -204,7 +204,7 @@ def _compare(
     other = rows - 1 if rows > 2 else rows + 1
     inputs = resized((args, kwargs), rows, other)
     try:
-        with trial_run(model, guide):
+        with trial_run():
             singles.append((inputs, PairTrace(model, guide, *inputs)))
     except Exception:  # noqa: S110 - a program for one number of rows may raise any error
         pass
@@ -226,12 +226,12 @@ def _compare_at(
 ) -> None:
     """Raise :class:`_OtherValuesError` if a particle has other values than in a single run."""
     options = {"num_particles": count, "plate_nesting": nesting}
-    with trial_run(model, guide):
+    with trial_run():
         drawn = PairTrace(model, guide, *inputs, **options)
-    with trial_run(model, guide), ConstantNoise():
+    with trial_run(), ConstantNoise():
         together = PairTrace(model, drawn.guide_at(drawn.drawn_values()), *inputs, **options)
     for particle in range(count):
-        with trial_run(model, guide), ConstantNoise():
+        with trial_run(), ConstantNoise():
             alone = PairTrace(model, drawn.guide_of_particle(particle, single), *inputs)
         for found, expected in ((together.model, alone.model), (together.guide, alone.guide)):
             for name in found.keys() | expected.keys():
