@@ -19,10 +19,11 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_vae._programs.flags import flags_of, key_of
 from pyro_vae._programs.sites import DATA_PLATE, PARTICLE_PLATE, Site, data_frame, random_sites
 from pyro_vae._programs.trial_runs import trial_run
 from pyro_vae._utils.checks import shown
-from pyro_vae._utils.identity import ProgramMap
+from pyro_vae._utils.identity import ProgramMap, without_handlers
 
 Program = Callable[..., Any]
 # The plates of a run: name, dimension, whether it has a size, whether it has the rows of x.
@@ -30,7 +31,9 @@ Plates = frozenset[tuple[str, int, bool, bool]]
 _OTHER_PLATE = "_data_of_program"  # a plate called "data" that does not hold the data points
 
 _given = ProgramMap()  # by program: the name that a caller gave, and whether it must be there
-_found = ProgramMap()  # by program: names of data plates, by the plates of a run
+# By program, then by the plates of a run: the names of data plates, and the flags of the program
+# if another plate had the rows of x by chance.
+_found = ProgramMap()
 _reader: ContextVar[DataScale | None] = ContextVar("reader", default=None)
 
 
@@ -95,7 +98,7 @@ def name_plates_in(
     )
     if not plates:
         return
-    names = _given_in(trace, program, plates, rows)
+    names, is_certain = _given_in(trace, program, plates, rows), True
     if names is None:
         candidates = {name for name, *_ in plates} - {p[0] for p in plates if not p[3]}
         if rows == 0 or candidates == {DATA_PLATE}:
@@ -104,16 +107,19 @@ def name_plates_in(
             _require_rows_of_unsized(trace, plates, rows)
             return
         else:
-            names = _kept(program, plates, candidates)
-    if names is None:
+            names, is_certain = _kept(program, plates)
+    if names is None or not is_certain:
         try:
-            names = _examined(role, program, args, kwargs, again, trace, candidates)
+            names = _examined(role, program, args, kwargs, again, trace, candidates, names)
         except ValueError as error:
             if (given := given_name(program)) is None:
                 raise
             raise _no_such_plate(role, given, trace) from error
         by_plates = _found.get(program, {})
-        by_plates[plates] = names
+        if names == candidates:
+            by_plates[plates, None] = names, None
+        else:
+            by_plates[plates, key_of(program)] = names, flags_of(without_handlers(program))[0]
         _found[program] = by_plates
     if names != {DATA_PLATE} or any(p[0] == DATA_PLATE and not p[2] for p in plates):
         _rename(trace, names, rows)
@@ -167,7 +173,7 @@ def known_names(*programs: Program) -> frozenset[str]:
     for program in programs:
         given = given_name(program) if len(_given) else None
         found = _found.get(program, {}).values() if len(_found) and given is None else ()
-        names.update([given] if given is not None else itertools.chain.from_iterable(found))
+        names.update([given] if given is not None else itertools.chain(*(n for n, _ in found)))
     return frozenset(names or [DATA_PLATE])
 
 
@@ -208,18 +214,21 @@ def _sizes_of(trace: poutine.Trace) -> dict[str, int]:
     return {f.name: _size_of(f, site) for site in random_sites(trace) for f in _plates(site)}
 
 
-def _kept(program: Program, plates: Plates, candidates: set[str]) -> frozenset[str] | None:
-    """Return the names found in an earlier run with these plates, or None in the first run.
+def _kept(program: Program, plates: Plates) -> tuple[frozenset[str] | None, bool]:
+    """Return the names found in an earlier run with these plates, and whether they are certain.
 
-    If a plate had the rows of x by chance, the names are kept only if they never were others.
+    If another plate has the rows of x by chance, the names are kept only if the flags of the
+    program are the same. They are certain only if runs with other sizes had the same names.
     """
-    by_plates: dict[Plates, frozenset[str]] = _found.get(program, {})
-    names = by_plates.get(plates)
-    if names is None or names == candidates:
-        return names
+    by_plates: dict[tuple[Plates, int | None], tuple[frozenset[str], Any]] = _found.get(program, {})
+    if (found := by_plates.get((plates, None))) is not None:
+        return found[0], True
+    names, flags = by_plates.get((plates, key_of(program)), (None, None))
+    if names is None or flags != flags_of(without_handlers(program))[0]:
+        return None, False
     same = {p[:3] for p in plates}
-    others = (found for other, found in by_plates.items() if {p[:3] for p in other} == same)
-    return names if all(found == names for found in others) else None
+    others = [f for (other, _), (f, _) in by_plates.items() if {p[:3] for p in other} == same]
+    return names, all(found == names for found in others)
 
 
 def _examined(
@@ -230,8 +239,12 @@ def _examined(
     again: Callable[..., poutine.Trace],
     trace: poutine.Trace,
     candidates: set[str],
+    kept: frozenset[str] | None,
 ) -> frozenset[str]:
-    """Run a program on other numbers of rows; return the names of plates that follow them."""
+    """Run a program on other numbers of rows; return the names of plates that follow them.
+
+    If it does not run on them, the kept names are returned.
+    """
     rows, names = _rows_of(args), set(candidates)
 
     def sizes_at(other: int, *, covariates: bool) -> set[str] | None:
@@ -248,6 +261,8 @@ def _examined(
     # A single row would broadcast. One row more and one less show a limit of a size.
     others = (rows - 1, rows + 1) if rows > 2 else (rows + 1, rows + 2)
     runs = [found for other in others if (found := sizes_at(other, covariates=True)) is not None]
+    if not runs and kept is not None:
+        return kept
     for found in runs:
         names &= found
     if len(names) > 1 and runs and _has_rows((args[1:], kwargs), rows):

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from pyro_vae._programs.constant_noise import ConstantNoise
 from pyro_vae._programs.data_plate import resized
+from pyro_vae._programs.flags import flags_of
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.parameters import evaluation_mode
 from pyro_vae._programs.trial_runs import trial_run
-from pyro_vae._utils.identity import ProgramMap, method_of
+from pyro_vae._utils.identity import ProgramMap
 from pyro_vae._utils.messages import first_line
-from pyro_vae._utils.modules import modules
-from pyro_vae._utils.referenced_objects import referenced_objects
 
 Vectorize = bool | Literal["fold"] | None
 
@@ -154,19 +153,12 @@ def _compared_once(
 
     Modes of modules, flags that the programs refer to by name, and shapes are compared.
     """
-    found = modules(model, guide)
+    flags, found = flags_of(model, guide)
     state = (
         vectorize,
         [(type(a), getattr(a, "shape", ())[1:]) for a in (*args, *kwargs.values())],
         bool(args) and isinstance(args[0], Tensor) and len(args[0]) == 1,
-        [part.training for module in found for part in module.modules()],
-        _key_of(model),
-        _key_of(guide),
-        [
-            (name, value)
-            for name, value in referenced_objects(model=model, guide=guide)
-            if type(value) in _FLAGS or (type(value) is int and value in range(-1, 10))
-        ],
+        flags,
     )
     by_guide = _compared.get(model) or ProgramMap()
     before, references, layout = by_guide.get(guide, (None, [], {}))
@@ -175,17 +167,6 @@ def _compared_once(
         by_guide[guide] = state, [weakref.ref(module) for module in found], layout
         _compared[model] = by_guide
     return layout
-
-
-_FLAGS = (bool, str, type(None))  # and small integers; a larger one may count the steps
-
-
-def _key_of(program: Program) -> int | None:
-    """Return a number that differs for partials of one function with other arguments."""
-    try:
-        return hash(method_of(program))
-    except TypeError:  # an argument without a hash
-        return None
 
 
 class _OtherValuesError(ValueError):
@@ -223,7 +204,7 @@ def _compare(
     other = rows - 1 if rows > 2 else rows + 1
     inputs = resized((args, kwargs), rows, other)
     try:
-        with trial_run(model, guide):
+        with trial_run():
             singles.append((inputs, PairTrace(model, guide, *inputs)))
     except Exception:  # noqa: S110 - a program for one number of rows may raise any error
         pass
@@ -245,12 +226,12 @@ def _compare_at(
 ) -> None:
     """Raise :class:`_OtherValuesError` if a particle has other values than in a single run."""
     options = {"num_particles": count, "plate_nesting": nesting}
-    with trial_run(model, guide):
+    with trial_run():
         drawn = PairTrace(model, guide, *inputs, **options)
-    with trial_run(model, guide), ConstantNoise():
+    with trial_run(), ConstantNoise():
         together = PairTrace(model, drawn.guide_at(drawn.drawn_values()), *inputs, **options)
     for particle in range(count):
-        with trial_run(model, guide), ConstantNoise():
+        with trial_run(), ConstantNoise():
             alone = PairTrace(model, drawn.guide_of_particle(particle, single), *inputs)
         for found, expected in ((together.model, alone.model), (together.guide, alone.guide)):
             for name in found.keys() | expected.keys():

@@ -26,7 +26,8 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
     Handlers outside of the block do not see its sites.
 
     Args:
-        *programs: the programs that run in the block.
+        *programs: the programs that run in the block. Their modules are searched by name, which
+            takes milliseconds. Other modules are found when they run.
     """
     store = pyro.get_param_store()
     names, states = set(store.keys()), []

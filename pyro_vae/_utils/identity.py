@@ -40,6 +40,13 @@ def method_of(program: Callable[..., Any]) -> Any:
         return of_owner, weakref.ref(program)  # weak, so that the owner is not kept alive
 
 
+def without_handlers(program: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the program inside Pyro's handlers, which may be a partial."""
+    while isinstance(program, functools.partial) and _handler(program) is not None:
+        program = program.args[-1]
+    return program
+
+
 def function_of(method: Any) -> Any:
     """Return the function of a key from :func:`method_of`, without the arguments of a partial."""
     return method[0] if isinstance(method, tuple) else method

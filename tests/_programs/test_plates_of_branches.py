@@ -3,14 +3,18 @@
 import contextlib
 import copy
 import functools
+import math
 import pickle
 import random
+import warnings
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyro import poutine
 from torch import nn
 
@@ -71,6 +75,74 @@ def test_a_flag_may_exchange_the_names():
     for columns in (3, ROWS, 3, ROWS):
         right(*pair, torch.randn(ROWS, columns))
         names.reverse()
+
+
+@pytest.mark.parametrize("columns", [(ROWS, ROWS), (ROWS, 3, ROWS), (3, ROWS, ROWS)])
+def test_a_flag_may_exchange_the_names_of_plates_of_one_size(columns):
+    class Names(nn.Module):
+        exchanged = False
+
+        def forward(self, x):
+            names = ("genes", "cells") if self.exchanged else ("cells", "genes")
+            return [(names[0], len(x), -2), (names[1], x.shape[1], -1)]
+
+    names = Names()
+    pair = pair_of(names)
+    for count in columns * 2:
+        right(*pair, torch.randn(ROWS, count))
+        names.exchanged = not names.exchanged
+
+
+@st.composite
+def runs(draw):
+    """Draw runs of one program: names and sizes of plates, and the place and kind of the data's."""
+    names = draw(st.permutations(["data", "a", "b", "c"]))
+    inner = draw(st.integers(0, 2))
+    found = []
+    for _ in range(draw(st.integers(1, 4))):
+        sizes = [draw(st.integers(1, 4)) for _ in range(inner + 1)]
+        place = draw(st.integers(0, inner))
+        kind = draw(st.sampled_from(["sized", "unsized", "subsample"]))
+        found.append((draw(st.permutations(names)), sizes, place, kind))
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(runs())
+def test_random_sequences_of_plates_have_exact_weights(runs):
+    now = {}
+
+    def program(x, *, of_model):
+        dims = [d - len(now["sizes"]) for d in range(len(now["sizes"]))]
+        shape = [len(x) if d == now["place"] else size for d, size in enumerate(now["sizes"])]
+        along = [len(x) if d == now["place"] else 1 for d in range(len(shape))]
+        value = x.reshape(along).expand(shape)
+        with contextlib.ExitStack() as stack:
+            for d, (name, size) in enumerate(zip(now["names"], shape, strict=False)):
+                size, options = (size if d != now["place"] else len(x)), {}
+                if d == now["place"] and now["kind"] == "unsized":
+                    size = None
+                elif d == now["place"] and now["kind"] == "subsample":
+                    size, options = 50, {"subsample": x}
+                stack.enter_context(pyro.plate(name, size, dim=dims[d], **options))
+            if of_model:
+                z = pyro.sample("z", dist.Normal(torch.zeros(shape), 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=value)
+            else:
+                pyro.sample("z", dist.Normal(value / 2, 0.5**0.5))
+
+    model = functools.partial(program, of_model=True)
+    guide = functools.partial(program, of_model=False)
+    for names, sizes, place, kind in runs:
+        now.update(names=list(names), sizes=sizes, place=place, kind=kind)
+        x = torch.randn(sizes[place])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            terms = pv.terms(model, guide, x, num_particles=2)
+        count = math.prod(sizes) // len(x)
+        expected = count * dist.Normal(0.0, 2**0.5).log_prob(x)
+        torch.testing.assert_close(terms.log_weight, expected.expand(2, -1))
+        assert terms.scale == pytest.approx(50 / len(x) if kind == "subsample" else 1.0)
 
 
 def test_a_plate_data_of_another_branch_is_preferred():
@@ -358,18 +430,18 @@ def test_a_given_name_is_that_of_the_model_and_the_guide_may_have_another():
     assert pv.terms(model, guide, x, plate="a").log_weight.shape == (1, ROWS)
 
 
-@pytest.mark.parametrize("given", ["b", None])
-def test_a_loaded_pair_keeps_the_given_name(given, tmp_path):
+@pytest.mark.parametrize("name", ["b", None])
+def test_a_loaded_pair_keeps_the_given_name(name, tmp_path):
     def square():
         return pair_of(lambda x: [("a", len(x), -2), ("b", len(x), -1)])
 
     x = torch.randn(ROWS, ROWS)
     model, guide = square()
-    if given is not None:
-        pv.terms(model, guide, x, plate=given)
+    if name is not None:
+        pv.terms(model, guide, x, plate=name)
     pv.save(tmp_path / "pair", model, guide)
     saved = pv.load(tmp_path / "pair", *square())
-    if given is None:
+    if name is None:
         with pytest.raises(ValueError, match="plate="):
             pv.terms(saved.model, saved.guide, x)
         return
@@ -434,3 +506,32 @@ def test_examining_runs_change_no_state():
         )
     assert results[0] == results[1]
     assert results[0][2] == (1, True, True)
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_a_fit_begins_from_the_same_state_under_any_name(num_particles):
+    results = []
+    for name in ("data", "cells"):
+        torch.manual_seed(0)
+        net, norm = nn.Linear(2, 2), nn.BatchNorm1d(2)
+
+        def model(x, name=name, net=net):
+            pyro.module("net", net)
+            with pyro.plate(name, len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
+
+        def guide(x, name=name, norm=norm):
+            pyro.module("norm", norm)
+            with pyro.plate(name, len(x)):
+                pyro.sample("z", dist.Normal(norm(x), 1.0).to_event(1))
+
+        x = torch.linspace(-1, 1, 22).reshape(11, 2)
+        objective = pv.objectives.IWAE(num_particles)
+        fit = pv.fit(
+            model, guide, x, objective=objective, epochs=2, batch_size=4, seed=0, progress=False
+        )
+        buffers = {key: value.tolist() for key, value in norm.state_dict().items()}
+        results.append((fit.history["loss"].tolist(), buffers))
+        assert buffers["num_batches_tracked"] == 6
+    assert results[0] == results[1]
