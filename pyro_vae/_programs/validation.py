@@ -147,7 +147,7 @@ def _failing_program(guide: Program, batch: Batch) -> str:
     try:
         with torch.no_grad():
             trace_of(as_guide(guide), *batch)
-    except PROGRAM_ERRORS:
+    except (ValueError, *PROGRAM_ERRORS):
         return "guide"
     return "model"
 
@@ -165,24 +165,42 @@ def _run_on_numbers(
             trace = PairTrace(model, guide, batch)
     except PROGRAM_ERRORS as error:
         _refuse_other_devices(model, guide, x)
-        column = name if name == "x" else f"{name} x"
-        rest = "" if len(batch) == 1 else f" and {len(batch) - 1} covariates"
-        raise ValueError(
-            f"the {_failing_program(guide, batch)} cannot run on {column} of shape "
-            f"{tuple(x.shape)} and dtype {x.dtype}{rest}: {type(error).__name__}: "
-            f"{first_line(error)}. {_columns_not_taken(model, guide, batch)}Correct the "
-            "program, or pass data of the shape and dtype that it expects."
-        ) from error
+        raise _cannot_run(model, guide, batch, name, error) from error
     except ValueError as error:
-        if "Shape mismatch inside plate" not in str(error):
+        if "Shape mismatch inside plate" in str(error):
+            raise ValueError(
+                f"{first_line(error)}, for data x of shape {tuple(x.shape)}. In the plate 'data' "
+                f"the batch shape of a site must be ({x.shape[0]},). All other dimensions belong "
+                "to the event: declare them with .to_event(n)."
+            ) from error
+        if _is_of_library(error):
             raise
-        raise ValueError(
-            f"{first_line(error)}, for data x of shape {tuple(x.shape)}. In the plate 'data' the "
-            f"batch shape of a site must be ({x.shape[0]},). All other dimensions belong to the "
-            "event: declare them with .to_event(n)."
-        ) from error
+        raise _cannot_run(model, guide, batch, name, error) from error
     _check_trace(trace, x, weighs=weighs)
     return trace
+
+
+def _cannot_run(
+    model: Program, guide: Program, batch: Batch, name: str, error: Exception
+) -> ValueError:
+    """Return the ValueError for an error of torch, of Pyro or of the user's code in a run."""
+    x = batch[0]
+    column = name if name == "x" else f"{name} x"
+    rest = "" if len(batch) == 1 else f" and {len(batch) - 1} covariates"
+    return ValueError(
+        f"the {_failing_program(guide, batch)} cannot run on {column} of shape "
+        f"{tuple(x.shape)} and dtype {x.dtype}{rest}: {type(error).__name__}: "
+        f"{first_line(error)}. {_columns_not_taken(model, guide, batch)}Correct the "
+        "program, or pass data of the shape and dtype that it expects."
+    )
+
+
+def _is_of_library(error: Exception) -> bool:
+    """Return whether code of this library raised an error, so that its message is complete."""
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    return last.tb_frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]
 
 
 def _refuse_other_devices(model: Program, guide: Program, x: Tensor) -> None:

@@ -122,3 +122,29 @@ def test_dimension_as_long_as_the_minibatch_needs_a_plate():
         pv.terms(model, guide, torch.randn(N, 1))
     with pytest.raises(ValueError, match=r"no plate at its dimension -1.*rows, 3,.*batch size"):
         objectives.ELBO().loss(factors, posterior_of_factors, torch.randn(D, D))
+
+
+@pytest.mark.parametrize("role", ["model", "guide"])
+def test_errors_of_torch_name_the_program(role):
+    """A message of torch names neither the program nor the data, so that both are added."""
+    wrong = {"model": 1, "guide": 1, role: 2}
+
+    def model(x):
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z.repeat(wrong["model"]), torch.ones(len(x))), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", dist.Normal(x.repeat(wrong["guide"]), torch.ones(len(x))))
+
+    def refuses(x):
+        raise ValueError("the program wants other data")
+
+    message = rf"the {role} cannot run on data x of shape \(7,\) and dtype torch.float32: \w+"
+    with pytest.raises(ValueError, match=message):
+        pv.evidence(model, guide, torch.randn(N))
+    pair = {"model": model, "guide": guide, role: refuses}
+    wrong[role] = 1
+    with pytest.raises(ValueError, match=rf"the {role} cannot run.*the program wants other data"):
+        pv.evidence(pair["model"], pair["guide"], torch.randn(N))
