@@ -16,6 +16,7 @@ from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae._programs.agreement import (
@@ -260,10 +261,7 @@ class PairTrace:
 
     def guide_at(self, values: Mapping[str, Tensor]) -> Program:
         """Return the guide with given values at its sites."""
-        trace = poutine.Trace()  # without plates, which may have other rows
-        for name, value in values.items():
-            trace.add_node(name, **{**self.guide[name].site, "value": value})
-        return poutine.replay(self._pair[1], trace=trace)
+        return _AtValues(values)(self._pair[1])
 
     def drawn_values(self) -> dict[str, Tensor]:
         """Return the values that the guide sampled, by site, in the layout of the run."""
@@ -488,6 +486,22 @@ class PairTrace:
         """Return zeros of shape (K, B), or (K,) for global sites."""
         some = next(iter(self.model.values())).log_prob
         return some.new_zeros([self.num_particles, self.batch_size][: 2 if local else 1])
+
+
+class _AtValues(Messenger):
+    """Give sites values, instead of samples, and keep everything else of the program.
+
+    Pyro's ``replay`` would also copy the ``infer`` entries of another run. A ``GuideMessenger``
+    keeps the priors of its own run there.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]):
+        super().__init__()
+        self._values = values
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] in self._values and not msg["is_observed"]:
+            msg["done"], msg["value"] = True, self._values[msg["name"]]
 
 
 def _gradients(values: list[Tensor], tensors: list[Tensor]) -> Sequence[Tensor | None]:
