@@ -247,7 +247,7 @@ NUMBERS: dict[type, Callable[[Any], Any]] = {
     pv.evaluation.InferenceGaps: lambda gaps: [gaps.best_elbo.values, gaps.amortized_elbo.values],
     pv.evaluation.GradientNoise: lambda noise: noise.table.signal_to_noise.tolist(),
     pv.report.RateDistortion: lambda curve: curve.table["elbo"].tolist(),
-    pv.report.Comparison: lambda comparison: comparison.entries[0].evidence.values,
+    pv.report.Comparison: lambda comparison: comparison.entries[0].runs[0].evidence.values,
     Tensor: torch.nan_to_num,
 }
 

@@ -70,12 +70,13 @@ def name_plates_in(
     args: tuple,
     kwargs: dict[str, Any],
     again: Callable[..., poutine.Trace],
-    role: str = "model",
-) -> None:
+    names_in_model: frozenset[str] | None = None,
+) -> frozenset[str]:
     """Give the data plate the name ``"data"`` in a trace, and its number of rows as its size.
 
     A plate ``"data"`` with one row per row of x is the data plate. In all other cases, the program
-    runs again on other numbers of rows, once for the same plates.
+    runs again on other numbers of rows, once for the same plates. A guide does not run again if it
+    opens the data plate of the model, or the plate ``"data"`` of the library's guides.
 
     Args:
         trace: a trace of the program.
@@ -83,7 +84,10 @@ def name_plates_in(
         args: its arguments; the first one is x.
         kwargs: its keyword arguments.
         again: returns a trace of the program for given arguments.
-        role: ``"model"`` or ``"guide"``, for messages.
+        names_in_model: for a guide, the names that were found in the model. None for a model.
+
+    Returns:
+        The names of the data plates in the program, empty if there are none.
 
     Raises:
         ValueError: A site is inside two plates whose sizes follow the rows of x, or in a plate
@@ -97,15 +101,18 @@ def name_plates_in(
         for frame in _plates(site)
     )
     if not plates:
-        return
-    names, is_certain = _given_in(trace, program, plates, rows), True
+        return frozenset()
+    role = "model" if names_in_model is None else "guide"
+    candidates = {name for name, *_ in plates} - {p[0] for p in plates if not p[3]}
+    names, is_certain = frozenset(candidates & (names_in_model or set())) or None, True
     if names is None:
-        candidates = {name for name, *_ in plates} - {p[0] for p in plates if not p[3]}
+        names = _given_in(trace, program, plates, rows)
+    if names is None:
         if rows == 0 or candidates == {DATA_PLATE}:
             names = frozenset([DATA_PLATE])
         elif not candidates:
             _require_rows_of_unsized(trace, plates, rows)
-            return
+            return frozenset()
         else:
             names, is_certain = _kept(program, plates)
     if names is None or not is_certain:
@@ -125,6 +132,18 @@ def name_plates_in(
         _rename(trace, names, rows)
     if (reader := _reader.get()) is not None:
         reader.read(trace)
+    return names
+
+
+def names_for_guide(model_trace: poutine.Trace, names: frozenset[str]) -> frozenset[str]:
+    """Return the names that the data plate may have in a guide, given those in the model.
+
+    The library's guides call it ``"data"``, so a guide may do so unless the model has another
+    plate of this name.
+    """
+    frames = (frame for site in random_sites(model_trace) for frame in _plates(site))
+    has_other = any(frame.name == _OTHER_PLATE for frame in frames)
+    return names if has_other else names | {DATA_PLATE}
 
 
 class DataScale(Messenger):

@@ -21,7 +21,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae._programs.sites import DATA_PLATE, PARTICLE_PLATE, Site, mask_of_events
+from pyro_vae._programs.sites import DATA_PLATE, PARTICLE_PLATE, Site, mask_of_events, own_scale
 
 Program = Callable[..., Any]
 
@@ -228,9 +228,11 @@ class Enumeration:
         Sites that depend on the same enumerated sites form a group. The first latent of a group
         gets the density of all its latents, :math:`\log p(z)`. Its first observation gets
         :math:`\log p(x, z) - \log p(z)`. The other sites of the group get zero.
+        A scale multiplies the logarithm of the sum, so all sites of a group must have the same one.
         """
         result = {name: table for name, table in tables.items() if name not in self.in_model}
         for group in self._groups(tables):
+            self._require_one_scale(group)
             unobserved = [n for n in group if not self._model_sites[n]["is_observed"]]
             latents = [n for n in unobserved if n not in self.in_model]
             observed = [n for n in group if n not in unobserved]
@@ -258,6 +260,19 @@ class Enumeration:
                 result.update(dict.fromkeys(observed, torch.zeros_like(whole)))
                 result[observed[0]] = whole - prior if latents else whole
         return result
+
+    def _require_one_scale(self, group: list[str]) -> None:
+        """Raise ValueError if sites whose densities are in one sum have different scales."""
+        scales = {name: own_scale(self._model_sites[name]) for name in group}
+        first = next(iter(scales))
+        for name, scale in scales.items():
+            if scale is not scales[first] and not bool(scale == scales[first]):
+                raise ValueError(
+                    f"sites {first!r} and {name!r} are in one sum over enumerated values and have "
+                    f"the scales {float(scales[first]):g} and {float(scale):g}. Give them the same "
+                    "scale. If the scale was for training, pass pv.unscaled(model) and "
+                    "pv.unscaled(guide)."
+                )
 
     def _log_sum(self, tables: Iterable[Tensor]) -> Tensor:
         """Sum out the enumerated values one by one, from the innermost plates outwards.

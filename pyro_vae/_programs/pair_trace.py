@@ -26,7 +26,7 @@ from pyro_vae._programs.agreement import (
     common_data_frame,
 )
 from pyro_vae._programs.ancestral import JointSample
-from pyro_vae._programs.data_plate import name_plates_in, repeated_rows
+from pyro_vae._programs.data_plate import name_plates_in, names_for_guide, repeated_rows
 from pyro_vae._programs.enumeration import (
     Enumeration,
     OwnDimensions,
@@ -205,15 +205,21 @@ class PairTrace:
             model = EnumMessenger()(OwnDimensions()(model))  # the dimensions after the guide's
         run_guide = functools.partial(plain_trace, guide)
 
-        def run_both(*args: Any, **kwargs: Any) -> poutine.Trace:
-            return plain_trace(replay(model, run_guide(*args, **kwargs)), *args, **kwargs)
+        def run_model(*args: Any, **kwargs: Any) -> poutine.Trace:
+            try:  # without the guide, which may have a fixed number of rows, as AutoGuides have
+                trace = plain_trace(model, *args, **kwargs)
+                trace.compute_log_prob()  # fails if observed rows do not fit a plate of fixed size
+            except Exception:  # a model may need samples of the guide
+                trace = plain_trace(replay(model, run_guide(*args, **kwargs)), *args, **kwargs)
+            return trace
 
         self._samples = HeldSamples()
         with self._samples if hold_samples else nullcontext():
             guide_trace = run_guide(*args, **kwargs)
-        name_plates_in(guide_trace, guide, args, kwargs, run_guide, "guide")
         model_trace = plain_trace(replay(model, guide_trace), *args, **kwargs)
-        name_plates_in(model_trace, model, args, kwargs, run_both)
+        names = name_plates_in(model_trace, model, args, kwargs, run_model)
+        names = names_for_guide(model_trace, names)
+        name_plates_in(guide_trace, guide, args, kwargs, run_guide, names)
         return guide_trace, model_trace
 
     @property
@@ -367,8 +373,9 @@ class PairTrace:
             (model, guide), enumeration.without(*tables), plain, strict=True
         ):
             for name, log_prob in found.items():
-                enumerated = name in enumeration.in_guide
-                others[name] = Factor(sites[name], log_prob, log_prob, enumerated)
+                enumerated, scale = name in enumeration.in_guide, own_scale(sites[name])
+                scaled = scale_and_mask(log_prob, scale)
+                others[name] = Factor(sites[name], scaled, log_prob, enumerated)
             factors.append({name: others[name] for name in sites if name in others})
         self.entangled, self.summed_out = enumeration.entangled, enumeration.summed_out
         return factors[0], factors[1]
@@ -394,11 +401,12 @@ class PairTrace:
     def _check_enumerated(site: Site, *, of_guide: bool) -> None:
         """Raise ValueError if a site cannot be part of a sum over enumerated values."""
         scale = own_scale(site)
-        if isinstance(scale, Tensor) or scale != 1.0:
+        if isinstance(scale, Tensor) and scale.numel() > 1:
             raise ValueError(
-                f"site {site['name']!r} is scaled and depends on an enumerated site. A sum over "
-                "enumerated values cannot have a scale. If the scale was for training, pass "
-                "pv.unscaled(model) and pv.unscaled(guide)."
+                f"site {site['name']!r} depends on an enumerated site, and its scale has shape "
+                f"{tuple(scale.shape)}. A sum over enumerated values can only be scaled by one "
+                "number. If the scale was for training, pass pv.unscaled(model) and "
+                "pv.unscaled(guide)."
             )
         sampled = of_guide and not site["is_observed"] and not is_enumerated(site)
         if sampled and not getattr(site["fn"], "has_rsample", False):

@@ -23,7 +23,8 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
 
     This is the state of the generators of torch, Python and numpy, the buffers, tensors, numbers
     and modes of modules, and the names in Pyro's parameter store. Gradients are off in the block.
-    Handlers outside of the block do not see its sites.
+    Handlers outside of the block do not see its sites. If the block raises an error, modules also
+    get all of their attributes back, because a run that failed may leave some of them half changed.
 
     Args:
         *programs: the programs that run in the block. Their modules are searched by name, which
@@ -47,6 +48,10 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
             before_unknown(remember, *found),
         ):
             yield
+    except BaseException:
+        for state in reversed(states):
+            state.roll_back()
+        raise
     finally:
         for state in reversed(states):
             state.restore()
@@ -59,6 +64,12 @@ class _ModuleState:
 
     def __init__(self, module: nn.Module):
         self._module = module
+        self._attributes = dict(vars(module))
+        self._contents = [
+            (value, value.copy())
+            for value in self._attributes.values()
+            if isinstance(value, dict | list | set)
+        ]
         self._buffers = dict(module.named_buffers(recurse=False))
         self._values = {
             name: value
@@ -71,6 +82,16 @@ class _ModuleState:
             for t in tensors
             if isinstance(t, Tensor) and not isinstance(t, nn.parameter.UninitializedTensorMixin)
         ]
+
+    def roll_back(self) -> None:
+        """Give the module its attributes, and dictionaries, lists and sets their contents."""
+        if isinstance(self._module, torch.jit.ScriptModule):
+            return
+        vars(self._module).clear()
+        vars(self._module).update(self._attributes)
+        for container, content in self._contents:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
 
     @torch.no_grad()
     def restore(self) -> None:

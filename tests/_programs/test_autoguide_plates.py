@@ -16,6 +16,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, autoguide
 
 import pyro_vae as pv
 from pyro_vae import objectives
+from pyro_vae._programs.trial_runs import trial_run
 
 N = 9
 PROBS = torch.tensor([0.2, 0.3, 0.5])
@@ -533,3 +534,59 @@ def test_point_of_a_global_latent():
     expected = dist.Normal(0.0, 1.0).log_prob(mu) + dist.Normal(mu, 2**0.5).log_prob(x).sum()
     loss = objectives.ELBO().loss(of_both, guide, x)
     assert loss == pytest.approx(-expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["AutoNormal", "AutoDelta", "AutoGaussian", "AutoNormalMessenger"])
+def test_the_plate_needs_no_name(name):
+    """Most AutoGuides keep the number of rows of their first run."""
+    x = torch.randn(N)
+    guide = getattr(autoguide, name)(of_local)
+    guide(x)
+    elbo = objectives.ELBO()
+    losses = []
+    for each in (elbo, pyro.infer.Trace_ELBO()):
+        torch.manual_seed(0)
+        losses.append(each.loss(of_local, guide, x))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("plate", [None, "cells"])
+def test_a_guide_of_the_library_inside_a_guide_with_a_global_latent(plate):
+    encoder = torch.nn.Sequential(torch.nn.Unflatten(-1, (-1, 1)), torch.nn.Linear(1, 3))
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.of_mu = autoguide.AutoNormal(poutine.block(of_both, expose=["mu"]))
+            self.of_z = pv.guides.AmortizedNormal(of_both, encoder)
+
+        def forward(self, x):
+            self.of_mu(x)
+            self.of_z(x)
+
+    x, guide = torch.randn(N), Both()
+    pv.terms(of_both, guide, x, plate=plate)
+    losses = []
+    for elbo in (objectives.ELBO(), Trace_ELBO()):
+        torch.manual_seed(0)
+        losses.append(elbo.loss(of_both, guide, x))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_run_that_fails_on_trial_leaves_a_guide_unchanged():
+    """An EasyGuide keeps the plates of a run that raised an error."""
+
+    def model(x):
+        with pyro.plate("cells", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + w, 1.0), obs=x)
+
+    x = torch.randn(N)
+    guide = GroupOfLocals(model)
+    guide(x)
+    before = {name: value for name, value in vars(guide).items() if name != "training"}
+    with pytest.raises(ValueError, match="Shape mismatch"), trial_run(guide):
+        guide(x[:-1])
+    assert {name: vars(guide)[name] for name in before} == before
+    guide(x)

@@ -256,9 +256,80 @@ def test_unsupported_enumeration_is_refused_by_name():
     with pytest.raises(ValueError, match='must be inside the plate "data"'):
         o.ELBO().loss(outside, lambda x: None, torch.randn(5))
 
-    scaled = [pyro.poutine.scale(program, scale=0.5) for program in (pair.model, pair.guide)]
-    with pytest.raises(ValueError, match="is scaled and depends on an enumerated site"):
-        o.ELBO().loss(*scaled, x)
+
+def scaled_mixture(scales, *, in_guide):
+    """Return a mixture whose label, latent and observation have scales."""
+    of_c, of_z, of_x = scales
+    loc, logits = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with pyro.poutine.scale(scale=of_z):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.poutine.scale(scale=of_c):
+                infer = {} if in_guide else dict(ALL)
+                c = pyro.sample("c", dist.Categorical(logits=logits), infer=infer)
+            with pyro.poutine.scale(scale=of_x):
+                pyro.sample("x", dist.Normal(z + loc[c], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            with pyro.poutine.scale(scale=of_z):
+                z = pyro.sample("z", dist.Normal(x * loc[0], 0.5))
+            if in_guide:
+                with pyro.poutine.scale(scale=of_c):
+                    rows = torch.stack([z, -z, x], -1)
+                    pyro.sample("c", dist.Categorical(logits=rows), infer=dict(ALL))
+
+    return model, guide, [loc, logits]
+
+
+@pytest.mark.parametrize(
+    ("scales", "in_guide"),
+    [
+        ((0.1, 0.1, 0.1), True),
+        ((0.3, 1.0, 1.0), True),  # a weight of one KL divergence
+        ((0.3, 2.0, 0.7), True),
+        ((0.5, 0.5, 0.5), False),
+        ((0.5, 2.0, 0.5), False),
+        ((torch.tensor(0.2), 1.0, 1.0), True),
+    ],
+)
+def test_scaled_sums_equal_those_of_pyro(scales, in_guide):
+    x = torch.randn(6)
+    model, guide, parameters = scaled_mixture(scales, in_guide=in_guide)
+    found = []
+    for elbo in (o.ELBO(), TraceEnum_ELBO(max_plate_nesting=1)):
+        elbo.loss(model, guide, x)  # the first call finds the enumerated sites by a further run
+        torch.manual_seed(0)
+        loss = elbo.differentiable_loss(model, guide, x)
+        found.append([loss, *torch.autograd.grad(loss, parameters)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_sum_of_the_model_alone_has_one_scale():
+    x = torch.randn(6)
+    model, guide, _ = scaled_mixture((0.5, 1.0, 0.7), in_guide=False)
+    with pytest.raises(ValueError, match=r"sites 'c' and 'x' are in one sum .* scales 0.5 and 0.7"):
+        o.ELBO().loss(model, guide, x)
+    model, guide, _ = scaled_mixture((torch.rand(6), 1.0, 1.0), in_guide=True)
+    with pytest.raises(ValueError, match=r"its scale has shape \(6,\).*pv.unscaled\(guide\)"):
+        o.ELBO().loss(model, guide, x)
+
+
+@pytest.mark.parametrize("in_guide", [True, False])
+def test_a_scaled_sum_has_no_evidence_until_it_is_unscaled(in_guide):
+    x = torch.randn(6)
+    torch.manual_seed(5)
+    model, guide, (loc, logits) = scaled_mixture((0.5, 0.5, 0.5), in_guide=in_guide)
+    with pytest.raises(ValueError, match="scale"):
+        pv.evidence(model, guide, x)
+    found = pv.evidence(pv.unscaled(model), pv.unscaled(guide), x, num_particles=20_000, seed=0)
+    of_c = dist.Categorical(logits=logits)
+    exact = dist.MixtureSameFamily(of_c, dist.Normal(loc, 2**0.5)).log_prob(x).double().detach()
+    errors = found.monte_carlo_errors.clamp(min=1e-4)
+    assert ((found.values - exact).abs() < 6 * errors)[~found.untrusted].all()
 
 
 @pytest.mark.parametrize("in_guide", [True, False])
@@ -493,7 +564,7 @@ def test_evaluation_samples_the_sites_that_the_guide_enumerates():
     container = pv.to_arviz(model, guide, x, num_draws=4)
     assert set(np.unique(container["posterior"]["c"].values)) <= {0, 1}
     comparison = pv.compare({"exact": (model, guide)}, x, num_particles=3)
-    assert comparison.entries[0].evidence.mean == pytest.approx(evidence.mean, rel=1e-4)
+    assert comparison.entries[0].runs[0].evidence.mean == pytest.approx(evidence.mean, rel=1e-4)
     loss = o.ELBO().loss(model, guide, x)  # training still averages over c
     assert loss == pytest.approx(-log_evidence(x).sum().item(), rel=1e-4)
     with pytest.raises(ValueError, match="averages over all values of site 'c'"):

@@ -438,7 +438,7 @@ def test_parameters_of_svi_are_evaluated():
     ("name", "message"),
     [
         ("data", "has size 6 for a minibatch of 3 rows"),
-        ("items", "outside the plate \"data\""),
+        ("items", 'outside the plate "data"'),
     ],
 )
 def test_data_points_in_the_second_dimension_are_explained(name, message):

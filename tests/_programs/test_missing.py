@@ -157,8 +157,8 @@ def test_other_functions_accept_missing_data(model):
     guide(x)
     assert np.isfinite(pv.elbo_surgery(model, guide, x, progress=False).mutual_information)
     found = pv.compare({"a": (model, guide)}, x, num_particles=5, progress=False)
-    assert np.isfinite(found.entries[0].evidence.mean)
-    assert found.entries[0].surgery is not None
+    assert np.isfinite(found.entries[0].runs[0].evidence.mean)
+    assert found.entries[0].runs[0].surgery is not None
     ascent = pv.evaluation.Ascent(learning_rate=0.1, window=3, patience=1)
     gaps = pv.inference_gaps(model, guide, x, num_particles=5, ascent=ascent, progress=False)
     assert np.isfinite(gaps.amortization_gap.mean)

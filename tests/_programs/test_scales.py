@@ -14,7 +14,9 @@ CALLS = {
     "evidence": lambda m, g, x: pv.evidence(m, g, x, num_particles=3, seed=1).values,
     "surgery": lambda m, g, x: pv.elbo_surgery(m, g, x, seed=1).marginal_kl,
     "collapse": lambda m, g, x: pv.collapse_report(m, g, x, seed=1).rate,
-    "compare": lambda m, g, x: pv.compare({"a": (m, g)}, x, seed=1).entries[0].evidence.values,
+    "compare": lambda m, g, x: (
+        pv.compare({"a": (m, g)}, x, seed=1).entries[0].runs[0].evidence.values
+    ),
     "IWAE": lambda m, g, x: pv.objectives.IWAE(1).loss(m, g, x),
 }
 

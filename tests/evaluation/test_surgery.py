@@ -163,7 +163,7 @@ def test_surgery_of_guides_that_use_the_shape_of_their_samples(vectorize):
     )
     assert 0 < surgery.mutual_information < surgery.log_n
     table = pv.compare({"a": (model, guide)}, x, num_particles=20, vectorize_particles=vectorize)
-    assert table.entries[0].surgery is not None
+    assert table.entries[0].runs[0].surgery is not None
 
 
 def test_surgery_of_a_bijection_that_depends_on_the_data():
