@@ -184,7 +184,7 @@ def _compare(
 ) -> None:
     """Raise an error unless particles in one run have the values of single runs.
 
-    They are also compared on another number of rows, if the pair runs on it. A layer may fit the
+    They also run together on another number of rows, if the pair runs on it. A layer may fit the
     dimension of particles by chance, because it is as wide as the batch.
 
     Args:
@@ -199,33 +199,71 @@ def _compare(
     Raises:
         Exception: A program cannot run with particles, or the values differ.
     """
-    singles = [((args, kwargs), single)]
-    rows = single.batch_size
+    inputs, rows = (args, kwargs), single.batch_size
     other = rows - 1 if rows > 2 else rows + 1
-    inputs = resized((args, kwargs), rows, other)
+    taken = {other, *_sizes(inputs, single)}
+    count = next(k for k in itertools.count(2) if k not in taken)
+    if not _equals_single_runs(model, guide, inputs, single, count):
+        try:  # the programs may draw other random numbers, as dropout does
+            _compare_at(model, guide, inputs, single, count)
+        except _OtherValuesError:
+            if not insist:
+                raise
+            with evaluation_mode(model, guide):
+                _compare_at(model, guide, inputs, single, count)
+    inputs = resized(inputs, rows, other)
+    options = {"num_particles": count, "plate_nesting": single.plate_nesting}
     try:
         with trial_run():
-            singles.append((inputs, PairTrace(model, guide, *inputs)))
-    except Exception:  # noqa: S110 - a program for one number of rows may raise any error
-        pass
-    taken = set().union(*(_sizes(inputs, run) for inputs, run in singles))
-    count = next(k for k in itertools.count(2) if k not in taken)
-    try:
-        for inputs, run in singles:
-            _compare_at(model, guide, inputs, run, count, single.plate_nesting)
-    except _OtherValuesError:
-        if not insist:
+            PairTrace(model, guide, *inputs, **options)
+    except Exception:
+        if _runs_on(model, guide, inputs):
             raise
-        with evaluation_mode(model, guide):
-            for inputs, run in singles:
-                _compare_at(model, guide, inputs, run, count, single.plate_nesting)
 
 
-def _compare_at(
-    model: Program, guide: Program, inputs: Any, single: PairTrace, count: int, nesting: int
-) -> None:
-    """Raise :class:`_OtherValuesError` if a particle has other values than in a single run."""
+def _runs_on(model: Program, guide: Program, inputs: Any) -> bool:
+    """Return whether a pair runs on some arguments."""
+    try:
+        with trial_run():
+            PairTrace(model, guide, *inputs)
+    except Exception:  # a program for one number of rows may raise any error
+        return False
+    return True
+
+
+def _equals_single_runs(
+    model: Program, guide: Program, inputs: Any, single: PairTrace, count: int
+) -> bool:
+    """Return whether a run with particles, at the latents of single runs, has their values.
+
+    False is not certain. The programs may draw other random numbers, such as those of dropout.
+    """
+    nesting, values = single.plate_nesting, {}
+    with trial_run():
+        alone = [single, *(PairTrace(model, guide, *inputs) for _ in range(count - 1))]
+    drawn = [run.drawn_values() for run in alone]
+    if any(each.keys() != drawn[0].keys() for each in drawn):
+        return False
+    for name in drawn[0]:
+        particles = [each[name] for each in drawn]
+        missing = nesting + single.guide[name].site["fn"].event_dim - particles[0].dim()
+        if missing < 0 or len({value.shape for value in particles}) > 1:
+            return False
+        values[name] = torch.stack(particles)[(slice(None), *[None] * missing)]
     options = {"num_particles": count, "plate_nesting": nesting}
+    with trial_run():
+        together = PairTrace(model, single.guide_at(values), *inputs, **options)
+    return not any(
+        _difference(together, run, particle) is not None for particle, run in enumerate(alone)
+    )
+
+
+def _compare_at(model: Program, guide: Program, inputs: Any, single: PairTrace, count: int) -> None:
+    """Raise :class:`_OtherValuesError` if a particle has other values than in a single run.
+
+    Random numbers of the programs, except for the latents, are constants.
+    """
+    options = {"num_particles": count, "plate_nesting": single.plate_nesting}
     with trial_run():
         drawn = PairTrace(model, guide, *inputs, **options)
     with trial_run(), ConstantNoise():
@@ -233,16 +271,23 @@ def _compare_at(
     for particle in range(count):
         with trial_run(), ConstantNoise():
             alone = PairTrace(model, drawn.guide_of_particle(particle, single), *inputs)
-        for found, expected in ((together.model, alone.model), (together.guide, alone.guide)):
-            for name in found.keys() | expected.keys():
-                if name not in found or name not in expected:
-                    raise _OtherValuesError(f"site {name!r} is in one kind of run alone")
-                values = found[name].log_prob[particle], expected[name].log_prob[0]
-                if not _are_close(*values):
-                    raise _OtherValuesError(
-                        f"the log-density of site {name!r} differs from that of a run for this "
-                        "particle alone"
-                    )
+        if (name := _difference(together, alone, particle)) is not None:
+            raise _OtherValuesError(
+                f"the log-density of site {name!r} differs from that of a run for this particle "
+                "alone"
+            )
+
+
+def _difference(together: PairTrace, alone: PairTrace, particle: int) -> str | None:
+    """Return the name of a site whose values for a particle differ from a single run, or None."""
+    for found, expected in ((together.model, alone.model), (together.guide, alone.guide)):
+        for name in found.keys() | expected.keys():
+            if name not in found or name not in expected:
+                return name
+            values = found[name].log_prob[particle], expected[name].log_prob[0]
+            if not _are_close(*values):
+                return name
+    return None
 
 
 def _are_close(found: Tensor, expected: Tensor) -> bool:
