@@ -32,6 +32,7 @@ from pyro_vae._programs.sites import (
     mask_of_events,
     random_sites,
 )
+from pyro_vae._programs.trial_runs import trial_run
 from pyro_vae._utils.identity import ProgramMap
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import restored_generators
@@ -361,9 +362,12 @@ def surroundings(
 def _own_name(sites: Sequence[LatentSite], model: Callable[..., Any], *arguments: Any) -> str:
     """Return the name that a model gives to the plate of the data points at its latent sites."""
     if model not in _own_names:
-        _own_names[model] = DATA_PLATE  # for a model that runs this guide
-        with restored_generators(), torch.no_grad(), outside_of_plates(), poutine.block():
-            nodes = poutine.trace(model).get_trace(*arguments).nodes
+        _own_names[model] = DATA_PLATE  # for a model that runs this guide, or cannot run
+        try:
+            with trial_run(model), outside_of_plates():
+                nodes = poutine.trace(model).get_trace(*arguments).nodes
+        except Exception:  # a guide can be sampled without its model
+            return DATA_PLATE
         names = {
             frame.name
             for site in sites

@@ -81,7 +81,7 @@ CALLS = {
         "z"
     ].values.tolist(),
     "sandwich": lambda m, g, x, **o: pv.sandwich(
-        m, g, like=x, ais=pv.evaluation.AIS(num_temperatures=5, num_chains=2), **QUIET, **o
+        m, g, like=x, ais=pv.evaluation.AIS(num_temperatures=2, num_chains=1), **QUIET, **o
     ).lower.tolist(),
     "fit": lambda m, g, x, **o: (
         pv.fit(m, g, x, objective=pv.objectives.IWAE(K, **o), epochs=2, batch_size=10, **QUIET)

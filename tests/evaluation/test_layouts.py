@@ -263,7 +263,7 @@ def test_generate_refuses_a_plate_of_another_size():
             pyro.sample("x", dist.Normal(torch.zeros(7), 1.0), obs=x)
 
     for rows in (1, 4):
-        with pytest.raises(ValueError, match="observed"):
+        with pytest.raises(ValueError, match=f'"data" has size 7 for a minibatch of {rows} row'):
             pv.generate(model, torch.zeros(rows))
 
 
