@@ -87,7 +87,7 @@ def name_plates_in(
         names_in_model: for a guide, the names that were found in the model. None for a model.
 
     Returns:
-        The names of the data plates in the program, empty if there are none.
+        The names of the data plates in the program, empty if no plate is found.
 
     Raises:
         ValueError: A site is inside two plates whose sizes follow the rows of x, or in a plate
@@ -274,6 +274,8 @@ def _examined(
                 x = resized(x, rows, other)
                 rest, named = resized(inputs, rows, other) if covariates else inputs
                 return _names_of_size(random_sites(again(x, *rest, **named)), other)
+        except MemoryError:
+            raise
         except Exception:  # a program for one number of rows may raise any error
             return None
 

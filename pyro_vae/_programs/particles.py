@@ -132,6 +132,8 @@ def particle_options(
             return {"plate_nesting": nesting, "vectorize_particles": False}
         try:
             _compare(model, guide, args, kwargs, trace, insist=bool(vectorize_particles))
+        except (MemoryError, torch.cuda.OutOfMemoryError):
+            raise
         except Exception as error:  # networks raise errors of any type at a shape that they lack
             if vectorize_particles:
                 raise ValueError(
@@ -216,6 +218,8 @@ def _compare(
     try:
         with trial_run():
             PairTrace(model, guide, *inputs, **options)
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise
     except Exception:
         if _runs_on(model, guide, inputs):
             raise
@@ -226,6 +230,8 @@ def _runs_on(model: Program, guide: Program, inputs: Any) -> bool:
     try:
         with trial_run():
             PairTrace(model, guide, *inputs)
+    except MemoryError:
+        raise
     except Exception:  # a program for one number of rows may raise any error
         return False
     return True

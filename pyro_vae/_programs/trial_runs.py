@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import pyro
@@ -15,6 +16,8 @@ from pyro_vae._utils.modules import before_unknown, modules
 from pyro_vae._utils.random import restored_generators, restored_generators_of_python
 
 _NUMBERS = (bool, int, float, str, type(None))
+# The modules that are found in the outermost trial run, None outside of it.
+_modules: ContextVar[list[nn.Module] | None] = ContextVar("modules", default=None)
 
 
 @contextlib.contextmanager
@@ -28,35 +31,46 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
 
     Args:
         *programs: the programs that run in the block. Their modules are searched by name, which
-            takes milliseconds. Other modules are found when they run.
+            takes milliseconds. Other modules are found when they run. A block inside another one
+            uses the modules of the outer one.
     """
     store = pyro.get_param_store()
     names, states = set(store.keys()), []
+    outer = _modules.get()
+    found = [] if outer is None else outer
+    token = None if outer is not None else _modules.set(found)
 
     def remember(module: nn.Module) -> None:
+        found.append(module)
         states.extend(_ModuleState(part) for part in module.modules())
 
-    found = modules(*programs)
-    for module in found:
-        remember(module)
-    try:
-        with (
-            restored_generators(),
-            restored_generators_of_python(),
-            torch.no_grad(),
-            poutine.block(),
-            before_unknown(remember, *found),
-        ):
-            yield
-    except BaseException:
-        for state in reversed(states):
-            state.roll_back()
-        raise
-    finally:
-        for state in reversed(states):
-            state.restore()
-        for name in set(store.keys()) - names:
-            del store[name]
+    with contextlib.ExitStack() as stack:
+        if outer is None:
+            stack.callback(_modules.reset, token)
+            for module in modules(*programs):
+                remember(module)
+            # Only once, because compiled modules are compiled again if hooks change.
+            stack.enter_context(before_unknown(remember, *found))
+        else:
+            for module in outer:
+                states.extend(_ModuleState(part) for part in module.modules())
+        try:
+            with (
+                restored_generators(),
+                restored_generators_of_python(),
+                torch.no_grad(),
+                poutine.block(),
+            ):
+                yield
+        except BaseException:
+            for state in reversed(states):
+                state.roll_back()
+            raise
+        finally:
+            for state in reversed(states):
+                state.restore()
+            for name in set(store.keys()) - names:
+                del store[name]
 
 
 class _ModuleState:

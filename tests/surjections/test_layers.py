@@ -163,6 +163,15 @@ def test_layers_map_data_once_for_all_particles():
         model, pv.surjections.FlowGuide(model), torch.randn(5, 3), num_particles=4, plate_nesting=1
     )
     assert terms.log_weight.shape == (4, 5)
+    shapes.clear()  # of the runs that compare particles with single runs
+    terms = pv.terms(
+        model,
+        pv.surjections.FlowGuide(model),
+        torch.randn(5, 3),
+        num_particles=4,
+        plate_nesting=1,
+        vectorize_particles=True,
+    )
     assert shapes == [(5, 3), (1, 5, 3)]
 
 

@@ -6,9 +6,16 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import make_pair
 
 import pyro_vae as pv
+
+
+def make_pair():
+    """Return a pair. Workers import this module, and would import another ``conftest``."""
+    decoder, encoder = pv.nets.MLP(2, [8], 16), pv.nets.MLP(16, [8])
+    model = pv.LatentVariableModel(pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(decoder))
+    return model, pv.guides.AmortizedNormal(model, encoder=encoder)
+
 
 OPTIONS = {"epochs": 3, "batch_size": 20, "learning_rate": 0.02, "capture": False}
 
