@@ -8,13 +8,14 @@ Modules that no name reaches are found when they run.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules import module as module_of_torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_vae._utils.identity import owner_of
@@ -70,16 +71,26 @@ def before_unknown(
             return
         count += 1
         if count == calls:
-            handle.remove()
+            remove()
         if id(module) not in seen:
             seen.update((id(part), part) for part in module.modules())
             act(module)
 
-    handle = register_module_forward_pre_hook(look)
+    # torch's own function gives each hook a new number, and compiled modules are compiled again for
+    # each of them.
+    hooks: dict[Any, Any] = module_of_torch._global_forward_pre_hooks
+    keys = (f"pyro_vae {number}" for number in itertools.count())
+    key = next(key for key in keys if key not in hooks)
+
+    def remove() -> None:  # without a reference to look, so that both are freed at once
+        hooks.pop(key, None)
+
+    hooks[key] = look
     try:
         yield
     finally:
-        handle.remove()
+        if hooks.get(key) is look:
+            remove()
 
 
 @contextlib.contextmanager

@@ -129,11 +129,13 @@ def fit_seeds(
 def _checked_seeds(seeds: int | Sequence[int]) -> list[int]:
     if is_whole_number(seeds):
         return list(range(positive_integer("seeds", seeds)))
-    if not isinstance(seeds, Sequence) or isinstance(seeds, str):
+    if not isinstance(seeds, list | tuple | range):
         raise TypeError(f"seeds must be a number of seeds or a list of integers, got {seeds!r}")
     for seed in seeds:
         if not is_whole_number(seed):
             raise TypeError(f"each seed in seeds must be an integer, got {seed!r}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"each seed in seeds must be from 0 to 2**63 - 1, got {seed}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be one or more integers, all different, got {seeds!r}")
     return [int(seed) for seed in seeds]
