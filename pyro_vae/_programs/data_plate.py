@@ -411,4 +411,4 @@ def repeated_rows(arguments: Any, rows: int, copies: int) -> Any:
 
 def _rows_of(args: tuple) -> int:
     x = args[0] if args else None
-    return len(x) if isinstance(x, Tensor) and x.dim() else 0
+    return len(x) if isinstance(x, Tensor) and x.dim() and not x.is_nested else 0

@@ -158,8 +158,8 @@ def _compared_once(
     flags, found = flags_of(model, guide)
     state = (
         vectorize,
-        [(type(a), getattr(a, "shape", ())[1:]) for a in (*args, *kwargs.values())],
-        bool(args) and isinstance(args[0], Tensor) and len(args[0]) == 1,
+        [(type(a), _shape_of(a)[1:]) for a in (*args, *kwargs.values())],
+        bool(args) and _shape_of(args[0])[:1] == (1,),
         flags,
     )
     by_guide = _compared.get(model) or ProgramMap()
@@ -169,6 +169,12 @@ def _compared_once(
         by_guide[guide] = state, [weakref.ref(module) for module in found], layout
         _compared[model] = by_guide
     return layout
+
+
+def _shape_of(argument: Any) -> tuple[int, ...]:
+    """Return the shape of an argument, () if it has none, as a nested tensor."""
+    is_nested = isinstance(argument, Tensor) and argument.is_nested
+    return () if is_nested else tuple(getattr(argument, "shape", ()))
 
 
 class _OtherValuesError(ValueError):
