@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_vae._programs.flags import flags_of, key_of
 from pyro_vae._programs.sites import DATA_PLATE, PARTICLE_PLATE, Site, data_frame, random_sites
-from pyro_vae._programs.trial_runs import trial_run
+from pyro_vae._programs.trial_runs import OUT_OF_MEMORY, trial_run
 from pyro_vae._utils.checks import shown
 from pyro_vae._utils.identity import ProgramMap, without_handlers
 
@@ -104,7 +104,9 @@ def name_plates_in(
         return frozenset()
     role = "model" if names_in_model is None else "guide"
     candidates = {name for name, *_ in plates} - {p[0] for p in plates if not p[3]}
-    names, is_certain = frozenset(candidates & (names_in_model or set())) or None, True
+    names, is_certain = None, True
+    if names_in_model is not None:
+        names = frozenset(names_in_model & candidates) or None
     if names is None:
         names = _given_in(trace, program, plates, rows)
     if names is None:
@@ -274,7 +276,7 @@ def _examined(
                 x = resized(x, rows, other)
                 rest, named = resized(inputs, rows, other) if covariates else inputs
                 return _names_of_size(random_sites(again(x, *rest, **named)), other)
-        except MemoryError:
+        except OUT_OF_MEMORY:
             raise
         except Exception:  # a program for one number of rows may raise any error
             return None

@@ -32,7 +32,7 @@ from pyro_vae._programs.sites import (
     mask_of_events,
     random_sites,
 )
-from pyro_vae._programs.trial_runs import trial_run
+from pyro_vae._programs.trial_runs import OUT_OF_MEMORY, trial_run
 from pyro_vae._utils.identity import ProgramMap
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import restored_generators
@@ -155,6 +155,8 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
         latents = latents_of(model, x, *covariates)
         try:
             fewer_latents = latents_of(model, *fewer)
+        except OUT_OF_MEMORY:
+            raise
         except Exception:  # a program for one number of rows may raise any error
             fewer_latents = latents
     plates = {site["name"]: site["cond_indep_stack"] for site in fewer_latents}
@@ -366,6 +368,8 @@ def _own_name(sites: Sequence[LatentSite], model: Callable[..., Any], *arguments
         try:
             with trial_run(model), outside_of_plates():
                 nodes = poutine.trace(model).get_trace(*arguments).nodes
+        except OUT_OF_MEMORY:
+            raise
         except Exception:  # a guide can be sampled without its model
             return DATA_PLATE
         names = {

@@ -54,6 +54,7 @@ from pyro_vae._programs.sites import (
     to_particle_layout,
     values_outside_support,
 )
+from pyro_vae._programs.trial_runs import OUT_OF_MEMORY
 from pyro_vae._utils.messages import first_line
 
 
@@ -209,6 +210,8 @@ class PairTrace:
             try:  # without the guide, which may have a fixed number of rows, as AutoGuides have
                 trace = plain_trace(model, *args, **kwargs)
                 trace.compute_log_prob()  # fails if observed rows do not fit a plate of fixed size
+            except OUT_OF_MEMORY:
+                raise
             except Exception:  # a model may need samples of the guide
                 trace = plain_trace(replay(model, run_guide(*args, **kwargs)), *args, **kwargs)
             return trace

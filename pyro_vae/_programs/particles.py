@@ -15,7 +15,7 @@ from pyro_vae._programs.data_plate import resized
 from pyro_vae._programs.flags import flags_of
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.parameters import evaluation_mode
-from pyro_vae._programs.trial_runs import trial_run
+from pyro_vae._programs.trial_runs import OUT_OF_MEMORY, trial_run
 from pyro_vae._utils.identity import ProgramMap
 from pyro_vae._utils.messages import first_line
 
@@ -132,7 +132,7 @@ def particle_options(
             return {"plate_nesting": nesting, "vectorize_particles": False}
         try:
             _compare(model, guide, args, kwargs, trace, insist=bool(vectorize_particles))
-        except (MemoryError, torch.cuda.OutOfMemoryError):
+        except OUT_OF_MEMORY:
             raise
         except Exception as error:  # networks raise errors of any type at a shape that they lack
             if vectorize_particles:
@@ -224,7 +224,7 @@ def _compare(
     try:
         with trial_run():
             PairTrace(model, guide, *inputs, **options)
-    except (MemoryError, torch.cuda.OutOfMemoryError):
+    except OUT_OF_MEMORY:
         raise
     except Exception:
         if _runs_on(model, guide, inputs):
@@ -236,7 +236,7 @@ def _runs_on(model: Program, guide: Program, inputs: Any) -> bool:
     try:
         with trial_run():
             PairTrace(model, guide, *inputs)
-    except MemoryError:
+    except OUT_OF_MEMORY:
         raise
     except Exception:  # a program for one number of rows may raise any error
         return False
@@ -265,9 +265,7 @@ def _equals_single_runs(
     options = {"num_particles": count, "plate_nesting": nesting}
     with trial_run():
         together = PairTrace(model, single.guide_at(values), *inputs, **options)
-    return not any(
-        _difference(together, run, particle) is not None for particle, run in enumerate(alone)
-    )
+    return all(_difference(together, run, number) is None for number, run in enumerate(alone))
 
 
 def _compare_at(model: Program, guide: Program, inputs: Any, single: PairTrace, count: int) -> None:
@@ -333,12 +331,10 @@ def _folds(model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) 
             return False
         for copy in range(2):
             alone = PairTrace(model, both.guide_of_copy(copy), args, kwargs)
-            for folded, single in ((both.model, alone.model), (both.guide, alone.guide)):
-                for name, factor in single.items():
-                    expected = factor.log_prob[0]
-                    found = folded[name].log_prob[copy]
-                    if not _are_close(found, expected):
-                        return False
+            if _difference(both, alone, copy) is not None:
+                return False
+    except OUT_OF_MEMORY:
+        raise
     except Exception:  # errors of user code at another number of rows, or of a density
         return False
     return True

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pyro_vae._utils.modules import before_unknown, modules
 from pyro_vae._utils.random import restored_generators, restored_generators_of_python
 
+# A lack of memory says nothing of a program, so no trial run may be judged by it.
+OUT_OF_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
 _NUMBERS = (bool, int, float, str, type(None))
 # The modules that are found in the outermost trial run, None outside of it.
 _modules: ContextVar[list[nn.Module] | None] = ContextVar("modules", default=None)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae._programs.enumeration import is_enumerated
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.particles import Vectorize
 from pyro_vae._programs.runs import as_guide, plate_of_guide, replay, trace_of
 from pyro_vae._programs.sites import (
     DATA_PLATE,
@@ -58,7 +59,7 @@ def log_likelihood_at_prior_draws(
     *batch: Tensor,
     num_particles: int,
     plate_nesting: int,
-    vectorize_particles: bool = True,
+    vectorize_particles: Vectorize = True,
 ) -> Tensor:
     r"""Return :math:`\log p(x_b|z_{kb})` for :math:`z_{kb} \sim p(z)`, shape (K, B).
 
@@ -67,7 +68,7 @@ def log_likelihood_at_prior_draws(
         *batch: a minibatch x of B rows, and covariates.
         num_particles: K.
         plate_nesting: number of batch dimensions of the program, without that of the particles.
-        vectorize_particles: draw all particles in one run. False runs the model K times.
+        vectorize_particles: True draws all particles in one run. Otherwise the model runs K times.
     """
 
     def draw(count: int) -> Terms:

@@ -9,6 +9,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.particles import Vectorize
 from pyro_vae._programs.runs import as_guide, trace_of
 from pyro_vae._programs.sites import (
     PARTICLE_PLATE,
@@ -29,7 +30,7 @@ def guide_log_prob(
     values: dict[str, Tensor],
     *,
     plate_nesting: int,
-    vectorize_particles: bool = True,
+    vectorize_particles: Vectorize = True,
 ) -> Tensor:
     """Score given values under the guide: log q(z_m|x_b) for all M values and B data points.
 
@@ -38,7 +39,7 @@ def guide_log_prob(
         args: a minibatch x of B rows, and covariates.
         values: values by latent site, each ``(M, *inner plates, *event)``.
         plate_nesting: the number of batch dimensions that the guide uses.
-        vectorize_particles: score all values in one run. False runs the guide M times.
+        vectorize_particles: True scores all values in one run. Otherwise the guide runs M times.
 
     Returns:
         Shape (M, B), in nats.
@@ -46,17 +47,16 @@ def guide_log_prob(
     Raises:
         ValueError: The guide has auxiliary sites, or cannot score a value that it did not sample.
     """
-    if vectorize_particles is not True:
-        vectorize_particles = False
-        count = len(next(iter(values.values())))
-        rows = [{name: value[m : m + 1] for name, value in values.items()} for m in range(count)]
-        return torch.cat(
-            [_score(guide, args, row, plate_nesting, vectorize_particles) for row in rows]
-        )
-    return _score(guide, args, values, plate_nesting, vectorize_particles)
+    if vectorize_particles is True:
+        return _score(guide, args, values, plate_nesting, vectorize_particles=True)
+    count = len(next(iter(values.values())))
+    rows = [{name: value[m : m + 1] for name, value in values.items()} for m in range(count)]
+    return torch.cat(
+        [_score(guide, args, row, plate_nesting, vectorize_particles=False) for row in rows]
+    )
 
 
-def _score(guide, args, values, plate_nesting, vectorize_particles) -> Tensor:
+def _score(guide, args, values, plate_nesting, *, vectorize_particles: bool) -> Tensor:
     sites = {s["name"]: s for s in random_sites(trace_of(as_guide(guide), *args))}
     num_values = len(next(iter(values.values())))
     given = {}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_vae._programs.latent_sites import inside, latent_sites, surroundings
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.particles import Vectorize
 from pyro_vae._programs.sites import is_discrete, to_particle_layout
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._utils.messages import first_line
@@ -62,7 +63,7 @@ class TemperedPath:
         batch: the first minibatch, x and covariates. It is used to find the latents.
         start: ``"guide"`` or ``"prior"``.
         plate_nesting: the number of batch dimensions that the programs use.
-        vectorize_particles: whether the programs accept the dimension of the chains.
+        vectorize_particles: True runs all chains at once. Otherwise each chain is run alone.
 
     Raises:
         ValueError: A latent variable is discrete, or its support does not allow steps along
@@ -78,7 +79,7 @@ class TemperedPath:
         *,
         start: Start,
         plate_nesting: int,
-        vectorize_particles: bool = True,
+        vectorize_particles: Vectorize = True,
     ):
         self._model, self._guide = model, guide
         self._from_prior = start == "prior"

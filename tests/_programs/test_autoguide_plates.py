@@ -34,6 +34,13 @@ def of_local(x):
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
+def of_two_locals(x):
+    with pyro.plate("cells", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z + w, 1.0), obs=x)
+
+
 def of_both(x):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("cells", len(x)):
@@ -440,30 +447,24 @@ def test_auxiliary_site_without_a_latent_is_refused_beside_discrete_latents():
 def test_points_beside_densities_have_no_evidence(name):
     """A Delta without an auxiliary site is a point, also beside Deltas that have one."""
 
-    def model(x):
-        with pyro.plate("cells", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            w = pyro.sample("w", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z + w, 1.0), obs=x)
-
     x = torch.randn(N)
     if name == "AutoStructured":
         conditionals = {"z": "normal", "w": "delta"}
-        guide = autoguide.AutoStructured(model, conditionals=conditionals, dependencies={})
+        guide = autoguide.AutoStructured(of_two_locals, conditionals=conditionals, dependencies={})
         expected = "together, at the auxiliary site 'z_aux'"
     else:
-        guide = autoguide.AutoGuideList(model)
-        guide.append(autoguide.AutoNormal(poutine.block(model, expose=["z"])))
-        guide.append(autoguide.AutoDelta(poutine.block(model, expose=["w"])))
+        guide = autoguide.AutoGuideList(of_two_locals)
+        guide.append(autoguide.AutoNormal(poutine.block(of_two_locals, expose=["z"])))
+        guide.append(autoguide.AutoDelta(poutine.block(of_two_locals, expose=["w"])))
         expected = r"latent site 'w' one point \(a Delta\)"
     guide(x)
-    named(model, guide, x)
-    assert_same_as_pyro(model, guide, (x,))
+    named(of_two_locals, guide, x)
+    assert_same_as_pyro(of_two_locals, guide, (x,))
     for estimate in (pv.evidence, pv.to_arviz):
         with pytest.raises(ValueError, match=expected):
-            estimate(model, guide, x)
+            estimate(of_two_locals, guide, x)
     with pytest.raises(ValueError, match=expected):
-        objectives.IWAE(3).loss(model, guide, x)
+        objectives.IWAE(3).loss(of_two_locals, guide, x)
 
 
 class GroupOfLocals(EasyGuide):
@@ -494,22 +495,18 @@ class GlobalPoint(EasyGuide):
 
 
 def test_group_of_local_latents():
-    def model(x):
-        with pyro.plate("cells", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            w = pyro.sample("w", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z + w, 1.0), obs=x)
-
     x = 2 * torch.randn(N)
-    guide = GroupOfLocals(model)
-    named(model, guide, x)
-    assert_same_as_pyro(model, guide, (x,))
+    guide = GroupOfLocals(of_two_locals)
+    named(of_two_locals, guide, x)
+    assert_same_as_pyro(of_two_locals, guide, (x,))
     expected = dist.Normal(0.0, 3**0.5).log_prob(x)
-    found = pv.evidence(model, guide, x, num_particles=3, batch_size=N, seed=0)
+    found = pv.evidence(of_two_locals, guide, x, num_particles=3, batch_size=N, seed=0)
     torch.testing.assert_close(found.values, expected.double(), atol=1e-4, rtol=0.0)
     with pytest.raises(ValueError, match="auxiliary site 'both'"):
-        pv.elbo_surgery(model, guide, x, seed=0)
-    fit = pv.fit(model, guide, x, epochs=3, batch_size=N, seed=0, capture=False, progress=False)
+        pv.elbo_surgery(of_two_locals, guide, x, seed=0)
+    fit = pv.fit(
+        of_two_locals, guide, x, epochs=3, batch_size=N, seed=0, capture=False, progress=False
+    )
     assert fit.history.loss.iloc[0] == pytest.approx(-expected.mean().item(), rel=1e-4)
 
 
@@ -576,14 +573,8 @@ def test_a_guide_of_the_library_inside_a_guide_with_a_global_latent(plate):
 def test_a_run_that_fails_on_trial_leaves_a_guide_unchanged():
     """An EasyGuide keeps the plates of a run that raised an error."""
 
-    def model(x):
-        with pyro.plate("cells", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            w = pyro.sample("w", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z + w, 1.0), obs=x)
-
     x = torch.randn(N)
-    guide = GroupOfLocals(model)
+    guide = GroupOfLocals(of_two_locals)
     guide(x)
     before = {name: value for name, value in vars(guide).items() if name != "training"}
     with pytest.raises(ValueError, match="Shape mismatch"), trial_run(guide):

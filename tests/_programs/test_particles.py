@@ -248,3 +248,21 @@ def test_a_program_that_takes_particles_has_one_run():
         warnings.simplefilter("error")
         terms = pv.terms(model, guide, x, num_particles=K)
     assert len(terms._runs) == 1
+
+
+@pytest.mark.parametrize("at", range(2, 6))
+@pytest.mark.parametrize("plate", ["data", "cells"])
+def test_a_lack_of_memory_on_trial_is_raised(plate, at):
+    """A run on trial says nothing of the pair if the memory is full."""
+    model, guide = exact_pair(lambda z: z, lambda x: pyro.plate(plate, len(x)))
+    count = 0
+
+    def full(x):
+        nonlocal count
+        count += 1
+        if count == at:
+            raise MemoryError("full")
+        model(x)
+
+    with pytest.raises(MemoryError, match="full"):
+        pv.terms(full, guide, torch.randn(20, 2), num_particles=K)
