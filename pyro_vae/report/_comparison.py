@@ -191,9 +191,10 @@ class Comparison:
         found = []
         single = [entry.name for entry in self.entries if len(entry.runs) == 1]
         if single:
+            methods = "each method" if len(single) == len(self.entries) else _listed(single)
             found.append(
-                f"One run of {_listed(single)}: the errors are those of the trained pairs and show "
-                "nothing of how a method varies between seeds. Pass a list of fits per method."
+                f"One run of {methods}: the errors are those of the trained pairs and show nothing "
+                "of how a method varies between seeds. Pass a list of fits per method."
             )
         unreliable = [e.name for e in self.entries if e.untrusted_share > _MANY]
         if unreliable:

@@ -96,9 +96,15 @@ class NonFiniteError(FloatingPointError):
         super().__init__(". ".join(lines) + ".")
 
     def __reduce__(self) -> tuple[Any, ...]:  # an exception is pickled by its one message otherwise
+        return functools.partial(type(self), self.what, **self._arguments()), ()
+
+    def without_folder(self) -> NonFiniteError:
+        """Return the same error without the folder of a checkpoint that will be removed."""
+        return type(self)(self.what, **(self._arguments() | {"folder": None}))
+
+    def _arguments(self) -> dict[str, Any]:
         names = ("epoch", "step", "site", "parameter", "rows", "bad", "folder")
-        arguments = {name: getattr(self, name) for name in names}
-        return functools.partial(type(self), self.what, **arguments), ()
+        return {name: getattr(self, name) for name in names}
 
 
 class FirstNonFiniteSite(Messenger):

@@ -27,6 +27,7 @@ from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import Data
 from pyro_vae.training._checkpoints import Checkpoint
 from pyro_vae.training._fit import Fit, fit
+from pyro_vae.training._nonfinite import NonFiniteError
 
 _OWN_OPTIONS = ("seed", "checkpoint", "progress", "description")
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -109,7 +110,7 @@ def fit_seeds(
     pairs = _make_pairs(make_pair, seeds)  # to raise its errors now
     with contextlib.ExitStack() as stack:
         if checkpoint is None:
-            checkpoint = stack.enter_context(tempfile.TemporaryDirectory(prefix="pyro-vae-"))
+            checkpoint = stack.enter_context(_temporary_folder())
         folder = Path(checkpoint)
         run = functools.partial(_fit_one, make_pair, data, fit_options, folder)
         advance = stack.enter_context(
@@ -124,6 +125,16 @@ def fit_seeds(
         return [
             _seconds_of_epochs(run(seed, pair)) for seed, pair in zip(seeds, pairs, strict=True)
         ]
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """Make a folder for checkpoints, and remove it. Errors of a fit do not name it."""
+    with tempfile.TemporaryDirectory(prefix="pyro-vae-") as folder:
+        try:
+            yield folder
+        except NonFiniteError as error:
+            raise error.without_folder() from error
 
 
 def _checked_seeds(seeds: int | Sequence[int]) -> list[int]:

@@ -162,6 +162,15 @@ def test_an_error_in_a_worker_is_that_of_the_fit(x):
         pv.fit_seeds(make_pair, x, seeds=2, num_workers=2, progress=False, **options)
     assert raised.value.epoch == 1
     assert len(raised.value.rows) == 20
+    assert raised.value.folder is None  # it was temporary
+    assert "To reproduce" not in str(raised.value)
+
+
+def test_an_error_names_the_checkpoint_in_the_users_folder(x, tmp_path):
+    options = OPTIONS | {"learning_rate": 1e30, "epochs": 20, "num_workers": 1, "progress": False}
+    with pytest.raises(pv.training.NonFiniteError, match="To reproduce") as raised:
+        pv.fit_seeds(make_pair, x, seeds=1, checkpoint=tmp_path, **options)
+    assert raised.value.folder.exists()
 
 
 class TwoArgumentsError(Exception):
