@@ -74,6 +74,11 @@ class Fit:
             - ``validation_loss``: the loss on the validation data, NaN without validation. Each
               schedule of the objective has its last value, or its largest if it repeats. So the
               bound is the same in all epochs;
+            - ``validation_elbo``: the ELBO of the validation data in nats per data point, whatever
+              the objective. So fits with different objectives can be compared. It is computed from
+              the samples of ``validation_loss``, with closed forms of the KL where they are known,
+              and without losses in the guide. It is NaN without validation, and if the guide gives
+              a latent one point (a Delta);
             - ``validation_loss_scheduled``: the loss on the validation data, with the schedules at
               their values at the end of the epoch. The column exists only if there are schedules;
             - ``learning_rate``: of the optimizer's first group, NaN if it has no ``"lr"``;
