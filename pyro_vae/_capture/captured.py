@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_vae._capture.comparing import disagreement
 from pyro_vae._capture.cuda import CudaGraph
+from pyro_vae._capture.dynamo import compiled_functions_run_eagerly
 from pyro_vae._capture.guards import change, state_of, tensors_that_may_change
 from pyro_vae._capture.inductor import compile_graph
 from pyro_vae._capture.policy import (
@@ -202,20 +203,20 @@ class Captured:
         return self._run_stage(inputs)
 
     def _count(self, inputs: Sequence[Tensor]) -> Outputs:
+        counter = WorkCounter()
         with (
             preserve_rng_state(inputs) as rewind,
             preserve_tensors(tensors_that_may_change(self._watch)) as restore,
         ):
             try:
-                with WorkCounter() as counter:
+                with compiled_functions_run_eagerly(), counter:
                     outputs = self._function(*inputs)
-            except Exception as error:
+            except Exception:
+                # Some operations fail while others are counted, such as the gradient of torch.cond.
                 rewind()
                 restore()
                 outputs = self._function(*inputs)  # raises an error of the function itself again
-                self._give_up(f"it cannot be traced: {_cause(error)}")
-            else:
-                self._seconds = counter.seconds(inputs[0].device)
+        self._seconds = counter.seconds(inputs[0].device)
         return outputs
 
     def _catch_up(self, inputs: Sequence[Tensor]) -> Outputs:

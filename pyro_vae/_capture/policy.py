@@ -45,6 +45,8 @@ class WorkCounter(TorchDispatchMode):
         products: number of multiplications in matrix products and convolutions.
     """
 
+    supports_higher_order_operators = True  # such as torch.cond; each counts as one operation
+
     def __init__(self):
         super().__init__()
         self.operations = self.values = self.products = 0
@@ -60,16 +62,21 @@ class WorkCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         results = operation(*args, **(kwargs or {}))
-        if not operation.is_view and operation is not aten._unsafe_view.default:
+        if not _is_view(operation):
             self.operations += 1
             tensors = [each for each in tree_leaves(results) if isinstance(each, Tensor)]
             self.values += sum(tensor.numel() for tensor in tensors)
-            self.products += _products(operation.overloadpacket, args, results)
+            self.products += _products(operation, args, results)
         return results
+
+
+def _is_view(operation: Any) -> bool:
+    return getattr(operation, "is_view", False) or operation is aten._unsafe_view.default
 
 
 def _products(operation: Any, args: tuple, results: Any) -> int:
     """Return the number of multiplications of a matrix product or convolution, else 0."""
+    operation = getattr(operation, "overloadpacket", operation)
     if operation in _FIRST_FACTORS:
         return results.numel() * args[_FIRST_FACTORS[operation]].shape[-1]
     if operation is aten.convolution:

@@ -551,7 +551,9 @@ def test_an_error_of_the_function_is_raised_while_operations_are_counted():
         captured(torch.ones(3))
 
 
-def test_functions_whose_operations_cannot_be_counted_run_eagerly():
+@pytest.mark.parametrize("calls", [10, 10**9])
+def test_functions_whose_operations_cannot_be_recorded_run_eagerly(calls):
+    """Only a long run has a warning, because only its calls would have been captured."""
     state = torch.zeros(3)
 
     def function(x):
@@ -562,12 +564,76 @@ def test_functions_whose_operations_cannot_be_counted_run_eagerly():
         return [x + noise + state]
 
     captured = Captured(function, watch={"state": state}, name="a function", capture="auto")
-    captured.calls_left = 10**9
+    captured.calls_left = calls
     torch.manual_seed(3)
-    captured(torch.ones(3))
-    with pytest.warns(UserWarning, match="a function is not captured .*not with a mode"):
-        (found,) = captured(torch.ones(3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [captured(torch.ones(3))[0] for _ in range(4)]
     torch.manual_seed(3)
-    noise = [torch.rand(3) for _ in range(2)]
-    assert torch.equal(found, torch.ones(3) + noise[1] + 2)
-    assert captured.execution.startswith("eager: it cannot be traced")
+    for number, result in enumerate(found, 1):
+        assert torch.equal(result, torch.ones(3) + torch.rand(3) + number)
+    assert len(caught) == (calls == 10**9)
+    reason = "it cannot be traced: NotImplementedError" if caught else "a capture saves no time"
+    assert captured.execution.startswith(f"eager: {reason}")
+
+
+needs_stance = pytest.mark.skipif(
+    not hasattr(torch.compiler, "set_stance"), reason="needs torch.compiler.set_stance"
+)
+
+
+@needs_stance
+@pytest.mark.parametrize("capture", ["auto", True])
+def test_compiled_networks_stay_compiled(capture, binary):
+    """If torch met them under a dispatch mode, it would run their Python code forever after."""
+    torch._dynamo.reset()  # other tests may have reached its limit of compilations
+    runs = []
+
+    def backend(graph, inputs):
+        return lambda *args: runs.append(1) or graph(*args)
+
+    net = torch.compile(pv.nets.MLP(2, [8], 16), backend=backend)
+
+    def decoder(z):
+        return net(z)
+
+    model = pv.LatentVariableModel(pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(decoder))
+    guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(16, [8]))
+    options = {"epochs": 3, "batch_size": 10, "capture": capture, "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = pv.fit(model, guide, binary, **options)
+    assert fit.execution.startswith("eager")
+    runs.clear()
+    with torch.no_grad():
+        net(torch.randn(10, 2))
+    assert runs
+
+
+class Branches(nn.Module):
+    """A decoder with an operation that runs one of two functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = pv.nets.MLP(2, [8], 16)
+
+    def forward(self, z):
+        logits = self.net(z)
+        return torch.cond(logits.sum() > 0, lambda y: 2 * y, lambda y: y / 2, (logits,))
+
+
+@needs_stance
+@pytest.mark.parametrize("capture", ["auto", True])
+def test_programs_with_branches_run_as_before(capture, binary):
+    losses = []
+    for how in (False, capture):
+        torch.manual_seed(3)
+        model = pv.LatentVariableModel(
+            pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(Branches())
+        )
+        guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(16, [8]))
+        options = {"epochs": 2, "batch_size": 10, "seed": 0, "progress": False, "capture": how}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if how == "auto" else "ignore")
+            losses.append(pv.fit(model, guide, binary, **options).history.loss.to_numpy())
+    assert losses[1] == pytest.approx(losses[0])
