@@ -8,8 +8,11 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 # Every example, with arguments that shorten it. A test fails if one is missing.
 ARGUMENTS = {
     "benchmarks/checkpoints.py": ["kill", "--runs", "1", "--epochs", "2"],
+    "benchmarks/coverage.py": ["--repeats", "2", "--seeds", "2", "--steps", "6"],
     "benchmarks/evidence.py": ["--data", "100", "--particles", "20", "--rounds", "1"],
     "benchmarks/import_time.py": ["--rounds", "1"],
+    "benchmarks/objectives.py": ["--seeds", "2", "--epochs", "2", "--workers", "1"],
+    "benchmarks/seeds.py": ["--seeds", "2", "--epochs", "2", "--rounds", "2"],
     "benchmarks/step.py": [
         *("--peers", "captured", "hand", "--networks", "784-200-200-50/20"),
         *("--objectives", "iaf", "--rounds", "1", "--steps", "5"),
@@ -75,6 +78,8 @@ def test_example(name, tmp_path):
     }
     shown |= {
         "benchmarks/checkpoints.py": "1 of 1 bit-identical",
+        "benchmarks/coverage.py": "the set of the best holds",
+        "benchmarks/objectives.py": "95% interval",
         "benchmarks/scaling.py": "growth",
     }
     word = shown.get(name) or shown.get(name.split("/")[0], "log p(x)")

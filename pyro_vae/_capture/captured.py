@@ -12,13 +12,14 @@ from torch import Tensor
 
 from pyro_vae._capture.comparing import disagreement
 from pyro_vae._capture.cuda import CudaGraph
+from pyro_vae._capture.dynamo import compiled_functions_run_eagerly
 from pyro_vae._capture.guards import change, state_of, tensors_that_may_change
 from pyro_vae._capture.inductor import compile_graph
 from pyro_vae._capture.policy import (
     SECONDS_THAT_REPAY_COMPILING,
     SECONDS_THAT_REPAY_TRACING,
     Capture,
-    Pace,
+    WorkCounter,
     check_capture,
 )
 from pyro_vae._capture.signatures import Signature, from_config, signature_of, to_config
@@ -39,7 +40,7 @@ _DISAGREEMENTS_THAT_ARE_NO_ACCIDENT = 3
 class Stage(Enum):
     """The work of the next call. Its value is its name in a checkpoint."""
 
-    WAIT = "wait"  # measure the time of calls
+    WAIT = "wait"  # count the operations of a call
     TRACE = "trace"
     TRACE_AGAIN = "trace again"
     CHECK = "check"  # run the function and its graph
@@ -67,8 +68,9 @@ class Captured:
         function: function of tensors that returns tensors or None, without gradients.
         watch: the objects that its code can reach, by name.
         name: name of the function in warnings.
-        capture: True captures and compiles at once. False never captures. ``"auto"`` times the
-            first calls, and captures or also compiles if this saves time in :attr:`calls_left`.
+        capture: True captures and compiles at once. False never captures. ``"auto"`` captures, or
+            also compiles, if this saves time in :attr:`calls_left`. It estimates the time of a call
+            from its operations and the sizes of their results. So equal runs decide equally.
 
     Attributes:
         calls_left: number of calls to come, or None if unknown.
@@ -97,7 +99,7 @@ class Captured:
         self._name = name
         self._seen: set[Signature] = set()
         self._signature: Signature | None = None  # of the calls that are captured
-        self._pace = Pace()
+        self._seconds: float | None = None  # estimated time of an eager call
         self._stage = {True: Stage.TRACE, False: Stage.EAGER, "auto": Stage.WAIT}[capture]
         self._first: Trace | None = None
         self._sources: list[Tensor] = []  # the tensors that the graph uses
@@ -132,6 +134,7 @@ class Captured:
             "stage": self._stage.value,
             "seen": [to_config(signature) for signature in self._seen],
             "signature": None if self._signature is None else to_config(self._signature),
+            "seconds": self._seconds,
             "compiles": self.compiles,
             "disagreements": self._disagreements,
             "execution": self.execution,
@@ -153,7 +156,8 @@ class Captured:
             self._signature = from_config(state["signature"])
         self.compiles = state["compiles"]
         self._stage = Stage(state["stage"])
-        if self._stage is Stage.EAGER:
+        self._seconds = state.get("seconds")  # older checkpoints do not have it
+        if self._stage in (Stage.EAGER, Stage.WAIT):
             self.execution = state["execution"]
         elif self._stage in (Stage.TRACE_AGAIN, Stage.CHECK, Stage.REPLAY):
             self._stage, self._ahead = Stage.CATCH_UP, dict(state)
@@ -186,17 +190,34 @@ class Captured:
         return self._function(*inputs)
 
     def _wait(self, inputs: Sequence[Tensor]) -> Outputs:
-        seconds_a_call = self._pace.tick()
-        if seconds_a_call is None or self.calls_left is None:
+        if self._seconds is None:
+            return self._count(inputs)
+        if self.calls_left is None:
             return self._function(*inputs)
-        seconds = seconds_a_call * self.calls_left
+        seconds = self._seconds * self.calls_left
+        if seconds < SECONDS_THAT_REPAY_TRACING:
+            self.execution = "eager: a capture saves no time in so few calls"
+            return self._function(*inputs)
         self.compiles = seconds >= SECONDS_THAT_REPAY_COMPILING
-        if seconds >= SECONDS_THAT_REPAY_TRACING:
-            self._stage = Stage.TRACE
-        else:
-            self._stage = Stage.EAGER
-            self.execution = f"eager: a capture saves no time for {seconds:.1f} s of calls"
+        self._stage = Stage.TRACE
         return self._run_stage(inputs)
+
+    def _count(self, inputs: Sequence[Tensor]) -> Outputs:
+        counter = WorkCounter()
+        with (
+            preserve_rng_state(inputs) as rewind,
+            preserve_tensors(tensors_that_may_change(self._watch)) as restore,
+        ):
+            try:
+                with compiled_functions_run_eagerly(), counter:
+                    outputs = self._function(*inputs)
+            except Exception:
+                # Some operations fail while others are counted, such as the gradient of torch.cond.
+                rewind()
+                restore()
+                outputs = self._function(*inputs)  # raises an error of the function itself again
+        self._seconds = counter.seconds(inputs[0].device)
+        return outputs
 
     def _catch_up(self, inputs: Sequence[Tensor]) -> Outputs:
         target, self._stage = Stage(self._ahead["stage"]), Stage.TRACE

@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pyro_vae._capture.dynamo import compiled_functions_run_eagerly
+
 Outputs: TypeAlias = Sequence[Tensor | None]
 aten = torch.ops.aten
 
@@ -111,7 +113,8 @@ def trace(function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> Trace:
         return results
 
     try:
-        graph = make_fx(run)(*inputs)
+        with compiled_functions_run_eagerly():
+            graph = make_fx(run)(*inputs)
     except Exception:
         if not (reasons and outputs):  # with both, only its graph is invalid
             raise

@@ -27,6 +27,7 @@ from pyro_vae.objectives._schedules import LAST_STEP, Constant, Schedule, schedu
 
 # Not an attribute of the objective, because a captured step watches the attributes.
 _counting: ContextVar[bool] = ContextVar("counting", default=True)
+_found: ContextVar[list[Terms] | None] = ContextVar("found", default=None)
 
 
 class Objective(pyro.infer.ELBO):
@@ -122,6 +123,8 @@ class Objective(pyro.infer.ELBO):
             if t.enumerates:
                 layout = layout | {"plate_nesting": t.plate_nesting, "enumerates": True}
                 self._layouts_of(model, guide).keep(layout)
+            if (found := _found.get()) is not None:
+                found.append(t)
             if not self.takes_baselines:
                 t.require_no_baselines(type(self).__name__)
             shared = self.shared(t)
@@ -256,6 +259,17 @@ class Objective(pyro.infer.ELBO):
         if self._layouts is None or self._layouts.pair != (model, guide):
             self._layouts = _Layouts(model, guide)
         return self._layouts
+
+
+@contextlib.contextmanager
+def terms_of_losses() -> Iterator[list[Terms]]:
+    """Collect in a list the terms of each loss that an objective computes inside the block."""
+    found: list[Terms] = []
+    token = _found.set(found)
+    try:
+        yield found
+    finally:
+        _found.reset(token)
 
 
 class _Layouts:

@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_vae.report._comparison import Comparison
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")
+_TRAINING = "objective on training data"
 
 
 def learning_curves(comparison: Comparison) -> Figure | None:
-    """Plot the validation or training loss of each epoch; None if no pair has a fit."""
-    fits = [
-        (number, entry.name if run is entry.runs[0] else None, run.fit)
-        for number, entry in enumerate(comparison.entries)
-        for run in entry.runs
-        if run.fit is not None
-    ]
+    """Plot the ELBO of the validation data after each epoch; None if no pair has a fit.
+
+    A fit without it shows minus its training loss, the bound of its own objective.
+    """
+    fits = []
+    for number, entry in enumerate(comparison.entries):
+        found = [run.fit for run in entry.runs if run.fit is not None and len(run.fit.history)]
+        names = [entry.name] + [None] * len(found)  # one entry of the legend for each method
+        fits += [(number, name, fit) for name, fit in zip(names, found, strict=False)]
     if not fits:
         return None
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
-    floor = np.inf
+    lowest, highest, have_elbo = np.inf, -np.inf, False
     for i, name, fit in fits:
-        held_out = fit.history["validation_loss"].notna().any()
-        losses = fit.history["validation_loss" if held_out else "loss"]
+        curve, is_elbo = _learning_curve(fit.history)
+        have_elbo |= is_elbo
         axes.plot(
-            losses.index,
-            losses,
+            curve.index,
+            curve,
             color=COLOURS[i % len(COLOURS)],
             linestyle=("-", "--", ":")[i // len(COLOURS) % 3],
             linewidth=1.2,
-            label=name if held_out or name is None else f"{name} (training)",
+            label=name if is_elbo or name is None else f"{name} ({_TRAINING})",
         )
-        floor = min(floor, losses.min())
-    # The first epochs would dominate the axis. Show only the later part of the descent.
-    late = [fit.history["loss"].iloc[len(fit.history) // 10] for _, _, fit in fits]
-    if max(late) > floor:
-        axes.set_ylim(floor - 0.05 * (max(late) - floor), max(late))
-    axes.set(xlabel="epoch", ylabel="loss of each objective, nats per data point")
+        # The first epochs would dominate the axis. Show only the later part of the ascent.
+        late = curve[len(curve) // 10 :]
+        late = late[np.isfinite(late)]
+        lowest, highest = min(lowest, late.min()), max(highest, late.max())
+    if lowest < highest < np.inf:
+        margin = 0.05 * (highest - lowest)
+        axes.set_ylim(lowest - margin, highest + margin)
+    what = "ELBO of the validation data" if have_elbo else f"bound ({_TRAINING})"
+    axes.set(xlabel="epoch", ylabel=f"{what}, nats per data point")
     axes.legend(frameon=False)
     return figure
+
+
+def _learning_curve(history: pd.DataFrame) -> tuple[pd.Series, bool]:
+    """Return a curve that rises, and whether it is the ELBO of the validation data."""
+    if "validation_elbo" in history and np.isfinite(history["validation_elbo"]).any():
+        return history["validation_elbo"], True
+    return -history["loss"], False
 
 
 def differences(comparison: Comparison) -> Figure:

@@ -74,6 +74,11 @@ class Fit:
             - ``validation_loss``: the loss on the validation data, NaN without validation. Each
               schedule of the objective has its last value, or its largest if it repeats. So the
               bound is the same in all epochs;
+            - ``validation_elbo``: the ELBO of the validation data in nats per data point, whatever
+              the objective. So fits with different objectives can be compared. It is computed from
+              the samples of ``validation_loss``, with closed forms of the KL where they are known,
+              and without losses in the guide. It is NaN without validation, and if the guide gives
+              a latent one point (a Delta);
             - ``validation_loss_scheduled``: the loss on the validation data, with the schedules at
               their values at the end of the epoch. The column exists only if there are schedules;
             - ``learning_rate``: of the optimizer's first group, NaN if it has no ``"lr"``;
@@ -181,15 +186,16 @@ def fit(
             further settings. A folder is ``Checkpoint(folder)``. To resume a run, pass
             ``Checkpoint(folder, resume=True)``, a new pair and the same arguments. ``epochs`` may
             be larger than before. On the same device, the parameters of a resumed run equal those
-            of an uninterrupted run bit for bit. The number of threads must be the same, and
-            ``capture`` must be True or False, because ``"auto"`` decides by the measured time of
-            steps.
+            of an uninterrupted run bit for bit. The number of threads must be the same. With
+            ``capture="auto"``, the number of epochs must be the same too, because it decides
+            whether steps are compiled.
         transform: function that is applied to each minibatch x on the device. Use
             ``torch.bernoulli`` for dynamic binarization. Validation data are not transformed.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         capture: run the programs through Python a few times, then replay the operations of a step
             as compiled code; see docs/performance.md. ``"auto"`` captures and compiles if the run
-            is long enough. Steps of a pair that cannot be captured run eagerly, with a warning
+            is long enough. It decides by the operations of a step and the number of steps, so equal
+            runs decide equally. Steps of a pair that cannot be captured run eagerly, with a warning
             that names the cause. The results are equal up to rounding.
         device: ``"auto"`` is CUDA if available, else the CPU. The pair stays on the device.
         seed: seed of the order of the data, of the noise, and of the initial values that the guide

@@ -52,7 +52,15 @@ AfterEpoch = Callable[[int], Mapping[str, float] | None]
 STEPS_OF_A_CHUNK = 200
 STEPS_OF_A_STREAMED_CHUNK = 20
 STEPS_BETWEEN_QUESTIONS = 10  # between two exchanges of the processes
-COLUMNS = ["epoch", "loss", "validation_loss", "learning_rate", "skipped", "seconds"]
+COLUMNS = [
+    "epoch",
+    "loss",
+    "validation_loss",
+    "validation_elbo",
+    "learning_rate",
+    "skipped",
+    "seconds",
+]
 SCHEDULED = "validation_loss_scheduled"
 
 
@@ -156,6 +164,8 @@ class TrainingLoop:
         self.train_step.load_state_dict(checkpoint["trainer"])
         self._description.load_state_dict(checkpoint["pair"])
         history = dict_to_dataframe(checkpoint["history"]).to_dict("records")
+        missing = dict.fromkeys(COLUMNS, math.nan)  # from a checkpoint of an older version
+        history = [missing | row for row in history]
         self.position = LoopState(**checkpoint["position"] | {"history": history})
         self.order = {"order": checkpoint["order"]}
         self._best = checkpoint["best"]
@@ -214,14 +224,22 @@ class TrainingLoop:
         with values_checked(validated):
             self._pass(validated)
         began = time.perf_counter()
-        validation_loss = self._validation_loss()
+        validation_loss, validation_elbo = self._validation_loss_and_elbo()
         scheduled = self._scheduled_validation_loss()
         position = self.position
         loss = position.total / position.rows if position.rows else math.nan
         self.train_step.end_epoch(loss if self.validation is None else validation_loss)
         seconds = position.seconds + time.perf_counter() - began
-        values = [position.epoch, loss, validation_loss, learning_rate, position.skipped, seconds]
-        row = dict(zip(COLUMNS, values, strict=True)) | scheduled
+        row = {
+            "epoch": position.epoch,
+            "loss": loss,
+            "validation_loss": validation_loss,
+            "validation_elbo": validation_elbo,
+            "learning_rate": learning_rate,
+            "skipped": position.skipped,
+            "seconds": seconds,
+            **scheduled,
+        }
         position.history.append(row | self._after_epoch())
         shown = f"loss {loss:.2f}"
         if self.validation is not None:
@@ -244,11 +262,13 @@ class TrainingLoop:
         position.total = position.seconds = 0.0
         self._last_good = self.snapshot()
 
-    def _validation_loss(self) -> float:
+    def _validation_loss_and_elbo(self) -> tuple[float, float]:
         if self.validation is None:
-            return math.nan
+            return math.nan, math.nan
         position = self.position
-        return self.validation.loss(position.epoch, position.validation_seed, self.interrupted)
+        return self.validation.loss_and_elbo(
+            position.epoch, position.validation_seed, self.interrupted
+        )
 
     def _scheduled_validation_loss(self) -> dict[str, float]:
         """Return the validation loss at the current values of the schedules, if there are any."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pyro.infer
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 
 from pyro_vae._programs.pair_trace import PairTrace, Program
+from pyro_vae._programs.terms import Terms, terms
+from pyro_vae._programs.trial_runs import trial_run
 from pyro_vae.objectives import Objective
+from pyro_vae.objectives._base import terms_of_losses
 
 # Replacements for Pyro's objectives without a differentiable loss.
 _INSTEAD = {
@@ -94,3 +98,32 @@ def loss_value(
     if isinstance(objective, Objective):
         return objective.differentiable_loss(model, guide, *args)
     return objective.loss(model, guide, *args)
+
+
+@torch.no_grad()
+def loss_and_elbo(
+    objective: pyro.infer.ELBO, model: Program, guide: Program, *args: Any
+) -> tuple[Tensor | float, Tensor | float]:
+    """Return the loss of a minibatch, and its ELBO per data point.
+
+    An objective of the library computes terms, whose log-densities give the ELBO too. For other
+    objectives the pair runs once more, without an effect on random numbers and modules. The ELBO is
+    NaN if the guide gives a latent one point, or if the terms cannot be computed.
+    """
+    with terms_of_losses() as found:
+        loss = loss_value(objective, model, guide, *args)
+    try:
+        if len(found) == 1:
+            return loss, _elbo(found[0])
+        with trial_run(model, guide):
+            return loss, _elbo(terms(model, guide, *args))
+    except ValueError:
+        return loss, math.nan
+
+
+def _elbo(t: Terms) -> Tensor | float:
+    if t.points:
+        return math.nan
+    local = (t.log_likelihood - t.kl).mean(0)
+    shared = (t.log_likelihood_global - t.kl_global).mean()
+    return local.mean() + shared / (t.scale * len(local))

@@ -17,7 +17,7 @@ from pyro_vae._programs.parameters import evaluation_mode
 from pyro_vae._utils.distributed import num_processes, rank, sum_over_processes
 from pyro_vae.datasets._minibatches import Batch, Minibatches
 from pyro_vae.training._gradients import all_finite, clipped, gradients_of, hides_gradients
-from pyro_vae.training._losses import differentiable_loss, loss_value
+from pyro_vae.training._losses import differentiable_loss, loss_and_elbo, loss_value
 from pyro_vae.training._minibatch_sizes import repeated, smaller_minibatch
 from pyro_vae.training._sharing import SharedGradient, local_rows
 from pyro_vae.training._train_state import TrainState
@@ -112,8 +112,8 @@ class TrainStep:
         batches: Minibatches,
         interrupted: Callable[[], bool],
         objective: pyro.infer.ELBO | None = None,
-    ) -> float:
-        """Return the loss per data point, averaged over the data.
+    ) -> tuple[float, float]:
+        """Return the loss and the ELBO per data point, averaged over the data.
 
         Args:
             batches: The data.
@@ -124,7 +124,7 @@ class TrainStep:
             KeyboardInterrupt: The evaluation was interrupted.
             ValueError: The pair cannot run on the data, in this process or in another one.
         """
-        sums = torch.zeros(2, dtype=torch.float64, device=batches.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=batches.device)  # loss, ELBO, rows
         refused, size, most = None, 0, 0
         try:
             with evaluation_mode(*self._pair):
@@ -132,8 +132,8 @@ class TrainStep:
                     mine = batch if batches.is_sharded else local_rows(batch)
                     most = max(most, size)
                     if size := len(mine[0]):
-                        loss = self._value(mine, objective)
-                        sums += torch.stack([loss * size, torch.full_like(sums[0], size)])
+                        values = self._loss_and_elbo(mine, objective)
+                        sums += size * torch.stack([*values, torch.ones_like(sums[0])])
                     if interrupted():
                         raise KeyboardInterrupt
         except ValueError as error:
@@ -146,8 +146,8 @@ class TrainStep:
             raise refused
         if refusals.item():
             raise ValueError("another process failed on its validation data. See its error")
-        total, count = sums.tolist()
-        return total / count
+        loss, elbo, count = sums.tolist()
+        return loss / count, elbo / count
 
     def gradient(self, *selection: Tensor) -> list[Tensor | None]:
         """Return the loss per data point and the gradients of a minibatch, without a step."""
@@ -273,8 +273,15 @@ class TrainStep:
     def _value(self, batch: Batch, objective: pyro.infer.ELBO | None = None) -> Tensor:
         with DataScale(*self._pair) as data:
             loss = loss_value(objective or self._objective, *self._pair, *batch)
-        loss = torch.as_tensor(loss, dtype=torch.float64, device=batch[0].device)
-        return loss / (data.scale * batch[0].shape[0])
+        return _float64(loss, batch) / (data.scale * batch[0].shape[0])
+
+    def _loss_and_elbo(
+        self, batch: Batch, objective: pyro.infer.ELBO | None = None
+    ) -> tuple[Tensor, Tensor]:
+        with DataScale(*self._pair) as data:
+            loss, elbo = loss_and_elbo(objective or self._objective, *self._pair, *batch)
+        loss = _float64(loss, batch) / (data.scale * batch[0].shape[0])
+        return loss, _float64(elbo, batch)
 
     def _new_capture(self) -> Captured:
         model, guide = self._pair
@@ -286,6 +293,10 @@ class TrainStep:
             name="the step of this fit",
             capture=self._capture,
         )
+
+
+def _float64(value: Tensor | float, batch: Batch) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64, device=batch[0].device)
 
 
 def _held_in_turns(

@@ -1,4 +1,4 @@
-"""The validation loss after each epoch."""
+"""The validation loss and the ELBO after each epoch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Validation:
     """Compute validation losses that can be compared between epochs.
 
     The noise is the same each time. The bound is also the same in the whole run. It is the
-    objective with each of its schedules at its last value.
+    objective with each of its schedules at its last value. The ELBO of the same runs can also be
+    compared between objectives.
 
     Args:
         train_step: Runs the pair.
@@ -40,8 +41,10 @@ class Validation:
         self.has_schedules = isinstance(objective, Objective) and objective.has_schedules
         self._at_last_values()
 
-    def loss(self, epoch: int, seed: int, interrupted: Callable[[], bool]) -> float:
-        """Return the loss per data point, with each schedule at its last value.
+    def loss_and_elbo(
+        self, epoch: int, seed: int, interrupted: Callable[[], bool]
+    ) -> tuple[float, float]:
+        """Return the loss and the ELBO per data point, with each schedule at its last value.
 
         Args:
             epoch: The finished epoch, from 1.
@@ -54,14 +57,16 @@ class Validation:
             ValueError: The pair cannot run on the data.
             KeyboardInterrupt: The validation was interrupted.
         """
-        refused = None
+        refused, elbo = None, math.nan
         with values_checked(self._needs_validation and epoch == 1), self._noise(seed):
             try:
-                loss = self._train_step.evaluate(self._data, interrupted, self._at_last_values())
+                loss, elbo = self._train_step.evaluate(
+                    self._data, interrupted, self._at_last_values()
+                )
             except ValueError as error:  # perhaps from Pyro's validation of a NaN
                 loss, refused = math.nan, error
         if math.isfinite(loss):
-            return loss
+            return loss, elbo
         with self._noise(seed):
             site, row_offset = self._first_site()
         if refused is not None and not site.has_nonfinite_numbers:
@@ -86,7 +91,7 @@ class Validation:
             interrupted: Returns whether to stop.
         """
         with values_checked(False), self._noise(seed):
-            return self._train_step.evaluate(self._data, interrupted)
+            return self._train_step.evaluate(self._data, interrupted)[0]
 
     def _at_last_values(self) -> pyro.infer.ELBO:
         objective = self._objective

@@ -1,6 +1,7 @@
 """Captured and eager steps give the same parameters, for every program."""
 
 import functools
+import time
 import warnings
 
 import pyro
@@ -12,8 +13,12 @@ from conftest import make_pair
 from guide_table import DENSITIES
 from pyro.distributions import constraints
 from torch import nn
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
+from torch.utils.flop_counter import FlopCounterMode
 
 import pyro_vae as pv
+from pyro_vae._capture import Captured
+from pyro_vae._capture.policy import WorkCounter
 
 
 class Transformed(pyro.nn.PyroModule):
@@ -421,3 +426,214 @@ def test_long_runs_are_captured_by_default(binary, monkeypatch):
     monkeypatch.setattr("pyro_vae._capture.captured.SECONDS_THAT_REPAY_TRACING", 1e-6)
     fit = pv.fit(*make_pair(), binary, epochs=5, batch_size=10, progress=False)
     assert fit.execution == "captured, not compiled"
+
+
+class Slow(nn.Module):
+    """A decoder that sleeps in each call, as on a busy machine."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.net, self.seconds = pv.nets.MLP(2, [8], 16), seconds
+
+    def forward(self, z):
+        time.sleep(self.seconds)
+        return self.net(z)
+
+
+def test_slow_steps_do_not_change_the_numbers(binary, monkeypatch):
+    """The default decides by the operations of a step, not by its time."""
+    monkeypatch.setattr("pyro_vae._capture.captured.SECONDS_THAT_REPAY_TRACING", 0.7)
+    fits, params = [], []
+    for seconds in (0.0, 0.02):
+        torch.manual_seed(7)
+        model = pv.LatentVariableModel(
+            pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(Slow(seconds))
+        )
+        guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(16, [8]))
+        options = {"epochs": 12, "batch_size": 10, "seed": 3, "progress": False}
+        fits.append(pv.fit(model, guide, binary, **options))
+        params.append([p.detach() for m in (model, guide) for p in m.parameters()])
+    assert fits[0].execution == fits[1].execution
+    assert fits[0].history.loss.equals(fits[1].history.loss)
+    for one, other in zip(*params, strict=True):
+        assert torch.equal(one, other)
+
+
+class Batched(nn.Module):
+    """Products of batches of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(12, 8, 5)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        x = x.flatten(0, 1)
+        return torch.baddbmm(self.bias, x, self.weight) @ (self.weight.mT @ x)
+
+
+def step_of(network, x):
+    def step():
+        network(x).square().sum().backward()
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(128, 7), nn.Tanh(), nn.Linear(7, 3)),
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3, stride=2), nn.ReLU(), nn.Conv2d(3, 4, 2)),
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ConvTranspose2d(4, 2, 3, 2)),
+        lambda: Batched(),
+    ],
+    ids=["linear", "convolution", "transposed", "batched"],
+)
+def test_products_are_those_of_torch(network):
+    network = network()
+    x = torch.randn(6, 2, 8, 8)
+    run = step_of(network, x)
+    with FlopCounterMode(display=False) as expected:
+        run()
+    with WorkCounter() as counter:
+        run()
+    assert counter.products == expected.get_total_flops() / 2
+    assert counter.products > 0
+
+
+def test_views_are_no_work():
+    x = torch.randn(3, 4)
+    with WorkCounter() as counter:
+        x.T.reshape(2, 6).unsqueeze(0).expand(5, 2, 6)
+    copies = 1  # a transposed tensor is copied for another shape
+    assert (counter.operations, counter.values) == (copies, 12)
+    with WorkCounter() as counter:
+        x + 1
+    assert (counter.operations, counter.values, counter.products) == (1, 12, 0)
+    assert counter.seconds(torch.device("cpu")) > 0
+
+
+MEASURED = [  # milliseconds of eager steps in docs/performance.md
+    ([200, 200], 50, 20, pv.objectives.ELBO(), 2.65),
+    ([200, 200], 50, 100, pv.objectives.ELBO(), 4.45),
+    ([400], 20, 256, pv.objectives.ELBO(), 7.50),
+    ([200, 200], 50, 20, pv.objectives.IWAE(num_particles=50), 14.2),
+    ([200, 200], 50, 100, pv.objectives.IWAE(num_particles=50), 69.9),
+    ([400], 20, 128, pv.objectives.IWAE(num_particles=50), 106.0),
+]
+
+
+@pytest.mark.parametrize(("hidden", "latent", "rows", "objective", "milliseconds"), MEASURED)
+def test_estimates_of_time_agree_with_measured_steps(hidden, latent, rows, objective, milliseconds):
+    model = pv.LatentVariableModel(
+        pv.priors.StandardNormal(latent),
+        pv.likelihoods.Bernoulli(pv.nets.MLP(latent, hidden, 784)),
+    )
+    guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(784, hidden))
+    x = torch.bernoulli(torch.full((rows, 784), 0.3))
+    objective.loss(model, guide, x)
+    with WorkCounter() as counter:
+        loss = objective.differentiable_loss(model, guide, x)
+        torch.autograd.grad(loss, [*model.parameters(), *guide.parameters()])
+    assert counter.seconds(x.device) == pytest.approx(milliseconds / 1e3, rel=0.2)
+
+
+def test_an_error_of_the_function_is_raised_while_operations_are_counted():
+    calls = iter(range(9))
+
+    def function(x):
+        if next(calls) > 0:
+            raise ArithmeticError("it failed")
+        return [x + torch.rand(3)]
+
+    captured = Captured(function, watch={}, name="a function", capture="auto")
+    captured(torch.ones(3))
+    with pytest.raises(ArithmeticError, match="it failed"):
+        captured(torch.ones(3))
+
+
+@pytest.mark.parametrize("calls", [10, 10**9])
+def test_functions_whose_operations_cannot_be_recorded_run_eagerly(calls):
+    """Only a long run has a warning, because only its calls would have been captured."""
+    state = torch.zeros(3)
+
+    def function(x):
+        state.add_(1)
+        noise = torch.rand(3)
+        if _len_torch_dispatch_stack():
+            raise NotImplementedError("not with a mode")
+        return [x + noise + state]
+
+    captured = Captured(function, watch={"state": state}, name="a function", capture="auto")
+    captured.calls_left = calls
+    torch.manual_seed(3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [captured(torch.ones(3))[0] for _ in range(4)]
+    torch.manual_seed(3)
+    for number, result in enumerate(found, 1):
+        assert torch.equal(result, torch.ones(3) + torch.rand(3) + number)
+    assert len(caught) == (calls == 10**9)
+    reason = "it cannot be traced: NotImplementedError" if caught else "a capture saves no time"
+    assert captured.execution.startswith(f"eager: {reason}")
+
+
+needs_stance = pytest.mark.skipif(
+    not hasattr(torch.compiler, "set_stance"), reason="needs torch.compiler.set_stance"
+)
+
+
+@needs_stance
+@pytest.mark.parametrize("capture", ["auto", True])
+def test_compiled_networks_stay_compiled(capture, binary):
+    """If torch met them under a dispatch mode, it would run their Python code forever after."""
+    torch._dynamo.reset()  # other tests may have reached its limit of compilations
+    runs = []
+
+    def backend(graph, inputs):
+        return lambda *args: runs.append(1) or graph(*args)
+
+    net = torch.compile(pv.nets.MLP(2, [8], 16), backend=backend)
+
+    def decoder(z):
+        return net(z)
+
+    model = pv.LatentVariableModel(pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(decoder))
+    guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(16, [8]))
+    options = {"epochs": 3, "batch_size": 10, "capture": capture, "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = pv.fit(model, guide, binary, **options)
+    assert fit.execution.startswith("eager")
+    runs.clear()
+    with torch.no_grad():
+        net(torch.randn(10, 2))
+    assert runs
+
+
+class Branches(nn.Module):
+    """A decoder with an operation that runs one of two functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = pv.nets.MLP(2, [8], 16)
+
+    def forward(self, z):
+        logits = self.net(z)
+        return torch.cond(logits.sum() > 0, lambda y: 2 * y, lambda y: y / 2, (logits,))
+
+
+@needs_stance
+@pytest.mark.parametrize("capture", ["auto", True])
+def test_programs_with_branches_run_as_before(capture, binary):
+    losses = []
+    for how in (False, capture):
+        torch.manual_seed(3)
+        model = pv.LatentVariableModel(
+            pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(Branches())
+        )
+        guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(16, [8]))
+        options = {"epochs": 2, "batch_size": 10, "seed": 0, "progress": False, "capture": how}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if how == "auto" else "ignore")
+            losses.append(pv.fit(model, guide, binary, **options).history.loss.to_numpy())
+    assert losses[1] == pytest.approx(losses[0])

@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import html.parser
 import math
 import re
@@ -13,6 +14,7 @@ from conftest import make_pair
 
 import pyro_vae as pv
 from pyro_vae._programs.pair_state import changed, digests
+from pyro_vae.report._plots import learning_curves
 
 
 @pytest.fixture(scope="module")
@@ -450,3 +452,48 @@ def test_the_same_pair_twice_in_a_method_is_refused(binary):
         pv.compare({"a": []}, binary)
     with pytest.raises(ValueError, match="pair 'a' must be"):
         pv.compare({"a": 3}, binary)
+
+
+def test_learning_curves_are_elbos_of_the_validation_data(binary):
+    held_out = {"validation": binary[:20]}
+    torch.manual_seed(3)
+    fits = {
+        "elbo": [pv.fit(*make_pair(), binary, **options(seed=s, **held_out)) for s in (0, 1)],
+        "iwae": pv.fit(
+            *make_pair(), binary, objective=pv.objectives.IWAE(5), **options(**held_out)
+        ),
+        "alone": pv.fit(*make_pair(), binary, **options()),
+    }
+    comparison = pv.compare(fits, binary, num_particles=3)
+    (axes,) = learning_curves(comparison).axes
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
+    assert drawn["iwae"] == fits["iwae"].history.validation_elbo.tolist()
+    assert drawn["elbo"] == fits["elbo"][0].history.validation_elbo.tolist()
+    assert fits["elbo"][1].history.validation_elbo.tolist() in drawn.values()
+    assert drawn["alone (objective on training data)"] == (-fits["alone"].history.loss).tolist()
+    assert "ELBO of the validation data" in axes.get_ylabel()
+    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(shown) == ["alone (objective on training data)", "elbo", "iwae"]
+
+
+def test_learning_curves_without_validation_are_the_objectives(binary):
+    fit = pv.fit(*make_pair(), binary, **options(epochs=30))
+    (axes,) = learning_curves(pv.compare({"a": fit}, binary, num_particles=3)).axes
+    assert axes.get_ylabel().startswith("bound (objective on training data)")
+    late = -fit.history.loss.iloc[3:]
+    low, high = axes.get_ylim()
+    assert low < late.min() < late.max() < high
+
+
+def test_learning_curves_of_an_older_history(binary):
+    """Saved histories may lack the ELBO, and an ELBO may be infinite."""
+    one, other = (
+        pv.fit(*make_pair(), binary, validation=binary, **options(epochs=4)) for _ in range(2)
+    )
+    old = dataclasses.replace(one, history=one.history.drop(columns="validation_elbo"))
+    other.history.loc[2, "validation_elbo"] = -math.inf
+    comparison = pv.compare({"old": old, "new": other}, binary, num_particles=3)
+    (axes,) = learning_curves(comparison).axes
+    labels = {line.get_label() for line in axes.lines}
+    assert labels == {"old (objective on training data)", "new"}
+    assert all(math.isfinite(limit) for limit in axes.get_ylim())

@@ -229,6 +229,30 @@ def test_captured_run_resumes_at_its_capture_stage(binary, tmp_path, without_com
         assert_same(run(binary, tmp_path / str(step), **case), expected)
 
 
+@pytest.mark.parametrize("repaid", [1e-6, 1e6], ids=["captured", "eager"])
+def test_resumed_run_decides_on_its_capture_as_the_uninterrupted_run(
+    binary, tmp_path, monkeypatch, repaid
+):
+    monkeypatch.setattr("pyro_vae._capture.captured.SECONDS_THAT_REPAY_TRACING", repaid)
+    case = {"capture": "auto", "epochs": 3, "batch_size": 20}
+    expected = run(binary, **case)
+    for step in (2, 4, 6):
+        with pytest.raises(Killed):
+            run(binary, tmp_path / str(step), step, **case)
+        assert_same(run(binary, tmp_path / str(step), **case), expected)
+
+
+def test_default_decides_again_when_a_resumed_run_has_more_epochs(binary, tmp_path, monkeypatch):
+    monkeypatch.setattr("pyro_vae._capture.captured.SECONDS_THAT_REPAY_TRACING", 0.1)
+    options = {"capture": "auto", "seconds": 60.0}
+    short, _ = fit(binary, tmp_path, epochs=2, **options)
+    assert "a capture saves no time" in short.execution
+    again, _ = fit(binary, tmp_path, epochs=2, resume=True, **options)
+    assert again.execution == short.execution
+    long, _ = fit(binary, tmp_path, epochs=40, resume=True, **options)
+    assert long.execution == "captured, not compiled"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CAPTURED)
 def test_compiled_run_resumes_bitwise(name, binary, tmp_path):

@@ -1,8 +1,12 @@
-"""Validation uses the same bound over the whole run, for any schedule of the objective."""
+"""Validation uses the same bound over the whole run, and one ELBO for all objectives."""
 
 import functools
+import math
+import random
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from conftest import make_pair
@@ -10,6 +14,9 @@ from oracles import LinearGaussian
 
 import pyro_vae as pv
 from pyro_vae import objectives as o
+from pyro_vae.serialization._folder import read, write
+from pyro_vae.training._checkpoints import KIND
+from pyro_vae.training._losses import loss_value
 
 
 class Sigmoid(o.Schedule):
@@ -225,3 +232,185 @@ def test_objectives_in_a_container_advance_and_are_validated(binary, held):
 def test_falling_cycle_is_validated_at_its_highest_value():
     assert o.Cyclical(100, start=4.0, end=1.0).last_value() == 4.0
     assert o.BetaELBO(o.Cyclical(100, start=4.0, end=1.0)).has_settled()
+
+
+OF_ONE_KIND = [
+    o.ELBO,
+    o.MeanFieldELBO,
+    o.IWAE,
+    o.DReG,
+    o.TVO,
+    functools.partial(o.CIWAE, 0.5),
+    functools.partial(o.Renyi, 0.3),
+    functools.partial(o.BetaELBO, 0.2),
+    functools.partial(o.BetaELBO, o.Linear(7)),
+    functools.partial(o.CUBO, 2.0),
+    functools.partial(o.MIWAE, 1),
+]
+
+
+def last_elbo(pair, x, validation, objective, **options):
+    options = {**HELD, "epochs": 2, "capture": False, **options}
+    history = pv.fit(*pair, x, objective=objective, validation=validation, **options).history
+    return history.validation_elbo.iloc[-1], history.validation_loss.iloc[-1]
+
+
+def linear_gaussian_pair():
+    exact = LinearGaussian(dtype=torch.float32)
+    model = pv.LatentVariableModel(pv.priors.StandardNormal(2), pv.likelihoods.Normal(Linear(2, 5)))
+    with torch.no_grad():
+        model.likelihood.decoder.net.weight.copy_(exact.weight)
+    return model, pv.guides.AmortizedNormal(model, pv.nets.MLP(5, [8])), exact.sample(60)
+
+
+class Linear(torch.nn.Module):
+    def __init__(self, *sizes):
+        super().__init__()
+        self.net = torch.nn.Linear(*sizes)
+
+    def forward(self, z):
+        return self.net(z)
+
+
+def test_validation_elbo_is_the_same_for_all_objectives():
+    """With a negligible learning rate and the same noise, all fits have the same ELBO."""
+    *pair, x = linear_gaussian_pair()
+    pair[1](x)  # creates its head, so all fits draw the same noise
+    found = [last_elbo(pair, x[:40], x[40:], make(num_particles=3))[0] for make in OF_ONE_KIND]
+    np.testing.assert_allclose(found, found[0], rtol=1e-5)
+    t = pv.terms(*pair, x[40:], num_particles=2000)
+    elbo = (t.log_likelihood - t.kl).mean(0).mean().item()
+    error = t.log_likelihood.var(0).sum().sqrt().item() / 20 / 3**0.5
+    assert abs(found[0] - elbo) < 4 * error
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [pyro.infer.Trace_ELBO(), pyro.infer.TraceMeanField_ELBO(), o.ELBO(), o.IWAE(50)],
+    ids=lambda value: type(value).__name__,
+)
+def test_validation_elbo_agrees_with_more_particles(objective):
+    *pair, x = linear_gaussian_pair()
+    found, _ = last_elbo(pair, x[:40], x[40:], objective)
+    t = pv.terms(*pair, x[40:], num_particles=2000)
+    elbo = (t.log_likelihood - t.kl).mean(0).mean().item()
+    particles = getattr(objective, "num_particles", 1)
+    error = t.log_likelihood.var(0).sum().sqrt().item() / 20 / particles**0.5
+    assert abs(found - elbo) < 4 * error
+
+
+class Twice(o.ELBO):
+    """An objective that computes the terms of two losses."""
+
+    def differentiable_loss(self, model, guide, *args):
+        each = super().differentiable_loss(model, guide, *args)
+        return each / 2 + super().differentiable_loss(model, guide, *args) / 2
+
+
+class NoisyDecoder(torch.nn.Module):
+    """A decoder whose random numbers come from Python and torch, also in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = pv.nets.MLP(2, [8], 16)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z):
+        self.calls += 1
+        return self.net(z) + random.random() + torch.rand(()) + 0.01 * self.calls  # noqa: S311
+
+
+@pytest.mark.parametrize("objective", [pyro.infer.Trace_ELBO, Twice, functools.partial(o.IWAE, 3)])
+def test_validation_elbo_does_not_change_the_fit(objective, binary, monkeypatch):
+    def fitted():
+        torch.manual_seed(5)
+        random.seed(6)
+        model = pv.LatentVariableModel(
+            pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(NoisyDecoder())
+        )
+        guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(16, [8]))
+        options = {"batch_size": 10, "epochs": 3, "seed": 0, "capture": False, "progress": False}
+        fit = pv.fit(model, guide, binary, objective=objective(), validation=binary[:30], **options)
+        return fit.history, [t.clone() for m in (model, guide) for t in m.state_dict().values()]
+
+    history, tensors = fitted()
+    assert np.isfinite(history.validation_elbo).all()
+    monkeypatch.setattr(
+        "pyro_vae.training._step.loss_and_elbo",
+        lambda objective, *args: (loss_value(objective, *args), math.nan),
+    )
+    without, expected = fitted()
+    assert without.validation_elbo.isna().all()
+    for name in ("loss", "validation_loss"):
+        assert history[name].tolist() == without[name].tolist()
+    assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
+
+
+def test_validation_elbo_has_no_losses_of_the_guide(binary):
+    model, inner = make_pair()
+
+    def guide(x):
+        inner(x)
+        with pyro.plate("data", len(x)):
+            pyro.factor("extra", torch.full((len(x),), -3.0), has_rsample=True)
+
+    elbo, loss = last_elbo((model, guide), binary, binary[:30], o.MeanFieldELBO())
+    assert elbo == pytest.approx(-loss - 3.0, rel=1e-5)
+
+
+def test_validation_elbo_includes_global_latents():
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", 200, subsample=x):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.tensor(1.0))
+        pyro.sample("mean", dist.Normal(loc, 0.1))
+        with pyro.plate("data", 200, subsample=x):
+            pyro.sample("z", dist.Normal(x / 2 + loc / 2, 0.7))
+
+    x = torch.randn(200) + 1
+    elbo, loss = last_elbo((model, guide), x, x[:30], o.MeanFieldELBO())
+    assert elbo == pytest.approx(-loss, rel=1e-5)
+
+
+def test_validation_elbo_of_labeled_data_has_no_classification_loss():
+    x, y = torch.randn(40, 5), torch.randint(-1, 3, (40,))
+    found = []
+    for objective in (o.SemiSupervisedELBO(50.0), o.ELBO()):
+        torch.manual_seed(2)
+        joined, mlp = pv.nets.Joined, pv.nets.MLP
+        likelihood = pv.likelihoods.Normal(joined(mlp(5, [8], 5)))
+        model = pv.models.SemiSupervisedModel(3, pv.priors.StandardNormal(2), likelihood)
+        guide = pv.guides.SemiSupervisedGuide(model, mlp(5, [8], 3), joined(mlp(8, [8])))
+        found.append(last_elbo((model, guide), (x, y), (x[:20], y[:20]), objective))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert found[0][1] > found[1][1] + 5
+
+
+def test_validation_elbo_is_nan_without_validation_and_for_points(binary):
+    model, guide = make_pair()
+    assert pv.fit(model, guide, binary, **HELD).history.validation_elbo.isna().all()
+    points = pv.guides.AmortizedDelta(model, pv.nets.MLP(16, [8]))
+    elbo, loss = last_elbo((model, points), binary, binary[:30], o.InfoVAE())
+    assert math.isnan(elbo)
+    assert math.isfinite(loss)
+
+
+def test_run_of_an_older_version_resumes_without_its_elbo(binary, tmp_path):
+    torch.manual_seed(2)
+    options = {**HELD, "validation": binary[:30], "capture": False}
+    folder = tmp_path / "run"
+    pv.fit(*make_pair(), binary, checkpoint=folder, **(options | {"epochs": 2}))
+    last = max(folder.iterdir())
+    content = read(last, kind=KIND)
+    columns = content["history"]["columns"]
+    content["history"]["columns"] = [each for each in columns if each[0] != "validation_elbo"]
+    write(last, content, kind=KIND, overwrite=True)
+    assert "validation_elbo" not in pv.load_checkpoint(folder).history
+    checkpoint = pv.training.Checkpoint(folder, resume=True)
+    history = pv.fit(*make_pair(), binary, checkpoint=checkpoint, **options).history
+    assert history.validation_elbo.isna().tolist() == [True, True, False, False]
+    assert history.columns[:3].tolist() == ["loss", "validation_loss", "validation_elbo"]
