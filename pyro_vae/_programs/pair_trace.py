@@ -41,6 +41,7 @@ from pyro_vae._programs.outside import log_prob_on, require_same_support, suppor
 from pyro_vae._programs.runs import Program, as_guide, plain_trace, replay, trace_of
 from pyro_vae._programs.sites import (
     PARTICLE_PLATE,
+    WAS_GIVEN,
     Site,
     Unobserve,
     cannot_score,
@@ -177,6 +178,8 @@ class PairTrace:
         self.scale = (frame.full_size or frame.size) / frame.size
         if self.scale != 1.0:
             self.scale *= self._copies
+        # Sites of the guide that cannot score the given value, see ``guide_at``.
+        self.unscored: list[str] = []
         self.averaged: list[str] = []
         self.summed: list[str] = []  # sites that only the model enumerates
         self.entangled: list[list[str]] = []
@@ -269,7 +272,11 @@ class PairTrace:
         return frozenset(name for name, node in nodes if node["type"] == "param")
 
     def guide_at(self, values: Mapping[str, Tensor]) -> Program:
-        """Return the guide with given values at its sites."""
+        """Return the guide with given values at its sites, for a trial run.
+
+        A flow without an inverse cannot score a given value. Its log-density is then zero, and the
+        name of the site is in ``unscored``.
+        """
         return _AtValues(values)(self._pair[1])
 
     def drawn_values(self) -> dict[str, Tensor]:
@@ -458,9 +465,12 @@ class PairTrace:
                     return log_prob_on(support, site)
             return fn.log_prob(value, *site["args"], **site["kwargs"])
         except (KeyError, NotImplementedError):  # Pyro's flows without an inverse raise either one
-            if value is not self._samples.held.get(site["name"]):
+            if value is self._samples.held.get(site["name"]):
+                return log_prob_of_draw(fn, self._samples.drawn[site["name"]], value)
+            if drawn_at is not None or not site["infer"].get(WAS_GIVEN):
                 raise
-            return log_prob_of_draw(fn, self._samples.drawn[site["name"]], value)
+            self.unscored.append(site["name"])
+            return value.new_zeros(fn.batch_shape)
 
     def _value(self, site: Site) -> Tensor:
         """Return a site's value with its dimensions in order: ``(K, B, *inner plates, *event)``."""
@@ -513,6 +523,7 @@ class _AtValues(Messenger):
     def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] in self._values and not msg["is_observed"]:
             msg["done"], msg["value"] = True, self._values[msg["name"]]
+            msg["infer"] = {**msg["infer"], WAS_GIVEN: True}
 
 
 def _gradients(values: list[Tensor], tensors: list[Tensor]) -> Sequence[Tensor | None]:
