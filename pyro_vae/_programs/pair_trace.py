@@ -162,6 +162,8 @@ class PairTrace:
             common_data_frame(sites)
             enumerates, plate_nesting = True, _nesting(guide_trace, model_trace)
             guide_trace, model_trace = run(-1 - plate_nesting)
+        elif outer or enumerates:
+            _require_nesting(plate_nesting, guide_trace, model_trace)
         self.enumerates = enumerates
         unobserved = Unobserve()(model)
         self.replay_unobserved = lambda given: trace_of(
@@ -546,6 +548,19 @@ def _plates(*traces: poutine.Trace) -> Iterator[CondIndepStackFrame]:
 
 def _nesting(*traces: poutine.Trace) -> int:
     return -min(frame.dim for frame in _plates(*traces))
+
+
+def _require_nesting(given: int, *traces: poutine.Trace) -> None:
+    """Raise ValueError if the programs use more batch dimensions than given.
+
+    A plate would otherwise share a dimension with the particles or with enumerated values.
+    """
+    found = max((-frame.dim for frame in _plates(*traces)), default=0)
+    if found > given:
+        raise ValueError(
+            f"the plates of the programs use {found} batch dimensions, but plate_nesting={given}. "
+            "Programs that open more plates for other arguments need the largest number."
+        )
 
 
 def _with(trace: poutine.Trace, sites: Mapping[str, Site]) -> poutine.Trace:
