@@ -41,6 +41,7 @@ from pyro_vae._programs.outside import log_prob_on, require_same_support, suppor
 from pyro_vae._programs.runs import Program, as_guide, plain_trace, replay, trace_of
 from pyro_vae._programs.sites import (
     PARTICLE_PLATE,
+    WAS_GIVEN,
     Site,
     Unobserve,
     cannot_score,
@@ -161,6 +162,8 @@ class PairTrace:
             common_data_frame(sites)
             enumerates, plate_nesting = True, _nesting(guide_trace, model_trace)
             guide_trace, model_trace = run(-1 - plate_nesting)
+        elif outer or enumerates:
+            _require_nesting(plate_nesting, guide_trace, model_trace)
         self.enumerates = enumerates
         unobserved = Unobserve()(model)
         self.replay_unobserved = lambda given: trace_of(
@@ -177,6 +180,8 @@ class PairTrace:
         self.scale = (frame.full_size or frame.size) / frame.size
         if self.scale != 1.0:
             self.scale *= self._copies
+        # Sites of the guide that cannot score the given value, see ``guide_at``.
+        self.unscored: list[str] = []
         self.averaged: list[str] = []
         self.summed: list[str] = []  # sites that only the model enumerates
         self.entangled: list[list[str]] = []
@@ -269,7 +274,11 @@ class PairTrace:
         return frozenset(name for name, node in nodes if node["type"] == "param")
 
     def guide_at(self, values: Mapping[str, Tensor]) -> Program:
-        """Return the guide with given values at its sites."""
+        """Return the guide with given values at its sites, for a trial run.
+
+        A flow without an inverse cannot score a given value. Its log-density is then zero, and the
+        name of the site is in ``unscored``.
+        """
         return _AtValues(values)(self._pair[1])
 
     def drawn_values(self) -> dict[str, Tensor]:
@@ -458,9 +467,12 @@ class PairTrace:
                     return log_prob_on(support, site)
             return fn.log_prob(value, *site["args"], **site["kwargs"])
         except (KeyError, NotImplementedError):  # Pyro's flows without an inverse raise either one
-            if value is not self._samples.held.get(site["name"]):
+            if value is self._samples.held.get(site["name"]):
+                return log_prob_of_draw(fn, self._samples.drawn[site["name"]], value)
+            if drawn_at is not None or not site["infer"].get(WAS_GIVEN):
                 raise
-            return log_prob_of_draw(fn, self._samples.drawn[site["name"]], value)
+            self.unscored.append(site["name"])
+            return value.new_zeros(fn.batch_shape)
 
     def _value(self, site: Site) -> Tensor:
         """Return a site's value with its dimensions in order: ``(K, B, *inner plates, *event)``."""
@@ -513,6 +525,7 @@ class _AtValues(Messenger):
     def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] in self._values and not msg["is_observed"]:
             msg["done"], msg["value"] = True, self._values[msg["name"]]
+            msg["infer"] = {**msg["infer"], WAS_GIVEN: True}
 
 
 def _gradients(values: list[Tensor], tensors: list[Tensor]) -> Sequence[Tensor | None]:
@@ -535,6 +548,19 @@ def _plates(*traces: poutine.Trace) -> Iterator[CondIndepStackFrame]:
 
 def _nesting(*traces: poutine.Trace) -> int:
     return -min(frame.dim for frame in _plates(*traces))
+
+
+def _require_nesting(given: int, *traces: poutine.Trace) -> None:
+    """Raise ValueError if the programs use more batch dimensions than given.
+
+    A plate would otherwise share a dimension with the particles or with enumerated values.
+    """
+    found = max((-frame.dim for frame in _plates(*traces)), default=0)
+    if found > given:
+        raise ValueError(
+            f"the plates of the programs use {found} batch dimensions, but plate_nesting={given}. "
+            "Programs that open more plates for other arguments need the largest number."
+        )
 
 
 def _with(trace: poutine.Trace, sites: Mapping[str, Site]) -> poutine.Trace:

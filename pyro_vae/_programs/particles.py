@@ -278,29 +278,43 @@ def _compare_at(model: Program, guide: Program, inputs: Any, single: PairTrace, 
         drawn = PairTrace(model, guide, *inputs, **options)
     with trial_run(), ConstantNoise():
         together = PairTrace(model, drawn.guide_at(drawn.drawn_values()), *inputs, **options)
+    unscored = bool(together.unscored)
     for particle in range(count):
         with trial_run(), ConstantNoise():
             alone = PairTrace(model, drawn.guide_of_particle(particle, single), *inputs)
+        unscored |= bool(alone.unscored)
         if (name := _difference(together, alone, particle)) is not None:
-            raise _OtherValuesError(
-                f"the log-density of site {name!r} differs from that of a run for this particle "
-                "alone"
-            )
+            raise _OtherValuesError(_differs(name))
+    if unscored:  # the densities of the guide, at equal noise instead of equal latents
+        with trial_run(), ConstantNoise():
+            together = PairTrace(model, guide, *inputs, **options)
+        with trial_run(), ConstantNoise():
+            alone = PairTrace(model, guide, *inputs)
+        for particle in range(count):
+            if (name := _difference(together, alone, particle)) is not None:
+                raise _OtherValuesError(_differs(name))
+
+
+def _differs(name: str) -> str:
+    return f"the log-density of site {name!r} differs from that of a run for this particle alone"
 
 
 def _difference(together: PairTrace, alone: PairTrace, particle: int) -> str | None:
     """Return the name of a site whose values for a particle differ from a single run, or None."""
+    unscored = {*together.unscored, *alone.unscored}
     for found, expected in ((together.model, alone.model), (together.guide, alone.guide)):
         for name in found.keys() | expected.keys():
+            if name in unscored and found is together.guide:
+                continue
             if name not in found or name not in expected:
                 return name
             values = found[name].log_prob[particle], expected[name].log_prob[0]
-            if not _are_close(*values):
+            if not are_close(*values):
                 return name
     return None
 
 
-def _are_close(found: Tensor, expected: Tensor) -> bool:
+def are_close(found: Tensor, expected: Tensor) -> bool:
     """Return whether log-densities are equal up to rounding, relative to the largest."""
     if found.shape != expected.shape:
         return False

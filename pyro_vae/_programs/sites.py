@@ -28,6 +28,7 @@ PARTICLE_PLATE = "_particles"
 # Keys that mark a guide's site, in its ``infer``.
 JOINT_DENSITY = "_joint_density"  # a factor: the joint density of several latents
 ROWS_WERE_DRAWN = "_rows_were_drawn"  # a plate: a random subsample
+WAS_GIVEN = "_was_given"  # a latent: a trial run has a given value instead of a sample
 ON_SUPPORT = "_on_support"  # a latent: a bijection that keeps all samples inside the support
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pyro_vae._programs.enumeration import sampled_guides
+from pyro_vae._programs.independence import check_independence
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import evaluation_mode, free_param_names, parameter_store
 from pyro_vae._programs.particles import particle_options
@@ -57,7 +58,8 @@ def evaluation_context(
 
     Raises:
         ValueError: The pair breaks a rule (docs/contract.md). A site is global or scaled. The
-            estimator needs latents and the pair has none.
+            estimator needs latents and the pair has none. The densities of a data point depend on
+            the latents of others.
     """
     drawn_from = guide if drawn_from is None else drawn_from
     with (
@@ -76,6 +78,7 @@ def evaluation_context(
                 stacklevel=stacklevel,
             )
         Terms([trace]).require_independent_data(who)
+        check_independence(who, model, drawn_from, first)
         if needs_latents and not trace.samples():
             raise ValueError(
                 f"{who} needs a latent variable, but this pair has none: its sites are "

@@ -20,6 +20,7 @@ from pyro_vae._programs.sites import (
     PARTICLE_PLATE,
     Site,
     data_frame,
+    mask_of,
     mask_of_events,
     random_sites,
 )
@@ -134,13 +135,26 @@ def _guide_to(sites: Mapping[str, Site]) -> Program:
 
     def guide(*batch: Tensor) -> None:
         for name, site in _inside_all(sites, batch[0]):
-            point(name, site["value"], site["fn"].event_dim)
+            if (mask := _mask_in_events(site)) is None:
+                point(name, site["value"], site["fn"].event_dim)
+            else:
+                each = dist.Delta(site["value"]).mask(mask)
+                pyro.sample(name, each.to_event(site["fn"].event_dim))
 
     return guide
 
 
+def _mask_in_events(site: Site) -> Tensor | None:
+    """Return the mask of a site if it differs between elements of an event, or None."""
+    mask = mask_of(site)
+    if not isinstance(mask, Tensor):
+        return None
+    sizes = mask.shape[mask.dim() - site["fn"].event_dim :]
+    return mask if any(size > 1 for size in sizes) else None
+
+
 def _inside_all(sites: Mapping[str, Site], x: Tensor) -> Iterator[tuple[str, Site]]:
-    """Yield the sites of a model, each inside its plates and its mask."""
+    """Yield the sites of a model, each inside its plates and its mask of whole events."""
     plates: dict[str, contextlib.AbstractContextManager] = {}
     for name, site in sites.items():
         with contextlib.ExitStack() as stack:
@@ -152,6 +166,7 @@ def _inside_all(sites: Mapping[str, Site], x: Tensor) -> Iterator[tuple[str, Sit
                     full_size = None if frame.size == frame.full_size else frame.full_size
                     plates[frame.name] = plate_of_guide(frame.name, size, frame.dim, full_size)
                 stack.enter_context(plates[frame.name])
-            if (mask := mask_of_events(site)) is not None:
+            mask = mask_of_events(site)
+            if mask is not None and _mask_in_events(site) is None:
                 stack.enter_context(poutine.mask(mask=mask))
             yield name, site

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.particles import particle_options
 from pyro_vae._programs.terms import Terms, terms, weighted
+from pyro_vae._programs.trial_runs import OUT_OF_MEMORY
 from pyro_vae._utils.checks import positive_integer, truth_value
 from pyro_vae._utils.modules import modules
 from pyro_vae.objectives._loss_module import LossModule
@@ -110,19 +111,7 @@ class Objective(pyro.infer.ELBO):
             ValueError: Model or guide breaks the contract, or a site is not supported.
         """
         with self.not_counting():  # a subclass may call other objectives inside
-            layout = self._layout(model, guide, args, kwargs)
-            t = terms(
-                model,
-                guide,
-                *args,
-                num_particles=self.num_particles,
-                hold_samples=self.hold_samples,
-                **layout,
-                **kwargs,
-            )
-            if t.enumerates:
-                layout = layout | {"plate_nesting": t.plate_nesting, "enumerates": True}
-                self._layouts_of(model, guide).keep(layout)
+            t = self._terms(model, guide, args, kwargs)
             if (found := _found.get()) is not None:
                 found.append(t)
             if not self.takes_baselines:
@@ -243,12 +232,30 @@ class Objective(pyro.infer.ELBO):
     def _get_trace(self, model, guide, args, kwargs):
         raise TypeError(f"{type(self).__name__} works on pyro_vae.terms, not on a single trace")
 
-    def _layout(self, model, guide, args, kwargs) -> dict[str, Any]:
-        """Return how to run particles, found once per pair, in training and in evaluation mode."""
+    def _terms(self, model, guide, args, kwargs) -> Terms:
+        """Return the terms of a run, with a layout that an earlier run has found if it fits.
+
+        It does not fit if the programs open deeper plates for other arguments, or for other values.
+        """
         layouts = self._layouts
         same = layouts is not None and layouts.pair == (model, guide)
-        if same and (found := layouts.get()) is not None:
-            return found
+        options = {"num_particles": self.num_particles, "hold_samples": self.hold_samples}
+        if same and (layout := layouts.get()) is not None:
+            try:
+                return terms(model, guide, *args, **options, **layout, **kwargs)
+            except OUT_OF_MEMORY:
+                raise
+            except (IndexError, RuntimeError, ValueError):  # of the wrong dimensions, or any other
+                layouts.forget()
+        layout = self._layout(model, guide, args, kwargs)
+        t = terms(model, guide, *args, **options, **layout, **kwargs)
+        if t.enumerates:
+            layout = layout | {"plate_nesting": t.plate_nesting, "enumerates": True}
+            self._layouts_of(model, guide).keep(layout)
+        return t
+
+    def _layout(self, model, guide, args, kwargs) -> dict[str, Any]:
+        """Return how to run particles, and keep it for the pair in the modes of its modules."""
         if self.num_particles == 1 or self.vectorize_particles is False:
             return {"vectorize_particles": self.vectorize_particles}
         layout = particle_options(model, guide, args, kwargs, self.vectorize_particles)
@@ -292,6 +299,10 @@ class _Layouts:
     def keep(self, layout: dict[str, Any]) -> None:
         """Keep a layout for the present modes."""
         self._by_modes[self._modes()] = layout
+
+    def forget(self) -> None:
+        """Forget the layout for the present modes."""
+        self._by_modes.pop(self._modes(), None)
 
     def _modes(self) -> tuple[bool, ...]:
         return tuple(module.training for module in self._modules)

@@ -168,7 +168,7 @@ def test_masks_over_a_time_series_of_several_lengths():
     objectives = [ELBO(), ELBO(3), Trace_ELBO()]
     check_loss(model, guide, [x, mask], -expected.sum(), objectives)
     check_evidence(model, guide, (x, mask), expected)
-    with pytest.raises(ValueError, match="'z_0' has a mask that may differ"):
+    with pytest.raises(ValueError, match="'z_1' has a mask that differs"):
         pv.elbo_surgery(model, guide, (x, mask))
 
 

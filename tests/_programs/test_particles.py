@@ -4,8 +4,10 @@ import warnings
 
 import pyro
 import pyro.distributions as dist
+import pyro.distributions.transforms as T
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from torch import nn
 
 import pyro_vae as pv
@@ -193,7 +195,8 @@ def noisy(z):
 def test_programs_whose_rows_depend_on_each_other_are_not_folded(decode):
     model, guide = exact_pair(decode)
     with pytest.warns(UserWarning, match="rows are dimension 0"):
-        pv.evidence(model, guide, torch.randn(20, 2), num_particles=5, progress=False)
+        options = particle_options(model, guide, (torch.randn(20, 2),), may_fold=True)
+    assert options["vectorize_particles"] is False
 
 
 def test_programs_with_a_global_latent_are_not_folded():
@@ -266,3 +269,37 @@ def test_a_lack_of_memory_on_trial_is_raised(plate, at):
 
     with pytest.raises(MemoryError, match="full"):
         pv.terms(full, guide, torch.randn(20, 2), num_particles=K)
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_flows_without_an_inverse_take_particles(spoiled):
+    """Pyro's planar flow can score its last sample alone, so values of single runs do not fit."""
+    flow, encoder = T.planar(2), nn.Linear(4, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = z - z.mean(0) if spoiled else z
+            pyro.sample("x", dist.Normal(loc @ torch.ones(2, 4), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("flow", flow)
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(encoder(x), 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+    x = torch.randn(6, 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        options = particle_options(model, guide, (x,))
+    assert options["vectorize_particles"] is not spoiled
+    assert len(caught) == spoiled
+    if not spoiled:
+        losses = []
+        for objective in (
+            pv.objectives.ELBO(K, vectorize_particles=True),
+            Trace_ELBO(K, vectorize_particles=True, max_plate_nesting=1),
+        ):
+            pyro.set_rng_seed(1)
+            losses.append(objective.loss(model, guide, x))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -252,13 +252,13 @@ def test_collapse_report_without_surgery_reports_the_rate():
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
     def guide(x):
-        mask = (x[:, 0] > 0) | True
+        mask = x[:, 0] > 0
         with pyro.plate("data", len(x)), pyro.poutine.mask(mask=mask):
             z = pyro.sample("z", dist.Normal(x / 2, 0.5**0.5).to_event(1))
             pyro.sample("a", dist.Normal(z, 1.0).to_event(1))
 
     def masked_model(x):
-        with pyro.poutine.mask(mask=(x[:, 0] > 0) | True):
+        with pyro.poutine.mask(mask=x[:, 0] > 0):
             model(x)
 
     report = pv.collapse_report(masked_model, guide, torch.randn(100, 1), seed=0)

@@ -365,9 +365,7 @@ def test_sequence_model_with_other_guides_and_objectives():
             assert torch.isfinite(torch.as_tensor(loss))
         estimate = pv.evidence(chain.model, guide, (x, lengths), num_particles=50, seed=0)
         assert estimate.values.isfinite().all()
-        with pytest.raises(
-            ValueError, match="'z_1' has a mask that may differ between data points"
-        ):
+        with pytest.raises(ValueError, match="'z_2' has a mask that differs between data points"):
             pv.elbo_surgery(chain.model, guide, (x, lengths))
     surgery = pv.elbo_surgery(chain.model, chain.guide, x, seed=0)  # equal lengths, so no masks
     assert surgery.elbo == pytest.approx(-surgery.distortion - surgery.rate)

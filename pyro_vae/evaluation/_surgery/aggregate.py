@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor
 
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.runs import as_guide, trace_of
-from pyro_vae._programs.sites import is_loss_of_guide, mask_of, random_sites
+from pyro_vae._programs.sites import data_frame, is_loss_of_guide, mask_of, random_sites
 from pyro_vae.datasets._minibatches import Batch, Minibatches
 from pyro_vae.evaluation._scoring import guide_log_prob
 from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
@@ -86,6 +86,54 @@ class Aggregate:
             guide_log_prob(self._guide, batch, values, **self._how) for batch in self._batches
         ]
         return torch.cat(scores, dim=1).double()
+
+
+def require_one_mask(guide: Program, batches: Minibatches) -> None:
+    """Raise ValueError unless each mask of the guide is the same for all data points.
+
+    Masked elements then count under no posterior. So q_agg is a density of the other elements.
+
+    Args:
+        guide: program of q(z|x).
+        batches: the data. If the guide has no masks on the first minibatch, no other one is read.
+
+    Raises:
+        ValueError: A mask differs between data points.
+    """
+    known = _mask_rows(guide, batches.first())
+    for batch in batches if known else ():
+        for name, row in _mask_rows(guide, batch, known).items():
+            if name not in known or not torch.equal(*torch.broadcast_tensors(row, known[name])):
+                raise _differs(name)
+
+
+def _mask_rows(guide: Program, batch: Batch, known: Container[str] = ()) -> dict[str, Tensor]:
+    """Return the mask of the first data point, by site, for sites with a mask or of known names.
+
+    Raises:
+        ValueError: The mask of a site differs between two data points.
+    """
+    rows = {}
+    for site in random_sites(trace_of(as_guide(guide), *batch)):
+        mask = None if is_loss_of_guide(site) else mask_of(site)
+        if mask is None and site["name"] not in known:
+            continue
+        mask = torch.as_tensor(True if mask is None else mask)
+        first, dim = mask, data_frame(site).dim - site["fn"].event_dim
+        if mask.dim() >= -dim:
+            first = mask.narrow(dim, 0, 1)
+            if not (mask == first).all():
+                raise _differs(site["name"])
+        rows[site["name"]] = first
+    return rows
+
+
+def _differs(name: str) -> ValueError:
+    return ValueError(
+        f"guide site {name!r} has a mask that differs between data points. The aggregated "
+        "posterior needs the density of each code under the posteriors of all data points. Pass a "
+        "guide without such masks"
+    )
 
 
 def refuse_masks(guide: Program, batch: Batch) -> None:

@@ -16,7 +16,7 @@ from pyro_vae.evaluation._delta_sites import has_one_prior
 from pyro_vae.evaluation._group import lazy_batches
 from pyro_vae.evaluation._runner import Part, Runner
 from pyro_vae.evaluation._scoring import guide_log_prob, require_one_density
-from pyro_vae.evaluation._surgery.aggregate import refuse_masks
+from pyro_vae.evaluation._surgery.aggregate import require_one_mask
 from pyro_vae.evaluation._surgery.codes import Codes, TermAverages
 from pyro_vae.evaluation._surgery.dimensions import dimension_wise_kl, independent_prior
 from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
@@ -65,7 +65,7 @@ class CodeScorer:
         model, guide, batches = runner.model, runner.guide, runner.batches
         self._model, self._guide, self._batches = model, guide, batches
         self._first = batches.first()
-        refuse_masks(guide, self._first)
+        require_one_mask(guide, batches)
         self._gaussian = DiagonalGaussians.is_diagonal_gaussian(guide, self._first)
         self._one_prior = has_one_prior(model, guide, batches.spread())
         if not self._gaussian and batches.tensors is None:
