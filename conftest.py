@@ -8,10 +8,16 @@ import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
+from pyro_vae._capture import captured
+
 # Tests use small tensors, and several processes may run them: one thread each, and one for each
 # program that a test starts.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# On a busy machine, short runs take longer, and ``capture="auto"`` would compile them. That takes
+# seconds and saves none.
+captured.SECONDS_THAT_REPAY_COMPILING = float("inf")
 
 collect_ignore = ["docs/conf.py", "docs/_extensions"]  # of Sphinx, which may not be installed
 

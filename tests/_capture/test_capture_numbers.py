@@ -8,10 +8,17 @@ from capturing import check_same, fitted, needs_compiler
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae._capture import Captured
 
 N, D, C = 20, 4, 3
+COMPILED = [pytest.mark.slow, needs_compiler]
 
-pytestmark = needs_compiler
+
+@pytest.fixture(params=["captured, not compiled", pytest.param("captured", marks=COMPILED)])
+def execution(request, monkeypatch):
+    """Run each test without the compiler; as a slow test, also with it."""
+    monkeypatch.setattr(Captured, "compiles", request.param == "captured")
+    return request.param
 
 
 def number_of_elements(x):
@@ -24,7 +31,7 @@ def largest_of_numbers(x):
 
 
 @pytest.mark.parametrize("count", [number_of_elements, largest_of_numbers])
-def test_number_from_a_shape(count):
+def test_number_from_a_shape(count, execution):
     def make():
         decoder, encoder = nn.Linear(2, D), nn.Linear(D, 2)
 
@@ -37,10 +44,10 @@ def test_number_from_a_shape(count):
 
         return model, pv.guides.AmortizedNormal(model, encoder)
 
-    check_same(make, torch.randn(N, D))
+    check_same(make, torch.randn(N, D), execution=execution)
 
 
-def test_one_hot_covariate():
+def test_one_hot_covariate(execution):
     def make():
         decoder, encoder = nn.Linear(2 + C, D), pv.nets.MLP(D, [4])
 
@@ -63,10 +70,10 @@ def test_one_hot_covariate():
         return model, pv.guides.AmortizedNormal(model, OfX())
 
     x, labels = torch.randn(N, D), torch.randint(0, C, (N,))
-    check_same(make, (x, labels))
+    check_same(make, (x, labels), execution=execution)
 
 
-def test_one_hot_sample():
+def test_one_hot_sample(execution):
     """A discrete latent that the guide samples, with the gradient of the score function."""
 
     def make():
@@ -85,7 +92,7 @@ def test_one_hot_sample():
 
         return model, guide
 
-    check_same(make, torch.randn(N, D))
+    check_same(make, torch.randn(N, D), execution=execution)
 
 
 @pytest.mark.parametrize("way", ["fill", "item", "view"])

@@ -243,7 +243,7 @@ class Counting(pv.objectives.ELBO):
         return found + counted(self.where == "default")
 
     def bound(self, terms):
-        return (1.0 if self.count() < 30 else 0.5) * super().bound(terms)
+        return (1.0 if self.count() < 12 else 0.5) * super().bound(terms)
 
 
 class Slot:
@@ -262,7 +262,7 @@ def counted(more, total=[0]):  # noqa: B006
 def test_counters_are_found_in_every_place(where, binary, without_compiler):
     def run(capture):
         COUNTS["n"] = Counting.of_class = SLOT.count = counted.__defaults__[0][0] = 0
-        return fitted(make_pair, binary, capture=capture, objective=Counting(where), epochs=9)
+        return fitted(make_pair, binary, capture=capture, objective=Counting(where))
 
     _, expected = run(False)
     with pytest.warns(UserWarning, match="changes an object that it depends on"):
@@ -314,7 +314,7 @@ def test_random_numbers_of_python_and_numpy_are_refused(draw, binary, without_co
     def run(capture):
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002 - a user's program may use it
-        return fitted(make_pair, binary, capture=capture, transform=transform, epochs=30)
+        return fitted(make_pair, binary, capture=capture, transform=transform, epochs=6)
 
     _, expected = run(False)
     with pytest.warns(
@@ -380,11 +380,9 @@ def test_compiler_that_drops_writes_is_found(binary, monkeypatch):
 
 def test_graph_with_wrong_results_is_refused(binary, monkeypatch):
     """The result of the compiled step is compared with the eager step."""
-    compiled = torch._inductor.compile
 
     def wrong(graph, inputs, options):
-        right = compiled(graph, inputs, options)
-        return lambda *args: [o if o is None else o * 1.01 for o in right(*args)]
+        return lambda *args: [o if o is None else o * 1.01 for o in graph(*args)]
 
     monkeypatch.setattr(torch._inductor, "compile", wrong)
     _, expected = fitted(make_pair, binary, capture=False)

@@ -94,7 +94,7 @@ def test_gradients_equal_those_of_pyro(x):
     np.testing.assert_allclose(of_ours, gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_a_captured_fit_finds_the_plate(x):
+def test_a_captured_fit_finds_the_plate(x, without_compiler):
     losses = []
     for capture in (False, True):
         model, guide = pair_of("cells", "batch")

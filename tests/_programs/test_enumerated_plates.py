@@ -84,7 +84,7 @@ def test_loss_and_gradient_equal_those_of_trace_enum_elbo(programs, x):
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
-def test_estimators_agree_with_the_marginal_model(programs, x):
+def test_estimators_agree_with_the_marginal_model(programs, x, without_compiler):
     model, marginal, guide = programs
     evidences = [
         pv.evidence(m, guide, x, num_particles=4000, seed=1, progress=False)

@@ -119,8 +119,8 @@ def test_expected_gradient_matches_trace_enum_elbo(in_guide, continuous, full):
         expected = torch.stack([log_joint(pair, x, 1.0, c) for c in range(3)]).logsumexp(0)
         torch.testing.assert_close(ours, -expected.sum() * (full or 6) / 6)
         return
-    theirs = TraceEnum_ELBO(max_plate_nesting=1)
-    count = 150 if continuous else 2
+    particles, count = (10, 40) if continuous else (1, 2)
+    theirs = TraceEnum_ELBO(particles, vectorize_particles=continuous, max_plate_nesting=1)
 
     def sampled(objective):
         return torch.stack(
@@ -128,7 +128,7 @@ def test_expected_gradient_matches_trace_enum_elbo(in_guide, continuous, full):
              for _ in range(count)]
         )  # fmt: skip
 
-    a, b = sampled(o.ELBO(4 if continuous else 1)), sampled(theirs)
+    a, b = sampled(o.ELBO(particles)), sampled(theirs)
     if not continuous:
         torch.testing.assert_close(a[0], b[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(a[0], a[1])

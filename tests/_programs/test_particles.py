@@ -109,7 +109,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_the_default_equals_one_run_per_particle_and_warns_once(name):
+def test_the_default_equals_one_run_per_particle_and_warns_once(name, without_compiler):
     x, call = torch.randn(20, 4), CALLS[name]
     results = []
     for options in ({"vectorize_particles": False}, {}):
@@ -217,7 +217,7 @@ def test_programs_with_a_global_latent_are_not_folded():
 
 def test_inference_gaps_run_each_particle_alone():
     x, found = torch.randn(20, 4), []
-    short = pv.evaluation.Ascent(num_particles=K, max_steps=200)
+    short = pv.evaluation.Ascent(num_particles=K, window=10, patience=1, max_steps=40)
     for options in ({"vectorize_particles": False}, {}):
         model, _ = pair_of()
         guide = pv.guides.AmortizedNormal(model, nn.Linear(4, 3))

@@ -1,6 +1,7 @@
 """All forms of the plate "data", with all guides: the model keeps its own rows."""
 
 import functools
+import itertools
 from contextlib import ExitStack
 
 import pyro
@@ -153,8 +154,17 @@ def check(model, guide, x, rows, num_particles):
     return t
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", GUIDES)
+def combinations(forms, guides, of_every_guide, of_every_form):
+    """Yield all combinations. By default, run some forms of every guide and some guides of each."""
+    for form, name in itertools.product(forms, guides):
+        default = form in of_every_guide or name in of_every_form
+        yield pytest.param(form, name, marks=() if default else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    combinations(FORMS, GUIDES, ("size", "subsample_of_rows"), ("normal", "planar", "top-down")),
+)
 def test_model_keeps_its_own_rows(form, name):
     model = FORMS[form]
     x, rows = data()
@@ -169,8 +179,15 @@ def test_model_keeps_its_own_rows(form, name):
         assert loss == pytest.approx(-t.scale * expected.mean(0).sum().item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "number"])
-@pytest.mark.parametrize("name", ["normal", "multivariate normal", "planar", "mixture"])
+@pytest.mark.parametrize(
+    ("form", "name"),
+    combinations(
+        [form for form in FORMS if form != "number"],
+        ["normal", "multivariate normal", "planar", "mixture"],
+        ("size", "subsample_of_rows"),
+        ("normal",),
+    ),
+)
 def test_guides_score_minibatches_of_any_size(form, name):
     model = FORMS[form]
     guide = GUIDES[name](model, Encoder())

@@ -166,7 +166,7 @@ def test_parameters_per_row_and_layers_of_batch_size_are_accepted():
 
 def posterior_means(model, guide, data, name="z"):
     with pv.parameter_store(model, guide), torch.no_grad():
-        draws = [pv.terms(model, guide, *data).samples[name][0] for _ in range(300)]
+        draws = [pv.terms(model, guide, *data).samples[name][0] for _ in range(60)]
     return torch.stack(draws).mean(0)
 
 
@@ -179,7 +179,7 @@ def test_autoguide_on_all_data_finds_the_posterior_of_each_row(name):
 
     x = 10 * torch.randn(N)
     guide = getattr(autoguide, name)(model)
-    options = {"epochs": 400, "learning_rate": 0.1, "seed": 0, "progress": False}
+    options = {"epochs": 100, "learning_rate": 0.5, "seed": 0, "progress": False}
     pv.fit(model, guide, x, batch_size=N, **options)
     found = posterior_means(model, guide, (x,))
     torch.testing.assert_close(found, x * 100 / 101, atol=1.5, rtol=0.0)
@@ -196,7 +196,7 @@ def test_autoguide_on_minibatches_needs_create_plates():
     def plates(x, rows):
         return pyro.plate("data", N, subsample=rows)
 
-    options = {"epochs": 200, "learning_rate": 0.1, "seed": 0, "progress": False}
+    options = {"epochs": 50, "learning_rate": 0.4, "seed": 0, "progress": False}
     for objective in (objectives.ELBO(), objectives.IWAE(2), Trace_ELBO()):
         if not isinstance(objective, Trace_ELBO):  # Pyro's objective accepts it silently
             with pytest.raises(ValueError, match=r"draws rows at random.*create_plates"):

@@ -1,5 +1,7 @@
 """Validation switches are restored, and distributions made before a fit can be captured."""
 
+import itertools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -141,8 +143,15 @@ def guide(x):
         pyro.sample("z", dist.Normal(slope * x, 1.0).to_event(1))
 
 
-@pytest.mark.parametrize("make", [with_a_function, WithPyroSample, with_a_factor])
-@pytest.mark.parametrize("prior", [by_expand, by_argument, mixture, transformed])
+def kinds_of_priors():
+    """Yield all combinations. By default, run each program and each prior."""
+    programs = (with_a_function, WithPyroSample, with_a_factor)
+    for make, prior in itertools.product(programs, (by_expand, by_argument, mixture, transformed)):
+        default = prior is by_expand or make is with_a_function
+        yield pytest.param(make, prior, marks=() if default else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("make", "prior"), kinds_of_priors())
 def test_a_prior_made_once_is_captured(make, prior, without_compiler):
     def run(capture):
         torch.manual_seed(0)
