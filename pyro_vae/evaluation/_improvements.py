@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,7 +61,7 @@ def improvements(
     guide: Program,
     train: Batch,
     test: Batch,
-    parameters: tuple[Tensor, Tensor] | None,
+    posteriors: Sequence[tuple[LocalMembers | None, Tensor | None]],
     *,
     decoder: bool,
     vectorize_particles: bool | None,
@@ -77,7 +77,8 @@ def improvements(
         guide: program of q(z|x).
         train: training data in random order, in memory.
         test: test data, in memory.
-        parameters: the best members of the guide's family for both, (N, P). None samples from the
+        posteriors: for both, the members and the parameters (N, P) from which latents are sampled.
+            Members of None are those of the guide's family. Parameters of None sample from the
             guide itself.
         decoder: whether to train the correction of a decoder.
         vectorize_particles: see :func:`pyro_vae.terms`.
@@ -106,10 +107,12 @@ def improvements(
             return Improvements(None, None, note, note)
         try:
             codes = [
-                _codes(model, guide, members, columns, rows, latents, count, options, device)
-                for columns, rows, count in (
-                    (train, parameters and parameters[0], _PARTICLES_OF_FIT),
-                    (test, parameters and parameters[1], _PARTICLES_OF_GAIN),
+                _codes(model, guide, own or members, columns, rows, latents, count, options, device)
+                for (own, rows), columns, count in zip(
+                    posteriors,
+                    (train, test),
+                    (_PARTICLES_OF_FIT, _PARTICLES_OF_GAIN),
+                    strict=True,
                 )
             ]
             prior = fit_prior(codes[0])

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.distributions import MultivariateNormal, biject_to
+from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_vae._programs.pair_trace import Program
@@ -144,11 +145,21 @@ class GaussianMixture:
 
     def log_joint(self, codes: Tensor) -> Tensor:
         """Return the log-density of codes (..., D) and each component, (..., C), in float64."""
-        of_components = MultivariateNormal(
-            self.means.to(codes.device), self.covariances.to(codes.device), validate_args=False
-        )
-        weights = self.weights / self.weights.sum()
-        return of_components.log_prob(codes.double().unsqueeze(-2)) + weights.log().to(codes.device)
+        whitening, log_weights = (each.to(codes.device) for each in self._factors)
+        moved = codes.double().unsqueeze(-2) - self.means.to(codes.device)  # (..., C, D)
+        square = torch.einsum("...cd,ced->...ce", moved, whitening).square().sum(-1)
+        return log_weights - 0.5 * square
+
+    @cached_property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """The inverses of the Cholesky factors, and the log-densities at the means."""
+        factors = torch.linalg.cholesky(self.covariances)
+        size = self.means.shape[1]
+        identity = torch.eye(size, dtype=factors.dtype).expand_as(factors)
+        whitening = torch.linalg.solve_triangular(factors, identity, upper=False)
+        log_det = factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_weights = (self.weights / self.weights.sum()).log()
+        return whitening, log_weights - log_det - 0.5 * size * math.log(2 * math.pi)
 
 
 def fit_prior(codes: WeightedCodes) -> GaussianMixture | None:

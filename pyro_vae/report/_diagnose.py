@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
@@ -20,20 +19,15 @@ from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation import (
     AIS,
     Ascent,
-    Evidence,
-    InferenceGaps,
     collapse_report,
     elbo_surgery,
-    evidence,
-    inference_gaps,
     prior_holes,
 )
-from pyro_vae.evaluation._gap_estimates import select_estimator
 from pyro_vae.evaluation._improvements import improvements
 from pyro_vae.evaluation._log_evidence import UNRELIABLE_KHAT, standard_error
 from pyro_vae.report._diagnosis import Diagnosis, LedgerEntry
+from pyro_vae.report._log_evidence import LogEvidence, estimate_log_evidence
 
-_MANY = 0.1  # share of unreliable estimates of log p(x) from which AIS is used too
 _HOLE_SAMPLES = 1000
 
 
@@ -55,6 +49,10 @@ def diagnose(
     progress: bool | Progress = False,
 ) -> Diagnosis:
     r"""Diagnose a fitted pair: how many nats each part of it loses, and what to change.
+
+    Log p(x) is estimated by importance sampling from the guide and from the best member of its
+    family. If the weights are unreliable for more than a tenth of the data points, a Gaussian with
+    full covariance is fitted to each posterior, and samples of it are used too.
 
     The ledger begins with the test log-likelihood and splits what lies below it,
 
@@ -89,7 +87,7 @@ def diagnose(
         num_particles: importance samples per data point.
         ascent: settings of the ascent of :func:`pyro_vae.inference_gaps`. The default is faster
             than that function's default.
-        annealing: annealed importance sampling for log p(x), used if importance sampling is
+        annealing: annealed importance sampling. It is used if importance sampling remains
             unreliable for more than a tenth of the data points. The default is not to use it.
         refit: whether to train the networks of the ``decoder gain``.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
@@ -138,7 +136,7 @@ def diagnose(
     few_test = _rows(Minibatches(test, 100, name="test").in_memory(), num_data, seed)
     options = {"vectorize_particles": vectorize_particles, "seed": seed, "progress": progress}
     of_model = [
-        _log_evidence(
+        estimate_log_evidence(
             model,
             guide,
             columns,
@@ -152,15 +150,13 @@ def diagnose(
     ]
     surgery, collapse, surgery_note = _surgery(model, guide, of_train, **options)
     holes, holes_note = _holes(model, guide, of_train, **options)
-    both = [each.gaps for each in of_model]
-    parameters = None if None in both else tuple(gaps.parameters for gaps in both)
     with task(progress, "prior and decoder", None, transient=True) as advance:
         gains = improvements(
             model,
             guide,
             few_train,
             few_test,
-            parameters,
+            [(each.members, each.parameters) for each in of_model],
             decoder=refit,
             vectorize_particles=vectorize_particles,
             seed=seed,
@@ -179,82 +175,13 @@ def diagnose(
         *_count_entries(collapse, surgery_note, holes, holes_note),
         LedgerEntry(
             "unreliable log p(x)",
-            of_model[1].untrusted.double().mean().item(),
+            of_model[1].unreliable_share,
             math.nan,
             f"share of test data with k-hat above {UNRELIABLE_KHAT}",
             "share",
         ),
     ]
     return Diagnosis(tuple(entries), len(few_train[0]), len(few_test[0]))
-
-
-@dataclasses.dataclass(frozen=True)
-class _LogEvidence:
-    """Log p(x) and the ELBO of each data point, with the gaps if they are known."""
-
-    values: Tensor
-    elbo: Tensor
-    untrusted: Tensor
-    gaps: InferenceGaps | None
-    note: str
-
-    @property
-    def approximation_gap(self) -> Tensor | None:
-        return None if self.gaps is None else self.values - self.gaps.best_elbo.values
-
-    @property
-    def amortization_gap(self) -> Tensor | None:
-        return None if self.gaps is None else self.gaps.amortization_gap.values
-
-
-def _log_evidence(
-    model: Program,
-    guide: Program,
-    columns: Batch,
-    *,
-    ascent: Ascent,
-    num_particles: int,
-    annealing: AIS | None,
-    capture: Capture,
-    **options,
-) -> _LogEvidence:
-    """Estimate log p(x) by importance sampling from the guide, its best members, or AIS."""
-    gaps, note = None, ""
-    try:
-        gaps = inference_gaps(
-            model,
-            guide,
-            columns,
-            num_particles=num_particles,
-            ascent=ascent,
-            batch_size=len(columns[0]),
-            capture=capture,
-            **options,
-        )
-    except (ValueError, TypeError) as error:
-        note = first_line(error)
-    if gaps is None:
-        found = evidence(
-            model, guide, columns, num_particles=num_particles, capture=capture, **options
-        )
-        values, errors, khat = found.values, found.monte_carlo_errors, found.khat
-        elbo = found.mean_log_weights
-    else:
-        values, errors = gaps.log_evidence.values, gaps.log_evidence.monte_carlo_errors
-        khat, elbo = gaps.khat, gaps.amortized_elbo.values
-    if annealing is not None and (~(khat <= UNRELIABLE_KHAT)).double().mean() > _MANY:
-        annealed = evidence(model, guide, columns, method=annealing, capture=capture, **options)
-        values, khat = _select((values, errors, khat), annealed)
-    return _LogEvidence(values, elbo, ~(khat <= UNRELIABLE_KHAT), gaps, note)
-
-
-def _select(weighted: tuple[Tensor, Tensor, Tensor], annealed: Evidence) -> tuple[Tensor, Tensor]:
-    """Return log p(x) and k-hat of the better of two estimates, for each data point."""
-    values = torch.stack([weighted[0], annealed.values])
-    errors = torch.stack([weighted[1], annealed.monte_carlo_errors])
-    khats = torch.stack([weighted[2], annealed.khat])
-    source = select_estimator(values, errors.square(), khats).unsqueeze(0)
-    return values.gather(0, source)[0], khats.gather(0, source)[0]
 
 
 def _rows(columns: Batch, count: int, seed: int) -> Batch:
@@ -283,7 +210,7 @@ def _holes(model: Program, guide: Program, columns: Batch, **options):
         return None, first_line(error)
 
 
-def _gap_entries(train: _LogEvidence, test: _LogEvidence) -> list[LedgerEntry]:
+def _gap_entries(train: LogEvidence, test: LogEvidence) -> list[LedgerEntry]:
     note = test.note or train.note
     return [
         _mean("log p(x), test", test.values, "the higher the better"),
