@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +22,7 @@ from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import Batch
 from pyro_vae.evaluation import AIS, Ascent, InferenceGaps, evidence, inference_gaps
 from pyro_vae.evaluation._decoder_fit import rows_of_numbers
-from pyro_vae.evaluation._log_evidence import UNRELIABLE_KHAT
+from pyro_vae.evaluation._log_evidence import UNRELIABLE_KHAT, UnreliableEvidence
 from pyro_vae.evaluation._prior_fit import UnconstrainedLatents
 from pyro_vae.guides import AmortizedMultivariateNormal
 
@@ -110,11 +113,12 @@ def estimate_log_evidence(
     }
     gaps, members, parameters, note = None, None, None, ""
     try:
-        gaps = inference_gaps(model, guide, columns, **of_gaps)
+        gaps = _quiet_gaps(model, guide, columns, **of_gaps)
     except (ValueError, TypeError) as error:
         note = first_line(error)
     if gaps is None:
-        found = evidence(model, guide, columns, num_particles=num_particles, **options)
+        with _quiet():
+            found = evidence(model, guide, columns, num_particles=num_particles, **options)
         estimates, elbo = [(found.values, found.khat)], found.mean_log_weights
     else:
         estimates = [(gaps.log_evidence.values, gaps.khat)]
@@ -122,16 +126,32 @@ def estimate_log_evidence(
         if unreliable_share(gaps.khat) > _MANY:
             try:
                 posteriors = _Posteriors.of(model, guide, columns, gaps, seed)
-                better = inference_gaps(model, posteriors, columns, **of_gaps)
+                better = _quiet_gaps(model, posteriors, columns, **of_gaps)
                 estimates.append((better.log_evidence.values, better.khat))
                 members, parameters = posteriors, better.parameters
             except (ValueError, TypeError):  # a latent that such a Gaussian does not have
                 pass
     if annealing is not None and min(unreliable_share(khat) for _, khat in estimates) > _MANY:
-        annealed = evidence(model, guide, columns, method=annealing, **options)
+        with _quiet():
+            annealed = evidence(model, guide, columns, method=annealing, **options)
         estimates.append((annealed.values, annealed.khat))
     values, khat = min(estimates, key=lambda each: unreliable_share(each[1]))
     return LogEvidence(values, khat, elbo, gaps, members, parameters, note)
+
+
+def _quiet_gaps(*args: Any, **options: Any) -> InferenceGaps:
+    """Return the inference gaps without a warning of failed ascents, whose start is used."""
+    with _quiet():
+        return inference_gaps(*args, **options)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the warnings of the estimators, which the notes of a diagnosis replace."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UnreliableEvidence)
+        warnings.filterwarnings("ignore", message="inference_gaps: ")
+        yield
 
 
 class _Rows(nn.Module):

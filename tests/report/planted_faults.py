@@ -129,9 +129,9 @@ def encoder_stopped_early(num_data: int = 500) -> Planted:
 
 
 def encoder_that_overfits(num_data: int = 500) -> Planted:
-    true = Gaussian()
+    true = Gaussian(D=50)
     train, test = true.sample(100), true.sample(num_data)
-    guide = _trained_encoder(true, train, epochs=600, hidden=128)
+    guide = _trained_encoder(true, train, hidden=128, epochs=500, learning_rate=2e-3)
     return Planted(true.model, guide, train, test, "encoder overfitting")
 
 
@@ -173,10 +173,10 @@ FAULTS = (
 )
 
 
-def _trained_encoder(true: Gaussian, train: Tensor, epochs: int, hidden: int = 64) -> Callable:
+def _trained_encoder(true: Gaussian, train: Tensor, hidden: int = 64, **options: float) -> Callable:
     encoder = pv.nets.MLP(train.shape[1], [hidden, hidden])
     guide = pv.guides.AmortizedMultivariateNormal(true.model, encoder)
-    pv.fit(true.model, guide, train, epochs=epochs, progress=False, capture=False)
+    pv.fit(true.model, guide, train, progress=False, capture=False, **options)
     return guide
 
 
