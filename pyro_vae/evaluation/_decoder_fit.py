@@ -24,16 +24,23 @@ from pyro_vae.distributions._parameter_maps import Parameter, map_parameters
 from pyro_vae.evaluation._prior_fit import GaussianMixture, UnconstrainedLatents
 
 _WIDTH = 128  # of the two hidden layers of a correction
+_FIRST_SCALE = 0.03  # of the outputs of a correction before the training
 _BATCH_SIZE = 100
 _LEARNING_RATE = 2e-3
 _HELD_OUT_SHARE = 0.2
-_MOST_EPOCHS = 100
-_PATIENCE = 10  # epochs without a higher ELBO of the held-out rows
+_WARM_UP = 200  # steps in which the weight of the KL rises
+_FIRST_WEIGHT = 0.1  # of the KL
+_PATIENCE = 200  # steps without a higher ELBO of the held-out rows, after the warm-up
+_MOST_STEPS = 2000
 _CLOSE = 1e-3  # an absolute (nats) and relative tolerance for a rebuilt distribution
 
 
 class Correction(nn.Module):
-    """A network whose output is zero before the training."""
+    """A network whose output is small before the training.
+
+    It is not zero. If a decoder ignores the latents, zero corrections of both programs would be a
+    saddle point of the ELBO.
+    """
 
     def __init__(self, inputs: Tensor, num_outputs: int):
         super().__init__()
@@ -42,7 +49,7 @@ class Correction(nn.Module):
         self.register_buffer("loc", rows.mean(0).to(inputs.dtype))
         self.register_buffer("scale", scale.where(scale > 0, 1.0).to(inputs.dtype))
         last = nn.Linear(_WIDTH, num_outputs)
-        nn.init.zeros_(last.weight)
+        nn.init.normal_(last.weight, std=_FIRST_SCALE / math.sqrt(_WIDTH))
         nn.init.zeros_(last.bias)
         self.layers = nn.Sequential(
             nn.Linear(inputs.shape[1], _WIDTH),
@@ -187,14 +194,14 @@ class CorrectedPair:
         nets = [self.encoder] if self.decoder is None else [self.encoder, self.decoder.net]
         return [parameter for net in nets for parameter in net.parameters()]
 
-    def log_weight(self, batch: Batch, num_particles: int) -> Tensor:
-        """Return the log-weights (K, B) of a minibatch."""
+    def log_weight(self, batch: Batch, num_particles: int, kl_weight: float = 1.0) -> Tensor:
+        """Return the log-weights (K, B) of a minibatch, with a weight of the KL."""
         t = self.terms(batch, num_particles)
-        if self.prior is None:
-            return t.log_weight
-        codes, jacobian = self.latents(t.samples)
-        log_prior = self.prior.log_prob(codes) - jacobian
-        return t.log_weight - t.log_prior + log_prior
+        log_prior = t.log_prior
+        if self.prior is not None:
+            codes, jacobian = self.latents(t.samples)
+            log_prior = self.prior.log_prob(codes) - jacobian
+        return t.log_likelihood + kl_weight * (log_prior - t.log_guide)
 
     def terms(self, batch: Batch, num_particles: int) -> Terms:
         """Run the corrected programs on a minibatch."""
@@ -223,25 +230,25 @@ def train_corrections(pair: CorrectedPair, columns: Batch, advance: Callable[[in
         tuple(column[rows] for column in columns) for rows in (slice(0, count), slice(count, None))
     )
     optimizer = torch.optim.Adam(pair.parameters, lr=_LEARNING_RATE)
-    waited = 0
+    step, last_improvement = 0, 0
     with values_checked(False), torch.inference_mode(False), torch.enable_grad():
         best, kept = _mean_elbo(pair, held_out), copy.deepcopy(pair.parameters)
-        for _ in range(_MOST_EPOCHS):
+        while step < min(_MOST_STEPS, max(last_improvement, _WARM_UP) + _PATIENCE):
             for rows in torch.randperm(count).split(_BATCH_SIZE):
-                loss = -pair.log_weight(tuple(column[rows] for column in fitted), 1).mean()
+                weight = min(1.0, _FIRST_WEIGHT + step / _WARM_UP)
+                batch = tuple(column[rows] for column in fitted)
+                loss = -pair.log_weight(batch, 1, weight).mean()
                 gradients = torch.autograd.grad(loss, pair.parameters, allow_unused=True)
                 for parameter, gradient in zip(pair.parameters, gradients, strict=True):
                     parameter.grad = (
                         None if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
                     )
                 optimizer.step()
+                step += 1
             reached = _mean_elbo(pair, held_out)
-            advance(1)
-            waited += 1
             if reached > best:
-                best, waited, kept = reached, 0, copy.deepcopy(pair.parameters)
-            if waited == _PATIENCE:
-                break
+                best, kept, last_improvement = reached, copy.deepcopy(pair.parameters), step
+            advance(1)
         with torch.no_grad():
             for parameter, value in zip(pair.parameters, kept, strict=True):
                 parameter.copy_(value)

@@ -97,98 +97,107 @@ def improvements(
         needs_latents=True,
         may_fold=False,
     ) as options:
+        pair = _EvaluatedPair(model, guide, options, device)
         first = batches.first()
         try:
             names = list(terms(model, guide, *first).samples)
             latents = UnconstrainedLatents(model, first, names)
-            members = local_members(guide, first)
-        except (ValueError, TypeError) as error:
-            note = first_line(error)
-            return Improvements(None, None, note, note)
-        try:
-            codes = [
-                _codes(model, guide, own or members, columns, rows, latents, count, options, device)
-                for (own, rows), columns, count in zip(
-                    posteriors,
-                    (train, test),
-                    (_PARTICLES_OF_FIT, _PARTICLES_OF_GAIN),
-                    strict=True,
+            codes_of_train, codes_of_test = (
+                pair.codes(columns, latents, *posterior, num_particles)
+                for columns, posterior, num_particles in zip(
+                    (train, test), posteriors, (_PARTICLES_OF_FIT, _PARTICLES_OF_GAIN), strict=True
                 )
-            ]
-            prior = fit_prior(codes[0])
+            )
+            prior = fit_prior(codes_of_train)
         except (ValueError, torch.linalg.LinAlgError) as error:
             note = first_line(error)
             return Improvements(None, None, note, note)
-        of_prior = codes[1].gains(prior)
+        of_prior = codes_of_test.gains(prior)
         if not decoder:
             return Improvements(of_prior, None, "", "it was not asked for")
         try:
-            of_decoder = _decoder_gain(
-                model, members, latents, names, prior, train, test, options, device, advance
-            )
-        except ValueError as error:
+            before = pair.with_correction(train, latents, prior)
+            correction = CorrectedDecoder(model, first, names)
+        except (ValueError, TypeError) as error:
             return Improvements(of_prior, None, "", first_line(error))
-    return Improvements(of_prior, of_decoder)
+        return Improvements(of_prior, _decoder_gain(before, correction, train, test, advance))
 
 
-def _codes(
-    model: Program,
-    guide: Program,
-    members: LocalMembers,
-    columns: Batch,
-    parameters: Tensor | None,
-    latents: UnconstrainedLatents,
-    num_particles: int,
-    options: dict[str, Any],
-    device: torch.device,
-) -> WeightedCodes:
-    """Sample the latents of some data from the best members, or from the guide."""
-    rows = None if parameters is None else parameters.to(device).split(_BATCH_SIZE)
+@dataclass(frozen=True)
+class _EvaluatedPair:
+    """A pair in evaluation mode, with ``options`` of :func:`pyro_vae.terms`."""
 
-    def draw(number: int, batch: Batch) -> Terms:
-        def member(*batch: Tensor) -> Any:
-            return members.sample(rows[number], *batch)
+    model: Program
+    guide: Program
+    options: dict[str, Any]
+    device: torch.device
 
-        program = guide if rows is None else member
-        return terms(model, program, *batch, num_particles=num_particles, **options)
+    def codes(
+        self,
+        columns: Batch,
+        latents: UnconstrainedLatents,
+        members: LocalMembers | None,
+        parameters: Tensor | None,
+        num_particles: int,
+    ) -> WeightedCodes:
+        """Sample the latents of some data from given posteriors; see :func:`improvements`."""
+        rows = None if parameters is None else parameters.to(self.device).split(_BATCH_SIZE)
+        if rows is not None and members is None:
+            members = local_members(self.guide, self._first(columns))
 
-    batches = list(Minibatches(columns, _BATCH_SIZE, device=device))
-    return WeightedCodes.of(draw, batches, latents)
+        def draw(number: int, batch: Batch) -> Terms:
+            def member(*batch: Tensor) -> Any:
+                return members.sample(rows[number], *batch)
+
+            program = self.guide if rows is None else member
+            options = {"num_particles": num_particles, **self.options}
+            return terms(self.model, program, *batch, **options)
+
+        batches = Minibatches(columns, _BATCH_SIZE, device=self.device)
+        return WeightedCodes.of(draw, list(batches), latents)
+
+    def with_correction(
+        self, columns: Batch, latents: UnconstrainedLatents, prior: GaussianMixture | None
+    ) -> CorrectedPair:
+        """Return the pair with another prior, and a correction of the encoder that is not trained.
+
+        Raises:
+            ValueError: The guide has no parameters for each data point.
+        """
+        first = self._first(columns)
+        members = local_members(self.guide, first)
+        parameters = members.parameters_of(*first)
+        inputs = rows_of_numbers(columns[0]).to(parameters)
+        encoder = Correction(inputs, parameters.shape[1])
+        return CorrectedPair(self.model, members, latents, prior, encoder, None, self.options)
+
+    def _first(self, columns: Batch) -> Batch:
+        return tuple(column[:_BATCH_SIZE].to(self.device) for column in columns)
 
 
 def _decoder_gain(
-    model: Program,
-    members: LocalMembers,
-    latents: UnconstrainedLatents,
-    names: list[str],
-    prior: GaussianMixture | None,
+    before: CorrectedPair,
+    decoder: CorrectedDecoder,
     train: Batch,
     test: Batch,
-    options: dict[str, Any],
-    device: torch.device,
     advance: Callable[[int], None],
 ) -> Tensor:
     """Return log p(x) of each test data point with a corrected decoder, minus that without.
 
-    A corrected encoder is trained first, with the decoder as it is, and again with the correction
-    of the decoder. So errors of the encoder cancel in the difference.
+    A correction of the encoder is trained first, with the decoder as it is, and again with the
+    correction of the decoder. So errors of the encoder cancel in the difference.
     """
+    device = before.encoder.loc.device
     train, test = (tuple(column.to(device) for column in columns) for columns in (train, test))
-    first = tuple(column[:_BATCH_SIZE] for column in train)
-    decoder = CorrectedDecoder(model, first, names)
-    rows = members.parameters_of(*first)
-    encoder = Correction(rows_of_numbers(train[0]).to(rows.dtype), rows.shape[1])
-    before = CorrectedPair(model, members, latents, prior, encoder, None, options)
     train_corrections(before, train, advance)
-    samples = decoder.features(before.terms(first, 1).samples)
-    decoder.net = Correction(samples, decoder.num_outputs)
-    after = replace(before, encoder=copy.deepcopy(encoder), decoder=decoder)
+    first = tuple(column[:_BATCH_SIZE] for column in train)
+    decoder.net = Correction(decoder.features(before.terms(first, 1).samples), decoder.num_outputs)
+    after = replace(before, encoder=copy.deepcopy(before.encoder), decoder=decoder)
     train_corrections(after, train, advance)
     gains = []
-    for number in range(0, len(test[0]), _BATCH_SIZE):
-        batch = tuple(column[number : number + _BATCH_SIZE] for column in test)
-        old, new = (_log_evidence(pair, batch) for pair in (before, after))
-        gains.append(new - old)
+    for start in range(0, len(test[0]), _BATCH_SIZE):
+        batch = tuple(column[start : start + _BATCH_SIZE] for column in test)
+        gains.append(_log_evidence(after, batch) - _log_evidence(before, batch))
     return torch.cat(gains).cpu()
 
 
