@@ -18,6 +18,7 @@ from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.sites import data_frame, is_deterministic, random_sites
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._utils.messages import first_line
+from pyro_vae._utils.random import seeded
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch
 from pyro_vae.distributions._parameter_maps import Parameter, map_parameters
@@ -32,6 +33,7 @@ _WARM_UP = 200  # steps in which the weight of the KL rises
 _FIRST_WEIGHT = 0.1  # of the KL
 _PATIENCE = 200  # steps without a higher ELBO of the held-out rows, after the warm-up
 _MOST_STEPS = 2000
+_HELD_OUT_PARTICLES = 3
 _CLOSE = 1e-3  # an absolute (nats) and relative tolerance for a rebuilt distribution
 
 
@@ -255,11 +257,12 @@ def train_corrections(pair: CorrectedPair, columns: Batch, advance: Callable[[in
 
 
 @torch.no_grad()
-def _mean_elbo(pair: CorrectedPair, columns: Batch, num_particles: int = 5) -> float:
+def _mean_elbo(pair: CorrectedPair, columns: Batch) -> float:
     """Return the ELBO of rows, with the same noise in each call."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return pair.log_weight(columns, num_particles).mean().item()
+    batches = zip(*(column.split(_BATCH_SIZE) for column in columns), strict=True)
+    with seeded(0):
+        sums = [pair.log_weight(batch, _HELD_OUT_PARTICLES).mean(0).sum() for batch in batches]
+    return sum(sums).item() / len(columns[0])
 
 
 def rows_of_numbers(x: Tensor) -> Tensor:

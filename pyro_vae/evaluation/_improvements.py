@@ -63,7 +63,7 @@ def improvements(
     test: Batch,
     posteriors: Sequence[tuple[LocalMembers | None, Tensor | None]],
     *,
-    decoder: bool,
+    decoder_data: Batch | None,
     vectorize_particles: bool | None,
     seed: int | None,
     advance: Callable[[int], None],
@@ -80,7 +80,8 @@ def improvements(
         posteriors: for both, the members and the parameters (N, P) from which latents are sampled.
             Members of None are those of the guide's family. Parameters of None sample from the
             guide itself.
-        decoder: whether to train the correction of a decoder.
+        decoder_data: training data in random order for the correction of the decoder, in memory.
+            None does not train it.
         vectorize_particles: see :func:`pyro_vae.terms`.
         seed: of all samples and networks.
         advance: called with the number of finished epochs.
@@ -113,14 +114,15 @@ def improvements(
             note = first_line(error)
             return Improvements(None, None, note, note)
         of_prior = codes_of_test.gains(prior)
-        if not decoder:
+        if decoder_data is None:
             return Improvements(of_prior, None, "", "it was not asked for")
         try:
-            before = pair.with_correction(train, latents, prior)
+            before = pair.with_correction(decoder_data, latents, prior)
             correction = CorrectedDecoder(model, first, names)
         except (ValueError, TypeError) as error:
             return Improvements(of_prior, None, "", first_line(error))
-        return Improvements(of_prior, _decoder_gain(before, correction, train, test, advance))
+        of_decoder = _decoder_gain(before, correction, decoder_data, test, advance)
+        return Improvements(of_prior, of_decoder)
 
 
 @dataclass(frozen=True)
