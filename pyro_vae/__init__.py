@@ -31,7 +31,7 @@ from pyro_vae.evaluation import (
     sandwich,
 )
 from pyro_vae.models import LatentVariableModel
-from pyro_vae.report import compare, rate_distortion, to_arviz
+from pyro_vae.report import compare, diagnose, rate_distortion, to_arviz
 from pyro_vae.serialization import load, save
 from pyro_vae.training import fit, fit_seeds, load_checkpoint
 
@@ -41,6 +41,7 @@ __all__ = [
     "collapse_report",
     "compare",
     "datasets",
+    "diagnose",
     "distributions",
     "elbo_surgery",
     "evaluation",

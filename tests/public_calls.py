@@ -112,6 +112,10 @@ ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     "load_checkpoint": lambda: {"folder": _folders()["load_checkpoint"]},
     "load": lambda: {"folder": _folders()["load"], "model": None, "guide": None},
     "compare": lambda: {"image_shape": (2, 2)},
+    "diagnose": lambda: {
+        **{"train": X, "test": X, "num_particles": 30, "refit": False, "annealing": None},
+        "ascent": pv.evaluation.Ascent(**ROWS["evaluation.Ascent"]()),
+    },
     "rate_distortion": lambda: {"fit_options": {"epochs": 1, "batch_size": 3}},
     "guides.SemiAmortized": lambda: {"steps": 2},
     "guides.SemiSupervisedGuide": lambda: {
@@ -248,6 +252,7 @@ NUMBERS: dict[type, Callable[[Any], Any]] = {
     pv.evaluation.InferenceGaps: lambda gaps: [gaps.best_elbo.values, gaps.amortized_elbo.values],
     pv.evaluation.GradientNoise: lambda noise: noise.table.signal_to_noise.tolist(),
     pv.report.RateDistortion: lambda curve: curve.table["elbo"].tolist(),
+    pv.report.Diagnosis: lambda diagnosis: [diagnosis["log p(x), test"].value],
     pv.report.Comparison: lambda comparison: comparison.entries[0].runs[0].evidence.values,
     Tensor: torch.nan_to_num,
 }

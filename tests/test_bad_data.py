@@ -78,6 +78,7 @@ SLOW = {
     "inference_gaps",
     "rate_distortion",
     "compare",
+    "diagnose",
     "load",
     "load_checkpoint",
 }

@@ -28,7 +28,7 @@ ALLOWED = {
     "likelihoods": ("_utils distributions", "pyro"),
     "priors": ("_programs _utils datasets distributions", "pyro"),
     "objectives": ("_programs _utils", "pyro"),
-    "evaluation": ("_capture _programs _utils datasets",
+    "evaluation": ("_capture _programs _utils datasets distributions",
                    "matplotlib numpy pandas pyro rich"),
     "surjections": ("_programs _utils flows", "pyro"),
     "models": ("_programs _utils priors", "pyro"),
@@ -37,7 +37,7 @@ ALLOWED = {
                       "numpy pandas pyro safetensors"),
     "training": ("_capture _programs _utils datasets objectives serialization",
                  "cloudpickle joblib pandas pyro rich"),
-    "report": ("_programs _utils datasets evaluation objectives training",
+    "report": ("_capture _programs _utils datasets evaluation guides objectives training",
                "arviz jinja2 matplotlib numpy pandas pyro rich scipy"),
     "cli": ("_utils", "jinja2 matplotlib rich typer"),  # and the public names of pyro_vae
     "__main__": ("cli", ""),

@@ -97,7 +97,9 @@ def softplus(number: Tensor) -> Tensor:
     return F.softplus(number, threshold=40.0)
 
 
-def inverse_softplus_scale(value: float) -> float:
+def inverse_softplus_scale(value: float | Tensor) -> float | Tensor:
     """Return the number that :func:`softplus_scale` maps to a value above 1e-6."""
     rest = value - MIN_SCALE
+    if isinstance(rest, Tensor):
+        return rest + torch.log(-torch.expm1(-rest)) - _ZERO_TO_ONE
     return rest + math.log(-math.expm1(-rest)) - _ZERO_TO_ONE

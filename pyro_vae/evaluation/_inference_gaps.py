@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_vae._capture import Capture, Captured, check_capture
 from pyro_vae._programs.data_plate import name_data_plate
+from pyro_vae._programs.local_offsets import LocalMembers, local_members, require_both_methods
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import require_programs, require_trainable_tensors
 from pyro_vae._programs.terms import Terms, terms
@@ -48,8 +49,9 @@ class InferenceGaps:
         amortized_elbo: the ELBO of the guide.
         approximation_gap: ``log_evidence`` minus ``best_elbo``.
         amortization_gap: ``best_elbo`` minus ``amortized_elbo``.
-        parameters: parameters of the best members, (N, P), as ``guide.sample`` accepts them. They
-            have the dtype of the data.
+        parameters: parameters of the best members, (N, P), as ``guide.sample`` accepts them. For a
+            guide without that method, they are offsets of the parameters of its distributions, in
+            unconstrained space, site by site. They have the dtype of the data.
         sources: the source of each log p(x), shape (N,). It is 0 for importance sampling from the
             guide, 1 for the best member, and 2 for the ``evidence`` argument.
         khat: Pareto diagnostic of the weights of that source, shape (N,).
@@ -130,6 +132,14 @@ def inference_gaps(
     parameters of the guide belong to the family and are not changed. Examples are the networks of
     an autoregressive flow, a flow that is not amortized, and the offsets of a mixture.
 
+    Any guide is accepted. If it has the methods ``parameters_of`` and ``sample``, as an
+    :class:`pyro_vae.guides.AmortizedGuide` has, :math:`\lambda` are the rows of the first. For any
+    other program, :math:`\lambda` are the parameters of the distributions at its latent sites, in
+    unconstrained space (the logarithm of a scale). A parameter that has the same value for all
+    data points belongs to the family. So does a number inside a transform that is not affine. If a
+    site depends on latents sampled before it, a data point has one offset of its parameters for all
+    values of these latents.
+
     :math:`\lambda^*` is found by gradient ascent from :math:`\lambda(x)`, for all data points of
     a minibatch in parallel; see :class:`Ascent`. Both ELBOs and log p(x) are then estimated with
     new samples from the two guides. So the noise of the ascent does not bias the best ELBO. If the
@@ -149,9 +159,9 @@ def inference_gaps(
 
     Args:
         model: program of p(x, z).
-        guide: an :class:`pyro_vae.guides.AmortizedGuide`, or any program with two methods.
-            ``parameters_of(x, *covariates)`` returns rows (B, P), and ``sample(parameters, x,
-            *covariates)`` runs the guide at those rows.
+        guide: program of q(z|x). Its methods ``parameters_of(x, *covariates)``, which returns rows
+            (B, P), and ``sample(parameters, x, *covariates)``, which runs the guide at those rows,
+            are used if it has both.
         data: the data, as in :func:`pyro_vae.fit`; usually held-out data.
         num_particles: samples per data point from each of the two guides, at least 2.
         ascent: settings of the ascent. The default is ``Ascent()``.
@@ -173,12 +183,13 @@ def inference_gaps(
     Raises:
         Interrupted: Ctrl-C was pressed. It is a KeyboardInterrupt, and ``.partial`` has the gaps
             for the first minibatches.
-        TypeError: The guide lacks ``parameters_of`` or ``sample``. ``ascent`` is not an
+        TypeError: The guide has only one of ``parameters_of`` and ``sample``. ``ascent`` is not an
             :class:`Ascent`, or ``evidence`` is not an :class:`Evidence`.
         ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md).
             A tensor of the pair was made under ``torch.inference_mode``. A site is global or
-            scaled. A latent variable is a Delta in the guide or has no reparameterized sample.
-            ``evidence`` has another number of data points.
+            scaled. A latent variable is a Delta in the guide or has no reparameterized sample. No
+            parameter of the guide's distributions differs between data points, or a distribution
+            cannot be made from its parameters. ``evidence`` has another number of data points.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -202,8 +213,8 @@ def inference_gaps(
     ascent = Ascent() if ascent is None else ascent
     if not isinstance(ascent, Ascent):
         raise TypeError(f"ascent must be a pyro_vae.evaluation.Ascent, got {ascent!r}")
-    _check_guide(guide)
     require_programs(model, guide)
+    require_both_methods(guide)
     require_trainable_tensors(model, guide)
     with Runner.open(
         "inference_gaps",
@@ -220,7 +231,8 @@ def inference_gaps(
         description=description,
     ) as runner:
         given = None if evidence is None else _given(evidence, runner.batches)
-        compare = _comparison(runner, ascent, num_particles, pairs_per_pass, capture)
+        local_guide = local_members(runner.guide, runner.batches.first())
+        compare = _comparison(runner, local_guide, ascent, num_particles, pairs_per_pass, capture)
         parts = runner.map_batches(compare, done=runner.done)
     gaps = _gaps(parts, given, num_particles)
     runner.raise_if_interrupted(gaps, len(gaps.sources), parts)
@@ -229,10 +241,15 @@ def inference_gaps(
 
 
 def _comparison(
-    runner: Runner, ascent: Ascent, num_particles: int, pairs_per_pass: int, capture: Capture
+    runner: Runner,
+    guide: LocalMembers,
+    ascent: Ascent,
+    num_particles: int,
+    pairs_per_pass: int,
+    capture: Capture,
 ) -> Callable[[Batch], tuple[Tensor, ...]]:
     """Return a function that finds best members and computes all log-weights of a minibatch."""
-    model, guide, batches = runner.model, runner.guide, runner.batches
+    model, batches = runner.model, runner.batches
 
     def run(parameters: Tensor, batch: tuple[Tensor, ...], count: int) -> Terms:
         def member(*batch: Tensor) -> dict[str, Tensor]:
@@ -264,7 +281,7 @@ def _comparison(
         draw.calls_left = share * passes * 2
 
     def compare(batch: Batch) -> tuple[Tensor, ...]:
-        terms(model, guide, *batch)  # validate values with one particle
+        terms(model, runner.guide, *batch)  # validate values with one particle
         step.recheck()
         draw.recheck()
 
@@ -325,17 +342,6 @@ def _gaps(
         converged=tuple(bool(each) for each in converged),
         num_particles=num_particles,
     )
-
-
-def _check_guide(guide: Program) -> None:
-    needed = ("parameters_of", "sample")
-    if missing := [name for name in needed if not callable(getattr(guide, name, None))]:
-        raise TypeError(
-            "inference_gaps optimizes the parameters of a guide for each data point. guide must "
-            "have the methods parameters_of(x, *covariates) and sample(parameters, x, "
-            f"*covariates), but {type(guide).__name__} lacks {' and '.join(missing)}. Pass an "
-            "AmortizedGuide, for example"
-        )
 
 
 def _given(evidence: Evidence, batches: Minibatches) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,119 @@
+"""The diagnosis names planted faults, in nats that agree with closed forms."""
+
+import math
+
+import planted_faults
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vae as pv
+
+SLACK = 0.05  # nats; the prior is fitted to 300 rows, and log p(x) is sampled
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        planted_faults.prior_of_wrong_scale,
+        planted_faults.prior_that_should_be_bimodal,
+        planted_faults.mean_field_on_a_correlated_posterior,
+    ],
+)
+def test_losses_in_nats_are_those_of_closed_forms(fault):
+    planted = fault(num_data=250)
+    found = pv.diagnose(planted.model, planted.guide, planted.train, planted.test, refit=False)
+    assert found.losses[0].name == planted.entry
+    assert planted.nats > 0.1
+    assert abs(found[planted.entry].value - planted.nats) < SLACK
+    assert found[planted.entry].note in str(found)
+
+
+def test_decoder_that_ignores_the_latents_is_named():
+    planted = planted_faults.decoder_that_ignores_z(num_data=200)
+    found = pv.diagnose(planted.model, planted.guide, planted.train, planted.test, num_data=200)
+    assert found.verdict[0].startswith("decoder ignores the latents: one that uses them gains")
+    assert found["unused units"].value == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", planted_faults.FAULTS)
+def test_first_line_of_the_verdict_names_the_planted_fault_in_19_of_20(fault):
+    named, close = 0, 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        planted = fault()
+        found = pv.diagnose(planted.model, planted.guide, planted.train, planted.test, num_data=300)
+        losses = found.losses
+        named += bool(losses) and losses[0].name == planted.entry
+        if planted.nats is not None:
+            close += abs(found[planted.entry].value - planted.nats) < SLACK
+    assert named >= 19
+    assert planted.nats is None or close >= 19
+
+
+def test_a_perfect_pair_has_no_losses():
+    true = planted_faults.Gaussian()
+    found = pv.diagnose(true.model, true.posterior, true.sample(200), true.sample(200), refit=False)
+    assert not found.losses
+    assert found.verdict == ["No part loses more than 0.05 nats that this diagnosis can find."]
+    for name in ("approximation gap", "amortization gap, test", "amortization gap, training"):
+        assert abs(found[name].value) < 0.02
+
+
+def test_unknown_quantities_have_a_reason():
+    """A discrete latent has no gaps and no unconstrained codes, but log p(x) and the surgery."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(2 * z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=2 * x - 2))
+
+    x = 2 * torch.bernoulli(torch.full((100,), 0.5)) + torch.randn(100)
+    found = pv.diagnose(model, guide, x, x + 0.01, num_particles=200)
+    truth = dist.Normal(torch.tensor([0.0, 2.0]), 1.0).log_prob(x.unsqueeze(1) + 0.01)
+    truth = (truth.logsumexp(1) - math.log(2)).mean().item()
+    assert abs(found["log p(x), test"].value - truth) < 0.01
+    assert found["mutual information"].value > 0.1
+    for name in ("approximation gap", "prior gain", "decoder gain"):
+        assert math.isnan(found[name].value)
+        assert found[name].note
+    assert any("approximation gap is unknown" in note for note in found.notes)
+    assert len(found.to_dataframe()) == len(found.entries)
+    with pytest.raises(KeyError, match="no entry 'gap'"):
+        found["gap"]
+
+
+def test_rows_and_results_depend_on_the_seed_alone():
+    true = planted_faults.Gaussian()
+    train, test = true.sample(60), true.sample(60)
+    options = {"num_data": 40, "num_particles": 50}
+    torch.manual_seed(5)
+    first = pv.diagnose(true.model, true.mean_field, train, test, seed=1, **options)
+    state = torch.get_rng_state()
+    torch.manual_seed(6)
+    second = pv.diagnose(true.model, true.mean_field, train, test, seed=1, **options)
+    assert str(first) == str(second)
+    torch.manual_seed(5)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are restored
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_data": 1}, "num_data must be at least 2, got 1"),
+        ({"annealing": "auto"}, "annealing must be a pyro_vae.evaluation.AIS, got 'auto'"),
+        ({"refit": 1}, "refit must be True or False, got 1"),
+        ({"ascent": 3}, "ascent must be a pyro_vae.evaluation.Ascent, got 3"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(changed, message):
+    true = planted_faults.Gaussian()
+    x = true.sample(10)
+    with pytest.raises((ValueError, TypeError), match=message):
+        pv.diagnose(true.model, true.posterior, x, x, **changed)
