@@ -42,10 +42,16 @@ class Correction(nn.Module):
 
     It is not zero. If a decoder ignores the latents, zero corrections of both programs would be a
     saddle point of the ELBO.
+
+    Args:
+        inputs: rows of inputs, which set the units of the inputs.
+        num_outputs: the number of outputs.
+        bound: the largest absolute value of an output.
     """
 
-    def __init__(self, inputs: Tensor, num_outputs: int):
+    def __init__(self, inputs: Tensor, num_outputs: int, bound: float = math.inf):
         super().__init__()
+        self.bound = bound
         rows = inputs.detach().double()
         scale = rows.std(0).nan_to_num(nan=1.0)
         self.register_buffer("loc", rows.mean(0).to(inputs.dtype))
@@ -63,7 +69,8 @@ class Correction(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the correction of each row."""
-        return self.layers((inputs - self.loc) / self.scale)
+        outputs = self.layers((inputs - self.loc) / self.scale)
+        return outputs if self.bound == math.inf else self.bound * (outputs / self.bound).tanh()
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,7 @@ class CorrectedDecoder(Messenger):
 
 @dataclass(frozen=True)
 class CorrectedPair:
-    """A pair with a corrected encoder, another prior, and perhaps a corrected decoder.
+    """A pair with another prior, and a corrected encoder and decoder.
 
     Attributes:
         model: program of p(x, z).
@@ -178,7 +185,7 @@ class CorrectedPair:
         latents: the latents in unconstrained space.
         prior: replaces the model's prior; None keeps it.
         encoder: the correction of the encoder, a function of x.
-        decoder: the corrected decoder; None keeps the decoder.
+        decoder: the corrected decoder.
         options: ``plate_nesting`` and ``vectorize_particles`` of :func:`pyro_vae.terms`.
     """
 
@@ -187,23 +194,33 @@ class CorrectedPair:
     latents: UnconstrainedLatents
     prior: GaussianMixture | None
     encoder: Correction
-    decoder: CorrectedDecoder | None
+    decoder: CorrectedDecoder
     options: dict[str, Any]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters of the corrections."""
-        nets = [self.encoder] if self.decoder is None else [self.encoder, self.decoder.net]
-        return [parameter for net in nets for parameter in net.parameters()]
+        return [*self.encoder.parameters(), *self.decoder.net.parameters()]
 
-    def log_weight(self, batch: Batch, num_particles: int, kl_weight: float = 1.0) -> Tensor:
-        """Return the log-weights (K, B) of a minibatch, with a weight of the KL."""
+    def log_weight(self, batch: Batch, num_particles: int) -> Tensor:
+        """Return the log-weights (K, B) of a minibatch."""
         t = self.terms(batch, num_particles)
-        log_prior = t.log_prior
-        if self.prior is not None:
-            codes, jacobian = self.latents(t.samples)
-            log_prior = self.prior.log_prob(codes) - jacobian
-        return t.log_likelihood + kl_weight * (log_prior - t.log_guide)
+        return t.log_weight + self._log_ratio_of_priors(t)
+
+    def elbo(self, batch: Batch, num_particles: int, kl_weight: float = 1.0) -> Tensor:
+        """Return samples (K, B) of the ELBO, with a weight of the KL.
+
+        The KL to the model's prior is in closed form if it is known.
+        """
+        t = self.terms(batch, num_particles)
+        return t.log_likelihood - kl_weight * (t.kl - self._log_ratio_of_priors(t))
+
+    def _log_ratio_of_priors(self, t: Terms) -> Tensor | float:
+        """Return the log-density of the new prior minus that of the model's, (K, B)."""
+        if self.prior is None:
+            return 0.0
+        codes, jacobian = self.latents(t.samples)
+        return self.prior.log_prob(codes) - jacobian - t.log_prior
 
     def terms(self, batch: Batch, num_particles: int) -> Terms:
         """Run the corrected programs on a minibatch."""
@@ -215,8 +232,9 @@ class CorrectedPair:
                 self.members.parameters_of(x, *covariates) + added, x, *covariates
             )
 
-        model = self.model if self.decoder is None else self.decoder(self.model)
-        return terms(model, guide, *batch, num_particles=num_particles, **self.options)
+        return terms(
+            self.decoder(self.model), guide, *batch, num_particles=num_particles, **self.options
+        )
 
 
 def train_corrections(pair: CorrectedPair, columns: Batch, advance: Callable[[int], None]) -> None:
@@ -239,7 +257,7 @@ def train_corrections(pair: CorrectedPair, columns: Batch, advance: Callable[[in
             for rows in torch.randperm(count).split(_BATCH_SIZE):
                 weight = min(1.0, _FIRST_WEIGHT + step / _WARM_UP)
                 batch = tuple(column[rows] for column in fitted)
-                loss = -pair.log_weight(batch, 1, weight).mean()
+                loss = -pair.elbo(batch, 1, weight).mean()
                 gradients = torch.autograd.grad(loss, pair.parameters, allow_unused=True)
                 for parameter, gradient in zip(pair.parameters, gradients, strict=True):
                     parameter.grad = (
@@ -261,7 +279,7 @@ def _mean_elbo(pair: CorrectedPair, columns: Batch) -> float:
     """Return the ELBO of rows, with the same noise in each call."""
     batches = zip(*(column.split(_BATCH_SIZE) for column in columns), strict=True)
     with seeded(0):
-        sums = [pair.log_weight(batch, _HELD_OUT_PARTICLES).mean(0).sum() for batch in batches]
+        sums = [pair.elbo(batch, _HELD_OUT_PARTICLES).mean(0).sum() for batch in batches]
     return sum(sums).item() / len(columns[0])
 
 

@@ -74,8 +74,8 @@ def diagnose(
       the prior was made.
     - ``decoder gain``: A network of two hidden layers is added to the parameters of p(x|z), in
       unconstrained space, with the prior of the line before. It is trained on the training data.
-      It is a lower bound of what a larger decoder gains. A gain also shows that the pair was
-      trained for too short a time.
+      It is a lower bound of what a larger decoder gains, so it may be below zero. A gain also shows
+      that the decoder was trained for too short a time.
 
     The verdict names the losses above 0.05 nats and above two standard errors, the largest first.
 
