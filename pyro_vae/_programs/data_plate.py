@@ -107,6 +107,11 @@ def name_plates_in(
     names, is_certain = None, True
     if names_in_model is not None:
         names = frozenset(names_in_model & candidates) or None
+        if names is not None and names == candidates != {DATA_PLATE}:
+            # For runs of the guide alone. An AutoGuide keeps its rows, so it cannot be examined.
+            by_plates = _found.get(program, {})
+            if (plates, None) not in by_plates:
+                _found[program] = by_plates | {(plates, None): (names, None)}
     if names is None:
         names = _given_in(trace, program, plates, rows)
     if names is None:
