@@ -360,6 +360,12 @@ def _require_rows_of_unsized(trace: poutine.Trace, plates: Plates, rows: int) ->
     """Raise ValueError if the only plates that could hold the data points have too few values."""
     for site in random_sites(trace):
         for frame in _plates(site):
+            if frame.name != DATA_PLATE and frame.full_size == rows > frame.size > 0:
+                raise ValueError(
+                    f"the plate {frame.name!r} draws {frame.size} of the {rows} rows of x at each "
+                    "run. Programs are called with minibatches and must use all of their rows: "
+                    f"write pyro.plate({frame.name!r}, x.shape[0]), and pass batch_size to pv.fit."
+                )
             if frame.size < 0 and _size_of(frame, site) != rows:
                 raise ValueError(
                     f"site {site['name']!r} has batch shape {tuple(site['fn'].batch_shape)} inside "
