@@ -107,6 +107,11 @@ def name_plates_in(
     names, is_certain = None, True
     if names_in_model is not None:
         names = frozenset(names_in_model & candidates) or None
+        if names is not None and names == candidates != {DATA_PLATE}:
+            # For runs of the guide alone. An AutoGuide keeps its rows, so it cannot be examined.
+            by_plates = _found.get(program, {})
+            if (plates, None) not in by_plates:
+                _found[program] = by_plates | {(plates, None): (names, None)}
     if names is None:
         names = _given_in(trace, program, plates, rows)
     if names is None:
@@ -355,6 +360,12 @@ def _require_rows_of_unsized(trace: poutine.Trace, plates: Plates, rows: int) ->
     """Raise ValueError if the only plates that could hold the data points have too few values."""
     for site in random_sites(trace):
         for frame in _plates(site):
+            if frame.name != DATA_PLATE and frame.full_size == rows > frame.size > 0:
+                raise ValueError(
+                    f"the plate {frame.name!r} draws {frame.size} of the {rows} rows of x at each "
+                    "run. Programs are called with minibatches and must use all of their rows: "
+                    f"write pyro.plate({frame.name!r}, x.shape[0]), and pass batch_size to pv.fit."
+                )
             if frame.size < 0 and _size_of(frame, site) != rows:
                 raise ValueError(
                     f"site {site['name']!r} has batch shape {tuple(site['fn'].batch_shape)} inside "

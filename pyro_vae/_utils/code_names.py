@@ -32,6 +32,14 @@ def of_libraries(thing: Any) -> bool:
     return package(thing) in _NOT_FOLLOWED
 
 
+def is_installed(thing: Any) -> bool:
+    """Return True if a module, or the module that defines a class, is an installed package's."""
+    if isinstance(thing, type):
+        thing = sys.modules.get(thing.__module__)
+    path = getattr(thing, "__file__", None) or ""
+    return "site-packages" in path or "dist-packages" in path
+
+
 def named_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """Yield the objects that a function's code refers to, each with the name that leads to it.
 
@@ -96,7 +104,7 @@ def _attributes_of_module(
     """
     if of_libraries(module):
         return
-    installed = "site-packages" in (getattr(module, "__file__", None) or "")
+    installed = is_installed(module)
     for attribute in dict.fromkeys(names):
         value = vars(module).get(attribute)
         if isinstance(value, types.ModuleType):

@@ -22,7 +22,14 @@ from pyro import poutine
 from torch import nn
 from torch.distributions import Distribution, Transform
 
-from pyro_vae._utils.code_names import MACHINERY, PACKAGE, named_by, of_libraries, package
+from pyro_vae._utils.code_names import (
+    MACHINERY,
+    PACKAGE,
+    is_installed,
+    named_by,
+    of_libraries,
+    package,
+)
 
 
 def referenced_objects(**roots: Any) -> Iterator[tuple[str, Any]]:
@@ -83,7 +90,8 @@ def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(thing, contextvars.ContextVar):
         yield "", thing.get(None)
     elif isinstance(thing, type):
-        if not of_libraries(thing):
+        # An installed class may hold all of its objects, as that of a progress bar does.
+        if not (of_libraries(thing) or is_installed(thing)):
             yield from _parts_of_class(thing, {})
             yield from _parts_of_class(type(thing), {})
     elif isinstance(thing, Distribution | Transform) and package(type(thing)) in MACHINERY:

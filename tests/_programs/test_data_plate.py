@@ -251,6 +251,23 @@ def test_a_latent_without_rows_in_a_plate_without_a_size_is_refused_by_name():
         pv.terms(model, guide, torch.randn(5))
 
 
+@pytest.mark.parametrize("call", [pv.terms, pv.evidence, pv.elbo_surgery, pv.fit])
+def test_a_plate_that_draws_rows_of_x_is_explained(call, x):
+    """Pyro's tutorials draw minibatches in the model; here the data are minibatches."""
+
+    def model(x):
+        with pyro.plate("cells", len(x), subsample_size=2) as rows:
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x[rows])
+
+    def guide(x):
+        with pyro.plate("cells", len(x), subsample_size=2) as rows:
+            pyro.sample("z", dist.Normal(x[rows] / 2, 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=rf"'cells' draws 2 of the {len(x)} rows of x"):
+        call(model, guide, x)
+
+
 @pytest.mark.parametrize("name", ["cells", "data"])
 def test_guides_of_the_library_find_the_plate_of_their_model(name, x):
     model, _ = pair_of(name)

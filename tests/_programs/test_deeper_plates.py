@@ -1,4 +1,4 @@
-"""Programs that open deeper plates for some arguments, such as labelled data."""
+"""Programs that open deeper plates for some arguments, such as data with labels."""
 
 import pyro
 import pyro.distributions as dist

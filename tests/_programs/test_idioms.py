@@ -482,7 +482,7 @@ def test_enumerated_site_in_a_plate_that_draws_its_rows_is_explained():
     def guide(x):
         pass
 
-    with pytest.raises(ValueError, match=r"\{'documents': 3\}. Put the site inside .*x.shape\[0\]"):
+    with pytest.raises(ValueError, match="draws 3 of the 6 rows"):
         pv.fit(model, guide, x, progress=False)
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from pyro.distributions.transforms import OrderedTransform
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
-from torch.distributions import Normal, TransformedDistribution
+from torch.distributions import Normal, TransformedDistribution, biject_to
 from torch.distributions.transforms import (
     AffineTransform,
     ComposeTransform,
@@ -33,6 +34,7 @@ from pyro_vae._programs.sites import (
     mask_of,
     random_sites,
 )
+from pyro_vae._utils.identity import without_handlers
 from pyro_vae.datasets._minibatches import Batch
 
 
@@ -44,7 +46,7 @@ class DiagonalGaussians:
         loc: means (B, d), float64.
         scale: standard deviations (B, d), float64.
         sites: names of the latent sites, in the order of the row.
-        real: whether z itself is Gaussian. False if a bijection maps a Gaussian onto z.
+        real: whether z itself is known to be Gaussian. False if a bijection maps a Gaussian onto z.
     """
 
     loc: Tensor
@@ -60,12 +62,15 @@ class DiagonalGaussians:
         does not change log q(z|x_n) - log q_agg(z).
         """
         trace = trace_of(as_guide(guide), *batch)
-        sites = [site for site in random_sites(trace) if not is_loss_of_guide(site)]
-        read = [_read_site(site) for site in sites]
+        sites = {s["name"]: s for s in random_sites(trace) if not is_loss_of_guide(s)}
+        if isinstance(program := without_handlers(guide), AutoNormal):
+            names = tuple(n for n, s in sites.items() if not s["infer"].get("is_auxiliary"))
+            read = [_read_auto_normal(program, sites, name) for name in names]
+        else:
+            read, names = [*map(_read_site, sites.values())], tuple(sites)
         if None in read:
             return None
         locs, scales, real = zip(*read, strict=True)
-        names = tuple(site["name"] for site in sites)
         return cls(torch.cat(locs, dim=1), torch.cat(scales, dim=1), names, all(real))
 
     @classmethod
@@ -122,6 +127,16 @@ def _read_site(site: Site) -> tuple[Tensor, Tensor, bool] | None:
         for p in (base.loc, base.scale)
     )
     return loc, scale, real
+
+
+def _read_auto_normal(
+    guide: AutoNormal, sites: dict[str, Site], name: str
+) -> tuple[Tensor, Tensor, bool] | None:
+    """Read the auxiliary Gaussian of a latent, a Delta that is a function of it alone."""
+    if not _is_fixed(biject_to(guide.prototype_trace.nodes[name]["fn"].support)):
+        return None
+    read = _read_site({**sites[f"{name}_unconstrained"], "infer": {}})
+    return None if read is None else (*read[:2], False)
 
 
 def _is_fixed(transform: Transform) -> bool:
