@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed
 
+from pyro_vae._capture import captured
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pyro_vae", "pyro_vae.cli"])  # imports take seconds
 
@@ -46,6 +48,8 @@ class Finished:
 def run_python(program, arguments, folder):
     """Run a file or a module in a folder, as ``python`` would.
 
+    Short runs are not compiled, even on a busy machine.
+
     Args:
         program: a path, or the name of a module.
         arguments: strings.
@@ -65,6 +69,7 @@ def _run(program, arguments, folder):
     for number in (1, 2):
         os.dup2(os.open(_stream(folder, number), os.O_CREAT | os.O_WRONLY), number)
     os.chdir(folder)
+    captured.SECONDS_THAT_REPAY_COMPILING = float("inf")  # as in the tests (conftest.py)
     sys.argv = [str(program), *arguments]
     if isinstance(program, Path):
         sys.path.insert(0, str(program.parent))

@@ -107,7 +107,10 @@ ROWS: dict[str, Callable[[], dict[str, Any]]] = {
         **{"num_temperatures": 3, "leapfrog_steps": 1},
     },
     "evaluation.Ascent": lambda: {"window": 2, "max_steps": 4, "patience": 1, "num_particles": 2},
-    "fit_seeds": lambda: {"make_pair": make_pair, "seeds": 2, "num_workers": 1, "epochs": 1},
+    "fit_seeds": lambda: {
+        **{"make_pair": make_pair, "seeds": 2, "num_workers": 1},
+        "fit_options": {"epochs": 1, "batch_size": 3},
+    },
     "prior_holes": lambda: {"num_samples": 20, "quantile": 0.2},
     "load_checkpoint": lambda: {"folder": _folders()["load_checkpoint"]},
     "load": lambda: {"folder": _folders()["load"], "model": None, "guide": None},

@@ -246,9 +246,10 @@ def test_compiled_steps_match_eager_in_all_cases(pair, objective, double, binary
     check_same(PAIRS[pair], binary, double=double, objective=objective)
 
 
-# Variants of guides that are already tested with other options.
+# Guides with the operations of others.
 VARIANTS = ["planar, shared", "inverse autoregressive, shared", "sylvester, orthogonal",
-            "sylvester, triangular"]  # fmt: skip
+            "sylvester, triangular", "low rank", "radial", "masked autoregressive",
+            "affine coupling", "spline autoregressive"]  # fmt: skip
 GUIDES = [
     pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ())
     for name in [*DENSITIES, "delta", "semi-amortized", "local"]

@@ -1,5 +1,7 @@
 """Missing data: NaN in the data is accepted if the pair keeps it out of its densities."""
 
+import itertools
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -137,8 +139,13 @@ def posterior(x):
         pyro.sample("z", dist.MultivariateNormal(loc, precision_matrix=precision))
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("model", HANDLED)
+@pytest.mark.parametrize(
+    ("model", "wrap"),
+    [
+        pytest.param(m, w, marks=() if m is masked or w is WRAPS[0] else pytest.mark.slow)
+        for m, w in itertools.product(HANDLED, WRAPS)
+    ],
+)
 def test_fit_and_evidence_accept_missing_data(model, wrap):
     model, guide = pair_of(model)
     x = data()

@@ -297,12 +297,12 @@ def test_ais_matches_conjugacy_for_a_simplex_and_an_inner_plate(start):
             p = pyro.sample("p", dist.Dirichlet(torch.tensor([1.0, 2.0, 0.7])))
             pyro.sample("x", dist.Multinomial(5, probs=p), obs=x.movedim(1, 0))
 
-    x = torch.distributions.Multinomial(5, torch.ones(3)).sample((40, 3))
+    x = torch.distributions.Multinomial(5, torch.ones(3)).sample((20, 3))
     guide = guides.AmortizedNormal(model, nn.Sequential(nn.Flatten(), pv.nets.MLP(9, [8])))
     guide(x)
     truth = dist.DirichletMultinomial(torch.tensor([1.0, 2.0, 0.7]), 5).log_prob(x).sum(1)
     ais = pv.evaluation.AIS(
-        start=start, **{**QUICK, "num_temperatures": 40}
+        start=start, **{**QUICK, "num_chains": 100, "num_temperatures": 40}
     )  # 8 temperatures leave a bias
     estimate = pv.evidence(model, guide, x, method=ais, seed=0)
     check(estimate, truth.double())

@@ -1,4 +1,5 @@
 import functools
+import itertools
 import math
 import warnings
 
@@ -14,9 +15,17 @@ from torch import nn
 import pyro_vae as pv
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("vectorize", [True, False])
-@pytest.mark.parametrize(("num_particles", "pairs"), [(300, 20_000), (400, 70), (301, 100)])
+def every_way():
+    """Yield all combinations. By default, run each chunk size, and one case of single runs."""
+    for vectorize, chunks, dtype in itertools.product(
+        (True, False), ((300, 20_000), (400, 70), (301, 100)), (torch.float32, torch.float64)
+    ):
+        default = vectorize or (dtype is torch.float64 and chunks == (301, 100))
+        marks = () if default else pytest.mark.slow
+        yield pytest.param(dtype, vectorize, *chunks, marks=marks)
+
+
+@pytest.mark.parametrize(("dtype", "vectorize", "num_particles", "pairs"), every_way())
 def test_evidence_matches_the_linear_gaussian_model(dtype, vectorize, num_particles, pairs):
     """37 data points in batches of 10; the chunk size does not divide the number of particles."""
     oracle = LinearGaussian(d=2, D=5, dtype=dtype)

@@ -270,7 +270,7 @@ def test_diverged_ascent_warns(learning_rate):
     """Start away from the optimum; windows without a gain must not count as convergence."""
     oracle = correlated()
     x = oracle.sample(8)
-    ascent = pv.evaluation.Ascent(learning_rate=learning_rate, window=5, patience=2, max_steps=400)
+    ascent = pv.evaluation.Ascent(learning_rate=learning_rate, window=5, patience=2, max_steps=100)
     with pytest.warns(UserWarning, match="a smaller learning rate"):
         gaps = pv.inference_gaps(
             oracle.model, mean_field(oracle, stretch=2.0), x, ascent=ascent, seed=0
@@ -408,7 +408,7 @@ def test_gaps_with_several_latents_covariates_and_a_loader():
 
     x, y = torch.randn(6, 3), torch.randn(6)
     guide = guides.AmortizedNormal(model, Encoder())
-    ascent = pv.evaluation.Ascent(learning_rate=0.05, window=20, patience=1)
+    ascent = pv.evaluation.Ascent(learning_rate=0.05, window=20, patience=1, max_steps=60)
     rows = torch.utils.data.TensorDataset(x, y)
     stream = torch.utils.data.DataLoader(rows, batch_size=4)
     gaps = pv.inference_gaps(

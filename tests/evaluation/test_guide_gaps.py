@@ -62,7 +62,7 @@ def gap_after_training(make, steps):
 
 
 def test_mean_field_gap_matches_its_closed_form():
-    gap, error, expected = gap_after_training(guides.AmortizedNormal, 1500)
+    gap, error, expected = gap_after_training(guides.AmortizedNormal, 1000)
     assert expected > 0.3
     assert abs(gap - expected) < 4 * error + 0.01 * expected
 
@@ -71,6 +71,6 @@ def test_mean_field_gap_matches_its_closed_form():
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW | LONG else n for n in RICH]
 )
 def test_richer_families_close_the_gap(name):
-    gap, error, of_mean_field = gap_after_training(RICH[name], 8000 if name in SLOW else 2000)
+    gap, error, of_mean_field = gap_after_training(RICH[name], 8000 if name in SLOW else 1200)
     assert gap < 0.01 * of_mean_field + 4 * error
     assert gap > -4 * error

@@ -16,6 +16,7 @@ from pyro_vae.evaluation._sandwich import Sandwich, warn_of_crossing
 def bounds(oracle, num_temperatures, start="prior", count=150, **options):
     ais = pv.evaluation.AIS(20, num_temperatures, start, leapfrog_steps=4, step_size=0.35)
     like = torch.zeros(count, len(oracle.mu), dtype=oracle.dtype)
+    options = {"batch_size": count, "pairs_per_pass": 20 * count} | options
     return pv.sandwich(oracle.model, oracle.guide, like=like, ais=ais, seed=0, **options)
 
 
@@ -150,7 +151,10 @@ def test_sandwich_when_sites_observe_x_transposed_or_by_column():
     ais = pv.evaluation.AIS(20, 20, "prior", leapfrog_steps=3, pilot=5)
     covariance = torch.diag(scale**2) + 1
     for model in (transposed, in_columns):
-        bounds = pv.sandwich(model, like=torch.zeros(300, 3), ais=ais, seed=0)
+        like = torch.zeros(300, 3)
+        bounds = pv.sandwich(
+            model, like=like, ais=ais, batch_size=300, pairs_per_pass=6_000, seed=0
+        )
         (x,) = bounds.data
         assert (x.std(0) / covariance.diagonal().sqrt() - 1).abs().max() < 0.2
         truth = dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(x).double()
@@ -166,7 +170,7 @@ def test_sequences_are_simulated_step_by_step():
     )
     ais = pv.evaluation.AIS(20, 20, "prior", leapfrog_steps=3, pilot=5)
     like = torch.zeros(200, 3, 1)
-    bounds = pv.sandwich(model, like=like, ais=ais, seed=0)
+    bounds = pv.sandwich(model, like=like, ais=ais, batch_size=200, seed=0)
     variances = torch.tensor([1.0, 0.81 + 0.16, 0.81 * 0.97 + 0.16]) + 0.25
     assert (bounds.data[0].squeeze(2).var(0) / variances - 1).abs().max() < 0.45
     assert abs(bounds.gap) < 0.1 + 4 * bounds.gap_error
@@ -221,6 +225,14 @@ def test_errors_of_each_bound_come_from_its_own_chains():
     # Four times as many chains halve the error.
     more = pv.evaluation.AIS(80, 4, "prior", leapfrog_steps=4, step_size=0.35)
     like = torch.zeros(400, 3, dtype=oracle.dtype)
-    again = pv.sandwich(oracle.model, oracle.guide, like=like, ais=more, seed=0)
+    again = pv.sandwich(
+        oracle.model,
+        oracle.guide,
+        like=like,
+        ais=more,
+        batch_size=400,
+        pairs_per_pass=32_000,
+        seed=0,
+    )
     ratio = backward.median() / again.upper_errors.median()
     assert 1.5 < ratio < 2.6

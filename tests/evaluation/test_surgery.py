@@ -362,8 +362,15 @@ def test_surgery_omits_undefined_dimension_terms(kind):
     assert ("saturated" in str(surgery)) == (kind == "narrow")
 
 
-@pytest.mark.parametrize("scored", [False, True])
-@pytest.mark.parametrize("size", [15, 60])
+@pytest.mark.parametrize(
+    ("scored", "size"),
+    [
+        (False, 15),
+        (True, 60),
+        pytest.param(False, 60, marks=pytest.mark.slow),
+        pytest.param(True, 15, marks=pytest.mark.slow),
+    ],
+)
 def test_minibatch_estimators_have_bounded_bias(scored, size):
     oracle = LinearGaussian(d=2, D=5, noise=0.5)
     count = 400

@@ -49,7 +49,12 @@ FUNCTIONS = {
 }
 
 
-CASES = [(n, f) for n in MAKERS for f in FUNCTIONS if (n, f) != ("semi-amortized", "surgery")]
+CASES = [
+    pytest.param(n, f, marks=() if n == "normal" or f == "evidence" else pytest.mark.slow)
+    for n in MAKERS
+    for f in FUNCTIONS
+    if (n, f) != ("semi-amortized", "surgery")
+]
 
 
 @pytest.mark.filterwarnings("ignore::pyro_vae.evaluation.UnreliableEvidence")

@@ -580,7 +580,21 @@ def test_every_likelihood_fits_evaluates_and_generates(name):
     assert pv.generate(model, x, guide=guide).isfinite().all()
 
 
-@pytest.mark.parametrize("name", [n for n in MADE if n != "bernoulli"])
+# Variants whose operations other likelihoods have too.
+VARIANTS = {
+    *("normal-shared", "normal-per-output", "laplace-from-decoder", "laplace-optimal", "student"),
+    *("negative-binomial", "negative-binomial-fixed"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in VARIANTS else ())
+        for n in MADE
+        if n != "bernoulli"
+    ],
+)
 def test_captured_steps_match_eager(name, without_compiler):
     options = {"objective": pv.objectives.IWAE(3), "execution": "captured, not compiled"}
     check_same(functools.partial(pair, name), data_for(name), double=True, epochs=2, **options)

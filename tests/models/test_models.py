@@ -82,8 +82,15 @@ class TestHierarchicalModel:
         t = pv.terms(model, guide, x, num_particles=k)
         torch.testing.assert_close(t.log_weight, log_p.expand(k, 6), rtol=1e-9, atol=1e-9)
 
-    @pytest.mark.parametrize("order", ["bottom-up", "top-down"])
-    @pytest.mark.parametrize("skip", [False, True])
+    @pytest.mark.parametrize(
+        ("order", "skip"),
+        [
+            ("bottom-up", True),
+            ("top-down", False),
+            pytest.param("bottom-up", False, marks=pytest.mark.slow),
+            pytest.param("top-down", True, marks=pytest.mark.slow),
+        ],
+    )
     def test_hierarchical_guides_infer_bottom_up_and_top_down(self, order, skip, binary):
         model = hierarchy(skip)
         guide = pv.guides.HierarchicalGuide(model, MLP(16, [8]), order=order)

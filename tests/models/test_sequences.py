@@ -271,8 +271,19 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float64) for name in FAMILIES),
+        ("normal", torch.float32),
+        *(
+            pytest.param(name, torch.float32, marks=pytest.mark.slow)
+            for name in FAMILIES
+            if name != "normal"
+        ),
+    ],
+    ids=str,
+)
 def test_every_parameter_has_a_gradient_for_each_family(name, dtype):
     chain = Chain(family=FAMILIES[name]).to(dtype)
     x, lengths = binary(5, 4)

@@ -438,7 +438,7 @@ def test_unreliable_estimates_have_a_note():
     with pytest.warns(pv.evaluation.UnreliableEvidence):
         comparison = pv.compare({"narrow": (model, guide)}, x, num_particles=500)
     assert "method=pv.evaluation.AIS()" in comparison.notes[-1]
-    chains = pv.evaluation.AIS(num_temperatures=20, num_chains=10, start="prior")
+    chains = pv.evaluation.AIS(num_temperatures=5, num_chains=5, start="prior", pilot=2)
     by_chains = pv.compare({"narrow": (model, guide)}, x, method=chains)
     assert by_chains.entries[0].runs[0].evidence.method == "ais"
     assert math.isnan(by_chains.to_dataframe().loc["narrow"].test_elbo)

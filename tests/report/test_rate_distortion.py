@@ -43,7 +43,7 @@ def test_curve_matches_the_linear_gaussian_model(make, diagonal):
     oracle = LinearGaussian(d=2, D=3, noise=0.5, dtype=torch.float32)
     x = oracle.sample(500)
     guide = make(oracle.model, nn.Identity())
-    options = {"epochs": 40, "batch_size": 100, "learning_rate": 0.03, "seed": 0}
+    options = {"epochs": 40, "batch_size": 250, "learning_rate": 0.05, "seed": 0}
     options["scheduler"] = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=40)
     pv.fit(oracle.model, guide, x, progress=False, **options)
     curve = pv.rate_distortion(
