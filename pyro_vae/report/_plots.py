@@ -6,6 +6,7 @@ The figures are narrow, so that their text can be read on a phone.
 from __future__ import annotations
 
 import textwrap
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -13,60 +14,59 @@ from torch import Tensor
 
 from pyro_vae.report._comparison import Comparison
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")
 WIDTH = 5.2  # inches
+_TRAINING = "objective on training data"
 
 
 def learning_curves(comparison: Comparison) -> Figure | None:
-    """Plot the validation ELBO of each epoch, one curve per run; None if no pair has a fit.
+    """Plot the ELBO of the validation data after each epoch; None if no pair has a fit.
 
-    If a fit has no validation ELBO, all curves are losses of the objectives.
+    A fit without it shows minus its training loss, the bound of its own objective.
     """
-    fits = [
-        (number, entry.name if run is entry.runs[0] else None, run.fit)
-        for number, entry in enumerate(comparison.entries)
-        for run in entry.runs
-        if run.fit is not None
-    ]
+    fits = []
+    for number, entry in enumerate(comparison.entries):
+        found = [run.fit for run in entry.runs if run.fit is not None and len(run.fit.history)]
+        names = [entry.name] + [None] * len(found)  # one entry of the legend for each method
+        fits += [(number, name, fit) for name, fit in zip(names, found, strict=False)]
     if not fits:
         return None
-    shows_elbo = all(_has(fit, "validation_elbo") for _, _, fit in fits)
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    floor, late = np.inf, -np.inf
+    lowest, highest, have_elbo = np.inf, -np.inf, False
     for i, name, fit in fits:
-        held_out = _has(fit, "validation_loss")
-        losses = fit.history["validation_loss" if held_out else "loss"]
-        if shows_elbo:
-            losses = -fit.history["validation_elbo"]
+        curve, is_elbo = _learning_curve(fit.history)
+        have_elbo |= is_elbo
+        label = name if is_elbo or name is None else f"{name} ({_TRAINING})"
         axes.plot(
-            losses.index,
-            -losses if shows_elbo else losses,
+            curve.index,
+            curve,
             color=COLOURS[i % len(COLOURS)],
             linestyle=("-", "--", ":")[i // len(COLOURS) % 3],
             linewidth=1.2,
-            label=_label(name, shows_elbo or held_out),
+            label=None if label is None else _literal(label),
         )
-        floor = min(floor, losses.min())
-        late = max(late, losses.iloc[len(losses) // 10])
-    # The first epochs would dominate the axis. Show only the later part of the curve.
-    if late > floor:
-        limits = floor - 0.05 * (late - floor), late
-        axes.set_ylim(*((-late, -limits[0]) if shows_elbo else limits))
-    quantity = "ELBO of the validation data" if shows_elbo else "loss of each objective"
-    axes.set(xlabel="epoch", ylabel=f"{quantity}\nnats per data point")
+        # The first epochs would dominate the axis. Show only the later part of the ascent.
+        late = curve[len(curve) // 10 :]
+        late = late[np.isfinite(late)]
+        lowest, highest = min(lowest, late.min()), max(highest, late.max())
+    if lowest < highest < np.inf:
+        margin = 0.05 * (highest - lowest)
+        axes.set_ylim(lowest - margin, highest + margin)
+    what = "ELBO of the validation data" if have_elbo else f"bound ({_TRAINING})"
+    axes.set(xlabel="epoch", ylabel=f"{what},\nnats per data point")
     axes.legend(frameon=False, fontsize="small")
     return figure
 
 
-def _label(name: str | None, held_out: bool) -> str | None:
-    if name is None:
-        return None
-    return _literal(name if held_out else f"{name} (training)")
-
-
-def _has(fit, column: str) -> bool:
-    return column in fit.history and bool(fit.history[column].notna().any())
+def _learning_curve(history: pd.DataFrame) -> tuple[pd.Series, bool]:
+    """Return a curve that rises, and whether it is the ELBO of the validation data."""
+    if "validation_elbo" in history and np.isfinite(history["validation_elbo"]).any():
+        return history["validation_elbo"], True
+    return -history["loss"], False
 
 
 def differences(comparison: Comparison) -> Figure:

@@ -169,35 +169,6 @@ def test_page_of_data_that_are_not_images(tmp_path):
     assert len(Page(page).images) == 2
 
 
-def test_learning_curves_show_the_elbo_if_all_fits_have_it(comparison):
-    from pyro_vae.report import _plots
-
-    def label():
-        (axes,) = _plots.learning_curves(comparison).axes
-        return axes, axes.get_ylabel()
-
-    histories = [run.fit.history for entry in comparison.entries for run in entry.runs]
-    before = [history.copy() for history in histories]
-    for history in histories:
-        history["validation_elbo"] = -history["validation_loss"] - 5.0
-    try:
-        axes, text = label()
-        assert text.startswith("ELBO of the validation data")
-        for line, history in zip(axes.lines, histories, strict=True):
-            assert line.get_ydata().tolist() == history["validation_elbo"].tolist()
-        best = max(history["validation_elbo"].max() for history in histories)
-        assert axes.get_ylim()[1] > best
-        del histories[0]["validation_elbo"]
-        axes, text = label()
-        assert text.startswith("loss of each objective")
-        assert axes.lines[0].get_ydata().tolist() == histories[0]["validation_loss"].tolist()
-    finally:
-        for history, old in zip(histories, before, strict=True):
-            history["validation_elbo"] = 0
-            del history["validation_elbo"]
-            assert history.equals(old)
-
-
 @pytest.fixture(scope="session")
 def browser():
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
