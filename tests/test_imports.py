@@ -40,7 +40,7 @@ ALLOWED = {
     "report": ("_programs _utils datasets evaluation objectives training",
                "arviz jinja2 matplotlib numpy pandas pyro rich scipy"),
     # It also uses the public names of pyro_vae.
-    "cli": ("_utils", "jinja2 matplotlib numpy pyro rich typer"),
+    "cli": ("_utils", "cloudpickle jinja2 joblib matplotlib numpy pyro rich typer"),
     "__main__": ("cli", ""),
 }  # fmt: skip
 MOST_FOLDERS, MOST_LEVELS, MOST_NAMES = 24, 11, 42

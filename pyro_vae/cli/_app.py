@@ -25,8 +25,9 @@ from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.versions import versions
 from pyro_vae.cli._arms import arms
-from pyro_vae.cli._compare import Settings, compare_arms
+from pyro_vae.cli._compare import compare_arms
 from pyro_vae.cli._data import FORMATS, Splits, load_splits
+from pyro_vae.cli._fits import Plan
 from pyro_vae.cli._own_pairs import arms_of, call
 from pyro_vae.cli._results import ResultFolder, rows_of
 
@@ -127,21 +128,22 @@ def compare(
                     "its pairs"
                 )
         methods = arms_of(pairs, splits.train, seed)
-    settings = Settings(
+    plan = Plan(
+        arms=methods,
+        data=splits,
         seeds=range(seed, seed + seeds),
-        fit={
+        options={
             "epochs": epochs,
             "batch_size": batch_size,
             "learning_rate": learning_rate,
             "patience": patience,
             "device": device,
         },
-        evidence_particles=evidence_particles,
         checkpoint=checkpoint,
     )
     facts = _facts(context, splits, device)
-    facts["seeds"] = ", ".join(map(str, settings.seeds))
-    compare_arms(methods, splits, settings, output, facts, console)
+    facts["seeds"] = ", ".join(map(str, plan.seeds))
+    compare_arms(plan, evidence_particles, output, facts, console)
     seconds = time.perf_counter() - started
     console.print(Text(f"Results: {output.resolve()}"))
     console.print(Text(f"Time: {seconds:.0f} s"))

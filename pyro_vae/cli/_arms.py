@@ -11,6 +11,7 @@ import pyro_vae as pv
 
 BASELINE = "baseline"
 COMPONENTS = 10  # of the learned prior
+FLOW_LENGTH = 4
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def _make_pair(
         prior = pv.priors.MixtureOfNormals(latents, components)
     model = pv.LatentVariableModel(prior=prior, likelihood=pv.likelihoods.Bernoulli(decoder))
     if has_flow:
-        flow = functools.partial(pv.flows.AffineCoupling, context=8, hidden=(32,))
-        return model, pv.guides.AmortizedFlow(model, encoder, flow=flow, length=2)
+        return model, pv.guides.AmortizedFlow(
+            model, encoder, flow=pv.flows.Householder, length=FLOW_LENGTH
+        )
     return model, pv.guides.AmortizedNormal(model, encoder=encoder)

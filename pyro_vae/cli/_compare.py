@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +14,17 @@ from rich.text import Text
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae._utils.distributed import num_processes, rank
+from pyro_vae._utils.distributed import rank
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.random import seeded
-from pyro_vae.cli._arms import Arm
-from pyro_vae.cli._data import Splits
-from pyro_vae.cli._results import ResultFolder, rows_of, runs_of, safe_names
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The settings of all methods.
-
-    Args:
-        seeds: training seeds; the first is also the seed of the evaluation.
-        fit: arguments of :func:`pyro_vae.fit`.
-        evidence_particles: importance samples per test data point.
-        checkpoint: folder for checkpoints, or None.
-    """
-
-    seeds: Sequence[int]
-    fit: Mapping[str, Any]
-    evidence_particles: int
-    checkpoint: Path | None
+from pyro_vae.cli._fits import Plan, fits_of
+from pyro_vae.cli._results import ResultFolder, rows_of, runs_of
 
 
 def compare_arms(
-    arms: Sequence[Arm],
-    data: Splits,
-    settings: Settings,
+    plan: Plan,
+    evidence_particles: int,
     output: Path,
     facts: Mapping[str, str],
     console: Console,
@@ -52,33 +32,33 @@ def compare_arms(
     """Fit all methods, diagnose the first, compare them, print and write the results.
 
     Args:
-        arms: the methods. The first is the baseline.
-        data: training, validation and test data.
-        settings: settings of the fits and of the evaluation.
+        plan: the fits. The first method is the baseline, and the first seed that of the evaluation.
+        evidence_particles: importance samples per test data point.
         output: folder of the results.
         facts: facts of the command, for the page.
         console: console for the results.
     """
+    arms, data, seed = plan.arms, plan.data, plan.seeds[0]
     baseline, names = arms[0].name, [arm.name for arm in arms]
     if is_first := rank() == 0:
         results = ResultFolder(output)
         folders = results.pair_folders(names)
-    with seeded(settings.seeds[0]):  # evaluation needs the data as in training
+    with seeded(seed):  # evaluation needs the data as in training
         train = data.train if data.transform is None else data.transform(data.train)
     with progress_bar(console=console) as bar:
-        fits = {baseline: _fit(arms[0], names, data, settings, bar)}
-        diagnosis = _diagnose(fits[baseline][0], train, data.test, settings.seeds[0], bar)
-        console.print(Text(f"Diagnosis of {baseline}, seed {settings.seeds[0]}\n", "bold"))
-        console.print(diagnosis if not isinstance(diagnosis, str) else Text(diagnosis))
-        for arm in arms[1:]:
-            fits[arm.name] = _fit(arm, names, data, settings, bar)
+        with fits_of(plan, bar) as fits_when_finished:
+            fits = {baseline: fits_when_finished(arms[0])}
+            diagnosis = _diagnose(fits[baseline][0], train, data.test, seed, bar)
+            console.print(Text(f"Diagnosis of {baseline}, seed {seed}\n", "bold"))
+            console.print(diagnosis if not isinstance(diagnosis, str) else Text(diagnosis))
+            fits |= {arm.name: fits_when_finished(arm) for arm in arms[1:]}
         comparison = pv.compare(
             fits,
             data.test,
             train=train,
-            num_particles=settings.evidence_particles,
+            num_particles=evidence_particles,
             image_shape=data.image_shape,
-            seed=settings.seeds[0],
+            seed=seed,
             progress=bar,
         )
     if isinstance(diagnosis, str):
@@ -125,61 +105,6 @@ def compare_arms(
             pv.save(folder, fit.model, fit.guide, history=fit.history, notes=notes, overwrite=True)
         except (ValueError, TypeError) as error:  # a program that cannot be saved
             console.print(Text(f"{name} is not saved: {first_line(error)}"))
-
-
-def _fit(
-    arm: Arm, names: Sequence[str], data: Splits, settings: Settings, bar: Progress
-) -> list[pv.training.Fit]:
-    """Fit one pair for each seed: in parallel processes, or with a group of processes for each."""
-    checkpoint = None
-    if settings.checkpoint is not None:
-        checkpoint = settings.checkpoint / safe_names(names)[names.index(arm.name)]
-    options = {
-        **settings.fit,
-        "validation": data.validation,
-        "transform": data.transform,
-        **arm.options,
-    }
-    try:
-        if num_processes() == 1:
-            return pv.fit_seeds(
-                arm.make_pair,
-                data.train,
-                seeds=list(settings.seeds),
-                checkpoint=checkpoint,
-                progress=bar,
-                description=arm.name,
-                **options,
-            )
-        return [_fit_in_group(arm, seed, data, options, checkpoint, bar) for seed in settings.seeds]
-    except (RuntimeError, ValueError) as error:  # the user's code may raise errors of any type
-        if isinstance(error, FloatingPointError):
-            raise
-        raise ValueError(f"cannot fit {arm.name!r}: {error}") from error
-
-
-def _fit_in_group(
-    arm: Arm,
-    seed: int,
-    data: Splits,
-    options: Mapping[str, Any],
-    checkpoint: Path | None,
-    bar: Progress,
-) -> pv.training.Fit:
-    with seeded(seed):
-        model, guide = arm.make_pair()
-    return pv.fit(
-        model,
-        guide,
-        data.train,
-        seed=seed,
-        checkpoint=None
-        if checkpoint is None
-        else pv.training.Checkpoint(checkpoint / f"seed-{seed}", resume=True),
-        progress=bar,
-        description=f"{arm.name}, seed {seed}",
-        **options,
-    )
 
 
 def _diagnose(

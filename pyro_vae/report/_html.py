@@ -120,7 +120,8 @@ def _facts(comparison: Comparison, facts: Mapping[str, str]) -> dict[str, str]:
     found.setdefault("seeds", _seeds(comparison))
     fits = [run.fit for entry in comparison.entries for run in entry.runs if run.fit is not None]
     if fits:
-        found.setdefault("time of the fits", f"{sum(fit.seconds for fit in fits):.0f} s, in sum")
+        seconds = sum(fit.history["seconds"].sum() for fit in fits)
+        found.setdefault("time of the fits", f"{seconds:.0f} s, in sum")
     found.setdefault(
         "versions",
         f"pyro_vae {now['pyro_vae']}, torch {now['torch']}, pyro {now['pyro-ppl']}, "
