@@ -60,17 +60,17 @@ def compare(
     data: Annotated[str, typer.Option(help=_DATA_HELP)] = "digits",
     test: Annotated[Path | None, typer.Option(help=_TEST_HELP)] = None,
     latents: Annotated[int, typer.Option(help="Dimension of z.")] = 10,
-    hidden: Annotated[int, typer.Option(help="Width of the two hidden layers.")] = 200,
+    hidden: Annotated[int, typer.Option(help="Width of the two hidden layers.")] = 100,
     particles: Annotated[int, typer.Option(help="Number of particles of IWAE.")] = 10,
-    epochs: Annotated[int, typer.Option(help="Maximum number of passes over the data.")] = 60,
+    epochs: Annotated[int, typer.Option(help="Maximum number of passes over the data.")] = 80,
     patience: Annotated[
         int, typer.Option(help="Epochs without a lower validation loss before stopping.")
-    ] = 10,
+    ] = 30,
     batch_size: Annotated[int, typer.Option(help="Minibatch size.")] = 200,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 4e-3,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 6e-3,
     evidence_particles: Annotated[
         int, typer.Option(help="Importance samples per test data point.")
-    ] = 1000,
+    ] = 500,
     dynamic: Annotated[
         bool, typer.Option("--dynamic", help="Binarize each training minibatch at random.")
     ] = False,
