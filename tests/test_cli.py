@@ -150,7 +150,7 @@ def diagnoses(monkeypatch):
     """Replace pv.diagnose, which takes minutes; list the diagnoses that were made."""
     found = []
 
-    def diagnose(model, guide, train, test, *, seed, progress, **options):
+    def diagnose(model, guide, train, test, *, seed, **options):
         found.append(StandIn(model, guide, train, test, seed))
         return found[-1]
 

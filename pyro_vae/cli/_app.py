@@ -21,7 +21,7 @@ import pyro_vae as pv
 from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.distributed import group_of_torchrun, rank
 from pyro_vae._utils.extras import require
-from pyro_vae._utils.progress import progress_bar
+from pyro_vae._utils.progress import progress_bar, task
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.versions import versions
 from pyro_vae.cli._arms import arms
@@ -186,10 +186,9 @@ def diagnose(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     saved = pv.load(pair, *programs, device=device)
-    with progress_bar(console=console) as bar:
-        diagnosis = pv.diagnose(
-            saved.model, saved.guide, splits.train, splits.test, seed=seed, progress=bar
-        )
+    with progress_bar(console=console) as bar, task(bar, "diagnose", 1) as advance:
+        diagnosis = pv.diagnose(saved.model, saved.guide, splits.train, splits.test, seed=seed)
+        advance(1)
     console.print(diagnosis)
     if results is not None:
         diagnosis.to_dataframe().to_csv(results.path / "diagnosis.csv")

@@ -16,7 +16,7 @@ from torch import Tensor
 import pyro_vae as pv
 from pyro_vae._utils.distributed import rank
 from pyro_vae._utils.messages import first_line
-from pyro_vae._utils.progress import progress_bar
+from pyro_vae._utils.progress import progress_bar, task
 from pyro_vae._utils.random import seeded
 from pyro_vae.cli._fits import Plan, fits_of
 from pyro_vae.cli._results import ResultFolder, rows_of, runs_of
@@ -124,15 +124,10 @@ def _diagnose(
 ) -> Any | str:
     """Return the diagnosis of a fit, or the reason why its pair cannot be diagnosed."""
     try:
-        return pv.diagnose(
-            fit.model,
-            fit.guide,
-            train,
-            test,
-            seed=seed,
-            progress=bar,
-            **_QUICK,
-        )
+        with task(bar, "diagnose", 1) as advance:
+            found = pv.diagnose(fit.model, fit.guide, train, test, seed=seed, **_QUICK)
+            advance(1)
+            return found
     except ValueError as error:
         return f"There is no diagnosis: {first_line(error)}."
 
