@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.table import Table
@@ -124,12 +126,23 @@ def _diagnose(
 ) -> Any | str:
     """Return the diagnosis of a fit, or the reason why its pair cannot be diagnosed."""
     try:
-        with task(bar, "diagnose", 1) as advance:
+        # The worker processes use the other cores.
+        with task(bar, "diagnose", 1) as advance, _one_thread():
             found = pv.diagnose(fit.model, fit.guide, train, test, seed=seed, **_QUICK)
             advance(1)
             return found
     except ValueError as error:
         return f"There is no diagnosis: {first_line(error)}."
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def differences_table(comparison: pv.report.Comparison, baseline: str) -> RenderableType:
