@@ -12,7 +12,11 @@ import pyro_vae as pv
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md"))
-FOLDERS = sorted(path.parent.name for path in ROOT.glob("pyro_vae/[a-z]*/__init__.py"))
+FOLDERS = sorted(
+    path.parent.name
+    for path in ROOT.glob("pyro_vae/[a-z]*/__init__.py")
+    if path.parent.name != "cli"  # the command line has a page of its own
+)
 
 
 class Site:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console, Group
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.extras import require
 from pyro_vae.evaluation import CollapseReport, Evidence, Surgery
 from pyro_vae.report._differences import Difference, difference, mean_of_runs, not_worse
@@ -23,6 +25,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TERMS = ("distortion", "rate", "mutual_information", "marginal_kl")
+_VALUES = {"log_evidence": "log_evidence", "elbo": "elbos"}  # attributes of an entry
+_DIFFERENCES = (
+    "difference",
+    "standard_error",
+    "low",
+    "high",
+    "p_value",
+    "is_told_apart",
+    "elbo_difference",
+    "elbo_error",
+)
 _MANY = 0.1  # share of unreliable data points from which a log p(x) has a note
 
 
@@ -67,6 +80,18 @@ class Entry:
     def log_evidence(self) -> Tensor:
         """Log p(x_n) of each run, shape (S, N)."""
         return torch.stack([run.evidence.values for run in self.runs])
+
+    @cached_property
+    def elbos(self) -> Tensor:
+        """The ELBO of x_n in each run, shape (S, N). NaN if the estimator is not importance."""
+        return torch.stack(
+            [
+                run.evidence.mean_log_weights
+                if run.evidence.method == "importance"
+                else torch.full_like(run.evidence.values, math.nan)
+                for run in self.runs
+            ]
+        )
 
     @cached_property
     def mean(self) -> Difference:
@@ -127,7 +152,13 @@ class Comparison:
         """The number of held-out data points."""
         return self.entries[0].log_evidence.shape[1]
 
-    def difference(self, name: str, other: str | None = None) -> Difference:
+    def difference(
+        self,
+        name: str,
+        other: str | None = None,
+        *,
+        quantity: Literal["log_evidence", "elbo"] = "log_evidence",
+    ) -> Difference:
         r"""Return the log p(x) of a method minus that of another, the best by default.
 
         If a data point has a low density under both methods, this cancels in the difference. Runs
@@ -138,18 +169,23 @@ class Comparison:
         Args:
             name: name of a method.
             other: name of the other method.
+            quantity: ``"log_evidence"`` for log p(x), or ``"elbo"`` for the ELBO of the held-out
+                data.
 
         Returns:
             The :class:`Difference`. Its mean and error are zero for a method and itself.
 
         Raises:
-            ValueError: There is no method of that name.
+            ValueError: There is no method of that name, or no such quantity.
         """
+        if quantity not in _VALUES:
+            raise ValueError(f"quantity must be one of {list(_VALUES)}, got {quantity!r}")
         one, two = self._entry(name), self._entry(other or self.entries[0].name)
         if one is two:
             return Difference(0.0, 0.0, math.inf, len(one.runs) > 1)
         paired = one.seeds is not None and one.seeds == two.seeds and len(one.runs) > 1
-        return difference(one.log_evidence, two.log_evidence, paired=paired)
+        values = [getattr(entry, _VALUES[quantity]) for entry in (one, two)]
+        return difference(*values, paired=paired)
 
     @cached_property
     def best(self) -> list[str]:
@@ -162,6 +198,64 @@ class Comparison:
         kept = not_worse({name: self.difference(name) for name in names[1:]})
         return [names[0], *(name for name in names[1:] if name in kept)]
 
+    def differences_from(self, name: str) -> pd.DataFrame:
+        """Return the differences of all other methods from one, such as a baseline.
+
+        Args:
+            name: name of the method.
+
+        Returns:
+            A table with one row per other method, in nats per data point. The columns are
+            ``difference`` of log p(x), its ``standard_error``, the ends ``low`` and ``high`` of its
+            95% interval, ``p_value``, ``is_told_apart``, ``elbo_difference`` and ``elbo_error``.
+            ``is_told_apart`` is whether the log p(x) differs at 95%, corrected for the number of
+            rows (Holm 1979).
+
+        Raises:
+            ValueError: There is no method of that name.
+        """
+        import pandas as pd
+
+        baseline = self._entry(name).name
+        names = [entry.name for entry in self.entries if entry.name != baseline]
+        found = {each: self.difference(each, baseline) for each in names}
+        kept = not_worse(found)
+        rows = []
+        for each in names:
+            elbo = self.difference(each, baseline, quantity="elbo")
+            rows.append(
+                (
+                    found[each].mean,
+                    found[each].standard_error,
+                    *found[each].interval,
+                    found[each].p_value,
+                    each not in kept,
+                    elbo.mean,
+                    elbo.standard_error,
+                )
+            )
+        return pd.DataFrame(rows, pd.Index(names, name="name"), _DIFFERENCES)
+
+    def advice(self, diagnosis: Any, baseline: str) -> list[str]:
+        """Return whether each line of a verdict came true in this comparison.
+
+        A line of the verdict such as ``"prior: up to 3.4 nats; try VampPrior"`` is tested by the
+        methods with the same first word, such as ``"prior: VampPrior"``.
+
+        Args:
+            diagnosis: the diagnosis of the baseline, from ``pv.diagnose``.
+            baseline: name of the method that was diagnosed.
+
+        Returns:
+            One or more sentences for each line of the verdict, in its order.
+
+        Raises:
+            ValueError: There is no method of that name.
+        """
+        from pyro_vae.report._advice import advice
+
+        return advice(self, diagnosis.verdict, baseline)
+
     def to_dataframe(self) -> pd.DataFrame:
         """Return a table with one row per method.
 
@@ -171,18 +265,38 @@ class Comparison:
 
         return pd.DataFrame([self._row(entry) for entry in self.entries]).set_index("name")
 
-    def to_html(self, path: str | Path) -> Path:
+    def to_html(
+        self,
+        path: str | Path,
+        diagnosis: Any = None,
+        facts: Mapping[str, str] | None = None,
+        *,
+        baseline: str | None = None,
+    ) -> Path:
         """Write a self-contained HTML page with tables, curves, reconstructions and samples.
+
+        Args:
+            path: path of the page.
+            diagnosis: a diagnosis from ``pv.diagnose``, which the page shows first.
+            facts: further facts of the comparison by name, such as ``{"data set": "digits"}``.
+                Sizes, seeds, versions, the date and the time of the fits are added.
+            baseline: name of the method that was diagnosed. The page then has the differences of
+                all other methods from it, and says whether the advice of the diagnosis came true.
+
+        Returns:
+            The path.
 
         Raises:
             ImportError: The extra ``report`` is not installed.
+            ValueError: There is no method with the name of the baseline.
         """
+        check_call(Comparison.to_html, locals())
         require("jinja2", "report", "to_html")
         require("matplotlib", "report", "to_html")
         from pyro_vae.report._html import render
 
         path = Path(path)
-        path.write_text(render(self), encoding="utf-8")
+        path.write_text(render(self, diagnosis, facts or {}, baseline), encoding="utf-8")
         return path
 
     @property

@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import math
-import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import jinja2
-import pyro
-import torch
+import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from pyro_vae._utils.versions import versions
 from pyro_vae.report import _plots as plots
 from pyro_vae.report._comparison import Comparison
 
@@ -41,12 +43,28 @@ ESTIMATORS = {
 FITS = (
     ("parameters", "num_parameters", None),
     ("epochs", "epochs", None),
-    ("seconds", "seconds", None),
 )
 
 
-def render(comparison: Comparison) -> str:
-    """Return the HTML of the page."""
+@dataclass(frozen=True)
+class _Table:
+    """A table of the page.
+
+    Args:
+        title: its heading.
+        headings: the headings of all columns, first that of the names.
+        rows: the cells of each row, first its name.
+    """
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+
+
+def render(
+    comparison: Comparison, diagnosis: Any, facts: Mapping[str, str], baseline: str | None
+) -> str:
+    """Return the HTML of the page; see :meth:`Comparison.to_html`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pyro_vae.report", "."),
         autoescape=True,
@@ -64,26 +82,106 @@ def render(comparison: Comparison) -> str:
         comparison=comparison,
         evidence=evidence,
         estimator=ESTIMATORS[evidence.method],
+        facts=_facts(comparison, facts),
+        verdict=[] if diagnosis is None else list(diagnosis.verdict),
+        ledger=None if diagnosis is None else _ledger(diagnosis, baseline),
+        baseline=baseline,
+        changes=None if baseline is None else _changes(comparison, baseline),
+        advice=[]
+        if diagnosis is None or baseline is None
+        else comparison.advice(diagnosis, baseline),
         tables=[
-            (title, [heading for heading, _, _ in columns], _rows(comparison, columns))
-            for title, columns in (
-                ("Held-out data", HELD_OUT),
-                (f"ELBO surgery of {comparison.num_train:,} data points", SURGERY),
-                ("Fits", FITS),
+            _Table(title, ["method", *(heading for heading, _, _ in columns)], rows)
+            for title, columns, rows in (
+                (title, columns, _rows(comparison, columns))
+                for title, columns in (
+                    ("Held-out data", HELD_OUT),
+                    (f"ELBO surgery of {comparison.num_train:,} data points", SURGERY),
+                    ("Fits", FITS),
+                )
             )
         ],
-        figures=[(title, _embed(figure)) for title, figure in figures if figure is not None],
+        figures=[
+            (title, _embed(figure, "svg+xml")) for title, figure in figures if figure is not None
+        ],
         pictures=_pictures(comparison),
         log_n=math.log(comparison.num_train),
-        versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"pyro {pyro.__version__}",
     )
 
 
-def _rows(comparison: Comparison, columns: tuple) -> list[tuple[str, list[str]]]:
+def _facts(comparison: Comparison, facts: Mapping[str, str]) -> dict[str, str]:
+    """Return the given facts, and those that the comparison has."""
+    found = {str(name): str(value) for name, value in facts.items()}
+    now = versions()
+    found.setdefault(
+        "sizes",
+        f"{comparison.num_data:,} held-out data points, {comparison.num_train:,} for the surgery",
+    )
+    found.setdefault("seeds", _seeds(comparison))
+    fits = [run.fit for entry in comparison.entries for run in entry.runs if run.fit is not None]
+    if fits:
+        seconds = sum(fit.history["seconds"].sum() for fit in fits)
+        found.setdefault("time of the fits", f"{seconds:.0f} s, in sum")
+    found.setdefault(
+        "versions",
+        f"pyro_vae {now['pyro_vae']}, torch {now['torch']}, pyro {now['pyro-ppl']}, "
+        f"Python {now['python']}",
+    )
+    found.setdefault("date", now["date"])
+    return found
+
+
+def _seeds(comparison: Comparison) -> str:
+    seeds = [
+        None if run.fit is None else run.fit.seed
+        for entry in comparison.entries
+        for run in entry.runs
+    ]
+    known = sorted({seed for seed in seeds if seed is not None})
+    text = ", ".join(map(str, known)) or "not known"
+    return f"{text}; some are not known" if known and None in seeds else text
+
+
+def _ledger(diagnosis: Any, baseline: str | None) -> _Table:
+    rows = [
+        [str(row.Index), _amount(row.value, row.standard_error, row.unit), str(row.note)]
+        for row in diagnosis.to_dataframe().itertuples()
+    ]
+    title = "Diagnosis" if baseline is None else f"Diagnosis of {baseline}"
+    return _Table(title, ["quantity", "value", "meaning"], rows)
+
+
+def _amount(value: float, error: float, unit: str) -> str:
+    if math.isnan(value):
+        return "-"
+    if unit != "nats":
+        return f"{value:.1%}" if unit == "share" else f"{value:.0f}"
+    return f"{value:.2f}" if math.isnan(error) else f"{value:.2f} ± {error:.2f}"
+
+
+def _changes(comparison: Comparison, baseline: str) -> _Table:
+    return _Table(
+        f"Differences from {baseline}",
+        ["method", "log p(x)", "95% interval", "told apart", "ELBO"],
+        [
+            [
+                str(row.Index),
+                f"{row.difference:+.2f} ± {row.standard_error:.2f}",
+                "-" if math.isnan(row.low) else f"{row.low:+.2f} to {row.high:+.2f}",
+                "yes" if row.is_told_apart else "no",
+                "-"
+                if math.isnan(row.elbo_difference)
+                else f"{row.elbo_difference:+.2f} ± {row.elbo_error:.2f}",
+            ]
+            for row in comparison.differences_from(baseline).itertuples()
+        ],
+    )
+
+
+def _rows(comparison: Comparison, columns: tuple) -> list[list[str]]:
     frame = comparison.to_dataframe()
     return [
-        (name, [_cell(row, column, error) for _, column, error in columns])
+        [name, *(_cell(row, column, error) for _, column, error in columns)]
         for name, row in frame.iterrows()
     ]
 
@@ -114,7 +212,7 @@ def _pictures(comparison: Comparison) -> list[tuple[str, str]]:
     reconstructions += [(name, pictures[1]) for name, pictures in shown]
     samples = [(name, pictures[2]) for name, pictures in shown]
     return [
-        (title, _embed(plots.image_rows(rows, comparison.image_shape), dpi=110))
+        (title, _embed(plots.image_rows(rows, comparison.image_shape), "png"))
         for title, rows in (
             ("Reconstructions: E[x|z] for z from the guide", reconstructions),
             ("Samples: E[x|z] for z from the prior", samples),
@@ -122,8 +220,12 @@ def _pictures(comparison: Comparison) -> list[tuple[str, str]]:
     ]
 
 
-def _embed(figure: Figure, dpi: int = 110) -> str:
-    """Return a figure as a data URI."""
+def _embed(figure: Figure, kind: str) -> str:
+    """Return a figure as a data URI. Equal figures have equal URIs."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=dpi)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    if kind == "png":
+        figure.savefig(file, format="png", dpi=200)
+    else:
+        with mpl.rc_context({"svg.hashsalt": "pyro_vae"}):
+            figure.savefig(file, format="svg", metadata={"Date": None})
+    return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()

@@ -15,6 +15,7 @@ from pyro_vae._programs.pair_state import require_parameters
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import parameter_store, require_programs
 from pyro_vae._utils.messages import first_line
+from pyro_vae._utils.versions import versions
 from pyro_vae.serialization._folder import UnreadableFile, read, write
 from pyro_vae.serialization._pair_state import (
     differences,
@@ -24,7 +25,6 @@ from pyro_vae.serialization._pair_state import (
     module_tensors,
     recipe_of,
     state_of,
-    versions,
 )
 from pyro_vae.serialization._recipe import rebuild
 

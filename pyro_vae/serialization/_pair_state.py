@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import importlib.metadata
-import platform
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -32,6 +29,7 @@ from pyro_vae._utils import transform_config
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.referenced_objects import VALUES, referenced_objects
+from pyro_vae._utils.versions import versions
 from pyro_vae.guides._lazy_modules import LazyModules
 from pyro_vae.serialization._memory_limit import MemoryLimit
 from pyro_vae.serialization._recipe import rebuild, recipe, site_from_config, site_to_config
@@ -193,20 +191,6 @@ def recipe_of(model: Program, guide: Program, content: Mapping[str, Any]) -> dic
         "through": [],
         "given": {"model": reason, "guide": reason},
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the current versions of the packages and Python, and the date."""
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    found = {package: _version(package) for package in ("pyro_vae", "torch", "pyro-ppl")}
-    return {**found, "python": platform.python_version(), "date": date}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # not installed, but run from source
-        return "unknown"
 
 
 def make_heads(model: Program, guide: Program, found: Mapping[str, Any], memory: int) -> None:

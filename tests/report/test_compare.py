@@ -1,8 +1,5 @@
-import base64
 import dataclasses
-import html.parser
 import math
-import re
 import warnings
 
 import pandas as pd
@@ -84,50 +81,6 @@ def test_table_fits_eighty_columns(comparison):
     assert max(len(line.rstrip()) for line in lines[: lines.index("", 2)]) <= 80
 
 
-class Page(html.parser.HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.images, self.cells, self.addresses, self.open = [], [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.open.append(tag)
-        if tag == "img":
-            self.images.append(attributes["src"])
-        self.addresses += [attributes[k] for k in ("href", "src") if k in attributes]
-
-    def handle_endtag(self, tag):
-        while self.open.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "td":
-            self.cells.append(data)
-
-
-def test_page_is_self_contained(comparison, tmp_path):
-    path = comparison.to_html(tmp_path / "page.html")
-    page = Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    assert len(page.images) == 5  # differences, surgery, curves, reconstructions, samples
-    for source in page.images:
-        prefix, content = source.split(",")
-        assert prefix == "data:image/png;base64"
-        assert base64.b64decode(content).startswith(b"\x89PNG")
-    assert all(address.startswith("data:") for address in page.addresses)
-    assert not re.search(r"url\(|@import|<script", path.read_text(encoding="utf-8"))
-    entry = comparison.entries[-1]
-    assert page.cells.count(entry.name) == 3  # held-out data, surgery, fits
-    assert f"{entry.term('distortion'):.2f}" in page.cells
-
-
-def test_html_escapes_names(binary, tmp_path):
-    comparison = pv.compare({"<b>&": make_pair()}, binary, num_particles=3)
-    text = comparison.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "&lt;b&gt;&amp;" in text
-    assert "<b>" not in text
-
-
 def test_table_prints_markup_in_names_literally(binary):
     assert "[red]x" in str(pv.compare({"[red]x": make_pair()}, binary, num_particles=3))
 
@@ -159,12 +112,6 @@ def test_pair_without_surgery_is_noted_and_the_others_compared(tmp_path):
     text = comparison.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
     assert "radial has no ELBO surgery" in text
     assert "-" in str(comparison)
-
-
-def test_page_of_data_that_are_not_images(tmp_path):
-    x = torch.bernoulli(torch.full((20, 16), 0.5))
-    page = pv.compare({"a": make_pair()}, x, num_particles=3).to_html(tmp_path / "p.html")
-    assert page.read_text(encoding="utf-8").count("<img") == 2
 
 
 def test_every_pair_is_checked_before_any_is_evaluated(binary, monkeypatch):
