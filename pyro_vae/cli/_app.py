@@ -114,6 +114,8 @@ def compare(
     # Check all arguments before the training.
     positive_integer("--evidence-particles", evidence_particles)
     positive_integer("--seeds", seeds)
+    positive_integer("--latents", latents)
+    positive_integer("--hidden", hidden)
     require("jinja2", "report", "The HTML report")
     require("matplotlib", "report", "The HTML report")
     splits = load_splits(data, dynamic=dynamic, folder=folder, test=test)
