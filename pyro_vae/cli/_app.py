@@ -112,8 +112,14 @@ def compare(
     started = time.perf_counter()
     console = Console(quiet=rank() > 0)
     # Check all arguments before the training.
-    positive_integer("--evidence-particles", evidence_particles)
-    positive_integer("--seeds", seeds)
+    for option, value in (
+        ("--evidence-particles", evidence_particles),
+        ("--seeds", seeds),
+        ("--latents", latents),
+        ("--hidden", hidden),
+        ("--particles", particles),
+    ):
+        positive_integer(option, value)
     require("jinja2", "report", "The HTML report")
     require("matplotlib", "report", "The HTML report")
     splits = load_splits(data, dynamic=dynamic, folder=folder, test=test)
