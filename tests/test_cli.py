@@ -366,7 +366,7 @@ def test_own_pairs_are_compared(reference, place, diagnoses):
     function = vars(sys.modules[reference.removesuffix(".py:pairs").removesuffix(":pairs")])
     fit = pv.fit(
         *function["pairs"](splits.train)["narrow"], splits.train, validation=splits.validation,
-        epochs=2, batch_size=200, learning_rate=6e-3, patience=30, seed=0, progress=False,
+        epochs=2, batch_size=200, learning_rate=4e-3, patience=15, seed=0, progress=False,
     )  # fmt: skip
     found = pv.evidence(fit.model, fit.guide, splits.test, num_particles=30, seed=0)
     assert found.mean == pytest.approx(runs["narrow", 0]["log_evidence"], rel=1e-5)

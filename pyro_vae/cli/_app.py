@@ -62,12 +62,12 @@ def compare(
     latents: Annotated[int, typer.Option(help="Dimension of z.")] = 10,
     hidden: Annotated[int, typer.Option(help="Width of the two hidden layers.")] = 100,
     particles: Annotated[int, typer.Option(help="Number of particles of IWAE.")] = 10,
-    epochs: Annotated[int, typer.Option(help="Maximum number of passes over the data.")] = 80,
+    epochs: Annotated[int, typer.Option(help="Maximum number of passes over the data.")] = 150,
     patience: Annotated[
         int, typer.Option(help="Epochs without a lower validation loss before stopping.")
-    ] = 30,
+    ] = 15,
     batch_size: Annotated[int, typer.Option(help="Minibatch size.")] = 200,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 6e-3,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 4e-3,
     evidence_particles: Annotated[
         int, typer.Option(help="Importance samples per test data point.")
     ] = 500,
@@ -112,10 +112,14 @@ def compare(
     started = time.perf_counter()
     console = Console(quiet=rank() > 0)
     # Check all arguments before the training.
-    positive_integer("--evidence-particles", evidence_particles)
-    positive_integer("--seeds", seeds)
-    positive_integer("--latents", latents)
-    positive_integer("--hidden", hidden)
+    for option, value in (
+        ("--evidence-particles", evidence_particles),
+        ("--seeds", seeds),
+        ("--latents", latents),
+        ("--hidden", hidden),
+        ("--particles", particles),
+    ):
+        positive_integer(option, value)
     require("jinja2", "report", "The HTML report")
     require("matplotlib", "report", "The HTML report")
     splits = load_splits(data, dynamic=dynamic, folder=folder, test=test)

@@ -66,15 +66,17 @@ def compare_arms(
             console.print(Text(f"Diagnosis of {baseline}, seed {seed}\n", "bold"))
             console.print(diagnosis if not isinstance(diagnosis, str) else Text(diagnosis))
             fits |= {arm.name: fits_when_finished(arm) for arm in arms[1:]}
-        comparison = pv.compare(
-            fits,
-            data.test,
-            train=train,
-            num_particles=evidence_particles,
-            image_shape=data.image_shape,
-            seed=seed,
-            progress=bar,
-        )
+        # Threads that share a core with another program would spend most of their time in waiting.
+        with _threads(max(1, torch.get_num_threads() // 2)):
+            comparison = pv.compare(
+                fits,
+                data.test,
+                train=train,
+                num_particles=evidence_particles,
+                image_shape=data.image_shape,
+                seed=seed,
+                progress=bar,
+            )
     if isinstance(diagnosis, str):
         diagnosis = None
     console.print(Text("\nComparison\n", "bold"))
@@ -127,7 +129,7 @@ def _diagnose(
     """Return the diagnosis of a fit, or the reason why its pair cannot be diagnosed."""
     try:
         # The worker processes use the other cores.
-        with task(bar, "diagnose", 1) as advance, _one_thread():
+        with task(bar, "diagnose", 1) as advance, _threads(1):
             found = pv.diagnose(fit.model, fit.guide, train, test, seed=seed, **_QUICK)
             advance(1)
             return found
@@ -136,9 +138,10 @@ def _diagnose(
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def _threads(count: int) -> Iterator[None]:
+    """Use a number of threads of torch inside the block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
