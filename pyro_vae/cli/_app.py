@@ -70,7 +70,7 @@ def compare(
     learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 4e-3,
     evidence_particles: Annotated[
         int, typer.Option(help="Importance samples per test data point.")
-    ] = 500,
+    ] = 300,
     dynamic: Annotated[
         bool, typer.Option("--dynamic", help="Binarize each training minibatch at random.")
     ] = False,

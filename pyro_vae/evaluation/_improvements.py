@@ -116,7 +116,7 @@ def improvements(
             return Improvements(None, None, note, note)
         of_prior = codes_of_test.gains(prior)
         if decoder_data is None:
-            return Improvements(of_prior, None, "", "it was not asked for")
+            return Improvements(of_prior, None)
         try:
             corrected = pair.corrected(decoder_data, latents, prior, names)
         except (ValueError, TypeError) as error:

@@ -91,7 +91,7 @@ def diagnose(
             tenth of the time of that function's default, and ends up to 0.01 nats lower in tests.
         annealing: annealed importance sampling. It is used if importance sampling remains
             unreliable for more than a tenth of the data points. The default is not to use it.
-        refit: whether to train the networks of the ``decoder gain``.
+        refit: whether to train the networks of the ``decoder gain``. False leaves out that line.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
@@ -170,11 +170,17 @@ def diagnose(
         *_gap_entries(*of_model),
         *_surgery_entries(surgery, surgery_note),
         _mean("prior gain", gains.prior, "a better prior, in test log p(x)", gains.prior_note),
-        _mean(
-            "decoder gain",
-            gains.decoder,
-            "a larger decoder, in test log p(x)",
-            gains.decoder_note,
+        *(
+            [
+                _mean(
+                    "decoder gain",
+                    gains.decoder,
+                    "a larger decoder, in test log p(x)",
+                    gains.decoder_note,
+                )
+            ]
+            if refit
+            else []
         ),
         *_count_entries(collapse, surgery_note, holes, holes_note),
         LedgerEntry(

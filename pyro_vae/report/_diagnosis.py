@@ -76,7 +76,7 @@ class Diagnosis:
 
         A loss is listed if it is above 0.05 nats and above two standard errors.
         """
-        found = [self[name] for name in _ADVICE if self[name].is_loss]
+        found = [entry for entry in self.entries if entry.name in _ADVICE and entry.is_loss]
         return sorted(found, key=lambda entry: -entry.value)
 
     @property
