@@ -100,6 +100,7 @@ OTHER_NAMES: dict[tuple[str, str], str] = {
     ("terms", "plate_nesting"): "plate_nesting|plates",  # Pyro says which plates collide
     ("priors.AggregatedPosterior", "data"): "data|x",  # the x of the guide's encoder
     ("compare", "train"): "train|data",  # it is the data of the surgery
+    **{("diagnose", name): f"{name}|data" for name in ("train", "test")},
     ("gradient_noise", "x"): "x|parameter|value",  # torch names the parameter that is NaN
 }
 

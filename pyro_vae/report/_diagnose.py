@@ -15,6 +15,7 @@ from pyro_vae._programs.parameters import require_programs, require_trainable_te
 from pyro_vae._utils.checks import check_call, positive_integer, truth_value
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.progress import task
+from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation import (
     AIS,
@@ -196,8 +197,8 @@ def diagnose(
 
 def _rows(columns: Batch, count: int, seed: int) -> Batch:
     """Return at most ``count`` random rows, the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(columns[0]), generator=generator)[:count]
+    with seeded(seed):
+        rows = torch.randperm(len(columns[0]))[:count]
     return tuple(column[rows] for column in columns)
 
 
