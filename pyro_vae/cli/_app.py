@@ -145,7 +145,7 @@ def compare(
             "patience": patience,
             "device": device,
         },
-        checkpoint=checkpoint,
+        checkpoint=None if checkpoint is None else checkpoint.resolve(),
     )
     facts = _facts(context, splits, device)
     facts["seeds"] = ", ".join(map(str, plan.seeds))

@@ -111,7 +111,7 @@ def fit_seeds(
     with contextlib.ExitStack() as stack:
         if checkpoint is None:
             checkpoint = stack.enter_context(_temporary_folder())
-        folder = Path(checkpoint)
+        folder = Path(checkpoint).resolve()  # workers may have another working directory
         run = functools.partial(_fit_one, make_pair, data, fit_options, folder)
         advance = stack.enter_context(
             task(progress, description, len(seeds) * fit_options.get("epochs", 50))

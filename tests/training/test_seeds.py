@@ -107,6 +107,16 @@ def test_a_second_call_resumes_from_the_checkpoints(x, tmp_path):
     assert_same(again, whole)
 
 
+def test_relative_folders_are_those_of_the_caller(x, tmp_path, monkeypatch):
+    """Worker processes of an earlier call keep their working directory."""
+    pv.fit_seeds(make_pair, x, seeds=2, num_workers=2, progress=False, **OPTIONS)
+    monkeypatch.chdir(tmp_path)
+    options = {"checkpoint": "runs", "progress": False, **OPTIONS}
+    pv.fit_seeds(make_pair, x, seeds=2, num_workers=2, **options)
+    for seed in range(2):
+        assert any((tmp_path / "runs" / f"seed-{seed}").iterdir())
+
+
 def test_schedules_start_again_for_each_seed(x):
     objective = pv.objectives.BetaELBO(pv.objectives.Linear(steps=10))
     options = OPTIONS | {"objective": objective, "num_workers": 1, "progress": False}
