@@ -27,6 +27,7 @@ _MOST_STEPS = 100
 _LEAST_GAIN = 1e-4  # nats per data point; a smaller gain in a step ends the fit
 _SHRINKAGE = 1e-3  # share of the variance of all codes that is added to each covariance
 _HELD_OUT_SHARE = 0.2
+_NUMBERS_AT_A_TIME = 4_000_000  # 32 MB of float64
 
 
 class UnconstrainedLatents:
@@ -145,9 +146,15 @@ class GaussianMixture:
 
     def log_joint(self, codes: Tensor) -> Tensor:
         """Return the log-density of codes (..., D) and each component, (..., C), in float64."""
+        rows = codes.reshape(-1, codes.shape[-1])
+        size = max(1, _NUMBERS_AT_A_TIME // self.means.numel())
+        parts = [self._log_joint_of_rows(part) for part in rows.split(size)]
+        return torch.cat(parts).reshape(*codes.shape[:-1], -1)
+
+    def _log_joint_of_rows(self, codes: Tensor) -> Tensor:
         whitening, log_weights = (each.to(codes.device) for each in self._factors)
-        moved = codes.double().unsqueeze(-2) - self.means.to(codes.device)  # (..., C, D)
-        square = torch.einsum("...cd,ced->...ce", moved, whitening).square().sum(-1)
+        moved = codes.double().unsqueeze(1) - self.means.to(codes.device)  # (M, C, D)
+        square = torch.einsum("mcd,ced->mce", moved, whitening).square().sum(-1)
         return log_weights - 0.5 * square
 
     @cached_property
