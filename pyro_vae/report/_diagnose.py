@@ -120,8 +120,8 @@ def diagnose(
         ...         pyro.sample("z", dist.Normal(x * 64 / 65, (16 / 65) ** 0.5))  # the posterior
         >>> train, test = torch.randn(2, 200) * 1.25**0.5
         >>> diagnosis = pv.diagnose(model, guide, train, test, refit=False)
-        >>> diagnosis.verdict[0][:38]
-        'prior: a better one gains up to'
+        >>> diagnosis.losses[0].name
+        'prior gain'
     """
     check_call(diagnose, locals())
     name_data_plate(plate, model, guide)

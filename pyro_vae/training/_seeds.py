@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from rich.progress import Progress
 
@@ -186,7 +187,22 @@ def _fit_one(
     seed: int,
     pair: tuple[Program, Program] | None = None,
 ) -> Fit:
-    """Fit the pair of one seed, or resume its fit."""
+    """Fit the pair of one seed, or resume its fit.
+
+    Parameters in Pyro's global store are ignored, because other processes do not have them.
+    """
+    with pyro.get_param_store().scope():
+        return _fit_in_scope(make_pair, data, options, folder, seed, pair)
+
+
+def _fit_in_scope(
+    make_pair: Callable[[], tuple[Program, Program]],
+    data: Data,
+    options: dict[str, Any],
+    folder: Path,
+    seed: int,
+    pair: tuple[Program, Program] | None,
+) -> Fit:
     if pair is None:
         with seeded(seed):
             pair = make_pair()

@@ -86,6 +86,16 @@ def test_programs_with_pyro_params_and_closures_reach_the_workers(x):
     assert values[0][0] != values[0][1]
 
 
+def test_parameters_in_the_global_store_are_ignored(x):
+    """Worker processes do not have them."""
+    alone = pv.fit_seeds(make_pair, x, seeds=2, num_workers=1, progress=False, **OPTIONS)
+    pyro.param("of another program", torch.zeros(2, 3))
+    for num_workers in (1, 2):
+        options = {"num_workers": num_workers, "progress": False, **OPTIONS}
+        assert_same(alone, pv.fit_seeds(make_pair, x, seeds=2, **options))
+    assert list(pyro.get_param_store()) == ["of another program"]
+
+
 def test_a_second_call_resumes_from_the_checkpoints(x, tmp_path):
     epochs = []
 
