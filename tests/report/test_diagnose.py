@@ -44,7 +44,7 @@ def test_first_line_of_the_verdict_names_the_planted_fault_in_19_of_20(fault):
     for seed in range(20):
         torch.manual_seed(seed)
         planted = fault()
-        found = pv.diagnose(planted.model, planted.guide, planted.train, planted.test, num_data=300)
+        found = pv.diagnose(planted.model, planted.guide, planted.train, planted.test)
         losses = found.losses
         named += bool(losses) and losses[0].name == planted.entry
         if planted.nats is not None:
