@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import pyro_vae as pv
 from pyro_vae import cli
 from pyro_vae.cli import _data, _results
+from pyro_vae.report import LedgerEntry
 
 NAMES = ("baseline", "objective: IWAE-3", "guide: flow", "prior: mixture",
          "control: MeanFieldELBO")  # fmt: skip
@@ -114,8 +115,8 @@ number = 3
 
 
 @dataclass
-class StandIn:
-    """The parts of a diagnosis that the command uses, with measured values."""
+class Call:
+    """The arguments of a call of pv.diagnose."""
 
     model: object
     guide: object
@@ -123,26 +124,19 @@ class StandIn:
     test: torch.Tensor
     seed: int
 
-    @property
-    def verdict(self):
-        return ["prior: up to 0.10 ± 0.01 nats. Try MixtureOfNormals.", "encoder: 0.05 nats. Wait."]
-
-    def to_dataframe(self):
+    def diagnosis(self):
+        """Return a diagnosis with the measured log p(x), and with chosen losses."""
         found = pv.evidence(
             self.model, self.guide, self.test, num_particles=30, seed=self.seed, progress=False
         )
-        return pd.DataFrame(
-            {
-                "name": ["test log p(x)", "unknown"],
-                "value": [found.mean, math.nan],
-                "standard_error": [found.standard_error, math.nan],
-                "unit": ["nats", "nats"],
-                "note": [f"seed {self.seed}", ""],
-            }
-        ).set_index("name")
-
-    def __rich__(self):
-        return f"ledger of {len(self.test)} test data points"
+        entries = (
+            LedgerEntry("log p(x), test", found.mean, found.standard_error, f"seed {self.seed}"),
+            LedgerEntry("mutual information", math.nan, math.nan, "not measured"),
+            LedgerEntry("prior gain", 0.10, 0.01, ""),
+            LedgerEntry("amortization gap, training", 0.06, 0.01, ""),
+            LedgerEntry("unreliable log p(x)", 0.0, math.nan, "", "share"),
+        )
+        return pv.report.Diagnosis(entries, len(self.train), len(self.test))
 
 
 @pytest.fixture(autouse=True)
@@ -151,10 +145,10 @@ def diagnoses(monkeypatch):
     found = []
 
     def diagnose(model, guide, train, test, *, seed, **options):
-        found.append(StandIn(model, guide, train, test, seed))
-        return found[-1]
+        found.append(Call(model, guide, train, test, seed))
+        return found[-1].diagnosis()
 
-    monkeypatch.setattr(pv, "diagnose", diagnose, raising=False)
+    monkeypatch.setattr(pv, "diagnose", diagnose)
     return found
 
 
@@ -214,8 +208,7 @@ def built_in(tmp_path_factory):
         patch.setattr(
             pv,
             "diagnose",
-            lambda m, g, train, test, *, seed, **_: StandIn(m, g, train, test, seed),
-            raising=False,
+            lambda m, g, train, test, *, seed, **_: Call(m, g, train, test, seed).diagnosis(),
         )
         result = run("compare", *SMALL, "--seeds", "2", "--output", folder / "out put")
     assert result.exit_code == 0, result.output
@@ -224,9 +217,17 @@ def built_in(tmp_path_factory):
 
 def test_compare_prints_the_diagnosis_first(built_in):
     output, _ = built_in
-    parts = ["Diagnosis of baseline, seed 0", "ledger of 300 test data points", "Comparison",
-             "300 held-out data points", "Differences from baseline", '"prior: up to 0.10',
-             "not tested here", "Results: ", "Time: "]  # fmt: skip
+    parts = [
+        "Diagnosis of baseline, seed 0",
+        "300 test and 1297 training data points",
+        "Comparison",
+        "300 held-out data points",
+        "Differences from baseline",
+        '"prior: a better one gains up to 0.10',
+        "not tested here",
+        "Results: ",
+        "Time: ",
+    ]
     places = [output.index(part) for part in parts]
     assert places == sorted(places)
     for name in NAMES:
@@ -279,7 +280,7 @@ def test_pairs_of_the_first_seed_are_saved(built_in, diagnoses):
         assert found.mean == pytest.approx(row["log_evidence"], rel=1e-5)
     result = run("diagnose", folder / "pairs" / "prior-mixture", "--output", folder / "diagnosis")
     assert result.exit_code == 0, result.output
-    assert "ledger of 300 test data points" in result.output
+    assert "300 test and 1297 training data points" in result.output
     assert torch.equal(diagnoses[-1].test, test)
     table = pd.read_csv(folder / "diagnosis" / "diagnosis.csv", index_col="name")
     entries = numbers_of(folder / "diagnosis")["diagnosis"]["entries"]

@@ -6,40 +6,22 @@ sites. The offsets are in unconstrained space, so that any offset is valid.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_vae._programs.mapped_sites import (
+    MapSites,
+    parameters_of_site,
+    require_known_parameters,
+)
 from pyro_vae._programs.runs import Program, as_guide, trace_of
 from pyro_vae._programs.sites import Site, data_frame, is_loss_of_guide, random_sites
-from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import restored_generators
-from pyro_vae.distributions._parameter_maps import Parameter, map_parameters
-
-_CLOSE = 1e-3  # an absolute (nats) and relative tolerance for a rebuilt distribution
-
-
-class MapSites(Messenger):
-    """Map the parameters of the distributions at some sites.
-
-    Args:
-        names: the sites.
-        function: returns the new unconstrained value of a parameter of a site.
-    """
-
-    def __init__(self, names: set[str], function: Callable[[str, Parameter], Tensor]):
-        super().__init__()
-        self._names, self._function = names, function
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["name"] in self._names:
-            msg["fn"] = map_parameters(msg["fn"], functools.partial(self._function, msg["name"]))
+from pyro_vae.distributions._parameter_maps import Parameter
 
 
 @dataclass(frozen=True)
@@ -154,8 +136,11 @@ class OffsetGuide:
         first = {name: _like_first(site) for name, site in sites.items()}
         same = trace_of(poutine.condition(as_guide(self._guide), data=first), *args)
         for name, site in sites.items():
+            try:
+                require_known_parameters(site)
+            except ValueError as error:
+                raise ValueError(_unknown(site, str(error))) from error
             self._add(same.nodes[name])
-            _require_same_density(site)
         if not self._slots:
             raise ValueError(
                 "the guide has no parameter that differs between data points, in any latent site "
@@ -164,18 +149,8 @@ class OffsetGuide:
             )
 
     def _add(self, site: Site) -> None:
-        found: list[Parameter] = []
-
-        def collect(parameter: Parameter) -> Tensor:
-            found.append(parameter)
-            return parameter.value
-
-        try:
-            map_parameters(site["fn"], collect)
-        except NotImplementedError as error:
-            raise ValueError(_unknown(site, first_line(error))) from error
         frame = data_frame(site)
-        for parameter in found:
+        for parameter in parameters_of_site(site):
             axis = frame.dim - parameter.inner_dims
             value = parameter.value
             if -axis > value.dim() or value.shape[axis] != frame.size:
@@ -199,14 +174,6 @@ def _like_first(site: Site) -> Tensor:
     value = site["value"]
     axis = data_frame(site).dim - site["fn"].event_dim
     return value.narrow(axis, 0, 1).expand_as(value)
-
-
-def _require_same_density(site: Site) -> None:
-    """Raise ValueError if a distribution that is made from its parameters is another one."""
-    rebuilt = map_parameters(site["fn"], lambda parameter: parameter.value)
-    log_prob, again = (fn.log_prob(site["value"]) for fn in (site["fn"], rebuilt))
-    if not torch.allclose(log_prob, again, rtol=_CLOSE, atol=_CLOSE, equal_nan=True):
-        raise ValueError(_unknown(site, "its constructor makes another distribution"))
 
 
 def _unknown(site: Site, reason: str) -> str:

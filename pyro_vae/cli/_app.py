@@ -29,7 +29,7 @@ from pyro_vae.cli._compare import compare_arms
 from pyro_vae.cli._data import FORMATS, Splits, load_splits
 from pyro_vae.cli._fits import Plan
 from pyro_vae.cli._own_pairs import arms_of, call
-from pyro_vae.cli._results import ResultFolder, rows_of
+from pyro_vae.cli._results import ResultFolder, diagnosis_of
 
 typer = require("typer", "cli", "The command line")
 app = typer.Typer(no_args_is_help=True)
@@ -201,10 +201,7 @@ def diagnose(
         results.write_json(
             {
                 "facts": _facts(context, splits, device),
-                "diagnosis": {
-                    "entries": rows_of(diagnosis.to_dataframe()),
-                    "verdict": list(diagnosis.verdict),
-                },
+                "diagnosis": diagnosis_of(diagnosis),
             }
         )
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console, RenderableType
@@ -20,8 +18,9 @@ from pyro_vae._utils.distributed import rank
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.progress import progress_bar, task
 from pyro_vae._utils.random import seeded
+from pyro_vae._utils.threads import torch_threads
 from pyro_vae.cli._fits import Plan, fits_of
-from pyro_vae.cli._results import ResultFolder, rows_of, runs_of
+from pyro_vae.cli._results import ResultFolder, diagnosis_of, rows_of, runs_of
 
 # The diagnosis before a comparison is shorter than that of ``pyro-vae diagnose``: fewer data points
 # for the gaps and gains, fewer importance samples, short ascents, and no networks are trained.
@@ -67,7 +66,7 @@ def compare_arms(
             console.print(diagnosis if not isinstance(diagnosis, str) else Text(diagnosis))
             fits |= {arm.name: fits_when_finished(arm) for arm in arms[1:]}
         # Threads that share a core with another program would spend most of their time in waiting.
-        with _threads(max(1, torch.get_num_threads() // 2)):
+        with torch_threads(max(1, torch.get_num_threads() // 2)):
             comparison = pv.compare(
                 fits,
                 data.test,
@@ -98,11 +97,7 @@ def compare_arms(
             "facts": facts,
             "diagnosis": None
             if diagnosis is None
-            else {
-                "method": baseline,
-                "entries": rows_of(diagnosis.to_dataframe()),
-                "verdict": list(diagnosis.verdict),
-            },
+            else {"method": baseline, **diagnosis_of(diagnosis)},
             "comparison": {
                 "methods": rows_of(comparison.to_dataframe().drop(columns="seconds")),
                 "best": comparison.best,
@@ -125,27 +120,16 @@ def compare_arms(
 
 def _diagnose(
     fit: pv.training.Fit, train: Tensor, test: Tensor, seed: int, bar: Progress
-) -> Any | str:
+) -> pv.report.Diagnosis | str:
     """Return the diagnosis of a fit, or the reason why its pair cannot be diagnosed."""
     try:
         # The worker processes use the other cores.
-        with task(bar, "diagnose", 1) as advance, _threads(1):
+        with task(bar, "diagnose", 1) as advance, torch_threads(1):
             found = pv.diagnose(fit.model, fit.guide, train, test, seed=seed, **_QUICK)
             advance(1)
             return found
     except ValueError as error:
         return f"There is no diagnosis: {first_line(error)}."
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Use a number of threads of torch inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def differences_table(comparison: pv.report.Comparison, baseline: str) -> RenderableType:

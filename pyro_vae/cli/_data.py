@@ -140,13 +140,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"there is no file {path}")
     try:
         found = read[suffix](path)
-    except (
-        ValueError,
-        EOFError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-    ) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"cannot read {path}: {first_line(error)}") from error
     arrays = found if isinstance(found, dict) else {"train": found}
     if "train" not in arrays:

@@ -74,6 +74,15 @@ def safe_names(names: Sequence[str]) -> list[str]:
     return found
 
 
+def diagnosis_of(diagnosis: pv.report.Diagnosis) -> dict[str, Any]:
+    """Return the ledger, the verdict and the notes of a diagnosis."""
+    return {
+        "entries": rows_of(diagnosis.to_dataframe()),
+        "verdict": diagnosis.verdict,
+        "notes": diagnosis.notes,
+    }
+
+
 def runs_of(comparison: pv.report.Comparison) -> list[dict[str, Any]]:
     """Return the numbers of each single run of a comparison."""
     return [

@@ -12,16 +12,20 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_vae._programs.local_offsets import LocalMembers, MapSites
+from pyro_vae._programs.local_offsets import LocalMembers
+from pyro_vae._programs.mapped_sites import (
+    MapSites,
+    parameters_of_site,
+    require_known_parameters,
+)
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.sites import data_frame, is_deterministic, random_sites
 from pyro_vae._programs.terms import Terms, terms
-from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch
-from pyro_vae.distributions._parameter_maps import Parameter, map_parameters
+from pyro_vae.distributions._parameter_maps import Parameter
 from pyro_vae.evaluation._prior_fit import GaussianMixture, UnconstrainedLatents
 
 _WIDTH = 128  # of the two hidden layers of a correction
@@ -33,8 +37,8 @@ _WARM_UP = 200  # steps in which the weight of the KL rises
 _FIRST_WEIGHT = 0.1  # of the KL
 _PATIENCE = 200  # steps without a higher ELBO of the held-out rows, after the warm-up
 _MOST_STEPS = 2000
+_FEWEST_ROWS = 5  # of which one is held out
 _HELD_OUT_PARTICLES = 3
-_CLOSE = 1e-3  # an absolute (nats) and relative tolerance for a rebuilt distribution
 
 
 class Correction(nn.Module):
@@ -95,8 +99,8 @@ class CorrectedDecoder(Messenger):
         latents: names of the latents.
 
     Raises:
-        ValueError: A site has plates right of the data plate. Or the parameters of an observed site
-            are not known.
+        ValueError: A site has another plate, or a dimension right of the data. Or the parameters of
+            an observed site are not known.
     """
 
     def __init__(self, model: Program, args: Batch, latents: list[str]):
@@ -109,6 +113,8 @@ class CorrectedDecoder(Messenger):
         for site in random_sites(trace_of(model, *args)):
             if data_frame(site) is None:
                 continue
+            if len([f for f in site["cond_indep_stack"] if f.vectorized]) > 1:
+                raise ValueError(f"site {site['name']!r} has a plate besides that of the data")
             if data_frame(site).dim != -1:
                 raise ValueError(
                     f"site {site['name']!r} has a batch dimension right of the data points"
@@ -120,30 +126,23 @@ class CorrectedDecoder(Messenger):
         self._sites = MapSites({name for name, _ in self._slots}, self._corrected)
 
     def _add(self, site: dict[str, Any]) -> None:
-        def collect(parameter: Parameter) -> Tensor:
+        try:
+            require_known_parameters(site)
+        except ValueError as error:
+            raise ValueError(
+                f"the parameters of site {site['name']!r} are not known: {error}"
+            ) from error
+        for parameter in parameters_of_site(site):
             if parameter.is_mapped:
                 inner = parameter.value.shape[parameter.value.dim() - parameter.inner_dims :]
                 columns = slice(self.num_outputs, self.num_outputs + inner.numel())
                 self._slots[site["name"], parameter.name] = Slot(columns, tuple(inner))
                 self.num_outputs += inner.numel()
-            return parameter.value
-
-        try:
-            rebuilt = map_parameters(site["fn"], collect)
-        except NotImplementedError as error:
-            raise ValueError(
-                f"the parameters of site {site['name']!r} are not known: {first_line(error)}"
-            ) from error
-        log_prob, again = (fn.log_prob(site["value"]) for fn in (site["fn"], rebuilt))
-        if not torch.allclose(log_prob, again, rtol=_CLOSE, atol=_CLOSE, equal_nan=True):
-            raise ValueError(
-                f"the parameters of site {site['name']!r} are not known: its constructor makes "
-                "another distribution"
-            )
 
     def features(self, samples: dict[str, Tensor]) -> Tensor:
         """Return the latents of a run, each ``(K, B, *event)``, as rows (K B, D)."""
-        return torch.cat([samples[name].flatten(2).flatten(0, 1) for name in self._latents], 1)
+        rows = [samples[name].flatten(0, 1) for name in self._latents]
+        return torch.cat([values.reshape(len(values), -1) for values in rows], 1)
 
     def __enter__(self) -> CorrectedDecoder:
         self._values.clear()
@@ -244,7 +243,12 @@ def train_corrections(pair: CorrectedPair, columns: Batch, advance: Callable[[in
         pair: a pair with corrections, which are trained in place.
         columns: training data in random order. The last fifth of the rows are held out.
         advance: called with the number of epochs that are done.
+
+    Raises:
+        ValueError: There are too few rows. Or the model samples x before a latent.
     """
+    if len(columns[0]) < _FEWEST_ROWS:
+        raise ValueError(f"a decoder needs at least {_FEWEST_ROWS} rows of training data")
     count = math.ceil(len(columns[0]) * (1 - _HELD_OUT_SHARE))
     fitted, held_out = (
         tuple(column[rows] for column in columns) for rows in (slice(0, count), slice(count, None))

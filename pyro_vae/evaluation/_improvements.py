@@ -119,9 +119,9 @@ def improvements(
             return Improvements(of_prior, None)
         try:
             corrected = pair.corrected(decoder_data, latents, prior, names)
+            train_corrections(corrected, tuple(c.to(device) for c in decoder_data), advance)
         except (ValueError, TypeError) as error:
             return Improvements(of_prior, None, "", first_line(error))
-        train_corrections(corrected, tuple(c.to(device) for c in decoder_data), advance)
         before = codes_of_test.log_evidence() + of_prior
         batches = Minibatches(test, _BATCH_SIZE, device=device)
         after = torch.cat([_log_evidence(corrected, batch) for batch in batches]).cpu()

@@ -27,6 +27,7 @@ _MOST_STEPS = 100
 _LEAST_GAIN = 1e-4  # nats per data point; a smaller gain in a step ends the fit
 _SHRINKAGE = 1e-3  # share of the variance of all codes that is added to each covariance
 _HELD_OUT_SHARE = 0.2
+_FEWEST_DATA = 5  # of which one is held out
 _NUMBERS_AT_A_TIME = 4_000_000  # 32 MB of float64
 
 
@@ -182,8 +183,11 @@ def fit_prior(codes: WeightedCodes) -> GaussianMixture | None:
         codes: of the training data, in random order.
 
     Returns:
-        The mixture, or None if the prior of the model is better than all of them.
+        The mixture, or None if the prior of the model is better than all of them, or if there are
+        fewer than five data points.
     """
+    if len(codes.codes) < _FEWEST_DATA:
+        return None
     held_out = slice(math.ceil(len(codes.codes) * (1 - _HELD_OUT_SHARE)), None)
     fitted = slice(0, held_out.start)
     found, best = None, 0.0

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from rich.console import Console, Group
@@ -18,6 +18,8 @@ from torch import Tensor
 from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.extras import require
 from pyro_vae.evaluation import CollapseReport, Evidence, Surgery
+from pyro_vae.report._advice import advice
+from pyro_vae.report._diagnosis import Diagnosis
 from pyro_vae.report._differences import Difference, difference, mean_of_runs, not_worse
 from pyro_vae.training import Fit
 
@@ -236,7 +238,7 @@ class Comparison:
             )
         return pd.DataFrame(rows, pd.Index(names, name="name"), _DIFFERENCES)
 
-    def advice(self, diagnosis: Any, baseline: str) -> list[str]:
+    def advice(self, diagnosis: Diagnosis, baseline: str) -> list[str]:
         """Return whether each line of a verdict came true in this comparison.
 
         A line of the verdict such as ``"prior: up to 3.4 nats; try VampPrior"`` is tested by the
@@ -252,8 +254,6 @@ class Comparison:
         Raises:
             ValueError: There is no method of that name.
         """
-        from pyro_vae.report._advice import advice
-
         return advice(self, diagnosis.verdict, baseline)
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -268,7 +268,7 @@ class Comparison:
     def to_html(
         self,
         path: str | Path,
-        diagnosis: Any = None,
+        diagnosis: Diagnosis | None = None,
         facts: Mapping[str, str] | None = None,
         *,
         baseline: str | None = None,

@@ -40,7 +40,7 @@ class LedgerEntry:
     @property
     def is_loss(self) -> bool:
         """Whether the value is above 0.05 and above two standard errors."""
-        return self.value > max(LEAST_LOSS, LEAST_ERRORS * self.standard_error)
+        return self.value > LEAST_LOSS and self.value > LEAST_ERRORS * self.standard_error
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Diagnosis:
         if entry.name == "decoder gain" and self["mutual information"].value < IGNORED_INFORMATION:
             change = _ADVICE_IF_IGNORED
         part, bound, advice = change
-        return f"{part}: {bound} {entry.value:.2f} ± {_shown(entry.standard_error)} nats. {advice}"
+        return f"{part}: {bound} {entry.value:.2f} ± {entry.standard_error:.2f} nats. {advice}"
 
     def __rich__(self) -> Group:
         table = Table(
@@ -153,7 +153,7 @@ class Diagnosis:
         return iter(self.entries)
 
 
-def entry_text(entry: LedgerEntry) -> str:
+def entry_text(entry: LedgerEntry, plus_minus: str = "±") -> str:
     """Return the value of an entry with its standard error, as text."""
     if math.isnan(entry.value):
         return "-"
@@ -163,11 +163,7 @@ def entry_text(entry: LedgerEntry) -> str:
         return f"{entry.value:.0f}"
     if math.isnan(entry.standard_error):
         return f"{entry.value:.2f}"
-    return f"{entry.value:.2f}±{_shown(entry.standard_error)}"
-
-
-def _shown(error: float) -> str:
-    return "?" if math.isnan(error) else f"{error:.2f}"
+    return f"{entry.value:.2f}{plus_minus}{entry.standard_error:.2f}"
 
 
 # By entry: the part of the pair, the kind of bound, and the change to try.

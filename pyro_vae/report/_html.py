@@ -7,7 +7,6 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jinja2
 import matplotlib as mpl
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from pyro_vae._utils.versions import versions
 from pyro_vae.report import _plots as plots
 from pyro_vae.report._comparison import Comparison
+from pyro_vae.report._diagnosis import Diagnosis, entry_text
 
 # Heading, column of Comparison.to_dataframe, column of its standard error.
 HELD_OUT = (
@@ -62,7 +62,10 @@ class _Table:
 
 
 def render(
-    comparison: Comparison, diagnosis: Any, facts: Mapping[str, str], baseline: str | None
+    comparison: Comparison,
+    diagnosis: Diagnosis | None,
+    facts: Mapping[str, str],
+    baseline: str | None,
 ) -> str:
     """Return the HTML of the page; see :meth:`Comparison.to_html`."""
     environment = jinja2.Environment(
@@ -83,7 +86,7 @@ def render(
         evidence=evidence,
         estimator=ESTIMATORS[evidence.method],
         facts=_facts(comparison, facts),
-        verdict=[] if diagnosis is None else list(diagnosis.verdict),
+        diagnosis=diagnosis,
         ledger=None if diagnosis is None else _ledger(diagnosis, baseline),
         baseline=baseline,
         changes=None if baseline is None else _changes(comparison, baseline),
@@ -142,21 +145,10 @@ def _seeds(comparison: Comparison) -> str:
     return f"{text}; some are not known" if known and None in seeds else text
 
 
-def _ledger(diagnosis: Any, baseline: str | None) -> _Table:
-    rows = [
-        [str(row.Index), _amount(row.value, row.standard_error, row.unit), str(row.note)]
-        for row in diagnosis.to_dataframe().itertuples()
-    ]
+def _ledger(diagnosis: Diagnosis, baseline: str | None) -> _Table:
+    rows = [[e.name, entry_text(e, " ± "), e.note] for e in diagnosis.entries]
     title = "Diagnosis" if baseline is None else f"Diagnosis of {baseline}"
     return _Table(title, ["quantity", "value", "meaning"], rows)
-
-
-def _amount(value: float, error: float, unit: str) -> str:
-    if math.isnan(value):
-        return "-"
-    if unit != "nats":
-        return f"{value:.1%}" if unit == "share" else f"{value:.0f}"
-    return f"{value:.2f}" if math.isnan(error) else f"{value:.2f} ± {error:.2f}"
 
 
 def _changes(comparison: Comparison, baseline: str) -> _Table:

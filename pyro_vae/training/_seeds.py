@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pyro
-import torch
 from rich.progress import Progress
 
 from pyro_vae._programs.pair_trace import Program
@@ -25,6 +24,7 @@ from pyro_vae._utils.distributed import num_processes
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
+from pyro_vae._utils.threads import torch_threads
 from pyro_vae.datasets._minibatches import Data
 from pyro_vae.training._checkpoints import Checkpoint
 from pyro_vae.training._fit import Fit, fit
@@ -119,7 +119,8 @@ def fit_seeds(
         )
         stack.enter_context(_epochs_shown(folder, seeds, advance))
         if num_workers == 1:
-            with _one_thread():
+            # One thread, so that rounding does not depend on the number of cores.
+            with torch_threads(1):
                 return [run(seed, pair) for seed, pair in zip(seeds, pairs, strict=True)]
         _run_in_processes(run, seeds, num_workers)
         # Each fit is finished, so that resuming it only loads its last checkpoint.
@@ -192,36 +193,25 @@ def _fit_one(
     Parameters in Pyro's global store are ignored, because other processes do not have them.
     """
     with pyro.get_param_store().scope():
-        return _fit_in_scope(make_pair, data, options, folder, seed, pair)
+        if pair is None:
+            with seeded(seed):
+                pair = make_pair()
+        options = {**options, "objective": copy.deepcopy(options.get("objective"))}
+        users = options.pop("after_epoch", None)
 
+        def after_epoch(epoch: int) -> Any:
+            _epochs_file(folder, seed).write_text(str(epoch))
+            return None if users is None else users(epoch)
 
-def _fit_in_scope(
-    make_pair: Callable[[], tuple[Program, Program]],
-    data: Data,
-    options: dict[str, Any],
-    folder: Path,
-    seed: int,
-    pair: tuple[Program, Program] | None,
-) -> Fit:
-    if pair is None:
-        with seeded(seed):
-            pair = make_pair()
-    options = {**options, "objective": copy.deepcopy(options.get("objective"))}
-    users = options.pop("after_epoch", None)
-
-    def after_epoch(epoch: int) -> Any:
-        _epochs_file(folder, seed).write_text(str(epoch))
-        return None if users is None else users(epoch)
-
-    return fit(
-        *pair,
-        data,
-        seed=seed,
-        checkpoint=Checkpoint(folder / f"seed-{seed}", resume=True),
-        after_epoch=after_epoch,
-        progress=False,
-        **options,
-    )
+        return fit(
+            *pair,
+            data,
+            seed=seed,
+            checkpoint=Checkpoint(folder / f"seed-{seed}", resume=True),
+            after_epoch=after_epoch,
+            progress=False,
+            **options,
+        )
 
 
 def _run_in_processes(run: Callable[..., Fit], seeds: Sequence[int], num_workers: int) -> None:
@@ -251,7 +241,7 @@ def _work(path: Path, seed: int) -> None:
     """
     run = pickle.loads(path.read_bytes())  # noqa: S301 - written by the parent process
     try:
-        with _one_thread():
+        with torch_threads(1):
             run(seed)
     except Exception as error:
         try:
@@ -259,17 +249,6 @@ def _work(path: Path, seed: int) -> None:
         except Exception:  # exceptions of user code may need several arguments
             raise RuntimeError(f"{type(error).__name__}: {error}") from None
         raise
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread inside the block, so that rounding does not depend on the number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _epochs_file(folder: Path, seed: int) -> Path:

@@ -107,7 +107,7 @@ def runs(draw):
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(runs())
 def test_random_sequences_of_plates_have_exact_weights(runs):
     now = {}

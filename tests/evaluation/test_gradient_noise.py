@@ -31,17 +31,17 @@ class OneLatent(nn.Module):
 def test_gradient_moments_match_closed_forms():
     """d/dw (x - w z) z and d/dm -> (x - w z) w - z, with z ~ N(a, 1), a = m + x/2."""
     pair, x = OneLatent(), torch.tensor([0.7], dtype=torch.float64)
-    noise = pv.gradient_noise(pair.model, pair.guide, x, [o.ELBO()], repeats=1000, seed=0)
+    noise = pv.gradient_noise(pair.model, pair.guide, x, [o.ELBO()], repeats=2000, seed=0)
     moments = noise.moments["ELBO(num_particles=1)"]
     a = 0.3 + 0.35
     model, guide = moments["model"], moments["guide"]
     mean_w = 0.7 * a - (a**2 + 1)
     variance_w = (0.7 - 2 * a) ** 2 + 2  # of x z - z^2
-    assert abs(model.mean.item() - mean_w) < 4.5 * (variance_w / 1000) ** 0.5
-    assert model.variance.item() == pytest.approx(variance_w, rel=0.25)
+    assert abs(model.mean.item() - mean_w) < 4.5 * (variance_w / 2000) ** 0.5
+    assert model.variance.item() == pytest.approx(variance_w, rel=0.15)
     mean_m, variance_m = 0.7 - 2 * a, 4.0  # w = 1; log q does not depend on m along z
-    assert abs(guide.mean.item() - mean_m) < 4.5 * (variance_m / 1000) ** 0.5
-    assert guide.variance.item() == pytest.approx(variance_m, rel=0.2)
+    assert abs(guide.mean.item() - mean_m) < 4.5 * (variance_m / 2000) ** 0.5
+    assert guide.variance.item() == pytest.approx(variance_m, rel=0.15)
     assert guide.signal_to_noise == pytest.approx(abs(mean_m) / 2, rel=0.3)
 
 

@@ -62,6 +62,22 @@ def test_a_perfect_pair_has_no_losses():
         assert abs(found[name].value) < 0.02
 
 
+def test_a_scalar_latent_has_a_decoder_gain():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    train, test = 2**0.5 * torch.randn(2, 60)
+    found = pv.diagnose(model, guide, train, test, num_particles=30)
+    assert -0.3 < found["decoder gain"].value < 0.05  # the model is that of the data
+    assert not found.losses
+
+
 def test_unknown_quantities_have_a_reason():
     """A discrete latent has no gaps and no unconstrained codes, but log p(x) and the surgery."""
 
@@ -87,6 +103,57 @@ def test_unknown_quantities_have_a_reason():
     assert len(found.to_dataframe()) == len(found.entries)
     with pytest.raises(KeyError, match="no entry 'gap'"):
         found["gap"]
+
+
+@pytest.mark.parametrize("num_rows", [2, 4])
+def test_too_few_rows_for_a_decoder_are_a_note(num_rows):
+    true = planted_faults.Gaussian()
+    train, test = true.sample(num_rows), true.sample(num_rows)
+    found = pv.diagnose(true.model, true.mean_field, train, test, num_particles=30)
+    assert math.isnan(found["decoder gain"].value)
+    assert "needs at least 5 rows" in found["decoder gain"].note
+
+
+def test_a_site_before_a_latent_is_a_note():
+    """Only the sites after all latents can have a correction of the decoder."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.sample("w", dist.Normal(z, 1.0))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+            pyro.sample("w", dist.Normal(z, 1.0))
+
+    x = 2**0.5 * torch.randn(30)
+    found = pv.diagnose(model, guide, x, x + 0.01, num_particles=30)
+    assert math.isnan(found["decoder gain"].value)
+    assert "site 'x' is sampled before the latents ['w']" in found["decoder gain"].note
+    assert found["prior gain"].value == found["prior gain"].value
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_an_inner_plate_is_a_note_of_the_decoder_alone(dim):
+    def values(x):
+        return x if dim == -2 else x.T
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=dim), pyro.plate("words", 3, dim=-3 - dim):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=values(x))
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=dim), pyro.plate("words", 3, dim=-3 - dim):
+            pyro.sample("z", dist.Normal(values(x) / 2, 0.5**0.5))
+
+    train, test = 2**0.5 * torch.randn(2, 30, 3)
+    found = pv.diagnose(model, guide, train, test, num_particles=30)
+    assert "has a plate besides that of the data" in found["decoder gain"].note
+    truth = dist.Normal(0.0, 2**0.5).log_prob(test).sum(1).mean().item()
+    assert found["log p(x), test"].value == pytest.approx(truth, abs=1e-3)
 
 
 def test_rows_and_results_depend_on_the_seed_alone():

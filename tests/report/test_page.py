@@ -6,38 +6,29 @@ import math
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
 
-import pandas as pd
 import pytest
 import torch
 from conftest import make_pair
 
 import pyro_vae as pv
+from pyro_vae.report import LedgerEntry
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 LONG_NAME = "prior: a-name-without-a-space-that-is-longer-than-a-phone-is-wide-" + "x" * 40
 
 
-@dataclass
-class StandIn:
-    """The parts of a diagnosis that the page uses, with chosen values."""
-
-    verdict: list
-
-    def to_dataframe(self):
-        return pd.DataFrame(
-            {
-                "name": ["test log p(x)", "prior gain", "unused", "unreliable log p(x)"],
-                "value": [-8.25, 0.125, math.nan, 0.25],
-                "standard_error": [0.5, math.nan, math.nan, math.nan],
-                "unit": ["nats", "nats", "units", "share"],
-                "note": ["a <b>note</b>", "", "not known", "k-hat above 0.7"],
-            }
-        ).set_index("name")
-
-
-VERDICT = ["prior: up to 3.4 ± 0.1 nats. Try VampPrior.", "guide: 1 nat. Try a flow."]
+DIAGNOSIS = pv.report.Diagnosis(
+    (
+        LedgerEntry("log p(x), test", -8.25, 0.5, "a <b>note</b>"),
+        LedgerEntry("prior gain", 3.4, 0.1, ""),
+        LedgerEntry("approximation gap", 1.0, math.nan, ""),
+        LedgerEntry("mutual information", math.nan, math.nan, "not known"),
+        LedgerEntry("unreliable log p(x)", 0.25, math.nan, "k-hat above 0.7", "share"),
+    ),
+    num_train=100,
+    num_test=60,
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +52,7 @@ def comparison():
 def page(comparison, tmp_path_factory):
     return comparison.to_html(
         tmp_path_factory.mktemp("page") / "page.html",
-        StandIn(VERDICT),
+        DIAGNOSIS,
         {"data set": "halves & <others>", "command": "pyro-vae compare", "device": "cpu"},
         baseline="baseline",
     )
@@ -135,9 +126,14 @@ def test_page_has_the_diagnosis_before_the_comparison(page, comparison):
     titles = found.texts["h2"]
     assert titles[:3] == ["Diagnosis of baseline", "Differences from baseline", "Held-out data"]
     cells = found.texts["td"]
-    for value in ("-8.25 ± 0.50", "0.12", "-", "25.0%", "a <b>note</b>"):
+    for value in ("-8.25 ± 0.50", "1.00", "-", "25.0%", "a <b>note</b>"):
         assert value in cells
-    assert found.texts["li"] == [*VERDICT, *comparison.advice(StandIn(VERDICT), "baseline")]
+    verdict = [
+        "prior: a better one gains up to 3.40 ± 0.10 nats. Try VampPrior or MixtureOfNormals."
+    ]
+    assert DIAGNOSIS.verdict == verdict  # the error of the approximation gap is unknown
+    assert found.texts["li"] == [*verdict, *comparison.advice(DIAGNOSIS, "baseline")]
+    assert {"mutual information is unknown: not known.", DIAGNOSIS.notes[1]} <= {*found.texts["p"]}
 
 
 def test_page_without_a_diagnosis(comparison, tmp_path):
