@@ -95,12 +95,7 @@ class Evidence:
         A value is unreliable if it is not finite, if its k-hat is above 0.7, or if its effective
         sample size is below 10. With fewer than 21 samples, that limit is a tenth of their number.
         """
-        few = self.num_particles < FEWEST_JUDGED
-        least = self.num_particles / 10 if few else FEWEST_EFFECTIVE
-        # Not <, so that NaN counts as too few. If the effective sample size is large, a k-hat of
-        # NaN comes from weights with ties.
-        enough = self.effective_sample_size >= least * (1 - 1e-6)
-        return ~(self.values.isfinite() & enough) | (self.khat > UNRELIABLE_KHAT)
+        return untrusted(self.values, self.khat, self.effective_sample_size, self.num_particles)
 
     def __str__(self) -> str:
         draws = "particles" if self.annealing is None else "chains"
@@ -110,6 +105,18 @@ class Evidence:
             f"({len(self.values)} data, {self.num_particles} {draws}, "
             f"{khat_share(self.khat)})"
         )
+
+
+def untrusted(
+    values: Tensor, khat: Tensor, effective_sample_size: Tensor, num_particles: int
+) -> Tensor:
+    """Return whether each estimate of log p(x) is unreliable; see :attr:`Evidence.untrusted`."""
+    few = num_particles < FEWEST_JUDGED
+    least = num_particles / 10 if few else FEWEST_EFFECTIVE
+    # Not <, so that NaN counts as too few. If the effective sample size is large, a k-hat of
+    # NaN comes from weights with ties.
+    enough = effective_sample_size >= least * (1 - 1e-6)
+    return ~(values.isfinite() & enough) | (khat > UNRELIABLE_KHAT)
 
 
 def warn_of(evidence: Evidence) -> None:

@@ -188,7 +188,7 @@ def diagnose(
             "unreliable log p(x)",
             of_model[1].unreliable_share,
             math.nan,
-            f"share of test data with k-hat above {UNRELIABLE_KHAT}",
+            f"share of test data with k-hat above {UNRELIABLE_KHAT} or few effective samples",
             "share",
         ),
     ]

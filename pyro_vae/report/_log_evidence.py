@@ -22,7 +22,7 @@ from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import Batch
 from pyro_vae.evaluation import AIS, Ascent, InferenceGaps, evidence, inference_gaps
 from pyro_vae.evaluation._decoder_fit import rows_of_numbers
-from pyro_vae.evaluation._log_evidence import UNRELIABLE_KHAT, UnreliableEvidence
+from pyro_vae.evaluation._log_evidence import UnreliableEvidence, untrusted
 from pyro_vae.evaluation._prior_fit import UnconstrainedLatents
 from pyro_vae.guides import AmortizedMultivariateNormal
 
@@ -37,7 +37,8 @@ class LogEvidence:
 
     Args:
         values: log p(x_n), shape (N,).
-        khat: Pareto diagnostic of each value, shape (N,).
+        untrusted: whether each value is unreliable, shape (N,); see
+            :attr:`pyro_vae.evaluation.Evidence.untrusted`.
         elbo: the ELBO of the guide, shape (N,).
         gaps: the inference gaps; None if they are unknown.
         members: samples from the best posteriors; None if they are members of the guide's family.
@@ -46,7 +47,7 @@ class LogEvidence:
     """
 
     values: Tensor
-    khat: Tensor
+    untrusted: Tensor
     elbo: Tensor
     gaps: InferenceGaps | None
     members: LocalMembers | None
@@ -55,8 +56,8 @@ class LogEvidence:
 
     @property
     def unreliable_share(self) -> float:
-        """The share of data points whose k-hat is above 0.7 or NaN."""
-        return unreliable_share(self.khat)
+        """The share of unreliable values."""
+        return _share(self.untrusted)
 
     @property
     def approximation_gap(self) -> Tensor | None:
@@ -67,11 +68,6 @@ class LogEvidence:
     def amortization_gap(self) -> Tensor | None:
         """The ELBO of the best member minus that of the guide, shape (N,)."""
         return None if self.gaps is None else self.gaps.amortization_gap.values
-
-
-def unreliable_share(khat: Tensor) -> float:
-    """Return the share of values above 0.7 or NaN."""
-    return 1 - (khat <= UNRELIABLE_KHAT).double().mean().item()
 
 
 def estimate_log_evidence(
@@ -119,24 +115,36 @@ def estimate_log_evidence(
     if gaps is None:
         with _quiet():
             found = evidence(model, guide, columns, num_particles=num_particles, **options)
-        estimates, elbo = [(found.values, found.khat)], found.mean_log_weights
+        estimates, elbo = [(found.values, found.untrusted)], found.mean_log_weights
     else:
-        estimates = [(gaps.log_evidence.values, gaps.khat)]
+        estimates = [_estimate(gaps)]
         elbo, parameters = gaps.amortized_elbo.values, gaps.parameters
-        if unreliable_share(gaps.khat) > _MANY:
+        if _share(estimates[0][1]) > _MANY:
             try:
                 posteriors = _Posteriors.of(model, guide, columns, gaps, seed)
                 better = _quiet_gaps(model, posteriors, columns, **of_gaps)
-                estimates.append((better.log_evidence.values, better.khat))
+                estimates.append(_estimate(better))
                 members, parameters = posteriors, better.parameters
             except (ValueError, TypeError):  # a latent that such a Gaussian does not have
                 pass
-    if annealing is not None and min(unreliable_share(khat) for _, khat in estimates) > _MANY:
+    if annealing is not None and min(_share(bad) for _, bad in estimates) > _MANY:
         with _quiet():
             annealed = evidence(model, guide, columns, method=annealing, **options)
-        estimates.append((annealed.values, annealed.khat))
-    values, khat = min(estimates, key=lambda each: unreliable_share(each[1]))
-    return LogEvidence(values, khat, elbo, gaps, members, parameters, note)
+        estimates.append((annealed.values, annealed.untrusted))
+    values, unreliable = min(estimates, key=lambda each: _share(each[1]))
+    return LogEvidence(values, unreliable, elbo, gaps, members, parameters, note)
+
+
+def _estimate(gaps: InferenceGaps) -> tuple[Tensor, Tensor]:
+    """Return log p(x) of each data point, and whether it is unreliable."""
+    values, errors = gaps.log_evidence.values, gaps.log_evidence.monte_carlo_errors
+    count = gaps.num_particles
+    effective = count / (1 + (count - 1) * errors.square())  # (sum w)^2 / sum w^2
+    return values, untrusted(values, gaps.khat, effective, count)
+
+
+def _share(unreliable: Tensor) -> float:
+    return unreliable.double().mean().item()
 
 
 def _quiet_gaps(*args: Any, **options: Any) -> InferenceGaps:
