@@ -357,7 +357,7 @@ def inside_support(site: Site, values: Tensor) -> Tensor | None:
 
 
 def values_outside_support(
-    site: Site, values: Tensor, considered: Tensor | None = None
+    site: Site, values: Tensor, considered: Tensor | None = None, *, start: int = 0
 ) -> str | None:
     """Return a message about values outside a site's support, or None if all are inside.
 
@@ -365,6 +365,7 @@ def values_outside_support(
         site: node of a trace.
         values: ``(N, *event)``. If they do not fit the site's shape, the result is None.
         considered: a boolean mask of the rows to check; all rows by default.
+        start: the number of rows before these in the data.
     """
     inside = inside_support(site, values)
     if inside is None:
@@ -374,6 +375,8 @@ def values_outside_support(
     if inside.all():
         return None
     row = (~inside).nonzero()[0].item()
+    low, high = values[row].min().item(), values[row].max().item()
+    row += start
     each = support = site["fn"].support
     while isinstance(each, constraints.independent):
         each = each.base_constraint
@@ -383,7 +386,6 @@ def values_outside_support(
             f"computes, first in row {row}. Choose another distribution, or limit any latents "
             "that the bounds depend on to values that the data allow"
         )
-    low, high = values[row].min().item(), values[row].max().item()
     return (
         f"values outside the support of site {site['name']!r}, {support}, first in row {row}. "
         f"Row {row} has values in [{low:g}, {high:g}]. Binarize or rescale them, or choose "

@@ -7,7 +7,6 @@ names the argument or site, the expected value and the given one.
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 
 import torch
@@ -23,7 +22,9 @@ from pyro_vae._utils.checks import ShapeError
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.modules import NAME_IT, remember_unnamed, unnamed
 from pyro_vae._utils.value_checks import values_checked
-from pyro_vae.datasets._minibatches import Batch, Minibatches, finite_rows
+from pyro_vae.datasets._columns import finite_rows
+from pyro_vae.datasets._minibatches import Batch, Minibatches
+from pyro_vae.datasets._unused_columns import takes
 
 # Errors that a program may raise for data of an unexpected shape, dtype or number of columns.
 PROGRAM_ERRORS = (
@@ -217,17 +218,11 @@ def _refuse_other_devices(model: Program, guide: Program, x: Tensor) -> None:
 def _columns_not_taken(model: Program, guide: Program, batch: Batch) -> str:
     """Return a message if a program does not accept one argument per column of the data."""
     for name, program in (("model", model), ("guide", guide)):
-        function = program.forward if isinstance(program, torch.nn.Module) else program
-        try:
-            inspect.signature(function).bind(*batch)
-        except TypeError:
+        if not takes(program, len(batch)):
             return (
                 f"Both programs are called with every column of the data, but the {name} does not "
-                f"take {len(batch)}. Leave out columns that are not arguments, such as labels (of "
-                "a TensorDataset, pass its tensors[0]), or add an argument for each to both. "
+                f"take {len(batch)}. Add or remove arguments, so that both take the same columns. "
             )
-        except ValueError:  # it has no signature
-            continue
     return ""
 
 

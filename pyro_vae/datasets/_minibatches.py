@@ -1,4 +1,4 @@
-"""Minibatches of tensors, arrays, a torch Dataset or a DataLoader, with one interface."""
+"""Minibatches of tensors, arrays, tables, a torch Dataset or a DataLoader, with one interface."""
 
 from __future__ import annotations
 
@@ -25,29 +25,38 @@ from torch.utils.data.distributed import DistributedSampler
 from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import OwnSequence, random_state, set_random_state
+from pyro_vae.datasets._columns import KINDS, Column, as_column, as_tensor, finite_rows, native
+from pyro_vae.datasets._sparse_rows import SparseRows
+from pyro_vae.datasets._unused_columns import num_columns_taken, warn_of_unused_columns
 
 Batch: TypeAlias = tuple[Tensor, ...]
-Data: TypeAlias = Any  # Tensor | ndarray | tuple of these | Dataset | DataLoader
+# Tensor | ndarray | DataFrame | sparse matrix | tuple of these | Dataset | DataLoader
+Data: TypeAlias = Any
 
 _ROWS_OF_A_DIGEST = 1000
-_KINDS = "a tensor, a numpy array, a tuple of these, a torch Dataset or a DataLoader"
+_NUMBERS_OF_A_BLOCK = 2**20  # of sparse rows that are dense at the same time
 
 
 class Minibatches:
     """Minibatches ``(x, *covariates)`` of any data, on one device.
 
     Args:
-        data: a tensor or array x of N rows, a tuple (x, *covariates) of these, a torch Dataset
-            with such items, or a DataLoader. A DataLoader keeps its own batch size and order.
-            Rows of a ``numpy.memmap`` are read from the file on demand.
-        batch_size: number of rows per minibatch. The last minibatch may have fewer.
+        data: a tensor, array, DataFrame or sparse matrix x of N rows, a tuple (x, *covariates) of
+            these, a torch Dataset with such items, or a DataLoader. A DataLoader keeps its own
+            batch size and order. Rows of a ``numpy.memmap`` are read from the file on demand. Rows
+            of a sparse matrix are made dense one minibatch at a time, on the device.
+        batch_size: number of rows per minibatch. The last minibatch may have fewer. None is
+            :func:`default_batch_size`.
         device: device of the minibatches.
         shuffle: whether each pass has a new random order.
         generator: generator of this order. It also seeds the random numbers of a stream.
         transform: function applied to each x on the device, such as dynamic binarization.
         name: name of the data in error messages.
+        programs: model and guide. Columns of the data that they do not take are left out.
+        joins_last: whether a last minibatch of one row is joined to the minibatch before it.
 
     Attributes:
+        columns: all columns in memory, on the device, or None for a stream.
         values_checked: whether each value is known to lie in the support of the site that
             observes it; ``validation.check_pair`` sets it.
         check_nonfinite: called with each minibatch of a stream that holds NaN or infinite values,
@@ -65,15 +74,18 @@ class Minibatches:
     def __init__(
         self,
         data: Data,
-        batch_size: int,
+        batch_size: int | None,
         *,
         device: torch.device | str = "cpu",
         shuffle: bool = False,
         generator: torch.Generator | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
         name: str = "data",
+        programs: Sequence[Callable[..., Any]] = (),
+        joins_last: bool = False,
     ):
-        self.batch_size = positive_integer("batch_size", batch_size)
+        if batch_size is not None:
+            batch_size = positive_integer("batch_size", batch_size)
         self.device = torch.device(device)
         if transform is not None and not callable(transform):
             raise TypeError(f"transform must be a function of x, got {transform!r}")
@@ -81,40 +93,65 @@ class Minibatches:
         self._shuffle = shuffle
         self._generator = generator
         self.name = name
-        self.tensors: Batch | None = None
+        self._programs = programs
+        self._num_taken: int | None = None
+        self._joins_last = joins_last
+        self.columns: tuple[Column, ...] | None = None
         self._loader: DataLoader | None = None
         self._begun: _Begun | None = None
         if isinstance(data, DataLoader):
             self._loader = data
+            self.batch_size = default_batch_size(None) if batch_size is None else batch_size
         elif isinstance(data, Dataset) and not isinstance(data, TensorDataset):
             streamed = isinstance(data, IterableDataset)
-            self._loader = DataLoader(
-                data,
-                batch_size,
-                shuffle=None if streamed else shuffle,
-            )
-        elif any(isinstance(column, np.memmap) for column in _columns(data, name)):
-            rows = _RowsOnDisk(_columns(data, name), name)
-            shuffle = shuffle and self.batch_size < len(rows)
-            order = RandomSampler(rows) if shuffle else SequentialSampler(rows)
-            self._loader = DataLoader(
-                rows, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None
-            )
+            self.batch_size = self._resolved(batch_size, None if streamed else len(data))
+            self._loader = DataLoader(data, self.batch_size, shuffle=None if streamed else shuffle)
         else:
-            columns = _columns(data, name)
-            self.tensors = tuple(
-                as_tensor(column, _column_name(name, i), finite=False).to(self.device)
-                for i, column in enumerate(columns)
-            )
+            columns = self._taken(_columns(data, name))
             if not columns:
                 raise ValueError(f"{name} is an empty tuple: pass x or (x, *covariates)")
-            _require_one_length(self.tensors, name)
+            self._set_columns(columns, batch_size)
+
+    def _set_columns(self, columns: Sequence[Any], batch_size: int | None) -> None:
+        on_disk = any(isinstance(column, np.memmap) for column in columns)
+        named = [(column, _column_name(self.name, i)) for i, column in enumerate(columns)]
+        columns = tuple(
+            column if isinstance(column, np.memmap) else as_column(column, name).to(self.device)
+            for column, name in named
+        )
+        _require_one_length(columns, self.name)
+        self.batch_size = self._resolved(batch_size, len(columns[0]))
+        if not on_disk:
+            self.columns = columns
+            return
+        rows = _RowsOnDisk(columns, self.name)
+        shuffle = self._shuffle and self.batch_size < len(rows)
+        order = RandomSampler(rows) if shuffle else SequentialSampler(rows)
+        sampler = BatchSampler(order, self.batch_size, drop_last=False)
+        self._loader = DataLoader(rows, sampler=sampler, batch_size=None)
+
+    def _resolved(self, batch_size: int | None, num_data: int | None) -> int:
+        """Return the batch size. If only one row would be left, it is the number of rows."""
+        size = default_batch_size(num_data) if batch_size is None else batch_size
+        return num_data if self._leaves_one(num_data, size) and num_data == size + 1 else size
+
+    def _leaves_one(self, num_data: int | None, size: int) -> bool:
+        """Return whether a last minibatch of one row is joined to the one before."""
+        return self._joins_last and num_data is not None and num_data > size > num_data % size == 1
+
+    def _taken(self, columns: Sequence[Any]) -> Sequence[Any]:
+        """Return the columns that the programs take, and warn if there are others."""
+        if self._num_taken is None:
+            self._num_taken = num_columns_taken(self._programs, len(columns))
+            if self._num_taken < len(columns):
+                warn_of_unused_columns(len(columns), self._num_taken)
+        return columns[: self._num_taken]
 
     @property
     def num_data(self) -> int | None:
         """The number of rows, or None for a stream of unknown length."""
-        if self.tensors is not None:
-            return len(self.tensors[0])
+        if self.columns is not None:
+            return len(self.columns[0])
         try:
             return len(self._loader.dataset)
         except TypeError:
@@ -126,14 +163,17 @@ class Minibatches:
         return any(isinstance(s, DistributedSampler) for s in _samplers(self._loader))
 
     @property
-    def columns_to_validate(self) -> Batch | None:
+    def columns_to_validate(self) -> tuple[Column, ...] | None:
         """All columns, as the model and guide get them, or None if streamed or transformed."""
-        return self.tensors if self.transform is None else None
+        return self.columns if self.transform is None else None
 
     @property
     def num_batches(self) -> int | None:
         """The number of minibatches per pass, or None for a stream."""
-        return None if self.tensors is None else -(-self.num_data // self.batch_size)
+        if self.columns is None:
+            return None
+        count, size = self.num_data, self.batch_size
+        return -(-count // size) - self._leaves_one(count, size)
 
     @property
     def sizes(self) -> list[int] | None:
@@ -142,7 +182,7 @@ class Minibatches:
         None if the sizes are unknown before the pass.
         """
         count, size, drop_last = self.num_data, self.batch_size, False
-        if self.tensors is None:
+        if self.columns is None:
             sampler = next(
                 (s for s in _samplers(self._loader) if isinstance(s, BatchSampler)), None
             )
@@ -153,44 +193,61 @@ class Minibatches:
             size, drop_last = sampler.batch_size, sampler.drop_last
         size = min(size, count)
         rest = count % size if size else 0
+        if self._leaves_one(count, size) and not drop_last:
+            return [size, size + 1] if count > size + 1 else [size + 1]
         return [size, rest] if rest and not drop_last else [size]
 
     def nonfinite_rows(self) -> Tensor | None:
         """Return the indices of the rows with NaN or infinite values, or None for a stream."""
-        if self.tensors is None:
+        if self.columns is None:
             return None
-        finite = [finite_rows(column) for column in self.tensors]
+        finite = [finite_rows(column) for column in self.columns]
         return (~torch.stack(finite).all(0)).nonzero()[:, 0]
 
-    def in_memory(self) -> Batch:
-        """Return all rows as tensors. A stream is read once."""
-        if self.tensors is not None:
-            return self._transformed(column.clone() for column in self.tensors)
+    def in_memory(self) -> tuple[Column, ...]:
+        """Return all rows. A stream is read once. A sparse matrix stays sparse."""
+        if self.columns is not None:
+            return tuple(c if isinstance(c, SparseRows) else c.clone() for c in self.columns)
         self.first()
         return tuple(torch.cat(columns) for columns in zip(*self, strict=True))
 
+    def blocks(self) -> Iterator[tuple[int, Batch]]:
+        """Yield all columns in memory as dense blocks, each with the number of rows before it.
+
+        Dense columns are one block. Each block of sparse rows has whole minibatches.
+        """
+        sparse = [column for column in self.columns if isinstance(column, SparseRows)]
+        size = self.num_data
+        if sparse:
+            width = self.batch_size * sum(column.shape[1] for column in sparse)
+            size = self.batch_size * max(1, _NUMBERS_OF_A_BLOCK // width)
+        for start in range(0, self.num_data, size):
+            yield start, tuple(column[start : start + size] for column in self.columns)
+
     def digest(self) -> str | None:
         """Return a hash of the dtypes, shapes and first rows, or None for a stream."""
-        if self.tensors is None:
+        if self.columns is None:
             return None
         found = hashlib.sha256()
-        for column in self.tensors:
-            rows = column[:_ROWS_OF_A_DIGEST].detach().cpu().contiguous()
+        for column in self.columns:
             found.update(f"{column.dtype} {tuple(column.shape)}".encode())
-            found.update(rows.reshape(-1).view(torch.uint8).numpy().tobytes())
+            count = min(len(column), _ROWS_OF_A_DIGEST)
+            for start in range(0, count, 100):
+                rows = column[start : min(start + 100, count)].detach().cpu().contiguous()
+                found.update(rows.reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()[:16]
 
     def first(self) -> Batch:
         """Return the first minibatch, unshuffled. The next pass of a stream starts with it."""
-        if self.tensors is not None:
-            return self._transformed(c[: self.batch_size].clone() for c in self.tensors)
+        if self.columns is not None:
+            return self._transformed(c[: self.batch_size].clone() for c in self.columns)
         if self._begun is None:
             self._begun = _Begun(self._stream())
         return self._transformed(column.clone() for column in self._begun.first)
 
     def spread(self) -> Batch:
         """Return a minibatch of evenly spaced rows, or the first minibatch of a stream."""
-        if self.tensors is None:
+        if self.columns is None:
             return self.first()
         size = min(self.batch_size, self.num_data)
         rows = torch.linspace(0, self.num_data - 1, size, dtype=torch.float64).long()
@@ -232,15 +289,36 @@ class Minibatches:
             order = torch.randperm(self.num_data, generator=self._generator).to(self.device)
         else:
             order = torch.arange(self.num_data, device=self.device)
-        if len(rest := order[start * self.batch_size :]):
-            yield from ((rows,) for rows in rest.split(self.batch_size))
+        parts = order.split(self.batch_size)
+        if self._leaves_one(self.num_data, self.batch_size):
+            parts = (*parts[:-2], order[-self.batch_size - 1 :])
+        yield from ((rows,) for rows in parts[start:])
 
     def prepare(self, *selection: Tensor) -> Batch:
-        """Gather a minibatch and transform its x, with tensor operations alone."""
-        if self.tensors is None:
-            return self._transformed(selection)
+        """Return the minibatch of a selection, with x transformed."""
+        return self.assemble(*self.read(*selection))
+
+    def read(self, *selection: Tensor) -> tuple[Tensor, ...]:
+        """Return the inputs of :meth:`assemble`.
+
+        The number of values in sparse rows differs between minibatches, so that a captured step
+        cannot read them. They become dense here.
+        """
+        if not self._is_sparse:
+            return selection
         (rows,) = selection
-        return self._transformed(column[rows] for column in self.tensors)
+        return tuple(column[rows] for column in self.columns)
+
+    def assemble(self, *inputs: Tensor) -> Batch:
+        """Gather a minibatch and transform its x, with tensor operations alone."""
+        if self.columns is None or self._is_sparse:
+            return self._transformed(inputs)
+        (rows,) = inputs
+        return self._transformed(column[rows] for column in self.columns)
+
+    @property
+    def _is_sparse(self) -> bool:
+        return any(isinstance(column, SparseRows) for column in self.columns or ())
 
     def _generators(self) -> list[torch.Generator]:
         sources = [self._loader, *_samplers(self._loader)]
@@ -249,6 +327,9 @@ class Minibatches:
         return list({id(generator): generator for generator in found}.values())
 
     def _stream(self) -> Iterator[Batch]:
+        return _joined(self._read_all()) if self._joins_last else self._read_all()
+
+    def _read_all(self) -> Iterator[Batch]:
         sequence = contextlib.nullcontext
         if self._generator is not None:
             # A stream has its own random sequence, apart from the noise of the training steps. So a
@@ -267,12 +348,15 @@ class Minibatches:
             if batch is None:
                 break
             columns = batch if isinstance(batch, tuple | list) else (batch,)
+            columns = self._taken(columns)
             columns = [
                 as_tensor(column, _column_name(self.name, i), finite=False)
                 for i, column in enumerate(columns)
             ]
             found = tuple(column.to(self.device, non_blocking=True) for column in columns)
-            if self.check_nonfinite is not None and not _all_finite(columns):
+            if self.check_nonfinite is not None and not all(
+                bool(finite_rows(column).all()) for column in columns
+            ):
                 self._check_nonfinite(found, rows)
             rows += len(found[0])
             yield found
@@ -313,24 +397,45 @@ class _RowsOnDisk(Dataset):
     def __init__(self, columns: Sequence[Any], name: str):
         for i, column in enumerate(columns):
             as_tensor(column[:1], _column_name(name, i), finite=False)
-        _require_one_length(columns, name)
         self._columns = columns
 
     def __len__(self) -> int:
         return len(self._columns[0])
 
     def __getitem__(self, rows: list[int]) -> Batch:
-        return tuple(torch.as_tensor(_native(column[rows], "data")) for column in self._columns)
+        return tuple(torch.as_tensor(native(column[rows], "data")) for column in self._columns)
+
+
+def default_batch_size(num_data: int | None) -> int:
+    """Return the batch size of a fit for a number of rows, or for an unknown number."""
+    return 100
 
 
 def _columns(data: Data, name: str) -> Sequence[Any]:
     if isinstance(data, list):
+        kind = "list" if not data else f"list of {type(data[0]).__name__}"
         raise ValueError(  # noqa: TRY004 - bad data are a ValueError throughout
-            f"{name} must be {_KINDS}, got a list. For rows, pass torch.stack(rows); for "
-            "minibatches, torch.cat(minibatches); for columns, a tuple (x, *covariates)"
+            f"{name} must be {KINDS}, got a {kind}. Pass torch.tensor(rows) for rows of numbers, "
+            "torch.stack(rows) or numpy.stack(rows) for rows of tensors or arrays, torch.cat or "
+            "numpy.concatenate for minibatches, and a tuple (x, *covariates) for columns"
         )
     columns = data.tensors if isinstance(data, TensorDataset) else data
     return columns if isinstance(columns, tuple) else (columns,)
+
+
+def _joined(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Join each minibatch of one row to the larger minibatch before it."""
+    held: Batch | None = None
+    for batch in batches:
+        if held is not None and len(batch[0]) == 1 < len(held[0]):
+            yield tuple(map(torch.cat, zip(held, batch, strict=True)))
+            held = None
+            continue
+        if held is not None:
+            yield held
+        held = batch
+    if held is not None:
+        yield held
 
 
 def _column_name(name: str, number: int) -> str:
@@ -358,71 +463,3 @@ class _Begun:
     def __iter__(self) -> Iterator[Batch]:
         yield self.first
         yield from self._rest
-
-
-def _native(values: np.ndarray | Tensor, name: str) -> np.ndarray | Tensor:
-    """Return an array of numbers in the native byte order."""
-    if isinstance(values, Tensor):
-        return values
-    if values.dtype.kind not in "biuf" or values.dtype.itemsize > 8:
-        raise ValueError(f"{name} must hold numbers, got dtype {values.dtype}")
-    if np.ma.is_masked(values):
-        raise ValueError(
-            f"{name} has masked values: fill them, or model them as missing with poutine.mask"
-        )
-    return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
-
-
-def as_tensor(values: Any, name: str, *, finite: bool = True) -> Tensor:
-    """Return one column of data as a tensor with N >= 1 rows.
-
-    Args:
-        values: tensor or numpy array (N, ...).
-        name: name of the column in error messages.
-        finite: whether NaN and infinite values raise a ValueError.
-
-    Raises:
-        ValueError: The values are not a dense tensor or numpy array of real numbers, or have no
-            rows. With ``finite``, they include NaN or infinity.
-    """
-    if isinstance(values, np.ndarray):
-        values = torch.from_numpy(np.array(_native(values, name)))  # a copy: it may be read-only
-    if not isinstance(values, Tensor):
-        raise ValueError(  # noqa: TRY004 - bad data are a ValueError throughout
-            f"{name} must be {_KINDS}, got {type(values).__name__}"
-        )
-    if values.layout != torch.strided or values.is_nested or values.is_quantized:
-        raise ValueError(f"{name} must be dense, got layout {values.layout}: use to_dense()")
-    if values.is_complex() or values.is_meta:
-        raise ValueError(
-            f"{name} must hold real numbers, got dtype {values.dtype} on device {values.device}"
-        )
-    values = values.detach()
-    if values.is_inference() and not torch.is_inference_mode_enabled():
-        values = values.clone()  # autograd can use a clone
-    if values.dtype in (torch.uint16, torch.uint32, torch.uint64):  # few operations support them
-        values = values.to(torch.int64)
-        if (values < 0).any():
-            raise ValueError(f"{name} must hold numbers below 2**63, got larger ones")
-    if values.dim() == 0 or len(values) == 0 or values.numel() == 0:
-        raise ValueError(
-            f"{name} is empty: expected shape (N, *event) with N >= 1, got {tuple(values.shape)}"
-        )
-    if finite and not (rows := finite_rows(values)).all():
-        row = (~rows).nonzero()[0].item()
-        raise ValueError(
-            f"{name} has NaN or infinite values, first in row {row}: remove or impute them, or "
-            "model them as missing with poutine.mask"
-        )
-    return values
-
-
-def _all_finite(columns: Sequence[Tensor]) -> bool:
-    return all(bool(finite_rows(column).all()) for column in columns)
-
-
-def finite_rows(values: Tensor) -> Tensor:
-    """Return True for each row whose numbers are all finite, shape (N,)."""
-    if not values.is_floating_point() or values.sum().isfinite():  # the sum is a fast test
-        return values.new_ones(len(values), dtype=torch.bool)
-    return torch.isfinite(values).flatten(1).all(1) if values.dim() > 1 else values.isfinite()

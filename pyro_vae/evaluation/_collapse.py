@@ -26,6 +26,7 @@ from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._utils.checks import check_call, positive_integer, positive_number
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.progress import task
+from pyro_vae._utils.user_warnings import warns_once
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation._context import evaluation_context
 from pyro_vae.evaluation._log_evidence import standard_error
@@ -126,6 +127,7 @@ class CollapseReport:
         return "\n".join(lines)
 
 
+@warns_once
 def collapse_report(
     model: Program,
     guide: Program,
@@ -214,7 +216,8 @@ def collapse_report(
     num_particles = positive_integer("num_particles", num_particles, minimum=2)
     positive_number("threshold", threshold)
     check_estimator(estimator)
-    batches = Minibatches(data, batch_size, device=device_of(model, guide))
+    programs = (model, guide)
+    batches = Minibatches(data, batch_size, device=device_of(*programs), programs=programs)
     moments: list[dict[str, Tensor]] = []
     parts = []
     with (

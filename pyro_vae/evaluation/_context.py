@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from pyro_vae._programs.particles import particle_options
 from pyro_vae._programs.terms import Terms
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.random import seeded
+from pyro_vae._utils.user_warnings import warn_user
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Minibatches
 
@@ -32,7 +32,6 @@ def evaluation_context(
     needs_latents: bool = False,
     weighs: bool = False,
     may_fold: bool = True,
-    stacklevel: int = 4,
 ) -> Iterator[dict[str, Any]]:
     """Set the seed, open the parameter store, set evaluation mode, and check the pair.
 
@@ -51,7 +50,6 @@ def evaluation_context(
         weighs: whether a sample may have a density of zero under the model, and so a weight of
             zero.
         may_fold: whether particles may become rows of the batch.
-        stacklevel: stack level of a warning, which names the caller of the estimator.
 
     Yields:
         ``plate_nesting`` and ``vectorize_particles`` for :func:`pyro_vae.terms`.
@@ -72,10 +70,9 @@ def evaluation_context(
         known = set(store["params"])
         trace = check_pair(model, drawn_from, first, batches, weighs=weighs)
         if fresh := sorted(free_param_names() - known):
-            warnings.warn(
+            warn_user(
                 f"{who} found no value of pyro.param {fresh[0]!r} and uses its initial value. Fit "
-                "this pair first, or let its programs wrap fitted programs.",
-                stacklevel=stacklevel,
+                "this pair first, or let its programs wrap fitted programs."
             )
         Terms([trace]).require_independent_data(who)
         check_independence(who, model, drawn_from, first)

@@ -30,7 +30,7 @@ from pyro_vae._utils.extras import require
 from pyro_vae._utils.modules import modules, remember_unnamed
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
-from pyro_vae.datasets._minibatches import as_tensor
+from pyro_vae.datasets._minibatches import Minibatches
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -210,9 +210,11 @@ def gradient_noise(
     require_trainable_tensors(model, guide)
     named = _named(objectives)
     taken = named if reference is None else {**named, **_named({None: reference}, "reference")}
-    columns = x if isinstance(x, (tuple, list)) else (x,)
-    device = device_of(model, guide)
-    batch = tuple(as_tensor(column, "x", finite=False).to(device) for column in columns)
+    columns = tuple(x) if isinstance(x, list) else x
+    batches = Minibatches(
+        columns, 2**31, device=device_of(model, guide), name="x", programs=(model, guide)
+    )
+    batch = batches.first()
     with contextlib.ExitStack() as stack:
         stack.enter_context(seeded(seed))
         stack.enter_context(parameter_store(model, guide))

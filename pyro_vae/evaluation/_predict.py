@@ -14,7 +14,7 @@ from pyro_vae._programs.sites import Site, Unobserve, to_particle_layout
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.random import seeded
-from pyro_vae.datasets._minibatches import as_tensor
+from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.evaluation._layout import Layout, Readings
 
 

@@ -149,7 +149,8 @@ def prior_holes(
             f"num_samples to at least {math.ceil(1 / min(quantile, 1 - quantile))}"
         )
     batch_size = positive_integer("batch_size", batch_size)
-    batches = Minibatches(data, batch_size, device=device_of(model, guide))
+    programs = (model, guide)
+    batches = Minibatches(data, batch_size, device=device_of(*programs), programs=programs)
     with (
         defer_keyboard_interrupt() as interrupted,
         evaluation_context(

@@ -145,7 +145,9 @@ class Runner:
                 seed, done = state.check_seed(who, seed, settings), state.parts
             seed = group.common_seed(seed)
             device = device_of(model, guide)
-            batches = Minibatches(data, batch_size, device=device, name=data_name)
+            batches = Minibatches(
+                data, batch_size, device=device, name=data_name, programs=(model, guide)
+            )
             with (
                 evaluation_context(
                     who,
@@ -155,7 +157,6 @@ class Runner:
                     vectorize_particles=vectorize_particles,
                     seed=seed,
                     drawn_from=drawn_from,
-                    stacklevel=6,
                     **checks,
                 ) as particle_options,
                 task(

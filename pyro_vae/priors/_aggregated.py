@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
 from pyro_vae._utils.checks import checked, positive_integer
-from pyro_vae.datasets._minibatches import as_tensor
+from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals, UniformMixture
 from pyro_vae.priors._posteriors import check_guide, diagonal_gaussian, posteriors, stand_in
 

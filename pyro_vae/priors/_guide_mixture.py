@@ -14,7 +14,7 @@ from pyro_vae._programs.parameters import evaluation_mode
 from pyro_vae._utils.checks import checked
 from pyro_vae._utils.init_args import records_init_args
 from pyro_vae._utils.numerics import softplus_scale
-from pyro_vae.datasets._minibatches import as_tensor
+from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals
 from pyro_vae.priors._posteriors import (
     check_guide,

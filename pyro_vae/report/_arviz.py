@@ -75,11 +75,12 @@ def to_arviz(
     name_data_plate(plate, model, guide)
     num_draws = positive_integer("num_draws", num_draws)
     arviz = require("arviz", "arviz", "to_arviz")
-    batches = Minibatches(data, 2**31, device=device_of(model, guide))
+    programs = (model, guide)
+    batches = Minibatches(data, 2**31, device=device_of(*programs), programs=programs)
     with evaluation_context(
         "to_arviz", model, guide, batches, vectorize_particles=vectorize_particles, seed=seed
     ) as particle_options:
-        rows = batches.in_memory()
+        rows = tuple(column[:] for column in batches.in_memory())  # sparse rows become dense
         t = terms(model, guide, *rows, num_particles=num_draws, **particle_options)
         predictive = t.predict()
     return make_container(

@@ -16,6 +16,7 @@ from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.progress import task
+from pyro_vae._utils.user_warnings import warns_once
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.evaluation import (
     CollapseReport,
@@ -36,6 +37,7 @@ Pair = Fit | tuple[Program, Program]
 PICTURES = 10
 
 
+@warns_once
 def compare(
     pairs: Mapping[str, Pair | Sequence[Pair]],
     data: Data,
@@ -234,7 +236,7 @@ def _checked_shape(image_shape: tuple[int, int]) -> tuple[int, int]:
 def _pictures(
     model: Program, guide: Program, columns: tuple[Tensor, ...], seed: int | None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    x, *covariates = (column[:PICTURES] for column in columns)
+    x, *covariates = Minibatches(columns, PICTURES, programs=(model, guide)).first()
     try:
         reconstructions = reconstruct(model, guide, x, *covariates, seed=seed)
         return x, reconstructions, generate(model, x, *covariates, guide=guide, seed=seed)
@@ -244,7 +246,7 @@ def _pictures(
 
 def _check(model: Program, guide: Program, columns: tuple[Tensor, ...]) -> list[Tensor]:
     """Return the trainable parameters; raise ValueError if the pair breaks the contract."""
-    data = Minibatches(columns, 100, device=device_of(model, guide))
+    data = Minibatches(columns, 100, device=device_of(model, guide), programs=(model, guide))
     with parameter_store(model, guide), evaluation_mode(model, guide):
         trace = check_pair(model, guide, data.first(), data, weighs=True)
         both = parameters_of(model, guide, trace).values()

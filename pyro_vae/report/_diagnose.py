@@ -16,6 +16,7 @@ from pyro_vae._utils.checks import check_call, positive_integer, truth_value
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
+from pyro_vae._utils.user_warnings import warns_once
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation import (
     AIS,
@@ -34,6 +35,7 @@ _MOST_OF_DECODER = 5000  # rows of training data for the decoder gain
 _QUICK = Ascent(learning_rate=0.02, num_particles=4, window=25, patience=3, max_steps=2000)
 
 
+@warns_once
 def diagnose(
     model: Program,
     guide: Program,
@@ -136,9 +138,11 @@ def diagnose(
     ascent = _QUICK if ascent is None else ascent
     if not isinstance(ascent, Ascent):
         raise TypeError(f"ascent must be a pyro_vae.evaluation.Ascent, got {ascent!r}")
-    of_train = Minibatches(train, 100, name="train").in_memory()
+    programs = (model, guide)
+    of_train = Minibatches(train, 100, name="train", programs=programs).in_memory()
     few_train = _rows(of_train, num_data, seed)
-    few_test = _rows(Minibatches(test, 100, name="test").in_memory(), num_data, seed)
+    of_test = Minibatches(test, 100, name="test", programs=programs).in_memory()
+    few_test = _rows(of_test, num_data, seed)
     options = {"vectorize_particles": vectorize_particles, "seed": seed, "progress": progress}
     of_model = [
         estimate_log_evidence(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from pyro_vae._programs.pair_state import changed, state
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import parameter_store
 from pyro_vae._utils.identity import method_of, owner_of
+from pyro_vae._utils.user_warnings import warn_user
 from pyro_vae.training import Fit
 
 _REMEDY = (
@@ -97,10 +97,9 @@ def require_distinct(candidates: Sequence[Candidate]) -> None:
                 )
         changed = [name for name in pair.changed if pair.is_trainable(name)]
         if changed and each.fit is not None:
-            warnings.warn(
+            warn_user(
                 f"{each.name!r} differs from the result of its fit: {changed[0]} has changed "
-                "since. It is compared with its current values, and the history of that fit",
-                stacklevel=3,
+                "since. It is compared with its current values, and the history of that fit"
             )
     for one, other in itertools.combinations(candidates, 2):
         recorded = now[one.name].recorded | now[other.name].recorded

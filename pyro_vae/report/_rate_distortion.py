@@ -28,6 +28,7 @@ from pyro_vae._utils.checks import check_call, positive_integer, positive_number
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
+from pyro_vae._utils.user_warnings import warns_once
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.evaluation import Evidence
 from pyro_vae.evaluation._context import evaluation_context
@@ -39,6 +40,7 @@ from pyro_vae.training import fit
 _OWN_OPTIONS = ("objective", "description", "progress", "seed")
 
 
+@warns_once
 def rate_distortion(
     model: Program,
     guide: Program,
@@ -133,12 +135,12 @@ def rate_distortion(
             "evidence must be None with refit='both', which fits another model for each beta. "
             "Leave it out"
         )
-    batch_size = fit_options.get("batch_size", 100)
-    device = device_of(model, guide)
-    first = Minibatches(data, batch_size, device=device).first()
+    batch_size, device = fit_options.get("batch_size"), device_of(model, guide)
+    options = {"device": device, "programs": (model, guide)}
+    first = Minibatches(data, batch_size, **options).first()
     measured = data if test is None else test
     name = "data" if test is None else "test"
-    _check_evidence(evidence, Minibatches(measured, batch_size, device=device, name=name))
+    _check_evidence(evidence, Minibatches(measured, batch_size, name=name, **options))
     rows = []
     with (
         seeded(seed),
@@ -165,7 +167,7 @@ def rate_distortion(
                     description=f"{description}: beta {beta:g}",
                     **fit_options,
                 )
-                batches = Minibatches(measured, batch_size, device=device, name=name)
+                batches = Minibatches(measured, batch_size, name=name, **options)
                 with evaluation_context(
                     "rate_distortion",
                     model,

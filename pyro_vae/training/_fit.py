@@ -35,6 +35,7 @@ from pyro_vae._utils.interrupts import Interrupted, defer_keyboard_interrupt
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
+from pyro_vae._utils.user_warnings import warns_once
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.training._arguments import (
@@ -105,6 +106,7 @@ class Fit:
     seed: int | None = None
 
 
+@warns_once
 @torch.inference_mode(False)
 @torch.enable_grad()
 def fit(
@@ -115,7 +117,7 @@ def fit(
     objective: pyro.infer.ELBO | None = None,
     validation: Data | None = None,
     epochs: int = 50,
-    batch_size: int = 100,
+    batch_size: int | None = None,
     learning_rate: float | Mapping[str, float] | None = None,
     guide_steps: int | None = None,
     model_steps: int | None = None,
@@ -260,7 +262,13 @@ def fit(
     with seeded(seed), parameter_store(model, guide, fresh=True) as store:
         order_seed, noise_seed = broadcast_from_first(torch.randint(2**62, (2,))).tolist()
         batches, held_out = _minibatches(
-            data, validation, batch_size, device=device, seed=order_seed, transform=transform
+            data,
+            validation,
+            batch_size,
+            device=device,
+            seed=order_seed,
+            transform=transform,
+            programs=(model, guide),
         )
         _move(model, guide, objective, device, num_data=batches.num_data)
         settings = settings_of_run(batches, held_out, objective) | {
@@ -330,26 +338,28 @@ def fit(
 def _minibatches(
     data: Data,
     validation: Data | None,
-    batch_size: int,
+    batch_size: int | None,
     *,
     device: torch.device,
     seed: int,
     transform: Callable[[Tensor], Tensor] | None,
+    programs: tuple[Program, Program],
 ) -> tuple[Minibatches, Minibatches | None]:
     """Make the minibatches of the training data, shuffled, and of the validation data."""
+    options = {"device": device, "programs": programs, "joins_last": True}
     batches = Minibatches(
         data,
         batch_size,
-        device=device,
         shuffle=True,
         generator=torch.Generator().manual_seed(seed),
         transform=transform,
+        **options,
     )
     if validation is None:
         return batches, None
     generator = torch.Generator()  # seeded before each validation
     return batches, Minibatches(
-        validation, batch_size, device=device, generator=generator, name="validation"
+        validation, batches.batch_size, generator=generator, name="validation", **options
     )
 
 

@@ -324,7 +324,7 @@ class TrainingLoop:
         taken: list[tuple[Tensor, ...]] = []
         losses: list[Tensor] = []
         # The minibatches of a stream stay in memory until the end of the chunk.
-        length = STEPS_OF_A_CHUNK if self.batches.tensors is not None else STEPS_OF_A_STREAMED_CHUNK
+        length = STEPS_OF_A_CHUNK if self.batches.columns is not None else STEPS_OF_A_STREAMED_CHUNK
         for selection in itertools.islice(selections, length):
             taken.append(selection)
             self._most_rows = max(self._most_rows, len(selection[0]))
@@ -430,7 +430,7 @@ class TrainingLoop:
             step=self.position.step + 1,
             site=site.name,
             parameter=trouble.parameter,
-            rows=selection[0].cpu() if self.batches.tensors is not None else None,
+            rows=selection[0].cpu() if self.batches.columns is not None else None,
             bad=site.bad,
             folder=self._write_nonfinite_checkpoint(selection),
         )

@@ -62,7 +62,7 @@ def try_sizes(
         were_finite = False
         for size in dict.fromkeys(shares):
             with put_back(model, guide, objective, batches):
-                rows = tuple(column[:size].clone() for column in first)
+                rows = repeated(first, size)
                 try:
                     loss = float(loss_value(objective, model, guide, *rows))
                 except (ValueError, *PROGRAM_ERRORS) as error:
@@ -108,7 +108,7 @@ def _message(batches: Minibatches, size: int, training: bool, told: str) -> str:
     text += "".join(f", the last of {left}" for left in rest)
     if num_processes() > 1 and not batches.is_sharded:
         text += f", each shared by {num_processes()} processes"
-    if not rest or size > rest[0]:
+    if not rest or size in _shares(whole, batches):
         return f"{text}. Choose a larger batch_size"
     if (other := _other_size(batches.num_data, whole)) is not None:
         left = batches.num_data % other

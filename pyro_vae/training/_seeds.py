@@ -25,6 +25,7 @@ from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.threads import torch_threads
+from pyro_vae._utils.user_warnings import warns_once
 from pyro_vae.datasets._minibatches import Data
 from pyro_vae.training._checkpoints import Checkpoint
 from pyro_vae.training._fit import Fit, fit
@@ -34,6 +35,7 @@ _OWN_OPTIONS = ("seed", "checkpoint", "progress", "description")
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 
+@warns_once
 def fit_seeds(
     make_pair: Callable[[], tuple[Program, Program]],
     data: Data,

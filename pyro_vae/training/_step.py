@@ -151,7 +151,10 @@ class TrainStep:
 
     def gradient(self, *selection: Tensor) -> list[Tensor | None]:
         """Return the loss per data point and the gradients of a minibatch, without a step."""
-        return self._loss_and_gradients(*selection)
+        return self._loss_and_gradients(*self._batches.read(*selection))
+
+    def _captured_gradient(self, *selection: Tensor) -> list[Tensor | None]:
+        return self._captured(*self._batches.read(*selection))
 
     def minibatch(self, selection: tuple[Tensor, ...]) -> Batch:
         """Return the minibatch of a step, on the device and transformed."""
@@ -230,7 +233,7 @@ class TrainStep:
         """
         for parameter in self.train_state.parameters:
             parameter.grad = None  # the next gradient reuses its memory from torch's cache
-        gradient = self._loss_and_gradients if self._validated else self._captured
+        gradient = self.gradient if self._validated else self._captured_gradient
         if self._shared is None:
             loss, *gradients = gradient(*selection)
         else:
@@ -248,10 +251,10 @@ class TrainStep:
             loss = loss.where(all_finite(gradients).to(loss.device), math.nan)
         return loss
 
-    def _loss_and_gradients(self, *selection: Tensor) -> list[Tensor | None]:
+    def _loss_and_gradients(self, *inputs: Tensor) -> list[Tensor | None]:
         """Compute the loss and the gradients. All results are tensors, so it can be captured."""
         with torch.enable_grad():
-            loss = self._loss(self._batches.prepare(*selection))
+            loss = self._loss(self._batches.assemble(*inputs))
             gradients = gradients_of(loss, self.train_state.parameters)
         if self._clip_norm is not None and self._clips_within:
             gradients = clipped(gradients, self._clip_norm)

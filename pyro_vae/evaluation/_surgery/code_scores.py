@@ -68,7 +68,7 @@ class CodeScorer:
         require_one_mask(guide, batches)
         self._gaussian = DiagonalGaussians.is_diagonal_gaussian(guide, self._first)
         self._one_prior = has_one_prior(model, guide, batches.spread())
-        if not self._gaussian and batches.tensors is None:
+        if not self._gaussian and batches.columns is None:
             # The guide runs on all data once per block, and a stream may differ each time.
             columns = batches.in_memory()
             self._batches = Minibatches(columns, batches.batch_size, device=batches.device)
