@@ -34,7 +34,7 @@ def run(arguments):
     first = not dist.is_initialized() or dist.get_rank() == 0
     starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
-    def die(epoch):
+    def die(epoch, row):
         if epoch == arguments.die_at and starts == 0 and not first:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -63,7 +63,7 @@ def cost(arguments):
     steps = arguments.data // 100
     began = time.perf_counter(), time.process_time()
 
-    def after_epoch(epoch):
+    def after_epoch(epoch, row):
         nonlocal began
         number = epoch - 3  # the first two capture the step
         if 0 <= number < len(turns):

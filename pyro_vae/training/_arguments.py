@@ -25,7 +25,6 @@ def check_arguments(
     clip_norm: float | None,
     patience: int | None,
     validation: Any,
-    after_epoch: Callable | None,
 ) -> None:
     """Raise an error if an argument is out of range or ``patience`` lacks validation data.
 
@@ -40,10 +39,6 @@ def check_arguments(
         positive_integer("patience", patience)
         if validation is None:
             raise ValueError("patience needs validation data. Pass validation=")
-    if after_epoch is not None and not callable(after_epoch):
-        raise TypeError(
-            f"after_epoch must be a function of the number of the epoch, got {after_epoch!r}"
-        )
 
 
 def skip_limit_of(on_nonfinite: str | Skip) -> int:

@@ -113,12 +113,15 @@ class Checkpoints:
             content = read(self._path(int(said[0])), kind=KIND)
         return content
 
-    def write(self, content: Callable[[], Mapping[str, Any]], steps: int) -> None:
+    def write(self, content: Callable[[], Mapping[str, Any]], steps: int) -> Path | None:
         """Write a checkpoint. Remove the oldest ones, and any of a later step.
 
         Args:
             content: Makes the content of the checkpoint. All processes call it.
             steps: The number of steps of the run so far.
+
+        Returns:
+            The checkpoint, or None in other processes than the first.
 
         Raises:
             OSError: The checkpoint cannot be written, for example on a full disk. Earlier
@@ -128,7 +131,7 @@ class Checkpoints:
         began = time.monotonic()
         found = content()
         if rank() > 0:
-            return
+            return None
         newest = self._path(steps)
         write(newest, found, kind=KIND, overwrite=True)
         paths = paths_in(self.folder)
@@ -137,6 +140,7 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
         took = time.monotonic() - began
         self._due = time.monotonic() + max(self._settings.seconds, took / _SHARE_OF_TIME)
+        return newest
 
     def _last_whole(self) -> tuple[int, dict[str, Any] | None]:
         self._clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -46,8 +46,9 @@ from pyro_vae.training._arguments import (
     skip_limit_of,
     torch_device,
 )
+from pyro_vae.training._callbacks import AfterEpoch, Callback, Callbacks
 from pyro_vae.training._checkpoints import Checkpoint
-from pyro_vae.training._loop import AfterEpoch, TrainingLoop
+from pyro_vae.training._loop import COLUMNS, SCHEDULED, TrainingLoop
 from pyro_vae.training._losses import check_enumeration, check_objective, loss_value
 from pyro_vae.training._minibatch_sizes import try_sizes
 from pyro_vae.training._missing import check_gradient_of_missing
@@ -86,7 +87,7 @@ class Fit:
             - ``skipped``: the number of skipped steps;
             - ``seconds``: the time of the epoch;
 
-            and the columns that ``after_epoch`` returned.
+            and the columns that ``after_epoch`` and ``callbacks`` returned.
         best_epoch: the epoch, from 1, whose parameters the pair has.
         seconds: the time of the whole fit.
         execution: how the steps ran at the end: ``"captured"`` (as compiled code), ``"captured,
@@ -94,6 +95,7 @@ class Fit:
         digests: checksums of the pair's tensors at the end of the fit. :func:`pyro_vae.compare`
             uses them to detect a later change.
         seed: the seed of the fit. :func:`pyro_vae.compare` pairs runs of two methods by it.
+        stop_reason: the reason if ``patience`` or a callback ended the fit early, else None.
     """
 
     model: Program
@@ -104,6 +106,7 @@ class Fit:
     execution: str
     digests: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
     seed: int | None = None
+    stop_reason: str | None = None
 
 
 @warns_once
@@ -126,6 +129,7 @@ def fit(
     clip_norm: float | None = None,
     patience: int | None = None,
     after_epoch: AfterEpoch | None = None,
+    callbacks: Sequence[Callback] | None = None,
     on_nonfinite: Literal["raise", "skip"] | Skip = "raise",
     checkpoint: str | Path | Checkpoint | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
@@ -178,9 +182,12 @@ def fit(
         patience: stop after this many epochs without a lower validation loss, and restore the
             parameters and buffers of the best epoch. If the objective has schedules, counting
             starts when all of them have their last values.
-        after_epoch: callback at the end of each epoch. It is called with the number of the epoch,
-            from 1. It may return a dictionary of numbers, which become columns of the history. Its
-            random numbers are the same in each epoch.
+        after_epoch: function ``after_epoch(epoch, row)`` that is called after each epoch, with its
+            number, from 1, and its row of the history, a mapping. It may return a dictionary of
+            numbers, which become columns of the history. Its random numbers are the same in each
+            epoch. If it raises :class:`~pyro_vae.training.StopTraining`, the fit ends.
+        callbacks: objects of subclasses of :class:`~pyro_vae.training.Callback`, which are called
+            in order after each epoch, after each checkpoint and after the fit.
         on_nonfinite: the reaction to a step whose loss or gradient is NaN or infinite. ``"raise"``
             raises an error. A :class:`~pyro_vae.training.Skip` skips the update, counts it in the
             history, and raises an error beyond a limit. ``"skip"`` is ``Skip()``.
@@ -215,8 +222,8 @@ def fit(
             parameters to train, or some were made under ``torch.inference_mode``. ``learning_rate``
             is passed together with an optimizer. All of these are raised before the first step,
             except for minibatch sizes and values of a stream.
-        TypeError: The objective is not a ``pyro.infer.ELBO``, or ``optimizer`` or ``scheduler``
-            does not return one of torch's.
+        TypeError: The objective is not a ``pyro.infer.ELBO``. ``optimizer`` or ``scheduler`` does
+            not return one of torch's. ``after_epoch`` or a callback does not take its arguments.
         NonFiniteError: A loss or a gradient is NaN or infinite. It is a FloatingPointError that
             names the site or parameter, the epoch and the rows. The pair has its state before that
             step.
@@ -247,8 +254,8 @@ def fit(
         clip_norm=clip_norm,
         patience=patience,
         validation=validation,
-        after_epoch=after_epoch,
     )
+    called = Callbacks(after_epoch, callbacks, reserved=[*COLUMNS, SCHEDULED])
     skip_limit = skip_limit_of(on_nonfinite)
     learning_rate = learning_rate_of(learning_rate, optimizer)
     alternation = alternation_of(guide_steps, model_steps)
@@ -315,7 +322,7 @@ def fit(
                 checkpoints=checkpoints,
                 settings=settings,
                 skip_limit=skip_limit,
-                after_epoch=after_epoch,
+                callbacks=called,
                 advance=advance,
                 interrupted=interrupted,
                 order=order,
@@ -323,13 +330,25 @@ def fit(
             if saved is not None:
                 with resuming_from(checkpoints.folder):
                     loop.load_state_dict(saved)
+                called.load_state_dict(saved.get("callbacks", {}))  # not in older checkpoints
             is_finished = loop.train()
         digests = digests_of_pair(model, guide)
         fits.find(model, guide).digests.update(digests)
     history = loop.history.set_index("epoch")
     seconds = time.perf_counter() - started
     execution = train_step.execution
-    result = Fit(model, guide, history, loop.best_epoch, seconds, execution, digests, seed)
+    result = Fit(
+        model,
+        guide,
+        history,
+        loop.best_epoch,
+        seconds,
+        execution,
+        digests,
+        seed,
+        loop.stop_reason if is_finished else None,
+    )
+    called.after_fit(result)
     if not is_finished:
         raise Interrupted(f"the fit was stopped after {len(history)} epochs", result)
     return result

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import numbers
 import tempfile
 import time
 import warnings
@@ -28,11 +27,12 @@ from pyro_vae._utils.distributed import (
     rank,
     sum_over_processes,
 )
-from pyro_vae._utils.random import random_state, seeded, set_random_state
+from pyro_vae._utils.random import random_state, set_random_state
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Minibatches
 from pyro_vae.serialization._pair import dataframe_to_dict, dict_to_dataframe
 from pyro_vae.serialization._pair_state import Description
+from pyro_vae.training._callbacks import Callbacks
 from pyro_vae.training._checked_step import (
     NonFiniteStepError,
     checked_step,
@@ -48,7 +48,6 @@ from pyro_vae.training._validation import Validation
 if TYPE_CHECKING:
     import pandas as pd
 
-AfterEpoch = Callable[[int], Mapping[str, float] | None]
 STEPS_OF_A_CHUNK = 200
 STEPS_OF_A_STREAMED_CHUNK = 20
 STEPS_BETWEEN_QUESTIONS = 10  # between two exchanges of the processes
@@ -84,6 +83,7 @@ class LoopState:
         epochs_without_gain: The number of epochs since ``best_epoch``. It stays 0 until
             ``settled``.
         settled: Whether every schedule of the objective has reached its last value.
+        stop_reason: The reason for which a callback stopped the run, None if none did.
     """
 
     validation_seed: int
@@ -99,6 +99,7 @@ class LoopState:
     best_epoch: int = 0
     epochs_without_gain: int = 0
     settled: bool = False
+    stop_reason: str | None = None
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error
@@ -118,7 +119,7 @@ class TrainingLoop:
         checkpoints: Writes the checkpoints. None to write none.
         settings: The settings that a resumed run must share.
         skip_limit: The number of NaN or infinite steps that may be skipped.
-        after_epoch: See :func:`pyro_vae.fit`.
+        callbacks: The callbacks of the run.
         advance: Advances the progress bar.
         interrupted: Returns whether the run must stop.
         order: The result of ``batches.state_dict()`` before the first pass, which has started.
@@ -132,7 +133,7 @@ class TrainingLoop:
     checkpoints: Checkpoints | None
     settings: Mapping[str, Any]
     skip_limit: int
-    after_epoch: AfterEpoch | None
+    callbacks: Callbacks
     advance: Callable[..., None]
     interrupted: Callable[[], bool]
     order: Mapping[str, Any]
@@ -181,8 +182,18 @@ class TrainingLoop:
         # An older checkpoint does not hold the best epoch.
         return int(self.position.best_epoch or history["validation_loss"].idxmin())
 
+    @property
+    def stop_reason(self) -> str | None:
+        """The reason for which the run ended before its last epoch, None if it did not."""
+        position = self.position
+        if position.epoch > self.epochs:
+            return None
+        if position.stop_reason is None and self._is_out_of_patience():
+            return f"no lower validation loss in {position.epochs_without_gain} epochs"
+        return position.stop_reason
+
     def train(self) -> bool:
-        """Train to the end of the last epoch, or until ``patience`` ends the run.
+        """Train to the end of the last epoch, or until ``patience`` or a callback ends the run.
 
         Returns:
             False if the run was interrupted. The run then has its state at the end of a step, and
@@ -196,7 +207,7 @@ class TrainingLoop:
             self._train_state.broadcast_state()
             self._write_checkpoint()  # to raise errors of writing before the first step
         try:
-            while self.position.epoch <= self.epochs and not self._is_out_of_patience():
+            while self.position.epoch <= self.epochs and self.stop_reason is None:
                 self._epoch()
                 self._checkpoint_or_stop()
             if self._resumed_at is None:  # else no epoch was left to run
@@ -231,7 +242,6 @@ class TrainingLoop:
         self.train_step.end_epoch(loss if self.validation is None else validation_loss)
         seconds = position.seconds + time.perf_counter() - began
         row = {
-            "epoch": position.epoch,
             "loss": loss,
             "validation_loss": validation_loss,
             "validation_elbo": validation_elbo,
@@ -240,7 +250,10 @@ class TrainingLoop:
             "seconds": seconds,
             **scheduled,
         }
-        position.history.append(row | self._after_epoch())
+        columns, position.stop_reason = self.callbacks.after_epoch(
+            position.epoch, row, position.validation_seed
+        )
+        position.history.append({"epoch": position.epoch, **row, **columns})
         shown = f"loss {loss:.2f}"
         if self.validation is not None:
             shown += f", validation {validation_loss:.2f}"
@@ -276,25 +289,6 @@ class TrainingLoop:
             return {}
         seed = self.position.validation_seed
         return {SCHEDULED: self.validation.loss_of_training(seed, self.interrupted)}
-
-    def _after_epoch(self) -> dict[str, float]:
-        if self.after_epoch is None:
-            return {}
-        with seeded(self.position.validation_seed):
-            found = self.after_epoch(self.position.epoch)
-        found = {} if found is None else found
-        if not isinstance(found, Mapping) or not all(
-            isinstance(n, str) and isinstance(v, numbers.Real) for n, v in found.items()
-        ):
-            raise TypeError(
-                f"after_epoch must return a dictionary of numbers by name, or None, got {found!r}"
-            )
-        if taken := found.keys() & {*COLUMNS, SCHEDULED}:
-            raise ValueError(
-                f"after_epoch must not return {sorted(taken)}. The history has columns of these "
-                "names. Choose others"
-            )
-        return {name: float(value) for name, value in found.items()}
 
     def _pass(self, validated: bool) -> None:
         """Run the remaining steps of the epoch."""
@@ -462,6 +456,7 @@ class TrainingLoop:
             "steps_per_epoch": self._steps_per_epoch,
             "settings": dict(self.settings),
             "pair": self._description.state_dict(),
+            "callbacks": self.callbacks.state_dict(),
         }
 
     def snapshot(self) -> dict[str, Any]:
@@ -488,8 +483,10 @@ class TrainingLoop:
 
     def _write_checkpoint(self, *, if_due: bool = False) -> None:
         if self.checkpoints is not None and (self._shall_write or not if_due):
-            self.checkpoints.write(self.state_dict, self.train_step.steps)
+            path = self.checkpoints.write(self.state_dict, self.train_step.steps)
             self._shall_write = False
+            if path is not None:
+                self.callbacks.after_checkpoint(path)
 
     def _rank_states(self) -> list[dict[str, Any]]:
         """Return the random state and the buffers of each process."""

@@ -11,7 +11,7 @@ import os
 import pickle
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from pyro_vae._utils.random import seeded
 from pyro_vae._utils.threads import torch_threads
 from pyro_vae._utils.user_warnings import warns_once
 from pyro_vae.datasets._minibatches import Data
+from pyro_vae.training._callbacks import Callback, check_after_epoch
 from pyro_vae.training._checkpoints import Checkpoint
 from pyro_vae.training._fit import Fit, fit
 from pyro_vae.training._nonfinite import NonFiniteError
@@ -43,6 +44,7 @@ def fit_seeds(
     seeds: int | Sequence[int] = 5,
     num_workers: int | None = None,
     checkpoint: str | Path | None = None,
+    callbacks: Callable[[int], Sequence[Callback]] | None = None,
     progress: bool | Progress = True,
     description: str = "fit",
     **fit_options: Any,
@@ -69,6 +71,8 @@ def fit_seeds(
             number of seeds. With 1, all fits run in this process.
         checkpoint: folder for the checkpoints, one folder for each seed. The same call resumes from
             them.
+        callbacks: function from a seed to the callbacks of its fit. It is called in the process of
+            the fit.
         progress: show a progress bar, or add one to a rich Progress.
         description: text before the bar.
         **fit_options: other arguments of :func:`pyro_vae.fit`.
@@ -102,6 +106,12 @@ def fit_seeds(
     require_callable("make_pair", make_pair)
     seeds = _checked_seeds(seeds)
     _check_options(fit_options)
+    check_after_epoch(fit_options.get("after_epoch"))
+    if callbacks is not None and not callable(callbacks):
+        raise TypeError(
+            "callbacks must be a function from a seed to a list of callbacks, such as "
+            f"lambda seed: [Logger(f'run-{{seed}}')], got {callbacks!r}"
+        )
     if num_processes() > 1:
         raise ValueError(
             "fit_seeds starts processes of its own, but this is a group of processes "
@@ -115,7 +125,8 @@ def fit_seeds(
         if checkpoint is None:
             checkpoint = stack.enter_context(_temporary_folder())
         folder = Path(checkpoint).resolve()  # workers may have another working directory
-        run = functools.partial(_fit_one, make_pair, data, fit_options, folder)
+        load = functools.partial(_fit_one, make_pair, data, fit_options, folder)
+        run = functools.partial(load, callbacks=callbacks)
         advance = stack.enter_context(
             task(progress, description, len(seeds) * fit_options.get("epochs", 50))
         )
@@ -127,7 +138,7 @@ def fit_seeds(
         _run_in_processes(run, seeds, num_workers)
         # Each fit is finished, so that resuming it only loads its last checkpoint.
         return [
-            _seconds_of_epochs(run(seed, pair)) for seed, pair in zip(seeds, pairs, strict=True)
+            _seconds_of_epochs(load(seed, pair)) for seed, pair in zip(seeds, pairs, strict=True)
         ]
 
 
@@ -189,6 +200,7 @@ def _fit_one(
     folder: Path,
     seed: int,
     pair: tuple[Program, Program] | None = None,
+    callbacks: Callable[[int], Sequence[Callback]] | None = None,
 ) -> Fit:
     """Fit the pair of one seed, or resume its fit.
 
@@ -199,18 +211,13 @@ def _fit_one(
             with seeded(seed):
                 pair = make_pair()
         options = {**options, "objective": copy.deepcopy(options.get("objective"))}
-        users = options.pop("after_epoch", None)
-
-        def after_epoch(epoch: int) -> Any:
-            _epochs_file(folder, seed).write_text(str(epoch))
-            return None if users is None else users(epoch)
-
+        users = [] if callbacks is None else callbacks(seed)
         return fit(
             *pair,
             data,
             seed=seed,
             checkpoint=Checkpoint(folder / f"seed-{seed}", resume=True),
-            after_epoch=after_epoch,
+            callbacks=[_ShowEpoch(_epochs_file(folder, seed)), *users],
             progress=False,
             **options,
         )
@@ -251,6 +258,20 @@ def _work(path: Path, seed: int) -> None:
         except Exception:  # exceptions of user code may need several arguments
             raise RuntimeError(f"{type(error).__name__}: {error}") from None
         raise
+
+
+class _ShowEpoch(Callback):
+    """Write the number of finished epochs to a file.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def after_epoch(self, epoch: int, row: Mapping[str, float]) -> None:
+        self._path.write_text(str(epoch))
 
 
 def _epochs_file(folder: Path, seed: int) -> Path:

@@ -530,7 +530,7 @@ def test_patience_restores_running_averages_of_unnamed_modules():
     fit = pv.fit(
         pair.model, pair.guide, x, validation=10 * x, epochs=6, patience=2, batch_size=20,
         learning_rate=0.3, seed=0, progress=False,
-        after_epoch=lambda epoch: found.append(copy.deepcopy(net.state_dict())),
+        after_epoch=lambda epoch, row: found.append(copy.deepcopy(net.state_dict())),
     )  # fmt: skip
     assert fit.best_epoch < len(found)
     best = found[fit.best_epoch - 1]

@@ -561,7 +561,7 @@ def test_dtypes_of_the_optimizer_state_are_kept(binary, tmp_path):
 
 
 def test_ctrl_c_in_the_last_callback_raises_interrupted(binary):
-    def press(epoch):
+    def press(epoch, row):
         if epoch == 3:
             signal.raise_signal(signal.SIGINT)
 
@@ -593,12 +593,12 @@ def test_checkpoint_with_other_content_is_refused(binary, tmp_path):
 @pytest.mark.parametrize("found", [3, {"loss": 1.0}, {"kl": "much"}])
 def test_after_epoch_refuses_invalid_return_values(found, binary):
     with pytest.raises((TypeError, ValueError), match="after_epoch must"):
-        fit(binary, after_epoch=lambda epoch: found)
+        fit(binary, after_epoch=lambda epoch, row: found)
 
 
 def test_after_epoch_may_return_numpy_numbers(binary, tmp_path):
     numbers = {"a": np.float32(1.5), "b": np.int64(2)}
-    result, _ = fit(binary, tmp_path, after_epoch=lambda epoch: numbers)
+    result, _ = fit(binary, tmp_path, after_epoch=lambda epoch, row: numbers)
     assert result.history["a"].tolist() == [1.5] * 3
 
 
@@ -661,7 +661,7 @@ def test_only_the_last_checkpoints_are_kept(binary, tmp_path):
 def test_after_epoch_results_are_history_columns(binary):
     seen = []
 
-    def kl_of_units(epoch):
+    def kl_of_units(epoch, row):
         seen.append(epoch)
         report = pv.collapse_report(*programs, binary, num_particles=5)
         return {f"kl of unit {unit}": kl for unit, kl in enumerate(report.units["kl"])}
@@ -727,7 +727,7 @@ def test_load_checkpoint_without_a_readable_checkpoint(binary, tmp_path):
 
 
 def test_long_history_is_resumed(binary, tmp_path, monkeypatch):
-    fit(binary, tmp_path, epochs=1, after_epoch=lambda epoch: {"kl": 0.5})
+    fit(binary, tmp_path, epochs=1, after_epoch=lambda epoch, row: {"kl": 0.5})
     path = max(tmp_path.iterdir())
     content = read(path, kind=checkpoints.KIND)
     columns = [(name, np.resize(values, 5_000)) for name, values in content["history"]["columns"]]
@@ -814,7 +814,7 @@ def test_resume_detects_changed_attributes(binary, tmp_path):
     begun = options | {"checkpoint": Checkpoint(tmp_path, seconds=0.0)}
     resumed = options | {"checkpoint": Checkpoint(tmp_path, seconds=0.0, resume=True)}
 
-    def sharpen(epoch):
+    def sharpen(epoch, row):
         programs[0].likelihood.scale.value = 1 / (1 + epoch)
 
     pv.fit(*programs, binary, epochs=2, after_epoch=sharpen, **begun)
@@ -834,7 +834,7 @@ def test_parameters_frozen_during_the_run_stay_frozen(binary, tmp_path):
         torch.manual_seed(11)
         model, guide = make_pair()
 
-        def freeze(epoch):
+        def freeze(epoch, row):
             if epoch == 1:
                 model.likelihood.requires_grad_(False)
                 model.likelihood.eval()
@@ -884,7 +884,7 @@ def test_run_resumes_after_a_parameter_was_created(stops, binary, tmp_path):
     straight = fit(binary, pair=pair, epochs=4)[1]
     assert "param.late" in straight
 
-    def press(epoch):
+    def press(epoch, row):
         if epoch == 2:
             raise KeyboardInterrupt
 

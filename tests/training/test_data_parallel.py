@@ -106,7 +106,7 @@ class Rows(Dataset):
 def trained(kind=Pair, columns=None, killed_after=None, own_noise=False, frozen=None, **options):
     pair = kind()
 
-    def freeze(epoch):
+    def freeze(epoch, row):
         pair.get_parameter(frozen).requires_grad_(False)
 
     if frozen is not None:
@@ -182,6 +182,15 @@ def runs(folder):
     }
 
 
+def stop(epoch, row):
+    if epoch == 2:
+        raise pv.training.StopTraining
+
+
+def fail(epoch, row):
+    raise OSError("the disk is full")
+
+
 def run_process(rank, folder):
     """Run everything in one process and save the tensors of each run."""
     join_two(rank, folder)
@@ -209,6 +218,10 @@ def run_process(rank, folder):
     found["refused"] = str(raised.value)
     with pytest.raises(ValueError, match=r"support|another process failed on its validation"):
         trained(Labeled, validation=DataLoader(TensorDataset(x, noise), batch_size=10))
+    found["stopped"] = trained(after_epoch=stop if rank == 1 else None)
+    with pytest.raises((OSError, RuntimeError)) as failed:
+        trained(after_epoch=fail if rank == 1 else None)
+    found["failed callback"] = f"{failed.typename}: {failed.value}"
     found["noise and averages"] = trained(functools.partial(Pair, batch_norm=True), batch_size=13)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -268,12 +281,33 @@ def require_equal(name, found, folder):
 
 @pytest.mark.parametrize(
     "name",
-    [*EQUAL, "a single row", "a loader", "own rows", "own noise", "noise and averages", "resumed"],
+    [
+        *EQUAL,
+        "stopped",
+        "a single row",
+        "a loader",
+        "own rows",
+        "own noise",
+        "noise and averages",
+        "resumed",
+    ],
 )
 def test_all_processes_end_with_equal_tensors(name, found):
     first, second = (share[name] for share in found)
     for key, tensor in first.items():
         assert torch.equal(tensor, second[key]) or key == "history", key
+
+
+def test_all_processes_stop_after_the_epoch_in_which_one_stops(found):
+    for share in found:
+        assert len(share["stopped"]["history"]) == 2
+        assert torch.equal(share["stopped"]["history"], share["plain"]["history"][:2])
+
+
+def test_all_processes_end_if_a_callback_fails_in_one(found):
+    told = [share["failed callback"] for share in found]
+    assert told[0] == "RuntimeError: a callback of process 1 failed in epoch 1: the disk is full"
+    assert told[1] == "OSError: the disk is full"
 
 
 def test_processes_draw_different_noise(found):

@@ -99,7 +99,7 @@ def test_parameters_in_the_global_store_are_ignored(x):
 def test_a_second_call_resumes_from_the_checkpoints(x, tmp_path):
     epochs = []
 
-    def counted(epoch):
+    def counted(epoch, row):
         epochs.append(epoch)
 
     options = OPTIONS | {"num_workers": 1, "progress": False, "after_epoch": counted}
