@@ -134,7 +134,8 @@ def density(guide, z1, z2):
     with torch.no_grad():
         trace = pyro.poutine.trace(given).get_trace(torch.zeros(len(z1), 1))
         trace.compute_log_prob()
-    return sum(s["log_prob"] for s in trace.nodes.values() if "log_prob" in s).exp()
+    log_probs = [s["log_prob"] for s in trace.nodes.values() if "log_prob" in s]
+    return torch.stack(log_probs).sum(0).exp()
 
 
 def main():

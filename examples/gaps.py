@@ -6,13 +6,15 @@ python examples/gaps.py --data digits --epochs 2 --test 20 --particles 100 --ste
 
 import argparse
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import pyro_vae as pv
 from pyro_vae import flows, guides
 
-GUIDES = {
+GUIDES: dict[str, Callable[..., Any]] = {
     "mean-field": guides.AmortizedNormal,
     "IAF-2": functools.partial(guides.AmortizedFlow, flow=flows.InverseAutoregressive, length=2),
 }

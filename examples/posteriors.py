@@ -6,13 +6,15 @@ python examples/posteriors.py --data digits --epochs 2 --particles 50 --test 100
 
 import argparse
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import pyro_vae as pv
 from pyro_vae import flows, guides
 
-FAMILIES = {
+FAMILIES: dict[str, Callable[..., Any]] = {
     "mean-field": guides.AmortizedNormal,
     "full covariance": guides.AmortizedMultivariateNormal,
     "planar-10": functools.partial(guides.AmortizedFlow, flow=flows.Planar, length=10),

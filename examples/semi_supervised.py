@@ -6,6 +6,7 @@ python examples/semi_supervised.py --data digits --epochs 2 --train 600 --labels
 
 import argparse
 import functools
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -47,8 +48,8 @@ def m1(x, x_test, arguments):
 
     def codes(images):
         with torch.no_grad():
-            q = poutine.trace(guide).get_trace(images).nodes["z"]["fn"].base_dist
-        return torch.cat([q.loc, q.scale], -1)
+            q: Any = poutine.trace(guide).get_trace(images).nodes["z"]["fn"]
+        return torch.cat([q.mean, q.stddev], -1)
 
     return codes(x), codes(x_test)[:, : arguments.features]
 

@@ -62,7 +62,7 @@ def main():
     torch.manual_seed(0)
     pair = Linear(arguments.latents, arguments.dimensions, away=0.05)
     x = torch.randn(100, arguments.dimensions)
-    ratios = {}
+    ratios: dict[tuple[str, str], list[float]] = {}
     for k in arguments.particles:
         noise = pv.gradient_noise(
             pair.model,

@@ -35,6 +35,8 @@ from pyro_vae.report import compare, diagnose, rate_distortion, to_arviz
 from pyro_vae.serialization import load, save
 from pyro_vae.training import fit, fit_seeds, load_checkpoint
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LatentVariableModel",
     "Terms",

@@ -127,7 +127,7 @@ def test_imports_inside_functions_are_found(tmp_path, monkeypatch):
 def test_top_level_has_only_folders_and_the_command_line():
     entries = {path.name for path in ROOT.iterdir() if path.name != "__pycache__"}
     folders = {folder for folder in ALLOWED if folder not in ("cli", "__main__")}
-    assert entries == folders | {"__init__.py", "__main__.py", "cli"}
+    assert entries == folders | {"__init__.py", "__main__.py", "cli", "py.typed"}
 
 
 def test_files_of_public_folders_are_private():

@@ -148,7 +148,7 @@ def parameters_of(
         used = trace.depends_on(both)
         # If neither program depends on it in this run, another branch may use it: keep it in both.
         whose = zip(both, used["model"], used["guide"], strict=True)
-        elsewhere = {"model": set(), "guide": set()}
+        elsewhere: dict[str, set[int]] = {"model": set(), "guide": set()}
         for parameter, of_model, of_guide in whose:
             if of_model != of_guide:
                 elsewhere["guide" if of_model else "model"].add(id(parameter))
@@ -233,8 +233,8 @@ def device_of(model: Program, guide: Program) -> torch.device:
     fitted = fits.find(model, guide)
     own = fits.borrowed(model, guide) if fitted is None else fitted.store
     of_modules = (p for module in modules(model, guide) for p in module.parameters())
-    of_pyro = pyro.get_param_store().get_state() if fitted is None else {"params": {}}
-    for parameter in (*of_modules, *own["params"].values(), *of_pyro["params"].values()):
+    of_pyro = pyro.get_param_store().get_state()["params"] if fitted is None else {}
+    for parameter in (*of_modules, *own["params"].values(), *of_pyro.values()):
         return parameter.device
     return torch.device("cpu")
 

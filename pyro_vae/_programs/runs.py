@@ -111,7 +111,7 @@ def replay(model: Program, guide_trace: poutine.Trace) -> Program:
 
 
 class _Replay(ReplayMessenger):
-    def _pyro_sample(self, msg: Site) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         site = self.trace.nodes.get(msg["name"])
         if site is None or site["is_observed"]:
             return

@@ -55,7 +55,7 @@ def is_deterministic(site: Site) -> bool:
 class Unobserve(UnconditionMessenger):
     """Remove a model's observations, except at deterministic sites."""
 
-    def _pyro_sample(self, msg: Site) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         if not is_deterministic(msg):
             super()._pyro_sample(msg)
 

@@ -37,7 +37,8 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
             uses the modules of the outer one.
     """
     store = pyro.get_param_store()
-    names, states = set(store.keys()), []
+    names = set(store.keys())
+    states: list[_ModuleState] = []
     outer = _modules.get()
     found = [] if outer is None else outer
     token = None if outer is not None else _modules.set(found)

@@ -69,7 +69,8 @@ def _defaults(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    codes, names, imports = [function.__code__], [], False
+    codes, imports = [function.__code__], False
+    names: list[str] = []
     while codes:
         code = codes.pop()
         imports |= _IMPORT in code.co_code[::2]

@@ -65,7 +65,7 @@ _CONTAINERS = (Mapping, list, tuple, set, frozenset, deque)
 _BUILT_IN = {dict, list, tuple, set, frozenset, deque, OrderedDict}
 _BOUND = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
 _OF_C = (types.MemberDescriptorType, types.GetSetDescriptorType)
-_ITERATORS = (type(iter([])), type(iter(())))
+_ITERATORS: tuple[type, ...] = (type(iter([])), type(iter(())))
 _OF_DISTRIBUTIONS = (nn.Module, Distribution, Transform, list, tuple)
 
 

@@ -6,16 +6,16 @@ import datetime
 import importlib.metadata
 import platform
 
+import pyro_vae
+
 
 def versions() -> dict[str, str]:
     """Return the current versions of the packages and Python, and the date."""
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    found = {package: _version(package) for package in ("pyro_vae", "torch", "pyro-ppl")}
-    return {**found, "python": platform.python_version(), "date": date}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # not installed, but run from source
-        return "unknown"
+    return {
+        "pyro_vae": pyro_vae.__version__,
+        "torch": importlib.metadata.version("torch"),
+        "pyro-ppl": importlib.metadata.version("pyro-ppl"),
+        "python": platform.python_version(),
+        "date": date,
+    }

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import pyro
 import torch
@@ -31,7 +31,10 @@ from pyro_vae.cli._fits import Plan
 from pyro_vae.cli._own_pairs import arms_of, call
 from pyro_vae.cli._results import ResultFolder, diagnosis_of
 
-typer = require("typer", "cli", "The command line")
+if TYPE_CHECKING:
+    import typer
+else:
+    typer = require("typer", "cli", "The command line")
 app = typer.Typer(no_args_is_help=True)
 
 _OF_BUILT_IN_PAIRS = ("latents", "hidden", "particles")

@@ -178,7 +178,7 @@ def prior_holes(
         columns_in_order = Minibatches(columns, batch_size, device=batches.device)
         q_agg = Aggregate(guide, columns_in_order, **how)
         data_of_guide = torch.randint(count, (num_samples,)).to(batches.device)
-        drawn = []
+        drawn: list[dict[str, Tensor]] = []
         for batch in _rows(columns, data_of_guide, batch_size):
             t = terms(model, guide, *batch)
             if not drawn:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -45,8 +46,8 @@ class Family(nn.Module):
         self.dim = positive_integer("dim", dim)
 
     @abstractmethod
-    def forward(self, parameters: Tensor | Sequence[Tensor]) -> TorchDistributionMixin:
-        """Return the distribution with these parameters."""
+    def forward(self, parameters: Any) -> TorchDistributionMixin:
+        """Return the distribution with these parameters, in one tensor or one for each kind."""
 
 
 @records_init_args

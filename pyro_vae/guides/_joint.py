@@ -49,8 +49,8 @@ class JointDraw:
         for number, site in enumerate(self._sites):
             with inside(site, plates, {}):
                 part = _Part(self, site, number)
-                infer = {ON_SUPPORT: site.bijection}
-                values[site.name] = pyro.sample(site.name, part, infer=infer)
+                on_support = {ON_SUPPORT: site.bijection}
+                values[site.name] = pyro.sample(site.name, part, infer=on_support)
         with plates[DATA_PLATE]:
             log_prob = self._log_prob([*values.values()])
             density = Unit(log_prob, has_rsample=True)

@@ -94,10 +94,11 @@ class SequenceModel(PyroModule):
             # Replace the padding, because a mask does not remove NaN gradients: 0 * NaN is NaN.
             x = torch.where(inside.reshape(inside.shape + (1,) * (x.dim() - 2)), x, x[:, :1])
         p_1, steps = self.prior(), []
+        z: Tensor | None = None
         with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             for t in range(x.shape[1]):
                 with _masked(None if inside is None else inside[:, t]):
-                    p_z = p_1 if t == 0 else self.transition(z)  # noqa: F821 - of t - 1
+                    p_z = p_1 if z is None else self.transition(z)
                     z = pyro.sample(f"z_{t + 1}", p_z)
                     p_x = self.likelihood(z)
                     steps.append(pyro.sample(f"x_{t + 1}", p_x, obs=x[:, t]))

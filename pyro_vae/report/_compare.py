@@ -133,7 +133,8 @@ def compare(
             f"image_shape {image_shape} does not fit data of shape {tuple(held_out[0].shape)}. "
             "Pass a height and a width whose product is the number of values of a data point"
         )
-    candidates, num_parameters = [], {}
+    candidates = []
+    num_parameters: dict[str, int] = {}
     for name, runs in methods.items():
         for number, (model, guide, fit) in enumerate(runs, start=1):
             for each in (surgery_data, held_out):

@@ -103,8 +103,9 @@ class Entry:
     @property
     def seeds(self) -> list[int] | None:
         """The seeds of the fits. None if a seed is not known, or if two are equal."""
-        seeds = [None if run.fit is None else run.fit.seed for run in self.runs]
-        return None if None in seeds or len(set(seeds)) < len(seeds) else seeds
+        known = [run.fit.seed for run in self.runs if run.fit is not None]
+        seeds = [seed for seed in known if seed is not None]
+        return seeds if len(set(seeds)) == len(self.runs) else None
 
     @property
     def unreliable_share(self) -> float:

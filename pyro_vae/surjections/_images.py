@@ -175,7 +175,7 @@ class Preimage(TorchDistribution):
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
 
     @property
-    def has_rsample(self) -> bool:
+    def has_rsample(self) -> bool:  # type: ignore[override] # a class attribute of torch
         """Whether the remainder has a reparameterized sample. True for a bijection."""
         return self.remainder is None or self.remainder.has_rsample
 

@@ -104,7 +104,7 @@ class _PlaceAndGaps(TorchDistribution):
         super().__init__(gaps.batch_shape, event_shape, validate_args=False)
 
     @property
-    def has_rsample(self) -> bool:
+    def has_rsample(self) -> bool:  # type: ignore[override] # a class attribute of torch
         return self._gaps.has_rsample  # the index depends on no parameter
 
     def expand(self, batch_shape, _instance=None) -> _PlaceAndGaps:

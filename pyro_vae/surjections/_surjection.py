@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution, TorchDistributionMixin
@@ -54,16 +55,24 @@ class Surjection(SurVAELayer):
     input_event_dim: int = 1
     output_event_dim: int = 1
     remainder_event_dim: int = 1
-    input_support: Constraint = constraints.real
-    output_support: Constraint = constraints.real
+
+    @property
+    def input_support(self) -> Constraint:
+        """All real numbers."""
+        return constraints.real
+
+    @property
+    def output_support(self) -> Constraint:
+        """All real numbers."""
+        return constraints.real
 
     @abstractmethod
     def split(self, input: Tensor) -> Split:
         """Return the output, the remainder and the log-volume of an input."""
 
     @abstractmethod
-    def join(self, output: Tensor, remainder: Tensor | None) -> Tensor:
-        """Return the input with this output and remainder."""
+    def join(self, output: Tensor, remainder: Any) -> Tensor:
+        """Return the input with this output and remainder, which is None for a bijection."""
 
     @abstractmethod
     def remainder(self, output: Tensor) -> TorchDistribution | None:

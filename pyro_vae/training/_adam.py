@@ -49,7 +49,9 @@ class Adam(torch.optim.Adam):
         super().load_state_dict(state_dict)
         self._lists.clear()
 
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+    def step(  # type: ignore[override] # it needs a closure
+        self, closure: Callable[[], Tensor]
+    ) -> Tensor:
         """Call the closure, update the parameters by their gradients, and return the loss."""
         for hook in (*global_pre_hooks.values(), *self._optimizer_step_pre_hooks.values()):
             if (replaced := hook(self, (self, closure), {})) is not None:

@@ -177,7 +177,8 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _make_pairs(make_pair: Callable[[], Any], seeds: Sequence[int]) -> list[tuple]:
-    pairs, seen = [], set()
+    pairs: list[tuple] = []
+    seen: set[int] = set()
     for seed in seeds:
         with seeded(seed):
             pair = make_pair()
