@@ -32,6 +32,7 @@ def evaluation_context(
     needs_latents: bool = False,
     weighs: bool = False,
     may_fold: bool = True,
+    weighs_particles: bool = True,
     stacklevel: int = 4,
 ) -> Iterator[dict[str, Any]]:
     """Set the seed, open the parameter store, set evaluation mode, and check the pair.
@@ -51,6 +52,8 @@ def evaluation_context(
         weighs: whether a sample may have a density of zero under the model, and so a weight of
             zero.
         may_fold: whether particles may become rows of the batch.
+        weighs_particles: whether the estimator weighs the particles of each data point. If not, the
+            pair may have global sites and points, and the block gets no options.
         stacklevel: stack level of a warning, which names the caller of the estimator.
 
     Yields:
@@ -77,8 +80,9 @@ def evaluation_context(
                 "this pair first, or let its programs wrap fitted programs.",
                 stacklevel=stacklevel,
             )
-        Terms([trace]).require_independent_data(who)
-        check_independence(who, model, drawn_from, first)
+        if weighs_particles:
+            Terms([trace]).require_independent_data(who)
+            check_independence(who, model, drawn_from, first)
         if needs_latents and not trace.samples():
             raise ValueError(
                 f"{who} needs a latent variable, but this pair has none: its sites are "
@@ -86,10 +90,14 @@ def evaluation_context(
                 'the plate "data".'
             )
         with values_checked(True):
-            yield particle_options(
-                model,
-                drawn_from,
-                first,
-                vectorize_particles=vectorize_particles,
-                may_fold=may_fold,
+            yield (
+                particle_options(
+                    model,
+                    drawn_from,
+                    first,
+                    vectorize_particles=vectorize_particles,
+                    may_fold=may_fold,
+                )
+                if weighs_particles
+                else {}
             )

@@ -14,7 +14,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_vae import flows
 from pyro_vae._programs.latent_sites import LatentSite, inside
-from pyro_vae._programs.sites import DATA_PLATE, JOINT_DENSITY, ON_SUPPORT
+from pyro_vae._programs.sites import DATA_PLATE, JOINT_DENSITY, ON_SUPPORT, is_real
 
 
 class JointDraw:
@@ -69,6 +69,20 @@ class JointDraw:
         value = self._bijections[number](site.from_rows(rows, site.event_shape))
         self._drawn.append(value)
         return value
+
+    def moment(self, number: int, which: str) -> Tensor:
+        """Return the ``"mean"`` or ``"variance"`` of a site's part, as :meth:`draw` its sample.
+
+        Raises:
+            NotImplementedError: The joint distribution has no closed form, or a bijection maps this
+                part onto a support.
+        """
+        site = self._sites[number]
+        if not is_real(site.bijection.codomain):
+            raise NotImplementedError
+        rows = getattr(self._distribution, which)
+        rows = rows.split([each.shape.numel() for each in self._sites], -1)[number]
+        return site.from_rows(rows, site.event_shape)
 
     def _log_prob(self, values: list[Tensor]) -> Tensor:
         """Return the joint log-density of all values, with the batch in the data dimension."""
@@ -126,6 +140,16 @@ class _Part(TorchDistribution):
     def support(self) -> Constraint:
         """The support of the site."""
         return self._site.bijection.codomain
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of the site's part, if the site is real and the joint mean is known."""
+        return self._joint.moment(self._number, "mean")
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of the site's part, if the site is real and the joint one is known."""
+        return self._joint.moment(self._number, "variance")
 
     def expand(self, batch_shape, _instance=None) -> _Part:
         """Return the part with a larger batch shape."""
