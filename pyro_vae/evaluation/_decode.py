@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import Progress
 from torch import Tensor
@@ -24,7 +25,7 @@ from pyro_vae._programs.sites import (
     to_particle_layout,
 )
 from pyro_vae._programs.validation import PROGRAM_ERRORS
-from pyro_vae._utils.checks import check_call, positive_integer
+from pyro_vae._utils.checks import check_call, positive_integer, shown
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.value_checks import values_checked
@@ -139,6 +140,10 @@ def _given(z: Any, device: torch.device) -> dict[str, Tensor]:
     Raises:
         ValueError: There are no values, or they are not dense tensors of one length.
     """
+    if not isinstance(z, Tensor | np.ndarray | Mapping):
+        raise TypeError(
+            f"z must be a tensor of latents, or a dictionary of tensors by site, got {shown(z)}"
+        )
     columns = dict(z) if isinstance(z, Mapping) else {"": z}
     named = {name: f"z[{name!r}]" if isinstance(z, Mapping) else "z" for name in columns}
     given = {n: as_tensor(values, named[n], finite=False) for n, values in columns.items()}
@@ -209,9 +214,9 @@ def _placed(latents: Mapping[str, Site], given: Mapping[str, Tensor]) -> dict[st
             )
         wanted = to_particle_layout(local[name]["value"], local[name], None)[0].shape[1:]
         if values.shape[1:] != wanted:
+            sizes = ", ".join(["N", *map(str, wanted)])
             raise ValueError(
-                f"z of latent site {name!r} must be of shape ('N', {str(tuple(wanted))[1:]}, got "
-                f"{tuple(values.shape)}"
+                f"z of latent site {name!r} must be of shape ({sizes}), got {tuple(values.shape)}"
             )
         placed[name] = from_data_layout(values, local[name])
     return placed
