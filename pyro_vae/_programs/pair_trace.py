@@ -16,7 +16,6 @@ from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae._programs.agreement import (
@@ -38,7 +37,7 @@ from pyro_vae._programs.enumeration import (
 )
 from pyro_vae._programs.held_samples import HeldSamples, log_prob_of_draw
 from pyro_vae._programs.outside import log_prob_on, require_same_support, support_to_check
-from pyro_vae._programs.runs import Program, as_guide, plain_trace, replay, trace_of
+from pyro_vae._programs.runs import AtValues, Program, as_guide, plain_trace, replay, trace_of
 from pyro_vae._programs.sites import (
     PARTICLE_PLATE,
     WAS_GIVEN,
@@ -279,7 +278,7 @@ class PairTrace:
         A flow without an inverse cannot score a given value. Its log-density is then zero, and the
         name of the site is in ``unscored``.
         """
-        return _AtValues(values)(self._pair[1])
+        return AtValues(values)(self._pair[1])
 
     def drawn_values(self) -> dict[str, Tensor]:
         """Return the values that the guide sampled, by site, in the layout of the run."""
@@ -509,23 +508,6 @@ class PairTrace:
         """Return zeros of shape (K, B), or (K,) for global sites."""
         some = next(iter(self.model.values())).log_prob
         return some.new_zeros([self.num_particles, self.batch_size][: 2 if local else 1])
-
-
-class _AtValues(Messenger):
-    """Give sites values, instead of samples, and keep everything else of the program.
-
-    Pyro's ``replay`` would also copy the ``infer`` entries of another run. A ``GuideMessenger``
-    keeps the priors of its own run there.
-    """
-
-    def __init__(self, values: Mapping[str, Tensor]):
-        super().__init__()
-        self._values = values
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["name"] in self._values and not msg["is_observed"]:
-            msg["done"], msg["value"] = True, self._values[msg["name"]]
-            msg["infer"] = {**msg["infer"], WAS_GIVEN: True}
 
 
 def _gradients(values: list[Tensor], tensors: list[Tensor]) -> Sequence[Tensor | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,10 +18,11 @@ from pyro.poutine.messenger import Messenger, block_messengers
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK, get_plates
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_vae._programs.data_plate import name_plates_in
-from pyro_vae._programs.sites import ROWS_WERE_DRAWN, Site
+from pyro_vae._programs.sites import ROWS_WERE_DRAWN, WAS_GIVEN, Site
 
 Program = Callable[..., Any]
 
@@ -117,6 +118,23 @@ class _Replay(ReplayMessenger):
             return
         if not (site_is_subsample(msg) and msg["value"] is not None):
             super()._pyro_sample(msg)
+
+
+class AtValues(Messenger):
+    """Give sites values, instead of samples, and keep everything else of the program.
+
+    Pyro's ``replay`` would also copy the ``infer`` entries of another run. A ``GuideMessenger``
+    keeps the priors of its own run there.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]):
+        super().__init__()
+        self._values = values
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] in self._values and not msg["is_observed"]:
+            msg["done"], msg["value"] = True, self._values[msg["name"]]
+            msg["infer"] = {**msg["infer"], WAS_GIVEN: True}
 
 
 def plate_of_guide(

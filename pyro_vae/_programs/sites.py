@@ -224,6 +224,24 @@ def to_particle_layout(values: Tensor, site: Site, particle_dim: int | None) -> 
     return values.movedim(data_axis, 1)
 
 
+def from_data_layout(values: Tensor, site: Site) -> Tensor:
+    """Return values in the layout of a site's own value, the inverse of :func:`to_particle_layout`.
+
+    Args:
+        values: ``(B, *inner plates, *event)``.
+        site: a site in the plate ``"data"``, in a run without particles.
+    """
+    plates = [frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
+    plates += without_plate(site)
+    batch_dims = range(-len(site["fn"].batch_shape), 0)
+    kept = [dim for dim in batch_dims if dim in plates]
+    values = values.movedim(0, kept.index(data_frame(site).dim))
+    for position, dim in enumerate(batch_dims):
+        if dim not in plates:
+            values = values.unsqueeze(position)
+    return values
+
+
 def placed(
     values: Tensor, site: Site, particle_dim: int | None, width: int | None = None
 ) -> Tensor:

@@ -12,6 +12,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from pyro_vae._programs.argument_shapes import remember
 from pyro_vae._programs.minibatch_supports import check_supports
 from pyro_vae._programs.pair_trace import Factor, PairTrace, Program
 from pyro_vae._programs.parameters import evaluation_mode, has_finite_parameters
@@ -51,6 +52,8 @@ def check_pair(
 ) -> PairTrace:
     """Run a pair once with validation on, and raise ValueError if it breaks the contract.
 
+    The shapes and dtypes of the batch are remembered for the model, see ``argument_shapes``.
+
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
@@ -79,6 +82,7 @@ def check_pair(
         _check_nonfinite_rows(model, guide, batches, weighs=weighs)
         run = functools.partial(_run_on_numbers, model, guide, name=name, weighs=weighs)
         batches.values_checked = check_supports(run, trace, batch, batches)
+    remember(model, batch)
     return trace
 
 

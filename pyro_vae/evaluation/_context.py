@@ -32,6 +32,7 @@ def evaluation_context(
     needs_latents: bool = False,
     weighs: bool = False,
     may_fold: bool = True,
+    weighs_particles: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Set the seed, open the parameter store, set evaluation mode, and check the pair.
 
@@ -50,6 +51,8 @@ def evaluation_context(
         weighs: whether a sample may have a density of zero under the model, and so a weight of
             zero.
         may_fold: whether particles may become rows of the batch.
+        weighs_particles: whether the estimator weighs the particles of each data point. If not, the
+            pair may have global sites and points, and the block gets no options.
 
     Yields:
         ``plate_nesting`` and ``vectorize_particles`` for :func:`pyro_vae.terms`.
@@ -74,8 +77,9 @@ def evaluation_context(
                 f"{who} found no value of pyro.param {fresh[0]!r} and uses its initial value. Fit "
                 "this pair first, or let its programs wrap fitted programs."
             )
-        Terms([trace]).require_independent_data(who)
-        check_independence(who, model, drawn_from, first)
+        if weighs_particles:
+            Terms([trace]).require_independent_data(who)
+            check_independence(who, model, drawn_from, first)
         if needs_latents and not trace.samples():
             raise ValueError(
                 f"{who} needs a latent variable, but this pair has none: its sites are "
@@ -83,10 +87,14 @@ def evaluation_context(
                 'the plate "data".'
             )
         with values_checked(True):
-            yield particle_options(
-                model,
-                drawn_from,
-                first,
-                vectorize_particles=vectorize_particles,
-                may_fold=may_fold,
+            yield (
+                particle_options(
+                    model,
+                    drawn_from,
+                    first,
+                    vectorize_particles=vectorize_particles,
+                    may_fold=may_fold,
+                )
+                if weighs_particles
+                else {}
             )

@@ -74,7 +74,7 @@ def log_likelihood_at_prior_draws(
 
     def draw(count: int) -> Terms:
         sites = prior_sites(model, batch, count, plate_nesting)
-        guide = _guide_to(sites)
+        guide = guide_to(sites)
         layout = {"plate_nesting": plate_nesting, "vectorize_particles": True}
         return terms(model, guide, *batch, num_particles=count, **layout)
 
@@ -105,7 +105,7 @@ def has_one_prior(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> 
         value = value.expand(site["fn"].batch_shape + site["fn"].event_shape)
         axis = frame.dim - site["fn"].event_dim
         alike[name] = {**site, "value": value.narrow(axis, 0, 1).expand_as(value)}
-    log_prior = terms(model, _guide_to(alike), *batch).log_prior[0]
+    log_prior = terms(model, guide_to(alike), *batch).log_prior[0]
     return torch.allclose(log_prior, log_prior[:1], rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
@@ -124,17 +124,17 @@ def prior_guide(model: Program) -> Program:
             for site in random_sites(trace)
             if not site["is_observed"] and not is_enumerated(site)
         }
-        for name, site in _inside_all(sites, batch[0]):
+        for name, site in inside_all(sites, batch[0]):
             pyro.sample(name, site["fn"])
 
     return guide
 
 
-def _guide_to(sites: Mapping[str, Site]) -> Program:
+def guide_to(sites: Mapping[str, Site]) -> Program:
     """Return a guide that fixes the latents at the values of a model's sites."""
 
     def guide(*batch: Tensor) -> None:
-        for name, site in _inside_all(sites, batch[0]):
+        for name, site in inside_all(sites, batch[0]):
             if (mask := _mask_in_events(site)) is None:
                 point(name, site["value"], site["fn"].event_dim)
             else:
@@ -153,7 +153,7 @@ def _mask_in_events(site: Site) -> Tensor | None:
     return mask if any(size > 1 for size in sizes) else None
 
 
-def _inside_all(sites: Mapping[str, Site], x: Tensor) -> Iterator[tuple[str, Site]]:
+def inside_all(sites: Mapping[str, Site], x: Tensor) -> Iterator[tuple[str, Site]]:
     """Yield the sites of a model, each inside its plates and its mask of whole events."""
     plates: dict[str, contextlib.AbstractContextManager] = {}
     for name, site in sites.items():

@@ -1,4 +1,4 @@
-"""Reconstructions of data and generated data, by a fitted pair."""
+"""Reconstructions of data, and the runs of a model without observations."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def reconstruct(
     """
     check_call(reconstruct, locals())
     name_data_plate(plate, model, guide)
-    x, *covariates = _columns(model, guide, x, *covariates)
+    x, *covariates = columns_of(model, guide, x, *covariates)
     with (
         seeded(seed),
         parameter_store(model, guide),
@@ -80,53 +80,11 @@ def reconstruct(
             run = PairTrace(model, guide, (x, *covariates))
         with Readings(x) as readings:
             found = [*means(run)]
-    return _gathered(x, found, readings, by_site)
+    return gathered(x, found, readings, by_site)
 
 
-def generate(
-    model: Program,
-    x: Tensor,
-    *covariates: Tensor,
-    guide: Program | None = None,
-    plate: str | None = None,
-    seed: int | None = None,
-    by_site: bool = False,
-) -> Tensor | dict[str, Tensor]:
-    r"""Return :math:`E[x'|z]` for one :math:`z \sim p(z)` for each row of x.
-
-    The result has the layout of x, as in :func:`reconstruct`. All latents of the model are
-    sampled, also those that are enumerated (summed out) in other calls.
-
-    Args:
-        model: program of p(x, z).
-        x: any data of the right shape ``(B, *event)``. Only the number of rows is used.
-        *covariates: further arguments of the program.
-        guide: the guide that the model was fitted with. A model with ``pyro.param`` statements
-            needs it, because their values are in the store of the pair.
-        plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
-        seed: of the samples of z.
-        by_site: return the mean at each observed site of the plate ``"data"``, by name.
-
-    Returns:
-        Shape ``(B, *event)``; by site, each ``(B, *inner plates, *event)``. On the CPU.
-
-    Raises:
-        ValueError: Without ``by_site``: the model does not observe all of x, observes a number of
-            x twice, or observes sums of numbers of x.
-    """
-    check_call(generate, locals())
-    name_data_plate(plate, model, guide)
-    guide = model if guide is None else guide
-    x, *covariates = _columns(model, guide, x, *covariates)
-    with (
-        seeded(seed),
-        parameter_store(model, guide),
-        evaluation_mode(model),
-    ):
-        return mean_of_x(model, x, *covariates, by_site=by_site)
-
-
-def _columns(model: Program, guide: Program, x: Tensor, *covariates: Tensor) -> list[Tensor]:
+def columns_of(model: Program, guide: Program, x: Tensor, *covariates: Tensor) -> list[Tensor]:
+    """Return x and covariates as tensors on the device of the pair."""
     device = device_of(model, guide)
     named = [(x, "x"), *((each, "each of covariates") for each in covariates)]
     columns = [as_tensor(values, name, finite=False) for values, name in named]
@@ -134,7 +92,7 @@ def _columns(model: Program, guide: Program, x: Tensor, *covariates: Tensor) -> 
 
 
 def mean_of_x(
-    model: Program, x: Tensor, *covariates: Tensor, by_site: bool = False
+    model: Program, x: Tensor, *covariates: Tensor, by_site: bool = False, draw: bool = False
 ) -> Tensor | dict[str, Tensor]:
     """Run a model without its observations, and return the mean of x, on the CPU.
 
@@ -142,22 +100,34 @@ def mean_of_x(
         model: program of p(x, z). Its latents are sampled.
         x: data ``(B, *event)``.
         *covariates: further arguments of the program.
-        by_site: see :func:`generate`.
+        by_site: see :func:`reconstruct`.
+        draw: return a sample of x instead of the mean.
 
     Raises:
-        ValueError: See :func:`generate`.
+        ValueError: See :func:`reconstruct`.
     """
     x = x.contiguous()
     with Readings(x) as readings:
         trace = trace_of(Unobserve()(model), x, *covariates)
-        found = [(site, mean_or_draw(site)) for site in drawn_observations(trace)]
-    return _gathered(x, found, readings, by_site)
+        sites = drawn_observations(trace)
+        found = [(site, site["value"] if draw else mean_or_draw(site)) for site in sites]
+    return gathered(x, found, readings, by_site)
 
 
-def _gathered(
+def gathered(
     x: Tensor, found: list[tuple[Site, Tensor]], readings: Readings, by_site: bool
 ) -> Tensor | dict[str, Tensor]:
-    """Return the means of sites by name, or in the layout of x."""
+    """Return the numbers of sites by name, or in the layout of x.
+
+    Args:
+        x: the data that the model observed.
+        found: each observed site, with one number for each observed number.
+        readings: the mode in which the model ran.
+        by_site: whether to return the numbers by site.
+
+    Raises:
+        ValueError: See :func:`reconstruct`.
+    """
     if by_site:
         return {site["name"]: to_particle_layout(mean, site, None)[0].cpu() for site, mean in found}
     layout = Layout(x)

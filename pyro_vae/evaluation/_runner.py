@@ -133,7 +133,8 @@ class Runner:
             data_name: the name of the argument with the data.
             steps_per_row: steps of the bar for each data point.
             drawn_from: replaces the guide if no samples come from it.
-            checks: ``needs_latents`` and ``weighs`` of :func:`evaluation_context`.
+            checks: ``needs_latents``, ``weighs`` and ``weighs_particles`` of
+                :func:`evaluation_context`.
 
         Raises:
             TypeError: ``resume`` has no state to resume from.

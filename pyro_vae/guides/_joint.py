@@ -15,6 +15,7 @@ from torch.distributions.constraints import Constraint
 from pyro_vae import flows
 from pyro_vae._programs.latent_sites import LatentSite, inside
 from pyro_vae._programs.sites import DATA_PLATE, JOINT_DENSITY, ON_SUPPORT
+from pyro_vae.distributions._moments import GAUSSIANS, pushed_moments
 
 
 class JointDraw:
@@ -69,6 +70,22 @@ class JointDraw:
         value = self._bijections[number](site.from_rows(rows, site.event_shape))
         self._drawn.append(value)
         return value
+
+    def moments(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of a site's part, in the layout of its samples.
+
+        Raises:
+            NotImplementedError: They have no closed form.
+        """
+        site = self._sites[number]
+        sizes = [each.shape.numel() for each in self._sites]
+        rows = (self._distribution.mean, self._distribution.variance)
+        parts = [site.from_rows(r.split(sizes, -1)[number], site.event_shape) for r in rows]
+        gaussian = isinstance(self._distribution, GAUSSIANS)
+        found = pushed_moments(*parts, site.bijection, gaussian=gaussian)
+        if found is None:
+            raise NotImplementedError
+        return found
 
     def _log_prob(self, values: list[Tensor]) -> Tensor:
         """Return the joint log-density of all values, with the batch in the data dimension."""
@@ -126,6 +143,16 @@ class _Part(TorchDistribution):
     def support(self) -> Constraint:
         """The support of the site."""
         return self._site.bijection.codomain
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of the site's part, if it has a closed form."""
+        return self._joint.moments(self._number)[0]
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of each number of the site's part, if it has a closed form."""
+        return self._joint.moments(self._number)[1]
 
     def expand(self, batch_shape, _instance=None) -> _Part:
         """Return the part with a larger batch shape."""

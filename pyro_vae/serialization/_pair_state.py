@@ -11,6 +11,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_vae._programs.argument_shapes import ColumnSpec, known_specs, remember_specs
 from pyro_vae._programs.data_plate import given_name, name_data_plate
 from pyro_vae._programs.pair_state import (
     FREE_PARAM,
@@ -69,6 +70,7 @@ def state_of(model: Program, guide: Program) -> dict[str, Any]:
         "constraints": constraints,
         "met": met,
         "plate": given_name(model),
+        "arguments": [spec.to_config() for spec in known_specs(model)],
     }
 
 
@@ -270,6 +272,7 @@ def load_state(
         for name in bare
     }
     met = {program: frozenset(content["met"][program]) for program in ("model", "guide")}
+    specs = [ColumnSpec.from_config(each) for each in content.get("arguments", ())]
     name_data_plate(content.get("plate"), model, guide)  # None in older files
     # The content is checked. No error is raised from here on, so the load is complete or not begun.
     live = module_tensors(model, guide)
@@ -277,6 +280,7 @@ def load_state(
         tensor.data = tensors[name]  # keep the parameter object, with the saved dtype
     for module in modules(model, guide):
         module.to(device)
+    remember_specs(model, specs)  # none in older files
     set_modes(live, named_modules(model, guide), frozen, evaluating)
     if bare:
         params = {name: tensor.to(device).requires_grad_() for name, tensor in bare.items()}

@@ -1,0 +1,140 @@
+"""The shape and the dtype of each argument of a model, remembered from its last checked run.
+
+A model is called with x, even to generate x. So data can be generated without data only if the
+shape of x is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions import Unit
+from torch import Tensor
+
+from pyro_vae._programs.runs import Program, trace_of
+from pyro_vae._programs.sites import Unobserve, random_sites
+from pyro_vae._programs.trial_runs import OUT_OF_MEMORY, trial_run
+from pyro_vae._utils.identity import ProgramMap
+
+_known = ProgramMap()  # by model, the columns of the last data that it ran on
+
+
+@dataclass(frozen=True)
+class ColumnSpec:
+    """The type of one argument of a program.
+
+    Args:
+        shape: shape of the value of one data point.
+        dtype: dtype of the values.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, column: Tensor) -> ColumnSpec:
+        """Return the type of a column ``(B, *shape)``."""
+        return cls(column.shape[1:], column.dtype)
+
+    def zeros(self, count: int, device: torch.device) -> Tensor:
+        """Return a column of zeros."""
+        return torch.zeros(count, *self.shape, dtype=self.dtype, device=device)
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the type as lists, numbers and strings, for a file."""
+        return {"shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> ColumnSpec:
+        """Return the type that :meth:`to_config` has described.
+
+        Raises:
+            ValueError: The description is not one of a type.
+        """
+        shape, dtype = config["shape"], getattr(torch, str(config["dtype"]), None)
+        sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        if not sizes or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"an argument of the model has an unknown type: {config}")
+        return cls(torch.Size(shape), dtype)
+
+
+def remember(model: Program, columns: Sequence[Any]) -> None:
+    """Remember the arguments of a model for as long as the model exists.
+
+    Args:
+        model: program of p(x, z).
+        columns: x and covariates, each ``(B, ...)``.
+    """
+    remember_specs(model, [ColumnSpec.of(column) for column in columns])
+
+
+def remember_specs(model: Program, specs: Sequence[ColumnSpec]) -> None:
+    """Remember the types of the arguments of a model for as long as the model exists."""
+    if specs:
+        _known[model] = tuple(specs)
+
+
+def known_specs(model: Program) -> tuple[ColumnSpec, ...]:
+    """Return the types of the arguments of a model, or () if it never ran on checked data."""
+    return _known.get(model, ())
+
+
+def spec_of_x(model: Program, covariates: Sequence[Tensor], device: torch.device) -> ColumnSpec:
+    """Return the type of a model's x, from an earlier run or from a trial run.
+
+    Args:
+        model: program of p(x, z).
+        covariates: further arguments of the program, which must be those of the earlier run.
+        device: device of the program.
+
+    Raises:
+        ValueError: The model never ran on data, and a trial run does not show the shape of x. Or
+            the covariates differ from those of the earlier run in number or shape.
+    """
+    specs = known_specs(model)
+    if not specs:
+        found = _spec_from_trial(model, covariates, device)
+        if found is None:
+            raise ValueError(
+                "the shape of x is unknown, because this model was neither fitted nor evaluated "
+                "nor loaded, and a trial run does not show it. Pass data of the right shape as x."
+            )
+        return found
+    wanted, got = specs[1:], [ColumnSpec.of(column) for column in covariates]
+    if [spec.shape for spec in wanted] != [spec.shape for spec in got]:
+        raise ValueError(
+            f"the model takes {len(wanted)} covariates besides x, of shapes "
+            f"{[('N', *spec.shape) for spec in wanted]}, but covariates has the shapes "
+            f"{[('N', *spec.shape) for spec in got]}. Pass one covariate for each."
+        )
+    return specs[0]
+
+
+def _spec_from_trial(
+    model: Program, covariates: Sequence[Tensor], device: torch.device
+) -> ColumnSpec | None:
+    """Return the type of x if the model observes x itself at one site, else None.
+
+    The model runs without observations. So the values of x do not matter, and the site that would
+    observe x samples a value of the shape of x.
+    """
+    count = len(covariates[0]) if covariates else 2
+    x = torch.zeros(count, 1, device=device)
+    try:
+        with trial_run(model):
+            trace = trace_of(Unobserve()(model), x, *covariates)
+    except OUT_OF_MEMORY:
+        raise
+    except Exception:  # a program may raise any error at another shape than its own
+        return None
+    values = [
+        site["value"]
+        for site in random_sites(trace)
+        if site["infer"].get("obs") is x and not isinstance(site["fn"], Unit)
+    ]
+    if len(values) != 1 or len(values[0]) != count:
+        return None
+    return ColumnSpec.of(values[0])

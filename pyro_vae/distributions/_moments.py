@@ -1,0 +1,174 @@
+"""Means and standard deviations of distributions, in closed form or from samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import TransformedDistribution
+from torch.distributions.transforms import (
+    AffineTransform,
+    ComposeTransform,
+    ExpTransform,
+    IndependentTransform,
+    Transform,
+)
+
+from pyro_vae.distributions._circular import WrappedNormal, circle
+
+GAUSSIANS = (dist.Normal, dist.MultivariateNormal, dist.LowRankMultivariateNormal)
+
+
+def closed_form_moments(fn: Any) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and the standard deviation of a distribution, or None without closed form.
+
+    A moment that does not exist, such as the mean of a Cauchy distribution, is NaN or infinite.
+    Angles have a mean direction and a circular standard deviation (Mardia & Jupp 2000, section
+    3.4.2).
+
+    Args:
+        fn: the distribution; not a Categorical, whose mean has no meaning, see :func:`one_hot`.
+
+    Returns:
+        Two tensors of shape ``(*batch, *event)``.
+    """
+    base = _base(fn)
+    if isinstance(base, dist.ProjectedNormal):
+        return None  # in Pyro, its mean attribute is a direction
+    if isinstance(base, WrappedNormal):
+        return torch.remainder(base.loc + math.pi, 2 * math.pi) - math.pi, base.scale
+    if isinstance(base, dist.VonMises):
+        return base.mean, circular_std(1 - base.variance)
+    try:
+        if isinstance(base, TransformedDistribution):
+            inner = base.base_dist
+            gaussian = isinstance(_base(inner), GAUSSIANS)
+            pushed = pushed_moments(inner.mean, inner.variance, *base.transforms, gaussian=gaussian)
+            if pushed is not None:
+                return pushed[0], pushed[1].sqrt()
+        return fn.mean, fn.variance.sqrt()
+    except NotImplementedError:
+        return None
+
+
+def pushed_moments(
+    mean: Tensor, variance: Tensor, *transforms: Transform, gaussian: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and the variance of each number after some transforms, or None if unknown.
+
+    They are known after affine maps of any distribution, and after one elementwise exponential of a
+    Gaussian.
+
+    Args:
+        mean: means before the transforms.
+        variance: variances before the transforms.
+        *transforms: the transforms, in their order.
+        gaussian: whether the numbers are Gaussian before the transforms.
+    """
+    for transform in _parts(transforms):
+        if isinstance(transform, AffineTransform):
+            mean = transform.loc + transform.scale * mean
+            variance = torch.as_tensor(transform.scale).square() * variance
+        elif isinstance(transform, ExpTransform) and gaussian:
+            log_normal = dist.LogNormal(mean, variance.sqrt())
+            mean, variance, gaussian = log_normal.mean, log_normal.variance, False
+        else:
+            return None
+    return mean, variance
+
+
+def circular_std(length: Tensor) -> Tensor:
+    r"""Return :math:`\sqrt{-2 \log R}` for the mean resultant length R of angles."""
+    return (-2 * length.clamp(0, 1).log()).sqrt()
+
+
+def one_hot(fn: Any) -> Any:
+    """Return a Categorical as distribution of one-hot vectors; any other distribution unchanged."""
+    base = _base(fn)
+    if not isinstance(base, dist.Categorical | torch.distributions.Categorical):
+        return fn
+    return dist.OneHotCategorical(logits=base.logits).to_event(len(fn.event_shape))
+
+
+class SampledMoments:
+    """Averages samples; returns their mean, standard deviation and the error of the mean.
+
+    Args:
+        fn: the distribution of the samples. It shows whether they are angles, or levels of a
+            Categorical, which are averaged as one-hot vectors.
+    """
+
+    def __init__(self, fn: Any):
+        self._levels = _levels(fn)
+        self._angles = _is_angle(fn)
+        self._count = 0
+        self._sums: list[Tensor] = []
+
+    def add(self, samples: Tensor) -> None:
+        """Add samples ``(K, *shape)``."""
+        if self._levels:
+            samples = torch.nn.functional.one_hot(samples.long(), self._levels)
+        z = samples.double()
+        features = [z.cos(), z.sin(), (2 * z).cos(), (2 * z).sin()] if self._angles else [z, z * z]
+        sums = [feature.sum(0) for feature in features]
+        self._count += len(z)
+        self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Return the mean, the standard deviation and the standard error of the mean, float64.
+
+        For angles, they are the mean direction, the circular standard deviation, and the circular
+        standard error :math:`\sqrt{(1 - \rho_2) / (2 M R^2)}` (Fisher 1993, section 4.4.4).
+        """
+        averages = [each / self._count for each in self._sums]
+        if not self._angles:
+            mean, square = averages
+            unbiased = self._count / max(1, self._count - 1)
+            std = ((square - mean * mean).clamp(min=0) * unbiased).sqrt()
+            return mean, std, std / math.sqrt(self._count)
+        cos, sin, cos_of_double, sin_of_double = averages
+        mean, length = torch.atan2(sin, cos), torch.hypot(sin, cos)
+        second = cos_of_double * (2 * mean).cos() + sin_of_double * (2 * mean).sin()
+        error = ((1 - second).clamp(min=0) / (2 * self._count)).sqrt() / length
+        return mean, circular_std(length), error
+
+
+def _levels(fn: Any) -> int:
+    """Return the number of levels of a Categorical, or zero for any other distribution."""
+    base = _base(fn)
+    is_categorical = isinstance(base, dist.Categorical | torch.distributions.Categorical)
+    return base.logits.shape[-1] if is_categorical else 0
+
+
+def _is_angle(fn: Any) -> bool:
+    if isinstance(_base(fn), dist.VonMises | WrappedNormal):
+        return True
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return False
+    while isinstance(support, dist.constraints.independent):
+        support = support.base_constraint
+    return support is circle
+
+
+def _base(fn: Any) -> Any:
+    """Return the distribution inside masks and ``Independent`` wrappers."""
+    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def _parts(transforms: Iterable[Transform]) -> Iterator[Transform]:
+    """Yield the parts of transforms, without ``Independent`` wrappers."""
+    for transform in transforms:
+        if isinstance(transform, ComposeTransform):
+            yield from _parts(transform.parts)
+        elif isinstance(transform, IndependentTransform):
+            yield from _parts([transform.base_transform])
+        else:
+            yield transform

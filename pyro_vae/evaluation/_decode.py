@@ -1,0 +1,222 @@
+"""Decode latents: means or samples of x given z."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from pyro_vae._programs.argument_shapes import ColumnSpec, spec_of_x
+from pyro_vae._programs.data_plate import name_data_plate
+from pyro_vae._programs.enumeration import is_enumerated
+from pyro_vae._programs.pair_trace import PairTrace, Program
+from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
+from pyro_vae._programs.predictions import drawn_sites, means
+from pyro_vae._programs.runs import AtValues, trace_of
+from pyro_vae._programs.sites import (
+    Site,
+    data_frame,
+    from_data_layout,
+    random_sites,
+    to_particle_layout,
+)
+from pyro_vae._programs.validation import PROGRAM_ERRORS
+from pyro_vae._utils.checks import check_call, positive_integer, shown
+from pyro_vae._utils.messages import first_line
+from pyro_vae._utils.random import seeded
+from pyro_vae._utils.value_checks import values_checked
+from pyro_vae.datasets._minibatches import Batch, as_tensor
+from pyro_vae.evaluation._delta_sites import guide_to
+from pyro_vae.evaluation._generate import Numbers, covariate_columns, in_batches
+from pyro_vae.evaluation._layout import Readings
+from pyro_vae.evaluation._predict import gathered
+
+
+def decode(
+    model: Program,
+    z: Tensor | Mapping[str, Tensor],
+    *covariates: Tensor,
+    x: Tensor | None = None,
+    guide: Program | None = None,
+    num_samples: int = 0,
+    batch_size: int = 100,
+    plate: str | None = None,
+    seed: int | None = None,
+    by_site: bool = False,
+    progress: bool | Progress = False,
+) -> Tensor | dict[str, Tensor]:
+    r"""Return :math:`E[x|z]` for given latents, or samples of x.
+
+    The result has the layout of x, as in :func:`reconstruct`. Latents that are not given are
+    sampled from p in the order of the model, each given the latents before it. So they do not
+    depend on given latents after them. Latents c that the model sums out are averaged over
+    :math:`p(c|z)`. If a distribution has no mean, a sample of it is returned.
+
+    Args:
+        model: program of p(x, z).
+        z: values ``(N, *inner plates, *event)`` of the only latent, such as the mean or the samples
+            of :func:`encode`. For several latents, a dictionary of such tensors by site.
+        *covariates: further arguments of the program, with N rows each.
+        x: any data of the right shape, at least one row. Its values have no effect on E[x|z] if
+            the model uses x for its observations alone. By default, the shape is that of the data
+            that the model was fitted or evaluated on, also before it was saved.
+        guide: the guide that the model was fitted with. A model with ``pyro.param`` statements
+            needs it, because their values are in the store of the pair.
+        num_samples: S, the number of samples of x for each z; with 0, the mean is returned.
+        batch_size: data points at a time.
+        plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
+        seed: of all samples. The random state of the process is restored afterwards.
+        by_site: return the numbers at each observed site of the plate ``"data"``, by name.
+        progress: show a progress bar, or add one to a rich Progress.
+
+    Returns:
+        Shape ``(N, *event)``, or ``(S, N, *event)`` with ``num_samples``. By site, each of shape
+        ``(N, *inner plates, *event)`` or ``(S, N, *inner plates, *event)``. On the CPU.
+
+    Raises:
+        ValueError: A latent is unknown, has another shape than its site, or is not given and not
+            the only one. The model cannot run on these values. The shape of x is unknown. Without
+            ``by_site``: the errors of :func:`reconstruct`.
+        TypeError: An argument has the wrong type.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> model = pv.LatentVariableModel(
+        ...     prior=pv.priors.StandardNormal(2),
+        ...     likelihood=pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 16)),
+        ... )
+        >>> z = torch.randn(5, 2)
+        >>> means = pv.decode(model, z)
+        >>> torch.allclose(means, model.likelihood(z).mean)
+        True
+        >>> pv.decode(model, z, num_samples=3, seed=0).shape
+        torch.Size([3, 5, 16])
+    """
+    check_call(decode, locals())
+    name_data_plate(plate, model, guide)
+    partner = model if guide is None else guide
+    num_samples = positive_integer("num_samples", num_samples, minimum=0)
+    batch_size = positive_integer("batch_size", batch_size)
+    device = device_of(model, partner)
+    given = _given(z, device)
+    count = len(next(iter(given.values())))
+    columns = covariate_columns(model, partner, covariates, count)
+    like = None if x is None else as_tensor(x, "x", finite=False).to(device)
+
+    def run(rows: Tensor) -> Numbers:
+        rows = rows % count
+        placeholder = spec.zeros(len(rows), device)
+        batch = (placeholder, *(column[rows] for column in columns))
+        some = {name: values[rows] for name, values in given.items()}
+        return _decoded(model, batch, some, draw=num_samples > 0, by_site=by_site)
+
+    with (
+        seeded(seed),
+        parameter_store(model, partner),
+        evaluation_mode(model),
+        values_checked(False),  # x is a placeholder, which may be outside of the support
+    ):
+        spec = (
+            spec_of_x(model, [c[:2] for c in columns], device)
+            if like is None
+            else ColumnSpec.of(like)
+        )
+        rows = torch.arange(count * max(1, num_samples))
+        found = in_batches(run, rows, batch_size, progress, "decode")
+    if not num_samples:
+        return found
+    if isinstance(found, dict):
+        return {name: values.unflatten(0, (num_samples, count)) for name, values in found.items()}
+    return found.unflatten(0, (num_samples, count))
+
+
+def _given(z: Any, device: torch.device) -> dict[str, Tensor]:
+    """Return values by site; the only latent has the name "".
+
+    Raises:
+        ValueError: There are no values, or they are not dense tensors of one length.
+    """
+    if not isinstance(z, Tensor | np.ndarray | Mapping):
+        raise TypeError(
+            f"z must be a tensor of latents, or a dictionary of tensors by site, got {shown(z)}"
+        )
+    columns = dict(z) if isinstance(z, Mapping) else {"": z}
+    named = {name: f"z[{name!r}]" if isinstance(z, Mapping) else "z" for name in columns}
+    given = {n: as_tensor(values, named[n], finite=False) for n, values in columns.items()}
+    if len({len(values) for values in given.values()}) != 1:
+        raise ValueError(
+            "z must hold at least one latent, and all of one length, got the lengths "
+            f"{ {name: len(values) for name, values in given.items()} }"
+        )
+    for name, values in given.items():
+        if values.is_floating_point() and not values.isfinite().all():
+            raise ValueError(f"{named[name]} has NaN or infinite values. Pass finite latents.")
+    return {name: values.to(device) for name, values in given.items()}
+
+
+def _decoded(
+    model: Program, batch: Batch, given: Mapping[str, Tensor], *, draw: bool, by_site: bool
+) -> Numbers:
+    """Return the means or samples of x for one minibatch of latents.
+
+    The latents become points of a guide. So the rest is a reconstruction.
+    """
+    values = _placed(_latents(model, batch), given)
+    try:
+        latents = {
+            name: site
+            for name, site in _latents(AtValues(values)(model), batch).items()
+            if name in values or not is_enumerated(site)
+        }
+        run = PairTrace(model, guide_to(latents), batch)
+        with Readings(batch[0]) as readings:
+            found = [(s, s["value"]) for s in drawn_sites(run)] if draw else [*means(run)]
+    except PROGRAM_ERRORS as error:
+        shapes = {n or "z": (tuple(v.shape), str(v.dtype)) for n, v in given.items()}
+        raise ValueError(
+            f"the model cannot run on z of these shapes and dtypes, {shapes}: "
+            f"{type(error).__name__}: {first_line(error)}. Pass latents as the model samples them"
+        ) from error
+    return gathered(batch[0], found, readings, by_site)
+
+
+def _latents(model: Program, batch: Batch) -> dict[str, Site]:
+    """Return the latent sites of a run of the model, by name."""
+    sites = random_sites(trace_of(model, *batch))
+    return {site["name"]: site for site in sites if not site["is_observed"]}
+
+
+def _placed(latents: Mapping[str, Site], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return given values in the layout of their sites.
+
+    Raises:
+        ValueError: A value belongs to no latent of the plate ``"data"``, or has another shape. Or a
+            tensor without a name is given, and there is not exactly one latent to sample.
+    """
+    local = {name: site for name, site in latents.items() if data_frame(site) is not None}
+    if "" in given:
+        names = [name for name, site in local.items() if not is_enumerated(site)] or list(local)
+        if len(names) != 1:
+            raise ValueError(
+                f"z must be a dictionary of tensors by site, because the latents of the model are "
+                f"{names}, got one tensor"
+            )
+        given = {names[0]: given[""]}
+    placed = {}
+    for name, values in given.items():
+        if name not in local:
+            raise ValueError(
+                f"z must hold latents of the model by name, which are {list(local)}, got {name!r}"
+            )
+        wanted = to_particle_layout(local[name]["value"], local[name], None)[0].shape[1:]
+        if values.shape[1:] != wanted:
+            sizes = ", ".join(["N", *map(str, wanted)])
+            raise ValueError(
+                f"z of latent site {name!r} must be of shape ({sizes}), got {tuple(values.shape)}"
+            )
+        placed[name] = from_data_layout(values, local[name])
+    return placed
