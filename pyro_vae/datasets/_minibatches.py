@@ -368,7 +368,8 @@ def _native(values: np.ndarray | Tensor, name: str) -> np.ndarray | Tensor:
         raise ValueError(f"{name} must hold numbers, got dtype {values.dtype}")
     if np.ma.is_masked(values):
         raise ValueError(
-            f"{name} has masked values: fill them, or model them as missing with poutine.mask"
+            f"{name} has masked values: fill them, or replace them by NaN and see "
+            "docs/missing-data.md"
         )
     return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
 
@@ -411,8 +412,7 @@ def as_tensor(values: Any, name: str, *, finite: bool = True) -> Tensor:
     if finite and not (rows := finite_rows(values)).all():
         row = (~rows).nonzero()[0].item()
         raise ValueError(
-            f"{name} has NaN or infinite values, first in row {row}: remove or impute them, or "
-            "model them as missing with poutine.mask"
+            f"{name} has NaN or infinite values, first in row {row}: remove or impute them"
         )
     return values
 
