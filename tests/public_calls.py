@@ -98,6 +98,7 @@ ROWS: dict[str, Callable[[], dict[str, Any]]] = {
         "logits": torch.zeros(3),
         **dict.fromkeys(("loc", "scale"), torch.ones(3, 4)),
     },
+    "distributions.NanMasked": lambda: {"distribution": dist.Normal(X, 1.0), "event_dims": 1},
     **{
         name: lambda: {"name": "digits", "folder": None}
         for name in ("datasets.load", "datasets.load_labels")

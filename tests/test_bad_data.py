@@ -45,6 +45,7 @@ NAMES = sorted(PUBLIC.keys() - WITHOUT_A_CALL.keys())
 ALSO_VALID = {
     ("rate_distortion", "betas"): "any numbers that can be iterated",
     ("distributions.MixtureOfDiagNormals", "validate_args"): "torch's own argument",
+    ("distributions.NanMasked", "validate_args"): "torch's own argument",
     ("evaluation.khat", "log_weights"): "takes nested lists, as numpy does",
     ("guides.SemiSupervisedGuide", "model"): "any object with the methods of the model",
 }

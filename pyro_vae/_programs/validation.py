@@ -123,10 +123,10 @@ def nonfinite_data(column: str, rows: Tensor, reached: str) -> ValueError:
     shown = ", ".join(map(str, rows[:_ROWS_SHOWN].tolist()))
     return ValueError(
         f"{column} has NaN or infinite values, first in row {rows[0].item()}, and {reached}. Rows "
-        f"with such values: [{shown}{', ...' if len(rows) > _ROWS_SHOWN else ''}]. Remove or "
-        "impute them, or model them as missing. For missing data, mask the observed site with "
-        ".mask(x.isfinite()) or poutine.mask. Then use x.where(x.isfinite(), 0) instead of x for "
-        "obs= and for the encoder"
+        f"with such values: [{shown}{', ...' if len(rows) > _ROWS_SHOWN else ''}]. Remove them, "
+        "or model them as missing data: wrap the likelihood in pv.likelihoods.NanMasked, or the "
+        "distribution of your own observed site in pv.distributions.NanMasked. Wrap the encoder "
+        "in pv.nets.ZeroImputed, or give it x.where(x.isfinite(), 0). See docs/missing-data.md"
     )
 
 

@@ -92,8 +92,7 @@ def as_tensor(values: Any, name: str, *, finite: bool = True) -> Tensor:
     if finite and not (rows := finite_rows(values)).all():
         row = (~rows).nonzero()[0].item()
         raise ValueError(
-            f"{name} has NaN or infinite values, first in row {row}: remove or impute them, or "
-            "model them as missing with poutine.mask"
+            f"{name} has NaN or infinite values, first in row {row}: remove or impute them"
         )
     return values
 
@@ -105,7 +104,8 @@ def native(values: np.ndarray | Tensor, name: str) -> np.ndarray | Tensor:
     _require_numbers(values.dtype, name)
     if np.ma.is_masked(values):
         raise ValueError(
-            f"{name} has masked values: fill them, or model them as missing with poutine.mask"
+            f"{name} has masked values: fill them, or replace them by NaN and see "
+            "docs/missing-data.md"
         )
     return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
 

@@ -2,5 +2,6 @@
 
 from pyro_vae.distributions._circular import WrappedNormal, circle
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals
+from pyro_vae.distributions._nan_masked import NanMasked
 
-__all__ = ["MixtureOfDiagNormals", "WrappedNormal", "circle"]
+__all__ = ["MixtureOfDiagNormals", "NanMasked", "WrappedNormal", "circle"]

@@ -24,6 +24,8 @@ layout, and for how to write a likelihood of your own.
 A scale is a number, a :class:`SharedScale`, a :class:`ScalePerOutput` or a
 :class:`ScaleFromDecoder`. :class:`Normal` and :class:`Laplace` also accept an
 :class:`OptimalScale`.
+
+:class:`NanMasked` wraps any of these for data with missing numbers (NaN).
 """
 
 from pyro_vae.likelihoods._base import Likelihood
@@ -36,6 +38,7 @@ from pyro_vae.likelihoods._discretized_logistic import (
 )
 from pyro_vae.likelihoods._levels import Categorical, Levels
 from pyro_vae.likelihoods._location_scale import Laplace, Normal, StudentT
+from pyro_vae.likelihoods._nan_masked import NanMasked
 from pyro_vae.likelihoods._scales import (
     OptimalScale,
     Scale,
@@ -53,6 +56,7 @@ __all__ = [
     "Laplace",
     "Levels",
     "Likelihood",
+    "NanMasked",
     "NegativeBinomial",
     "Normal",
     "OptimalScale",

@@ -35,7 +35,15 @@ class Bernoulli(Likelihood):
     def forward(self, *inputs: Tensor) -> TorchDistributionMixin:
         """Return p(x|z), of batch shape (...), for z of shape ``(..., *latent event)``."""
         (logits,) = self.outputs(1, *inputs)
-        return _IndependentBernoulli(dist.Bernoulli(logits=logits), self.event_dim)
+        return _IndependentBernoulli(_Bernoulli(logits=logits), self.event_dim)
+
+
+class _Bernoulli(dist.Bernoulli):
+    """Pyro's Bernoulli for values of any real dtype."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return log p(x)."""
+        return super().log_prob(value_for(self.logits, value))
 
 
 class _IndependentBernoulli(dist.Independent):

@@ -4,6 +4,7 @@ from pyro_vae.nets._convolutional import ConvDecoder, ConvEncoder
 from pyro_vae.nets._dense import MLP, GatedMLP
 from pyro_vae.nets._joined import Joined
 from pyro_vae.nets._residual import ResidualBlock, ResidualDecoder, ResidualEncoder
+from pyro_vae.nets._zero_imputed import ZeroImputed
 
 __all__ = [
     "MLP",
@@ -14,4 +15,5 @@ __all__ = [
     "ResidualBlock",
     "ResidualDecoder",
     "ResidualEncoder",
+    "ZeroImputed",
 ]
