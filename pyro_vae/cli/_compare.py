@@ -16,6 +16,7 @@ from torch import Tensor
 import pyro_vae as pv
 from pyro_vae._utils.distributed import rank
 from pyro_vae._utils.messages import first_line
+from pyro_vae._utils.numbers_text import with_error
 from pyro_vae._utils.progress import progress_bar, task
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.threads import torch_threads
@@ -148,11 +149,11 @@ def differences_table(comparison: pv.report.Comparison, baseline: str) -> Render
     for row in comparison.differences_from(baseline).itertuples():
         table.add_row(
             Text(row.Index),
-            f"{row.difference:+.2f}±{row.standard_error:.2f}",
-            f"{row.low:+.2f} to {row.high:+.2f}",
+            with_error(row.difference, row.standard_error, "+"),
+            "-" if math.isnan(row.low) else f"{row.low:+.2f} to {row.high:+.2f}",
             "yes" if row.is_told_apart else "no",
             "-"
             if math.isnan(row.elbo_difference)
-            else f"{row.elbo_difference:+.2f}±{row.elbo_error:.2f}",
+            else with_error(row.elbo_difference, row.elbo_error, "+"),
         )
     return table
