@@ -143,9 +143,9 @@ def differences_table(comparison: pv.report.Comparison, baseline: str) -> Render
         box=None,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")
     for header in ("log p(x)", "95% interval", "told apart", "ELBO"):
-        table.add_column(header, justify="right", no_wrap=True)
+        table.add_column(header, justify="right", overflow="fold")
     for row in comparison.differences_from(baseline).itertuples():
         table.add_row(
             Text(row.Index),

@@ -84,9 +84,12 @@ class Diagnosis:
     @property
     def verdict(self) -> list[str]:
         """Sentences on what to change, the largest loss first."""
-        return [*map(self._advice, self.losses)] or [
-            f"No part loses more than {LEAST_LOSS} nats that this diagnosis can find."
-        ]
+        if self.losses:
+            return [*map(self._advice, self.losses)]
+        none = f"No part loses more than {LEAST_LOSS} nats that this diagnosis can find."
+        if all(entry.name != "decoder gain" for entry in self.entries):
+            none += " The decoder was not examined (refit=False)."
+        return [none]
 
     @property
     def notes(self) -> list[str]:

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import make_pair
+from rich.console import Console
 
 import pyro_vae as pv
 from pyro_vae._programs.pair_state import changed, digests
@@ -79,6 +80,21 @@ def test_table_fits_eighty_columns(comparison):
     assert "…" not in text
     lines = text.splitlines()
     assert max(len(line.rstrip()) for line in lines[: lines.index("", 2)]) <= 80
+
+
+def test_a_narrow_table_folds_names_and_keeps_all_digits(comparison):
+    entry = dataclasses.replace(comparison.entries[0], name="a long name of several words " * 2)
+    texts = {}
+    for width in (40, 80, 300):
+        console = Console(width=width)
+        with console.capture() as capture:
+            console.print(dataclasses.replace(comparison, entries=(entry,)))
+        texts[width] = capture.get()
+    shown = f"{entry.mean.mean:.2f}±{entry.mean.standard_error:.2f}"
+    assert shown in texts[80]
+    assert shown in texts[300]
+    digits = {width: sorted(filter(str.isdigit, text)) for width, text in texts.items()}
+    assert digits[40] == digits[80] == digits[300]
 
 
 def test_table_prints_markup_in_names_literally(binary):
