@@ -321,6 +321,12 @@ class Comparison:
                 f"One run of {methods}: the errors are those of the trained pairs and show nothing "
                 "of how a method varies between seeds. Pass a list of fits per method."
             )
+        two = [entry.name for entry in self.entries if len(entry.runs) == 2]
+        if two:
+            found.append(
+                f"Two runs of {_listed(two)}: a 95% interval of paired differences covers less, "
+                "about 88% in simulations. Use at least three runs."
+            )
         repeated = [entry.name for entry in self.entries if entry.has_equal_seeds]
         if repeated:
             found.append(
