@@ -610,3 +610,25 @@ def test_csv_with_a_byte_order_mark(tmp_path, monkeypatch):
     (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbf" + lines.encode())
     splits = _data.load_splits("x.csv")
     assert sum(map(len, parts_of(splits))) == 20
+
+
+def test_csv_files_of_pandas(tmp_path, monkeypatch):
+    """Its names 0, 1, 2 are not data, and neither are its row numbers."""
+    monkeypatch.chdir(tmp_path)
+    rows = torch.randn(20, 3).double()
+    frame = pd.DataFrame(rows.numpy())
+    frame.to_csv("x.csv", index=False)
+    splits = _data.load_splits("x.csv")
+    read = torch.cat([splits.train, splits.validation, splits.test])
+    torch.testing.assert_close(read.sort(0).values, rows.float().sort(0).values)
+    frame.to_csv("numbered.csv")
+    with pytest.raises(ValueError, match=r"first column has no name.*index=False"):
+        _data.load_splits("numbered.csv")
+
+
+def test_a_missing_number_in_the_first_row_is_an_error(tmp_path, monkeypatch):
+    """The row must not be taken for names, and left out."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.csv").write_text("1.5,,2.5\n" + "1,2,3\n" * 20)
+    with pytest.raises(ValueError, match=r"cannot read x.csv: could not convert string ''"):
+        _data.load_splits("x.csv")

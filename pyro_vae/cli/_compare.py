@@ -16,6 +16,7 @@ from torch import Tensor
 import pyro_vae as pv
 from pyro_vae._utils.distributed import rank
 from pyro_vae._utils.messages import first_line
+from pyro_vae._utils.numbers_text import with_error
 from pyro_vae._utils.progress import progress_bar, task
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.threads import torch_threads
@@ -142,17 +143,17 @@ def differences_table(comparison: pv.report.Comparison, baseline: str) -> Render
         box=None,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")
     for header in ("log p(x)", "95% interval", "told apart", "ELBO"):
-        table.add_column(header, justify="right", no_wrap=True)
+        table.add_column(header, justify="right", overflow="fold")
     for row in comparison.differences_from(baseline).itertuples():
         table.add_row(
             Text(row.Index),
-            f"{row.difference:+.2f}±{row.standard_error:.2f}",
-            f"{row.low:+.2f} to {row.high:+.2f}",
+            with_error(row.difference, row.standard_error, "+"),
+            "-" if math.isnan(row.low) else f"{row.low:+.2f} to {row.high:+.2f}",
             "yes" if row.is_told_apart else "no",
             "-"
             if math.isnan(row.elbo_difference)
-            else f"{row.elbo_difference:+.2f}±{row.elbo_error:.2f}",
+            else with_error(row.elbo_difference, row.elbo_error, "+"),
         )
     return table

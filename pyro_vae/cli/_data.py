@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import pickle
 import warnings
 import zipfile
@@ -169,16 +170,29 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _read_csv(path: Path) -> np.ndarray:
-    with path.open(encoding="utf-8-sig") as file:
-        first = file.readline()
-    try:
-        [float(cell) for cell in first.split(",")]
-        header = 0
-    except ValueError:
-        header = 1
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file), [])
+    header = int(_are_names(names))
+    if header and not names[0].strip():
+        raise ValueError(
+            "its first column has no name, as row numbers that pandas writes. Remove them "
+            "(index=False), because they would be data"
+        )
     with warnings.catch_warnings():  # a file without numbers
         warnings.simplefilter("ignore")
         return np.loadtxt(path, delimiter=",", skiprows=header, ndmin=2, encoding="utf-8-sig")
+
+
+def _are_names(cells: list[str]) -> bool:
+    """Return whether the first row of a file has names of columns. pandas may name them 0, 1, 2."""
+    filled = [cell for cell in cells if cell.strip()]
+    if len(filled) > 2 and filled == [str(number) for number in range(len(filled))]:
+        return True
+    try:
+        [float(cell) for cell in filled]  # the row may have missing values
+    except ValueError:
+        return True
+    return False
 
 
 def _read_pt(path: Path) -> Any:

@@ -110,22 +110,27 @@ def improvements(
                     (train, test), posteriors, (_PARTICLES_OF_FIT, _PARTICLES_OF_GAIN), strict=True
                 )
             )
-            prior = fit_prior(codes_of_train)
         except (ValueError, torch.linalg.LinAlgError) as error:
             note = first_line(error)
             return Improvements(None, None, note, note)
+        prior, prior_note = None, ""
+        try:
+            prior = fit_prior(codes_of_train)
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            prior_note = first_line(error)
         of_prior = codes_of_test.gains(prior)
+        shown = None if prior_note else of_prior
         if decoder_data is None:
-            return Improvements(of_prior, None)
+            return Improvements(shown, None, prior_note)
         try:
             corrected = pair.corrected(decoder_data, latents, prior, names)
             train_corrections(corrected, tuple(c.to(device) for c in decoder_data), advance)
         except (ValueError, TypeError) as error:
-            return Improvements(of_prior, None, "", first_line(error))
+            return Improvements(shown, None, prior_note, first_line(error))
         before = codes_of_test.log_evidence() + of_prior
         batches = Minibatches(test, _BATCH_SIZE, device=device)
         after = torch.cat([_log_evidence(corrected, batch) for batch in batches]).cpu()
-        return Improvements(of_prior, after - before)
+        return Improvements(shown, after - before, prior_note)
 
 
 @dataclass(frozen=True)

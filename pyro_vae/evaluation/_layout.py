@@ -190,7 +190,7 @@ class Layout:
         for mask, fn in ((site["mask"], site["fn"]), (getattr(base, "_mask", None), base)):
             if mask is not None:  # a mask has the batch dimensions of its distribution
                 mask = torch.as_tensor(mask, device=numbers.device)
-                counts = counts & mask.reshape(*mask.shape, *(1,) * len(fn.event_shape))
+                counts = counts & mask.reshape((*mask.shape, *(1,) * len(fn.event_shape)))
         same = torch.full_like(counts, not computed)
         read = (numbers, places, *(each.expand(numbers.shape) for each in (counts, same)))
         self._reads.append(tuple(tensor.flatten().cpu() for tensor in read))

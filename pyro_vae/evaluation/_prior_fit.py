@@ -183,16 +183,22 @@ def fit_prior(codes: WeightedCodes) -> GaussianMixture | None:
         codes: of the training data, in random order.
 
     Returns:
-        The mixture, or None if the prior of the model is better than all of them, or if there are
-        fewer than five data points.
+        The mixture, or None if the prior of the model is better than all of them.
+
+    Raises:
+        ValueError: There are too few data points for a single Gaussian.
     """
-    if len(codes.codes) < _FEWEST_DATA:
-        return None
-    held_out = slice(math.ceil(len(codes.codes) * (1 - _HELD_OUT_SHARE)), None)
+    count, size = len(codes.codes), codes.codes.shape[-1]
+    held_out = slice(math.ceil(count * (1 - _HELD_OUT_SHARE)), None)
     fitted = slice(0, held_out.start)
+    if count < _FEWEST_DATA or size > fitted.stop:
+        fewest = max(_FEWEST_DATA, math.ceil(size / (1 - _HELD_OUT_SHARE)))
+        raise ValueError(
+            f"a prior of {size} dimensions needs about {fewest} rows of training data, got {count}"
+        )
     found, best = None, 0.0
     for count in COMPONENTS:
-        if count * codes.codes.shape[-1] > fitted.stop:
+        if count * size > fitted.stop:
             break  # too many numbers for the data
         prior = _expectation_maximization(codes[fitted], count)
         gain = codes[held_out].gains(prior).mean().item()

@@ -88,7 +88,8 @@ def compare(
     Raises:
         ValueError: There are no pairs. Data or an argument are invalid, or a pair breaks a rule
             (docs/contract.md). Pairs share trained parameters. A later fit changed the pair of a
-            Fit. A method has the same pair twice. All of these are raised before the first
+            Fit. A method has the same pair twice, or two pairs with equal parameters. Two names are
+            equal as text. All of these are raised before the first
             estimate.
         TypeError: ``pairs`` is not a dictionary.
 
@@ -122,6 +123,9 @@ def compare(
     num_particles = positive_integer("num_particles", num_particles)
     if image_shape is not None:
         image_shape = _checked_shape(image_shape)
+    names = [str(name) for name in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the names in pairs must differ as text, got {list(pairs)}")
     methods = {str(name): _runs(str(name), each) for name, each in pairs.items()}
     held_out = Minibatches(data, 100).in_memory()
     surgery_data = held_out if train is None else Minibatches(train, 100, name="train").in_memory()
@@ -171,7 +175,8 @@ def compare(
                 advance(1)
             pictures = _pictures(*runs[0][:2], held_out, seed)
             entries.append(Entry(name, tuple(found), num_parameters[name], pictures))
-    entries.sort(key=lambda entry: -entry.mean.mean)
+    # Methods with NaN are the last, because no order of the others is valid with NaN.
+    entries.sort(key=lambda entry: (math.isnan(entry.mean.mean), -entry.mean.mean))
     return Comparison(tuple(entries), len(surgery_data[0]), image_shape)
 
 
@@ -203,12 +208,17 @@ def _unpack(name: str, pair: Any) -> tuple[Program, Program]:
 
 
 def _require_different_pairs(name: str, candidates: Sequence[Candidate]) -> None:
-    """Raise ValueError if two runs of a method are the same pair."""
+    """Raise ValueError if two runs of a method are the same pair, or have equal parameters."""
     for one, other in itertools.combinations(candidates, 2):
         if one.is_pair_of(other):
             raise ValueError(
                 f"the runs {one.name!r} and {other.name!r} are the same pair. Make a new model and "
                 "guide for each seed of a method."
+            )
+        if one.parameters and one.has_values_of(other):
+            raise ValueError(
+                f"the runs {one.name!r} and {other.name!r} have equal parameters, so they are one "
+                "result and not two. Fit each run of a method with its own seed."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -21,6 +22,7 @@ from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation import (
     AIS,
     Ascent,
+    Surgery,
     collapse_report,
     elbo_surgery,
     prior_holes,
@@ -32,6 +34,7 @@ from pyro_vae.report._log_evidence import LogEvidence, estimate_log_evidence
 
 _HOLE_SAMPLES = 1000
 _MOST_OF_DECODER = 5000  # rows of training data for the decoder gain
+_CONDITIONAL = "the prior depends on covariates or on x"
 _QUICK = Ascent(learning_rate=0.02, num_particles=4, window=25, patience=3, max_steps=2000)
 
 
@@ -68,13 +71,15 @@ def diagnose(
     The amortization gap of the test data minus that of the training data is the overfitting of the
     encoder. Log p(x) of the training data minus that of the test data is the overfitting of the
     model. Distortion, mutual information and marginal KL are those of :func:`pyro_vae.elbo_surgery`
-    for the training data.
+    for the training data. If the two gaps are unknown, as for a discrete latent, the line
+    ``inference gap`` has their sum, log p(x) minus the ELBO of the test data.
 
     Two further lines show what another model would gain in log p(x) of the test data:
 
     - ``prior gain``: A mixture of up to 16 Gaussians replaces the prior. It maximizes log p(x) of
       the training data with the decoder as it is. So the gain is not that on the data from which
-      the prior was made.
+      the prior was made. If the model's prior depends on covariates or on x, no mixture may be
+      better, and the gain is then unknown.
     - ``decoder gain``: A network of two hidden layers is added to the parameters of p(x|z), in
       unconstrained space, with the prior of the line before. It is trained on the training data.
       It is a lower bound of what a larger decoder gains, so it may be below zero. A gain also shows
@@ -107,7 +112,8 @@ def diagnose(
 
     Raises:
         ValueError: Data or an argument are invalid, or the pair breaks a rule (docs/contract.md).
-            A site is global or scaled. There are no latents.
+            A site is global or scaled. There are no latents. There is only one row of training or
+            test data.
         TypeError: An argument has the wrong type.
 
     Example:
@@ -140,9 +146,14 @@ def diagnose(
         raise TypeError(f"ascent must be a pyro_vae.evaluation.Ascent, got {ascent!r}")
     programs = (model, guide)
     of_train = Minibatches(train, 100, name="train", programs=programs).in_memory()
-    few_train = _rows(of_train, num_data, seed)
     of_test = Minibatches(test, 100, name="test", programs=programs).in_memory()
-    few_test = _rows(of_test, num_data, seed)
+    for name, columns in (("train", of_train), ("test", of_test)):
+        if len(columns[0]) < 2:
+            raise ValueError(
+                f"{name} must have at least two rows, because a diagnosis needs standard errors, "
+                "got 1"
+            )
+    few_train, few_test = (_rows(columns, num_data, seed) for columns in (of_train, of_test))
     options = {"vectorize_particles": vectorize_particles, "seed": seed, "progress": progress}
     of_model = [
         estimate_log_evidence(
@@ -171,6 +182,9 @@ def diagnose(
             seed=seed,
             advance=advance,
         )
+    if _is_conditional(surgery) and gains.prior is not None and not gains.prior.any():
+        # A single mixture for all data points is no better. One for each covariate could be.
+        gains = dataclasses.replace(gains, prior=None, prior_note=_CONDITIONAL)
     entries = [
         *_gap_entries(*of_model),
         *_surgery_entries(surgery, surgery_note),
@@ -218,6 +232,11 @@ def _surgery(model: Program, guide: Program, columns: Batch, **options):
     return report.surgery, report, report.note
 
 
+def _is_conditional(surgery: Surgery | None) -> bool:
+    """Return whether the prior depends on covariates or on x, if the surgery is known."""
+    return surgery is not None and math.isnan(surgery.marginal_kl)
+
+
 def _holes(model: Program, guide: Program, columns: Batch, **options):
     try:
         return prior_holes(model, guide, columns, num_samples=_HOLE_SAMPLES, **options), ""
@@ -227,11 +246,16 @@ def _holes(model: Program, guide: Program, columns: Batch, **options):
 
 def _gap_entries(train: LogEvidence, test: LogEvidence) -> list[LedgerEntry]:
     note = test.note or train.note
+    both = []
+    if test.gaps is None:
+        meaning = "the guide's family and the encoder, test"
+        both = [_mean("inference gap", test.values - test.elbo, meaning)]
     return [
         _mean("log p(x), test", test.values, "the higher the better"),
         _mean("log p(x), training", train.values, ""),
         _difference("model overfitting", train.values, test.values, "training minus test log p(x)"),
         _mean("ELBO, test", test.elbo, "log p(x) minus both gaps"),
+        *both,
         _mean("approximation gap", test.approximation_gap, "the guide's family, test", note),
         _mean("amortization gap, test", test.amortization_gap, "the encoder, test", note),
         _mean("amortization gap, training", train.amortization_gap, "the encoder, training", note),
@@ -257,7 +281,7 @@ def _surgery_entries(surgery, note: str) -> list[LedgerEntry]:
         value = math.nan if surgery is None else getattr(surgery, key)
         error = math.nan if surgery is None else surgery.standard_errors[key]
         if math.isnan(value) and surgery is not None:
-            note = "the prior depends on covariates or on x"
+            note = _CONDITIONAL
         found.append(LedgerEntry(name, value, error, note if math.isnan(value) else meaning))
     return found
 

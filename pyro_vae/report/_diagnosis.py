@@ -11,6 +11,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from pyro_vae._utils.numbers_text import with_error
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -82,17 +84,23 @@ class Diagnosis:
     @property
     def verdict(self) -> list[str]:
         """Sentences on what to change, the largest loss first."""
-        return [*map(self._advice, self.losses)] or [
-            f"No part loses more than {LEAST_LOSS} nats that this diagnosis can find."
-        ]
+        if self.losses:
+            return [*map(self._advice, self.losses)]
+        none = f"No part loses more than {LEAST_LOSS} nats that this diagnosis can find."
+        if all(entry.name != "decoder gain" for entry in self.entries):
+            none += " The decoder was not examined (refit=False)."
+        return [none]
 
     @property
     def notes(self) -> list[str]:
         """Sentences on the limits of this diagnosis."""
+        unknown: dict[str, list[str]] = {}  # names by reason
+        for entry in self.entries:
+            if math.isnan(entry.value):
+                unknown.setdefault(entry.note, []).append(entry.name)
         found = [
-            f"{entry.name} is unknown: {entry.note}."
-            for entry in self.entries
-            if math.isnan(entry.value)
+            f"{'; '.join(names)} {'is' if len(names) == 1 else 'are'} unknown: {reason}."
+            for reason, names in unknown.items()
         ]
         unreliable = self["unreliable log p(x)"].value
         if unreliable > 0.1:
@@ -161,9 +169,7 @@ def entry_text(entry: LedgerEntry, plus_minus: str = "±") -> str:
         return f"{entry.value:.1%}"
     if entry.unit == "units":
         return f"{entry.value:.0f}"
-    if math.isnan(entry.standard_error):
-        return f"{entry.value:.2f}"
-    return f"{entry.value:.2f}{plus_minus}{entry.standard_error:.2f}"
+    return with_error(entry.value, entry.standard_error, plus_minus=plus_minus)
 
 
 # By entry: the part of the pair, the kind of bound, and the change to try.
@@ -172,6 +178,11 @@ _ADVICE = {
         "guide",
         "its family costs",
         "Try a flow posterior, such as AmortizedFlow, or AmortizedMultivariateNormal.",
+    ),
+    "inference gap": (
+        "guide",
+        "its family and encoder cost",
+        "Train longer, or try another guide.",
     ),
     "amortization gap, training": (
         "encoder",

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -46,6 +47,13 @@ class Candidate:
         return all(
             owner_of(mine) is owner_of(its) and method_of(mine) == method_of(its)
             for mine, its in ((self.model, other.model), (self.guide, other.guide))
+        )
+
+    def has_values_of(self, other: Candidate) -> bool:
+        """Return whether the trainable tensors of the other candidate have the same values."""
+        return len(self.parameters) == len(other.parameters) and all(
+            mine.shape == its.shape and torch.equal(mine.detach().cpu(), its.detach().cpu())
+            for mine, its in zip(self.parameters, other.parameters, strict=True)
         )
 
 

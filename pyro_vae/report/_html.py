@@ -12,6 +12,7 @@ import jinja2
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from pyro_vae._utils.numbers_text import with_error
 from pyro_vae._utils.versions import versions
 from pyro_vae.report import _plots as plots
 from pyro_vae.report._comparison import Comparison
@@ -158,12 +159,12 @@ def _changes(comparison: Comparison, baseline: str) -> _Table:
         [
             [
                 str(row.Index),
-                f"{row.difference:+.2f} ± {row.standard_error:.2f}",
+                with_error(row.difference, row.standard_error, "+", " ± "),
                 "-" if math.isnan(row.low) else f"{row.low:+.2f} to {row.high:+.2f}",
                 "yes" if row.is_told_apart else "no",
                 "-"
                 if math.isnan(row.elbo_difference)
-                else f"{row.elbo_difference:+.2f} ± {row.elbo_error:.2f}",
+                else with_error(row.elbo_difference, row.elbo_error, "+", " ± "),
             ]
             for row in comparison.differences_from(baseline).itertuples()
         ],

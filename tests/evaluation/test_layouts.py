@@ -297,3 +297,19 @@ def test_generate_with_distributions_without_a_mean_and_with_points():
             pyro.sample("x", p, obs=x.T)
 
     assert torch.equal(pv.generate(points, torch.zeros(5, 3)), MEANS.expand(5, 3))
+
+
+def test_one_mask_for_all_rows():
+    """Such a mask has no dimension, and neither has the event."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0).mask(torch.tensor(True)), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(3 * x, 1e-4))
+
+    x = torch.randn(20)
+    torch.testing.assert_close(pv.reconstruct(model, guide, x), 3 * x, atol=1e-3, rtol=0)

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import make_pair
+from rich.console import Console
 
 import pyro_vae as pv
 from pyro_vae._programs.pair_state import changed, digests
@@ -79,6 +80,21 @@ def test_table_fits_eighty_columns(comparison):
     assert "…" not in text
     lines = text.splitlines()
     assert max(len(line.rstrip()) for line in lines[: lines.index("", 2)]) <= 80
+
+
+def test_a_narrow_table_folds_names_and_keeps_all_digits(comparison):
+    entry = dataclasses.replace(comparison.entries[0], name="a long name of several words " * 2)
+    texts = {}
+    for width in (40, 80, 300):
+        console = Console(width=width)
+        with console.capture() as capture:
+            console.print(dataclasses.replace(comparison, entries=(entry,)))
+        texts[width] = capture.get()
+    shown = f"{entry.mean.mean:.2f}±{entry.mean.standard_error:.2f}"
+    assert shown in texts[80]
+    assert shown in texts[300]
+    digits = {width: sorted(filter(str.isdigit, text)) for width, text in texts.items()}
+    assert digits[40] == digits[80] == digits[300]
 
 
 def test_table_prints_markup_in_names_literally(binary):
@@ -372,6 +388,68 @@ def test_a_method_with_one_run_has_a_note():
     assert comparison.notes[0].startswith("One run of 'one'")
     assert "One run of 'one'" in str(comparison)
     assert not comparison.difference("one", "two").has_replicates
+
+
+def test_runs_with_the_same_seed_have_a_note(binary):
+    """They have the same order of the data and the same noise, so their spread is too small."""
+    torch.manual_seed(0)
+    fits = [pv.fit(*make_pair(), binary, **options()) for _ in range(2)]
+    assert fits[0].seed == fits[1].seed
+    notes = pv.compare({"a": fits}, binary, num_particles=3).notes
+    assert any(note.startswith("Runs of 'a' have the same seed") for note in notes)
+    assert any(note.startswith("Two runs of 'a'") for note in notes)
+
+
+def test_runs_with_equal_parameters_are_refused(binary):
+    def same_fit():
+        torch.manual_seed(0)
+        return pv.fit(*make_pair(), binary, **options())
+
+    with pytest.raises(ValueError, match="'a, run 1' and 'a, run 2' have equal parameters"):
+        pv.compare({"a": [same_fit(), same_fit()]}, binary, num_particles=3)
+    pv.compare({"a": same_fit(), "b": same_fit()}, binary, num_particles=3)  # a control may tie
+
+
+def test_names_that_are_equal_as_text_are_refused(binary):
+    with pytest.raises(ValueError, match=r"must differ as text, got \[1, '1'\]"):
+        pv.compare({1: make_pair(), "1": make_pair()}, binary, num_particles=3)
+
+
+def not_finite_above_100(value):
+    """Return a pair whose log p(x) has this value if x is above 100."""
+
+    class Broken(dist.Normal):
+        def log_prob(self, x):
+            return torch.where(x > 100, value, super().log_prob(x))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", Broken(z, 1.0), obs=x)
+
+    _, guide = linear_gaussian(0.0)
+    return model, guide
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+def test_a_method_without_a_finite_log_evidence_is_last_and_not_among_the_best(value):
+    x = torch.randn(120)
+    x[110] = 101.0  # in the second minibatch
+    pairs = {"broken": not_finite_above_100(value), "far": linear_gaussian(9.0)}
+    pairs["near"] = linear_gaussian(0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pv.evaluation.UnreliableEvidence)
+        comparison = pv.compare(pairs, x, num_particles=30)
+    assert comparison.entries[-1].name == "broken"
+    assert "broken" not in comparison.best
+    assert any("log p(x) of 'broken' is NaN or infinite" in note for note in comparison.notes)
+
+
+def test_one_held_out_row_has_no_error():
+    pairs = {"one": linear_gaussian(0.0), "two": linear_gaussian(0.1)}
+    comparison = pv.compare(pairs, torch.randn(1), num_particles=30)
+    assert "nan" not in str(comparison)
+    assert any("only one held-out data point" in note for note in comparison.notes)
 
 
 def test_unreliable_estimates_have_a_note():

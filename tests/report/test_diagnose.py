@@ -57,7 +57,9 @@ def test_a_perfect_pair_has_no_losses():
     true = planted_faults.Gaussian()
     found = pv.diagnose(true.model, true.posterior, true.sample(200), true.sample(200), refit=False)
     assert not found.losses
-    assert found.verdict == ["No part loses more than 0.05 nats that this diagnosis can find."]
+    (verdict,) = found.verdict
+    assert verdict.startswith("No part loses more than 0.05 nats that this diagnosis can find.")
+    assert verdict.endswith("The decoder was not examined (refit=False).")
     for name in ("approximation gap", "amortization gap, test", "amortization gap, training"):
         assert abs(found[name].value) < 0.02
 
@@ -99,7 +101,7 @@ def test_unknown_quantities_have_a_reason():
     for name in ("approximation gap", "prior gain", "decoder gain"):
         assert math.isnan(found[name].value)
         assert found[name].note
-    assert any("approximation gap is unknown" in note for note in found.notes)
+    assert any("approximation gap; amortization gap, test; " in note for note in found.notes)
     assert len(found.to_dataframe()) == len(found.entries)
     with pytest.raises(KeyError, match="no entry 'gap'"):
         found["gap"]
@@ -184,3 +186,75 @@ def test_wrong_arguments_are_refused_by_name(changed, message):
     x = true.sample(10)
     with pytest.raises((ValueError, TypeError), match=message):
         pv.diagnose(true.model, true.posterior, x, x, **changed)
+
+
+def test_a_guide_whose_gaps_are_unknown_still_has_its_loss():
+    """The guide does not look at x, and a discrete latent has no ascent."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(4 * z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(torch.full((len(x),), 0.5)))
+
+    train, test = 4 * torch.bernoulli(torch.full((2, 100), 0.5)) + torch.randn(2, 100)
+    found = pv.diagnose(model, guide, train, test, num_particles=200, refit=False)
+    each = dist.Normal(torch.tensor([0.0, 4.0]), 1.0).log_prob(test.unsqueeze(1))
+    truth = (each.logsumexp(1) - math.log(2) - each.mean(1)).mean().item()
+    # The ELBO has 200 samples of two values: its error per row is half their distance / 200 ** 0.5.
+    error = ((each[:, 0] - each[:, 1]).square().mean() / 4 / 200 / 100).sqrt().item()
+    assert abs(found["inference gap"].value - truth) < 5 * error + 1e-3
+    assert found.verdict[0].startswith("guide: its family and encoder cost")
+    assert len([note for note in found.notes if "gap" in note]) == 1  # one reason, one note
+
+
+def test_a_conditional_prior_that_no_mixture_improves_is_unknown():
+    """The prior N(y, 3) should be N(y, 0.3). One mixture for all y cannot show this."""
+
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(y, 3.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x, y):
+        variance = 1 / (1 / 9 + 4)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(variance * (y / 9 + 4 * x), variance**0.5))
+
+    def rows():
+        y = 10 * torch.randn(60)
+        return torch.utils.data.TensorDataset(y + 0.58 * torch.randn(60), y)
+
+    found = pv.diagnose(model, guide, rows(), rows(), num_particles=50, refit=False)
+    assert math.isnan(found["prior gain"].value)
+    assert "prior gain are unknown: the prior depends on covariates" in str(found)
+
+
+def test_too_few_rows_for_a_prior_are_a_note():
+    """Without a fitted mixture, a gain of zero would say that the prior is good."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(20), 4.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x * 64 / 65, (16 / 65) ** 0.5).to_event(1))
+
+    train, test = torch.randn(2, 15, 20)
+    found = pv.diagnose(model, guide, train, test, num_particles=30, refit=False)
+    assert math.isnan(found["prior gain"].value)
+    assert "needs about 25 rows of training data, got 15" in found["prior gain"].note
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_one_row_is_refused_by_name(name):
+    true = planted_faults.Gaussian()
+    data = {"train": true.sample(10), "test": true.sample(10)}
+    data[name] = true.sample(1)
+    with pytest.raises(ValueError, match=f"{name} must have at least two rows"):
+        pv.diagnose(true.model, true.posterior, **data)

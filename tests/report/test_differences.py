@@ -56,14 +56,24 @@ def test_pairing_by_seed_removes_what_the_seeds_share():
     assert difference(one, other, paired=False).standard_error > 1
 
 
-def test_a_single_run_has_the_paired_error_of_the_data():
-    one, other = torch.randn(1, 30).double(), torch.randn(5, 30).double()
+def test_two_single_runs_have_the_paired_error_of_the_data():
+    one, other = torch.randn(2, 1, 30).double()
     found = difference(one, other, paired=False)
-    values = one[0] - other.mean(0)
+    values = one[0] - other[0]
     t_test = stats.ttest_1samp(values, 0.0)
     assert not found.has_replicates
     assert found.p_value == pytest.approx(t_test.pvalue)
     assert found.interval == pytest.approx(tuple(t_test.confidence_interval()))
+
+
+def test_a_single_run_and_several_have_the_spread_of_the_several():
+    several = runs_of(1.0, 0.1, 0.1, num_seeds=4, num_data=50, repeats=1)[0]
+    one = torch.zeros(1, 50).double()
+    found = difference(one, several, paired=False)
+    assert not found.has_replicates
+    assert found.standard_error == pytest.approx(mean_of_runs(several).standard_error)
+    assert found.standard_error >= (several.mean(1).std() / 4**0.5).item()
+    assert found.degrees_of_freedom < 5
 
 
 def test_degrees_of_freedom_are_those_of_the_dominant_part():
