@@ -16,7 +16,7 @@ from pyro_vae._utils.checks import check_call, is_whole_number, positive_integer
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import Batch
-from pyro_vae.evaluation._predict import columns_of, mean_of_x
+from pyro_vae.evaluation._predict import as_covariates, columns_of, mean_of_x
 
 Numbers = Tensor | dict[str, Tensor]  # in the layout of x, or by site
 
@@ -111,9 +111,8 @@ def covariate_columns(
     Raises:
         ValueError: A covariate does not have ``count`` rows.
     """
-    if not covariates:
-        return ()
-    columns = columns_of(model, guide, *covariates)
+    device = device_of(model, guide)
+    columns = [column.to(device).contiguous() for column in as_covariates(covariates)]
     if any(len(column) != count for column in columns):
         raise ValueError(
             f"each of covariates must have {count} rows, one for each data point, got "

@@ -13,6 +13,7 @@ from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae.datasets._minibatches import as_tensor
 from pyro_vae.evaluation._decode import decode
 from pyro_vae.evaluation._encode import encode
+from pyro_vae.evaluation._predict import as_covariates
 
 Path = Literal["linear", "spherical"]
 
@@ -90,7 +91,7 @@ def interpolate(
             f"{tuple(ends[1].shape)}"
         )
     options = {"batch_size": batch_size, "plate": plate, "seed": seed, "progress": progress}
-    columns = [as_tensor(each, "each of covariates", finite=False) for each in covariates]
+    columns = as_covariates(covariates)
     codes = encode(
         model, guide, torch.cat(ends), *(_repeated(c, 2) for c in columns), site=site, **options
     )
