@@ -44,7 +44,8 @@ def generate(
         model: program of p(x, z).
         x: the number of data points N, or any data of the right shape ``(N, *event)``. A number is
             enough if the model was fitted, evaluated or loaded before, because the shape of x is
-            then known. It is also enough for a model that observes x itself at one site.
+            then known. It is also enough for a model that observes x itself at one site. Pass data
+            if the model uses the values of x otherwise, such as their sum as a total count.
         *covariates: further arguments of the program, with N rows each.
         guide: the guide that the model was fitted with. A model with ``pyro.param`` statements
             needs it, because their values are in the store of the pair.
@@ -60,8 +61,8 @@ def generate(
 
     Raises:
         ValueError: Data or an argument are invalid. ``x`` is a number, and the shape of x is
-            unknown. Without ``by_site``: the model does not observe all of x, observes a number of
-            x twice, or observes sums of numbers of x.
+            unknown, or the model uses the values of x. Without ``by_site``: the model does not
+            observe all of x, observes a number of x twice, or observes sums of numbers of x.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -90,7 +91,7 @@ def generate(
     def run(rows: Tensor) -> Numbers:
         batch = [column[rows] for column in columns]
         if is_whole_number(x):
-            batch.insert(0, spec.zeros(len(rows), device))
+            batch.insert(0, spec.full(len(rows), device))
         return mean_of_x(model, *batch, by_site=by_site, draw=draw)
 
     with (

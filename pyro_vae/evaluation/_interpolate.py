@@ -49,7 +49,8 @@ def interpolate(
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        start: data ``(B, *event)`` at t = 0.
+        start: data ``(B, *event)`` at t = 0. A model that uses the values of x other than to
+            observe them gets these data at all t.
         end: data ``(B, *event)`` at t = 1.
         *covariates: further arguments of the programs, the same for both ends.
         num: number of points on the path, both ends included, at least 2.
@@ -107,7 +108,7 @@ def interpolate(
         model,
         {codes.site: points.flatten(0, 1)},
         *(_repeated(column, num) for column in columns),
-        x=ends[0],
+        x=_repeated(ends[0], num),
         guide=guide,
         **options,
     )
