@@ -10,7 +10,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from pyro_vae._programs.argument_shapes import ColumnSpec, spec_of_x
+from pyro_vae._programs.argument_shapes import spec_of_x
 from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.enumeration import is_enumerated
 from pyro_vae._programs.pair_trace import PairTrace, Program
@@ -33,7 +33,7 @@ from pyro_vae.datasets._minibatches import Batch, as_tensor
 from pyro_vae.evaluation._delta_sites import guide_to
 from pyro_vae.evaluation._generate import Numbers, covariate_columns, in_batches
 from pyro_vae.evaluation._layout import Readings
-from pyro_vae.evaluation._predict import gathered
+from pyro_vae.evaluation._predict import gathered, mean_of_x
 
 
 def decode(
@@ -61,9 +61,9 @@ def decode(
         z: values ``(N, *inner plates, *event)`` of the only latent, such as the mean or the samples
             of :func:`encode`. For several latents, a dictionary of such tensors by site.
         *covariates: further arguments of the program, with N rows each.
-        x: any data of the right shape, at least one row. Its values have no effect on E[x|z] if
-            the model uses x for its observations alone. By default, the shape is that of the data
-            that the model was fitted or evaluated on, also before it was saved.
+        x: any data of the right shape, N rows or one row for all. It is needed if the shape is
+            unknown, or if the model uses the values of x other than to observe them. By default,
+            the shape is that of the data that the model was last fitted or evaluated on.
         guide: the guide that the model was fitted with. A model with ``pyro.param`` statements
             needs it, because their values are in the store of the pair.
         num_samples: S, the number of samples of x for each z; with 0, the mean is returned.
@@ -79,8 +79,9 @@ def decode(
 
     Raises:
         ValueError: A latent is unknown, has another shape than its site, or is not given and not
-            the only one. The model cannot run on these values. The shape of x is unknown. Without
-            ``by_site``: the errors of :func:`reconstruct`.
+            the only one. The model cannot run on these values. The shape of x is unknown, or the
+            model uses its values, and ``x`` is None. Without ``by_site``: the errors of
+            :func:`reconstruct`.
         TypeError: An argument has the wrong type.
 
     Example:
@@ -105,14 +106,27 @@ def decode(
     given = _given(z, device)
     count = len(next(iter(given.values())))
     columns = covariate_columns(model, partner, covariates, count)
-    like = None if x is None else as_tensor(x, "x", finite=False).to(device)
+    data = None if x is None else _one_for_each(as_tensor(x, "x", finite=False), count).to(device)
+
+    def batch_of(rows: Tensor) -> Batch:
+        x_of_rows = spec.full(len(rows), device) if data is None else data[rows].contiguous()
+        return x_of_rows, *(column[rows] for column in columns)
 
     def run(rows: Tensor) -> Numbers:
         rows = rows % count
-        placeholder = spec.zeros(len(rows), device)
-        batch = (placeholder, *(column[rows] for column in columns))
         some = {name: values[rows] for name, values in given.items()}
-        return _decoded(model, batch, some, draw=num_samples > 0, by_site=by_site)
+        values = _placed(latents, some)
+        summed = any(is_enumerated(site) and name not in values for name, site in latents.items())
+        decoded = _reconstructed if summed else _generated
+        try:
+            return decoded(model, batch_of(rows), values, num_samples > 0, by_site)
+        except PROGRAM_ERRORS as error:
+            shapes = {n or "z": (tuple(v.shape), str(v.dtype)) for n, v in some.items()}
+            raise ValueError(
+                f"the model cannot run on z of these shapes and dtypes, {shapes}: "
+                f"{type(error).__name__}: {first_line(error)}. Pass latents as the model samples "
+                "them"
+            ) from error
 
     with (
         seeded(seed),
@@ -120,11 +134,9 @@ def decode(
         evaluation_mode(model),
         values_checked(False),  # x is a placeholder, which may be outside of the support
     ):
-        spec = (
-            spec_of_x(model, [c[:2] for c in columns], device)
-            if like is None
-            else ColumnSpec.of(like)
-        )
+        if data is None:
+            spec = spec_of_x(model, [c[:2] for c in columns], device)
+        latents = _latents(model, batch_of(torch.arange(min(count, 2))))
         rows = torch.arange(count * max(1, num_samples))
         found = in_batches(run, rows, batch_size, progress, "decode")
     if not num_samples:
@@ -132,6 +144,17 @@ def decode(
     if isinstance(found, dict):
         return {name: values.unflatten(0, (num_samples, count)) for name, values in found.items()}
     return found.unflatten(0, (num_samples, count))
+
+
+def _one_for_each(x: Tensor, count: int) -> Tensor:
+    """Return one row of data for each row of z.
+
+    Raises:
+        ValueError: The data have neither as many rows as z, nor one.
+    """
+    if len(x) not in (1, count):
+        raise ValueError(f"x must have one row, or {count} as z, got shape {tuple(x.shape)}")
+    return x.expand(count, *x.shape[1:])
 
 
 def _given(z: Any, device: torch.device) -> dict[str, Tensor]:
@@ -158,29 +181,28 @@ def _given(z: Any, device: torch.device) -> dict[str, Tensor]:
     return {name: values.to(device) for name, values in given.items()}
 
 
-def _decoded(
-    model: Program, batch: Batch, given: Mapping[str, Tensor], *, draw: bool, by_site: bool
+def _generated(
+    model: Program, batch: Batch, values: Mapping[str, Tensor], draw: bool, by_site: bool
 ) -> Numbers:
-    """Return the means or samples of x for one minibatch of latents.
+    """Return means or samples of x, if no latent is summed out."""
+    return mean_of_x(AtValues(values)(model), *batch, by_site=by_site, draw=draw)
+
+
+def _reconstructed(
+    model: Program, batch: Batch, values: Mapping[str, Tensor], draw: bool, by_site: bool
+) -> Numbers:
+    """Return means or samples of x, averaged over or sampled from p(c|z) for the other latents c.
 
     The latents become points of a guide. So the rest is a reconstruction.
     """
-    values = _placed(_latents(model, batch), given)
-    try:
-        latents = {
-            name: site
-            for name, site in _latents(AtValues(values)(model), batch).items()
-            if name in values or not is_enumerated(site)
-        }
-        run = PairTrace(model, guide_to(latents), batch)
-        with Readings(batch[0]) as readings:
-            found = [(s, s["value"]) for s in drawn_sites(run)] if draw else [*means(run)]
-    except PROGRAM_ERRORS as error:
-        shapes = {n or "z": (tuple(v.shape), str(v.dtype)) for n, v in given.items()}
-        raise ValueError(
-            f"the model cannot run on z of these shapes and dtypes, {shapes}: "
-            f"{type(error).__name__}: {first_line(error)}. Pass latents as the model samples them"
-        ) from error
+    latents = {
+        name: site
+        for name, site in _latents(AtValues(values)(model), batch).items()
+        if name in values or not is_enumerated(site)
+    }
+    run = PairTrace(model, guide_to(latents), batch)
+    with Readings(batch[0]) as readings:
+        found = [(s, s["value"]) for s in drawn_sites(run)] if draw else [*means(run)]
     return gathered(batch[0], found, readings, by_site)
 
 

@@ -184,6 +184,41 @@ def test_covariates_are_split_with_the_rows():
     assert ((found - y).abs() < 0.1).all()
 
 
+def test_models_that_use_the_values_of_x_need_data():
+    """The total count of a Multinomial is the sum of x."""
+
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            total = x.sum(-1, keepdim=True)
+            p = dist.Poisson(total * z.softmax(-1) + y.unsqueeze(-1)).to_event(1)
+            pyro.sample("x", p, obs=x)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.log(), 1.0).to_event(1))
+
+    x, y, z = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.ones(2), torch.zeros(2, 3)
+    pv.encode(model, guide, x, y)
+    for call in (lambda: pv.generate(model, 2, y), lambda: pv.decode(model, z, y)):
+        with pytest.raises(ValueError, match="'x' of the model depends on the values of x"):
+            call()
+    expected = (x.sum(-1, keepdim=True) / 3 + 1).expand(2, 3)
+    torch.testing.assert_close(pv.decode(model, z, y, x=x), expected)
+    torch.testing.assert_close(pv.decode(model, z, y, x=x[:1]), expected[:1].expand(2, 3))
+    assert pv.generate(model, x, y).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"x must have one row, or 2 as z, got shape \(3, 3\)"):
+        pv.decode(model, z, y, x=torch.ones(3, 3))
+
+    def failing(x, y):
+        assert x.any(), "no counts"
+        model(x, y)
+
+    argument_shapes.remember(failing, (x, y))
+    with pytest.raises(ValueError, match="in the place of data: AssertionError: no counts"):
+        pv.generate(failing, 2, y)
+
+
 @pytest.mark.parametrize("count", [0, -3, True, 2.5, math.inf])
 def test_invalid_numbers_of_data_points(count):
     model = Model()
