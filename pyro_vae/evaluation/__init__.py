@@ -7,6 +7,7 @@ from pyro_vae.evaluation._collapse import CollapseReport, collapse_report
 from pyro_vae.evaluation._evidence import evidence
 from pyro_vae.evaluation._gap_estimates import Estimate
 from pyro_vae.evaluation._gradient_noise import GradientNoise, gradient_noise
+from pyro_vae.evaluation._impute import Imputation, impute
 from pyro_vae.evaluation._inference_gaps import InferenceGaps, inference_gaps
 from pyro_vae.evaluation._log_evidence import Evidence, UnreliableEvidence
 from pyro_vae.evaluation._predict import generate, reconstruct
@@ -23,6 +24,7 @@ __all__ = [
     "Estimate",
     "Evidence",
     "GradientNoise",
+    "Imputation",
     "InferenceGaps",
     "Interrupted",
     "PriorHoles",
@@ -34,6 +36,7 @@ __all__ = [
     "evidence",
     "generate",
     "gradient_noise",
+    "impute",
     "inference_gaps",
     "khat",
     "prior_holes",
