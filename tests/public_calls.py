@@ -114,6 +114,7 @@ ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "prior_holes": lambda: {"num_samples": 20, "quantile": 0.2},
     "impute": lambda: {"num_samples": 30, "observed": X < 2, "covariates": ()},
+    "evaluation.refit_prior": lambda: {"kind": "aggregated", "components": None},
     "load_checkpoint": lambda: {"folder": _folders()["load_checkpoint"]},
     "load": lambda: {"folder": _folders()["load"], "model": None, "guide": None},
     "compare": lambda: {"image_shape": (2, 2)},

@@ -13,6 +13,7 @@ from pyro_vae.evaluation._log_evidence import Evidence, UnreliableEvidence
 from pyro_vae.evaluation._predict import generate, reconstruct
 from pyro_vae.evaluation._prior_holes import PriorHoles, prior_holes
 from pyro_vae.evaluation._psis import khat
+from pyro_vae.evaluation._refit_prior import refit_prior
 from pyro_vae.evaluation._sandwich import Sandwich, sandwich
 from pyro_vae.evaluation._surgery.decomposition import Surgery
 from pyro_vae.evaluation._surgery.surgery import elbo_surgery
@@ -41,5 +42,6 @@ __all__ = [
     "khat",
     "prior_holes",
     "reconstruct",
+    "refit_prior",
     "sandwich",
 ]

@@ -220,7 +220,7 @@ def _with_gaps(x: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
         )
     finite = x.isfinite()
     if observed is None:
-        return x.contiguous(), finite.cpu()
+        return x.masked_fill(~finite, torch.nan).contiguous(), finite.cpu()
     observed = as_tensor(observed, "observed")
     if observed.dtype != torch.bool:
         raise TypeError(f"observed must be a Boolean mask, got {observed.dtype}")
