@@ -28,7 +28,7 @@ ALLOWED = {
     "likelihoods": ("_utils distributions", "pyro"),
     "priors": ("_programs _utils datasets distributions", "pyro"),
     "objectives": ("_programs _utils", "pyro"),
-    "evaluation": ("_capture _programs _utils datasets distributions",
+    "evaluation": ("_capture _programs _utils datasets distributions flows priors",
                    "matplotlib numpy pandas pyro rich"),
     "surjections": ("_programs _utils flows", "pyro"),
     "models": ("_programs _utils priors", "pyro"),

@@ -546,8 +546,8 @@ def _require_nesting(given: int, *traces: poutine.Trace) -> None:
 
 
 def _with(trace: poutine.Trace, sites: Mapping[str, Site]) -> poutine.Trace:
-    """Return a copy of a trace with more sites, for a replay."""
+    """Return a copy of a trace with more or other sites, for a replay."""
     trace = trace.copy()
     for name, site in sites.items():
-        trace.add_node(name, **site)
+        trace.nodes[name] = site
     return trace

@@ -10,12 +10,14 @@ from pyro_vae.evaluation._evidence import evidence
 from pyro_vae.evaluation._gap_estimates import Estimate
 from pyro_vae.evaluation._generate import generate
 from pyro_vae.evaluation._gradient_noise import GradientNoise, gradient_noise
+from pyro_vae.evaluation._impute import Imputation, impute
 from pyro_vae.evaluation._inference_gaps import InferenceGaps, inference_gaps
 from pyro_vae.evaluation._interpolate import interpolate
 from pyro_vae.evaluation._log_evidence import Evidence, UnreliableEvidence
 from pyro_vae.evaluation._predict import reconstruct
 from pyro_vae.evaluation._prior_holes import PriorHoles, prior_holes
 from pyro_vae.evaluation._psis import khat
+from pyro_vae.evaluation._refit_prior import refit_prior
 from pyro_vae.evaluation._sandwich import Sandwich, sandwich
 from pyro_vae.evaluation._surgery.decomposition import Surgery
 from pyro_vae.evaluation._surgery.surgery import elbo_surgery
@@ -28,6 +30,7 @@ __all__ = [
     "Estimate",
     "Evidence",
     "GradientNoise",
+    "Imputation",
     "InferenceGaps",
     "Interrupted",
     "PriorHoles",
@@ -41,10 +44,12 @@ __all__ = [
     "evidence",
     "generate",
     "gradient_noise",
+    "impute",
     "inference_gaps",
     "interpolate",
     "khat",
     "prior_holes",
     "reconstruct",
+    "refit_prior",
     "sandwich",
 ]

@@ -111,7 +111,7 @@ class WeightedCodes:
             parts.append([each.cpu().double().transpose(0, 1) for each in (codes, log_prior, rest)])
         return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def __getitem__(self, rows: slice) -> WeightedCodes:
+    def __getitem__(self, rows: slice | Tensor) -> WeightedCodes:
         """Return the codes of some data points."""
         return WeightedCodes(self.codes[rows], self.log_prior[rows], self.log_rest[rows])
 
@@ -170,7 +170,7 @@ class GaussianMixture:
         return whitening, log_weights - log_det - 0.5 * size * math.log(2 * math.pi)
 
 
-def fit_prior(codes: WeightedCodes) -> GaussianMixture | None:
+def fit_prior(codes: WeightedCodes, *, diagonal: bool = False) -> GaussianMixture | None:
     r"""Return the mixture of Gaussians with the largest log p(x) of held-out data points.
 
     For each number of components, the EM algorithm (Dempster, Laird & Rubin 1977) maximizes
@@ -181,6 +181,7 @@ def fit_prior(codes: WeightedCodes) -> GaussianMixture | None:
 
     Args:
         codes: of the training data, in random order.
+        diagonal: whether the covariances are diagonal.
 
     Returns:
         The mixture, or None if the prior of the model is better than all of them.
@@ -188,30 +189,38 @@ def fit_prior(codes: WeightedCodes) -> GaussianMixture | None:
     Raises:
         ValueError: There are too few data points for a single Gaussian.
     """
-    count, size = len(codes.codes), codes.codes.shape[-1]
-    held_out = slice(math.ceil(count * (1 - _HELD_OUT_SHARE)), None)
-    fitted = slice(0, held_out.start)
-    if count < _FEWEST_DATA or size > fitted.stop:
+    total, size = len(codes.codes), codes.codes.shape[-1]
+    fitted, held_out = split(codes)
+    if total < _FEWEST_DATA or size > len(fitted.codes):
         fewest = max(_FEWEST_DATA, math.ceil(size / (1 - _HELD_OUT_SHARE)))
         raise ValueError(
-            f"a prior of {size} dimensions needs about {fewest} rows of training data, got {count}"
+            f"a prior of {size} dimensions needs about {fewest} rows of training data, got {total}"
         )
     found, best = None, 0.0
     for count in COMPONENTS:
-        if count * size > fitted.stop:
+        if count * size > len(fitted.codes):
             break  # too many numbers for the data
-        prior = _expectation_maximization(codes[fitted], count)
-        gain = codes[held_out].gains(prior).mean().item()
+        prior = maximize_evidence(fitted, count, diagonal=diagonal)
+        gain = held_out.gains(prior).mean().item()
         if gain > best:
             found, best = prior, gain
     return found
 
 
-def _expectation_maximization(codes: WeightedCodes, count: int) -> GaussianMixture:
+def split(codes: WeightedCodes) -> tuple[WeightedCodes, WeightedCodes]:
+    """Return the codes of the first four fifths of the data points, and those of the others."""
+    count = math.ceil(len(codes.codes) * (1 - _HELD_OUT_SHARE))
+    return codes[:count], codes[count:]
+
+
+def maximize_evidence(
+    codes: WeightedCodes, count: int, *, diagonal: bool = False
+) -> GaussianMixture:
+    """Return the mixture of ``count`` Gaussians with the largest log p(x), by the EM algorithm."""
     points = codes.codes.flatten(0, 1)  # (N K, D)
     weights = (codes.log_rest + codes.log_prior).softmax(1).flatten()
     mean = (weights.unsqueeze(1) * points).sum(0) / weights.sum()
-    covariance = _covariance(points - mean, weights)
+    covariance = _covariance(points - mean, weights, diagonal)
     floor = _SHRINKAGE * covariance.diagonal().mean() * torch.eye(len(mean), dtype=mean.dtype)
     means = mean.unsqueeze(0) if count == 1 else points[torch.multinomial(weights, count)]
     equal = torch.ones(count, dtype=means.dtype)
@@ -228,11 +237,14 @@ def _expectation_maximization(codes: WeightedCodes, count: int) -> GaussianMixtu
         totals = shares.sum(0).clamp(min=1e-8)
         means = shares.T @ points / totals.unsqueeze(1)
         covariances = torch.stack(
-            [_covariance(points - means[c], shares[:, c]) for c in range(count)]
+            [_covariance(points - means[c], shares[:, c], diagonal) for c in range(count)]
         )
         prior = GaussianMixture(totals, means, covariances + floor)
     return prior
 
 
-def _covariance(centered: Tensor, weights: Tensor) -> Tensor:
-    return (weights.unsqueeze(1) * centered).T @ centered / weights.sum().clamp(min=1e-8)
+def _covariance(centered: Tensor, weights: Tensor, diagonal: bool) -> Tensor:
+    total = weights.sum().clamp(min=1e-8)
+    if diagonal:
+        return torch.diag((weights.unsqueeze(1) * centered.square()).sum(0) / total)
+    return (weights.unsqueeze(1) * centered).T @ centered / total

@@ -11,8 +11,10 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
+from pyro_vae._programs.validation import nonfinite_data
 from pyro_vae._utils.checks import checked, positive_integer
-from pyro_vae.datasets._columns import as_tensor
+from pyro_vae._utils.value_checks import values_checked
+from pyro_vae.datasets._columns import as_tensor, finite_rows
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals, UniformMixture
 from pyro_vae.priors._posteriors import check_guide, diagonal_gaussian, posteriors, stand_in
 
@@ -67,6 +69,7 @@ class AggregatedPosterior(nn.Module):
         super().__init__()
         device = device_of(guide, guide)
         columns = [column.to(device) for column in _columns(data)]
+        _check_finite(guide, site, columns)
         count = len(columns[0])
         if subset is not None:
             if positive_integer("subset", subset) > count:
@@ -160,7 +163,7 @@ class AggregatedPosterior(nn.Module):
 def _columns(data: Any) -> list[Any]:
     columns = list(data) if isinstance(data, (tuple, list)) else [data]
     held = all(isinstance(column, Tensor) or hasattr(column, "__array__") for column in columns)
-    columns = [as_tensor(column, "data") for column in columns] if held else columns
+    columns = [as_tensor(column, "data", finite=False) for column in columns] if held else columns
     sizes = [len(column) for column in columns] if held else []
     if len(set(sizes)) != 1:
         raise ValueError(
@@ -169,6 +172,21 @@ def _columns(data: Any) -> list[Any]:
             f"{sizes}"
         )
     return columns
+
+
+def _check_finite(guide: Callable[..., Any], site: str, columns: Sequence[Tensor]) -> None:
+    """Raise ValueError if data are infinite, or if NaN data reach the guide's posteriors."""
+    finite = torch.stack([finite_rows(column) for column in columns]).all(0)
+    if finite.all():
+        return
+    rows = tuple(column[~finite] for column in columns)
+    # Infinite values could saturate an encoder, whose output is then finite.
+    if not any(column.isinf().any() for column in rows):
+        with parameter_store(guide, guide), evaluation_mode(guide), values_checked(False):
+            if posteriors(guide, site, rows).sample().isfinite().all():
+                return
+    reached = "the guide has no posterior of them"
+    raise nonfinite_data("data", (~finite).nonzero()[:, 0].cpu(), reached)
 
 
 def _blocks(columns: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
