@@ -129,7 +129,7 @@ def _read(source: Any, name: str) -> tuple[Tensor, Tensor | None]:
     if images is None or targets is None or len(targets) != count:
         items = [source[i] for i in range(count)]
         images = torch.stack([_same(first, item, f"{name}[{i}]") for i, item in enumerate(items)])
-        targets = [item[1] if _is_pair(item) else None for item in items]
+        targets = [item[1] if _is_pair(item) and len(item) > 1 else None for item in items]
     return images, _labels(targets)
 
 
