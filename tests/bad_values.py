@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -75,7 +77,8 @@ THINGS = {
     "set": lambda x: {1.0},
     "function": lambda x: torch.ones_like,
     "sparse": lambda x: x.to_sparse(),
-    "sparse rows": lambda x: x.to_sparse_csr(),
+    "sparse rows": lambda x: sp.csr_array(x.numpy()),
+    "table": lambda x: pd.DataFrame(x.numpy()),
     "meta": lambda x: x.to("meta"),
     "nested tensor": lambda x: torch.nested.nested_tensor([x[0], x[0, :2]]),
     "masked array": lambda x: np.ma.masked_array(x.numpy(), x.numpy() > 0),
@@ -182,7 +185,11 @@ def _cases() -> dict[str, tuple[Callable[[Tensor, int], Any], bool | None, bool]
                 False,
                 False,
             )
-    return found | {name: (lambda x, i, f=f: f(x), False, False) for name, f in THINGS.items()}
+    valid = dict.fromkeys(("sparse", "sparse rows", "table"))  # where data may be sparse or a table
+    return found | {
+        name: (lambda x, i, f=f: f(x), valid.get(name, False), name in valid)
+        for name, f in THINGS.items()
+    }
 
 
 CASES = _cases()

@@ -25,6 +25,8 @@ X = (torch.arange(20).reshape(5, 4) % 3 == 0).float()
 WITHOUT_A_CALL = {
     **dict.fromkeys(("Terms", "surjections.Image", "surjections.Preimage"), "users do not make it"),
     **dict.fromkeys(("datasets.names", "training.group_of_torchrun"), "it has no argument"),
+    "datasets.from_anndata": "an object of another library; tests/datasets/test_anndata.py",
+    "datasets.from_torchvision": "an object of another library; tests/datasets/test_torchvision.py",
     **dict.fromkeys(("flows.Flow", "flows.FlowTransform", "guides.Family"), "abstract"),
     "distributions.WrappedNormal": "a torch distribution, which torch validates",
     "flows.collapse_expanded_dims": "authors of flows call it, at each step",

@@ -18,6 +18,7 @@ ARGUMENTS = {
         *("--objectives", "iaf", "--rounds", "1", "--steps", "5"),
     ],
     "benchmarks/scaling.py": ["--share", "0.01"],
+    "benchmarks/sparse_counts.py": ["--rows", "1000", "--epochs", "2", "--steps", "5"],
     "benchmarks/surgery.py": ["--data", "2000", "--rounds", "1"],
     "data_parallel.py": ["--epochs", "2"],
     "energies.py": ["--energies", "U1", "--families", "Gaussian", "planar-2", "--steps", "50"],

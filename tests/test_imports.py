@@ -20,7 +20,7 @@ ARCHITECTURE = Path(__file__).parent.parent / "docs" / "architecture.md"
 ALLOWED = {
     "_utils": ("", "numpy pyro rich"),
     "distributions": ("_utils", "pyro"),
-    "datasets": ("_utils", "numpy pooch scipy"),
+    "datasets": ("_utils", "anndata numpy pandas pooch scipy"),
     "nets": ("_utils", ""),
     "_capture": ("_utils", "numpy pyro"),
     "_programs": ("_utils datasets distributions", "pyro"),

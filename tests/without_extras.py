@@ -13,6 +13,7 @@ EXTRAS = {
     "arviz": ("arviz",),
     "data": ("pooch",),
     "cli": ("typer",),
+    "anndata": ("anndata",),
 }
 HIDDEN = {package for packages in EXTRAS.values() for package in packages}
 
@@ -73,6 +74,7 @@ def main():
         refused("report", ImportError, noise.plot)
         refused("report", ImportError, curve.plot)
         refused("arviz", ImportError, lambda: pv.to_arviz(model, guide, test))
+        refused("anndata", ImportError, lambda: pv.datasets.from_anndata(None))
         refused("data", ImportError, lambda: pv.datasets.load("mnist"))
         refused("data", ImportError, lambda: pv.datasets.load("mnist", folder=folder))
         refused("data", ImportError, lambda: pv.datasets.load_labels("fashion-mnist"))

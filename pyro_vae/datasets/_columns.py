@@ -37,6 +37,8 @@ def as_column(values: Any, name: str) -> Column:
     Raises:
         ValueError: The values are not of these types, are not real numbers, or have no rows.
     """
+    if isinstance(values, SparseRows):
+        return values
     if not is_sparse(values) or getattr(values, "is_nested", False):
         return as_tensor(values, name, finite=False)
     if len(values.shape) != 2 or (isinstance(values, Tensor) and values.dense_dim()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -28,17 +28,21 @@ class Dataset:
         train: training images, (N, D).
         validation: validation images, (N, D).
         test: test images, (N, D).
-        image_shape: (height, width) of a row, with D = height x width.
+        image_shape: (height, width) of a row, with D = height x width. For images of several
+            channels, it is (channels, height, width), and D is the product.
         transform: the argument ``transform`` of :func:`pyro_vae.fit`. It is ``torch.bernoulli``
             for dynamic binarization, else None.
+        labels: the classes of the rows, if they are known. :func:`load` leaves them to
+            :func:`load_labels`.
     """
 
     name: str
     train: Tensor
     validation: Tensor
     test: Tensor
-    image_shape: tuple[int, int]
+    image_shape: tuple[int, ...]
     transform: Callable[[Tensor], Tensor] | None = None
+    labels: Labels | None = None
 
 
 @checked
@@ -93,20 +97,31 @@ def load(
     """
     if name not in _LOADERS:
         raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(names())}")
+    check_binarization(binarize)
+    splits, image_shape = _LOADERS[name](folder)
+    return binarized(Dataset(name, *splits, image_shape), binarize, seed)
+
+
+def check_binarization(binarize: str) -> None:
+    """Raise ValueError if the binarization is unknown."""
     if binarize not in get_args(Binarization):
         raise ValueError(
             f"binarize must be one of {', '.join(get_args(Binarization))}, got {binarize!r}"
         )
-    splits, image_shape = _LOADERS[name](folder)
+
+
+def binarized(data: Dataset, binarize: Binarization, seed: int) -> Dataset:
+    """Binarize the intensities of a data set; see :func:`load`."""
     if binarize == "none":
-        return Dataset(name, *splits, image_shape)
+        return data
     generator = torch.Generator().manual_seed(seed)
     validation, test, train = (
-        torch.bernoulli(split, generator=generator) for split in (splits[1], splits[2], splits[0])
+        torch.bernoulli(split, generator=generator)
+        for split in (data.validation, data.test, data.train)
     )
     if binarize == "dynamic":
-        return Dataset(name, splits[0], validation, test, image_shape, torch.bernoulli)
-    return Dataset(name, train, validation, test, image_shape)
+        return replace(data, validation=validation, test=test, transform=torch.bernoulli)
+    return replace(data, train=train, validation=validation, test=test)
 
 
 @dataclass(frozen=True)

@@ -327,32 +327,9 @@ class Minibatches:
         return list({id(generator): generator for generator in found}.values())
 
     def _stream(self) -> Iterator[Batch]:
-        return _joined(self._read_all()) if self._joins_last else self._read_all()
-
-    def _read_all(self) -> Iterator[Batch]:
-        sequence = contextlib.nullcontext
-        if self._generator is not None:
-            # A stream has its own random sequence, apart from the noise of the training steps. So a
-            # pass can be repeated, or resumed from its middle.
-            seed = torch.randint(2**62, (), generator=self._generator).item()
-            sequence = OwnSequence(seed)
-            for sampler in _samplers(self._loader):
-                if isinstance(sampler, DistributedSampler):
-                    sampler.set_epoch(seed % 2**31)
-        with sequence():
-            stream = iter(self._loader)
+        batches = _joined(self._read_all()) if self._joins_last else self._read_all()
         rows = 0
-        while True:
-            with sequence():
-                batch = self._next(stream)
-            if batch is None:
-                break
-            columns = batch if isinstance(batch, tuple | list) else (batch,)
-            columns = self._taken(columns)
-            columns = [
-                as_tensor(column, _column_name(self.name, i), finite=False)
-                for i, column in enumerate(columns)
-            ]
+        for columns in batches:
             found = tuple(column.to(self.device, non_blocking=True) for column in columns)
             if self.check_nonfinite is not None and not all(
                 bool(finite_rows(column).all()) for column in columns
@@ -364,6 +341,30 @@ class Minibatches:
             raise ValueError(
                 f"{self.name} is empty: its loader yields no minibatch. Use a stream that can be "
                 "read several times."
+            )
+
+    def _read_all(self) -> Iterator[Batch]:
+        """Yield the minibatches of the loader."""
+        sequence = contextlib.nullcontext
+        if self._generator is not None:
+            # A stream has its own random sequence, apart from the noise of the training steps. So a
+            # pass can be repeated, or resumed from its middle.
+            seed = torch.randint(2**62, (), generator=self._generator).item()
+            sequence = OwnSequence(seed)
+            for sampler in _samplers(self._loader):
+                if isinstance(sampler, DistributedSampler):
+                    sampler.set_epoch(seed % 2**31)
+        with sequence():
+            stream = iter(self._loader)
+        while True:
+            with sequence():
+                batch = self._next(stream)
+            if batch is None:
+                break
+            columns = self._taken(batch if isinstance(batch, tuple | list) else (batch,))
+            yield tuple(
+                as_tensor(column, _column_name(self.name, i), finite=False)
+                for i, column in enumerate(columns)
             )
 
     def _next(self, stream: Iterator[Any]) -> Any:
@@ -408,7 +409,9 @@ class _RowsOnDisk(Dataset):
 
 def default_batch_size(num_data: int | None) -> int:
     """Return the batch size of a fit for a number of rows, or for an unknown number."""
-    return 100
+    if num_data is None or not 100 < num_data < 1000:
+        return 100
+    return num_data // 10
 
 
 def _columns(data: Data, name: str) -> Sequence[Any]:

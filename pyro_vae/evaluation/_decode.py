@@ -29,7 +29,8 @@ from pyro_vae._utils.checks import check_call, positive_integer, shown
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.value_checks import values_checked
-from pyro_vae.datasets._minibatches import Batch, as_tensor
+from pyro_vae.datasets._columns import as_tensor
+from pyro_vae.datasets._minibatches import Batch
 from pyro_vae.evaluation._delta_sites import guide_to
 from pyro_vae.evaluation._generate import Numbers, covariate_columns, in_batches
 from pyro_vae.evaluation._layout import Readings

@@ -24,7 +24,8 @@ from pyro_vae._programs.terms import Terms
 from pyro_vae._utils.checks import check_call, positive_integer, require_callable
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.value_checks import values_checked
-from pyro_vae.datasets._minibatches import Batch, as_tensor
+from pyro_vae.datasets._columns import as_tensor
+from pyro_vae.datasets._minibatches import Batch
 from pyro_vae.evaluation._gaps import (
     Gap,
     LeaveOutMissing,

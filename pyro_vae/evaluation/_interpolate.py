@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._utils.checks import check_call, positive_integer
-from pyro_vae.datasets._minibatches import as_tensor
+from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.evaluation._decode import decode
 from pyro_vae.evaluation._encode import encode
 from pyro_vae.evaluation._predict import as_covariates

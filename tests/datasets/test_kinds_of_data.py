@@ -1,0 +1,387 @@
+"""Tables, sparse matrices and labels give the results of the same dense tensor."""
+
+import warnings
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import scipy.sparse as sp
+import torch
+from conftest import Rows, Stream, make_pair
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import pyro_vae as pv
+from pyro_vae import objectives as o
+from pyro_vae._programs.validation import check_pair
+from pyro_vae.datasets import UnusedColumnsWarning
+from pyro_vae.datasets._columns import as_column
+from pyro_vae.datasets._minibatches import Minibatches, default_batch_size
+from pyro_vae.datasets._sparse_rows import SparseRows
+
+
+@pytest.fixture
+def counts():
+    """Random counts with empty rows and columns."""
+    x = torch.poisson(torch.full((30, 16), 0.3))
+    x[3], x[:, 5], x[-1] = 0, 0, 0
+    return x
+
+
+def poisson_pair():
+    torch.manual_seed(0)
+    decoder = pv.nets.MLP(2, [8], 16)
+    model = pv.LatentVariableModel(pv.priors.StandardNormal(2), pv.likelihoods.Poisson(decoder))
+    return model, pv.guides.AmortizedNormal(model, pv.nets.MLP(16, [8]))
+
+
+def unordered(x):
+    """Return a CSR matrix with unordered and repeated indices."""
+    halves = sp.coo_array(np.concatenate([x, x]) / 2)
+    rows = halves.row % len(x)
+    order = np.argsort(rows, kind="stable")
+    starts = np.searchsorted(rows[order], np.arange(len(x) + 1))
+    return sp.csr_array((halves.data[order], halves.col[order][:], starts), shape=x.shape)
+
+
+SPARSE = {
+    "scipy CSR matrix": lambda x: sp.csr_matrix(x.numpy()),
+    "scipy CSC array of float64": lambda x: sp.csc_array(x.numpy().astype("float64")),
+    "scipy COO array of int64": lambda x: sp.coo_array(x.numpy().astype("int64")),
+    "scipy CSR of uint16": lambda x: sp.csr_array(x.numpy().astype("uint16")),
+    "scipy CSR of int64 indices": lambda x: _with_int64(sp.csr_array(x.numpy())),
+    "repeated indices": lambda x: unordered(x.numpy()),
+    "torch CSR": lambda x: x.to_sparse_csr(),
+    "torch CSC": lambda x: x.to_sparse_csc(),
+    "torch COO": lambda x: x.to_sparse(),
+}
+FRAMES = {
+    "DataFrame": lambda x: pd.DataFrame(x.numpy()),
+    "DataFrame of many dtypes": lambda x: pd.DataFrame(x.numpy()).astype(
+        {0: "int64", 1: "float64", 2: "uint8", 3: "Int64", 4: "Float32"}
+    ),
+}
+
+
+def _with_int64(matrix):
+    matrix.indices, matrix.indptr = (a.astype("int64") for a in (matrix.indices, matrix.indptr))
+    return matrix
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_sparse_rows_are_the_rows_of_the_dense_matrix(kind, counts):
+    rows = as_column(SPARSE[kind](counts), "data")
+    assert isinstance(rows, SparseRows)
+    assert rows.shape == counts.shape
+    assert len(rows) == 30
+    for index in (
+        torch.tensor([3, 29, 0, 0]),
+        slice(2, 9),
+        [4],
+        torch.tensor([], dtype=torch.long),
+    ):
+        assert torch.equal(rows[index], counts[index])
+    assert torch.equal(rows[:], counts)
+    assert torch.equal(rows[7], counts[7])
+    assert rows[:].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [*SPARSE, *FRAMES])
+def test_all_kinds_give_the_results_of_a_dense_tensor(kind, counts):
+    value = (SPARSE | FRAMES)[kind](counts)
+    losses, digests, values = [], [], []
+    for data in (counts, value):
+        pair = poisson_pair()
+        options = {"epochs": 2, "batch_size": 8, "seed": 0, "progress": False, "capture": False}
+        fit = pv.fit(*pair, data, validation=data, **options)
+        losses.append(fit.history[["loss", "validation_loss"]].to_numpy())
+        digests.append(Minibatches(data, 8).digest())
+        values.append(pv.evidence(*pair, data, num_particles=3, seed=0).values)
+    assert np.array_equal(*losses)
+    assert digests[0] == digests[1]
+    assert torch.equal(*values)
+
+
+def test_estimators_of_sparse_data_give_the_results_of_a_dense_tensor(counts):
+    pair, sparse = poisson_pair(), sp.csr_array(counts.numpy())
+    options = {"seed": 0, "progress": False}
+    ascent = pv.evaluation.Ascent(window=2, max_steps=2, patience=1, num_particles=2)
+
+    def curve(data):
+        return pv.rate_distortion(*pair, data, [1.0], epochs=1, **options).table.elbo.item()
+
+    def comparison(data):
+        return pv.compare({"a": pair}, data, num_particles=2, **options).entries[0].mean.mean
+
+    def diagnosis(data):
+        few = {"num_data": 5, "num_particles": 2, "ascent": ascent, "refit": False}
+        return pv.diagnose(*pair, data, data, annealing=None, **few, **options)["log p(x), test"].value
+
+    def noise(data):
+        found = pv.gradient_noise(*pair, data, [o.ELBO()], repeats=2, seed=0)
+        return found.table.signal_to_noise.iloc[0]
+
+    estimates = {
+        "surgery": lambda x: pv.elbo_surgery(*pair, x, **options).marginal_kl,
+        "subsets": lambda x: (
+            pv.elbo_surgery(
+                *pair, x, estimator="stratified", batch_size=10, **options
+            ).mutual_information
+        ),
+        "collapse": lambda x: pv.collapse_report(*pair, x, num_particles=5, **options).rate,
+        "holes": lambda x: pv.prior_holes(*pair, x, num_samples=50, quantile=0.1, **options).share,
+        "gaps": lambda x: (
+            pv.inference_gaps(*pair, x, num_particles=2, ascent=ascent, **options).best_elbo.mean
+        ),
+        "arviz": lambda x: float(
+            pv.to_arviz(*pair, x, num_draws=2, seed=0)["sample_stats"]["log_weight"].sum()
+        ),
+        **{"curve": curve, "comparison": comparison, "diagnosis": diagnosis, "noise": noise},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few particles
+        for name, estimate in estimates.items():
+            assert estimate(sparse) == estimate(counts), name
+
+
+def test_captured_steps_of_sparse_data_equal_those_of_a_tensor(counts, without_compiler):
+    losses = []
+    for data in (counts, sp.csr_array(counts.numpy())):
+        options = {"epochs": 5, "batch_size": 10, "capture": True, "seed": 0, "progress": False}
+        fit = pv.fit(*poisson_pair(), data, **options)
+        assert fit.execution == "captured, not compiled"
+        losses.append(fit.history.loss.to_numpy())
+    assert np.allclose(*losses, rtol=1e-6)
+
+
+def test_sparse_data_with_covariates_and_a_fit_that_resumes(counts, tmp_path):
+    def make():
+        torch.manual_seed(0)
+        likelihood = pv.likelihoods.Poisson(pv.nets.Joined(pv.nets.MLP(4, [8], 16)))
+        model = pv.models.ConditionalModel(pv.priors.StandardNormal(2), likelihood)
+        return model, pv.guides.AmortizedNormal(model, pv.nets.Joined(pv.nets.MLP(18, [8])))
+
+    y = torch.eye(2)[torch.arange(30) % 2]
+    options = {"batch_size": 8, "seed": 0, "progress": False, "capture": False}
+    whole = pv.fit(*make(), (counts, y), epochs=3, **options)
+    sparse = sp.csr_array(counts.numpy())
+    folder = tmp_path / "run"
+    pv.fit(*make(), (sparse, y), epochs=2, checkpoint=folder, **options)
+    again = pv.training.Checkpoint(folder, resume=True)
+    resumed = pv.fit(*make(), (sparse, y), epochs=3, checkpoint=again, **options)
+    assert resumed.history.loss.tolist() == whole.history.loss.tolist()
+
+
+def test_values_of_sparse_data_are_checked_without_dense_rows(counts, monkeypatch):
+    """The first minibatch is dense, and later rows only to name a bad one."""
+    read = []
+    original = SparseRows.__getitem__
+
+    def note(self, rows):
+        found = original(self, rows)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(SparseRows, "__getitem__", note)
+    pair = poisson_pair()
+    batches = Minibatches(sp.csr_array(counts.numpy()), 8)
+    check_pair(*pair, batches.first(), batches)
+    assert batches.values_checked
+    assert sum(read) == 8
+    bad = counts.clone()
+    bad[20, 3] = -1.0
+    with pytest.raises(ValueError, match=r"support of site 'x'.* first in row 20. Row 20"):
+        pv.evidence(*pair, sp.csr_array(bad.numpy()), num_particles=2)
+    bad[20, 3] = np.nan
+    with pytest.raises(ValueError, match="NaN or infinite values, first in row 20"):
+        pv.fit(*pair, sp.csr_array(bad.numpy()), progress=False)
+
+
+def test_bounds_of_the_program_are_checked_on_sparse_data(counts):
+    """The support depends on the data, so the pair runs on copies of extreme rows."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            low = torch.full((16,), -1.0)
+            pyro.sample("x", dist.Uniform(low + 0 * z[..., None], 20.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    bad = counts.clone()
+    bad[25, 3] = 21.0
+    for data in (bad, sp.csr_array(bad.numpy())):
+        with pytest.raises(ValueError, match=r"whose bounds the program computes, first in row 25"):
+            pv.evidence(model, guide, data, num_particles=2, batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (sp.csr_array((0, 4)), r"data is empty: .* got \(0, 4\)"),
+        (sp.csr_array(np.ones((5, 4), "complex64")), "data must hold numbers, got dtype complex64"),
+        (torch.ones(5, 4).to(torch.complex64).to_sparse(), "data must hold real numbers"),
+        (torch.ones(5, 2, 2).to_sparse(), r"data must be a matrix \(N, D\) if it is sparse"),
+        (
+            pd.DataFrame({"age": [1.0, 2.0], "city": ["Bonn", "Ulm"]}),
+            "data must hold real numbers, but its column 'city' has dtype .*get_dummies",
+        ),
+        (pd.DataFrame({"a": [1j, 2]}), "its column 'a' has dtype complex128"),
+        (pd.DataFrame({"a": pd.Categorical(["u", "v"])}), "its column 'a' has dtype category"),
+        (pd.DataFrame(index=range(3)), r"data is empty: .* got \(3, 0\)"),
+        (pd.Series(["a", "b"]), "data must hold numbers"),
+        ([np.ones(4), np.ones(4)], r"got a list of ndarray. .*numpy.stack\(rows\) .*arrays"),
+        ([[1.0, 2.0]], r"got a list of list. Pass torch.tensor\(rows\) for rows of numbers"),
+        ({"x": torch.ones(3, 4)}, r"got dict: pass a tuple \(x, \*covariates\)"),
+    ],
+)
+def test_other_values_are_refused_with_a_remedy(value, message):
+    with pytest.raises(ValueError, match=message):
+        pv.fit(*make_pair(), value, progress=False)
+
+
+def test_missing_values_of_a_table_are_nan():
+    frame = pd.DataFrame({"a": pd.array([1, None], "Int64"), "b": [True, False]})
+    column = as_column(frame, "data")
+    assert torch.equal(column.nan_to_num(7.0), torch.tensor([[1.0, 1.0], [7.0, 0.0]]))
+    assert column.dtype == torch.float32
+    assert as_column(pd.Series([1, 2]), "data").dtype == torch.int64
+
+
+class Pairs(Dataset):
+    """Rows with a label that is a string."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], "a label"
+
+
+LABELED = {
+    "tuple": lambda x: (x, torch.arange(len(x))),
+    "TensorDataset": lambda x: TensorDataset(x, torch.arange(len(x))),
+    "Dataset": Pairs,
+    "DataLoader": lambda x: DataLoader(TensorDataset(x, torch.arange(len(x))), batch_size=20),
+    "strings": lambda x: (x, ["a label"] * len(x)),
+    "sparse": lambda x: (sp.csr_array(x.numpy()), torch.arange(len(x))),
+}
+
+
+def warned(call):
+    """Return the result of a call, and its warnings of unused columns."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = call()
+    found = [each for each in caught if issubclass(each.category, UnusedColumnsWarning)]
+    assert all(each.filename == __file__ for each in found)
+    return result, found
+
+
+@pytest.mark.parametrize("kind", LABELED)
+def test_labels_that_the_programs_do_not_take_are_left_out_with_one_warning(kind, binary):
+    data, alone = LABELED[kind](binary), binary
+    options = {"epochs": 1, "batch_size": 20, "seed": 0, "progress": False, "capture": False}
+    if kind in ("Dataset", "DataLoader"):
+        alone = Rows(binary) if kind == "Dataset" else DataLoader(TensorDataset(binary), 20)
+    results = []
+    for each in (alone, data):
+        torch.manual_seed(0)
+        pair = make_pair()
+        fit, of_fit = warned(lambda pair=pair, x=each: pv.fit(*pair, x, validation=x, **options))
+        estimate, of_evidence = warned(
+            lambda pair=pair, x=each: pv.evidence(*pair, x, num_particles=2, seed=0)
+        )
+        results.append([fit.history.loss.item(), *estimate.values.tolist()])
+        assert len(of_fit) == len(of_evidence) == (each is data)
+    assert results[0] == results[1]
+    assert "the data have 2 columns, but model and guide take x alone" in str(of_fit[0].message)
+    assert "\n" not in str(of_fit[0].message)
+
+
+def test_every_function_leaves_labels_out_with_one_warning(binary):
+    torch.manual_seed(0)
+    pair, data = make_pair(), (binary, torch.arange(50))
+    ascent = pv.evaluation.Ascent(window=2, max_steps=2, patience=1, num_particles=2)
+    few = {"num_particles": 2, "seed": 0}
+    calls = {
+        "fit_seeds": lambda: pv.fit_seeds(
+            make_pair, data, seeds=2, num_workers=1, epochs=1, progress=False, capture=False
+        ),
+        "surgery": lambda: pv.elbo_surgery(*pair, data, seed=0),
+        "collapse": lambda: pv.collapse_report(*pair, data, **few),
+        "holes": lambda: pv.prior_holes(*pair, data, num_samples=20, quantile=0.1, seed=0),
+        "gaps": lambda: pv.inference_gaps(*pair, data, ascent=ascent, **few),
+        "sandwich": lambda: pv.sandwich(
+            *pair,
+            like=data,
+            ais=pv.evaluation.AIS(num_chains=2, num_temperatures=3, leapfrog_steps=1, pilot=2),
+            seed=0,
+        ),
+        "noise": lambda: pv.gradient_noise(*pair, data, [o.ELBO()], repeats=2, seed=0),
+        "curve": lambda: pv.rate_distortion(
+            *pair, data, [0.5, 1.0], test=data, epochs=1, seed=0, progress=False
+        ),
+        "compare": lambda: pv.compare({"a": pair}, data, train=data, **few),
+        "diagnose": lambda: pv.diagnose(
+            *pair, data, data, num_data=5, ascent=ascent, refit=False, annealing=None, **few
+        ),
+        "arviz": lambda: pv.to_arviz(*pair, data, num_draws=2),
+    }
+    for name, call in calls.items():
+        assert len(warned(call)[1]) == 1, name
+
+
+def test_columns_that_both_programs_take_are_kept(binary):
+    y = torch.arange(50.0)
+    seen = []
+
+    def model(x, shift=None):
+        seen.append(shift)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).expand([len(x), 16]).to_event(1), obs=x)
+
+    def guide(x, *covariates):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+
+    _, caught = warned(lambda: pv.evidence(model, guide, (binary, y), num_particles=2))
+    assert not caught
+    assert all(isinstance(shift, torch.Tensor) for shift in seen)
+    _, caught = warned(lambda: pv.evidence(model, guide, (binary, y, y), num_particles=2))
+    assert "take the first 2" in str(caught[0].message)
+    scaled = pyro.poutine.scale(model, scale=1.0)
+    bare = pv.unscaled(guide)
+    _, caught = warned(lambda: pv.evidence(scaled, bare, (binary, y, y), num_particles=2))
+    assert len(caught) == 1
+
+    def conditional(x, y):
+        return model(x)
+
+    def alone(x):
+        return guide(x)
+
+    with pytest.raises(ValueError, match=r"the guide does not take 2\. Add or remove arguments"):
+        pv.evidence(conditional, alone, (binary, y), num_particles=2)
+
+
+def test_labels_of_an_iterable_dataset_are_left_out(binary):
+    data = Stream([(row, i) for i, row in enumerate(binary)])
+    fit = {"epochs": 2, "batch_size": 20, "progress": False, "capture": False}
+    _, caught = warned(lambda: pv.fit(*make_pair(), data, **fit))
+    assert len(caught) == 1
+
+
+def test_default_batch_size_gives_ten_steps_an_epoch_to_small_data():
+    sizes = {None: 100, 1: 100, 100: 100, 101: 10, 150: 15, 999: 99, 1000: 100, 60_000: 100}
+    assert {count: default_batch_size(count) for count in sizes} == sizes
+    for data in (torch.ones(150, 2), Rows(torch.ones(150, 2)), sp.csr_array(np.ones((150, 2)))):
+        assert Minibatches(data, None).batch_size == 15
+    assert Minibatches(Stream(torch.ones(150, 2)), None).batch_size == 100
