@@ -26,6 +26,7 @@ WITHOUT_A_CALL = {
     **dict.fromkeys(("Terms", "surjections.Image", "surjections.Preimage"), "users do not make it"),
     **dict.fromkeys(("datasets.names", "training.group_of_torchrun"), "it has no argument"),
     **dict.fromkeys(("flows.Flow", "flows.FlowTransform", "guides.Family"), "abstract"),
+    "training.Callback": "it has no argument",
     "distributions.WrappedNormal": "a torch distribution, which torch validates",
     "flows.collapse_expanded_dims": "authors of flows call it, at each step",
     "objectives.gradient": "authors of objectives call it, at each step",

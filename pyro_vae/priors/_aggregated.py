@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
 from pyro_vae._utils.checks import checked, positive_integer
+from pyro_vae._utils.constructor_calls import constructor_call
+from pyro_vae._utils.init_args import Unknown
 from pyro_vae.datasets._minibatches import as_tensor
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals, UniformMixture
 from pyro_vae.priors._posteriors import check_guide, diagonal_gaussian, posteriors, stand_in
@@ -118,6 +120,14 @@ class AggregatedPosterior(nn.Module):
                 return UniformMixture([posteriors(guide, self._site, b) for b in _blocks(columns)])
         finally:
             self._runs = False
+
+    def __repr__(self) -> str:
+        given = {
+            "guide": Unknown("a guide") if self.guide is None else self.guide,
+            "data": Unknown(f"{len(getattr(self, self._names[0]))} data points"),
+            "site": self._site,
+        }
+        return constructor_call(type(self), given)
 
     def as_arguments(self) -> dict[str, Any]:
         """Return the arguments of :meth:`of_arguments`, without data and posteriors."""
