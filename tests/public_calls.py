@@ -28,6 +28,7 @@ WITHOUT_A_CALL = {
     "datasets.from_anndata": "an object of another library; tests/datasets/test_anndata.py",
     "datasets.from_torchvision": "an object of another library; tests/datasets/test_torchvision.py",
     **dict.fromkeys(("flows.Flow", "flows.FlowTransform", "guides.Family"), "abstract"),
+    "training.Callback": "it has no argument",
     "distributions.WrappedNormal": "a torch distribution, which torch validates",
     "flows.collapse_expanded_dims": "authors of flows call it, at each step",
     "objectives.gradient": "authors of objectives call it, at each step",

@@ -87,7 +87,7 @@ def test_pages_have_no_banned_words(path):
 def prose(text):
     """Return a text without code, formulas, tables and markup."""
     text = re.sub(r"(?ms)^\s*\.\. math::.*?(?=\n\n|\Z)", " ", text)
-    text = re.sub(r"(?s)```.*?```|\$\$.*?\$\$", " ", text)
+    text = re.sub(r"(?s)```.*?```|\$\$.*?\$\$|<!--.*?-->", " ", text)
     text = re.sub(r"(?ms)^\s*=+ +=.*=+ +=+$", " ", text)
     text = re.sub(r"(?m)^\s*(>>>|\.\.\. |\||    \S).*$", " ", text)
     text = re.sub(r"\$[^$]+\$", "x", text)

@@ -123,6 +123,11 @@ class Terms:
         self._runs = runs
         self._first = runs[0]
 
+    def __repr__(self) -> str:
+        particles, rows = self.log_weight.shape
+        sites = ", ".join(name for name, site in self._first.guide.items() if not site.observed)
+        return f"terms of {rows} data points and {particles} particles; latent sites: {sites}"
+
     @cached_property
     def log_likelihood(self) -> Tensor:
         r""":math:`\log p(x_b|z_{kb})`, shape (K, B)."""

@@ -14,23 +14,30 @@ from torch.distributions.transforms import Transform
 
 from pyro_vae._utils import transform_config
 from pyro_vae._utils.checks import checked
+from pyro_vae._utils.constructor_calls import constructor_call, shown_value
 
 Class = TypeVar("Class", bound=type)
 _INIT_ARGS = "_making"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Unknown:
     """Placeholder for an argument that a recipe cannot hold, with the kind of the argument."""
 
     kind: str
 
+    def __repr__(self) -> str:
+        return f"<{self.kind}>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Described:
     """Placeholder for a transform, with its :mod:`pyro_vae._utils.transform_config`."""
 
     structure: Any
+
+    def __repr__(self) -> str:
+        return _transform_call(self.structure)
 
 
 class InitArgs:
@@ -69,6 +76,8 @@ def records_init_args(cls: Class) -> Class:
     The constructor also checks arguments against its annotations; see
     :func:`pyro_vae._utils.checks.checked`. The signature and the ``state_dict`` do not change. A
     subclass records its own arguments only if it is decorated, too.
+
+    The objects print as their constructor calls; see :func:`shown_call`.
     """
     original = checked(cls.__init__)
 
@@ -80,8 +89,30 @@ def records_init_args(cls: Class) -> Class:
             self, _INIT_ARGS, making
         )  # the last attribute, so that it is copied last
 
+    def __repr__(self: Any) -> str:  # noqa: N807
+        return shown_call(self) or super(cls, self).__repr__()
+
     cls.__init__ = __init__
+    if "__repr__" not in vars(cls):
+        cls.__repr__ = __repr__
     return cls
+
+
+def shown_call(thing: Any) -> str | None:
+    """Return the constructor call that made an object, or None if no arguments are recorded.
+
+    If an argument is a module, and the object's attribute of the same name is now another module,
+    the text shows the present one. Other arguments are those of the call.
+    """
+    making = getattr(thing, "__dict__", {}).get(_INIT_ARGS)
+    if making is None or making.cls is not type(thing):
+        return None
+    given = inspect.signature(making.cls).bind(*making.args, **making.kwargs).arguments
+    for name, value in given.items():
+        present = getattr(thing, name, None) if isinstance(value, nn.Module) else None
+        if isinstance(present, nn.Module):
+            given[name] = present
+    return constructor_call(making.cls, given)
 
 
 def init_args_of(thing: Any) -> dict[str, Any] | None:
@@ -102,6 +133,16 @@ def kind_of(thing: Any) -> str:
     """Return an object's kind for a message: its class, and its name if it has one."""
     name = getattr(thing, "__qualname__", None)
     return f"the {type(thing).__name__} {name}" if name else f"a {type(thing).__name__}"
+
+
+def _transform_call(structure: Any) -> str:
+    """Return a constructor call from a structure of :mod:`pyro_vae._utils.transform_config`."""
+    if not isinstance(structure, list):
+        return shown_value(structure)
+    name, *arguments = structure
+    options = arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
+    parts = [*map(_transform_call, arguments), *(f"{key}={v}" for key, v in options.items())]
+    return f"{name}({', '.join(parts)})"
 
 
 def _kept(leaf: Any) -> Any:

@@ -1,6 +1,9 @@
-"""The messages of errors from torch, Pyro and user programs, shortened for our own messages."""
+"""Short texts for our own messages: of errors from torch, Pyro and user programs, and names."""
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 
 def first_line(error: BaseException) -> str:
@@ -17,3 +20,15 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(" .:,") if lines else type(error).__name__
+
+
+def program_name(program: Any) -> str:
+    """Return a short name of a program: of its class, or of a function.
+
+    Example:
+        >>> program_name(functools.partial(print, 3))
+        'print'
+    """
+    while isinstance(program, functools.partial):
+        program = program.func
+    return getattr(program, "__name__", None) or type(program).__name__

@@ -44,6 +44,14 @@ class Dataset:
     transform: Callable[[Tensor], Tensor] | None = None
     labels: Labels | None = None
 
+    def __repr__(self) -> str:
+        height, width = self.image_shape
+        binarized = "" if self.transform is None else f", transform={self.transform.__name__}"
+        return (
+            f"{self.name}: {len(self.train)} training, {len(self.validation)} validation and "
+            f"{len(self.test)} test images of {height} x {width}{binarized}"
+        )
+
 
 @checked
 def load(
@@ -137,6 +145,12 @@ class Labels:
     train: Tensor
     validation: Tensor
     test: Tensor
+
+    def __repr__(self) -> str:
+        return (
+            f"{len(self.train)} training, {len(self.validation)} validation and {len(self.test)} "
+            "test labels"
+        )
 
 
 @checked

@@ -120,8 +120,9 @@ class CollapseReport:
             for site, found in active
         )
 
-    def __str__(self) -> str:
-        lines = [self.verdict, self.units.to_string(float_format="{:.3f}".format)]
+    def __repr__(self) -> str:
+        lines = [f"{self.verdict}. The KL of each unit in nats per data point:"]
+        lines.append(self.units.to_string(float_format="{:.3f}".format))
         if self.note:
             lines.append(f"no mutual information: {self.note}")
         return "\n".join(lines)

@@ -52,8 +52,8 @@ class Estimate:
         """Standard error of the mean for exactly these data, due to sampling alone."""
         return self.monte_carlo_errors.square().sum().sqrt().item() / len(self.values)
 
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.standard_error:.3f}"
+    def __repr__(self) -> str:
+        return f"{self.mean:.3f} ± {self.standard_error:.3f} nats ({len(self.values)} data)"
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,9 @@ class GradientNoise:
                 rows.append(row)
         return pd.DataFrame(rows).set_index(["objective", "program"])
 
-    def __str__(self) -> str:
-        return self.table.to_string(float_format="{:.3g}".format)
+    def __repr__(self) -> str:
+        rows = self.table.to_string(float_format="{:.3g}".format)
+        return f"gradients of the loss in nats per data point\n{rows}"
 
     def plot(self) -> Figure:
         """Plot the signal-to-noise ratios of model and guide, side by side.

@@ -86,13 +86,13 @@ class InferenceGaps:
         rows = [[getattr(getattr(self, name), column) for column in columns] for name in QUANTITIES]
         return pd.DataFrame(rows, index=pd.Index(QUANTITIES, name="quantity"), columns=columns)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         counts = torch.bincount(self.sources, minlength=len(SOURCES)).tolist()
         used = ", ".join(f"{name} {n}" for name, n in zip(SOURCES, counts, strict=True) if n)
         count = int(self.failed.sum())
         failed = f", {count} data points below their start" if count else ""
         return (
-            f"{self.table.to_string(float_format='{:.3f}'.format)}\n"
+            f"nats per data point\n{self.table.to_string(float_format='{:.3f}'.format)}\n"
             f"{len(self.sources)} data, {self.num_particles} particles; log p(x) from {used}; "
             f"{khat_share(self.khat)}; "
             f"{min(self.steps)} to {max(self.steps)} steps, "

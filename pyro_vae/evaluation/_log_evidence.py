@@ -97,7 +97,7 @@ class Evidence:
         """
         return untrusted(self.values, self.khat, self.effective_sample_size, self.num_particles)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         draws = "particles" if self.annealing is None else "chains"
         by = "" if self.method == "importance" else f" by {self.method}"
         return (

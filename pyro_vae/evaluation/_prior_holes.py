@@ -61,11 +61,11 @@ class PriorHoles:
     log_aggregate_of_prior: Tensor = field(repr=False)
     log_aggregate_of_guide: Tensor = field(repr=False)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return (
             f"{100 * self.share:.1f} ± {100 * self.standard_error:.1f} % of the prior and "
             f"{100 * self.quantile:g} % of the aggregated posterior have\n"
-            f"log q_agg(z) < {self.threshold:.2f}"
+            f"log q_agg(z) < {self.threshold:.2f} nats"
         )
 
 

@@ -59,7 +59,7 @@ class Sandwich:
         """Standard error of the gap, or NaN for one data point."""
         return standard_error(self.upper - self.lower)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return (
             f"{self.lower.mean().item():.2f} <= log p(x) <= {self.upper.mean().item():.2f} nats, "
             f"gap {self.gap:.3f} ± {self.gap_error:.3f} "

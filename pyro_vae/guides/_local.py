@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from pyro_vae._programs.latent_sites import LatentSite, latent_sites, surroundings
 from pyro_vae._utils.checks import checked, require_batch
+from pyro_vae._utils.constructor_calls import constructor_call
+from pyro_vae._utils.init_args import Unknown
 from pyro_vae.guides import _families as families
 from pyro_vae.guides._families import Family
 from pyro_vae.guides._model_ref import ModelRef
@@ -91,6 +93,15 @@ class LocalGuide(PyroModule):
         # Not zeros: from zeros, all layers of a flow would stay equal.
         shape = (len(rows), self.posterior.num_parameters)
         self.table = nn.Parameter(0.1 * torch.randn(shape, dtype=like.dtype, device=like.device))
+
+    def __repr__(self) -> str:
+        given = {
+            "model": self._model.program,
+            "x": Unknown(f"{len(self._rows)} data points"),
+            "family": self._family,
+            "joint": self._joint,
+        }
+        return constructor_call(type(self), given)
 
     def as_arguments(self) -> dict[str, Any]:
         """Return the arguments of :meth:`of_arguments`, without the data."""

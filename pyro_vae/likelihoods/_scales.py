@@ -53,10 +53,6 @@ class FixedScale(Scale):
         """Return the scale, shape ()."""
         return outputs.new_full((), self.value)
 
-    def extra_repr(self) -> str:
-        """Show the number."""
-        return f"{self.value:g}"
-
 
 @records_init_args
 class SharedScale(Scale):
@@ -184,10 +180,6 @@ class OptimalScale(nn.Module):
         later = self.average.lerp(deviation.to(self.average.dtype), self.momentum)
         self.average.copy_(torch.where(self.num_batches == 0, deviation, later))
         self.num_batches.add_(1)
-
-    def extra_repr(self) -> str:
-        """Show the settings."""
-        return f"momentum={self.momentum:g}, minimum={self.least:g}"
 
 
 def as_scale(name: str, value: Any) -> Scale:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from pyro_vae._programs.terms import Terms
 from pyro_vae._utils.checks import positive_integer, positive_number, real_number
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.objectives._base import Objective
 
 
+@records_init_args
 class BetaTCVAE(Objective):
     r"""The ELBO with its KL in three weighted parts (Chen et al. 2018, eq. 2 and 4).
 
@@ -104,6 +106,7 @@ class BetaTCVAE(Objective):
         return terms.log_guide - log_q, log_q - log_q_each, log_q_each - log_prior
 
 
+@records_init_args
 class InfoVAE(Objective):
     r"""The ELBO with a distance between the aggregated posterior and the prior.
 

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from pyro_vae._programs.terms import Terms
 from pyro_vae._utils.checks import positive_integer, real_number
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.objectives._base import Objective
 
 
+@records_init_args
 class ELBO(Objective):
     r"""The evidence lower bound with all terms sampled (Kingma & Welling 2014, eq. 2 and 7).
 
@@ -63,6 +65,7 @@ class ELBO(Objective):
         return terms.log_weight_global.mean()
 
 
+@records_init_args
 class MeanFieldELBO(Objective):
     r"""The evidence lower bound with the KL in closed form (Kingma & Welling 2014, eq. 3 and 8).
 
@@ -92,6 +95,7 @@ class MeanFieldELBO(Objective):
         return (terms.log_likelihood_global - terms.kl_global).mean()
 
 
+@records_init_args
 class IWAE(Objective):
     r"""The importance-weighted bound (Burda et al. 2016, eq. 8).
 
@@ -117,6 +121,7 @@ class IWAE(Objective):
         return log_mean_weight(terms.log_weight, 0)
 
 
+@records_init_args
 class MIWAE(Objective):
     r"""The average of M importance-weighted bounds (Rainforth et al. 2018).
 
@@ -144,16 +149,13 @@ class MIWAE(Objective):
         super().__init__(num_bounds * num_particles, vectorize_particles=vectorize_particles)
         self.num_bounds = num_bounds
 
-    def __repr__(self) -> str:
-        name, each = type(self).__name__, self.num_particles // self.num_bounds
-        return f"{name}(num_bounds={self.num_bounds}, num_particles={each})"
-
     def bound(self, terms: Terms) -> Tensor:
         """Average the logarithms of the average weights."""
         terms.require_reparameterized(type(self).__name__)
         return log_mean_weight(terms.log_weight.unflatten(0, (self.num_bounds, -1)), 1).mean(0)
 
 
+@records_init_args
 class CIWAE(Objective):
     r"""A mixture of ELBO and IWAE on the same particles (Rainforth et al. 2018).
 
@@ -184,6 +186,7 @@ class CIWAE(Objective):
         return self.beta * log_weight.mean(0) + (1 - self.beta) * iwae
 
 
+@records_init_args
 class Renyi(Objective):
     r"""The variational Renyi bound (Li & Turner 2016, eq. 5).
 

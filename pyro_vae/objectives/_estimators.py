@@ -13,10 +13,12 @@ from torch import Tensor
 
 from pyro_vae._programs.terms import Terms
 from pyro_vae._utils.checks import positive_integer, real_number
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.objectives._base import Objective, gradient
 from pyro_vae.objectives._bounds import MIWAE, log_mean_weight
 
 
+@records_init_args
 class StickingTheLanding(Objective):
     r"""The ELBO with the path derivative (Roeder et al. 2017): a = c = 1/K, b = 0.
 
@@ -42,6 +44,7 @@ class StickingTheLanding(Objective):
         return log_weight.mean(0) + gradient(terms, joint=equal, path=equal)
 
 
+@records_init_args
 class DReG(Objective):
     r"""The IWAE bound with the doubly reparameterized gradient (Tucker et al. 2019).
 
@@ -68,6 +71,7 @@ class DReG(Objective):
         return log_mean_weight(log_weight, 0) + gradient(terms, joint=weights, path=weights**2)
 
 
+@records_init_args
 class PIWAE(MIWAE):
     r"""One bound for the model, another for the guide (Rainforth et al. 2018).
 
@@ -96,6 +100,7 @@ class PIWAE(MIWAE):
         )
 
 
+@records_init_args
 class CUBO(Objective):
     r"""The chi upper bound on the evidence, minimized by the guide (Dieng et al. 2017).
 
@@ -136,6 +141,7 @@ class CUBO(Objective):
         return -log_mean_weight(powers, 0) / self.n + gradient(terms, guide=down, path=down)
 
 
+@records_init_args
 class TVO(Objective):
     r"""The thermodynamic variational objective (Masrani et al. 2019).
 
@@ -195,6 +201,7 @@ class TVO(Objective):
         return value + gradient(terms, joint=joint, guide=guide)
 
 
+@records_init_args
 class ScoreFunction(Objective):
     r"""The ELBO with the score function estimator at every site (Ranganath et al. 2014, eq. 3).
 
@@ -257,6 +264,7 @@ class ScoreFunction(Objective):
         return 0.0
 
 
+@records_init_args
 class VIMCO(Objective):
     r"""The IWAE bound without reparameterization (Mnih & Rezende 2016, eq. 9).
 
@@ -293,6 +301,7 @@ class VIMCO(Objective):
         return bound + (signal * (terms.score - terms.score.detach())).sum(0)
 
 
+@records_init_args
 class ReweightedWakeSleep(Objective):
     r"""The wake-sleep algorithm with importance weights (Bornschein & Bengio 2015).
 

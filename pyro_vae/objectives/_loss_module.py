@@ -33,6 +33,10 @@ class LossModule(ELBOModule):
         self._read = frozenset(id(parameter) for _, parameter in found)
         return iter(found)
 
+    def extra_repr(self) -> str:
+        """Show the objective, beside the model and the guide."""
+        return f"(objective): {self.elbo!r}"
+
     def get_extra_state(self) -> dict[str, Any]:
         """Return the step and the averages of the objective, for ``state_dict``."""
         return {"step": self.elbo.step.clone(), "averages": dict(self.elbo.averages)}

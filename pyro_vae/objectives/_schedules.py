@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._utils.checks import positive_integer, real_number
+from pyro_vae._utils.init_args import records_init_args
 
 LAST_STEP = float(2**24)  # a float32 counter stops here
 _SPACING = 0.6180339887  # golden ratio; steps with this spacing cover every part of any period
@@ -72,6 +73,7 @@ class Schedule(ABC):
         return [float(self(torch.tensor(step))) for step in [*steps, 2 * first]]
 
 
+@records_init_args
 class Constant(Schedule):
     """A schedule with the same number at every step.
 
@@ -82,9 +84,6 @@ class Constant(Schedule):
     def __init__(self, value: float):
         self.value = real_number("value", value)
 
-    def __repr__(self) -> str:
-        return f"{self.value:g}"
-
     def __call__(self, step: Tensor) -> Tensor:
         """Return the number."""
         return torch.full_like(step, self.value)
@@ -94,6 +93,7 @@ class Constant(Schedule):
         return self.value
 
 
+@records_init_args
 class Linear(Schedule):
     """A linear change from one number to another, then constant (Bowman et al. 2016, sec. 3.1).
 
@@ -116,9 +116,6 @@ class Linear(Schedule):
         self.steps = positive_integer("steps", steps)
         self.start, self.end = real_number("start", start), real_number("end", end)
 
-    def __repr__(self) -> str:
-        return f"Linear(steps={self.steps}, start={self.start:g}, end={self.end:g})"
-
     def __call__(self, step: Tensor) -> Tensor:
         """Return the number at a step."""
         return self.start + (self.end - self.start) * (step / self.steps).clamp(max=1.0)
@@ -128,6 +125,7 @@ class Linear(Schedule):
         return self.end if type(self).__call__ is Linear.__call__ else super().last_value()
 
 
+@records_init_args
 class Cyclical(Schedule):
     """A cycle that rises linearly, stays constant, and starts again (Fu et al. 2019).
 
@@ -147,12 +145,6 @@ class Cyclical(Schedule):
         if not 0 < rise <= 1:
             raise ValueError(f"rise must be a fraction of the period, in (0, 1], got {rise}")
         self.start, self.end = real_number("start", start), real_number("end", end)
-
-    def __repr__(self) -> str:
-        return (
-            f"Cyclical(period={self.period}, rise={self.rise:g}, start={self.start:g}, "
-            f"end={self.end:g})"
-        )
 
     def __call__(self, step: Tensor) -> Tensor:
         """Return the number at a step."""

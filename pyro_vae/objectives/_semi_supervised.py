@@ -10,9 +10,11 @@ from torch import Tensor
 
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._utils.checks import positive_number
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.objectives._bounds import ELBO
 
 
+@records_init_args
 class SemiSupervisedELBO(ELBO):
     r"""The ELBO plus :math:`\alpha \log q(y|x)` of labeled data (Kingma et al. 2014).
 
@@ -38,9 +40,6 @@ class SemiSupervisedELBO(ELBO):
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         self.classification = positive_number("classification", classification)
-
-    def __repr__(self) -> str:
-        return f"SemiSupervisedELBO({self.classification:g}, num_particles={self.num_particles})"
 
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from pyro_vae._programs.terms import Terms
 from pyro_vae._utils.checks import positive_number
+from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.objectives._base import Objective
 from pyro_vae.objectives._schedules import Schedule, as_schedule
 
 
+@records_init_args
 class BetaELBO(Objective):
     r"""The ELBO with a weight on its KL, constant or scheduled (Higgins et al. 2017, eq. 4).
 
@@ -35,7 +37,7 @@ class BetaELBO(Objective):
     Example:
         >>> import pyro_vae as pv
         >>> pv.objectives.BetaELBO(pv.objectives.Cyclical(period=500))
-        BetaELBO(beta=Cyclical(period=500, rise=0.5, start=0, end=1), num_particles=1)
+        BetaELBO(beta=Cyclical(500))
     """
 
     def __init__(
@@ -48,9 +50,6 @@ class BetaELBO(Objective):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         self.beta = as_schedule("beta", beta)
 
-    def __repr__(self) -> str:
-        return f"BetaELBO(beta={self.beta}, num_particles={self.num_particles})"
-
     def bound(self, terms: Terms) -> Tensor:
         """Average the log-likelihood minus the weighted KL over the particles."""
         terms.require_reparameterized("BetaELBO")
@@ -61,6 +60,7 @@ class BetaELBO(Objective):
         return (terms.log_likelihood_global - self.beta(self.step) * terms.kl_global).mean()
 
 
+@records_init_args
 class FreeBits(Objective):
     r"""The ELBO with a lower limit on each part of the KL (Kingma et al. 2016, eq. 15).
 
@@ -113,6 +113,7 @@ class FreeBits(Objective):
         return bound
 
 
+@records_init_args
 class CapacityELBO(Objective):
     r"""The ELBO with a target value for its KL (Burgess et al. 2018, eq. 8).
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
 from pyro_vae._programs.validation import nonfinite_data
 from pyro_vae._utils.checks import checked, positive_integer
+from pyro_vae._utils.constructor_calls import constructor_call
+from pyro_vae._utils.init_args import Unknown
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._columns import as_tensor, finite_rows
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals, UniformMixture
@@ -121,6 +123,14 @@ class AggregatedPosterior(nn.Module):
                 return UniformMixture([posteriors(guide, self._site, b) for b in _blocks(columns)])
         finally:
             self._runs = False
+
+    def __repr__(self) -> str:
+        given = {
+            "guide": Unknown("a guide") if self.guide is None else self.guide,
+            "data": Unknown(f"{len(getattr(self, self._names[0]))} data points"),
+            "site": self._site,
+        }
+        return constructor_call(type(self), given)
 
     def as_arguments(self) -> dict[str, Any]:
         """Return the arguments of :meth:`of_arguments`, without data and posteriors."""

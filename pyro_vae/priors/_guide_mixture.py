@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_vae._programs.parameters import evaluation_mode
 from pyro_vae._utils.checks import checked
+from pyro_vae._utils.constructor_calls import constructor_call
 from pyro_vae._utils.init_args import records_init_args
 from pyro_vae._utils.numerics import softplus_scale
 from pyro_vae.datasets._columns import as_tensor
@@ -184,6 +185,9 @@ class ExemplarPrior(GuideMixturePrior):
             )
         self.num_drawn = num_drawn
         self.raw_scale = nn.Parameter(torch.tensor(0.0))
+
+    def __repr__(self) -> str:
+        return constructor_call(type(self), self.as_arguments())
 
     def as_arguments(self) -> dict[str, Any]:
         """Return the arguments that create this prior again."""

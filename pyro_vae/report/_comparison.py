@@ -418,11 +418,11 @@ class Comparison:
             )
         return Group(held_out, "", surgery, *(Text(f"\n{note}") for note in self.notes))
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         console = Console(width=100)
         with console.capture() as capture:
             console.print(self)
-        return capture.get()
+        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
 
 def _table(title: str, headers: tuple[str, ...], caption: str) -> Table:

@@ -30,9 +30,9 @@ class RateDistortion:
     entropy: float
     refit: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         rows = self.table.to_string(float_format="{:.3f}".format)
-        return f"{rows}\nrate + distortion >= {self.entropy:.3f} nats"
+        return f"{rows}\nrate + distortion >= {self.entropy:.3f}, in nats per data point"
 
     def plot(self) -> Figure:
         """Plot the curve, the line R + D = H, and its ends. The end D = 0 needs a positive H.

@@ -151,11 +151,11 @@ class Diagnosis:
         ]
         return Group(table, "", *verdict, *(Text(f"\n{note}") for note in self.notes))
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         console = Console(width=100)
         with console.capture() as capture:
             console.print(self)
-        return capture.get()
+        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
     def __iter__(self) -> Iterator[LedgerEntry]:
         return iter(self.entries)

@@ -14,7 +14,7 @@ import torch
 from pyro_vae._programs.pair_state import require_parameters
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import parameter_store, require_programs
-from pyro_vae._utils.messages import first_line
+from pyro_vae._utils.messages import first_line, program_name
 from pyro_vae._utils.versions import versions
 from pyro_vae.serialization._folder import UnreadableFile, read, write
 from pyro_vae.serialization._pair_state import (
@@ -53,6 +53,13 @@ class Saved:
     history: pd.DataFrame | None
     notes: dict[str, Any]
     versions: dict[str, str]
+
+    def __repr__(self) -> str:
+        pair = f"{program_name(self.model)} and {program_name(self.guide)}"
+        epochs = "" if self.history is None else f", fitted for {len(self.history)} epochs"
+        notes = f", notes: {', '.join(self.notes)}" if self.notes else ""
+        of = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return f"saved pair of {pair}{epochs}{notes} ({of})"
 
 
 def save(

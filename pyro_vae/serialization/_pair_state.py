@@ -180,7 +180,7 @@ def recipe_of(model: Program, guide: Program, content: Mapping[str, Any]) -> dic
     except ValueError as error:
         problem = str(error)
     for name, program in pair.items():
-        if not problem and isinstance(program, nn.Module) and repr(program) != repr(made[name]):
+        if not problem and _parts(program) != _parts(made[name]):
             problem = f"the {name} has other parts"
     if not problem and settings(**made) != settings(model, guide):
         problem = "its attributes have other values"
@@ -193,6 +193,14 @@ def recipe_of(model: Program, guide: Program, content: Mapping[str, Any]) -> dic
         "through": [],
         "given": {"model": reason, "guide": reason},
     }
+
+
+def _parts(program: Program) -> list[tuple[str, type, str]]:
+    """Return the names, classes and settings of the modules in a module, [] for other programs."""
+    if not isinstance(program, nn.Module):
+        return []
+    found = program.named_modules(remove_duplicate=False)
+    return [(name, type(module), module.extra_repr()) for name, module in found]
 
 
 def make_heads(model: Program, guide: Program, found: Mapping[str, Any], memory: int) -> None:

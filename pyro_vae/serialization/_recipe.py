@@ -56,10 +56,7 @@ def recipe(**programs: Any) -> dict[str, Any]:
         >>> structure["things"]
         [{'class': 'nets.MLP', 'arguments': {'in_features': 2, 'hidden': [3]}}]
         >>> rebuild(structure, memory=2**20)["net"]
-        MLP(
-          (0): Linear(in_features=2, out_features=3, bias=True)
-          (1): Tanh()
-        )
+        MLP(2, hidden=[3])
     """
     given: dict[str, str] = {}
     while (structure := _attempt(programs, given)) is None:

@@ -111,6 +111,8 @@ class Callback:
     def after_fit(self, fit: Fit) -> None:
         """Run at the end of a fit, also if it was stopped or interrupted, but not after an error.
 
+        If a finished run is resumed, it runs again.
+
         Args:
             fit: the fit that :func:`pyro_vae.fit` returns, or ``.partial`` of an interrupted fit.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes, rank
 from pyro_vae._utils.interrupts import Interrupted, defer_keyboard_interrupt
+from pyro_vae._utils.messages import program_name
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
@@ -107,6 +109,35 @@ class Fit:
     digests: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
     seed: int | None = None
     stop_reason: str | None = None
+
+    def __repr__(self) -> str:
+        count = len(self.history)
+        skipped = int(self.history["skipped"].sum()) if count else 0
+        pair = f"{program_name(self.model)} and {program_name(self.guide)}"
+        epochs = f"{count}{f', {skipped} steps skipped' if skipped else ''}"
+        stopped = "" if self.stop_reason is None else f"; stopped early: {self.stop_reason}"
+        chosen = "the best" if self.best_epoch < count else "the last"
+        return "\n".join(
+            [
+                f"Fit of {pair}, seed {self.seed}",
+                f"  epochs      {epochs}{stopped}",
+                f"  parameters  of epoch {self.best_epoch}, {chosen}",
+                f"  loss        {self._losses()}",
+                f"  time        {self.seconds:.1f} s, {self.execution}",
+            ]
+        )
+
+    def _losses(self) -> str:
+        """Return the losses of the epoch whose parameters the pair has."""
+        if not len(self.history):
+            return "unknown, before the first epoch"
+        row = self.history.loc[self.best_epoch]
+        held_out = [
+            f"{name} {row[column]:.2f}"
+            for name, column in (("validation", "validation_loss"), ("ELBO", "validation_elbo"))
+            if not math.isnan(row[column])
+        ]
+        return ", ".join([f"{row['loss']:.2f}", *held_out]) + " nats per data point"
 
 
 @warns_once

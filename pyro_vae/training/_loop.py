@@ -257,7 +257,7 @@ class TrainingLoop:
         shown = f"loss {loss:.2f}"
         if self.validation is not None:
             shown += f", validation {validation_loss:.2f}"
-        self.advance(1, shown)
+        self.advance(1, f"{shown} nats")
         if self.patience is not None:
             was_settled = position.settled
             position.settled = was_settled or self.validation.has_settled()

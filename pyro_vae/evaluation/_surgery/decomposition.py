@@ -83,9 +83,9 @@ class Surgery:
         """
         return self.estimator != "weighted" and self.mutual_information > self.log_n - _ROOM
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         names = [*_TERMS, *(name for name in _OF_DIMENSIONS if getattr(self, name) is not None)]
-        lines = []
+        lines = ["nats per data point"]
         if math.isnan(self.marginal_kl):
             names.remove("marginal_kl")
         for name in names:
