@@ -111,6 +111,10 @@ ROWS: dict[str, Callable[[], dict[str, Any]]] = {
         **{"make_pair": make_pair, "seeds": 2, "num_workers": 1},
         "fit_options": {"epochs": 1, "batch_size": 3},
     },
+    **{
+        f"serialization.{name}": lambda: {"file": Path(tempfile.mkdtemp()) / "program.pt2"}
+        for name in ("export_encoder", "export_decoder")
+    },
     "prior_holes": lambda: {"num_samples": 20, "quantile": 0.2},
     "load_checkpoint": lambda: {"folder": _folders()["load_checkpoint"]},
     "load": lambda: {"folder": _folders()["load"], "model": None, "guide": None},

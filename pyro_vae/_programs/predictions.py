@@ -57,7 +57,7 @@ def means(run: PairTrace) -> Iterator[tuple[Site, Tensor]]:
     given = {name: site for group in run.summed_out for name, site in group.sites.items()}
     enumerated = {site["name"]: site for site in drawn_observations(run.replay_unobserved(given))}
     for site in drawn:
-        mean = _mean(enumerated[site["name"]])
+        mean = mean_of(enumerated[site["name"]])
         # Angles have no average.
         if mean is None or isinstance(base_distribution(site["fn"]), VonMises):
             yield site, site["value"]
@@ -69,7 +69,7 @@ def means(run: PairTrace) -> Iterator[tuple[Site, Tensor]]:
 
 def mean_or_draw(site: Site) -> Tensor:
     """Return the mean of a site's distribution, or the sample if there is no mean."""
-    mean = _mean(site)
+    mean = mean_of(site)
     return site["value"] if mean is None else mean
 
 
@@ -91,7 +91,8 @@ def _values(site: Site) -> Tensor:
     return values.flatten(1, values.dim() - event_dim - 1)[:, 0]
 
 
-def _mean(site: Site) -> Tensor | None:
+def mean_of(site: Site) -> Tensor | None:
+    """Return the mean of a site's distribution, or None if it has no closed form."""
     if isinstance(base_distribution(site["fn"]), ProjectedNormal):
         return None  # in Pyro, its mean attribute is a direction
     try:
