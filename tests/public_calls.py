@@ -117,6 +117,10 @@ ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "decode": lambda: {"z": X[:, :2], "x": X},
     "interpolate": lambda: {"start": X, "end": 1 - X, "num": 3},
+    **{
+        f"serialization.{name}": lambda: {"file": Path(tempfile.mkdtemp()) / "program.pt2"}
+        for name in ("export_encoder", "export_decoder")
+    },
     "prior_holes": lambda: {"num_samples": 20, "quantile": 0.2},
     "impute": lambda: {"num_samples": 30, "observed": X < 2, "covariates": ()},
     "evaluation.refit_prior": lambda: {"kind": "aggregated", "components": None},

@@ -83,6 +83,8 @@ SLOW = {
     "diagnose",
     "load",
     "load_checkpoint",
+    "serialization.export_decoder",
+    "serialization.export_encoder",
 }
 AT_THE_FIRST_CALL = {  # guides make their family and networks at the first call
     ("guides.AmortizedFlow", "length"),

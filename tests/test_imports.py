@@ -33,8 +33,9 @@ ALLOWED = {
     "surjections": ("_programs _utils flows", "pyro"),
     "models": ("_programs _utils priors", "pyro"),
     "guides": ("_programs _utils distributions flows models nets", "pyro"),
-    "serialization": ("_programs _utils flows guides likelihoods models nets priors surjections",
-                      "numpy pandas pyro safetensors"),
+    "serialization": ("_programs _utils datasets flows guides likelihoods models nets priors "
+                      "surjections",
+                      "numpy onnx onnxscript pandas pyro safetensors"),
     "training": ("_capture _programs _utils datasets objectives serialization",
                  "cloudpickle joblib pandas pyro rich"),
     "report": ("_capture _programs _utils datasets evaluation guides objectives training",

@@ -14,16 +14,22 @@ EXTRAS = {
     "data": ("pooch",),
     "cli": ("typer",),
     "anndata": ("anndata",),
+    "onnx": ("onnx", "onnxscript"),
 }
 HIDDEN = {package for packages in EXTRAS.values() for package in packages}
 
 
 class Hiding:
-    """A module finder that hides the packages of the extras."""
+    """A module finder that hides the packages of the extras from another finder."""
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
 
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in HIDDEN:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return None if name.split(".")[0] in HIDDEN else self.finder.find_spec(name, path, target)
 
 
 def refused(extra, kind, call):
@@ -41,7 +47,7 @@ def refused(extra, kind, call):
 
 
 def main():
-    sys.meta_path.insert(0, Hiding())
+    sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
     os.environ.pop("PYRO_VAE_DATA", None)
     import torch
 
@@ -73,6 +79,9 @@ def main():
         refused("report", ImportError, lambda: comparison.to_html(f"{folder}/page.html"))
         refused("report", ImportError, noise.plot)
         refused("report", ImportError, curve.plot)
+        file = f"{folder}/encoder.onnx"
+        export = pv.serialization.export_encoder
+        refused("onnx", ImportError, lambda: export(file, model, guide, test))
         refused("arviz", ImportError, lambda: pv.to_arviz(model, guide, test))
         refused("anndata", ImportError, lambda: pv.datasets.from_anndata(None))
         refused("data", ImportError, lambda: pv.datasets.load("mnist"))

@@ -109,7 +109,13 @@ def trace(function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> Trace:
             _ValuesThatLeaveTorch(reasons, places),
         ):
             results = list(function(*tensors))
-        outputs[:] = [None if result is None else result.detach() for result in results]
+        sparse = [result is not None and result.layout != torch.strided for result in results]
+        if any(sparse):  # newer versions of torch cannot record their detach
+            reasons.append("it has sparse gradients")
+        outputs[:] = [
+            result if result is None or is_sparse else result.detach()
+            for result, is_sparse in zip(results, sparse, strict=True)
+        ]
         return results
 
     try:
@@ -120,8 +126,6 @@ def trace(function: Callable[..., Outputs], inputs: Sequence[Tensor]) -> Trace:
             raise
     if reasons:
         raise CaptureError(reasons[0], outputs)
-    if any(output is not None and output.layout != torch.strided for output in outputs):
-        raise CaptureError("it has sparse gradients", outputs)
     return Trace(graph, _lift(graph, outputs), outputs)
 
 

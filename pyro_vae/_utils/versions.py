@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import platform
+
+import pyro
+import torch
 
 import pyro_vae
 
@@ -14,8 +16,8 @@ def versions() -> dict[str, str]:
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {
         "pyro_vae": pyro_vae.__version__,
-        "torch": importlib.metadata.version("torch"),
-        "pyro-ppl": importlib.metadata.version("pyro-ppl"),
+        "torch": torch.__version__,
+        "pyro-ppl": pyro.__version__,
         "python": platform.python_version(),
         "date": date,
     }

@@ -116,7 +116,9 @@ def test_estimators_of_sparse_data_give_the_results_of_a_dense_tensor(counts):
 
     def diagnosis(data):
         few = {"num_data": 5, "num_particles": 2, "ascent": ascent, "refit": False}
-        return pv.diagnose(*pair, data, data, annealing=None, **few, **options)["log p(x), test"].value
+        return pv.diagnose(*pair, data, data, annealing=None, **few, **options)[
+            "log p(x), test"
+        ].value
 
     def noise(data):
         found = pv.gradient_noise(*pair, data, [o.ELBO()], repeats=2, seed=0)
