@@ -1,0 +1,43 @@
+"""Dimensions of a latent, which a user or their activity selects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pyro_vae._utils.checks import is_whole_number
+
+_MOST = 10
+
+
+def choose_dimensions(dimensions: Any, activity: Tensor, count: int | None = None) -> list[int]:
+    """Return positions in a latent: those given, or the ones with the largest activity, in order.
+
+    Args:
+        dimensions: positions, or None.
+        activity: a number for each dimension.
+        count: the number of dimensions. If None, at most ten are chosen and any number is valid.
+
+    Raises:
+        TypeError: A position is not a whole number.
+        ValueError: A position does not exist or is given twice, or there are not ``count`` ones.
+    """
+    if dimensions is None:
+        most = min(len(activity), _MOST if count is None else count)
+        return sorted(activity.nan_to_num(nan=-np.inf).topk(most).indices.tolist())
+    if isinstance(dimensions, str | bytes) or not isinstance(dimensions, Sequence | np.ndarray):
+        raise TypeError(f"dimensions must be a sequence, such as [0, 1], got {dimensions!r}")
+    if not all(map(is_whole_number, dimensions)):
+        raise TypeError(f"dimensions must hold whole numbers, got {dimensions!r}")
+    chosen = [int(each) for each in dimensions]
+    inside = all(0 <= each < len(activity) for each in chosen)
+    if not inside or len(set(chosen)) < len(chosen) or len(chosen) != (count or len(chosen) or 1):
+        number = "some" if count is None else count
+        raise ValueError(
+            f"dimensions must be {number} different numbers from 0 to {len(activity) - 1}, got "
+            f"{dimensions!r}"
+        )
+    return chosen
