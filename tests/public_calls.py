@@ -64,7 +64,7 @@ def _normal(value: Tensor) -> Any:
 # Values by argument name, for each call whose row in ROWS has no other value.
 COMMON: dict[str, Any] = {
     **dict.fromkeys(("context", "levels", "length", "subset", "num_particles", "rank", "size"), 2),
-    **dict.fromkeys(("num_draws", "num_drawn", "num_bounds", "repeats", "step"), 2),
+    **dict.fromkeys(("num_draws", "num_drawn", "num_samples", "num_bounds", "repeats", "step"), 2),
     **dict.fromkeys(("blocks", "training_particles", "epochs", "event_dim"), 1),
     **dict.fromkeys(("components", "bins", "recurrent", "steps", "period", "num_points"), 3),
     **dict.fromkeys(("dim", "in_features"), 4),
@@ -111,6 +111,8 @@ ROWS: dict[str, Callable[[], dict[str, Any]]] = {
         **{"make_pair": make_pair, "seeds": 2, "num_workers": 1},
         "fit_options": {"epochs": 1, "batch_size": 3},
     },
+    "decode": lambda: {"z": X[:, :2], "x": X},
+    "interpolate": lambda: {"start": X, "end": 1 - X, "num": 3},
     "prior_holes": lambda: {"num_samples": 20, "quantile": 0.2},
     "load_checkpoint": lambda: {"folder": _folders()["load_checkpoint"]},
     "load": lambda: {"folder": _folders()["load"], "model": None, "guide": None},
@@ -247,6 +249,7 @@ NUMBERS: dict[type, Callable[[Any], Any]] = {
         fit.history.loss.tolist(),
         *map(Tensor.detach, fit.model.parameters()),
     ],
+    pv.evaluation.Encoding: lambda codes: [codes.mean, codes.std],
     pv.evaluation.Evidence: lambda evidence: evidence.values,
     pv.evaluation.Sandwich: lambda bounds: [bounds.lower, bounds.upper],
     pv.evaluation.Surgery: lambda surgery: [surgery.elbo, surgery.marginal_kl],

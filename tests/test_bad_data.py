@@ -67,6 +67,7 @@ MAY_BE_ZERO = {"context", "history", "plate_nesting"} | MAY_BE_NEGATIVE
 NOT_CALLED = {"objectives.SemiSupervisedELBO", "flows.Composition", "objectives.CUBO"}
 OF_ITS_USE = "x|z|value|inputs|parameters|size|plates"  # of what an accepted argument did not fit
 DATA = {"data", "like", "validation", "train", "test", "x", "exemplars", "pseudo_inputs"}
+DATA |= {"z", "start"}
 DATA_CALLS = [
     (n, a) for n in NAMES for a in arguments_of(n) if a in DATA or (n, a) == ("terms", "args")
 ]
@@ -93,12 +94,16 @@ WHAT_CAME = (
     "got |gave |takes |observed|shape|vs |collide|invalid|without|needs|NaN|infinite|empty|masked|"
     "bits|too large|layout|device|outside|differ"
 )
-ANY_NUMBERS = {("generate", "x"): "x gives the number of rows and their shape alone"}
+ANY_NUMBERS = {
+    ("generate", "x"): "x gives the number of rows and their shape alone",
+    ("decode", "x"): "x gives the shape of a row alone",
+}
 # Names in a message that replace the name of the argument, and why.
 OTHER_NAMES: dict[tuple[str, str], str] = {
     ("terms", "args"): "x",  # the programs' own first argument
     ("terms", "plate_nesting"): "plate_nesting|plates",  # Pyro says which plates collide
     ("priors.AggregatedPosterior", "data"): "data|x",  # the x of the guide's encoder
+    ("interpolate", "start"): "start|x",  # the programs' own first argument
     ("compare", "train"): "train|data",  # it is the data of the surgery
     **{("diagnose", name): f"{name}|data" for name in ("train", "test")},
     ("gradient_noise", "x"): "x|parameter|value",  # torch names the parameter that is NaN

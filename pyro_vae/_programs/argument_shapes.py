@@ -18,6 +18,7 @@ from pyro_vae._programs.runs import Program, trace_of
 from pyro_vae._programs.sites import Unobserve, random_sites
 from pyro_vae._programs.trial_runs import OUT_OF_MEMORY, trial_run
 from pyro_vae._utils.identity import ProgramMap
+from pyro_vae._utils.messages import first_line
 
 _known = ProgramMap()  # by model, the columns of the last data that it ran on
 
@@ -39,9 +40,9 @@ class ColumnSpec:
         """Return the type of a column ``(B, *shape)``."""
         return cls(column.shape[1:], column.dtype)
 
-    def zeros(self, count: int, device: torch.device) -> Tensor:
-        """Return a column of zeros."""
-        return torch.zeros(count, *self.shape, dtype=self.dtype, device=device)
+    def full(self, count: int, device: torch.device, value: float = 0.0) -> Tensor:
+        """Return a column whose numbers all have one value."""
+        return torch.full((count, *self.shape), value, device=device).to(self.dtype)
 
     def to_config(self) -> dict[str, Any]:
         """Return the type as lists, numbers and strings, for a file."""
@@ -91,18 +92,26 @@ def spec_of_x(model: Program, covariates: Sequence[Tensor], device: torch.device
         device: device of the program.
 
     Raises:
-        ValueError: The model never ran on data, and a trial run does not show the shape of x. Or
-            the covariates differ from those of the earlier run in number or shape.
+        ValueError: The model never ran on data, and a trial run does not show the shape of x. The
+            covariates differ from those of the earlier run in number or shape. The model uses the
+            values of x, other than to observe them.
     """
     specs = known_specs(model)
-    if not specs:
-        found = _spec_from_trial(model, covariates, device)
-        if found is None:
-            raise ValueError(
-                "the shape of x is unknown, because this model was neither fitted nor evaluated "
-                "nor loaded, and a trial run does not show it. Pass data of the right shape as x."
-            )
-        return found
+    if specs:
+        _require_known_covariates(specs, covariates)
+        spec = specs[0]
+    else:
+        spec = _spec_from_trial(model, covariates, device)
+    if spec is None:
+        raise ValueError(
+            "the shape of x is unknown, because this model was neither fitted nor evaluated nor "
+            "loaded, and a trial run does not show it. Pass data of the right shape as x."
+        )
+    _require_unread(model, spec, covariates, device)
+    return spec
+
+
+def _require_known_covariates(specs: Sequence[ColumnSpec], covariates: Sequence[Tensor]) -> None:
     wanted, got = specs[1:], [ColumnSpec.of(column) for column in covariates]
     if [spec.shape for spec in wanted] != [spec.shape for spec in got]:
         raise ValueError(
@@ -110,7 +119,35 @@ def spec_of_x(model: Program, covariates: Sequence[Tensor], device: torch.device
             f"{[('N', *spec.shape) for spec in wanted]}, but covariates has the shapes "
             f"{[('N', *spec.shape) for spec in got]}. Pass one covariate for each."
         )
-    return specs[0]
+
+
+def _require_unread(
+    model: Program, spec: ColumnSpec, covariates: Sequence[Tensor], device: torch.device
+) -> None:
+    """Raise ValueError if samples of the model, without observations, depend on the values of x."""
+    count = len(covariates[0]) if covariates else 2
+    values = []
+    for number in (0.0, 1.0):
+        x = spec.full(count, device, number)
+        try:
+            with trial_run(model):  # each begins with the same random numbers
+                trace = trace_of(Unobserve()(model), x, *covariates)
+        except OUT_OF_MEMORY:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"the model cannot run on x of {number:g} with shape {tuple(x.shape)} in the place "
+                f"of data: {type(error).__name__}: {first_line(error)}. Pass data as x."
+            ) from error
+        values.append({site["name"]: site["value"] for site in random_sites(trace)})
+    for name, value in values[0].items():
+        other = values[1].get(name)
+        same = other is not None and other.shape == value.shape
+        if not (same and torch.allclose(value.double(), other.double(), equal_nan=True)):
+            raise ValueError(
+                f"site {name!r} of the model depends on the values of x, other than by observing "
+                "them. Pass the data as x, one row for each data point."
+            )
 
 
 def _spec_from_trial(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyro.distributions as dist
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import TransformedDistribution
 from torch.distributions.transforms import (
+    AffineTransform,
     ComposeTransform,
     ExpTransform,
     IndependentTransform,
@@ -18,7 +20,7 @@ from torch.distributions.transforms import (
 
 from pyro_vae.distributions._circular import WrappedNormal, circle
 
-_GAUSSIANS = (dist.Normal, dist.MultivariateNormal, dist.LowRankMultivariateNormal)
+GAUSSIANS = (dist.Normal, dist.MultivariateNormal, dist.LowRankMultivariateNormal)
 
 
 def closed_form_moments(fn: Any) -> tuple[Tensor, Tensor] | None:
@@ -41,15 +43,42 @@ def closed_form_moments(fn: Any) -> tuple[Tensor, Tensor] | None:
         return torch.remainder(base.loc + math.pi, 2 * math.pi) - math.pi, base.scale
     if isinstance(base, dist.VonMises):
         return base.mean, circular_std(1 - base.variance)
-    if isinstance(base, TransformedDistribution) and _is_exponential(base.transforms):
-        gaussian = _base(base.base_dist)
-        if isinstance(gaussian, _GAUSSIANS):
-            log_normal = dist.LogNormal(gaussian.mean, gaussian.variance.sqrt())
-            return log_normal.mean, log_normal.stddev
     try:
+        if isinstance(base, TransformedDistribution):
+            inner = base.base_dist
+            gaussian = isinstance(_base(inner), GAUSSIANS)
+            pushed = pushed_moments(inner.mean, inner.variance, *base.transforms, gaussian=gaussian)
+            if pushed is not None:
+                return pushed[0], pushed[1].sqrt()
         return fn.mean, fn.variance.sqrt()
     except NotImplementedError:
         return None
+
+
+def pushed_moments(
+    mean: Tensor, variance: Tensor, *transforms: Transform, gaussian: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and the variance of each number after some transforms, or None if unknown.
+
+    They are known after affine maps of any distribution, and after one elementwise exponential of a
+    Gaussian.
+
+    Args:
+        mean: means before the transforms.
+        variance: variances before the transforms.
+        *transforms: the transforms, in their order.
+        gaussian: whether the numbers are Gaussian before the transforms.
+    """
+    for transform in _parts(transforms):
+        if isinstance(transform, AffineTransform):
+            mean = transform.loc + transform.scale * mean
+            variance = torch.as_tensor(transform.scale).square() * variance
+        elif isinstance(transform, ExpTransform) and gaussian:
+            log_normal = dist.LogNormal(mean, variance.sqrt())
+            mean, variance, gaussian = log_normal.mean, log_normal.variance, False
+        else:
+            return None
+    return mean, variance
 
 
 def circular_std(length: Tensor) -> Tensor:
@@ -134,12 +163,12 @@ def _base(fn: Any) -> Any:
     return fn
 
 
-def _is_exponential(transforms: list[Transform]) -> bool:
-    if len(transforms) != 1:
-        return False
-    (transform,) = transforms
-    if isinstance(transform, ComposeTransform):
-        return _is_exponential(transform.parts)
-    if isinstance(transform, IndependentTransform):
-        return _is_exponential([transform.base_transform])
-    return isinstance(transform, ExpTransform)
+def _parts(transforms: Iterable[Transform]) -> Iterator[Transform]:
+    """Yield the parts of transforms, without ``Independent`` wrappers."""
+    for transform in transforms:
+        if isinstance(transform, ComposeTransform):
+            yield from _parts(transform.parts)
+        elif isinstance(transform, IndependentTransform):
+            yield from _parts([transform.base_transform])
+        else:
+            yield transform

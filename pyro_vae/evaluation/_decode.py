@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from pyro_vae._programs.argument_shapes import ColumnSpec, spec_of_x
+from pyro_vae._programs.argument_shapes import spec_of_x
 from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.enumeration import is_enumerated
 from pyro_vae._programs.pair_trace import PairTrace, Program
@@ -24,7 +25,7 @@ from pyro_vae._programs.sites import (
     to_particle_layout,
 )
 from pyro_vae._programs.validation import PROGRAM_ERRORS
-from pyro_vae._utils.checks import check_call, positive_integer
+from pyro_vae._utils.checks import check_call, positive_integer, shown
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.value_checks import values_checked
@@ -60,9 +61,9 @@ def decode(
         z: values ``(N, *inner plates, *event)`` of the only latent, such as the mean or the samples
             of :func:`encode`. For several latents, a dictionary of such tensors by site.
         *covariates: further arguments of the program, with N rows each.
-        x: any data of the right shape, at least one row. Its values have no effect on E[x|z] if
-            the model uses x for its observations alone. By default, the shape is that of the data
-            that the model was fitted or evaluated on, also before it was saved.
+        x: any data of the right shape, N rows or one row for all. It is needed if the shape is
+            unknown, or if the model uses the values of x other than to observe them. By default,
+            the shape is that of the data that the model was last fitted or evaluated on.
         guide: the guide that the model was fitted with. A model with ``pyro.param`` statements
             needs it, because their values are in the store of the pair.
         num_samples: S, the number of samples of x for each z; with 0, the mean is returned.
@@ -78,8 +79,9 @@ def decode(
 
     Raises:
         ValueError: A latent is unknown, has another shape than its site, or is not given and not
-            the only one. The model cannot run on these values. The shape of x is unknown. Without
-            ``by_site``: the errors of :func:`reconstruct`.
+            the only one. The model cannot run on these values. The shape of x is unknown, or the
+            model uses its values, and ``x`` is None. Without ``by_site``: the errors of
+            :func:`reconstruct`.
         TypeError: An argument has the wrong type.
 
     Example:
@@ -104,12 +106,12 @@ def decode(
     given = _given(z, device)
     count = len(next(iter(given.values())))
     columns = covariate_columns(model, partner, covariates, count)
-    like = None if x is None else as_tensor(x, "x", finite=False).to(device)
+    data = None if x is None else _one_for_each(as_tensor(x, "x", finite=False), count).to(device)
 
     def run(rows: Tensor) -> Numbers:
         rows = rows % count
-        placeholder = spec.zeros(len(rows), device)
-        batch = (placeholder, *(column[rows] for column in columns))
+        x_of_rows = spec.full(len(rows), device) if data is None else data[rows].contiguous()
+        batch = (x_of_rows, *(column[rows] for column in columns))
         some = {name: values[rows] for name, values in given.items()}
         return _decoded(model, batch, some, draw=num_samples > 0, by_site=by_site)
 
@@ -119,11 +121,8 @@ def decode(
         evaluation_mode(model),
         values_checked(False),  # x is a placeholder, which may be outside of the support
     ):
-        spec = (
-            spec_of_x(model, [c[:2] for c in columns], device)
-            if like is None
-            else ColumnSpec.of(like)
-        )
+        if data is None:
+            spec = spec_of_x(model, [c[:2] for c in columns], device)
         rows = torch.arange(count * max(1, num_samples))
         found = in_batches(run, rows, batch_size, progress, "decode")
     if not num_samples:
@@ -133,12 +132,27 @@ def decode(
     return found.unflatten(0, (num_samples, count))
 
 
+def _one_for_each(x: Tensor, count: int) -> Tensor:
+    """Return one row of data for each row of z.
+
+    Raises:
+        ValueError: The data have neither as many rows as z, nor one.
+    """
+    if len(x) not in (1, count):
+        raise ValueError(f"x must have one row, or {count} as z, got shape {tuple(x.shape)}")
+    return x.expand(count, *x.shape[1:])
+
+
 def _given(z: Any, device: torch.device) -> dict[str, Tensor]:
     """Return values by site; the only latent has the name "".
 
     Raises:
         ValueError: There are no values, or they are not dense tensors of one length.
     """
+    if not isinstance(z, Tensor | np.ndarray | Mapping):
+        raise TypeError(
+            f"z must be a tensor of latents, or a dictionary of tensors by site, got {shown(z)}"
+        )
     columns = dict(z) if isinstance(z, Mapping) else {"": z}
     named = {name: f"z[{name!r}]" if isinstance(z, Mapping) else "z" for name in columns}
     given = {n: as_tensor(values, named[n], finite=False) for n, values in columns.items()}
@@ -209,9 +223,9 @@ def _placed(latents: Mapping[str, Site], given: Mapping[str, Tensor]) -> dict[st
             )
         wanted = to_particle_layout(local[name]["value"], local[name], None)[0].shape[1:]
         if values.shape[1:] != wanted:
+            sizes = ", ".join(["N", *map(str, wanted)])
             raise ValueError(
-                f"z of latent site {name!r} must be of shape ('N', {str(tuple(wanted))[1:]}, got "
-                f"{tuple(values.shape)}"
+                f"z of latent site {name!r} must be of shape ({sizes}), got {tuple(values.shape)}"
             )
         placed[name] = from_data_layout(values, local[name])
     return placed

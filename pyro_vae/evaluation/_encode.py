@@ -21,6 +21,7 @@ from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import Batch, Data
 from pyro_vae.distributions._moments import SampledMoments, closed_form_moments, one_hot
 from pyro_vae.evaluation._guide_samples import GuideSampler, guide_trace, local_latents_in
+from pyro_vae.evaluation._predict import as_covariates
 from pyro_vae.evaluation._runner import Part, Runner
 
 
@@ -148,7 +149,7 @@ def encode(
         "encode",
         model,
         guide,
-        (x, *covariates) if covariates else x,
+        (x, *as_covariates(covariates)) if covariates else x,
         batch_size=batch_size,
         vectorize_particles=None,
         seed=seed,

@@ -16,7 +16,7 @@ from pyro_vae._utils.checks import check_call, is_whole_number, positive_integer
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import Batch
-from pyro_vae.evaluation._predict import columns_of, mean_of_x
+from pyro_vae.evaluation._predict import as_covariates, columns_of, mean_of_x
 
 Numbers = Tensor | dict[str, Tensor]  # in the layout of x, or by site
 
@@ -44,7 +44,8 @@ def generate(
         model: program of p(x, z).
         x: the number of data points N, or any data of the right shape ``(N, *event)``. A number is
             enough if the model was fitted, evaluated or loaded before, because the shape of x is
-            then known. It is also enough for a model that observes x itself at one site.
+            then known. It is also enough for a model that observes x itself at one site. Pass data
+            if the model uses the values of x otherwise, such as their sum as a total count.
         *covariates: further arguments of the program, with N rows each.
         guide: the guide that the model was fitted with. A model with ``pyro.param`` statements
             needs it, because their values are in the store of the pair.
@@ -60,8 +61,8 @@ def generate(
 
     Raises:
         ValueError: Data or an argument are invalid. ``x`` is a number, and the shape of x is
-            unknown. Without ``by_site``: the model does not observe all of x, observes a number of
-            x twice, or observes sums of numbers of x.
+            unknown, or the model uses the values of x. Without ``by_site``: the model does not
+            observe all of x, observes a number of x twice, or observes sums of numbers of x.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -90,7 +91,7 @@ def generate(
     def run(rows: Tensor) -> Numbers:
         batch = [column[rows] for column in columns]
         if is_whole_number(x):
-            batch.insert(0, spec.zeros(len(rows), device))
+            batch.insert(0, spec.full(len(rows), device))
         return mean_of_x(model, *batch, by_site=by_site, draw=draw)
 
     with (
@@ -111,9 +112,8 @@ def covariate_columns(
     Raises:
         ValueError: A covariate does not have ``count`` rows.
     """
-    if not covariates:
-        return ()
-    columns = columns_of(model, guide, *covariates)
+    device = device_of(model, guide)
+    columns = [column.to(device).contiguous() for column in as_covariates(covariates)]
     if any(len(column) != count for column in columns):
         raise ValueError(
             f"each of covariates must have {count} rows, one for each data point, got "

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -40,6 +41,9 @@ def local_latents_in(trace: poutine.Trace) -> dict[str, Site]:
     return {n: site for n, site in latents_in(trace).items() if data_frame(site) is not None}
 
 
+_OBSERVATION = "_no_observation"
+
+
 class GuideSampler:
     """Draws many samples for each data point from a guide.
 
@@ -69,10 +73,11 @@ class GuideSampler:
         """Run a model whose density is one for all values of the guide's latents."""
         with poutine.block():
             sites = latents_in(guide_trace(self._guide, batch))
-        for name, site in inside_all(sites, batch[0]):
-            pyro.sample(name, _anything(site))
-        with pyro.plate("data", len(batch[0]), dim=_data_dim(sites)):
-            pyro.factor("_no_observation", batch[0].new_zeros(()).float())
+        for name, site in inside_all(sites | _observation(sites), batch[0]):
+            if name == _OBSERVATION:
+                pyro.factor(name, torch.zeros((), device=batch[0].device))
+            else:
+                pyro.sample(name, _anything(site))
 
 
 def _anything(site: Site) -> dist.ImproperUniform:
@@ -83,5 +88,9 @@ def _anything(site: Site) -> dist.ImproperUniform:
     return dist.ImproperUniform(support, torch.Size(), site["fn"].event_shape)
 
 
-def _data_dim(sites: dict[str, Site]) -> int:
-    return next(frame.dim for frame in map(data_frame, sites.values()) if frame is not None)
+def _observation(sites: dict[str, Site]) -> dict[str, Site]:
+    """Return a site in the plate ``"data"`` alone, because a model must observe something."""
+    local = next(site for site in sites.values() if data_frame(site) is not None)
+    plates = (data_frame(local),)
+    return {_OBSERVATION: {**local, "fn": Unit(torch.zeros(())), "mask": None,
+                           "cond_indep_stack": plates}}  # fmt: skip

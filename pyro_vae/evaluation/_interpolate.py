@@ -13,6 +13,7 @@ from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae.datasets._minibatches import as_tensor
 from pyro_vae.evaluation._decode import decode
 from pyro_vae.evaluation._encode import encode
+from pyro_vae.evaluation._predict import as_covariates
 
 Path = Literal["linear", "spherical"]
 
@@ -48,7 +49,8 @@ def interpolate(
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        start: data ``(B, *event)`` at t = 0.
+        start: data ``(B, *event)`` at t = 0. A model that uses the values of x other than to
+            observe them gets these data at all t.
         end: data ``(B, *event)`` at t = 1.
         *covariates: further arguments of the programs, the same for both ends.
         num: number of points on the path, both ends included, at least 2.
@@ -90,7 +92,7 @@ def interpolate(
             f"{tuple(ends[1].shape)}"
         )
     options = {"batch_size": batch_size, "plate": plate, "seed": seed, "progress": progress}
-    columns = [as_tensor(each, "each of covariates", finite=False) for each in covariates]
+    columns = as_covariates(covariates)
     codes = encode(
         model, guide, torch.cat(ends), *(_repeated(c, 2) for c in columns), site=site, **options
     )
@@ -106,7 +108,7 @@ def interpolate(
         model,
         {codes.site: points.flatten(0, 1)},
         *(_repeated(column, num) for column in columns),
-        x=ends[0],
+        x=_repeated(ends[0], num),
         guide=guide,
         **options,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from pyro_vae._programs.data_plate import name_data_plate
@@ -86,9 +88,13 @@ def reconstruct(
 def columns_of(model: Program, guide: Program, x: Tensor, *covariates: Tensor) -> list[Tensor]:
     """Return x and covariates as tensors on the device of the pair."""
     device = device_of(model, guide)
-    named = [(x, "x"), *((each, "each of covariates") for each in covariates)]
-    columns = [as_tensor(values, name, finite=False) for values, name in named]
+    columns = [as_tensor(x, "x", finite=False), *as_covariates(covariates)]
     return [column.to(device).contiguous() for column in columns]
+
+
+def as_covariates(covariates: Sequence[Tensor]) -> list[Tensor]:
+    """Return covariates as tensors."""
+    return [as_tensor(each, "each of covariates", finite=False) for each in covariates]
 
 
 def mean_of_x(

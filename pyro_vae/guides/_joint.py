@@ -14,7 +14,8 @@ from torch.distributions.constraints import Constraint
 
 from pyro_vae import flows
 from pyro_vae._programs.latent_sites import LatentSite, inside
-from pyro_vae._programs.sites import DATA_PLATE, JOINT_DENSITY, ON_SUPPORT, is_real
+from pyro_vae._programs.sites import DATA_PLATE, JOINT_DENSITY, ON_SUPPORT
+from pyro_vae.distributions._moments import GAUSSIANS, pushed_moments
 
 
 class JointDraw:
@@ -70,19 +71,21 @@ class JointDraw:
         self._drawn.append(value)
         return value
 
-    def moment(self, number: int, which: str) -> Tensor:
-        """Return the ``"mean"`` or ``"variance"`` of a site's part, as :meth:`draw` its sample.
+    def moments(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of a site's part, in the layout of its samples.
 
         Raises:
-            NotImplementedError: The joint distribution has no closed form, or a bijection maps this
-                part onto a support.
+            NotImplementedError: They have no closed form.
         """
         site = self._sites[number]
-        if not is_real(site.bijection.codomain):
+        sizes = [each.shape.numel() for each in self._sites]
+        rows = (self._distribution.mean, self._distribution.variance)
+        parts = [site.from_rows(r.split(sizes, -1)[number], site.event_shape) for r in rows]
+        gaussian = isinstance(self._distribution, GAUSSIANS)
+        found = pushed_moments(*parts, site.bijection, gaussian=gaussian)
+        if found is None:
             raise NotImplementedError
-        rows = getattr(self._distribution, which)
-        rows = rows.split([each.shape.numel() for each in self._sites], -1)[number]
-        return site.from_rows(rows, site.event_shape)
+        return found
 
     def _log_prob(self, values: list[Tensor]) -> Tensor:
         """Return the joint log-density of all values, with the batch in the data dimension."""
@@ -143,13 +146,13 @@ class _Part(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """The mean of the site's part, if the site is real and the joint mean is known."""
-        return self._joint.moment(self._number, "mean")
+        """The mean of the site's part, if it has a closed form."""
+        return self._joint.moments(self._number)[0]
 
     @property
     def variance(self) -> Tensor:
-        """The variance of the site's part, if the site is real and the joint one is known."""
-        return self._joint.moment(self._number, "variance")
+        """The variance of each number of the site's part, if it has a closed form."""
+        return self._joint.moments(self._number)[1]
 
     def expand(self, batch_shape, _instance=None) -> _Part:
         """Return the part with a larger batch shape."""

@@ -39,6 +39,8 @@ CALLS = {
     "compare": lambda m, g, x: pv.compare({"a": (m, g)}, x, num_particles=3),
     "reconstruct": pv.reconstruct,
     "generate": lambda m, g, x: pv.generate(m, x),
+    "decode": lambda m, g, x: pv.decode(m, x[:, :2], x=x),
+    "interpolate": lambda m, g, x: pv.interpolate(m, g, x[:2], x[2:4]),
     "to_arviz": lambda m, g, x: pv.to_arviz(m, g, x, num_draws=2),
 }
 
