@@ -51,7 +51,7 @@ def draw(args):
 
     yield "reconstructions", pv.plots.reconstructions(model, guide, x[:20], **IMAGE)
     yield "samples", pv.plots.samples(model, 50, **IMAGE)
-    yield "traversals", pv.plots.traversals(model, guide, x[3:4], **IMAGE)
+    yield "traversals", pv.plots.traversals(model, guide, x, row=3, **IMAGE)
     yield "interpolations", pv.plots.interpolations(model, guide, x[:6], x[6:12], **IMAGE)
     yield "manifold", pv.plots.manifold(flat.model, **IMAGE)
 

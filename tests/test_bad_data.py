@@ -103,7 +103,8 @@ OTHER_NAMES: dict[tuple[str, str], str] = {
     ("terms", "args"): "x",  # the programs' own first argument
     ("terms", "plate_nesting"): "plate_nesting|plates",  # Pyro says which plates collide
     ("priors.AggregatedPosterior", "data"): "data|x",  # the x of the guide's encoder
-    ("interpolate", "start"): "start|x",  # the programs' own first argument
+    ("interpolate", "start"): "start|x",
+    ("plots.interpolations", "start"): "start|x",  # the programs' own first argument
     ("compare", "train"): "train|data",  # it is the data of the surgery
     **{("diagnose", name): f"{name}|data" for name in ("train", "test")},
     ("gradient_noise", "x"): "x|parameter|value",  # torch names the parameter that is NaN

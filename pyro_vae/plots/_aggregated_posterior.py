@@ -14,9 +14,9 @@ from pyro_vae._programs.parameters import device_of
 from pyro_vae._utils.checks import check_call, is_number, shown
 from pyro_vae.datasets._minibatches import as_tensor
 from pyro_vae.evaluation import Encoding, encode
-from pyro_vae.plots._axes import BLUE, RED, check_axes, literal, new_figure
+from pyro_vae.plots._axes import BLUE, RED, check_axes, new_figure
 from pyro_vae.plots._density import gaussian_mixture, grid_around, smoothed
-from pyro_vae.plots._dimensions import choose_dimensions
+from pyro_vae.plots._dimensions import choose_dimensions, names_of
 from pyro_vae.plots._prior import NUM_SAMPLES, PriorOfSite
 
 if TYPE_CHECKING:
@@ -96,10 +96,12 @@ def aggregated_posterior(
     prior = PriorOfSite(model, guide, [c.to(device) for c in columns], code.site, seed)
     of_prior = prior.samples()
     chosen = _chosen(dimensions, code, of_prior)
-    names = [literal(f"{code.site}[{each}]") for each in chosen]
-    of_guide = code.samples.flatten(0, 1).flatten(1)[:, chosen].double()
+    names = names_of(code.site, chosen, of_prior.shape[1])
+    of_guide, loc, scale = (
+        each.double().reshape(-1, of_prior.shape[1])[:, chosen]
+        for each in (code.samples, code.mean, code.std)
+    )
     of_prior = of_prior[:, chosen]
-    loc, scale = (each.flatten(1)[:, chosen].double() for each in (code.mean, code.std))
     kept = torch.randperm(len(of_guide), generator=torch.Generator().manual_seed(0))[:100_000]
     of_guide = of_guide[kept]
     grids = [grid_around(*each) for each in zip(of_guide.T, of_prior.T, strict=True)]
@@ -178,7 +180,7 @@ def _checked_masses(masses: Any) -> list[float]:
 
 def _chosen(dimensions: Any, code: Encoding, of_prior: Tensor) -> list[int]:
     """Return one or two dimensions; see :func:`aggregated_posterior`."""
-    activity = code.mean.flatten(1).double().var(0, correction=0) / of_prior.var(0)
+    activity = code.mean.double().reshape(len(code), -1).var(0, correction=0) / of_prior.var(0)
     single = isinstance(dimensions, Sequence | np.ndarray) and len(dimensions) == 1
     return choose_dimensions(dimensions, activity, 1 if single or len(activity) == 1 else 2)
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_vae._utils.checks import check_call
 from pyro_vae.evaluation import Surgery
 from pyro_vae.plots._axes import (
     BLUE,
@@ -20,7 +19,7 @@ from pyro_vae.plots._axes import (
     height_of_rows,
     label_rows,
 )
-from pyro_vae.plots._results import Comparison, Diagnosis, surgeries_of
+from pyro_vae.plots._results import Comparison, Diagnosis, require_result, surgeries_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +68,7 @@ def differences(comparison: Comparison, *, ax: Axes | None = None) -> Figure:
         >>> sorted(label.get_text() for label in figure.axes[0].get_yticklabels())
         ['four latents', 'two latents']
     """
-    check_call(differences, locals())
+    require_result("comparison", comparison, Comparison, "pv.compare")
     entries = comparison.entries
     axes = axes_for(ax, height_of_rows(len(entries)))
     found = [comparison.difference(entry.name) for entry in entries]
@@ -126,7 +125,6 @@ def surgery(results: Surgery | Mapping[str, Any] | Comparison, *, ax: Axes | Non
         >>> bool(abs(sum(bar.get_width() for bar in bars) + terms.elbo) < 1e-4)
         True
     """
-    check_call(surgery, locals())
     check_axes(ax)
     named = surgeries_of(results)
     axes = axes_for(ax, height_of_rows(len(named)))
@@ -191,7 +189,7 @@ def diagnosis(result: Diagnosis, *, ax: Axes | None = None) -> Figure:
         >>> float(figure.axes[0].patches[0].get_width())
         3.0
     """
-    check_call(diagnosis, locals())
+    require_result("result", result, Diagnosis, "pv.diagnose")
     losses = result.possible_losses
     axes = axes_for(ax, height_of_rows(len(losses)) - 0.3)
     values = np.array([entry.value for entry in losses])

@@ -13,7 +13,7 @@ from pyro_vae._utils.checks import check_call
 from pyro_vae.datasets._minibatches import as_tensor
 from pyro_vae.evaluation import Encoding
 from pyro_vae.plots._axes import BLUE, GRAY, axes_for, check_axes, literal
-from pyro_vae.plots._dimensions import choose_dimensions
+from pyro_vae.plots._dimensions import choose_dimensions, names_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +73,8 @@ def codes(
     check_axes(ax)
     name = encoding.site if isinstance(encoding, Encoding) else "z"
     values = encoding.mean if isinstance(encoding, Encoding) else encoding
-    z = as_tensor(values, "encoding").cpu().double().flatten(1)
+    z = as_tensor(values, "encoding").cpu().double()
+    z = z.reshape(len(z), -1)
     points, names = _in_two_dimensions(z, name, dimensions)
     values = None if labels is None else _checked_labels(labels, len(z))
     axes = axes_for(ax, 4.2)
@@ -104,7 +105,7 @@ def _in_two_dimensions(z: Tensor, name: str, dimensions: Any) -> tuple[np.ndarra
         )
     if dimensions is not None or size == 2:
         chosen = choose_dimensions(dimensions, z.var(0, correction=0), 2)
-        return z[:, chosen].numpy(), [literal(f"{name}[{each}]") for each in chosen]
+        return z[:, chosen].numpy(), names_of(name, chosen, size)
     centered = z - z.mean(0)
     variances, vectors = torch.linalg.eigh(centered.T @ centered / len(z))
     vectors = vectors[:, [-1, -2]]
@@ -130,6 +131,8 @@ def _checked_labels(labels: Any, count: int) -> np.ndarray | list[str]:
         )
     if values.dtype.kind == "f":
         return values.astype(float)
+    if values.dtype.kind not in "biuU":
+        values = np.array([str(value) for value in values])
     different = len(set(values.tolist()))
     if different <= _MOST_LEVELS:
         return values.tolist()
@@ -143,7 +146,7 @@ def _checked_labels(labels: Any, count: int) -> np.ndarray | list[str]:
 def _draw_levels(
     axes: Axes, points: np.ndarray, order: np.ndarray, values: list[Any], style: dict[str, Any]
 ) -> None:
-    levels = sorted(set(values), key=lambda level: (isinstance(level, str), level))
+    levels = sorted(set(values))
     numbers = np.array([levels.index(value) for value in values])
     many = len(_OF_LEVELS)
     for kind, marker in enumerate(_MARKERS):

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_vae._utils.checks import is_whole_number
+from pyro_vae.plots._axes import literal
 
 _MOST = 10
 
@@ -41,3 +42,8 @@ def choose_dimensions(dimensions: Any, activity: Tensor, count: int | None = Non
             f"{dimensions!r}"
         )
     return chosen
+
+
+def names_of(site: str, dimensions: Sequence[int], size: int) -> list[str]:
+    """Return the names of dimensions of a latent with that many numbers."""
+    return [literal(site if size == 1 else f"{site}[{each}]") for each in dimensions]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.extras import require
 from pyro_vae.evaluation import GradientNoise
 from pyro_vae.plots._axes import COLORS, GRAY, WIDTH, check_axes, label_rows, literal, new_figure
@@ -52,7 +51,6 @@ def gradient_noise(results: GradientNoise | Mapping[str, GradientNoise]) -> Figu
         >>> [axes.get_title() for axes in figure.axes]
         ['model', 'guide']
     """
-    check_call(gradient_noise, locals())
     check_axes(None)
     named = dict(results) if isinstance(results, Mapping) else {"": results}
     wrong = [each for each in named.values() if not isinstance(each, GradientNoise)]

@@ -18,7 +18,7 @@ from pyro_vae.datasets._minibatches import as_tensor
 from pyro_vae.evaluation import decode, encode, interpolate
 from pyro_vae.evaluation._interpolate import Path
 from pyro_vae.plots._axes import check_axes
-from pyro_vae.plots._dimensions import choose_dimensions
+from pyro_vae.plots._dimensions import choose_dimensions, names_of
 from pyro_vae.plots._mosaic import (
     ImageShape,
     as_images,
@@ -40,6 +40,7 @@ def traversals(
     guide: Program,
     x: Tensor,
     *covariates: Tensor,
+    row: int = 0,
     site: str | None = None,
     dimensions: Sequence[int] | None = None,
     num: int = 9,
@@ -64,8 +65,9 @@ def traversals(
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        x: one data point ``(1, *event)``.
-        *covariates: further arguments of the programs, with one row each.
+        x: images, as in :func:`reconstructions`.
+        *covariates: further arguments of the programs.
+        row: the number of the data point in x.
         site: name of the latent site; by default, the only latent.
         dimensions: the dimensions d, as positions in the flattened latent. By default, the ten with
             the smallest standard deviation of q(z|x) relative to the prior, in order.
@@ -82,8 +84,9 @@ def traversals(
 
     Raises:
         ImportError: The extra ``report`` is not installed.
-        ValueError: x is not one image, a dimension does not exist, or the latent is discrete. It
-            also raises the errors of :func:`pyro_vae.encode` and :func:`pyro_vae.decode`.
+        ValueError: The data are not images, a row or dimension does not exist, or the latent is
+            discrete. It also raises the errors of :func:`pyro_vae.encode` and
+            :func:`pyro_vae.decode`.
         TypeError: An argument has the wrong type.
 
     Example:
@@ -94,7 +97,7 @@ def traversals(
         ... )
         >>> guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
         >>> x = torch.rand(6, 16).round()
-        >>> figure = pv.plots.traversals(model, guide, x[:1], image_shape=(4, 4))
+        >>> figure = pv.plots.traversals(model, guide, x, row=3, image_shape=(4, 4))
         >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
         ['z[0]', 'z[1]']
     """
@@ -104,10 +107,11 @@ def traversals(
     reach = positive_number("reach", reach)
     image_shape = check_image_shape(image_shape)
     x = as_tensor(x, "x", finite=False)
-    as_images(x, image_shape)
-    if len(x) != 1:
-        raise ValueError(f"x must be one data point of shape (1, ...), got {tuple(x.shape)}: x[:1]")
+    as_images(x[:1], image_shape)
+    if (row := positive_integer("row", row, minimum=0)) >= len(x):
+        raise ValueError(f"row must be below the number of data points, {len(x)}, got {row}")
     columns = [x, *(as_tensor(each, "each of covariates", finite=False) for each in covariates)]
+    columns = [column[row : row + 1] for column in columns]
     code = encode(model, guide, *columns, site=site, plate=plate, seed=seed)
     device = device_of(model, guide)
     prior = PriorOfSite(model, guide, [c.to(device) for c in columns], code.site, seed)
@@ -125,7 +129,7 @@ def traversals(
         model,
         {code.site: points},
         *(_repeated(each, len(points)) for each in columns[1:]),
-        x=x,
+        x=columns[0],
         guide=guide,
         plate=plate,
         seed=seed,
@@ -134,7 +138,7 @@ def traversals(
     axes = draw_mosaic(
         ax,
         images.reshape(len(chosen), num, *images.shape[1:]),
-        rows=[f"{code.site}[{dimension}]" for dimension in chosen],
+        rows=names_of(code.site, chosen, len(scale)),
         columns=_marks(steps),
         xlabel="distance from the code, standard deviations of the prior",
         cmap=cmap,
@@ -295,6 +299,7 @@ def manifold(
             f"manifold needs a latent with two dimensions, and site {prior.site!r} has {size}. Use "
             "pv.plots.traversals, or pass another site"
         )
+    across_name, up_name = names_of(prior.site, [0, 1], 2)
     levels = (torch.arange(num, dtype=torch.double) + 0.5) / num
     across, up = prior.quantiles(levels).T
     grid = torch.cartesian_prod(up.flip(0), across).flip(1)  # the top row first
@@ -302,7 +307,7 @@ def manifold(
         model,
         {prior.site: grid.to(prior.dtype).reshape(-1, *prior.shape)},
         *(_repeated(column, len(grid)) for column in columns),
-        x=x,
+        x=None if x is None else as_tensor(x, "x", finite=False)[:1],
         guide=guide,
         plate=plate,
         seed=seed,
@@ -313,8 +318,8 @@ def manifold(
         images.reshape(num, num, *images.shape[1:]),
         rows=_sparse(_marks(up.flip(0))),
         columns=_sparse(_marks(across)),
-        xlabel=f"{prior.site}[0]",
-        ylabel=f"{prior.site}[1]",
+        xlabel=across_name,
+        ylabel=up_name,
         cmap=cmap,
     )
     return axes.figure

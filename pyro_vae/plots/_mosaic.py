@@ -140,8 +140,8 @@ def draw_mosaic(
         extent=(-half[1], across - 1 + half[1], count - 1 + half[0], -half[0]),
         aspect=pitch[0] / pitch[1],
     )
-    ax.set_yticks(range(len(rows)), [literal(row) for row in rows])
-    ax.set_xticks(range(len(columns)), [literal(column) for column in columns])
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_xticks(range(len(columns)), columns)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set(xlabel=xlabel, ylabel=ylabel)

@@ -86,7 +86,8 @@ class PriorOfSite:
         with seeded(self._seed):
             for rows in (torch.arange(count) % total).split(_AT_ONCE):
                 batch = tuple(column[rows] for column in self._columns)
-                found.append(self._values(self._sites(batch)[self.site]).flatten(1))
+                values = self._values(self._sites(batch)[self.site])
+                found.append(values.reshape(len(values), -1))
         return torch.cat(found).cpu().double()
 
     def quantiles(self, levels: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class PriorOfSite:
         if self._marginals is not None:
             with contextlib.suppress(NotImplementedError):
                 rows = torch.stack([self._marginals.icdf(p) for p in levels.to(self._value)])
-                return rows[:, 0].flatten(1).cpu().double()
+                return rows[:, 0].reshape(len(rows), -1).cpu().double()
         return self.samples().quantile(levels.double(), dim=0)
 
     def density(self, dimensions: list[int], grids: list[Tensor]) -> GridDensity | None:
@@ -113,8 +114,9 @@ class PriorOfSite:
             for dimension, grid in zip(dimensions, grids, strict=True):
                 values = rows.clone()
                 values[:, dimension] = grid.to(rows)
-                log_density = self._marginals.log_prob(values.reshape(-1, 1, *event))
-                found.append(log_density[:, 0].flatten(1)[:, dimension].exp().cpu().double())
+                log_density = self._marginals.log_prob(values.reshape(-1, 1, *event))[:, 0]
+                log_density = log_density.reshape(len(grid), -1)[:, dimension]
+                found.append(log_density.exp().cpu().double())
             return GridDensity.of_marginals(found, grids)
         if not self._is_fixed or sorted(dimensions) != list(range(event.numel())):
             return None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pyro_vae._utils.checks import check_call
 from pyro_vae.plots._axes import BLUE, GRAY, GREEN, RED, axes_for
-from pyro_vae.plots._results import RateDistortion
+from pyro_vae.plots._results import RateDistortion, require_result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +39,7 @@ def rate_distortion(curve: RateDistortion, *, ax: Axes | None = None) -> Figure:
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['β = 0.5', 'β = 2']
     """
-    check_call(rate_distortion, locals())
+    require_result("curve", curve, RateDistortion, "pv.rate_distortion")
     axes = axes_for(ax, 4.4)
     table = curve.table
     axes.errorbar(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from pyro_vae._utils.checks import shown
 from pyro_vae.evaluation import Surgery
 
 
@@ -46,6 +47,12 @@ class RateDistortion(Protocol):
     table: Any
     entropy: float
     refit: str
+
+
+def require_result(name: str, value: Any, kind: type, source: str) -> None:
+    """Raise TypeError if an argument is not a result with the parts of ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be the result of {source}, got {shown(value)}")
 
 
 def surgeries_of(results: Any) -> dict[str, list[Surgery]]:
