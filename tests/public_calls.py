@@ -69,11 +69,11 @@ def _numbers_of(figure: Any) -> list[Any]:
     """Return images, bars and the points of lines and scatters that a figure shows."""
     found: list[Any] = []
     for axes in figure.axes:
-        found += [np.nan_to_num(each.get_array().filled(0.0)) for each in axes.images]
-        found += [np.nan_to_num(each.get_xydata()) for each in axes.lines]
-        found += [np.nan_to_num(each.get_width()) for each in axes.patches]
-        found += [each.get_offsets().filled(0.0) for each in axes.collections]
-    return found
+        found += [each.get_array() for each in axes.images]
+        found += [each.get_xydata() for each in axes.lines]
+        found += [each.get_width() for each in axes.patches]
+        found += [each.get_offsets() for each in axes.collections]
+    return [torch.as_tensor(np.nan_to_num(np.ma.filled(f, 0.0).astype(float))) for f in found]
 
 
 def _normal(value: Tensor) -> Any:

@@ -14,7 +14,7 @@ from pyro_vae._programs.parameters import device_of
 from pyro_vae._utils.checks import check_call, is_number, shown
 from pyro_vae.datasets._minibatches import as_tensor
 from pyro_vae.evaluation import Encoding, encode
-from pyro_vae.plots._axes import BLUE, RED, check_axes, new_figure
+from pyro_vae.plots._axes import BLUE, DARK, RED, check_axes, new_figure
 from pyro_vae.plots._density import gaussian_mixture, grid_around, smoothed
 from pyro_vae.plots._dimensions import choose_dimensions, names_of
 from pyro_vae.plots._prior import NUM_SAMPLES, PriorOfSite
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SHADES = ("#dbe5ef", "#b3c8de", "#86a5c8", "#4477aa")  # of BLUE, from the outer region
+_SHADES = ("#e3ebf3", "#c5d5e6", "#a3bdd8", "#7b9fc6")  # of BLUE, from the outer region
 
 
 def aggregated_posterior(
@@ -141,7 +141,9 @@ def aggregated_posterior(
         linewidths=1.2,
     )
     percents = [f"{share:.0%}" for share in shares]
-    axes.clabel(lines, fmt=dict(zip(lines.levels, percents, strict=True)), fontsize="small")
+    axes.clabel(
+        lines, fmt=dict(zip(lines.levels, percents, strict=True)), fontsize="small", colors=DARK
+    )
     axes.set(xlabel=names[0], ylabel=names[1])
     axes.spines[["top", "right"]].set_visible(False)
     _draw_marginal(above, grids[0], q.marginals[0], p.marginals[0])
