@@ -97,6 +97,9 @@ WHAT_CAME = (
 ANY_NUMBERS = {
     ("generate", "x"): "x gives the number of rows and their shape alone",
     ("decode", "x"): "x gives the shape of a row alone",
+    ("plots.samples", "x"): "as generate",
+    ("plots.manifold", "x"): "as decode",
+    ("plots.traversals", "x"): "one row is encoded",
 }
 # Names in a message that replace the name of the argument, and why.
 OTHER_NAMES: dict[tuple[str, str], str] = {

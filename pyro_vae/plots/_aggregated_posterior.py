@@ -14,6 +14,7 @@ from pyro_vae._programs.parameters import device_of
 from pyro_vae._utils.checks import check_call, is_number, shown
 from pyro_vae.datasets._minibatches import as_tensor
 from pyro_vae.evaluation import Encoding, encode
+from pyro_vae.plots._arguments import as_list
 from pyro_vae.plots._axes import BLUE, DARK, RED, check_axes, new_figure
 from pyro_vae.plots._density import gaussian_mixture, grid_around, smoothed
 from pyro_vae.plots._dimensions import choose_dimensions, names_of
@@ -167,8 +168,7 @@ def _checked_masses(masses: Any) -> list[float]:
         TypeError: The argument is not a sequence of numbers.
         ValueError: A share does not lie between 0 and 1, or there are more than four or none.
     """
-    if isinstance(masses, str | bytes) or not isinstance(masses, Sequence | np.ndarray):
-        raise TypeError(f"masses must be a sequence, such as (0.5, 0.95), got {shown(masses)}")
+    masses = as_list("masses", masses, "(0.5, 0.95)")
     if not all(map(is_number, masses)):
         raise TypeError(f"masses must hold numbers, got {shown(masses)}")
     shares = sorted({float(mass) for mass in masses}, reverse=True)

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_vae._utils.checks import is_whole_number
+from pyro_vae.plots._arguments import as_list
 from pyro_vae.plots._axes import literal
 
 _MOST = 10
@@ -29,8 +30,7 @@ def choose_dimensions(dimensions: Any, activity: Tensor, count: int | None = Non
     if dimensions is None:
         most = min(len(activity), _MOST if count is None else count)
         return sorted(activity.nan_to_num(nan=-np.inf).topk(most).indices.tolist())
-    if isinstance(dimensions, str | bytes) or not isinstance(dimensions, Sequence | np.ndarray):
-        raise TypeError(f"dimensions must be a sequence, such as [0, 1], got {dimensions!r}")
+    dimensions = as_list("dimensions", dimensions, "[0, 1]")
     if not all(map(is_whole_number, dimensions)):
         raise TypeError(f"dimensions must hold whole numbers, got {dimensions!r}")
     chosen = [int(each) for each in dimensions]

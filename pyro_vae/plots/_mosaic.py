@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.checks import positive_integer, shown
+from pyro_vae._utils.checks import positive_integer
+from pyro_vae.plots._arguments import as_list
 from pyro_vae.plots._axes import WIDTH, axes_for, literal, new_figure
 
 if TYPE_CHECKING:
@@ -32,11 +33,8 @@ def check_image_shape(image_shape: Any) -> tuple[int, ...] | None:
     """
     if image_shape is None:
         return None
-    if isinstance(image_shape, str | bytes) or not isinstance(image_shape, Sequence | np.ndarray):
-        raise TypeError(
-            f"image_shape must be a sequence, such as (28, 28), got {shown(image_shape)}"
-        )
-    shape = tuple(positive_integer("each size in image_shape", size) for size in image_shape)
+    sizes = as_list("image_shape", image_shape, "(28, 28)")
+    shape = tuple(positive_integer("each size in image_shape", size) for size in sizes)
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] not in _CHANNELS):
         raise ValueError(
             "image_shape must be (height, width) or (channels, height, width) with 1 or 3 "
