@@ -15,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -58,6 +60,23 @@ def _folders() -> dict[str, Path]:
     pv.fit(*pair, X, epochs=1, checkpoint=place / "checkpoint", progress=False, seed=0)
     pv.save(place / "pair", *pair)
     return {"load": place / "pair", "load_checkpoint": place / "checkpoint"}
+
+
+@functools.cache
+def _result(name: str) -> Any:
+    """Return the result of a function with the arguments of its row, which plots draw."""
+    return call(name)
+
+
+def _numbers_of(figure: Any) -> list[Any]:
+    """Return images, bars and the points of lines and scatters that a figure shows."""
+    found: list[Any] = []
+    for axes in figure.axes:
+        found += [each.get_array() for each in axes.images]
+        found += [each.get_xydata() for each in axes.lines]
+        found += [each.get_width() for each in axes.patches]
+        found += [each.get_offsets() for each in axes.collections]
+    return [torch.as_tensor(np.nan_to_num(np.ma.filled(f, 0.0).astype(float))) for f in found]
 
 
 def _normal(value: Tensor) -> Any:
@@ -147,6 +166,18 @@ ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "nets.ResidualBlock": lambda: {"channels": 5},
     "objectives.CUBO": lambda: {"n": 2.0},
+    **{
+        f"plots.{name}": lambda: {"image_shape": (2, 2), "num": 3}
+        for name in ("reconstructions", "samples", "traversals", "manifold")
+    },
+    "plots.codes": lambda: {"encoding": X, "labels": X[:, 0]},
+    "plots.interpolations": lambda: {"start": X, "end": 1 - X, "num": 3, "image_shape": (2, 2)},
+    "plots.learning_curves": lambda: {"fits": _result("fit")},
+    "plots.diagnosis": lambda: {"result": _result("diagnose")},
+    "plots.differences": lambda: {"comparison": _result("compare")},
+    "plots.surgery": lambda: {"results": _result("elbo_surgery")},
+    "plots.gradient_noise": lambda: {"results": _result("gradient_noise")},
+    "plots.rate_distortion": lambda: {"curve": _result("rate_distortion")},
     "priors.ExemplarPrior": lambda: {"dim": 2},
     "priors.FlowPrior": lambda: {"transform": pv.flows.Composition(4, length=1)},
     "priors.VampPrior": lambda: {"event_shape": (2,)},
@@ -271,6 +302,7 @@ NUMBERS: dict[type, Callable[[Any], Any]] = {
     pv.report.RateDistortion: lambda curve: curve.table["elbo"].tolist(),
     pv.report.Diagnosis: lambda diagnosis: [diagnosis["log p(x), test"].value],
     pv.report.Comparison: lambda comparison: comparison.entries[0].runs[0].evidence.values,
+    Figure: _numbers_of,
     Tensor: torch.nan_to_num,
 }
 

@@ -100,13 +100,17 @@ WHAT_CAME = (
 ANY_NUMBERS = {
     ("generate", "x"): "x gives the number of rows and their shape alone",
     ("decode", "x"): "x gives the shape of a row alone",
+    ("plots.samples", "x"): "as generate",
+    ("plots.manifold", "x"): "as decode",
+    ("plots.traversals", "x"): "one row is encoded",
 }
 # Names in a message that replace the name of the argument, and why.
 OTHER_NAMES: dict[tuple[str, str], str] = {
     ("terms", "args"): "x",  # the programs' own first argument
     ("terms", "plate_nesting"): "plate_nesting|plates",  # Pyro says which plates collide
     ("priors.AggregatedPosterior", "data"): "data|x",  # the x of the guide's encoder
-    ("interpolate", "start"): "start|x",  # the programs' own first argument
+    ("interpolate", "start"): "start|x",
+    ("plots.interpolations", "start"): "start|x",  # the programs' own first argument
     ("compare", "train"): "train|data",  # it is the data of the surgery
     **{("diagnose", name): f"{name}|data" for name in ("train", "test")},
     ("gradient_noise", "x"): "x|parameter|value",  # torch names the parameter that is NaN

@@ -26,6 +26,10 @@ ARGUMENTS = {
         *("--data", "digits", "--levels", "17", "--epochs", "1", "--particles", "20"),
         *("--pairs", "DiscretizedLogistic", "dequantized Normal"),
     ],
+    "gallery.py": [
+        *("--epochs", "2", "--width", "20", "--particles", "30", "--repeats", "5"),
+        *("--rows", "40"),
+    ],
     "gaps.py": [
         *("--data", "digits", "--epochs", "1", "--test", "20", "--particles", "100"),
         *("--steps", "100", "--latents", "4"),

@@ -29,7 +29,7 @@ ALLOWED = {
     "priors": ("_programs _utils datasets distributions", "pyro"),
     "objectives": ("_programs _utils", "pyro"),
     "evaluation": ("_capture _programs _utils datasets distributions flows priors",
-                   "matplotlib numpy pandas pyro rich"),
+                   "numpy pandas pyro rich"),
     "surjections": ("_programs _utils flows", "pyro"),
     "models": ("_programs _utils priors", "pyro"),
     "guides": ("_programs _utils distributions flows models nets", "pyro"),
@@ -38,7 +38,8 @@ ALLOWED = {
                       "numpy onnx onnxscript pandas pyro safetensors"),
     "training": ("_capture _programs _utils datasets objectives serialization",
                  "cloudpickle joblib pandas pyro rich"),
-    "report": ("_capture _programs _utils datasets evaluation guides objectives training",
+    "plots": ("_programs _utils datasets evaluation", "matplotlib numpy pandas"),
+    "report": ("_capture _programs _utils datasets evaluation guides objectives plots training",
                "arviz jinja2 matplotlib numpy pandas pyro rich scipy"),
     # It also uses the public names of pyro_vae.
     "cli": ("_utils", "cloudpickle jinja2 joblib matplotlib numpy pyro rich typer"),

@@ -77,11 +77,12 @@ def main():
         pv.save(f"{folder}/pair", model, guide, history=fit.history)
         print(len(pv.load(f"{folder}/pair").history), "epochs were saved")
         refused("report", ImportError, lambda: comparison.to_html(f"{folder}/page.html"))
-        refused("report", ImportError, noise.plot)
-        refused("report", ImportError, curve.plot)
         file = f"{folder}/encoder.onnx"
         export = pv.serialization.export_encoder
         refused("onnx", ImportError, lambda: export(file, model, guide, test))
+        refused("report", ImportError, lambda: pv.plots.gradient_noise(noise))
+        refused("report", ImportError, lambda: pv.plots.rate_distortion(curve))
+        refused("report", ImportError, lambda: pv.plots.codes(test))
         refused("arviz", ImportError, lambda: pv.to_arviz(model, guide, test))
         refused("anndata", ImportError, lambda: pv.datasets.from_anndata(None))
         refused("data", ImportError, lambda: pv.datasets.load("mnist"))

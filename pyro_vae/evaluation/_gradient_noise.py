@@ -26,7 +26,6 @@ from pyro_vae._programs.parameters import (
     require_trainable_tensors,
 )
 from pyro_vae._utils.checks import check_call, positive_integer
-from pyro_vae._utils.extras import require
 from pyro_vae._utils.modules import modules, remember_unnamed
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
@@ -34,7 +33,6 @@ from pyro_vae.datasets._minibatches import Minibatches
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 PROGRAMS = ("model", "guide")
 
@@ -80,6 +78,8 @@ class Moments:
 class GradientNoise:
     """The moments of several objectives' gradients on one minibatch.
 
+    :func:`pyro_vae.plots.gradient_noise` draws their signal-to-noise ratios.
+
     Args:
         moments: moments by objective, then by ``"model"`` and ``"guide"``.
         reference: moments of the reference objective by ``"model"`` and ``"guide"``. None without a
@@ -124,25 +124,6 @@ class GradientNoise:
     def __repr__(self) -> str:
         rows = self.table.to_string(float_format="{:.3g}".format)
         return f"gradients of the loss in nats per data point\n{rows}"
-
-    def plot(self) -> Figure:
-        """Plot the signal-to-noise ratios of model and guide, side by side.
-
-        Raises:
-            ImportError: The extra ``report`` is not installed.
-        """
-        figure = require("matplotlib.figure", "report", "A plot").Figure(
-            figsize=(8, 1 + 0.4 * len(self.moments)), layout="constrained"
-        )
-        axes = figure.subplots(1, 2, sharey=True)
-        names = [*self.moments][::-1]
-        for each, program in zip(axes, PROGRAMS, strict=True):
-            ratios = [self.moments[name].get(program) for name in names]
-            widths = [math.nan if r is None else r.signal_to_noise for r in ratios]
-            each.barh(range(len(names)), widths, color="#4477aa")
-            each.set(title=program, xlabel="signal-to-noise ratio of the gradient")
-        axes[0].set_yticks(range(len(names)), names)
-        return figure
 
 
 @torch.inference_mode(False)

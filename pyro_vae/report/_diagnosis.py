@@ -73,12 +73,17 @@ class Diagnosis:
         raise KeyError(f"no entry {name!r}. The entries are {[e.name for e in self.entries]}")
 
     @property
+    def possible_losses(self) -> list[LedgerEntry]:
+        """The lines of the ledger for what a change may recover, also if they are small or NaN."""
+        return [entry for entry in self.entries if entry.name in _ADVICE]
+
+    @property
     def losses(self) -> list[LedgerEntry]:
         """The losses that a change can recover, the largest first.
 
         A loss is listed if it is above 0.05 nats and above two standard errors.
         """
-        found = [entry for entry in self.entries if entry.name in _ADVICE and entry.is_loss]
+        found = [entry for entry in self.possible_losses if entry.is_loss]
         return sorted(found, key=lambda entry: -entry.value)
 
     @property

@@ -12,9 +12,10 @@ import jinja2
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from pyro_vae import plots
 from pyro_vae._utils.numbers_text import with_error
 from pyro_vae._utils.versions import versions
-from pyro_vae.report import _plots as plots
+from pyro_vae.plots._mosaic import image_rows
 from pyro_vae.report._comparison import Comparison
 from pyro_vae.report._diagnosis import Diagnosis, entry_text
 
@@ -77,11 +78,11 @@ def render(
         lstrip_blocks=True,
     )
     evidence = comparison.entries[0].runs[0].evidence
-    figures = [
-        ("Paired differences of log p(x)", plots.differences(comparison)),
-        ("Terms of the ELBO", plots.surgery_terms(comparison)),
-        ("Learning curves", plots.learning_curves(comparison)),
-    ]
+    figures = [("Paired differences of log p(x)", plots.differences(comparison))]
+    if any(run.surgery is not None for entry in comparison.entries for run in entry.runs):
+        figures.append(("Terms of the ELBO", plots.surgery(comparison)))
+    if any(run.fit is not None for entry in comparison.entries for run in entry.runs):
+        figures.append(("Learning curves", plots.learning_curves(comparison)))
     return environment.get_template("report.html.jinja").render(
         comparison=comparison,
         evidence=evidence,
@@ -105,9 +106,7 @@ def render(
                 )
             )
         ],
-        figures=[
-            (title, _embed(figure, "svg+xml")) for title, figure in figures if figure is not None
-        ],
+        figures=[(title, _embed(figure, "svg+xml")) for title, figure in figures],
         pictures=_pictures(comparison),
         log_n=math.log(comparison.num_train),
     )
@@ -205,7 +204,7 @@ def _pictures(comparison: Comparison) -> list[tuple[str, str]]:
     reconstructions += [(name, pictures[1]) for name, pictures in shown]
     samples = [(name, pictures[2]) for name, pictures in shown]
     return [
-        (title, _embed(plots.image_rows(rows, comparison.image_shape), "png"))
+        (title, _embed(image_rows(rows, comparison.image_shape), "png"))
         for title, rows in (
             ("Reconstructions: E[x|z] for z from the guide", reconstructions),
             ("Samples: E[x|z] for z from the prior", samples),

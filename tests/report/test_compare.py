@@ -12,7 +12,7 @@ from rich.console import Console
 
 import pyro_vae as pv
 from pyro_vae._programs.pair_state import changed, digests
-from pyro_vae.report._plots import learning_curves
+from pyro_vae.plots import learning_curves
 
 
 @pytest.fixture(scope="module")

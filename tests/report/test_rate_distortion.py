@@ -169,7 +169,7 @@ def test_curve_with_test_data_evidence_and_figure(pair, binary):
     )
     assert curve.entropy == -evidence.mean
     assert (curve.table["rate_error"] > 0).all()
-    axes = curve.plot().axes[0]
+    axes = pv.plots.rate_distortion(curve).axes[0]
     texts = [text.get_text() for text in axes.texts]
     assert "β = 0.5" in texts
     names = [text.get_text() for text in axes.get_legend().get_texts()]

@@ -1,0 +1,175 @@
+"""Samples, quantiles and the density of the prior of one latent site."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.parameters import evaluation_mode, parameter_store
+from pyro_vae._programs.runs import trace_of
+from pyro_vae._programs.sites import (
+    Site,
+    Unobserve,
+    base_distribution,
+    data_frame,
+    is_discrete,
+    random_sites,
+    to_particle_layout,
+)
+from pyro_vae._utils.messages import first_line
+from pyro_vae._utils.random import seeded
+from pyro_vae.plots._density import GridDensity
+
+_AT_ONCE = 500
+NUM_SAMPLES = 5000
+
+
+class PriorOfSite:
+    """The prior of one latent site of a model.
+
+    Args:
+        model: program of p(x, z).
+        guide: the program whose parameter store the model uses.
+        columns: x and covariates, on the device of the pair. Samples use their rows in turn.
+        site: name of the latent site, or None for the only one.
+        seed: of the samples.
+
+    Raises:
+        ValueError: The model has no such latent, or not exactly one, or the latent is discrete. The
+            prior cannot be sampled.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        columns: Sequence[Tensor],
+        site: str | None,
+        seed: int | None,
+    ):
+        self._model, self._guide, self._columns, self._seed = model, guide, columns, seed
+        sites = self._sites(tuple(column[:2] for column in columns))
+        names = list(sites)
+        if site not in names and (site is not None or len(names) != 1):
+            raise ValueError(
+                f"site must be one of the latents of the model, {names}, got site={site!r}"
+            )
+        self.site = names[0] if site is None else site
+        self._first = sites[self.site]
+        self._is_root = names[0] == self.site
+        if is_discrete(self._first["fn"]):
+            raise ValueError(
+                f"site {self.site!r} is discrete, and the plot needs a continuous latent. Pass the "
+                f"name of another latent: the model has {names}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the latent of one data point."""
+        return tuple(self._values(self._first).shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the latent."""
+        return self._value.dtype
+
+    def samples(self, count: int = NUM_SAMPLES) -> Tensor:
+        """Return samples ``(count, numbers of the latent)`` on the CPU, in float64."""
+        found = []
+        total = len(self._columns[0])
+        with seeded(self._seed):
+            for rows in (torch.arange(count) % total).split(_AT_ONCE):
+                batch = tuple(column[rows] for column in self._columns)
+                values = self._values(self._sites(batch)[self.site])
+                found.append(values.reshape(len(values), -1))
+        return torch.cat(found).cpu().double()
+
+    def quantiles(self, levels: Tensor) -> Tensor:
+        """Return quantiles ``(levels, numbers of the latent)`` of the marginals, in float64.
+
+        They are exact for independent numbers with a known quantile function. All others are
+        estimated from samples.
+        """
+        if self._marginals is not None:
+            with contextlib.suppress(NotImplementedError):
+                rows = torch.stack([self._marginals.icdf(p) for p in levels.to(self._value)])
+                return rows[:, 0].reshape(len(rows), -1).cpu().double()
+        return self.samples().quantile(levels.double(), dim=0)
+
+    def density(self, dimensions: list[int], grids: list[Tensor]) -> GridDensity | None:
+        """Return the exact density of some dimensions on a grid, or None if it is unknown.
+
+        It is known for independent numbers, and for all numbers of a latent together.
+        """
+        event = self._value.shape[1:]
+        rows = self._value[:1].flatten().expand(len(grids[0]), -1).clone()
+        if self._marginals is not None:
+            found = []
+            for dimension, grid in zip(dimensions, grids, strict=True):
+                values = rows.clone()
+                values[:, dimension] = grid.to(rows)
+                log_density = self._marginals.log_prob(values.reshape(-1, 1, *event))[:, 0]
+                log_density = log_density.reshape(len(grid), -1)[:, dimension]
+                found.append(log_density.exp().cpu().double())
+            return GridDensity.of_marginals(found, grids)
+        if not self._is_fixed or sorted(dimensions) != list(range(event.numel())):
+            return None
+        points = torch.cartesian_prod(*grids).reshape(-1, len(grids))
+        points = points[:, torch.tensor(dimensions).argsort()].to(rows)
+        log_density = self._fn.log_prob(points.reshape(-1, 1, *event))[:, 0]
+        joint = log_density.exp().cpu().double().reshape([len(grid) for grid in grids])
+        return GridDensity.of_joint(joint, grids)
+
+    @cached_property
+    def _is_fixed(self) -> bool:
+        """Whether the prior is one distribution for all data points, without inner plates."""
+        shape = self._value.shape
+        if not self._is_root or self._values(self._first).shape != shape:
+            return False
+        if self._fn.batch_shape + self._fn.event_shape != shape:
+            return False
+        scores = self._fn.log_prob(self._value[:1].expand(shape))
+        return bool(torch.allclose(scores, scores[:1].expand_as(scores)))
+
+    @cached_property
+    def _marginals(self) -> Any:
+        """The distribution of each number, if they are independent and :attr:`_is_fixed`."""
+        base = base_distribution(self._fn)
+        independent = base.event_shape == () and base.batch_shape == self._value.shape
+        return base if independent and self._is_fixed else None
+
+    @property
+    def _fn(self) -> Any:
+        return self._first["fn"]
+
+    @property
+    def _value(self) -> Tensor:
+        return self._first["value"].detach()
+
+    def _sites(self, batch: tuple[Tensor, ...]) -> dict[str, Site]:
+        """Run the model, and return its latents in the plate of the data points, in order."""
+        try:
+            with parameter_store(self._model, self._guide), evaluation_mode(self._model):
+                trace = trace_of(Unobserve()(self._model), *batch)
+        except NotImplementedError as error:
+            raise ValueError(
+                "the plot needs samples of the prior, but sampling from the model failed (cause: "
+                f"{first_line(error)}). Replace improper priors by proper ones"
+            ) from error
+        return {
+            site["name"]: site
+            for site in random_sites(trace)
+            if not site["infer"].get("was_observed")
+            and not site["is_observed"]
+            and data_frame(site) is not None
+        }
+
+    @staticmethod
+    def _values(site: Site) -> Tensor:
+        return to_particle_layout(site["value"], site, None)[0].detach()
