@@ -69,7 +69,9 @@ class NanMasked(dist.Independent):
             raise ValueError(_refusal(distribution))
         super().__init__(distribution, event_dims, validate_args=validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance: None = None) -> NanMasked:
+    def expand(
+        self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: None = None
+    ) -> NanMasked:
         """Return the distribution with a larger batch shape."""
         shape = torch.Size(batch_shape) + self.event_shape
         count = self.reinterpreted_batch_ndims

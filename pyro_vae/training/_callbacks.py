@@ -222,7 +222,7 @@ class Callbacks:
         self, epoch: int, row: Mapping[str, float], seed: int
     ) -> tuple[dict[str, float], str | None]:
         columns: dict[str, float] = {}
-        stops = []
+        stops: list[StopTraining] = []
         for each in self._callbacks:
             with seeded(seed), _collected(stops):
                 found = each.after_epoch(epoch, MappingProxyType({**row, **columns}))
