@@ -17,6 +17,7 @@ from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
 from pyro_vae._programs.predictions import drawn_sites, means
 from pyro_vae._programs.runs import AtValues, trace_of
+from pyro_vae._programs.scales import unscaled
 from pyro_vae._programs.sites import (
     Site,
     data_frame,
@@ -201,7 +202,7 @@ def _reconstructed(
         for name, site in _latents(AtValues(values)(model), batch).items()
         if name in values or not is_enumerated(site)
     }
-    run = PairTrace(model, guide_to(latents), batch)
+    run = PairTrace(unscaled(model), guide_to(latents), batch)
     with Readings(batch[0]) as readings:
         found = [(s, s["value"]) for s in drawn_sites(run)] if draw else [*means(run)]
     return gathered(batch[0], found, readings, by_site)
