@@ -160,7 +160,7 @@ def run_alone(arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--batch-size", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--steps", type=int, default=50, help="of the arithmetic, for its memory")
     parser.add_argument("--only", choices=["arithmetic", "fit"], help="measure its memory alone")

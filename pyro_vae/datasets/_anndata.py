@@ -37,7 +37,7 @@ def from_anndata(
     Raises:
         TypeError: ``adata`` is not an AnnData.
         ValueError: The layer or a covariate does not exist or has missing values. The matrix is on
-            disk, or there is none.
+            disk or missing.
         ImportError: The extra ``anndata`` is not installed.
 
     Example:

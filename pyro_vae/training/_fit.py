@@ -188,14 +188,16 @@ def fit(
     Args:
         model: program of p(x, z), called with a minibatch.
         guide: program of q(z|x), called with the same minibatch.
-        data: training data: a tensor or numpy array x ``(N, *event)``, a tuple
-            ``(x, *covariates)``, a torch Dataset or a DataLoader.
+        data: training data: x ``(N, *event)``, or a tuple ``(x, *covariates)``. docs/contract.md
+            lists all kinds of data under "Data". Columns that the programs do not take, such as
+            labels, are left out with a warning.
         objective: the bound to maximize. The default is ``objectives.ELBO()``.
         validation: validation data. The loss on them is computed after each epoch, with the same
             noise each time. Each schedule of the objective then has its last value.
         epochs: passes over the data.
-        batch_size: rows of a minibatch. With fewer rows of data, one minibatch has all of them. A
-            DataLoader has its own batch size.
+        batch_size: rows of a minibatch. The default is 100, or a tenth of the rows for 101 to 999
+            rows. With fewer rows of data, one minibatch has all of them. A last minibatch of one
+            row is joined to the one before it. A DataLoader has its own batch size.
         learning_rate: learning rate of the default optimizer, Adam (fused). The default is 1e-3. A
             dictionary ``{"model": ..., "guide": ...}`` sets two rates. Parameters that both
             programs use, or create later, have the rate of the model. Do not pass ``learning_rate``

@@ -103,48 +103,54 @@ def test_all_kinds_give_the_results_of_a_dense_tensor(kind, counts):
     assert torch.equal(*values)
 
 
-def test_estimators_of_sparse_data_give_the_results_of_a_dense_tensor(counts):
-    pair, sparse = poisson_pair(), sp.csr_array(counts.numpy())
-    options = {"seed": 0, "progress": False}
-    ascent = pv.evaluation.Ascent(window=2, max_steps=2, patience=1, num_particles=2)
+FEW = pv.evaluation.Ascent(window=2, max_steps=2, patience=1, num_particles=2)
+ANNEALED = pv.evaluation.AIS(num_chains=2, num_temperatures=3, leapfrog_steps=1, pilot=2)
+CALLS = {
+    "surgery": lambda pair, x: pv.elbo_surgery(*pair, x, seed=0).marginal_kl,
+    "subsets": lambda pair, x: (
+        pv.elbo_surgery(*pair, x, estimator="stratified", batch_size=10, seed=0).mutual_information
+    ),
+    "collapse": lambda pair, x: pv.collapse_report(*pair, x, num_particles=5, seed=0).rate,
+    "noise": lambda pair, x: pv.gradient_noise(
+        *pair, x, [o.ELBO()], repeats=2, seed=0
+    ).table.signal_to_noise.iloc[0],
+    "arviz": lambda pair, x: float(
+        pv.to_arviz(*pair, x, num_draws=2, seed=0)["sample_stats"]["log_weight"].sum()
+    ),
+    "sandwich": lambda pair, x: pv.sandwich(*pair, like=x, ais=ANNEALED, seed=0).lower.sum().item(),
+    "curve": lambda pair, x: pv.rate_distortion(
+        *pair, x, [0.5, 1.0], test=x, epochs=1, seed=0
+    ).table.elbo.sum(),
+    "holes": lambda pair, x: pv.prior_holes(*pair, x, num_samples=50, quantile=0.1, seed=0).share,
+    "gaps": lambda pair, x: (
+        pv.inference_gaps(*pair, x, num_particles=2, ascent=FEW, seed=0).best_elbo.mean
+    ),
+    "compare": lambda pair, x: (
+        pv.compare({"a": pair}, x, train=x, num_particles=2, seed=0).entries[0].mean.mean
+    ),
+    "diagnose": lambda pair, x: (
+        pv.diagnose(
+            *pair,
+            x,
+            x,
+            num_data=5,
+            num_particles=2,
+            ascent=FEW,
+            refit=False,
+            annealing=None,
+            seed=0,
+        )["log p(x), test"].value
+    ),
+}
+LONG = {"curve", "holes", "gaps", "compare", "diagnose", "sandwich"}
+EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in CALLS]
 
-    def curve(data):
-        return pv.rate_distortion(*pair, data, [1.0], epochs=1, **options).table.elbo.item()
 
-    def comparison(data):
-        return pv.compare({"a": pair}, data, num_particles=2, **options).entries[0].mean.mean
-
-    def diagnosis(data):
-        few = {"num_data": 5, "num_particles": 2, "ascent": ascent, "refit": False}
-        return pv.diagnose(*pair, data, data, annealing=None, **few, **options)[
-            "log p(x), test"
-        ].value
-
-    def noise(data):
-        found = pv.gradient_noise(*pair, data, [o.ELBO()], repeats=2, seed=0)
-        return found.table.signal_to_noise.iloc[0]
-
-    estimates = {
-        "surgery": lambda x: pv.elbo_surgery(*pair, x, **options).marginal_kl,
-        "subsets": lambda x: (
-            pv.elbo_surgery(
-                *pair, x, estimator="stratified", batch_size=10, **options
-            ).mutual_information
-        ),
-        "collapse": lambda x: pv.collapse_report(*pair, x, num_particles=5, **options).rate,
-        "holes": lambda x: pv.prior_holes(*pair, x, num_samples=50, quantile=0.1, **options).share,
-        "gaps": lambda x: (
-            pv.inference_gaps(*pair, x, num_particles=2, ascent=ascent, **options).best_elbo.mean
-        ),
-        "arviz": lambda x: float(
-            pv.to_arviz(*pair, x, num_draws=2, seed=0)["sample_stats"]["log_weight"].sum()
-        ),
-        **{"curve": curve, "comparison": comparison, "diagnosis": diagnosis, "noise": noise},
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # few particles
-        for name, estimate in estimates.items():
-            assert estimate(sparse) == estimate(counts), name
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.filterwarnings("ignore")  # few particles
+def test_estimates_of_sparse_data_are_those_of_a_dense_tensor(name, counts):
+    pair = poisson_pair()
+    assert CALLS[name](pair, sp.csr_array(counts.numpy())) == CALLS[name](pair, counts)
 
 
 def test_captured_steps_of_sparse_data_equal_those_of_a_tensor(counts, without_compiler):
@@ -307,37 +313,16 @@ def test_labels_that_the_programs_do_not_take_are_left_out_with_one_warning(kind
     assert "\n" not in str(of_fit[0].message)
 
 
-def test_every_function_leaves_labels_out_with_one_warning(binary):
-    torch.manual_seed(0)
-    pair, data = make_pair(), (binary, torch.arange(50))
-    ascent = pv.evaluation.Ascent(window=2, max_steps=2, patience=1, num_particles=2)
-    few = {"num_particles": 2, "seed": 0}
-    calls = {
-        "fit_seeds": lambda: pv.fit_seeds(
-            make_pair, data, seeds=2, num_workers=1, epochs=1, progress=False, capture=False
-        ),
-        "surgery": lambda: pv.elbo_surgery(*pair, data, seed=0),
-        "collapse": lambda: pv.collapse_report(*pair, data, **few),
-        "holes": lambda: pv.prior_holes(*pair, data, num_samples=20, quantile=0.1, seed=0),
-        "gaps": lambda: pv.inference_gaps(*pair, data, ascent=ascent, **few),
-        "sandwich": lambda: pv.sandwich(
-            *pair,
-            like=data,
-            ais=pv.evaluation.AIS(num_chains=2, num_temperatures=3, leapfrog_steps=1, pilot=2),
-            seed=0,
-        ),
-        "noise": lambda: pv.gradient_noise(*pair, data, [o.ELBO()], repeats=2, seed=0),
-        "curve": lambda: pv.rate_distortion(
-            *pair, data, [0.5, 1.0], test=data, epochs=1, seed=0, progress=False
-        ),
-        "compare": lambda: pv.compare({"a": pair}, data, train=data, **few),
-        "diagnose": lambda: pv.diagnose(
-            *pair, data, data, num_data=5, ascent=ascent, refit=False, annealing=None, **few
-        ),
-        "arviz": lambda: pv.to_arviz(*pair, data, num_draws=2),
-    }
-    for name, call in calls.items():
-        assert len(warned(call)[1]) == 1, name
+@pytest.mark.parametrize("name", EACH)
+def test_every_function_leaves_labels_out_with_one_warning(name, binary):
+    pair, data = make_pair(), (binary[:10], torch.arange(10))
+    assert len(warned(lambda: CALLS[name](pair, data))[1]) == 1
+
+
+def test_fits_of_several_seeds_leave_labels_out_with_one_warning(binary):
+    options = {"seeds": 2, "num_workers": 1, "epochs": 1, "progress": False, "capture": False}
+    data = TensorDataset(binary, torch.arange(50))
+    assert len(warned(lambda: pv.fit_seeds(make_pair, data, **options))[1]) == 1
 
 
 def test_columns_that_both_programs_take_are_kept(binary):
