@@ -17,6 +17,7 @@ from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
 from pyro_vae._programs.predictions import drawn_sites, means
 from pyro_vae._programs.runs import AtValues, trace_of
+from pyro_vae._programs.scales import unscaled
 from pyro_vae._programs.sites import (
     Site,
     data_frame,
@@ -33,7 +34,7 @@ from pyro_vae.datasets._minibatches import Batch, as_tensor
 from pyro_vae.evaluation._delta_sites import guide_to
 from pyro_vae.evaluation._generate import Numbers, covariate_columns, in_batches
 from pyro_vae.evaluation._layout import Readings
-from pyro_vae.evaluation._predict import gathered
+from pyro_vae.evaluation._predict import gathered, mean_of_x
 
 
 def decode(
@@ -108,12 +109,25 @@ def decode(
     columns = covariate_columns(model, partner, covariates, count)
     data = None if x is None else _one_for_each(as_tensor(x, "x", finite=False), count).to(device)
 
+    def batch_of(rows: Tensor) -> Batch:
+        x_of_rows = spec.full(len(rows), device) if data is None else data[rows].contiguous()
+        return x_of_rows, *(column[rows] for column in columns)
+
     def run(rows: Tensor) -> Numbers:
         rows = rows % count
-        x_of_rows = spec.full(len(rows), device) if data is None else data[rows].contiguous()
-        batch = (x_of_rows, *(column[rows] for column in columns))
         some = {name: values[rows] for name, values in given.items()}
-        return _decoded(model, batch, some, draw=num_samples > 0, by_site=by_site)
+        values = _placed(latents, some)
+        summed = any(is_enumerated(site) and name not in values for name, site in latents.items())
+        decoded = _reconstructed if summed else _generated
+        try:
+            return decoded(model, batch_of(rows), values, num_samples > 0, by_site)
+        except PROGRAM_ERRORS as error:
+            shapes = {n or "z": (tuple(v.shape), str(v.dtype)) for n, v in some.items()}
+            raise ValueError(
+                f"the model cannot run on z of these shapes and dtypes, {shapes}: "
+                f"{type(error).__name__}: {first_line(error)}. Pass latents as the model samples "
+                "them"
+            ) from error
 
     with (
         seeded(seed),
@@ -123,6 +137,7 @@ def decode(
     ):
         if data is None:
             spec = spec_of_x(model, [c[:2] for c in columns], device)
+        latents = _latents(model, batch_of(torch.arange(min(count, 2))))
         rows = torch.arange(count * max(1, num_samples))
         found = in_batches(run, rows, batch_size, progress, "decode")
     if not num_samples:
@@ -167,29 +182,28 @@ def _given(z: Any, device: torch.device) -> dict[str, Tensor]:
     return {name: values.to(device) for name, values in given.items()}
 
 
-def _decoded(
-    model: Program, batch: Batch, given: Mapping[str, Tensor], *, draw: bool, by_site: bool
+def _generated(
+    model: Program, batch: Batch, values: Mapping[str, Tensor], draw: bool, by_site: bool
 ) -> Numbers:
-    """Return the means or samples of x for one minibatch of latents.
+    """Return means or samples of x, if no latent is summed out."""
+    return mean_of_x(AtValues(values)(model), *batch, by_site=by_site, draw=draw)
+
+
+def _reconstructed(
+    model: Program, batch: Batch, values: Mapping[str, Tensor], draw: bool, by_site: bool
+) -> Numbers:
+    """Return means or samples of x, averaged over or sampled from p(c|z) for the other latents c.
 
     The latents become points of a guide. So the rest is a reconstruction.
     """
-    values = _placed(_latents(model, batch), given)
-    try:
-        latents = {
-            name: site
-            for name, site in _latents(AtValues(values)(model), batch).items()
-            if name in values or not is_enumerated(site)
-        }
-        run = PairTrace(model, guide_to(latents), batch)
-        with Readings(batch[0]) as readings:
-            found = [(s, s["value"]) for s in drawn_sites(run)] if draw else [*means(run)]
-    except PROGRAM_ERRORS as error:
-        shapes = {n or "z": (tuple(v.shape), str(v.dtype)) for n, v in given.items()}
-        raise ValueError(
-            f"the model cannot run on z of these shapes and dtypes, {shapes}: "
-            f"{type(error).__name__}: {first_line(error)}. Pass latents as the model samples them"
-        ) from error
+    latents = {
+        name: site
+        for name, site in _latents(AtValues(values)(model), batch).items()
+        if name in values or not is_enumerated(site)
+    }
+    run = PairTrace(unscaled(model), guide_to(latents), batch)
+    with Readings(batch[0]) as readings:
+        found = [(s, s["value"]) for s in drawn_sites(run)] if draw else [*means(run)]
     return gathered(batch[0], found, readings, by_site)
 
 

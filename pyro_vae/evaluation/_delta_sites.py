@@ -135,7 +135,7 @@ def guide_to(sites: Mapping[str, Site]) -> Program:
 
     def guide(*batch: Tensor) -> None:
         for name, site in inside_all(sites, batch[0]):
-            if (mask := _mask_in_events(site)) is None:
+            if (mask := mask_in_events(site)) is None:
                 point(name, site["value"], site["fn"].event_dim)
             else:
                 each = dist.Delta(site["value"]).mask(mask)
@@ -144,7 +144,7 @@ def guide_to(sites: Mapping[str, Site]) -> Program:
     return guide
 
 
-def _mask_in_events(site: Site) -> Tensor | None:
+def mask_in_events(site: Site) -> Tensor | None:
     """Return the mask of a site if it differs between elements of an event, or None."""
     mask = mask_of(site)
     if not isinstance(mask, Tensor):
@@ -167,6 +167,6 @@ def inside_all(sites: Mapping[str, Site], x: Tensor) -> Iterator[tuple[str, Site
                     plates[frame.name] = plate_of_guide(frame.name, size, frame.dim, full_size)
                 stack.enter_context(plates[frame.name])
             mask = mask_of_events(site)
-            if mask is not None and _mask_in_events(site) is None:
+            if mask is not None and mask_in_events(site) is None:
                 stack.enter_context(poutine.mask(mask=mask))
             yield name, site

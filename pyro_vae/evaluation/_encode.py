@@ -101,8 +101,8 @@ def encode(
       for Cauchy and Student's t. Without closed form, its estimate has no meaning.
 
     A guide may draw random numbers other than its latents, as
-    :class:`pyro_vae.guides.SemiAmortized` does. The result then belongs to one draw of these
-    numbers.
+    :class:`pyro_vae.guides.SemiAmortized` does. Closed forms then belong to one draw of these
+    numbers, and ``samples`` to other draws.
 
     Args:
         model: program of p(x, z).

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -16,10 +17,11 @@ from pyro_vae._programs.enumeration import sampled_if_needed
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.particles import particle_options
 from pyro_vae._programs.runs import as_guide, trace_of
+from pyro_vae._programs.scales import unscaled
 from pyro_vae._programs.sites import Site, data_frame, is_loss_of_guide, random_sites
 from pyro_vae._programs.terms import terms
 from pyro_vae.datasets._minibatches import Batch
-from pyro_vae.evaluation._delta_sites import inside_all
+from pyro_vae.evaluation._delta_sites import inside_all, mask_in_events
 
 
 def guide_trace(guide: Program, batch: Batch) -> poutine.Trace:
@@ -56,7 +58,7 @@ class GuideSampler:
     """
 
     def __init__(self, guide: Program, pairs_per_pass: int = 5_000):
-        self._guide, self._pairs_per_pass = guide, pairs_per_pass
+        self._guide, self._pairs_per_pass = unscaled(guide), pairs_per_pass
         self._options: dict[str, object] | None = None
 
     def draw(self, name: str, batch: Batch, num_samples: int) -> Iterator[Tensor]:
@@ -80,12 +82,17 @@ class GuideSampler:
                 pyro.sample(name, _anything(site))
 
 
-def _anything(site: Site) -> dist.ImproperUniform:
+def _anything(site: Site) -> TorchDistributionMixin:
+    """Return a distribution with a density of one, and with the mask of a site."""
+    event_shape = site["fn"].event_shape
+    if (mask := mask_in_events(site)) is not None:
+        each = dist.ImproperUniform(constraints.real, event_shape, torch.Size())
+        return each.mask(mask).to_event(len(event_shape))
     try:
         support = site["fn"].support
     except NotImplementedError:
         support = constraints.real
-    return dist.ImproperUniform(support, torch.Size(), site["fn"].event_shape)
+    return dist.ImproperUniform(support, torch.Size(), event_shape)
 
 
 def _observation(sites: dict[str, Site]) -> dict[str, Site]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_pair
 from guide_table import Model, make
+from pyro import poutine
 
 import pyro_vae as pv
 from pyro_vae.evaluation._interpolate import spherical
@@ -59,6 +60,8 @@ def test_latents_that_are_summed_out_are_averaged_given_z():
     z = torch.linspace(-1, 3, 9)
     given = dist.Normal(LEVELS / 10, 0.7).log_prob(z.unsqueeze(-1)).softmax(-1)
     torch.testing.assert_close(pv.decode(model, z), given @ LEVELS + z)
+    scaled = poutine.scale(model, 0.5)  # for training; p(c|z) is that of the model
+    torch.testing.assert_close(pv.decode(scaled, z), given @ LEVELS + z)
     draws = pv.decode(model, z, num_samples=2000, batch_size=6000, seed=0)
     levels = ((draws - z) / 10).round()
     for value in range(3):

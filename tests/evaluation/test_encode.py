@@ -320,6 +320,32 @@ def test_global_latents_are_averaged():
     assert near(found.std**2, 2.0, 2 * math.sqrt(2 / 1000))
 
 
+def test_scales_and_masks_do_not_change_the_posterior():
+    """The masks are for rows, and for numbers of an event."""
+    torch.manual_seed(0)
+    x, shown = torch.randn(6, 2), torch.tensor([True, False])
+
+    def latents(x, loc):
+        with poutine.mask(mask=x[:, 0] > 0):
+            pyro.sample("row", dist.Normal(loc[..., 0], 0.5))
+        return pyro.sample("z", dist.Normal(loc, 0.5).mask(shown).to_event(1))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = latents(x, torch.zeros_like(x))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            latents(x, x)
+
+    scaled = [poutine.scale(program, 0.3) for program in (model, guide)]
+    for site, expected in (("z", x), ("row", x[:, 0])):
+        found = pv.encode(*scaled, x, site=site, num_samples=500, seed=0)
+        torch.testing.assert_close(found.mean, expected)
+        assert near(found.samples.mean(0), expected, 0.5 / math.sqrt(500))
+
+
 def test_moments_that_do_not_exist_are_not_finite():
     def model(x):
         with pyro.plate("data", len(x)):
