@@ -334,7 +334,7 @@ def _placeholder(
     if x is not None:
         return [_repeated(as_tensor(x, "x", finite=False)[:1], 2).to(device), *columns]
     with parameter_store(model, guide), evaluation_mode(model):
-        return [spec_of_x(model, columns, device).zeros(2, device), *columns]
+        return [spec_of_x(model, columns, device).full(2, device), *columns]
 
 
 def _repeated(column: Tensor, times: int) -> Tensor:
