@@ -14,7 +14,7 @@ from PIL import Image
 
 import pyro_vae as pv
 
-IMAGE = {"image_shape": (8, 8)}
+SHAPE = (8, 8)
 
 
 def make_pair(latents, width):
@@ -25,8 +25,10 @@ def make_pair(latents, width):
 
 def fit(data, objective, args, latents=8, seed=0):
     pyro.set_rng_seed(seed)
+    model, guide = make_pair(latents, args.width)
     return pv.fit(
-        *make_pair(latents, args.width),
+        model,
+        guide,
         data.train,
         objective=objective,
         validation=data.validation,
@@ -49,21 +51,20 @@ def draw(args):
     flat = fit(data, pv.objectives.ELBO(), args, latents=2)  # z has two dimensions
     x = data.test
 
-    yield "reconstructions", pv.plots.reconstructions(model, guide, x[:20], **IMAGE)
-    yield "samples", pv.plots.samples(model, 50, **IMAGE)
-    yield "traversals", pv.plots.traversals(model, guide, x, row=3, **IMAGE)
-    yield "interpolations", pv.plots.interpolations(model, guide, x[:6], x[6:12], **IMAGE)
-    yield "manifold", pv.plots.manifold(flat.model, **IMAGE)
+    yield "reconstructions", pv.plots.reconstructions(model, guide, x[:20], image_shape=SHAPE)
+    yield "samples", pv.plots.samples(model, 50, image_shape=SHAPE)
+    yield "traversals", pv.plots.traversals(model, guide, x, row=3, image_shape=SHAPE)
+    yield "interpolations", pv.plots.interpolations(model, guide, x[:6], x[6:12], image_shape=SHAPE)
+    yield "manifold", pv.plots.manifold(flat.model, image_shape=SHAPE)
 
     yield "codes", pv.plots.codes(pv.encode(flat.model, flat.guide, data.train), labels)
     yield "codes_pca", pv.plots.codes(pv.encode(model, guide, data.train), labels)
-    pair = flat.model, flat.guide
-    yield "aggregated_posterior", pv.plots.aggregated_posterior(*pair, data.train)
+    yield "aggregated_posterior", pv.plots.aggregated_posterior(flat.model, flat.guide, data.train)
 
     yield "learning_curves", pv.plots.learning_curves(fits)
     noise = {
-        name: pv.gradient_noise(*pair, data.train[:100], objectives, repeats=args.repeats, seed=0)
-        for name, pair in {"before": make_pair(8, args.width), "after": (model, guide)}.items()
+        name: pv.gradient_noise(m, g, data.train[:100], objectives, repeats=args.repeats, seed=0)
+        for name, (m, g) in {"before": make_pair(8, args.width), "after": (model, guide)}.items()
     }
     yield "gradient_noise", pv.plots.gradient_noise(noise)
 
@@ -75,15 +76,11 @@ def draw(args):
     comparison = pv.compare(fits, x, train=data.train, num_particles=args.particles)
     print(comparison)
     yield "differences", pv.plots.differences(comparison)
-    ledger = pv.diagnose(
-        *(model, guide, data.train[: args.rows], x[: args.rows]),
-        num_particles=args.particles,
-        seed=0,
-    )
+    few = data.train[: args.rows]
+    ledger = pv.diagnose(model, guide, few, x[: args.rows], num_particles=args.particles, seed=0)
     yield "diagnosis", pv.plots.diagnosis(ledger)
-    curve = pv.rate_distortion(
-        *(model, guide, data.train, [0.1, 0.3, 1.0, 3.0]), epochs=args.epochs // 4 + 1, seed=0
-    )
+    betas, epochs = [0.1, 0.3, 1.0, 3.0], args.epochs // 4 + 1
+    curve = pv.rate_distortion(model, guide, data.train, betas, epochs=epochs, seed=0)
     yield "rate_distortion", pv.plots.rate_distortion(curve)
 
 

@@ -34,7 +34,7 @@ def constructor_call(cls: type, given: Mapping[str, Any]) -> str:
     others = next((n for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL), None)
     needed = [n for n, p in parameters.items() if p.default is p.empty]
     before = [*parameters][: [*parameters].index(others)] if given.get(others) else needed[:1]
-    parts = []
+    parts: list[str] = []
     for name, value in given.items():
         if name == others:
             parts += map(shown_value, value)

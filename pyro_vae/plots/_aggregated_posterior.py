@@ -121,8 +121,9 @@ def aggregated_posterior(
         2, 2, width_ratios=(4, 1), height_ratios=(1, 4), sharex="col", sharey="row"
     )
     corner.remove()
-    figure.delaxes(above), figure.delaxes(beside)
-    figure.add_axes(above), figure.add_axes(beside)  # after the main axes
+    for marginal in (above, beside):  # after the main axes
+        figure.delaxes(marginal)
+        figure.add_axes(marginal)
     extremes = float(q.joint.max()), float(p.joint.max())
     across, up = (grid.numpy() for grid in grids)
     axes.contourf(

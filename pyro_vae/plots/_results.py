@@ -17,7 +17,8 @@ class Comparison(Protocol):
         entries: one for each method, the best first.
     """
 
-    entries: Sequence[Any]
+    @property
+    def entries(self) -> Sequence[Any]: ...
 
     def difference(self, name: str) -> Any:
         """Return the log p(x) of a method minus that of the best."""
@@ -31,7 +32,8 @@ class Diagnosis(Protocol):
         possible_losses: the lines of the ledger that can be losses.
     """
 
-    possible_losses: Sequence[Any]
+    @property
+    def possible_losses(self) -> Sequence[Any]: ...
 
 
 @runtime_checkable
@@ -44,9 +46,12 @@ class RateDistortion(Protocol):
         refit: ``"guide"`` or ``"both"``.
     """
 
-    table: Any
-    entropy: float
-    refit: str
+    @property
+    def table(self) -> Any: ...
+    @property
+    def entropy(self) -> float: ...
+    @property
+    def refit(self) -> str: ...
 
 
 def require_result(name: str, value: Any, kind: type, source: str) -> None:
