@@ -126,7 +126,7 @@ def draw_mosaic(
     tall = inches * (count * pitch[0]) / (across * pitch[1])
     ax = axes_for(
         ax,
-        tall + 0.25 * bool(columns) + 0.25 * bool(xlabel) + 0.15,
+        tall + 0.2 * bool(columns) + 0.2 * bool(xlabel) + 0.08,
         inches + 0.09 * longest + 0.25 * bool(ylabel) + 0.1,
     )
     half = (height / pitch[0] / 2, width / pitch[1] / 2)
