@@ -124,6 +124,22 @@ class ShapeError(ValueError):
     """Error for a tensor whose shape a component does not accept."""
 
 
+def require_word(name: str, value: Any, words: Sequence[str], other: str | None = None) -> None:
+    """Raise ValueError if an argument is not one of a few words.
+
+    Args:
+        name: of the argument.
+        value: of the argument, of any type.
+        words: allowed values.
+        other: text of another allowed value, which the caller has excluded.
+    """
+    if isinstance(value, str) and value in words:
+        return
+    choices = [f'"{word}"' for word in words] + ([] if other is None else [other])
+    text = " or ".join([", ".join(choices[:-1]), choices[-1]])
+    raise ValueError(f"{name} must be {text}, got {shown(value)}")
+
+
 def require_tensor(name: str, value: Any) -> Tensor:
     """Return the value, if it is a dense tensor of real numbers or Booleans.
 
@@ -255,6 +271,8 @@ def check_call(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
 
 def shown(value: Any) -> str:
     """Return the text of an argument for a message, or its type if the text is long."""
+    if isinstance(value, Tensor) and value.is_nested:
+        return "a nested tensor"
     if hasattr(value, "shape"):
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
     if isinstance(value, int) and value.bit_length() > 64:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.checks import checked
+from pyro_vae._utils.checks import checked, require_word
 from pyro_vae.datasets import _download as download
 
 #: The argument ``binarize`` of :func:`load`: ``"none"``, ``"fixed"`` or ``"dynamic"``.
@@ -112,10 +112,7 @@ def load(
 
 def check_binarization(binarize: str) -> None:
     """Raise ValueError if the binarization is unknown."""
-    if binarize not in get_args(Binarization):
-        raise ValueError(
-            f"binarize must be one of {', '.join(get_args(Binarization))}, got {binarize!r}"
-        )
+    require_word("binarize", binarize, get_args(Binarization))
 
 
 def binarized(data: Dataset, binarize: Binarization, seed: int) -> Dataset:

@@ -107,10 +107,13 @@ class Minibatches:
             self.batch_size = self._resolved(batch_size, None if streamed else len(data))
             self._loader = DataLoader(data, self.batch_size, shuffle=None if streamed else shuffle)
         else:
-            columns = self._taken(_columns(data, name))
+            given = _columns(data, name)
+            columns = self._taken(given)
             if not columns:
                 raise ValueError(f"{name} is an empty tuple: pass x or (x, *covariates)")
             self._set_columns(columns, batch_size)
+            shapes = map(np.shape, given[len(columns) :])  # also of columns that are not taken
+            _require_one_length([self.num_data, *(shape[0] for shape in shapes if shape)], name)
 
     def _set_columns(self, columns: Sequence[Any], batch_size: int | None) -> None:
         on_disk = any(isinstance(column, np.memmap) for column in columns)
@@ -119,7 +122,7 @@ class Minibatches:
             column if isinstance(column, np.memmap) else as_column(column, name).to(self.device)
             for column, name in named
         )
-        _require_one_length(columns, self.name)
+        _require_one_length(map(len, columns), self.name)
         self.batch_size = self._resolved(batch_size, len(columns[0]))
         if not on_disk:
             self.columns = columns
@@ -445,8 +448,8 @@ def _column_name(name: str, number: int) -> str:
     return name if number == 0 else f"{name} covariate {number}"
 
 
-def _require_one_length(columns: Sequence[Any], name: str) -> None:
-    lengths = [len(column) for column in columns]
+def _require_one_length(lengths: Iterable[int], name: str) -> None:
+    lengths = list(lengths)
     if len(set(lengths)) != 1:
         raise ValueError(f"{name} and its covariates must be of one length, got {lengths}")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae._capture import Capture, Captured
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.checks import positive_integer, positive_number, real_number
+from pyro_vae._utils.checks import positive_integer, positive_number, real_number, require_word
 from pyro_vae.evaluation._hamiltonian import transition
 from pyro_vae.evaluation._tempered_path import Start, State, TemperedPath
 from pyro_vae.evaluation._weights import WeightStream
@@ -73,8 +73,7 @@ class AIS:
     def __post_init__(self):
         for name in ("num_chains", "num_temperatures", "leapfrog_steps", "pilot"):
             object.__setattr__(self, name, positive_integer(name, getattr(self, name)))
-        if self.start not in ("guide", "prior"):
-            raise ValueError(f'start must be "guide" or "prior", got {self.start!r}')
+        require_word("start", self.start, ("guide", "prior"))
         if positive_number("target_acceptance", self.target_acceptance) >= 1:
             raise ValueError(
                 f"target_acceptance must be between 0 and 1, got {self.target_acceptance}"
@@ -82,11 +81,8 @@ class AIS:
         if self.step_size is not None:
             positive_number("step_size", self.step_size)
         if isinstance(self.schedule, str):
-            if self.schedule not in ("sigmoid", "linear"):
-                raise ValueError(
-                    'schedule must be "sigmoid", "linear" or numbers that increase from 0 to 1, '
-                    f"got {self.schedule!r}"
-                )
+            numbers = "numbers that increase from 0 to 1"
+            require_word("schedule", self.schedule, ("sigmoid", "linear"), numbers)
             return
         schedule = self.schedule.tolist() if hasattr(self.schedule, "tolist") else self.schedule
         if not isinstance(schedule, Iterable):

@@ -14,7 +14,7 @@ from pyro_vae._capture import Capture, Captured, check_capture
 from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
-from pyro_vae._utils.checks import check_call, positive_integer
+from pyro_vae._utils.checks import check_call, positive_integer, require_word
 from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Data
@@ -255,11 +255,6 @@ def _summary(weights: WeightStream) -> tuple[Tensor, ...]:
 def _parse(method: Method) -> tuple[str, AIS | None]:
     if isinstance(method, AIS):
         return "ais", method
-    if method == "ais":
-        return "ais", AIS()
-    if method not in ("importance", "naive"):
-        raise ValueError(
-            'method must be "importance", "naive", "ais" or a pyro_vae.evaluation.AIS, '
-            f"got {method!r}"
-        )
-    return method, None
+    words = ("importance", "naive", "ais")
+    require_word("method", method, words, "a pyro_vae.evaluation.AIS")
+    return method, AIS() if method == "ais" else None

@@ -9,7 +9,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._utils.checks import check_call, positive_integer
+from pyro_vae._utils.checks import check_call, positive_integer, require_word
 from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.evaluation._decode import decode
 from pyro_vae.evaluation._encode import encode
@@ -83,8 +83,7 @@ def interpolate(
     """
     check_call(interpolate, locals())
     num = positive_integer("num", num, minimum=2)
-    if path not in ("linear", "spherical"):
-        raise ValueError(f'path must be "linear" or "spherical", got {path!r}')
+    require_word("path", path, ("linear", "spherical"))
     ends = [as_tensor(start, "start", finite=False), as_tensor(end, "end", finite=False)]
     if ends[0].shape != ends[1].shape:
         raise ValueError(

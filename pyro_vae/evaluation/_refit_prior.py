@@ -16,7 +16,7 @@ from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import device_of
 from pyro_vae._programs.sites import is_real
 from pyro_vae._programs.terms import Terms, terms
-from pyro_vae._utils.checks import check_call, positive_integer, require_callable
+from pyro_vae._utils.checks import check_call, positive_integer, require_callable, require_word
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.numerics import MIN_SCALE, inverse_softplus_scale
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
@@ -108,10 +108,8 @@ def refit_prior(
     require_callable("guide", guide)
     num_particles = positive_integer("num_particles", num_particles)
     components = None if components is None else positive_integer("components", components)
-    if kind not in ("mixture", "flow", "aggregated") and not isinstance(kind, nn.Module):
-        raise ValueError(
-            f'kind must be "mixture", "flow", "aggregated" or a prior, a module; got {kind!r}'
-        )
+    if not isinstance(kind, nn.Module):
+        require_word("kind", kind, ("mixture", "flow", "aggregated"), "a prior, which is a module")
     if components is not None and kind != "mixture":
         raise ValueError(f'components is for kind="mixture", got kind={kind!r}')
     if not isinstance(model, nn.Module) or not callable(getattr(model, "prior", None)):

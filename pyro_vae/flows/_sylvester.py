@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.checks import require_same_type
+from pyro_vae._utils.checks import require_same_type, require_word
 from pyro_vae._utils.init_args import records_init_args
 from pyro_vae._utils.numerics import implicit, increasing_root
 from pyro_vae.flows._base import Flow, FlowTransform
@@ -40,8 +40,7 @@ class Sylvester(Flow):
 
     def __init__(self, dim: int, kind: str = "orthogonal", size: int | None = None):
         super().__init__(dim)
-        if kind not in _KINDS:
-            raise ValueError(f"kind must be one of {_KINDS}, got {kind!r}")
+        require_word("kind", kind, _KINDS)
         size = dim if size is None else size
         if not 1 <= size <= dim:
             raise ValueError(f"size must be between 1 and the dimension {dim}, got {size}")

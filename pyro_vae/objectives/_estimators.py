@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._programs.terms import Terms
-from pyro_vae._utils.checks import positive_integer, real_number
+from pyro_vae._utils.checks import positive_integer, real_number, require_word
 from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.objectives._base import Objective, gradient
 from pyro_vae.objectives._bounds import MIWAE, log_mean_weight
@@ -237,8 +237,8 @@ class ScoreFunction(Objective):
         vectorize_particles: bool | None = None,
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
-        if baseline not in ("others", "average", None):
-            raise ValueError(f"baseline must be 'others', 'average' or None, got {baseline!r}")
+        if baseline is not None:
+            require_word("baseline", baseline, ("others", "average"), "None")
         if baseline == "others" and num_particles < 2:
             raise ValueError("baseline 'others' needs num_particles of at least 2, got 1")
         self.baseline = baseline

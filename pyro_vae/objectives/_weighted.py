@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from pyro_vae._programs.terms import Terms
-from pyro_vae._utils.checks import positive_number
+from pyro_vae._utils.checks import positive_number, require_word
 from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.objectives._base import Objective
 from pyro_vae.objectives._schedules import Schedule, as_schedule
@@ -93,10 +93,8 @@ class FreeBits(Objective):
         vectorize_particles: bool | None = None,
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
-        if per not in ("site", "dimension"):
-            raise ValueError(f"per must be 'site' or 'dimension', got {per!r}")
-        if over not in ("batch", "data_point"):
-            raise ValueError(f"over must be 'batch' or 'data_point', got {over!r}")
+        require_word("per", per, ("site", "dimension"))
+        require_word("over", over, ("batch", "data_point"))
         self.least, self.per, self.over = positive_number("least", least), per, over
 
     def bound(self, terms: Terms) -> Tensor:

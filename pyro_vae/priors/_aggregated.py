@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -192,7 +193,12 @@ def _check_finite(guide: Callable[..., Any], site: str, columns: Sequence[Tensor
     rows = tuple(column[~finite] for column in columns)
     # Infinite values could saturate an encoder, whose output is then finite.
     if not any(column.isinf().any() for column in rows):
-        with parameter_store(guide, guide), evaluation_mode(guide), values_checked(False):
+        with (
+            contextlib.suppress(RuntimeError, ValueError),  # a scale that is NaN has no samples
+            parameter_store(guide, guide),
+            evaluation_mode(guide),
+            values_checked(False),
+        ):
             if posteriors(guide, site, rows).sample().isfinite().all():
                 return
     reached = "the guide has no posterior of them"

@@ -24,7 +24,7 @@ from pyro_vae._programs.parameters import (
 )
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._programs.validation import check_pair
-from pyro_vae._utils.checks import check_call, positive_integer, positive_number
+from pyro_vae._utils.checks import check_call, positive_integer, positive_number, require_word
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
@@ -126,8 +126,7 @@ def rate_distortion(
     betas = _check_betas(betas)
     num_particles = positive_integer("num_particles", num_particles)
     training_particles = positive_integer("training_particles", training_particles)
-    if refit not in ("guide", "both"):
-        raise ValueError(f"refit must be 'guide' or 'both', got {refit!r}")
+    require_word("refit", refit, ("guide", "both"))
     if own := [name for name in fit_options if name in _OWN_OPTIONS]:
         raise TypeError(f"rate_distortion sets the fit's {own[0]!r} itself. Leave it out")
     if evidence is not None and refit == "both":

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pyro_vae._utils.checks import positive_integer, positive_number
+from pyro_vae._utils.checks import positive_integer, positive_number, require_word
 from pyro_vae._utils.distributed import num_processes
 from pyro_vae._utils.messages import first_line
 from pyro_vae.training._checkpoints import Checkpoint, Checkpoints
@@ -49,11 +49,8 @@ def skip_limit_of(on_nonfinite: str | Skip) -> int:
     """
     if isinstance(on_nonfinite, Skip):
         return on_nonfinite.limit
-    if on_nonfinite not in ("raise", "skip"):
-        raise ValueError(
-            'on_nonfinite must be "raise", "skip" or a pv.training.Skip with a limit, got '
-            f"{on_nonfinite!r}"
-        )
+    other = "a pv.training.Skip with a limit"
+    require_word("on_nonfinite", on_nonfinite, ("raise", "skip"), other)
     return Skip().limit if on_nonfinite == "skip" else 0
 
 

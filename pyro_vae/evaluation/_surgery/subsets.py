@@ -38,6 +38,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from pyro_vae._utils.checks import require_word
+
 Estimator = Literal["exact", "weighted", "stratified"]
 
 
@@ -47,8 +49,7 @@ def check_estimator(estimator: str) -> None:
     Raises:
         ValueError: The name is unknown.
     """
-    if estimator not in get_args(Estimator):
-        raise ValueError(f"estimator must be one of {get_args(Estimator)}, got {estimator!r}")
+    require_word("estimator", estimator, get_args(Estimator))
 
 
 def random_subsets(count: int, size: int) -> Sequence[Tensor]:
