@@ -68,10 +68,9 @@ MAY_BE_ZERO = {"context", "history", "plate_nesting"} | MAY_BE_NEGATIVE
 NOT_CALLED = {"objectives.SemiSupervisedELBO", "flows.Composition", "objectives.CUBO"}
 OF_ITS_USE = "x|z|value|inputs|parameters|size|plates"  # of what an accepted argument did not fit
 DATA = {"data", "like", "validation", "train", "test", "x", "exemplars", "pseudo_inputs"}
-DATA |= {"z", "start"}
-DATA_CALLS = [
-    (n, a) for n in NAMES for a in arguments_of(n) if a in DATA or (n, a) == ("terms", "args")
-]
+DATA |= {"z"}
+MORE_DATA = {("terms", "args"), ("interpolate", "start"), ("plots.interpolations", "start")}
+DATA_CALLS = [(n, a) for n in NAMES for a in arguments_of(n) if a in DATA or (n, a) in MORE_DATA]
 SLOW = {
     "fit",
     "prior_holes",
