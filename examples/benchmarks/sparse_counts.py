@@ -114,7 +114,7 @@ def measure_time(arguments):
     taken = {"fit": [], "arithmetic": []}
     began = time.process_time()
 
-    def after_epoch(epoch):
+    def after_epoch(epoch, row):
         nonlocal began
         middle = time.process_time()
         arithmetic.run(steps)
