@@ -468,12 +468,14 @@ def test_mistakes_in_own_pairs_are_one_line(arguments, message, place, capsys, m
         (["--data", "x.npy"], "rows of zeros and ones, but x.npy, split at random"),
         (["--output", "x.npy"], "cannot write --output x.npy"),
         (["--output", "full"], "is not a saved pair, so it is not replaced"),
-        (["--batch-size", "0", "--seeds", "1"], "batch_size must be at least 1, got 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--learning-rate", "-1"], "--learning-rate must be positive and finite, got -1"),
         (["--latents", "0"], "--latents must be at least 1, got 0"),
         (["--hidden", "0"], "--hidden must be at least 1, got 0"),
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--evidence-particles", "0"], "--evidence-particles must be at least 1"),
-        (["--device", "cuda:77", "--seeds", "1"], "cuda:77"),
+        (["--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
     ],
 )
 def test_wrong_options_are_one_line(arguments, message, place, capsys, monkeypatch):

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.text import Text
 
 import pyro_vae as pv
-from pyro_vae._utils.checks import positive_integer
+from pyro_vae._utils.checks import positive_integer, positive_number
+from pyro_vae._utils.devices import torch_device
 from pyro_vae._utils.distributed import group_of_torchrun, rank
 from pyro_vae._utils.extras import require
 from pyro_vae._utils.progress import progress_bar, task
@@ -121,8 +122,13 @@ def compare(
         ("--latents", latents),
         ("--hidden", hidden),
         ("--particles", particles),
+        ("--epochs", epochs),
+        ("--patience", patience),
+        ("--batch-size", batch_size),
     ):
         positive_integer(option, value)
+    positive_number("--learning-rate", learning_rate)
+    torch_device(device)
     require("jinja2", "report", "The HTML report")
     require("matplotlib", "report", "The HTML report")
     splits = load_splits(data, dynamic=dynamic, folder=folder, test=test)
@@ -192,9 +198,7 @@ def diagnose(
         raise ValueError(f"{pair} is not the folder of a saved pair, which has a record.json")
     results = None if output is None or rank() > 0 else ResultFolder(output)
     programs = () if pairs is None else _own_programs(pairs, name, splits, seed)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    saved = pv.load(pair, *programs, device=device)
+    saved = pv.load(pair, *programs, device=torch_device(device))
     with progress_bar(console=console) as bar, task(bar, "diagnose", 1) as advance:
         diagnosis = pv.diagnose(saved.model, saved.guide, splits.train, splits.test, seed=seed)
         advance(1)

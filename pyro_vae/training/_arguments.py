@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pyro_vae._utils.checks import positive_integer, positive_number, require_word
-from pyro_vae._utils.distributed import num_processes
-from pyro_vae._utils.messages import first_line
 from pyro_vae.training._checkpoints import Checkpoint, Checkpoints
 from pyro_vae.training._nonfinite import Skip
 from pyro_vae.training._step import BOTH
@@ -97,27 +92,6 @@ def alternation_of(guide_steps: int | None, model_steps: int | None) -> list[str
     guide_steps = positive_integer("guide_steps", 1 if guide_steps is None else guide_steps)
     model_steps = positive_integer("model_steps", 1 if model_steps is None else model_steps)
     return ["guide"] * guide_steps + ["model"] * model_steps
-
-
-def torch_device(device: str | torch.device) -> torch.device:
-    """Return the device of a fit. ``"auto"`` is CUDA if torch can use it, else the CPU.
-
-    Raises:
-        ValueError: torch cannot use the device.
-    """
-    if device == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        here = int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun, one GPU per process
-        return torch.device("cuda", here) if num_processes() > 1 else torch.device("cuda")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:  # torch does not have this device
-        raise ValueError(
-            f'device {device!r} cannot be used here: {first_line(error)}. Pass "auto" or a device '
-            "of torch"
-        ) from error
-    return torch.device(device)
 
 
 def checkpoints_of(checkpoint: str | Path | Checkpoint | None) -> Checkpoints | None:

@@ -31,6 +31,7 @@ from pyro_vae._programs.parameters import (
 )
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call
+from pyro_vae._utils.devices import torch_device
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes, rank
 from pyro_vae._utils.interrupts import Interrupted, defer_keyboard_interrupt
 from pyro_vae._utils.messages import program_name
@@ -46,7 +47,6 @@ from pyro_vae.training._arguments import (
     checkpoints_of,
     learning_rate_of,
     skip_limit_of,
-    torch_device,
 )
 from pyro_vae.training._callbacks import AfterEpoch, Callback, Callbacks
 from pyro_vae.training._checkpoints import Checkpoint
