@@ -403,7 +403,7 @@ def test_kl_is_analytic_without_masks():
     torch.testing.assert_close(t.kl, t.log_guide - t.log_prior)
 
 
-@pytest.mark.parametrize("with_lengths", [True, False])
+@pytest.mark.parametrize("with_lengths", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_captured_steps_equal_eager_steps(with_lengths, without_compiler):
     x, lengths = binary(40, 4)
     data = (x, lengths) if with_lengths else x

@@ -203,7 +203,12 @@ def captured(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["mixture", "Vamp", "exemplar", "coupling", "spline", "mixture model", "aggregated"]
+    "name",
+    [
+        *("mixture", "exemplar", "spline"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("coupling", "mixture model")),
+        *("Vamp", "aggregated"),
+    ],
 )
 def test_captured_steps_equal_eager_steps(name, binary, without_compiler):
     check_same(captured(name), binary, double=True, objective=pv.objectives.IWAE(2), epochs=2,

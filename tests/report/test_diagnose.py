@@ -16,7 +16,7 @@ SLACK = 0.05  # nats; the prior is fitted to 300 rows, and log p(x) is sampled
 @pytest.mark.parametrize(
     "fault",
     [
-        planted_faults.prior_of_wrong_scale,
+        pytest.param(planted_faults.prior_of_wrong_scale, marks=pytest.mark.slow),
         planted_faults.prior_that_should_be_bimodal,
         planted_faults.mean_field_on_a_correlated_posterior,
     ],

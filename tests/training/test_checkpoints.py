@@ -151,6 +151,8 @@ CASES = {
     "many particles": {"objective": lambda: objectives.DReG(num_particles=3)},
 }
 
+LONG = {"momentum", "a plateau", "a schedule of rates", "turns, bounded", "many particles"}
+
 CAPTURED = {
     "modules": {},
     "noise of their own": {"pair": noisy_pair},
@@ -204,7 +206,9 @@ def some_of(last, name):
     return 1 + generator.choice(last, 2, replace=False)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in CASES]
+)
 def test_resumed_run_equals_the_uninterrupted_run(name, binary, tmp_path):
     expected = run(binary, **CASES[name])
     last = expected[2]
