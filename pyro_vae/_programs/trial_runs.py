@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
 from pyro_vae._utils.modules import before_unknown, modules
@@ -72,8 +73,25 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
         finally:
             for state in reversed(states):
                 state.restore()
-            for name in set(store.keys()) - names:
-                del store[name]
+            _keep_names(store, names)
+
+
+def _keep_names(store: ParamStoreDict, names: set[str]) -> None:
+    """Remove all other names from a store.
+
+    Pyro's own ``del store[name]`` fails for a parameter that the run gave a second name, as a guide
+    has inside of a prior.
+    """
+    if store.keys() == names:
+        return
+    kept = {
+        kind: {name: value for name, value in values.items() if name in names}
+        for kind, values in store.get_state().items()
+    }
+    for name in store:
+        store[name]  # restores the reference param.unconstrained, which get_state removes
+    store.clear()
+    store.set_state(kept)
 
 
 class _ModuleState:

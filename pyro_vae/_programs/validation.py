@@ -176,7 +176,7 @@ def _run_on_numbers(
             raise ValueError(
                 f"{first_line(error)}, for data x of shape {tuple(x.shape)}. In the plate 'data' "
                 f"the batch shape of a site must be ({x.shape[0]},). All other dimensions belong "
-                "to the event: declare them with .to_event(n)."
+                "to the event: declare them with .to_event(n), or by event_dim=n of a likelihood."
             ) from error
         if _is_of_library(error):
             raise

@@ -27,7 +27,7 @@ from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import OwnSequence, random_state, set_random_state
 from pyro_vae.datasets._columns import KINDS, Column, as_column, as_tensor, finite_rows, native
 from pyro_vae.datasets._sparse_rows import SparseRows
-from pyro_vae.datasets._unused_columns import num_columns_taken, warn_of_unused_columns
+from pyro_vae.datasets._unused_columns import columns_taken
 
 Batch: TypeAlias = tuple[Tensor, ...]
 # Tensor | ndarray | DataFrame | sparse matrix | tuple of these | Dataset | DataLoader
@@ -145,9 +145,7 @@ class Minibatches:
     def _taken(self, columns: Sequence[Any]) -> Sequence[Any]:
         """Return the columns that the programs take, and warn if there are others."""
         if self._num_taken is None:
-            self._num_taken = num_columns_taken(self._programs, len(columns))
-            if self._num_taken < len(columns):
-                warn_of_unused_columns(len(columns), self._num_taken)
+            self._num_taken = len(columns_taken(self._programs, columns))
         return columns[: self._num_taken]
 
     @property

@@ -43,13 +43,20 @@ def num_columns_taken(programs: Sequence[Program], count: int) -> int:
     return next((n for n in numbers if all(takes(each, n) for each in programs)), count)
 
 
-def warn_of_unused_columns(count: int, taken: int) -> None:
-    """Warn that only the first columns of the data are used.
+def columns_taken(programs: Sequence[Program], columns: Sequence[Any]) -> Sequence[Any]:
+    """Return the first columns, those that all programs take, and warn if there are others.
 
     Args:
-        count: number of columns of the data.
-        taken: number of columns that the programs take.
+        programs: programs that are called with the columns.
+        columns: x and covariates.
     """
+    taken = num_columns_taken(programs, len(columns))
+    if taken < len(columns):
+        _warn(len(columns), taken)
+    return columns[:taken]
+
+
+def _warn(count: int, taken: int) -> None:
     first = "x alone" if taken == 1 else f"the first {taken}"
     warn_user(
         f"the data have {count} columns, but model and guide take {first}. The others, such as "

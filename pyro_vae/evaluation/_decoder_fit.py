@@ -288,6 +288,8 @@ def _mean_elbo(pair: CorrectedPair, columns: Batch) -> float:
 
 
 def rows_of_numbers(x: Tensor) -> Tensor:
-    """Return x as rows of floating-point numbers (B, D)."""
+    """Return x as rows of floating-point numbers (B, D), with zeros for missing numbers."""
     rows = x.reshape(len(x), -1)
-    return rows if rows.is_floating_point() else rows.to(torch.get_default_dtype())
+    if not rows.is_floating_point():
+        return rows.to(torch.get_default_dtype())
+    return rows.where(rows.isfinite(), 0.0)

@@ -113,7 +113,7 @@ def covariate_columns(
         ValueError: A covariate does not have ``count`` rows.
     """
     device = device_of(model, guide)
-    columns = [column.to(device).contiguous() for column in as_covariates(covariates)]
+    columns = [column.to(device).contiguous() for column in as_covariates(covariates, model, guide)]
     if any(len(column) != count for column in columns):
         raise ValueError(
             f"each of covariates must have {count} rows, one for each data point, got "

@@ -34,6 +34,7 @@ from pyro_vae.evaluation._gaps import (
     with_zeros,
 )
 from pyro_vae.evaluation._log_evidence import UNRELIABLE_KHAT, UnreliableEvidence, untrusted
+from pyro_vae.evaluation._predict import as_covariates
 from pyro_vae.evaluation._runner import Runner
 from pyro_vae.evaluation._weights import WeightStream
 
@@ -163,7 +164,7 @@ def impute(
     num_draws = positive_integer("num_draws", num_draws, minimum=0)
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     x, observed = _with_gaps(x, observed)
-    columns = (x, *(as_tensor(each, "each of covariates", finite=False) for each in covariates))
+    columns = (x, *as_covariates(covariates, model, guide))
     if differing := [len(each) for each in columns if len(each) != len(x)]:
         raise ValueError(f"covariates must have {len(x)} rows, as x has; got {differing}")
     leaving_out = LeaveOutMissing()(model)

@@ -91,7 +91,7 @@ def interpolate(
             f"{tuple(ends[1].shape)}"
         )
     options = {"batch_size": batch_size, "plate": plate, "seed": seed, "progress": progress}
-    columns = as_covariates(covariates)
+    columns = as_covariates(covariates, model, guide)
     codes = encode(
         model, guide, torch.cat(ends), *(_repeated(c, 2) for c in columns), site=site, **options
     )

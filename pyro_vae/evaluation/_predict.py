@@ -17,6 +17,7 @@ from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._columns import as_tensor
+from pyro_vae.datasets._unused_columns import columns_taken
 from pyro_vae.evaluation._layout import Layout, Readings
 
 
@@ -88,13 +89,19 @@ def reconstruct(
 def columns_of(model: Program, guide: Program, x: Tensor, *covariates: Tensor) -> list[Tensor]:
     """Return x and covariates as tensors on the device of the pair."""
     device = device_of(model, guide)
-    columns = [as_tensor(x, "x", finite=False), *as_covariates(covariates)]
+    columns = [as_tensor(x, "x", finite=False), *as_covariates(covariates, model, guide)]
     return [column.to(device).contiguous() for column in columns]
 
 
-def as_covariates(covariates: Sequence[Tensor]) -> list[Tensor]:
-    """Return covariates as tensors."""
-    return [as_tensor(each, "each of covariates", finite=False) for each in covariates]
+def as_covariates(covariates: Sequence[Tensor], *programs: Program) -> list[Tensor]:
+    """Return covariates as tensors, without those that the programs do not take, such as labels.
+
+    Args:
+        covariates: the arguments after x.
+        *programs: programs that are called with x and the covariates.
+    """
+    columns = [as_tensor(each, "each of covariates", finite=False) for each in covariates]
+    return [*columns_taken(programs, [None, *columns])[1:]]
 
 
 def mean_of_x(

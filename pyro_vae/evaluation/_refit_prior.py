@@ -119,7 +119,8 @@ def refit_prior(
             "in the program as self.prior()"
         )
     name_data_plate(plate, model, guide)
-    batches = Minibatches(data, batch_size, device=device_of(model, guide))
+    programs = (model, guide)
+    batches = Minibatches(data, batch_size, device=device_of(*programs), programs=programs)
     if batches.num_data is None:
         raise ValueError("refit_prior needs data in memory, got a stream")
     with evaluation_context(
@@ -134,7 +135,7 @@ def refit_prior(
         weighs=True,
     ) as options:
         first = batches.first()
-        site, size = _latent_of(model, guide, first)
+        site, size, dtype = _latent_of(model, guide, first)
         if kind == "aggregated":
             columns = tuple(torch.cat(each) for each in zip(*batches, strict=True))
             prior = priors.AggregatedPosterior(guide, columns, site)
@@ -148,9 +149,9 @@ def refit_prior(
         codes = codes[torch.randperm(len(codes.codes))]
         if kind == "mixture":
             prior, gain = _mixture(codes, components)
-            new = _with_prior(model, prior.to(batches.device), guide, first)
+            new = _with_prior(model, prior.to(batches.device, dtype), guide, first)
         else:
-            prior = _flow(size) if kind == "flow" else kind
+            prior = _flow(size).to(dtype) if kind == "flow" else kind
             new = _with_prior(model, prior.to(batches.device), guide, first)
             with torch.enable_grad():
                 gain = _train(prior.cpu(), codes)
@@ -169,8 +170,8 @@ def _flow(size: int) -> priors.FlowPrior:
     return priors.FlowPrior(size, transform)
 
 
-def _latent_of(model: nn.Module, guide: Program, batch: Batch) -> tuple[str, int]:
-    """Return the name and the size of the only latent, after checks that its prior is known."""
+def _latent_of(model: nn.Module, guide: Program, batch: Batch) -> tuple[str, int, torch.dtype]:
+    """Return name, size and dtype of the only latent, after checks that its prior is known."""
     t = terms(model, guide, *batch)
     if len(t.samples) != 1:
         raise ValueError(
@@ -198,7 +199,7 @@ def _latent_of(model: nn.Module, guide: Program, batch: Batch) -> tuple[str, int
             f"refit_prior needs a latent that is a real vector, but {name!r} has event shape "
             f"{tuple(p_z.event_shape)} and support {p_z.support}"
         )
-    return name, p_z.event_shape[0]
+    return name, p_z.event_shape[0], z.dtype
 
 
 def _mixture(codes: WeightedCodes, components: int | None) -> tuple[priors.MixtureOfNormals, float]:

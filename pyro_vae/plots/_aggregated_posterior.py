@@ -14,6 +14,7 @@ from pyro_vae._programs.parameters import device_of
 from pyro_vae._utils.checks import check_call, is_number, shown
 from pyro_vae.datasets._minibatches import as_tensor
 from pyro_vae.evaluation import Encoding, encode
+from pyro_vae.evaluation._predict import as_covariates
 from pyro_vae.plots._arguments import as_list
 from pyro_vae.plots._axes import BLUE, DARK, RED, check_axes, new_figure
 from pyro_vae.plots._density import gaussian_mixture, grid_around, smoothed
@@ -89,8 +90,7 @@ def aggregated_posterior(
     check_call(aggregated_posterior, locals())
     check_axes(None)
     shares = _checked_masses(masses)
-    columns = [as_tensor(x, "x", finite=False)]
-    columns += [as_tensor(each, "each of covariates", finite=False) for each in covariates]
+    columns = [as_tensor(x, "x", finite=False), *as_covariates(covariates, model, guide)]
     per_row = -(-NUM_SAMPLES // len(columns[0]))
     code = encode(model, guide, *columns, site=site, num_samples=per_row, plate=plate, seed=seed)
     device = device_of(model, guide)

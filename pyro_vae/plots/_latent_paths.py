@@ -17,6 +17,7 @@ from pyro_vae._utils.checks import check_call, positive_integer, positive_number
 from pyro_vae.datasets._minibatches import as_tensor
 from pyro_vae.evaluation import decode, encode, interpolate
 from pyro_vae.evaluation._interpolate import Path
+from pyro_vae.evaluation._predict import as_covariates
 from pyro_vae.plots._axes import check_axes
 from pyro_vae.plots._dimensions import choose_dimensions, names_of
 from pyro_vae.plots._mosaic import (
@@ -110,7 +111,7 @@ def traversals(
     as_images(x[:1], image_shape)
     if (row := positive_integer("row", row, minimum=0)) >= len(x):
         raise ValueError(f"row must be below the number of data points, {len(x)}, got {row}")
-    columns = [x, *(as_tensor(each, "each of covariates", finite=False) for each in covariates)]
+    columns = [x, *as_covariates(covariates, model, guide)]
     columns = [column[row : row + 1] for column in columns]
     code = encode(model, guide, *columns, site=site, plate=plate, seed=seed)
     device = device_of(model, guide)
@@ -289,10 +290,10 @@ def manifold(
     image_shape = check_image_shape(image_shape)
     check_count("num", num**2)
     name_data_plate(plate, model, guide)
-    columns = [as_tensor(each, "each of covariates", finite=False) for each in covariates]
+    partner = model if guide is None else guide
+    columns = as_covariates(covariates, model, partner)
     if any(len(column) != 1 for column in columns):
         raise ValueError(f"each of covariates must have one row, got {[*map(len, columns)]}")
-    partner = model if guide is None else guide
     prior = PriorOfSite(model, partner, _placeholder(model, partner, x, columns), site, seed)
     if (size := int(np.prod(prior.shape))) != 2:
         raise ValueError(

@@ -90,6 +90,7 @@ class PriorOfSite:
                 found.append(values.reshape(len(values), -1))
         return torch.cat(found).cpu().double()
 
+    @torch.no_grad()
     def quantiles(self, levels: Tensor) -> Tensor:
         """Return quantiles ``(levels, numbers of the latent)`` of the marginals, in float64.
 
@@ -102,6 +103,7 @@ class PriorOfSite:
                 return rows[:, 0].reshape(len(rows), -1).cpu().double()
         return self.samples().quantile(levels.double(), dim=0)
 
+    @torch.no_grad()
     def density(self, dimensions: list[int], grids: list[Tensor]) -> GridDensity | None:
         """Return the exact density of some dimensions on a grid, or None if it is unknown.
 

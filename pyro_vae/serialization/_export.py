@@ -24,6 +24,7 @@ from pyro_vae._utils.extras import require
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import as_tensor
+from pyro_vae.datasets._unused_columns import columns_taken
 from pyro_vae.serialization._tensor_functions import Decoder, Encoder, TensorFunction
 
 FORMATS = (".pt2", ".onnx")
@@ -169,6 +170,7 @@ def _export(
         as_tensor(each, name, finite=False).to(device).contiguous()
         for each, name in zip(args, names, strict=True)
     )
+    args = tuple(columns_taken((model, guide), args))
     if len(args[0]) == 1:  # torch.export takes a size of one for a fixed number
         args = tuple(each.repeat_interleave(2, 0) for each in args)
     with (

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from pyro_vae._utils.distributed import gather
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import restored_generators, restored_generators_of_python, seeded
@@ -98,7 +100,8 @@ class Callback:
                 :class:`~pyro_vae.training.Fit`, with the columns of earlier callbacks.
 
         Returns:
-            Numbers by name, which become columns of the history, or None.
+            Numbers by name, which become columns of the history, or None. A number may be a tensor
+            without dimensions, such as ``evidence(...).values.mean()``.
         """
 
     def after_checkpoint(self, path: Path) -> None:
@@ -232,7 +235,7 @@ class Callbacks:
     def _columns_of(self, found: Any, columns: Mapping[str, float]) -> dict[str, float]:
         found = {} if found is None else found
         if not isinstance(found, Mapping) or not all(
-            isinstance(n, str) and isinstance(v, numbers.Real) for n, v in found.items()
+            isinstance(n, str) and _is_number(v) for n, v in found.items()
         ):
             raise TypeError(
                 f"after_epoch must return a dictionary of numbers by name, or None, got {found!r}"
@@ -267,6 +270,13 @@ class _AfterEpoch(Callback):
 
     def after_epoch(self, epoch: int, row: Mapping[str, float]) -> Mapping[str, float] | None:
         return self._function(epoch, row)
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a real number, also as a tensor without dimensions."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.is_complex()
+    return isinstance(value, numbers.Real)
 
 
 def check_after_epoch(function: AfterEpoch | None) -> None:

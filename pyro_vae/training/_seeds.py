@@ -11,6 +11,7 @@ import os
 import pickle
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pyro_vae._utils.random import seeded
 from pyro_vae._utils.threads import torch_threads
 from pyro_vae._utils.user_warnings import warns_once
 from pyro_vae.datasets._minibatches import Data
+from pyro_vae.datasets._unused_columns import UnusedColumnsWarning
 from pyro_vae.training._callbacks import Callback, check_after_epoch
 from pyro_vae.training._checkpoints import Checkpoint
 from pyro_vae.training._fit import Fit, fit
@@ -251,7 +253,9 @@ def _work(path: Path, seed: int) -> None:
     """
     run = pickle.loads(path.read_bytes())  # noqa: S301 - written by the parent process
     try:
-        with torch_threads(1):
+        with torch_threads(1), warnings.catch_warnings():
+            # The parent process issues this warning at the line of the user's code.
+            warnings.simplefilter("ignore", UnusedColumnsWarning)
             run(seed)
     except Exception as error:
         try:

@@ -319,6 +319,44 @@ def test_every_function_leaves_labels_out_with_one_warning(name, binary):
     assert len(warned(lambda: CALLS[name](pair, data))[1]) == 1
 
 
+OF_TENSORS = {
+    "encode": lambda pair, *x: pv.encode(*pair, *x).mean,
+    "reconstruct": lambda pair, *x: pv.reconstruct(*pair, *x, seed=0),
+    "interpolate": lambda pair, *x: pv.interpolate(*pair, x[0], x[0].flip(0), *x[1:]),
+    "impute": lambda pair, *x: (
+        pv.impute(*pair, *x, observed=torch.eye(10, 16) == 0, num_samples=30, seed=0).mean
+    ),
+    "generate": lambda pair, *x: pv.generate(pair[0], *x, seed=0),
+    "generate a number": lambda pair, *x: pv.generate(pair[0], 10, *x[1:], seed=0),
+    "decode": lambda pair, *x: pv.decode(pair[0], torch.ones(10, 2), *x[1:]),
+    "prior": lambda pair, *x: (
+        pv.evaluation.refit_prior(*pair, x if x[1:] else x[0], components=1, seed=0).prior().loc
+    ),
+    "traversals": lambda pair, *x: shown(pv.plots.traversals(*pair, *x, image_shape=(4, 4))),
+    "manifold": lambda pair, *x: shown(
+        pv.plots.manifold(pair[0], *(each[:1] for each in x[1:]), num=2, image_shape=(4, 4))
+    ),
+    "aggregated": lambda pair, *x: torch.tensor(
+        pv.plots.aggregated_posterior(*pair, *x).axes[1].lines[0].get_ydata()
+    ),
+}
+
+
+def shown(figure):
+    return torch.tensor(figure.axes[0].images[0].get_array().filled(0.0))
+
+
+@pytest.mark.parametrize("name", OF_TENSORS)
+@pytest.mark.filterwarnings("ignore:the new prior")
+def test_labels_after_x_are_left_out_with_one_warning(name, binary):
+    pair, x = make_pair(), binary[:10]
+    pv.reconstruct(*pair, x)
+    alone, none = warned(lambda: OF_TENSORS[name](pair, x))
+    labeled, caught = warned(lambda: OF_TENSORS[name](pair, x, torch.arange(10)))
+    torch.testing.assert_close(labeled, alone)
+    assert (len(none), len(caught)) == (0, 1)
+
+
 def test_fits_of_several_seeds_leave_labels_out_with_one_warning(binary):
     options = {"seeds": 2, "num_workers": 1, "epochs": 1, "progress": False, "capture": False}
     data = TensorDataset(binary, torch.arange(50))

@@ -148,6 +148,23 @@ def test_loaded_pair_generates_and_checkpoints_remember(tmp_path, binary):
         )
 
 
+def test_a_vampprior_needs_no_guide():
+    """The prior calls the guide, so each parameter of the guide has two names."""
+    torch.manual_seed(0)
+    prior = pv.priors.VampPrior(2, pseudo_inputs=torch.rand(5, 16))
+    decoder = pv.nets.MLP(2, [4], 16)
+    model = pv.LatentVariableModel(prior, pv.likelihoods.Bernoulli(decoder))
+    guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(16, [4]))
+    prior.bind_guide(guide)
+    names = set(pyro.get_param_store().keys())
+    pv.evidence(model, guide, torch.rand(10, 16).round(), num_particles=2, capture=False)
+    z = torch.randn(3, 2)
+    torch.testing.assert_close(pv.decode(model, z), decoder(z).sigmoid().detach())
+    with_guide = pv.generate(model, 3, guide=guide, seed=0)
+    torch.testing.assert_close(pv.generate(model, 3, seed=0), with_guide)
+    assert set(pyro.get_param_store().keys()) == names
+
+
 def test_models_of_the_library_that_never_ran():
     mlp = pv.nets.MLP
     labels = torch.tensor([0, 1, -1])

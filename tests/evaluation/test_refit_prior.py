@@ -1,6 +1,7 @@
 """Priors that are fitted after training, against the log p(x) of linear Gaussian models."""
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -202,3 +203,22 @@ def test_a_prior_that_does_not_help_is_reported():
     x = pair.data(torch.randn(10, 2))
     with pytest.warns(UserWarning, match="does not increase log p"):
         refit_prior(pair.model, pair.guide, x, components=4, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["mixture", pytest.param("flow", marks=pytest.mark.slow)])
+def test_a_pair_in_float64_gets_a_prior_in_float64(kind):
+    """Its samples are those that the decoder takes."""
+    linear = nn.Linear(2, D).double()
+    model = pv.LatentVariableModel(
+        pv.priors.StandardNormal(2).double(), pv.likelihoods.Normal(linear, scale=NOISE)
+    )
+    guide = pv.guides.AmortizedNormal(model, nn.Linear(D, 4).double()).double()
+    x = torch.randn(20, D).double()
+    guide(x)
+    guide.double()
+    components = 1 if kind == "mixture" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the gain is not the point
+        new = refit_prior(model, guide, x, kind=kind, components=components, seed=0)
+    assert {p.dtype for p in new.parameters()} == {torch.float64}
+    assert pv.generate(new, 3).dtype == torch.float64

@@ -170,6 +170,21 @@ def test_the_density_of_a_dependent_prior_is_exact_in_all_its_dimensions():
     assert known.density([0], grids[:1]) is None
 
 
+def test_the_density_of_a_prior_with_parameters_is_drawn():
+    """A learned prior has gradients, and its marginals are those of the mixture."""
+    prior = pv.priors.MixtureOfNormals(2, components=3)
+    model = pv.LatentVariableModel(prior, pv.likelihoods.Normal(torch.nn.Identity(), scale=0.1))
+    x = torch.randn(30, 2)
+    guide = identity_pair(dist.Normal(torch.zeros(2), 1.0).to_event(1))[1]
+    above = pv.plots.aggregated_posterior(model, guide, x).axes[1]
+    line = above.lines[0].get_xydata()
+    with torch.no_grad():
+        p = prior()
+        normals = dist.Normal(p.loc[:, 0], p.scale[:, 0])
+        exact = normals.log_prob(torch.tensor(line[:, :1])).exp() @ p.logits.softmax(0).double()
+    np.testing.assert_allclose(line[:, 1], exact, atol=2e-3)
+
+
 def test_a_prior_without_a_density_is_estimated_from_samples():
     """The prior of z_2 depends on z_1. The lines still hold their shares of it."""
 

@@ -80,6 +80,22 @@ def test_a_scalar_latent_has_a_decoder_gain():
     assert not found.losses
 
 
+def test_missing_numbers_are_left_out_of_all_parts():
+    """The encoder's correction gets zeros for missing numbers, as the encoder does."""
+    likelihood = pv.likelihoods.Normal(pv.nets.MLP(1, [], 3), scale=1.0)
+    model = pv.LatentVariableModel(
+        pv.priors.StandardNormal(1), pv.likelihoods.NanMasked(likelihood)
+    )
+    guide = pv.guides.AmortizedNormal(model, pv.nets.ZeroImputed(pv.nets.MLP(3, [4])))
+    x = torch.randn(2, 40, 3) * torch.tensor([3.0, 1.0, 1.0])
+    train, test = x.masked_fill(torch.rand(2, 40, 3) < 0.3, torch.nan)
+    found = pv.diagnose(
+        model, guide, train, test, num_particles=30, num_data=10, annealing=None, seed=0
+    )
+    assert math.isfinite(found["decoder gain"].value)
+    assert math.isfinite(found["prior gain"].value)
+
+
 def test_unknown_quantities_have_a_reason():
     """A discrete latent has no gaps and no unconstrained codes, but log p(x) and the surgery."""
 

@@ -94,6 +94,13 @@ def test_later_callbacks_see_the_columns_of_earlier_ones(binary):
         run(binary, Ratio(), Ratio(), after_epoch=lambda epoch, row: {"square": epoch})
 
 
+def test_numbers_may_be_tensors_without_dimensions(binary):
+    fit = run(binary, after_epoch=lambda epoch, row: {"half": torch.tensor(epoch / 2)})
+    assert fit.history["half"].tolist() == [0.5, 1.0, 1.5, 2.0]
+    with pytest.raises(TypeError, match="a dictionary of numbers by name"):
+        run(binary, after_epoch=lambda epoch, row: {"several": torch.ones(1)})
+
+
 def test_callbacks_do_not_change_a_fit(binary, tmp_path):
     checkpoint = Checkpoint(tmp_path, seconds=0.0)
     state = torch.get_rng_state()
