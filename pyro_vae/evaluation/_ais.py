@@ -81,8 +81,8 @@ class AIS:
         if self.step_size is not None:
             positive_number("step_size", self.step_size)
         if isinstance(self.schedule, str):
-            numbers = "numbers that increase from 0 to 1"
-            require_word("schedule", self.schedule, ("sigmoid", "linear"), numbers)
+            other = "numbers that increase from 0 to 1"
+            require_word("schedule", self.schedule, ("sigmoid", "linear"), other)
             return
         schedule = self.schedule.tolist() if hasattr(self.schedule, "tolist") else self.schedule
         if not isinstance(schedule, Iterable):
