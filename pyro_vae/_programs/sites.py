@@ -177,8 +177,8 @@ def sum_to_data_points(
         raise ValueError(
             f"site {site['name']!r} has batch shape {tuple(log_prob.shape)}, but no plate at its "
             f"dimension {dim}. Declare event dimensions with .to_event(n), or by event_dim=n of a "
-            "likelihood, and put other dimensions into a plate. Keep the dimensions of plates that you sum over "
-            f"(keepdim=True).{reason}"
+            "likelihood, and put other dimensions into a plate. Keep the dimensions of plates that "
+            f"you sum over (keepdim=True).{reason}"
         )
     kept, sizes = [], [num_particles]
     if particle_dim is not None:
