@@ -82,6 +82,13 @@ def test_each_label_has_one_color_and_an_entry_in_the_legend(kind):
             assert (numbers[row] >= 10) == marker
 
 
+def test_a_legend_of_twenty_labels_is_inside_of_the_figure():
+    figure = pv.plots.codes(torch.randn(40, 2), labels=torch.arange(40) % 20)
+    figure.canvas.draw()
+    legend = figure.axes[0].get_legend().get_window_extent()
+    assert legend.height < figure.bbox.height
+
+
 def test_numbers_as_labels_have_a_color_bar():
     z, labels = torch.randn(30, 2).double(), torch.randn(30)
     labels[4] = torch.nan
