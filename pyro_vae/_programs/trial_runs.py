@@ -37,8 +37,6 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
             takes milliseconds. Other modules are found when they run. A block inside another one
             uses the modules of the outer one.
     """
-    store = pyro.get_param_store()
-    names = set(store.keys())
     states: list[_ModuleState] = []
     outer = _modules.get()
     found = [] if outer is None else outer
@@ -64,6 +62,7 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
                 restored_generators_of_python(),
                 torch.no_grad(),
                 poutine.block(),
+                kept_parameter_names(),
             ):
                 yield
         except BaseException:
@@ -73,7 +72,17 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
         finally:
             for state in reversed(states):
                 state.restore()
-            _keep_names(store, names)
+
+
+@contextlib.contextmanager
+def kept_parameter_names() -> Iterator[None]:
+    """Remove the names that runs in the block add to Pyro's parameter store."""
+    store = pyro.get_param_store()
+    names = set(store.keys())
+    try:
+        yield
+    finally:
+        _keep_names(store, names)
 
 
 def _keep_names(store: ParamStoreDict, names: set[str]) -> None:

@@ -39,7 +39,7 @@ from pyro_vae.evaluation._runner import Runner
 from pyro_vae.evaluation._weights import WeightStream
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Imputation:
     r"""Data with filled gaps, on the CPU.
 
@@ -74,11 +74,11 @@ class Imputation:
         unreliable = untrusted(
             self.effective_sample_size, self.khat, self.effective_sample_size, self.num_samples
         )
-        return unreliable & ~self.observed.flatten(1).all(1)
+        return unreliable & _has_gaps(self.observed)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         count = int((~self.observed).sum())
-        incomplete = ~self.observed.flatten(1).all(1)
+        incomplete = _has_gaps(self.observed)
         return (
             f"{count} of {self.observed.numel()} numbers imputed, in {int(incomplete.sum())} of "
             f"{len(incomplete)} rows ({self.num_samples} samples of z for each row; unreliable "
@@ -199,7 +199,7 @@ def impute(
         khat=khats,
         num_samples=num_samples,
     )
-    incomplete = int((~observed.flatten(1).all(1)).sum())
+    incomplete = int(_has_gaps(observed).sum())
     if (bad := int(result.untrusted.sum())) > incomplete / 2:
         warnings.warn(
             f"the imputed numbers are unreliable for {bad} of {incomplete} rows. Their k-hat is "
@@ -210,6 +210,11 @@ def impute(
             stacklevel=2,
         )
     return result
+
+
+def _has_gaps(observed: Tensor) -> Tensor:
+    """Return whether each row of a mask ``(N, *event)`` has a number that is not observed, (N,)."""
+    return ~observed.reshape(len(observed), -1).all(1)
 
 
 def _with_gaps(x: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -232,7 +237,7 @@ def _with_gaps(x: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
         )
     observed = observed.to(x.device)
     if (wrong := observed & ~finite).any():
-        row = int(wrong.flatten(1).any(1).nonzero()[0])
+        row = int(_has_gaps(~wrong).nonzero()[0])
         raise ValueError(
             f"x is NaN or infinite at numbers that observed marks as observed, first in row {row}. "
             "Mark them as missing"
@@ -254,7 +259,7 @@ def _guide_for(
     def guide_of_zeros(x: Tensor, *covariates: Tensor) -> object:
         return guide(with_zeros(x), *covariates)
 
-    rows = (~observed.flatten(1).all(1)).nonzero()[:batch_size, 0]
+    rows = _has_gaps(observed).nonzero()[:batch_size, 0]
     if not len(rows):
         return guide
     device = device_of(model, guide)

@@ -16,6 +16,7 @@ from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import device_of
 from pyro_vae._programs.sites import is_real
 from pyro_vae._programs.terms import Terms, terms
+from pyro_vae._programs.trial_runs import kept_parameter_names
 from pyro_vae._utils.checks import check_call, positive_integer, require_callable, require_word
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.numerics import MIN_SCALE, inverse_softplus_scale
@@ -123,17 +124,20 @@ def refit_prior(
     batches = Minibatches(data, batch_size, device=device_of(*programs), programs=programs)
     if batches.num_data is None:
         raise ValueError("refit_prior needs data in memory, got a stream")
-    with evaluation_context(
-        "refit_prior",
-        model,
-        guide,
-        batches,
-        vectorize_particles=vectorize_particles,
-        seed=seed,
-        needs_latents=True,
-        may_fold=False,
-        weighs=True,
-    ) as options:
+    with (
+        evaluation_context(
+            "refit_prior",
+            model,
+            guide,
+            batches,
+            vectorize_particles=vectorize_particles,
+            seed=seed,
+            needs_latents=True,
+            may_fold=False,
+            weighs=True,
+        ) as options,
+        kept_parameter_names(),  # runs of a prior alone, or of the new model, name its parameters
+    ):
         first = batches.first()
         site, size, dtype = _latent_of(model, guide, first)
         if kind == "aggregated":

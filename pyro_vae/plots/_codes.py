@@ -163,5 +163,11 @@ def _draw_levels(
             label=literal(str(level)),
         )
     axes.legend(
-        frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.2, borderpad=0
+        frameon=False,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        ncols=-(-len(levels) // many),
+        columnspacing=0.5,
+        handletextpad=0.2,
+        borderpad=0,
     )

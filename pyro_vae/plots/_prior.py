@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import evaluation_mode, parameter_store
@@ -24,6 +25,8 @@ from pyro_vae._programs.sites import (
 )
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import seeded
+from pyro_vae._utils.value_checks import values_checked
+from pyro_vae.distributions._supports import support_of
 from pyro_vae.plots._density import GridDensity
 
 _AT_ONCE = 500
@@ -116,17 +119,17 @@ class PriorOfSite:
             for dimension, grid in zip(dimensions, grids, strict=True):
                 values = rows.clone()
                 values[:, dimension] = grid.to(rows)
-                log_density = self._marginals.log_prob(values.reshape(-1, 1, *event))[:, 0]
-                log_density = log_density.reshape(len(grid), -1)[:, dimension]
-                found.append(log_density.exp().cpu().double())
+                density = _density(self._marginals, values.reshape(-1, 1, *event))[:, 0]
+                found.append(density.reshape(len(grid), -1)[:, dimension])
             return GridDensity.of_marginals(found, grids)
         if not self._is_fixed or sorted(dimensions) != list(range(event.numel())):
             return None
+        if not _has_volume(self._fn):
+            return None
         points = torch.cartesian_prod(*grids).reshape(-1, len(grids))
         points = points[:, torch.tensor(dimensions).argsort()].to(rows)
-        log_density = self._fn.log_prob(points.reshape(-1, 1, *event))[:, 0]
-        joint = log_density.exp().cpu().double().reshape([len(grid) for grid in grids])
-        return GridDensity.of_joint(joint, grids)
+        joint = _density(self._fn, points.reshape(-1, 1, *event))[:, 0]
+        return GridDensity.of_joint(joint.reshape([len(grid) for grid in grids]), grids)
 
     @cached_property
     def _is_fixed(self) -> bool:
@@ -175,3 +178,19 @@ class PriorOfSite:
     @staticmethod
     def _values(site: Site) -> Tensor:
         return to_particle_layout(site["value"], site, None)[0].detach()
+
+
+def _has_volume(fn: Any) -> bool:
+    """Return whether a support is an open set of numbers, unlike a simplex or a sphere."""
+    try:
+        shape = biject_to(support_of(fn)).inverse_shape(fn.event_shape)
+    except (NotImplementedError, ValueError):
+        return False
+    return shape == fn.event_shape
+
+
+def _density(fn: Any, values: Tensor) -> Tensor:
+    """Return the density of a distribution on the CPU, in float64; it is zero off the support."""
+    with values_checked(False):
+        density = fn.log_prob(values).exp()
+    return torch.where(support_of(fn).check(values), density, 0.0).cpu().double()

@@ -333,7 +333,29 @@ def test_wrong_masks_and_types_are_refused():
     with pytest.raises(TypeError, match=r"floating-point, .* got torch.int64"):
         pv.impute(plain, wide, torch.ones(5, D, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"covariates must have 5 rows"):
-        pv.impute(plain, wide, x, torch.ones(4))
+        pv.impute(lambda x, y: plain(x), lambda x, y: wide(x), x, torch.ones(4))
+
+
+def test_data_points_of_one_number():
+    """The posterior of z is its prior for a missing number, and E[x|x] is x for the others."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.5, 1.0))
+            pyro.sample("x", dist.Normal(2 * z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.5))
+
+    x = torch.tensor([1.0, torch.nan, -2.0, torch.nan])
+    filled = pv.impute(model, guide, x, num_samples=4000, num_draws=2, seed=0)
+    gone = x.isnan()
+    assert (filled.mean[~gone] == x[~gone]).all()
+    assert ((filled.mean - 1.0).abs() < ERRORS * filled.monte_carlo_errors)[gone].all()
+    assert repr(filled).startswith("2 of 4 numbers imputed, in 2 of 4 rows")
+    with pytest.raises(ValueError, match="first in row 1"):
+        pv.impute(model, guide, x, observed=torch.ones(4, dtype=torch.bool))
 
 
 def test_a_poor_guide_is_reported():

@@ -222,3 +222,22 @@ def test_a_pair_in_float64_gets_a_prior_in_float64(kind):
         new = refit_prior(model, guide, x, kind=kind, components=components, seed=0)
     assert {p.dtype for p in new.parameters()} == {torch.float64}
     assert pv.generate(new, 3).dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["mixture", "module"])
+def test_the_store_of_the_old_pair_is_unchanged(kind):
+    """Otherwise a later fit of the old pair would train the parameters of the new prior."""
+    pair = Pair()
+    old = pair.model
+    x = pair.data(torch.randn(20, 2))
+    pv.fit(old, pair.guide, x, epochs=1, progress=False, capture=False)
+    with pv.parameter_store(old, pair.guide):
+        before = dict(pyro.get_param_store().named_parameters())
+    chosen = pv.priors.MixtureOfNormals(2, components=3) if kind == "module" else kind
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the gain is not the point
+        refit_prior(old, pair.guide, x, kind=chosen, seed=0)
+    with pv.parameter_store(old, pair.guide):
+        after = dict(pyro.get_param_store().named_parameters())
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)

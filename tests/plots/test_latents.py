@@ -82,6 +82,13 @@ def test_each_label_has_one_color_and_an_entry_in_the_legend(kind):
             assert (numbers[row] >= 10) == marker
 
 
+def test_a_legend_of_twenty_labels_is_inside_of_the_figure():
+    figure = pv.plots.codes(torch.randn(40, 2), labels=torch.arange(40) % 20)
+    figure.canvas.draw()
+    legend = figure.axes[0].get_legend().get_window_extent()
+    assert legend.height < figure.bbox.height
+
+
 def test_numbers_as_labels_have_a_color_bar():
     z, labels = torch.randn(30, 2).double(), torch.randn(30)
     labels[4] = torch.nan
@@ -183,6 +190,46 @@ def test_the_density_of_a_prior_with_parameters_is_drawn():
         normals = dist.Normal(p.loc[:, 0], p.scale[:, 0])
         exact = normals.log_prob(torch.tensor(line[:, :1])).exp() @ p.logits.softmax(0).double()
     np.testing.assert_allclose(line[:, 1], exact, atol=2e-3)
+
+
+@pytest.mark.parametrize("prior", [dist.Exponential(1.0), dist.LogNormal(0.0, 0.5)])
+def test_the_density_is_zero_off_the_support(prior):
+    """The formula of an exponential density is above one for negative numbers."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior.expand([2]).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.LogNormal(x, 0.3).to_event(1))
+
+    above = pv.plots.aggregated_posterior(model, guide, torch.randn(30, 2)).axes[1]
+    grid, density = torch.tensor(above.lines[0].get_xydata()).T
+    assert (grid < 0).any()
+    positive = grid > 0
+    assert (density[~positive] == 0).all()
+    exact = prior.log_prob(grid[positive]).exp()
+    torch.testing.assert_close(density[positive], exact, atol=1e-6, rtol=1e-5)
+
+
+def test_the_lines_of_a_simplex_are_estimated():
+    """Numbers of a simplex have no density on a grid of both dimensions."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Dirichlet(torch.tensor([2.0, 3.0])))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Dirichlet(x.exp()))
+
+    figure = pv.plots.aggregated_posterior(model, guide, torch.randn(30, 2))
+    density = figure.axes[1].lines[0].get_ydata()
+    assert np.isfinite(density).all()
+    assert density.max() > 0.5
 
 
 def test_a_prior_without_a_density_is_estimated_from_samples():
