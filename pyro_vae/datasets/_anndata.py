@@ -31,8 +31,8 @@ def from_anndata(
             shape (N, 1). So ``nets.Joined`` can append each covariate to x or z.
 
     Returns:
-        A tuple ``(x, *covariates)``, the data of :func:`pyro_vae.fit` and of all estimators. x is the
-        sparse matrix of the object, or a tensor (N, D).
+        A tuple ``(x, *covariates)``, the data of :func:`pyro_vae.fit` and of all estimators. x is
+        the sparse matrix of the object, or a tensor (N, D).
 
     Raises:
         TypeError: ``adata`` is not an AnnData.
