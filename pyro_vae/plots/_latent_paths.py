@@ -61,7 +61,9 @@ def traversals(
 
     for one dimension d of the latent, with its unit vector :math:`e_d`. :math:`s_d` is half of the
     distance between the 16% and the 84% quantile of the prior. For a Gaussian prior, it is the
-    standard deviation. Rows that do not change belong to dimensions that the decoder ignores.
+    standard deviation. Rows that do not change belong to dimensions that the decoder ignores. If
+    not all real numbers are possible, as for a Beta prior, z stays between the 0.1% and the 99.9%
+    quantile of the prior, or stops at the code.
 
     Args:
         model: program of p(x, z).
@@ -85,9 +87,9 @@ def traversals(
 
     Raises:
         ImportError: The extra ``report`` is not installed.
-        ValueError: The data are not images, a row or dimension does not exist, or the latent is
-            discrete. It also raises the errors of :func:`pyro_vae.encode` and
-            :func:`pyro_vae.decode`.
+        ValueError: The data are not images, a row or dimension does not exist, the latent is
+            discrete, or its numbers cannot change alone, as on a simplex. It also raises the errors
+            of :func:`pyro_vae.encode` and :func:`pyro_vae.decode`.
         TypeError: An argument has the wrong type.
 
     Example:
@@ -122,9 +124,16 @@ def traversals(
     chosen = choose_dimensions(dimensions, certainty)
     check_count("dimensions and num", num * len(chosen))
     steps = torch.linspace(-reach, reach, num, dtype=torch.double)
-    points = code.mean.flatten().double().repeat(len(chosen), num, 1)
+    center, bounds = code.mean.flatten().double(), prior.bounds()
+    points = center.repeat(len(chosen), num, 1)
     for row, dimension in enumerate(chosen):
-        points[row, :, dimension] += steps * scale[dimension]
+        moved = center[dimension] + steps * scale[dimension]
+        if bounds is not None:
+            moved = moved.clamp(
+                torch.minimum(bounds[0], center)[dimension],
+                torch.maximum(bounds[1], center)[dimension],
+            )
+        points[row, :, dimension] = moved
     points = points.to(code.mean.dtype).reshape(-1, *code.mean.shape[1:])
     found = decode(
         model,

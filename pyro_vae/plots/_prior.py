@@ -20,6 +20,7 @@ from pyro_vae._programs.sites import (
     base_distribution,
     data_frame,
     is_discrete,
+    is_real,
     random_sites,
     to_particle_layout,
 )
@@ -30,6 +31,7 @@ from pyro_vae.distributions._supports import support_of
 from pyro_vae.plots._density import GridDensity
 
 _AT_ONCE = 500
+_RARE = 0.001  # share of the prior beyond each bound
 NUM_SAMPLES = 5000
 
 
@@ -106,6 +108,22 @@ class PriorOfSite:
                 return rows[:, 0].reshape(len(rows), -1).cpu().double()
         return self.samples().quantile(levels.double(), dim=0)
 
+    def bounds(self) -> Tensor | None:
+        """Return low and high quantiles ``(2, numbers)``, or None if any real number is possible.
+
+        Raises:
+            ValueError: One number alone cannot change, as on a simplex.
+        """
+        shape = _unconstrained_shape(self._fn)
+        if shape not in (None, self._fn.event_shape):
+            raise ValueError(
+                f"the plot needs a latent whose numbers can change alone, but those of site "
+                f"{self.site!r} depend on each other, as on a simplex. Use pv.plots.interpolations"
+            )
+        if shape is None or is_real(support_of(self._fn)):
+            return None
+        return self.quantiles(torch.tensor([_RARE, 1 - _RARE]))
+
     @torch.no_grad()
     def density(self, dimensions: list[int], grids: list[Tensor]) -> GridDensity | None:
         """Return the exact density of some dimensions on a grid, or None if it is unknown.
@@ -124,7 +142,7 @@ class PriorOfSite:
             return GridDensity.of_marginals(found, grids)
         if not self._is_fixed or sorted(dimensions) != list(range(event.numel())):
             return None
-        if not _has_volume(self._fn):
+        if _unconstrained_shape(self._fn) != self._fn.event_shape:
             return None
         points = torch.cartesian_prod(*grids).reshape(-1, len(grids))
         points = points[:, torch.tensor(dimensions).argsort()].to(rows)
@@ -180,13 +198,15 @@ class PriorOfSite:
         return to_particle_layout(site["value"], site, None)[0].detach()
 
 
-def _has_volume(fn: Any) -> bool:
-    """Return whether a support is an open set of numbers, unlike a simplex or a sphere."""
+def _unconstrained_shape(fn: Any) -> torch.Size | None:
+    """Return the shape of a value in unconstrained space, or None if it is unknown.
+
+    It is smaller than that of the value on a simplex, for example.
+    """
     try:
-        shape = biject_to(support_of(fn)).inverse_shape(fn.event_shape)
+        return biject_to(support_of(fn)).inverse_shape(fn.event_shape)
     except (NotImplementedError, ValueError):
-        return False
-    return shape == fn.event_shape
+        return None
 
 
 def _density(fn: Any, values: Tensor) -> Tensor:

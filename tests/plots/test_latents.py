@@ -86,7 +86,7 @@ def test_a_legend_of_twenty_labels_is_inside_of_the_figure():
     figure = pv.plots.codes(torch.randn(40, 2), labels=torch.arange(40) % 20)
     figure.canvas.draw()
     legend = figure.axes[0].get_legend().get_window_extent()
-    assert legend.height < figure.bbox.height
+    assert legend.height < figure.axes[0].get_window_extent().height
 
 
 def test_numbers_as_labels_have_a_color_bar():

@@ -1,5 +1,7 @@
 """Pictures of pairs whose decoder returns z, so that each pixel is known."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -63,6 +65,30 @@ def test_traversals_move_one_dimension_by_spreads_of_the_prior():
     torch.testing.assert_close(shown, scaled(expected).unflatten(-1, (2, 2)), atol=1e-5, rtol=0)
     assert texts(figure.axes[0].get_yticklabels()) == ["z[3]", "z[1]"]
     assert texts(figure.axes[0].get_xticklabels()) == ["-3", "-1.5", "0", "1.5", "3"]
+
+
+def test_traversals_stay_inside_of_the_support():
+    model, guide = identity_pair(dist.Exponential(torch.ones(4)).to_event(1))
+    x = torch.tensor([[[0.5, 6.5], [9.0, 1.0]]])
+    (axes,) = pv.plots.traversals(model, guide, x, num=3, dimensions=[0, 1, 2]).axes
+    spread = (math.log(1 / 0.16) - math.log(1 / 0.84)) / 2  # norm.cdf(-1) is 0.159
+    expected = x[0].flatten().repeat(3, 3, 1)
+    expected[0, :, 0] = torch.tensor([-math.log(0.999), 0.5, 0.5 + 2 * spread])
+    expected[1, :, 1] = torch.tensor([6.5 - 2 * spread, 6.5, -math.log(0.001)])
+    expected[2, :, 2] = torch.tensor([9.0 - 2 * spread, 9.0, 9.0])
+    shown = tiles(axes, 3, 3, 2, 2)
+    torch.testing.assert_close(shown, scaled(expected).unflatten(-1, (2, 2)), atol=3e-3, rtol=0)
+
+
+def test_traversals_refuse_a_simplex():
+    model, _ = identity_pair(dist.Dirichlet(torch.ones(4)))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Dirichlet(torch.ones(4)))
+
+    with pytest.raises(ValueError, match=r"numbers can change alone.*Use pv.plots.interpolations"):
+        pv.plots.traversals(model, guide, torch.randn(1, 2, 2))
 
 
 def test_traversals_of_many_dimensions_take_the_surest():
