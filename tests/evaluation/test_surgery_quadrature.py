@@ -43,7 +43,6 @@ QUICK = [
     (1, "planar", "mixture"),
     (2, "mean-field", "standard"),
     (2, "full covariance", "mixture"),
-    (2, "planar", "flow"),
     (2, "IAF", "Vamp"),
 ]
 

@@ -64,6 +64,7 @@ def test_a_perfect_pair_has_no_losses():
         assert abs(found[name].value) < 0.02
 
 
+@pytest.mark.slow
 def test_a_scalar_latent_has_a_decoder_gain():
     def model(x):
         with pyro.plate("data", len(x)):
@@ -174,10 +175,11 @@ def test_an_inner_plate_is_a_note_of_the_decoder_alone(dim):
     assert found["log p(x), test"].value == pytest.approx(truth, abs=1e-3)
 
 
-def test_rows_and_results_depend_on_the_seed_alone():
+@pytest.mark.parametrize("refit", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_rows_and_results_depend_on_the_seed_alone(refit):
     true = planted_faults.Gaussian()
     train, test = true.sample(60), true.sample(60)
-    options = {"num_data": 40, "num_particles": 50}
+    options = {"num_data": 40, "num_particles": 50, "refit": refit}
     torch.manual_seed(5)
     first = pv.diagnose(true.model, true.mean_field, train, test, seed=1, **options)
     state = torch.get_rng_state()
