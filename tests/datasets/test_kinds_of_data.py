@@ -363,6 +363,20 @@ def test_fits_of_several_seeds_leave_labels_out_with_one_warning(binary):
     assert len(warned(lambda: pv.fit_seeds(make_pair, data, **options))[1]) == 1
 
 
+@pytest.mark.slow
+def test_worker_processes_do_not_repeat_the_warning(binary, capfd):
+    def make():
+        model = pv.LatentVariableModel(
+            pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [4], 16))
+        )
+        return model, pv.guides.AmortizedNormal(model, pv.nets.MLP(16, [4]))
+
+    options = {"seeds": 2, "num_workers": 2, "epochs": 1, "progress": False, "capture": False}
+    data = TensorDataset(binary, torch.arange(50))
+    assert len(warned(lambda: pv.fit_seeds(make, data, **options))[1]) == 1
+    assert "UnusedColumnsWarning" not in capfd.readouterr().err
+
+
 def test_columns_that_both_programs_take_are_kept(binary):
     y = torch.arange(50.0)
     seen = []
