@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import device_of
 from pyro_vae._utils.checks import check_call, is_number, shown
-from pyro_vae.datasets._minibatches import as_tensor
+from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.evaluation import Encoding, encode
 from pyro_vae.evaluation._predict import as_covariates
 from pyro_vae.plots._arguments import as_list

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._utils.checks import check_call
-from pyro_vae.datasets._minibatches import as_tensor
+from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.evaluation import Encoding
 from pyro_vae.plots._axes import BLUE, GRAY, axes_for, check_axes, literal
 from pyro_vae.plots._dimensions import choose_dimensions, names_of

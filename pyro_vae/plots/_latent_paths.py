@@ -14,7 +14,7 @@ from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
 from pyro_vae._utils.checks import check_call, positive_integer, positive_number
-from pyro_vae.datasets._minibatches import as_tensor
+from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.evaluation import decode, encode, interpolate
 from pyro_vae.evaluation._interpolate import Path
 from pyro_vae.evaluation._predict import as_covariates

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._utils.checks import check_call, is_whole_number
-from pyro_vae.datasets._minibatches import as_tensor
+from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.evaluation import generate, reconstruct
 from pyro_vae.plots._axes import check_axes
 from pyro_vae.plots._mosaic import (
