@@ -217,7 +217,7 @@ def test_binarize_none_fixed_and_dynamic():
     ("arguments", "message"),
     [
         (("mnits",), "expected one of digits, mnist, fashion-mnist, freyfaces"),
-        (("digits", "maybe"), "binarize must be one of none, fixed, dynamic, got 'maybe'"),
+        (("digits", "maybe"), 'binarize must be "none", "fixed" or "dynamic", got .maybe.'),
     ],
 )
 def test_unknown_names_are_refused(arguments, message):

@@ -135,7 +135,7 @@ def test_wrong_data_sets_are_refused(gray, labels):
         pv.datasets.from_torchvision(images, images, num_test=3)
     with pytest.raises(ValueError, match=r"test must have images of shape \(1, 4, 3\)"):
         pv.datasets.from_torchvision(images, Images(gray[:, :3], labels))
-    with pytest.raises(ValueError, match="binarize must be one of none, fixed, dynamic"):
+    with pytest.raises(ValueError, match='binarize must be "none", "fixed" or'):
         pv.datasets.from_torchvision(images, binarize="maybe")
     with pytest.raises(ValueError, match="num_validation must be at least 1"):
         pv.datasets.from_torchvision(images, num_validation=0)

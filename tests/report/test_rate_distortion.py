@@ -195,7 +195,7 @@ def test_rate_distortion_refuses_bad_arguments_before_any_fit(pair, binary):
     ):
         with pytest.raises(error, match=match):
             pv.rate_distortion(model, guide, binary, betas)
-    with pytest.raises(ValueError, match="refit must be 'guide' or 'both'"):
+    with pytest.raises(ValueError, match='refit must be "guide" or "both"'):
         pv.rate_distortion(model, guide, binary, [1.0], refit="model")
     with pytest.raises(TypeError, match="sets the fit's 'objective' itself"):
         pv.rate_distortion(model, guide, binary, [1.0], objective=pv.objectives.ELBO())
