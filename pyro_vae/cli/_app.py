@@ -262,11 +262,10 @@ def _facts(context: typer.Context, splits: Splits, device: str) -> dict[str, str
     }
 
 
-def _device(device: str) -> str:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and torch.cuda.is_available():
-        return f"{device}, {torch.cuda.get_device_name(torch.device(device))}"
+def _device(name: str) -> str:
+    device = torch_device(name)
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
     return f"{device}, {os.cpu_count()} cores, {platform.machine()}"
 
 

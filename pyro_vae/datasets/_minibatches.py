@@ -206,8 +206,11 @@ class Minibatches:
         return (~torch.stack(finite).all(0)).nonzero()[:, 0]
 
     def in_memory(self) -> tuple[Column, ...]:
-        """Return all rows. A stream is read once. A sparse matrix stays sparse."""
-        if self.columns is not None:
+        """Return all rows, transformed. A stream is read once.
+
+        A sparse matrix stays sparse if there is no transform.
+        """
+        if self.columns is not None and self.transform is None:
             return tuple(c if isinstance(c, SparseRows) else c.clone() for c in self.columns)
         self.first()
         return tuple(torch.cat(columns) for columns in zip(*self, strict=True))

@@ -26,14 +26,14 @@ from pyro_vae._utils.random import seeded
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.datasets._minibatches import Batch
-from pyro_vae.evaluation._gaps import (
-    Gap,
+from pyro_vae.evaluation._log_evidence import UNRELIABLE_KHAT, UnreliableEvidence, untrusted
+from pyro_vae.evaluation._missing_numbers import (
     LeaveOutMissing,
+    MissingAtSite,
     accepts_missing,
-    find_gaps,
+    find_missing,
     with_zeros,
 )
-from pyro_vae.evaluation._log_evidence import UNRELIABLE_KHAT, UnreliableEvidence, untrusted
 from pyro_vae.evaluation._predict import as_covariates
 from pyro_vae.evaluation._runner import Runner
 from pyro_vae.evaluation._weights import WeightStream
@@ -74,11 +74,11 @@ class Imputation:
         unreliable = untrusted(
             self.effective_sample_size, self.khat, self.effective_sample_size, self.num_samples
         )
-        return unreliable & _has_gaps(self.observed)
+        return unreliable & _is_incomplete(self.observed)
 
     def __repr__(self) -> str:
         count = int((~self.observed).sum())
-        incomplete = _has_gaps(self.observed)
+        incomplete = _is_incomplete(self.observed)
         return (
             f"{count} of {self.observed.numel()} numbers imputed, in {int(incomplete.sum())} of "
             f"{len(incomplete)} rows ({self.num_samples} samples of z for each row; unreliable "
@@ -163,7 +163,7 @@ def impute(
     num_samples = positive_integer("num_samples", num_samples)
     num_draws = positive_integer("num_draws", num_draws, minimum=0)
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
-    x, observed = _with_gaps(x, observed)
+    x, observed = _with_missing(x, observed)
     columns = (x, *as_covariates(covariates, model, guide))
     if differing := [len(each) for each in columns if len(each) != len(x)]:
         raise ValueError(f"covariates must have {len(x)} rows, as x has; got {differing}")
@@ -199,7 +199,7 @@ def impute(
         khat=khats,
         num_samples=num_samples,
     )
-    incomplete = int(_has_gaps(observed).sum())
+    incomplete = int(_is_incomplete(observed).sum())
     if (bad := int(result.untrusted.sum())) > incomplete / 2:
         warnings.warn(
             f"the imputed numbers are unreliable for {bad} of {incomplete} rows. Their k-hat is "
@@ -212,12 +212,12 @@ def impute(
     return result
 
 
-def _has_gaps(observed: Tensor) -> Tensor:
+def _is_incomplete(observed: Tensor) -> Tensor:
     """Return whether each row of a mask ``(N, *event)`` has a number that is not observed, (N,)."""
     return ~observed.reshape(len(observed), -1).all(1)
 
 
-def _with_gaps(x: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
+def _with_missing(x: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return x with NaN for missing numbers, and the mask of the observed numbers."""
     x = as_tensor(x, "x", finite=False)
     if not x.is_floating_point():
@@ -237,7 +237,7 @@ def _with_gaps(x: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
         )
     observed = observed.to(x.device)
     if (wrong := observed & ~finite).any():
-        row = int(_has_gaps(~wrong).nonzero()[0])
+        row = int(_is_incomplete(~wrong).nonzero()[0])
         raise ValueError(
             f"x is NaN or infinite at numbers that observed marks as observed, first in row {row}. "
             "Mark them as missing"
@@ -259,7 +259,7 @@ def _guide_for(
     def guide_of_zeros(x: Tensor, *covariates: Tensor) -> object:
         return guide(with_zeros(x), *covariates)
 
-    rows = _has_gaps(observed).nonzero()[:batch_size, 0]
+    rows = _is_incomplete(observed).nonzero()[:batch_size, 0]
     if not len(rows):
         return guide
     device = device_of(model, guide)
@@ -273,7 +273,7 @@ def _guide_for(
     ):
         trace_of(as_guide(guide_of_zeros), *batch)  # the first call of a guide makes its networks
         chosen = guide if accepts_missing(guide, batch) else guide_of_zeros
-        find_gaps(leaving_out, chosen, batch)
+        find_missing(leaving_out, chosen, batch)
     return chosen
 
 
@@ -287,7 +287,7 @@ def _filler(
     def fill(batch: Batch) -> tuple[Tensor, ...]:
         x = batch[0].contiguous()
         batch = (x, *batch[1:])
-        single, gaps = find_gaps(runner.model, runner.guide, batch)
+        single, gaps = find_missing(runner.model, runner.guide, batch)
         none = torch.empty(0, dtype=torch.long, device=x.device)
         places = torch.cat([none, *(gap.places for gap in gaps)])
         weights, chosen = WeightStream(num_samples), _Chosen(num_draws)
@@ -358,12 +358,12 @@ class _Averages:
         return (w2v2 - 2 * mean * w2v + mean.square() * w2).clamp(min=0.0).sqrt() / w
 
 
-def _means_given_latents(runs: list[PairTrace], gaps: list[Gap]) -> Tensor:
+def _means_given_latents(runs: list[PairTrace], gaps: list[MissingAtSite]) -> Tensor:
     """Return E[x_mis|z] of each missing number, (K, M); NaN if it does not exist."""
     return torch.cat([torch.cat([_mean_of(gap, run) for gap in gaps], 1) for run in runs])
 
 
-def _mean_of(gap: Gap, run: PairTrace) -> Tensor:
+def _mean_of(gap: MissingAtSite, run: PairTrace) -> Tensor:
     site = run.model[gap.site].site
     mean = known_mean(site)
     if mean is None or isinstance(base_distribution(site["fn"]), VonMises):
@@ -413,7 +413,9 @@ class _Chosen:
         ]
 
 
-def _draw(x: Tensor, run: PairTrace, gaps: list[Gap], latents: dict[str, Tensor]) -> Tensor:
+def _draw(
+    x: Tensor, run: PairTrace, gaps: list[MissingAtSite], latents: dict[str, Tensor]
+) -> Tensor:
     """Return x with samples of p(x_mis|z) in place of the missing numbers."""
     given = {}
     for name, value in latents.items():

@@ -126,14 +126,14 @@ def traversals(
     steps = torch.linspace(-reach, reach, num, dtype=torch.double)
     center, bounds = code.mean.flatten().double(), prior.bounds()
     points = center.repeat(len(chosen), num, 1)
-    for row, dimension in enumerate(chosen):
+    for number, dimension in enumerate(chosen):
         moved = center[dimension] + steps * scale[dimension]
         if bounds is not None:
             moved = moved.clamp(
                 torch.minimum(bounds[0], center)[dimension],
                 torch.maximum(bounds[1], center)[dimension],
             )
-        points[row, :, dimension] = moved
+        points[number, :, dimension] = moved
     points = points.to(code.mean.dtype).reshape(-1, *code.mean.shape[1:])
     found = decode(
         model,

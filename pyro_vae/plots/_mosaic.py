@@ -82,7 +82,7 @@ def check_count(name: str, count: int) -> None:
 
 
 def in_rows(images: np.ndarray) -> np.ndarray:
-    """Arrange N images in rows of ten, ``(rows, columns, *image)``, with NaN where none is left."""
+    """Arrange N images in rows of ten, ``(rows, columns, *image)``, with NaN after the last."""
     columns = min(COLUMNS, len(images))
     rows = -(-len(images) // columns)
     full = np.full((rows * columns, *images.shape[1:]), np.nan)

@@ -89,8 +89,7 @@ def compare(
         ValueError: There are no pairs. Data or an argument are invalid, or a pair breaks a rule
             (docs/contract.md). Pairs share trained parameters. A later fit changed the pair of a
             Fit. A method has the same pair twice, or two pairs with equal parameters. Two names are
-            equal as text. All of these are raised before the first
-            estimate.
+            equal as text. All of these are raised before the first estimate.
         TypeError: ``pairs`` is not a dictionary.
 
     Example:

@@ -424,3 +424,10 @@ def test_default_batch_size_gives_ten_steps_an_epoch_to_small_data():
     for data in (torch.ones(150, 2), Rows(torch.ones(150, 2)), sp.csr_array(np.ones((150, 2)))):
         assert Minibatches(data, None).batch_size == 15
     assert Minibatches(Stream(torch.ones(150, 2)), None).batch_size == 100
+
+
+@pytest.mark.parametrize("kind", ["tensor", "sparse", "Dataset"])
+def test_rows_in_memory_are_transformed(kind, counts):
+    data = {"tensor": counts, "sparse": sp.csr_array(counts.numpy()), "Dataset": Rows(counts)}
+    (found,) = Minibatches(data[kind], 4, transform=lambda x: 2 * x).in_memory()
+    assert torch.equal(found, 2 * counts)

@@ -63,7 +63,7 @@ def accepts_missing(guide: Program, batch: Batch) -> bool:
 
 
 @dataclass(frozen=True)
-class Gap:
+class MissingAtSite:
     """The missing numbers of a minibatch that one site observes.
 
     Attributes:
@@ -82,7 +82,9 @@ class Gap:
         return run.to_particle_layout(values, site).flatten(1)[:, self.where]
 
 
-def find_gaps(model: Program, guide: Program, batch: Batch) -> tuple[PairTrace, list[Gap]]:
+def find_missing(
+    model: Program, guide: Program, batch: Batch
+) -> tuple[PairTrace, list[MissingAtSite]]:
     """Run a pair, and return the run and the missing numbers of each observed site.
 
     Args:
@@ -116,7 +118,7 @@ def find_gaps(model: Program, guide: Program, batch: Batch) -> tuple[PairTrace, 
         if not gone.any():
             continue
         _check(factor, run, x, places, value[where], left_out[where])
-        gaps.append(Gap(factor.name, where[gone], places[gone]))
+        gaps.append(MissingAtSite(factor.name, where[gone], places[gone]))
         taken.index_add_(0, places[gone], torch.ones_like(places[gone]))
     if (missing & (taken != 1)).any():
         lost, several = int((missing & (taken == 0)).sum()), int((taken > 1).sum())
