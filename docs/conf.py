@@ -10,18 +10,27 @@ project = "pyro_vae"
 author = "The pyro_vae maintainers"
 project_copyright = author
 extensions = [
-    "myst_parser",
+    "mathml",
+    "myst_nb",  # the Markdown of myst-parser, and notebooks that are run
     "reference",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinxext.opengraph",
 ]
-source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
+# Notebooks are Markdown in the format of jupytext. A build runs those that have changed since the
+# last one, and fails where a cell fails.
+nb_execution_mode = "cache"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+ogp_social_cards = {"enable": False}
 autodoc_inherit_docstrings = False  # torch's and Pyro's are in their own references
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -40,6 +49,7 @@ intersphinx_mapping = {
     "arviz": ("https://python.arviz.org/en/stable/", None),
 }
 intersphinx_timeout = 10
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "pyro_vae"
 html_static_path = ["_static"]

@@ -15,7 +15,7 @@ from pyro_vae.flows._coupling import AffineCoupling
 
 @records_init_args
 class Composition(nn.Module):
-    r"""The bijection :math:`f_L \circ \dots \circ f_1` of R^D, with free parameters.
+    r"""The bijection :math:`f_L \circ \ldots \circ f_1` of R^D, with free parameters.
 
     A call without arguments returns the transform. With its initial parameters, it is close to the
     identity.

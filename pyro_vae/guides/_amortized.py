@@ -219,7 +219,7 @@ class AmortizedFlow(AmortizedGuide):
 
     .. math::
         \log q(z|x) = \log\mathcal{N}(\epsilon; \mu(x), \sigma^2(x))
-            - \sum_l \log|\det J_l(x)|, \qquad z = T f_L \circ \dots \circ f_1(\epsilon)
+            - \sum_l \log|\det J_l(x)|, \qquad z = T f_L \circ \ldots \circ f_1(\epsilon)
 
     Here :math:`f_l` are the layers and :math:`J_l` their Jacobians. :math:`T` maps the result onto
     the support of the latent. For planar, radial, Sylvester and Householder flows, the encoder

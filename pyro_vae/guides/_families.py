@@ -194,7 +194,7 @@ class Transformed(Family):
     r"""Diagonal Gaussians pushed through layers of a flow (Rezende & Mohamed 2015, eq. 7).
 
     .. math::
-        z = f_L \circ \dots \circ f_1(\epsilon), \qquad
+        z = f_L \circ \ldots \circ f_1(\epsilon), \qquad
         \log q(z) = \log\mathcal{N}(\epsilon; \mu, \sigma^2) - \sum_l \log|\det J_l|
 
     Args:

@@ -29,7 +29,7 @@ class SemiSupervisedGuide(PyroModule):
     r""":math:`q(y|x)\, q(z|x, y)` for M2 (Kingma et al. 2014); only a missing y is latent.
 
     The guide enumerates a missing y instead of sampling it. So the ELBO is averaged over all
-    classes, :math:`\sum_y q(y|x)(\dots)`. Importance weights need a sample, not an average,
+    classes, :math:`\sum_y q(y|x)(\ldots)`. Importance weights need a sample, not an average,
     so :func:`pyro_vae.evidence` samples y. To train with importance weights, pass
     ``functools.partial(guide, enumerates=False)``.
 

@@ -31,7 +31,7 @@ class SequenceGuide(PyroModule):
         q(z|x) = q(z_1|h_1) \prod_{t=2}^{\ell} q(z_t|z_{t-1}, h_t), \qquad
         h_t = \mathrm{GRU}(x_t, h_{t+1}), \quad h_{\ell+1} = 0
 
-    :math:`h_t` is a summary of :math:`x_t, \dots, x_\ell`. In a
+    :math:`h_t` is a summary of :math:`x_t, \ldots, x_\ell`. In a
     :class:`pyro_vae.models.SequenceModel`, the posterior of :math:`z_t` depends only on these
     steps and on :math:`z_{t-1}`. One network for all t > 1 maps :math:`(z_{t-1}, h_t)` to the
     parameters of the family. Another network does so for :math:`z_1`, from :math:`h_1` alone.

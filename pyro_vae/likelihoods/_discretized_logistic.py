@@ -23,7 +23,7 @@ class DiscretizedLogistic(Likelihood):
         p(x|z) = \prod_d \sigma\Bigl(\frac{x_d + w/2 - \mu_d}{s_d}\Bigr)
             - \sigma\Bigl(\frac{x_d - w/2 - \mu_d}{s_d}\Bigr), \qquad w = \frac1{L - 1}
 
-    for x in :math:`\{0, w, 2w, \dots, 1\}`, or for integer x, the numbers of the levels from zero.
+    for x in :math:`\{0, w, 2w, \ldots, 1\}`, or for integer x, the numbers of the levels from zero.
     The outermost bins extend to infinity, so the probabilities sum to one.
 
     The decoder returns a block m, then a block t. The mean is :math:`\mu = (1 + m) / 2`, so m = 0

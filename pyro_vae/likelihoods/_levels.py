@@ -15,7 +15,7 @@ from pyro_vae.likelihoods._base import Likelihood
 
 
 class Levels(constraints.Constraint):
-    r"""L levels: floating-point x in :math:`\{0, \frac1{L-1}, \dots, 1\}`, or integers below L.
+    r"""L levels: floating-point x in :math:`\{0, \frac1{L-1}, \ldots, 1\}`, or integers below L.
 
     A floating-point number may be off by a thousandth of the distance between two levels.
 
@@ -97,7 +97,7 @@ class OnLevels(TorchDistribution):
 class Categorical(Likelihood):
     r""":math:`p(x|z) = \prod_d \mathrm{softmax}(f_d(z))_{x_d}` over L levels of each number.
 
-    Floating-point x lies on the grid :math:`\{0, \frac1{L-1}, \dots, 1\}`, such as gray values.
+    Floating-point x lies on the grid :math:`\{0, \frac1{L-1}, \ldots, 1\}`, such as gray values.
     Integer x are the numbers of the levels from zero.
 
     Args:

@@ -20,8 +20,8 @@ class HierarchicalModel(PyroModule):
 
     .. math:: p(x, z) = p(z_L) \Bigl(\prod_{l=1}^{L-1} p(z_l|z_{l+1})\Bigr) p(x|z_1)
 
-    With skip connections, the factors are :math:`p(z_l|z_{l+1}, \dots, z_L)` and
-    :math:`p(x|z_1, \dots, z_L)`. :class:`pyro_vae.guides.HierarchicalGuide` infers the layers
+    With skip connections, the factors are :math:`p(z_l|z_{l+1}, \ldots, z_L)` and
+    :math:`p(x|z_1, \ldots, z_L)`. :class:`pyro_vae.guides.HierarchicalGuide` infers the layers
     bottom-up or top-down. Any other guide works, too.
 
     Args:

@@ -20,7 +20,7 @@ class BetaTCVAE(Objective):
 
     .. math::
         \mathrm{KL}(q(z|x) \| p(z)) = \underbrace{I_q[x, z]}_\alpha
-        + \underbrace{\mathrm{KL}\Big(q(z) \| \prod_j q(z_j)\Big)}_\beta
+        + \underbrace{\mathrm{KL}\bigl(q(z) \| \prod_j q(z_j)\bigr)}_\beta
         + \underbrace{\sum_j \mathrm{KL}(q(z_j) \| p(z_j))}_\gamma
 
     averaged over the data. The second part is the total correlation. The minibatch gives estimates

@@ -255,7 +255,7 @@ def manifold(
     The points of each dimension are the quantiles of its prior at
 
     .. math::
-        \frac{i - 1/2}{\text{num}}, \qquad i = 1, \dots, \text{num}
+        \frac{i - 1/2}{\text{num}}, \qquad i = 1, \ldots, \text{num}
 
     as in Kingma & Welling (2014, figure 4). If both dimensions are independent under the prior,
     each image stands for the same share of it. The axes show z.

@@ -22,7 +22,7 @@ from pyro_vae.surjections._surjection import SurVAELayer, check_batch, check_sup
 class FlowModel(PyroModule):
     r"""Model of a prior and a stack of layers, such as a normalizing flow.
 
-    With :math:`x = h_0, h_1, \dots, h_L = z`,
+    With :math:`x = h_0, h_1, \ldots, h_L = z`,
 
     .. math:: p(x, h) = p(h_L) \prod_{l=1}^L p(h_{l-1}|h_l)
 
