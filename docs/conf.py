@@ -1,6 +1,7 @@
 """Sphinx: the pages of this folder, and the reference from the docstrings."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -24,12 +25,15 @@ extensions = [
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-# Notebooks are Markdown in the format of jupytext. A build runs those that have changed since the
-# last one, and fails where a cell fails.
+# Notebooks are Markdown in the format of jupytext. A build runs those whose text has changed since
+# the last one, and fails where a cell fails. Delete the cache after a change of the library.
 nb_execution_mode = "cache"
+nb_execution_cache_path = str(Path(__file__).parent / "_build" / "notebooks")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove-warn"  # a page shows no warning of a cell: the build reports it
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, of kernels without widgets
 ogp_social_cards = {"enable": False}
 autodoc_inherit_docstrings = False  # torch's and Pyro's are in their own references
 autodoc_member_order = "bysource"

@@ -4,6 +4,7 @@ docutils translates LaTeX to MathML. A formula that docutils cannot translate is
 build with ``-W`` fails.
 """
 
+import re
 from html import escape
 
 from docutils import nodes
@@ -29,10 +30,17 @@ def _block(self, node):
 def _mathml(node):
     source = node.astext()
     try:
-        return tex2mathml(source, as_block=isinstance(node, nodes.math_block)).strip()
+        text = tex2mathml(source, as_block=isinstance(node, nodes.math_block)).strip()
+        return _spaced(text)
     except MathError as error:
         logger.warning("cannot translate %r to MathML: %s", source, error, location=node)
         return escape(source)
+
+
+def _spaced(text):
+    """Insert a thin space after a function's name, except before its parenthesis: log p, but log(2)."""
+    name = r"(<mo>&ApplyFunction;</mo>)(?!\s*<mo[^>]*>\()"
+    return re.sub(name, r'\1<mspace width="0.167em"></mspace>', text)
 
 
 def setup(app):
