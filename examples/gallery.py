@@ -8,6 +8,7 @@ import argparse
 import io
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pyro
 import torch
 from PIL import Image
@@ -82,6 +83,23 @@ def draw(args):
     betas, epochs = [0.1, 0.3, 1.0, 3.0], args.epochs // 4 + 1
     curve = pv.rate_distortion(model, guide, data.train, betas, epochs=epochs, seed=0)
     yield "rate_distortion", pv.plots.rate_distortion(curve)
+
+    overview, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    pv.plots.codes(pv.encode(flat.model, flat.guide, data.train), labels, ax=left)
+    pv.plots.manifold(flat.model, image_shape=SHAPE, ax=middle)
+    ledger = pv.diagnose(
+        flat.model,
+        flat.guide,
+        few,
+        x[: args.rows],
+        num_particles=args.particles,
+        seed=0,
+    )
+    pv.plots.diagnosis(ledger, ax=right)
+    left.set_title("latents of digits, by label")
+    middle.set_title("digits over the latents")
+    right.set_title("the parts of the pair that lose")
+    yield "overview", overview
 
 
 def save(figure, path):

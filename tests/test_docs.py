@@ -164,7 +164,7 @@ def test_the_reference_has_every_option_of_the_command_line(site):
 def test_a_page_starts_with_a_sentence(page):
     _, title, text, *_ = re.split(r"^# (.*)\n\n", (DOCS / f"{page}.md").read_text(), flags=re.M)
     assert title
-    assert re.match(r"[A-Z`][^.]*[a-z][^.]*\.\s", text), text[:80]
+    assert re.match(r"[A-Z`](?:[^.]|\.\S)*[a-z)`]\.\s", text), text[:80]
 
 
 def test_every_page_links_to_the_next(site):

@@ -102,7 +102,7 @@ class Evidence:
         by = "" if self.method == "importance" else f" by {self.method}"
         return (
             f"log p(x) = {self.mean:.2f} ± {self.standard_error:.2f} nats{by} "
-            f"({len(self.values)} data, {self.num_particles} {draws}, "
+            f"({len(self.values)} data points, {self.num_particles} {draws}, "
             f"{khat_share(self.khat)})"
         )
 

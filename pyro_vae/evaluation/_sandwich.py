@@ -63,7 +63,7 @@ class Sandwich:
         return (
             f"{self.lower.mean().item():.2f} <= log p(x) <= {self.upper.mean().item():.2f} nats, "
             f"gap {self.gap:.3f} ± {self.gap_error:.3f} "
-            f"({len(self.lower)} simulated data, {self.num_chains} chains)"
+            f"({len(self.lower)} simulated data points, {self.num_chains} chains)"
         )
 
 

@@ -490,7 +490,7 @@ def test_pairs_per_pass_bounds_the_chains_per_pass():
     estimate = pv.evidence(model, guide, torch.randn(23), method=ais, pairs_per_pass=100)
     assert max(largest) == 100
     assert estimate.values.shape == estimate.effective_sample_size.shape == (23,)
-    assert "23 data, 20 chains" in str(estimate)
+    assert "23 data points, 20 chains" in str(estimate)
 
 
 # --- errors
