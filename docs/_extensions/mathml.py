@@ -1,4 +1,4 @@
-"""Sphinx: equations as MathML, which browsers draw themselves, without scripts and without a network.
+"""Sphinx: equations as MathML. Browsers draw it without scripts and without a network.
 
 docutils translates LaTeX to MathML. A formula that docutils cannot translate is a warning, so the
 build with ``-W`` fails.
@@ -38,7 +38,8 @@ def _mathml(node):
 
 
 def _spaced(text):
-    """Insert a thin space after a function's name, except before its parenthesis: log p, but log(2)."""
+    """Insert a thin space after a function's name if no parenthesis follows. Keep bars short."""
+    text = text.replace("<mo>\u2225</mo>", '<mo stretchy="false">\u2225</mo>')
     name = r"(<mo>&ApplyFunction;</mo>)(?!\s*<mo[^>]*>\()"
     return re.sub(name, r'\1<mspace width="0.167em"></mspace>', text)
 

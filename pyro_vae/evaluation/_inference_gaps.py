@@ -93,8 +93,8 @@ class InferenceGaps:
         failed = f", {count} data points below their start" if count else ""
         return (
             f"nats per data point\n{self.table.to_string(float_format='{:.3f}'.format)}\n"
-            f"{len(self.sources)} data points, {self.num_particles} particles; log p(x) from {used}; "
-            f"{khat_share(self.khat)}; "
+            f"{len(self.sources)} data points, {self.num_particles} particles; "
+            f"log p(x) from {used}; {khat_share(self.khat)}; "
             f"{min(self.steps)} to {max(self.steps)} steps, "
             f"{sum(self.converged)} of {len(self.converged)} ascents converged{failed}"
         )
