@@ -39,7 +39,7 @@ def _mathml(node):
 
 def _spaced(text):
     """Insert a thin space after a function's name if no parenthesis follows. Keep bars short."""
-    text = text.replace("<mo>\u2225</mo>", '<mo stretchy="false">\u2225</mo>')
+    text = text.replace("<mo>\u2016</mo>", '<mo stretchy="false">\u2016</mo>')
     name = r"(<mo>&ApplyFunction;</mo>)(?!\s*<mo[^>]*>\()"
     return re.sub(name, r'\1<mspace width="0.167em"></mspace>', text)
 
