@@ -72,7 +72,7 @@ def site(tmp_path_factory):
     pytest.importorskip("sphinx", reason="needs the extra `docs`")
     pytest.importorskip("typer", reason="needs the extra `cli`")
     folder = tmp_path_factory.mktemp("site")
-    # .ci/run builds the site with its notebooks run. Without a run, the language of cells is unknown.
+    # .ci/run builds the site with its notebooks. Without a run, the language of cells is unknown.
     settings = ["nb_execution_mode=off", "suppress_warnings=myst-nb.lexer"]
     options = ["-W", "--keep-going", "-q", *(f"-D{setting}" for setting in settings)]
     arguments = [*options, str(DOCS), str(folder)]
