@@ -72,6 +72,7 @@ def parameter_store(model: Program, guide: Program, *, fresh: bool = False) -> I
     if store is None:
         store = _copied_store() if fresh else _borrowed_store(model, guide)
     elif _open_stores and _open_stores[-1] is store:
+        store.update(pyro.get_param_store().get_state())  # the outer block has not ended
         yield store
         return
     _open_stores.append(store)

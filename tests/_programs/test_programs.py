@@ -407,6 +407,18 @@ def test_evaluation_at_initial_values_warns():
         pv.evidence(model, guide, torch.randn(5), num_particles=2)
 
 
+@pytest.mark.filterwarnings("error:.*found no value of pyro.param")
+def test_evaluation_after_an_epoch_uses_the_values_of_the_fit():
+    model, guide, _ = plain_pair()
+    x, seen = torch.randn(5), []
+
+    def after_epoch(epoch, row):
+        seen.append(pv.evidence(model, guide, x, num_particles=20, seed=0).mean)
+
+    pv.fit(model, guide, x, epochs=2, after_epoch=after_epoch, seed=0, progress=False)
+    assert seen[-1] == pv.evidence(model, guide, x, num_particles=20, seed=0).mean
+
+
 def test_fit_keeps_a_frozen_module_in_eval_mode():
     frozen = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval().requires_grad_(False)
 
