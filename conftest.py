@@ -23,7 +23,7 @@ collect_ignore = ["docs/conf.py", "docs/_extensions"]  # of Sphinx, which may no
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
-    patterns=["README.md", "docs/*.md"],
+    patterns=["README.md", "docs/*.md", "docs/coming-from/*.md"],
     fixtures=["_fresh"],
 ).pytest()
 

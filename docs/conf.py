@@ -57,7 +57,7 @@ html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "pyro_vae"
 html_static_path = ["_static"]
-html_css_files = ["reference.css"]
+html_css_files = ["reference.css", "side-by-side.css"]
 html_extra_path = ["pages"]
 
 

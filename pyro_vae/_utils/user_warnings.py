@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
@@ -50,6 +51,14 @@ def warns_once(function: Function) -> Function:
             _issued.reset(token)
 
     return cast(Function, run)
+
+
+@contextmanager
+def ignores_frozen_parameters() -> Iterator[None]:
+    """Ignore Pyro's warning for each parameter that has no gradient: a part may be frozen."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not registered in the param store")
+        yield
 
 
 def _is_between(module: str) -> bool:

@@ -3,7 +3,6 @@ r"""The rate-distortion curve of a pair, with one fit per weight of the rate."""
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from pyro_vae._utils.checks import check_call, positive_integer, positive_number
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
-from pyro_vae._utils.user_warnings import warns_once
+from pyro_vae._utils.user_warnings import ignores_frozen_parameters, warns_once
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.evaluation import Evidence
 from pyro_vae.evaluation._context import evaluation_context
@@ -242,8 +241,7 @@ def _frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*not registered in the param store")
+        with ignores_frozen_parameters():
             yield
     finally:
         for parameter in parameters:

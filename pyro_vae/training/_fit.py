@@ -38,7 +38,7 @@ from pyro_vae._utils.messages import program_name
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
-from pyro_vae._utils.user_warnings import warns_once
+from pyro_vae._utils.user_warnings import ignores_frozen_parameters, warns_once
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.training._arguments import (
@@ -141,6 +141,7 @@ class Fit:
 
 
 @warns_once
+@ignores_frozen_parameters()
 @torch.inference_mode(False)
 @torch.enable_grad()
 def fit(

@@ -1,4 +1,5 @@
 import functools
+import warnings
 
 import numpy as np
 import pyro
@@ -38,6 +39,19 @@ def test_fit_and_evidence_accept_data_of_every_kind(wrap, binary):
     assert result.history.loss.iloc[-1] < result.history.loss.iloc[0] - 0.5
     assert result.history.validation_loss.notna().all()
     assert len(pv.evidence(result.model, result.guide, wrap(binary), num_particles=5).values) == 50
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_program_is_no_reason_for_a_warning(frozen, binary):
+    pair = make_pair()
+    fit(pair, binary)  # the guide creates its last layer
+    pair[frozen].requires_grad_(False)
+    before = [parameter.clone() for parameter in pair[frozen].parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(pair, binary, validation=binary)
+    for parameter, value in zip(pair[frozen].parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
 
 
 def test_fit_accepts_read_only_and_strided_arrays(binary):
