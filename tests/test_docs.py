@@ -3,6 +3,7 @@ from functools import reduce
 from html.parser import HTMLParser
 from inspect import ismodule
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from new_processes import run_python
@@ -166,7 +167,7 @@ def test_the_reference_has_every_option_of_the_command_line(site):
 def test_a_page_starts_with_a_sentence(page):
     _, title, text, *_ = re.split(r"^# (.*)\n\n", (DOCS / f"{page}.md").read_text(), flags=re.M)
     assert title
-    assert re.match(r"[A-Z`](?:[^.]|\.\S)*[a-z)`]\.\s", text), text[:80]
+    assert re.match(r"[A-Z`](?:[^.]|\.\S)*[\w)`]\.\s", text), text[:80]
 
 
 def test_every_page_links_to_the_next(site):
@@ -183,3 +184,32 @@ def _relative(page, link):
     for part in (*Path(page).parent.parts, *Path(link).with_suffix("").parts):
         parts = parts[:-1] if part == ".." else [*parts, part]
     return "/".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (r"\frac12 x", "mfrac(1, 2), x"),
+        (r"\log p", "log, \u2061, mspace(), p"),
+        (r"\log(p)", "log, \u2061, (, p, )"),
+        (r"\hat p_1", "msub(mover(p, \u02c6), 1)"),
+        (r"\underbrace{a}_b", "munder(munder(a, \u23df), b)"),
+        (r"\sum_i^n a_i", "munderover(\u2211, i, n), msub(a, i)"),
+        (r"\text{a \& b}", "a & b"),
+    ],
+)
+def test_equations_have_the_structure_of_latex(source, expected, monkeypatch):
+    pytest.importorskip("sphinx", reason="needs the extra `docs`")
+    from docutils import nodes
+
+    monkeypatch.syspath_prepend(DOCS / "_extensions")
+    import mathml
+
+    text = mathml._mathml(nodes.math_block(source, source))
+    root = ElementTree.fromstring(text)  # noqa: S314 (of docutils)
+    assert ", ".join(map(_outline, root)) == expected
+
+
+def _outline(element):
+    children = ", ".join(map(_outline, element))
+    return (element.text or "").strip() or f"{element.tag.partition('}')[2]}({children})"

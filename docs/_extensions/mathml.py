@@ -6,6 +6,7 @@ build with ``-W`` fails.
 
 import re
 from html import escape
+from xml.etree import ElementTree
 
 from docutils import nodes
 from docutils.utils.math import MathError
@@ -13,6 +14,10 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
+
+APPLY_FUNCTION, DOUBLE_BAR = "\u2061", "\u2016"
+BRACES = {"\u23de", "\u23df"}
+ACCENTS = {"\u02c6", "\u02c9", "~", "\u02d9", "\u00a8", "\u2192"}  # hat, bar, tilde, dots, vec
 
 
 def _inline(self, node):
@@ -30,18 +35,50 @@ def _block(self, node):
 def _mathml(node):
     source = node.astext()
     try:
-        text = tex2mathml(source, as_block=isinstance(node, nodes.math_block)).strip()
-        return _spaced(text)
+        text = tex2mathml(_with_braces(source), as_block=isinstance(node, nodes.math_block))
     except MathError as error:
         logger.warning("cannot translate %r to MathML: %s", source, error, location=node)
         return escape(source)
+    return _corrected(text)
 
 
-def _spaced(text):
-    """Insert a thin space after a function's name if no parenthesis follows. Keep bars short."""
-    text = text.replace("<mo>\u2016</mo>", '<mo stretchy="false">\u2016</mo>')
-    name = r"(<mo>&ApplyFunction;</mo>)(?!\s*<mo[^>]*>\()"
-    return re.sub(name, r'\1<mspace width="0.167em"></mspace>', text)
+def _with_braces(source):
+    r"""Write ``\frac12`` as ``\frac{1}{2}``, because docutils reads the number 12."""
+    return re.sub(r"(\\[dt]?frac)\s*(\d)(\d)", r"\1{\2}{\3}", source)
+
+
+def _corrected(text):
+    """Correct spaces, bars, labels of braces and indices of accents in the output of docutils."""
+    text = text.replace("&ApplyFunction;", APPLY_FUNCTION).replace(r"\&amp;", "&amp;")
+    root = ElementTree.fromstring(text)  # noqa: S314 (of docutils)
+    for parent in root.iter():
+        children = list(parent)
+        if parent.tag.endswith(("msub", "msup")) and _is_brace(children[0]):
+            parent.tag = children[0].tag  # the label is below or above the brace
+        if parent.tag.endswith("munderover") and children[2].text in ACCENTS:
+            base, index, accent = children
+            over = ElementTree.Element(parent.tag.replace("munderover", "mover"), accent="true")
+            over.extend([base, accent])
+            parent.tag = parent.tag.replace("munderover", "msub")
+            parent[:] = [over, index]
+        for index, child in enumerate(children):
+            if child.text == DOUBLE_BAR:
+                child.set("stretchy", "false")
+            following = children[index + 1 : index + 2]
+            if child.text == APPLY_FUNCTION and following and following[0].text != "(":
+                parent.insert(list(parent).index(child) + 1, _thin_space(child))
+    ElementTree.register_namespace("", "http://www.w3.org/1998/Math/MathML")
+    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
+
+
+def _is_brace(element):
+    children = list(element)
+    return len(children) == 2 and children[1].text in BRACES
+
+
+def _thin_space(element):
+    namespace = element.tag.partition("}")[0] + "}"
+    return ElementTree.Element(namespace + "mspace", {"width": "0.167em"})
 
 
 def setup(app):

@@ -123,7 +123,7 @@ class GradientNoise:
 
     def __repr__(self) -> str:
         rows = self.table.to_string(float_format="{:.3g}".format)
-        return f"gradients of the loss in nats per data point\n{rows}"
+        return f"gradients of the bound in nats per data point\n{rows}"
 
 
 @torch.inference_mode(False)
