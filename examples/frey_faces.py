@@ -1,12 +1,14 @@
 """Compare likelihoods for gray images of 256 levels, in bits per dimension.
 
 python examples/frey_faces.py                      # about ten minutes on two cores
+python examples/frey_faces.py --figure faces.png   # also save samples of each likelihood
 python examples/frey_faces.py --data digits --levels 17 --epochs 2 --particles 20
 """
 
 import argparse
 
 import torch
+from matplotlib.figure import Figure
 from torch.distributions.transforms import SigmoidTransform
 
 import pyro_vae as pv
@@ -54,6 +56,19 @@ PAIRS = {
 }
 
 
+def draw(models, data, path):
+    """Save a figure with one row of samples per likelihood: the mean of x for z from the prior."""
+    figure = Figure(figsize=(8, 1.45 * len(models)), layout="constrained")
+    grid = figure.subplots(len(models), 10, squeeze=False)
+    for row, (name, model) in zip(grid, models.items(), strict=True):
+        images = pv.generate(model, data.test[:10], seed=0)
+        for axes, image in zip(row, images, strict=True):
+            axes.imshow(image.reshape(data.image_shape), cmap="gray", vmin=0, vmax=1)
+            axes.set_axis_off()
+        row[0].set_title(name, fontsize=9, loc="left")
+    figure.savefig(path, dpi=90)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="freyfaces", choices=pv.datasets.names())
@@ -64,13 +79,16 @@ def main():
     parser.add_argument("--epochs", type=int, default=500)
     parser.add_argument("--patience", type=int, default=50)
     parser.add_argument("--particles", type=int, default=500, help="for the log evidence")
+    parser.add_argument("--figure", help="file for a figure of samples")
     arguments = parser.parse_args()
     data = pv.datasets.load(arguments.data, binarize="none")
     print("| likelihood | log p(x), nats | bits per dimension | best epoch | seconds | |")
     print("|---|---|---|---|---|---|")
+    models = {}
     for name in arguments.pairs:
         torch.manual_seed(0)
         model, guide = PAIRS[name](data.train.shape[1], arguments)
+        models[name] = model
         fit = pv.fit(
             model,
             guide,
@@ -96,6 +114,8 @@ def main():
             f"{fit.execution} |",
             flush=True,
         )
+    if arguments.figure:
+        draw(models, data, arguments.figure)
 
 
 if __name__ == "__main__":

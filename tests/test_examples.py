@@ -24,7 +24,7 @@ ARGUMENTS = {
     "energies.py": ["--energies", "U1", "--families", "Gaussian", "planar-2", "--steps", "50"],
     "frey_faces.py": [
         *("--data", "digits", "--levels", "17", "--epochs", "1", "--particles", "20"),
-        *("--pairs", "DiscretizedLogistic", "dequantized Normal"),
+        *("--pairs", "DiscretizedLogistic", "dequantized Normal", "--figure", "faces.png"),
     ],
     "gallery.py": [
         *("--epochs", "2", "--width", "20", "--particles", "30", "--repeats", "5"),
