@@ -33,6 +33,8 @@ from pyro_vae.plots._density import GridDensity
 _AT_ONCE = 500
 _RARE = 0.001  # share of the prior beyond each bound
 NUM_SAMPLES = 5000
+_FREE = "whose numbers can change alone"
+NOT_FREE = f"The plot needs a latent {_FREE}. Use pv.plots.interpolations."
 
 
 class PriorOfSite:
@@ -114,15 +116,18 @@ class PriorOfSite:
         Raises:
             ValueError: One number alone cannot change, as on a simplex.
         """
-        shape = _unconstrained_shape(self._fn)
-        if shape not in (None, self._fn.event_shape):
-            raise ValueError(
-                f"the plot needs a latent whose numbers can change alone, but those of site "
-                f"{self.site!r} depend on each other, as on a simplex. Use pv.plots.interpolations"
-            )
-        if shape is None or is_real(support_of(self._fn)):
+        self.require_free_numbers()
+        if _unconstrained_shape(self._fn) is None or is_real(support_of(self._fn)):
             return None
         return self.quantiles(torch.tensor([_RARE, 1 - _RARE]))
+
+    def require_free_numbers(self) -> None:
+        """Raise ValueError if one number of the latent alone cannot change, as on a simplex."""
+        if _unconstrained_shape(self._fn) not in (None, self._fn.event_shape):
+            raise ValueError(
+                f"the plot needs a latent {_FREE}, but those of site {self.site!r} depend on each "
+                "other, as on a simplex. Use pv.plots.interpolations"
+            )
 
     @torch.no_grad()
     def density(self, dimensions: list[int], grids: list[Tensor]) -> GridDensity | None:

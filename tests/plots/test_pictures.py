@@ -91,6 +91,23 @@ def test_traversals_refuse_a_simplex():
         pv.plots.traversals(model, guide, torch.randn(1, 2, 2))
 
 
+def test_pictures_refuse_points_outside_of_the_support():
+    """Each grid or path leaves a circle in the plane, and a grid leaves a simplex."""
+    for prior in (dist.ProjectedNormal(torch.zeros(2)), dist.Dirichlet(torch.ones(2))):
+        model, _ = identity_pair(prior)
+
+        def guide(x, prior=prior):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", prior)
+
+        x = torch.randn(1, 1, 2)
+        message = "numbers can change alone.*Use pv.plots.interpolations"
+        with pytest.raises(ValueError, match=message):
+            pv.plots.manifold(model, x=x)
+        with pytest.raises(ValueError, match=message):
+            pv.plots.traversals(model, guide, x)
+
+
 def test_traversals_of_many_dimensions_take_the_surest():
     """The standard deviation of the guide, relative to the prior, is the largest in 4 and 7."""
     prior, scale = torch.ones(12), torch.full((12,), 0.1)
