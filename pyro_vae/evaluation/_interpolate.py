@@ -107,6 +107,11 @@ def interpolate(
             "Pass another latent as site"
         )
     a, b = codes.mean.chunk(2)
+    if not torch.equal(*codes.masked.chunk(2)):
+        raise ValueError(
+            f"latent site {codes.site!r} is masked at start or at end alone, so there is no path. "
+            "Pass data points with the same masks, such as sequences of one length"
+        )
     steps = torch.linspace(0, 1, num, dtype=a.dtype).reshape(num, *[1] * a.dim())
     points = spherical(a, b, steps) if path == "spherical" else a + steps * (b - a)
     remedy = 'Pass path="linear".' if path == "spherical" else _NO_MEANS

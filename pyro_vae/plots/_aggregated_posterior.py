@@ -13,10 +13,11 @@ from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import device_of
 from pyro_vae._utils.checks import check_call, is_number, shown
 from pyro_vae.datasets._columns import as_tensor
-from pyro_vae.evaluation import Encoding, encode
+from pyro_vae.evaluation import encode
 from pyro_vae.evaluation._predict import as_covariates
 from pyro_vae.plots._arguments import as_list
 from pyro_vae.plots._axes import BLUE, DARK, RED, check_axes, new_figure
+from pyro_vae.plots._codes import rows_with_codes
 from pyro_vae.plots._density import gaussian_mixture, grid_around, smoothed
 from pyro_vae.plots._dimensions import choose_dimensions, names_of
 from pyro_vae.plots._prior import NUM_SAMPLES, PriorOfSite
@@ -55,7 +56,8 @@ def aggregated_posterior(
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        x: the data of q_agg ``(N, *event)``, usually the training data.
+        x: the data of q_agg ``(N, *event)``, usually the training data. Data points with masked
+            numbers of the latent are left out.
         *covariates: further arguments of the programs.
         site: name of the latent site; by default, the only latent.
         dimensions: two dimensions of the flattened latent, or one for a marginal alone. By default,
@@ -93,14 +95,15 @@ def aggregated_posterior(
     columns = [as_tensor(x, "x", finite=False), *as_covariates(covariates, model, guide)]
     per_row = -(-NUM_SAMPLES // len(columns[0]))
     code = encode(model, guide, *columns, site=site, num_samples=per_row, plate=plate, seed=seed)
-    device = device_of(model, guide)
-    prior = PriorOfSite(model, guide, [c.to(device) for c in columns], code.site, seed)
+    kept, device = rows_with_codes(code), device_of(model, guide)
+    columns = [column[kept.to(column.device)].to(device) for column in columns]
+    prior = PriorOfSite(model, guide, columns, code.site, seed)
     of_prior = prior.samples()
-    chosen = _chosen(dimensions, code, of_prior)
+    chosen = _chosen(dimensions, code.mean[kept], of_prior)
     names = names_of(code.site, chosen, of_prior.shape[1])
     of_guide, loc, scale = (
         each.double().reshape(-1, of_prior.shape[1])[:, chosen]
-        for each in (code.samples, code.mean, code.std)
+        for each in (code.samples[:, kept], code.mean[kept], code.std[kept])
     )
     of_prior = of_prior[:, chosen]
     kept = torch.randperm(len(of_guide), generator=torch.Generator().manual_seed(0))[:100_000]
@@ -181,9 +184,9 @@ def _checked_masses(masses: Any) -> list[float]:
     return shares
 
 
-def _chosen(dimensions: Any, code: Encoding, of_prior: Tensor) -> list[int]:
+def _chosen(dimensions: Any, means: Tensor, of_prior: Tensor) -> list[int]:
     """Return one or two dimensions; see :func:`aggregated_posterior`."""
-    activity = code.mean.double().reshape(len(code), -1).var(0, correction=0) / of_prior.var(0)
+    activity = means.double().reshape(len(means), -1).var(0, correction=0) / of_prior.var(0)
     single = isinstance(dimensions, Sequence | np.ndarray) and len(dimensions) == 1
     return choose_dimensions(dimensions, activity, 1 if single or len(activity) == 1 else 2)
 

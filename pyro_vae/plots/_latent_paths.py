@@ -117,6 +117,11 @@ def traversals(
     columns = [x, *as_covariates(covariates, model, guide)]
     columns = [column[row : row + 1] for column in columns]
     code = encode(model, guide, *columns, site=site, plate=plate, seed=seed)
+    if code.masked.any():
+        raise ValueError(
+            f"latent site {code.site!r} is masked for row {row}, so it has no code. Pass another "
+            "row or site"
+        )
     device = device_of(model, guide)
     prior = PriorOfSite(model, guide, [c.to(device) for c in columns], code.site, seed)
     low, high = prior.quantiles(torch.tensor([_SIXTEEN, _EIGHTY_FOUR]))

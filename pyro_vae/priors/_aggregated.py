@@ -38,6 +38,7 @@ class AggregatedPosterior(nn.Module):
 
     The prior keeps the posteriors from the time of its creation. For diagonal Gaussians it stores
     their parameters. For any other guide it stores a copy, which runs on all the data at each call.
+    Data points whose latent the guide masks have no posterior, and are left out.
 
     Args:
         guide: program of q(z|x).
@@ -83,8 +84,12 @@ class AggregatedPosterior(nn.Module):
             columns = [column[chosen] for column in columns]
         with parameter_store(guide, guide), evaluation_mode(guide):
             blocks = _blocks(columns)
-            for block in blocks:
-                check_guide(guide, site, block)
+            kept = torch.cat([check_guide(guide, site, block) for block in blocks])
+            if not kept.any():
+                raise ValueError(f"the guide masks latent site {site!r} of all data points")
+            if not kept.all():
+                columns = [column[kept] for column in columns]
+                blocks = _blocks(columns)
             parts = [posteriors(guide, site, block) for block in blocks]
         gaussians = [diagonal_gaussian(part) for part in parts]
         kept, method = None, None

@@ -19,7 +19,14 @@ from torch.distributions import Independent
 
 from pyro_vae._programs.agreement import is_delta
 from pyro_vae._programs.runs import trace_of
-from pyro_vae._programs.sites import Site, base_distribution, data_frame, random_sites
+from pyro_vae._programs.sites import (
+    Site,
+    base_distribution,
+    data_frame,
+    mask_of,
+    random_sites,
+    to_particle_layout,
+)
 from pyro_vae._utils.random import restored_generators
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals, UniformMixture
 
@@ -67,8 +74,11 @@ def diagonal_gaussian(distribution: TorchDistributionMixin) -> tuple[Tensor, Ten
     return base.loc, base.scale
 
 
-def check_guide(guide: Guide, site: str, rows: Sequence[Tensor]) -> None:
+def check_guide(guide: Guide, site: str, rows: Sequence[Tensor]) -> Tensor:
     """Raise ValueError if the guide's posterior of a latent depends on more than x.
+
+    Returns:
+        Whether each row has a posterior, shape (N,): the guide does not mask its latent.
 
     Raises:
         ValueError: The guide does not have the site, or its distribution there is a Delta. Or the
@@ -105,6 +115,9 @@ def check_guide(guide: Guide, site: str, rows: Sequence[Tensor]) -> None:
                 f"samples, {[*found][: [*found].index(site)]}. Its aggregated posterior is then an "
                 "integral. Let the guide sample that latent first, given only x."
             )
+    mask = mask_of(found[site])
+    has_posterior = torch.as_tensor(True if mask is None else mask, device=value.device)
+    return to_particle_layout(has_posterior, found[site], None)[0].flatten(1).all(1)
 
 
 def _sites(guide: Guide, rows: Sequence[Tensor]) -> dict[str, Site]:
