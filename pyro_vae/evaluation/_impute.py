@@ -21,10 +21,11 @@ from pyro_vae._programs.predictions import drawn_observations, known_mean
 from pyro_vae._programs.runs import as_guide, trace_of
 from pyro_vae._programs.sites import Site, base_distribution, to_particle_layout
 from pyro_vae._programs.terms import Terms
+from pyro_vae._programs.validation import nonfinite_data
 from pyro_vae._utils.checks import check_call, positive_integer, require_callable
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.value_checks import values_checked
-from pyro_vae.datasets._columns import as_tensor
+from pyro_vae.datasets._columns import as_tensor, finite_rows
 from pyro_vae.datasets._minibatches import Batch, Minibatches
 from pyro_vae.evaluation._group import LazyBatch
 from pyro_vae.evaluation._log_evidence import UNRELIABLE_KHAT, UnreliableEvidence, untrusted
@@ -149,9 +150,9 @@ def impute(
 
     Raises:
         TypeError: x is not floating-point, or ``observed`` is not Boolean.
-        ValueError: The shapes differ. An observed number is NaN or infinite. The pair breaks a rule
-            (docs/contract.md). A missing number belongs to a distribution whose numbers are not
-            independent, or cannot be traced to one observed site.
+        ValueError: The shapes differ. An observed number or a covariate is NaN or infinite. The
+            pair breaks a rule (docs/contract.md). A missing number belongs to a distribution whose
+            numbers are not independent, or cannot be traced to one observed site.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -181,6 +182,10 @@ def impute(
     columns = (x, *as_covariates(covariates, model, guide))
     if differing := [len(each) for each in columns if len(each) != len(x)]:
         raise ValueError(f"covariates must have {len(x)} rows, as x has; got {differing}")
+    for number, column in enumerate(columns[1:], start=1):
+        if not (finite := finite_rows(column)).all():
+            reached = "impute needs complete covariates"
+            raise nonfinite_data("x", (~finite).nonzero()[:, 0].cpu(), reached, [number])
     leaving_out = LeaveOutMissing()(model)
     guide = _guide_for(model, leaving_out, guide, columns, was_nan, batch_size, seed)
     with Runner.open(

@@ -207,7 +207,8 @@ def _check_finite(guide: Callable[..., Any], site: str, columns: Sequence[Tensor
             if posteriors(guide, site, rows).sample().isfinite().all():
                 return
     reached = "the guide has no posterior of them"
-    raise nonfinite_data("data", (~finite).nonzero()[:, 0].cpu(), reached)
+    numbers = [number for number, column in enumerate(columns) if not finite_rows(column).all()]
+    raise nonfinite_data("data", (~finite).nonzero()[:, 0].cpu(), reached, numbers)
 
 
 def _blocks(columns: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
