@@ -63,7 +63,13 @@ class PriorOfSite:
         self._model, self._guide, self._columns, self._seed = model, guide, columns, seed
         sites = self._sites(tuple(column[:2] for column in columns))
         names = list(sites)
-        if site not in names and (site is not None or len(names) != 1):
+        if site is None and len(names) != 1:
+            raise ValueError(
+                "the plot needs a latent in the plate of the data points, and the model has "
+                f"{len(names)}. "
+                + ("Sample one in the model." if not names else self._one_of(sites))
+            )
+        if site is not None and site not in names:
             raise ValueError(
                 f"site must be one of the latents of the model, {names}, got site={site!r}"
             )
@@ -75,6 +81,11 @@ class PriorOfSite:
                 f"site {self.site!r} is discrete, and the plot needs a continuous latent. Pass the "
                 f"name of another latent: the model has {names}"
             )
+
+    def _one_of(self, sites: dict[str, Site]) -> str:
+        shapes = {name: tuple(self._values(site).shape[1:]) for name, site in sites.items()}
+        each = ", ".join(f"site={name!r} of shape {shape}" for name, shape in shapes.items())
+        return f"Pass one of them: {each}. The others are sampled from the model."
 
     @property
     def shape(self) -> tuple[int, ...]:

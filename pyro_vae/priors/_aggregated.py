@@ -19,12 +19,18 @@ from pyro_vae._utils.init_args import Unknown
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._columns import as_tensor, finite_rows
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals, UniformMixture
-from pyro_vae.priors._posteriors import check_guide, diagonal_gaussian, posteriors, stand_in
+from pyro_vae.priors._posteriors import (
+    RunsGuide,
+    check_guide,
+    diagonal_gaussian,
+    posteriors,
+    stand_in,
+)
 
 _ROWS_AT_A_TIME = 500
 
 
-class AggregatedPosterior(nn.Module):
+class AggregatedPosterior(RunsGuide):
     r"""The aggregated posterior :math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)` as the prior.
 
     .. math::
@@ -112,7 +118,6 @@ class AggregatedPosterior(nn.Module):
         self._names = [f"column_{number}" for number in range(len(columns))]
         for name, column in zip(self._names, columns, strict=True):
             self.register_buffer(name, column)
-        self._runs = False
 
     def forward(self) -> TorchDistributionMixin:
         """Return q_agg(z): batch shape ()."""
@@ -120,15 +125,15 @@ class AggregatedPosterior(nn.Module):
         if self.guide is None:
             loc, scale = columns
             return MixtureOfDiagNormals(loc.new_zeros(len(loc)), loc, scale)
-        if self._runs:
+        if self.is_running:
             return stand_in(self._event_shape, next(self.guide.parameters()))
         guide = self.guide if self._method is None else getattr(self.guide, self._method)
-        self._runs = True
+        self.is_running = True
         try:
             with torch.no_grad():
                 return UniformMixture([posteriors(guide, self._site, b) for b in _blocks(columns)])
         finally:
-            self._runs = False
+            self.is_running = False
 
     def __repr__(self) -> str:
         given = {

@@ -6,7 +6,8 @@ up to the latent, which is not sampled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from pyro import poutine
 from pyro.distributions import Normal, Unit
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Independent
 
 from pyro_vae._programs.agreement import is_delta
@@ -139,6 +140,34 @@ def stand_in(event_shape: Sequence[int], like: Tensor) -> TorchDistributionMixin
         )
     zeros = torch.zeros(tuple(event_shape), dtype=like.dtype, device=like.device)
     return Normal(zeros, torch.ones_like(zeros)).to_event(len(event_shape))
+
+
+class RunsGuide(nn.Module):
+    """A prior whose density needs a run of a guide.
+
+    Attributes:
+        is_running: whether the guide runs now. A call then returns :func:`stand_in`.
+    """
+
+    is_running = False
+
+
+@contextlib.contextmanager
+def without_guides(program: Any) -> Iterator[None]:
+    """Let priors of a module return :func:`stand_in`, where the density of a prior is not needed.
+
+    Args:
+        program: a program. If it is not a module, nothing changes.
+    """
+    found = program.modules() if isinstance(program, nn.Module) else ()
+    changed = [each for each in found if isinstance(each, RunsGuide) and not each.is_running]
+    for prior in changed:
+        prior.is_running = True
+    try:
+        yield
+    finally:
+        for prior in changed:
+            prior.is_running = False
 
 
 class _Reached(Exception):  # noqa: N818 - not an error, but an early exit

@@ -235,6 +235,29 @@ def test_pictures_refuse_bad_arguments(call, error, message):
         call(pv.plots)
 
 
+def test_the_latent_of_a_hierarchy_is_chosen_by_name():
+    layer = pv.likelihoods.Normal(torch.nn.Linear(2, 3), scale=0.5)
+    likelihood = pv.likelihoods.Normal(torch.nn.Linear(3, 4), scale=0.1)
+    model = pv.models.HierarchicalModel(pv.priors.StandardNormal(2), [layer], likelihood)
+    message = (
+        r"model has 2\. Pass one of them: site='z_2' of shape \(2,\), site='z_1' of shape \(3,\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        pv.plots.manifold(model, image_shape=(2, 2))
+    with pytest.raises(
+        ValueError, match=r"'z_1' has 3. Use pv.plots.traversals, or pass another site"
+    ):
+        pv.plots.manifold(model, image_shape=(2, 2), site="z_1")
+    pv.plots.manifold(model, image_shape=(2, 2), site="z_2", num=2)
+
+    def empty(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.zeros(2, 2), 1.0).to_event(2), obs=x)
+
+    with pytest.raises(ValueError, match=r"the model has 0\. Sample one in the model"):
+        pv.plots.manifold(empty, x=torch.zeros(1, 2, 2))
+
+
 def test_an_improper_prior_is_refused():
     def model(x):
         with pyro.plate("data", len(x)):
