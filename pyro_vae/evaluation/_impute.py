@@ -28,7 +28,7 @@ from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._columns import as_tensor, finite_rows
 from pyro_vae.datasets._minibatches import Batch, Minibatches
 from pyro_vae.evaluation._group import LazyBatch
-from pyro_vae.evaluation._log_evidence import UNRELIABLE_KHAT, UnreliableEvidence, untrusted
+from pyro_vae.evaluation._log_evidence import UnreliableEvidence, untrusted, why_unreliable
 from pyro_vae.evaluation._missing_numbers import (
     LeaveOutMissing,
     MissingAtSite,
@@ -222,10 +222,9 @@ def impute(
     incomplete = int(_is_incomplete(observed | padding).sum())
     if (bad := int(result.untrusted.sum())) > incomplete / 2:
         warnings.warn(
-            f"the imputed numbers are unreliable for {bad} of {incomplete} rows. Their k-hat is "
-            f"above {UNRELIABLE_KHAT}, or their effective sample size is too low (of "
-            f"{num_samples}). Use more samples, or a guide that is fitted to data with missing "
-            "numbers.",
+            f"the imputed numbers are unreliable for {bad} of {incomplete} rows. Their "
+            f"{why_unreliable(num_samples)}. Use more samples, or a guide that is fitted to data "
+            "with missing numbers.",
             UnreliableEvidence,
             stacklevel=2,
         )

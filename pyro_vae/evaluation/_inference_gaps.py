@@ -94,7 +94,7 @@ class InferenceGaps:
         return (
             f"nats per data point\n{self.table.to_string(float_format='{:.3f}'.format)}\n"
             f"{len(self.sources)} data, {self.num_particles} particles; log p(x) from {used}; "
-            f"{khat_share(self.khat)}; "
+            f"{khat_share(self.khat, self.num_particles)}; "
             f"{min(self.steps)} to {max(self.steps)} steps, "
             f"{sum(self.converged)} of {len(self.converged)} ascents converged{failed}"
         )
