@@ -27,6 +27,7 @@ from pyro_vae._programs.sites import (
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.value_checks import values_checked
+from pyro_vae.datasets._columns import Column
 from pyro_vae.distributions._supports import support_of
 from pyro_vae.plots._density import GridDensity
 
@@ -44,6 +45,7 @@ class PriorOfSite:
         model: program of p(x, z).
         guide: the program whose parameter store the model uses.
         columns: x and covariates, on the device of the pair. Samples use their rows in turn.
+        rows: the rows to use; by default, all.
         site: name of the latent site, or None for the only one.
         seed: of the samples.
 
@@ -56,12 +58,14 @@ class PriorOfSite:
         self,
         model: Program,
         guide: Program,
-        columns: Sequence[Tensor],
+        columns: Sequence[Column],
         site: str | None,
         seed: int | None,
+        rows: Tensor | None = None,
     ):
         self._model, self._guide, self._columns, self._seed = model, guide, columns, seed
-        sites = self._sites(tuple(column[:2] for column in columns))
+        self._rows = torch.arange(len(columns[0])) if rows is None else rows
+        sites = self._sites(self._batch(self._rows[:2]))
         names = list(sites)
         if site is None and len(names) != 1:
             raise ValueError(
@@ -100,10 +104,9 @@ class PriorOfSite:
     def samples(self, count: int = NUM_SAMPLES) -> Tensor:
         """Return samples ``(count, numbers of the latent)`` on the CPU, in float64."""
         found = []
-        total = len(self._columns[0])
         with seeded(self._seed):
-            for rows in (torch.arange(count) % total).split(_AT_ONCE):
-                batch = tuple(column[rows] for column in self._columns)
+            for some in (torch.arange(count) % len(self._rows)).split(_AT_ONCE):
+                batch = self._batch(self._rows[some])
                 values = self._values(self._sites(batch)[self.site])
                 found.append(values.reshape(len(values), -1))
         return torch.cat(found).cpu().double()
@@ -182,6 +185,9 @@ class PriorOfSite:
         base = base_distribution(self._fn)
         independent = base.event_shape == () and base.batch_shape == self._value.shape
         return base if independent and self._is_fixed else None
+
+    def _batch(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return tuple(column[rows.to(column.device)] for column in self._columns)
 
     @property
     def _fn(self) -> Any:

@@ -52,7 +52,7 @@ class GuideMixturePrior(RunsGuide):
         self.event_shape = torch.Size(event_shape)
         self.guide: Callable[..., Any] | None = None
         self._site = "z"
-        self._checked = False
+        self._checked = self.is_running = False
 
     def bind_guide(self, guide: Callable[..., Any], site: str = "z") -> None:
         """Bind the guide to the prior.
