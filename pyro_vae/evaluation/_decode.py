@@ -38,6 +38,11 @@ from pyro_vae.evaluation._given_latents import AtGivenLatents
 from pyro_vae.evaluation._layout import Readings
 from pyro_vae.evaluation._predict import gathered, mean_of_x
 
+NEEDS_X = (
+    "Pass one row of the shape that the model expects: x=torch.zeros(1, ...), such as "
+    "torch.zeros(1, T, D) for sequences of T steps. Its values do not matter."
+)
+
 
 def decode(
     model: Program,
@@ -142,7 +147,7 @@ def decode(
         values_checked(False),  # x is a placeholder, which may be outside of the support
     ):
         if data is None:
-            spec = spec_of_x(model, [c[:2] for c in columns], device)
+            spec = spec_of_x(model, [c[:2] for c in columns], device, NEEDS_X)
         latents = _latents(model, batch_of(torch.arange(min(count, 2))))
         rows = torch.arange(count * max(1, num_samples))
         found = in_batches(run, rows, batch_size, progress, "decode")

@@ -16,6 +16,7 @@ from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_
 from pyro_vae._utils.checks import check_call, positive_integer, positive_number
 from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.evaluation import decode, encode, interpolate
+from pyro_vae.evaluation._decode import NEEDS_X
 from pyro_vae.evaluation._given_latents import remedy_outside_support
 from pyro_vae.evaluation._interpolate import Path
 from pyro_vae.evaluation._predict import as_covariates
@@ -354,7 +355,7 @@ def _placeholder(
     if x is not None:
         return [_repeated(as_tensor(x, "x", finite=False)[:1], 2).to(device), *columns]
     with parameter_store(model, guide), evaluation_mode(model):
-        return [spec_of_x(model, columns, device).full(2, device), *columns]
+        return [spec_of_x(model, columns, device, NEEDS_X).full(2, device), *columns]
 
 
 def _repeated(column: Tensor, times: int) -> Tensor:
