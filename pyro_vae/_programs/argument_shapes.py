@@ -7,6 +7,7 @@ shape of x is known.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,15 @@ from pyro_vae._utils.identity import ProgramMap
 from pyro_vae._utils.messages import first_line
 
 _known = ProgramMap()  # by model, the columns of the last data that it ran on
+_unknown: ContextVar[bool] = ContextVar("unknown", default=False)
+
+
+def shape_is_unknown() -> bool:
+    """Return whether a model runs without observations to find the shape of x.
+
+    Its x then has any shape, which the model should not check.
+    """
+    return _unknown.get()
 
 
 @dataclass(frozen=True)
@@ -83,13 +93,16 @@ def known_specs(model: Program) -> tuple[ColumnSpec, ...]:
     return _known.get(model, ())
 
 
-def spec_of_x(model: Program, covariates: Sequence[Tensor], device: torch.device) -> ColumnSpec:
+def spec_of_x(
+    model: Program, covariates: Sequence[Tensor], device: torch.device, remedy: str
+) -> ColumnSpec:
     """Return the type of a model's x, from an earlier run or from a trial run.
 
     Args:
         model: program of p(x, z).
         covariates: further arguments of the program, which must be those of the earlier run.
         device: device of the program.
+        remedy: the sentence that says how to pass x, for an error.
 
     Raises:
         ValueError: The model never ran on data, and a trial run does not show the shape of x. The
@@ -101,12 +114,12 @@ def spec_of_x(model: Program, covariates: Sequence[Tensor], device: torch.device
         _require_known_covariates(specs, covariates)
         spec = specs[0]
     else:
-        spec = _spec_from_trial(model, covariates, device)
-    if spec is None:
-        raise ValueError(
-            "the shape of x is unknown, because this model was neither fitted nor evaluated nor "
-            "loaded, and a trial run does not show it. Pass data of the right shape as x."
-        )
+        spec, seen = _spec_from_trial(model, covariates, device)
+        if spec is None:
+            raise ValueError(
+                "the shape of x is unknown, because this model was neither fitted nor evaluated "
+                f"nor loaded, and a trial run does not show it: {seen}. {remedy}"
+            )
     _require_unread(model, spec, covariates, device)
     return spec
 
@@ -152,26 +165,34 @@ def _require_unread(
 
 def _spec_from_trial(
     model: Program, covariates: Sequence[Tensor], device: torch.device
-) -> ColumnSpec | None:
-    """Return the type of x if the model observes x itself at one site, else None.
+) -> tuple[ColumnSpec | None, str]:
+    """Return the type of x if the model observes x itself at one site, else None and the reason.
 
     The model runs without observations. So the values of x do not matter, and the site that would
     observe x samples a value of the shape of x.
     """
     count = len(covariates[0]) if covariates else 2
     x = torch.zeros(count, 1, device=device)
+    token = _unknown.set(True)
     try:
         with trial_run(model):
             trace = trace_of(Unobserve()(model), x, *covariates)
     except OUT_OF_MEMORY:
         raise
-    except Exception:  # a program may raise any error at another shape than its own
-        return None
-    values = [
-        site["value"]
+    except Exception as error:  # a program may raise any error at another shape than its own
+        return None, f"the model does not run on x of shape ({count}, 1), {first_line(error)}"
+    finally:
+        _unknown.reset(token)
+    observed = [
+        site
         for site in random_sites(trace)
-        if site["infer"].get("obs") is x and not isinstance(site["fn"], Unit)
+        if site["infer"].get("was_observed") and not isinstance(site["fn"], Unit)
     ]
+    values = [site["value"] for site in observed if site["infer"].get("obs") is x]
     if len(values) != 1 or len(values[0]) != count:
-        return None
-    return ColumnSpec.of(values[0])
+        shapes = ", ".join(f"{s['name']!r} of shape {tuple(s['value'].shape)}" for s in observed)
+        return (
+            None,
+            f"for {count} data points, the model observes {shapes or 'nothing'}, not x itself",
+        )
+    return ColumnSpec.of(values[0]), ""

@@ -22,7 +22,7 @@ from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.held_samples import path_adjoints
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.particles import Vectorize, run_particles
-from pyro_vae._programs.sites import require_one_observation
+from pyro_vae._programs.sites import mask_of, require_one_observation
 from pyro_vae._utils.checks import positive_integer, require_callable, truth_value
 
 
@@ -324,6 +324,17 @@ class Terms:
     def samples(self) -> dict[str, Tensor]:
         """Values of the latents of the plate ``"data"``, each ``(K, B, *inner plates, *event)``."""
         return _concatenate([run.samples() for run in self._runs])
+
+    def masked_data(self) -> Tensor:
+        """Return whether the model masks any number of the latents of each data point, (B,)."""
+        run, masked = self._first, []
+        for factor in run.model.values():
+            mask = None if factor.observed or not factor.local else mask_of(factor.site)
+            if mask is not None:
+                mask = torch.as_tensor(mask, device=self.log_weight.device)
+                masked.append(~run.to_particle_layout(mask, factor.site)[0].flatten(1).all(1))
+        none = self.log_weight.new_zeros(self.log_weight.shape[1], dtype=torch.bool)
+        return torch.stack([none, *masked]).any(0)
 
     @property
     def observations(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -106,27 +107,59 @@ def _run(
             raise
         if not isinstance(error, _NonFiniteDensityError):  # the cause may not be NaN
             _run_on_numbers(model, guide, tuple(map(_with_zeros, batch)), name, weighs=weighs)
-        where = next(i for i, c in enumerate(batch) if not finite_rows(c).all())
-        bad = rows[(~finite_rows(batch[where])).nonzero()[:, 0].cpu()]
-        column = name if where == 0 else f"{name} covariate {where}"
-        raise nonfinite_data(column, bad, _what_they_reach(model, guide, batch)) from error
+        numbers = _columns_at_fault(model, guide, batch, name, weighs=weighs)
+        finite = torch.stack([finite_rows(batch[number]) for number in numbers]).all(0)
+        bad = rows[(~finite).nonzero()[:, 0].cpu()]
+        reached = _what_they_reach(model, guide, batch)
+        raise nonfinite_data(name, bad, reached, numbers) from error
 
 
-def nonfinite_data(column: str, rows: Tensor, reached: str) -> ValueError:
+def _columns_at_fault(
+    model: Program, guide: Program, batch: Batch, name: str, *, weighs: bool
+) -> list[int]:
+    """Return the column whose NaN or infinite values make a pair fail, or all that have some."""
+    numbers = [number for number, column in enumerate(batch) if not finite_rows(column).all()]
+    for number in numbers if len(numbers) > 1 else ():
+        some = [_with_zeros(c) if i == number else c for i, c in enumerate(batch)]
+        try:
+            _run_on_numbers(model, guide, tuple(some), name, weighs=weighs)
+        except ValueError:
+            continue
+        return [number]
+    return numbers
+
+
+def nonfinite_data(
+    name: str, rows: Tensor, reached: str, columns: Sequence[int] = (0,)
+) -> ValueError:
     """Return the ValueError for NaN or infinite data that reach a density or a gradient.
 
     Args:
-        column: the name of the column in messages.
+        name: the name of the data in messages.
         rows: indices of the rows with NaN or infinite values.
         reached: the effect of these values on the pair.
+        columns: numbers of the columns that have these values: 0 for x, then the covariates.
     """
     shown = ", ".join(map(str, rows[:_ROWS_SHOWN].tolist()))
+    names = [name if number == 0 else f"{name} covariate {number}" for number in columns]
+    remedies = []
+    if 0 in columns:
+        remedies.append(
+            "Remove them, or model them as missing data: wrap the likelihood in "
+            "pv.likelihoods.NanMasked, or the distribution of your own observed site in "
+            "pv.distributions.NanMasked. Wrap the encoder in pv.nets.ZeroImputed, or give it "
+            "x.where(x.isfinite(), 0). See docs/missing-data.md"
+        )
+    if any(columns):
+        remedies.append(
+            "The programs do not observe a covariate, so its missing values cannot be left out of "
+            "a density. Remove these rows, or replace the values before, for example by the mean "
+            "of the covariate"
+        )
     return ValueError(
-        f"{column} has NaN or infinite values, first in row {rows[0].item()}, and {reached}. Rows "
-        f"with such values: [{shown}{', ...' if len(rows) > _ROWS_SHOWN else ''}]. Remove them, "
-        "or model them as missing data: wrap the likelihood in pv.likelihoods.NanMasked, or the "
-        "distribution of your own observed site in pv.distributions.NanMasked. Wrap the encoder "
-        "in pv.nets.ZeroImputed, or give it x.where(x.isfinite(), 0). See docs/missing-data.md"
+        f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} NaN or infinite values, "
+        f"first in row {rows[0].item()}, and {reached}. Rows with such values: "
+        f"[{shown}{', ...' if len(rows) > _ROWS_SHOWN else ''}]. {'. '.join(remedies)}"
     )
 
 

@@ -72,10 +72,18 @@ def load(
     fashion-mnist   70,000       784    50,000 / 10,000 /       file order; the test files
                                         10,000
     freyfaces       1965         560    1565 / 200 / 200        permutation of seed 777
+    static-mnist    70,000       784    50,000 / 10,000 /       the files
+                                        10,000
+    omniglot        32,415       784    23,000 / 1345 / 8070    permutation of seed 123; the test
+                                                                data of the file
     ==============  ===========  =====  ======================  ==================================
 
     The digits (Alpaydin & Kaynak 1998, UCI, CC BY 4.0, as in scikit-learn) are part of the
     package. The other data sets are downloaded once and kept in the user's cache folder.
+
+    ``"static-mnist"`` is the MNIST of Larochelle & Murray (2011), whose pixels were binarized once.
+    So ``binarize`` and ``seed`` do not change it. ``"omniglot"`` has the characters of Lake et al.
+    (2015) as 28 x 28 images, with the split of Burda et al. (2016).
 
     Args:
         name: one of the names above.
@@ -94,8 +102,7 @@ def load(
         ValueError: The data set or the binarization is unknown. A file is truncated or has the
             wrong hash.
         FileNotFoundError: A file is not in the data folder and cannot be downloaded.
-        ImportError: The extra ``data`` is not installed, and a file must be downloaded, or the .mat
-            file of the Frey faces be read.
+        ImportError: The extra ``data`` is not installed, and a file must be downloaded.
 
     Example:
         >>> import pyro_vae as pv
@@ -199,6 +206,18 @@ def _fashion(folder) -> Splits:
     return _idx(download.FASHION, folder), (28, 28)
 
 
+def _static_mnist(folder) -> Splits:
+    train, validation, test = (_intensities(file.load(folder), 1) for file in download.STATIC_MNIST)
+    return (train, validation, test), (28, 28)
+
+
+def _omniglot(folder, held_out: tuple[int, int] = (1345, 8070)) -> Splits:
+    images = _intensities(download.OMNIGLOT.load(folder), 1)
+    rows, test = images[: -held_out[1]], images[-held_out[1] :]
+    rows = rows[torch.from_numpy(np.random.RandomState(123).permutation(len(rows)))]
+    return (rows[: -held_out[0]], rows[-held_out[0] :], test), (28, 28)
+
+
 def _idx(files: tuple[download.SourceFile, download.SourceFile], folder):
     images, test = (_intensities(file.load(folder), 255) for file in files)
     return images[:50_000], images[50_000:], test
@@ -238,4 +257,6 @@ _LOADERS: dict[str, Callable[[str | Path | None], Splits]] = {
     "mnist": _mnist,
     "fashion-mnist": _fashion,
     "freyfaces": _freyfaces,
+    "static-mnist": _static_mnist,
+    "omniglot": _omniglot,
 }

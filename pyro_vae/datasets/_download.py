@@ -1,7 +1,8 @@
 """Find or download data files, and verify them.
 
 A file is searched in the user's data folder, then in the cache, then on its mirrors. Its contents
-must have the expected SHA-256, whatever the format (gzip or not, .mat or .npy).
+must have the expected SHA-256, whatever the format (gzip or not, .mat or .npy). Where only a hash
+of the file itself is known, the file must have it.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ class SourceFile:
         urls: the mirrors.
         read: function that reads the array from a file. It raises ValueError or OSError if it
             fails.
-        shape: shape of the array, whose dtype is uint8.
-        sha256: SHA-256 of the header and the array.
+        shape: shape of the array.
+        sha256: SHA-256 of the header and the array, whose dtype is uint8.
         header: bytes of the IDX format before the array.
+        file_hash: the name of a hash of the file, a key of ``FILE_HASHES``, and its value. With it,
+            a file is verified before it is read, and ``sha256`` is not used.
     """
 
     dataset: str
@@ -44,8 +47,9 @@ class SourceFile:
     urls: tuple[str, ...]
     read: Callable[[Path, tuple[int, ...]], np.ndarray]
     shape: tuple[int, ...]
-    sha256: str
+    sha256: str = ""
     header: bytes = b""
+    file_hash: tuple[str, str] | None = None
 
     def load(self, folder: str | Path | None = None) -> np.ndarray:
         """Return the array, from the data folder, the cache or a mirror.
@@ -104,12 +108,20 @@ class SourceFile:
 
     def _verified(self, path: Path) -> np.ndarray:
         where = f". Replace {path}, or remove it to download it again"
+        if self.file_hash is not None:
+            kind, expected = self.file_hash
+            if (found := FILE_HASHES[kind](path.read_bytes())) != expected:
+                raise ValueError(
+                    f"{path} has the wrong contents: expected {kind} {expected}, got {found}{where}"
+                )
         try:
             array = self.read(path, self.shape)
         except (OSError, EOFError, ValueError, TypeError, KeyError, zlib.error) as error:
             raise ValueError(
                 f"{path} is truncated or not a file of {self.dataset}: {error}{where}"
             ) from error
+        if self.file_hash is not None:
+            return array
         digest = hashlib.sha256(self.header + array.tobytes()).hexdigest()
         if digest != self.sha256:
             raise ValueError(
@@ -117,6 +129,18 @@ class SourceFile:
                 f"{digest}{where}"
             )
         return array
+
+
+def git_blob_id(content: bytes) -> str:
+    """Return the name that git gives to the contents of a file, a SHA-1."""
+    header = f"blob {len(content)}\0".encode()
+    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
+
+
+FILE_HASHES: dict[str, Callable[[bytes], str]] = {
+    "SHA-256": lambda content: hashlib.sha256(content).hexdigest(),
+    "git blob": git_blob_id,
+}
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -154,6 +178,29 @@ def read_freyfaces(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     if array.shape != shape or array.dtype != np.uint8:
         raise ValueError(f"expected uint8 {shape}, got {array.dtype} {array.shape}")
     return np.ascontiguousarray(array)
+
+
+def read_amat(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Read rows of the characters 0 and 1, each followed by a space or the end of the line."""
+    content = np.fromfile(path, np.uint8)
+    if len(content) != 2 * np.prod(shape):
+        raise ValueError(f"expected {2 * np.prod(shape)} bytes, got {len(content)}")
+    bits = content[::2] - ord("0")
+    if bits.max() > 1:
+        raise ValueError("expected rows of 0 and 1, with one space between them")
+    return bits.reshape(shape)
+
+
+def read_omniglot(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Read the training images, then the test images, of the .mat file; each is transposed."""
+    from scipy.io import loadmat
+
+    content = loadmat(path)
+    columns = np.concatenate([content["data"], content["testdata"]], axis=1)
+    images = columns.T.astype(np.float32).reshape(-1, *shape[1:]).swapaxes(1, 2)
+    if images.shape != shape:
+        raise ValueError(f"expected images of shape {shape}, got {images.shape}")
+    return np.ascontiguousarray(images)
 
 
 def load_digits(what: str = "images") -> np.ndarray:
@@ -231,4 +278,36 @@ FREYFACES = SourceFile(
     read=read_freyfaces,
     shape=(1965, 560),
     sha256="2438ba4f0d2a6bd8bac43de756141eaa33c8d248dd613d464bdb1210d9b7af78",
+)
+_STATIC = "www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
+# The SHA-256 of TensorFlow Datasets, url_checksums/binarized_mnist.txt.
+STATIC_MNIST = tuple(
+    SourceFile(
+        "static-mnist",
+        variants=(f"binarized_mnist_{part}.amat",),
+        urls=tuple(
+            f"{scheme}://{_STATIC}binarized_mnist_{part}.amat" for scheme in ("https", "http")
+        ),
+        read=read_amat,
+        shape=(count, 784),
+        file_hash=("SHA-256", digest),
+    )
+    for part, count, digest in (
+        ("train", 50_000, "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d"),
+        ("valid", 10_000, "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2"),
+        ("test", 10_000, "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c"),
+    )
+)
+# The file and its git blob are those of the repository of Burda, Grosse & Salakhutdinov (2016).
+_IWAE = "78a6075484bd7dd6f47a4bb9880d2295bc7a5220/datasets/OMNIGLOT/chardata.mat"
+OMNIGLOT = SourceFile(
+    "omniglot",
+    variants=("chardata.mat",),
+    urls=(
+        f"https://github.com/yburda/iwae/raw/{_IWAE}",
+        f"https://raw.githubusercontent.com/yburda/iwae/{_IWAE}",
+    ),
+    read=read_omniglot,
+    shape=(24_345 + 8_070, 28, 28),
+    file_hash=("git blob", "016a3536ffe5e1d38e42563a18d7a78bfaf643ec"),
 )

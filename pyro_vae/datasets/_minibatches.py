@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -30,8 +30,32 @@ from pyro_vae.datasets._sparse_rows import SparseRows
 from pyro_vae.datasets._unused_columns import columns_taken
 
 Batch: TypeAlias = tuple[Tensor, ...]
-# Tensor | ndarray | DataFrame | sparse matrix | tuple of these | Dataset | DataLoader
-Data: TypeAlias = Any
+
+if TYPE_CHECKING:
+
+    class Table(Protocol):
+        """A DataFrame or a Series of pandas, for type checkers with or without its stubs."""
+
+        def to_numpy(self) -> Any:
+            """Return the array of its values."""
+
+    class SparseMatrix(Protocol):
+        """A sparse matrix or array of scipy."""
+
+        def tocsr(self) -> Any:
+            """Return the matrix in CSR format."""
+
+    Data: TypeAlias = (
+        Tensor
+        | np.ndarray[Any, Any]
+        | Table
+        | SparseMatrix
+        | tuple[Any, ...]
+        | Dataset[Any]
+        | DataLoader[Any]
+    )
+else:
+    Data = Any  # each function checks its data itself, with better messages
 
 _ROWS_OF_A_DIGEST = 1000
 _NUMBERS_OF_A_BLOCK = 2**20  # of sparse rows that are dense at the same time

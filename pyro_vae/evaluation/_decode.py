@@ -16,7 +16,7 @@ from pyro_vae._programs.enumeration import is_enumerated
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
 from pyro_vae._programs.predictions import drawn_sites, means
-from pyro_vae._programs.runs import AtValues, trace_of
+from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.scales import unscaled
 from pyro_vae._programs.sites import (
     Site,
@@ -34,8 +34,14 @@ from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.datasets._minibatches import Batch
 from pyro_vae.evaluation._delta_sites import guide_to
 from pyro_vae.evaluation._generate import Numbers, covariate_columns, in_batches
+from pyro_vae.evaluation._given_latents import AtGivenLatents
 from pyro_vae.evaluation._layout import Readings
 from pyro_vae.evaluation._predict import gathered, mean_of_x
+
+NEEDS_X = (
+    "Pass one row of the shape that the model expects: x=torch.zeros(1, ...), such as "
+    "torch.zeros(1, T, D) for sequences of T steps. Its values do not matter."
+)
 
 
 def decode(
@@ -81,7 +87,8 @@ def decode(
 
     Raises:
         ValueError: A latent is unknown, has another shape than its site, or is not given and not
-            the only one. The model cannot run on these values. The shape of x is unknown, or the
+            the only one. A value is outside of the support of its site, NaN or infinite, and not
+            masked there. The model cannot run on these values. The shape of x is unknown, or the
             model uses its values, and ``x`` is None. Without ``by_site``: the errors of
             :func:`reconstruct`.
         TypeError: An argument has the wrong type.
@@ -119,9 +126,12 @@ def decode(
         some = {name: values[rows] for name, values in given.items()}
         values = _placed(latents, some)
         summed = any(is_enumerated(site) and name not in values for name, site in latents.items())
-        decoded = _reconstructed if summed else _generated
+        fixed = AtGivenLatents(values, latents, rows)(model)
+        options = {"by_site": by_site, "draw": num_samples > 0}
         try:
-            return decoded(model, batch_of(rows), values, num_samples > 0, by_site)
+            if summed:
+                return _reconstructed(model, fixed, batch_of(rows), values, **options)
+            return mean_of_x(fixed, *batch_of(rows), **options)
         except PROGRAM_ERRORS as error:
             shapes = {n or "z": (tuple(v.shape), str(v.dtype)) for n, v in some.items()}
             raise ValueError(
@@ -137,7 +147,7 @@ def decode(
         values_checked(False),  # x is a placeholder, which may be outside of the support
     ):
         if data is None:
-            spec = spec_of_x(model, [c[:2] for c in columns], device)
+            spec = spec_of_x(model, [c[:2] for c in columns], device, NEEDS_X)
         latents = _latents(model, batch_of(torch.arange(min(count, 2))))
         rows = torch.arange(count * max(1, num_samples))
         found = in_batches(run, rows, batch_size, progress, "decode")
@@ -177,30 +187,34 @@ def _given(z: Any, device: torch.device) -> dict[str, Tensor]:
             "z must hold at least one latent, and all of one length, got the lengths "
             f"{ {name: len(values) for name, values in given.items()} }"
         )
-    for name, values in given.items():
-        if values.is_floating_point() and not values.isfinite().all():
-            raise ValueError(f"{named[name]} has NaN or infinite values. Pass finite latents.")
     return {name: values.to(device) for name, values in given.items()}
 
 
-def _generated(
-    model: Program, batch: Batch, values: Mapping[str, Tensor], draw: bool, by_site: bool
-) -> Numbers:
-    """Return means or samples of x, if no latent is summed out."""
-    return mean_of_x(AtValues(values)(model), *batch, by_site=by_site, draw=draw)
-
-
 def _reconstructed(
-    model: Program, batch: Batch, values: Mapping[str, Tensor], draw: bool, by_site: bool
+    model: Program,
+    fixed: Program,
+    batch: Batch,
+    given: Mapping[str, Tensor],
+    *,
+    by_site: bool,
+    draw: bool,
 ) -> Numbers:
     """Return means or samples of x, averaged over or sampled from p(c|z) for the other latents c.
 
     The latents become points of a guide. So the rest is a reconstruction.
+
+    Args:
+        model: program of p(x, z).
+        fixed: the same program with given latents.
+        batch: x and covariates.
+        given: the given latents by name.
+        by_site: see :func:`decode`.
+        draw: whether to return samples of x.
     """
     latents = {
         name: site
-        for name, site in _latents(AtValues(values)(model), batch).items()
-        if name in values or not is_enumerated(site)
+        for name, site in _latents(fixed, batch).items()
+        if name in given or not is_enumerated(site)
     }
     run = PairTrace(unscaled(model), guide_to(latents), batch)
     with Readings(batch[0]) as readings:

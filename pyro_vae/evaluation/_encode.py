@@ -15,7 +15,13 @@ from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.enumeration import sampled_if_needed
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.runs import AtValues, as_guide, trace_of
-from pyro_vae._programs.sites import Site, is_discrete, random_sites, to_particle_layout
+from pyro_vae._programs.sites import (
+    Site,
+    is_discrete,
+    mask_of,
+    random_sites,
+    to_particle_layout,
+)
 from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import Batch, Data
@@ -40,6 +46,9 @@ class Encoding:
         standard_error: standard error of each mean, of the shape of ``mean``. It is zero where the
             mean is exact.
         discrete: whether the latent is discrete.
+        masked: whether the programs mask each number, of the shape of ``mean``. A masked number has
+            no posterior, as at a step after the end of a sequence. There, ``mean``, ``std``,
+            ``standard_error`` and ``samples`` are NaN, and samples that are integers are -1.
     """
 
     site: str
@@ -50,6 +59,7 @@ class Encoding:
     num_particles: int
     standard_error: Tensor
     discrete: bool
+    masked: Tensor
 
     def __len__(self) -> int:
         """Return N."""
@@ -58,12 +68,14 @@ class Encoding:
     def __repr__(self) -> str:
         how = "in closed form"
         if self.method == "samples":
-            error = self.standard_error.max().item()
+            error = self.standard_error.masked_fill(self.masked, 0.0).max().item()
             how = f"from {self.num_particles} samples, largest standard error {error:.2g}"
         drawn = "" if self.samples is None else f"; {len(self.samples)} samples each"
+        count = int(self.masked.reshape(len(self), -1).any(1).sum())
+        masked = f"; NaN in {count} masked data points" if count else ""
         return (
             f"Encoding of {self.site!r}: {len(self)} data points of shape "
-            f"{tuple(self.mean.shape[1:])}; mean and std {how}{drawn}"
+            f"{tuple(self.mean.shape[1:])}; mean and std {how}{drawn}{masked}"
         )
 
 
@@ -99,6 +111,8 @@ def encode(
     - Angles have a mean direction and a circular standard deviation (Mardia & Jupp 2000).
     - A moment that does not exist is NaN or infinite if the distribution has a closed form, as
       for Cauchy and Student's t. Without closed form, its estimate has no meaning.
+    - A masked number has no posterior, so its moments and samples are NaN; see
+      :attr:`Encoding.masked`. For example, a step after the end of a sequence is masked.
 
     A guide may draw random numbers other than its latents, as
     :class:`pyro_vae.guides.SemiAmortized` does. Closed forms then belong to one draw of these
@@ -167,7 +181,7 @@ def encode(
         parts = runner.map_batches(function)
         if runner.interrupted:
             raise KeyboardInterrupt
-    mean, std, error, *drawn = zip(*parts, strict=True)
+    mean, std, error, masked, *drawn = zip(*parts, strict=True)
     exact = all(part[-1] for part in parts)
     return Encoding(
         site=name,
@@ -178,6 +192,7 @@ def encode(
         num_particles=0 if exact else num_particles,
         standard_error=torch.cat(error),
         discrete=is_discrete(local_latents_in(first)[name]["fn"]),
+        masked=torch.cat(masked),
     )
 
 
@@ -211,8 +226,8 @@ def _encoder(
 ) -> Callable[[Batch], Part]:
     """Return a function that encodes a minibatch.
 
-    Its result has mean, standard deviation, standard error, samples ``(B, S, ...)`` if there are
-    any, and whether the moments are exact.
+    Its result has mean, standard deviation, standard error, mask, samples ``(B, S, ...)`` if there
+    are any, and whether the moments are exact.
     """
     sampler = GuideSampler(guide)
 
@@ -225,10 +240,27 @@ def _encoder(
             moments = (*known, torch.zeros_like(known[0]))
             drawn = [part.cpu() for part in sampler.draw(name, batch, num_samples)]
             exact = True
-        samples = (torch.cat(drawn).movedim(0, 1),) if num_samples else ()
-        return *moments, *samples, exact
+        masked = _masked(site)
+        samples = (_without(torch.cat(drawn), masked.cpu()).movedim(0, 1),) if num_samples else ()
+        masked = masked.reshape(*masked.shape, *(1,) * (moments[0].dim() - masked.dim()))
+        masked = masked.expand_as(moments[0])  # a Categorical has one more dimension, its levels
+        return *(_without(each, masked) for each in moments), masked, *samples, exact
 
     return encode_batch
+
+
+def _masked(site: Site) -> Tensor:
+    """Return whether each number of a site is masked, ``(B, *inner plates, *event)``."""
+    mask = mask_of(site)
+    masked = ~torch.as_tensor(True if mask is None else mask, device=site["value"].device)
+    return to_particle_layout(masked, site, None)[0]
+
+
+def _without(values: Tensor, masked: Tensor) -> Tensor:
+    """Return values with NaN, or -1 for integers, in place of masked numbers."""
+    if not masked.any():
+        return values
+    return values.masked_fill(masked, torch.nan if values.is_floating_point() else -1)
 
 
 def _from_samples(

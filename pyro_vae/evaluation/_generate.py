@@ -44,8 +44,9 @@ def generate(
         model: program of p(x, z).
         x: the number of data points N, or any data of the right shape ``(N, *event)``. A number is
             enough if the model was fitted, evaluated or loaded before, because the shape of x is
-            then known. It is also enough for a model that observes x itself at one site. Pass data
-            if the model uses the values of x otherwise, such as their sum as a total count.
+            then known. It is also enough for a model that observes x itself at one site. A
+            SequenceModel that never ran needs data, because the number of steps is unknown. Pass
+            data if the model uses the values of x otherwise, such as their sum as a total count.
         *covariates: further arguments of the program, with N rows each.
         guide: the guide that the model was fitted with. A model with ``pyro.param`` statements
             needs it, because their values are in the store of the pair.
@@ -100,7 +101,12 @@ def generate(
         evaluation_mode(model),
     ):
         if is_whole_number(x):
-            spec = spec_of_x(model, [c[:2] for c in columns], device)
+            remedy = (
+                f"Pass data in the place of the number, {count} rows of the shape that the model "
+                f"expects: pv.generate(model, torch.zeros({count}, ...)), such as "
+                f"torch.zeros({count}, T, D) for sequences of T steps. Their values do not matter."
+            )
+            spec = spec_of_x(model, [c[:2] for c in columns], device, remedy)
         return in_batches(run, torch.arange(count), batch_size, progress, "generate")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +21,14 @@ from pyro_vae._programs.predictions import drawn_observations, known_mean
 from pyro_vae._programs.runs import as_guide, trace_of
 from pyro_vae._programs.sites import Site, base_distribution, to_particle_layout
 from pyro_vae._programs.terms import Terms
+from pyro_vae._programs.validation import nonfinite_data
 from pyro_vae._utils.checks import check_call, positive_integer, require_callable
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.value_checks import values_checked
-from pyro_vae.datasets._columns import as_tensor
-from pyro_vae.datasets._minibatches import Batch
-from pyro_vae.evaluation._log_evidence import UNRELIABLE_KHAT, UnreliableEvidence, untrusted
+from pyro_vae.datasets._columns import as_tensor, finite_rows
+from pyro_vae.datasets._minibatches import Batch, Minibatches
+from pyro_vae.evaluation._group import LazyBatch
+from pyro_vae.evaluation._log_evidence import UnreliableEvidence, untrusted, why_unreliable
 from pyro_vae.evaluation._missing_numbers import (
     LeaveOutMissing,
     MissingAtSite,
@@ -49,6 +51,9 @@ class Imputation:
         draws: copies of x with samples of :math:`p(x_{mis}|x_{obs})` in place of missing numbers,
             ``(num_draws, N, *event)``.
         observed: the mask of the observed numbers, ``(N, *event)``.
+        padding: the mask of the padding, ``(N, *event)``: NaN of x that the model masks whatever
+            their value, such as steps after the end of a sequence. They are neither observed nor
+            imputed, and are NaN in ``mean`` and ``draws``.
         monte_carlo_errors: standard error of each mean from the samples of z alone,
             ``(N, *event)``. It is zero for an observed number.
         effective_sample_size: :math:`(\sum w)^2 / \sum w^2` of the weights of each row, shape (N,).
@@ -60,6 +65,7 @@ class Imputation:
     mean: Tensor
     draws: Tensor
     observed: Tensor
+    padding: Tensor
     monte_carlo_errors: Tensor
     effective_sample_size: Tensor
     khat: Tensor
@@ -74,15 +80,21 @@ class Imputation:
         unreliable = untrusted(
             self.effective_sample_size, self.khat, self.effective_sample_size, self.num_samples
         )
-        return unreliable & _is_incomplete(self.observed)
+        return unreliable & self._incomplete
+
+    @property
+    def _incomplete(self) -> Tensor:
+        """Whether each row has an imputed number, shape (N,)."""
+        return _is_incomplete(self.observed | self.padding)
 
     def __repr__(self) -> str:
-        count = int((~self.observed).sum())
-        incomplete = _is_incomplete(self.observed)
+        imputed, padding = int((~(self.observed | self.padding)).sum()), int(self.padding.sum())
+        incomplete, total = self._incomplete, self.observed.numel() - padding
+        left_out = f"; {padding} numbers of padding left out" if padding else ""
         return (
-            f"{count} of {self.observed.numel()} numbers imputed, in {int(incomplete.sum())} of "
+            f"{imputed} of {total} numbers imputed, in {int(incomplete.sum())} of "
             f"{len(incomplete)} rows ({self.num_samples} samples of z for each row; unreliable "
-            f"weights in {int(self.untrusted.sum())} rows)"
+            f"weights in {int(self.untrusted.sum())} rows{left_out})"
         )
 
 
@@ -112,7 +124,9 @@ def impute(
 
     The model needs no change: impute leaves out the missing numbers of its observed sites. A model
     that leaves them out itself works too. The numbers of x must be independent given the latents.
-    If the guide gives NaN for missing numbers, it gets zeros in their place.
+    If the guide gives NaN for missing numbers, it gets zeros in their place. NaN that the model
+    masks whatever their value, such as the padding of sequences with given lengths, are not
+    missing. They stay NaN.
 
     Args:
         model: program of p(x, z).
@@ -120,7 +134,8 @@ def impute(
         x: data ``(N, *event)``, floating-point, with NaN for missing numbers.
         *covariates: further arguments of the programs, without missing numbers.
         observed: Boolean mask of the observed numbers, of the shape of x. The values of the other
-            numbers are not used. By default, all finite numbers are observed.
+            numbers are not used. By default, all finite numbers are observed. If a covariate of the
+            programs is the mask of the missing numbers, pass it here too, and x without NaN.
         num_samples: K per data point.
         num_draws: the number of imputed copies of x to sample.
         batch_size: number of data points per minibatch.
@@ -135,9 +150,9 @@ def impute(
 
     Raises:
         TypeError: x is not floating-point, or ``observed`` is not Boolean.
-        ValueError: The shapes differ. An observed number is NaN or infinite. The pair breaks a rule
-            (docs/contract.md). A missing number belongs to a distribution whose numbers are not
-            independent, or cannot be traced to one observed site.
+        ValueError: The shapes differ. An observed number or a covariate is NaN or infinite. The
+            pair breaks a rule (docs/contract.md). A missing number belongs to a distribution whose
+            numbers are not independent, or cannot be traced to one observed site.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -163,12 +178,16 @@ def impute(
     num_samples = positive_integer("num_samples", num_samples)
     num_draws = positive_integer("num_draws", num_draws, minimum=0)
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
-    x, observed = _with_missing(x, observed)
+    x, observed, was_nan = _with_missing(x, observed)
     columns = (x, *as_covariates(covariates, model, guide))
     if differing := [len(each) for each in columns if len(each) != len(x)]:
         raise ValueError(f"covariates must have {len(x)} rows, as x has; got {differing}")
+    for number, column in enumerate(columns[1:], start=1):
+        if not (finite := finite_rows(column)).all():
+            reached = "impute needs complete covariates"
+            raise nonfinite_data("x", (~finite).nonzero()[:, 0].cpu(), reached, [number])
     leaving_out = LeaveOutMissing()(model)
-    guide = _guide_for(model, leaving_out, guide, columns, observed, batch_size, seed)
+    guide = _guide_for(model, leaving_out, guide, columns, was_nan, batch_size, seed)
     with Runner.open(
         "impute",
         leaving_out,
@@ -186,26 +205,26 @@ def impute(
         weighs=True,
     ) as runner:
         fill = _filler(runner, num_samples, num_draws, pairs_per_pass)
-        parts = runner.map_batches(fill)
+        parts = runner.map_batches(fill, _with_rows(runner.batches, was_nan))
         if runner.interrupted:
             raise KeyboardInterrupt
-    means, errors, sizes, khats, draws = map(torch.cat, zip(*parts, strict=True))
+    means, errors, sizes, khats, draws, padding = map(torch.cat, zip(*parts, strict=True))
     result = Imputation(
         mean=means,
         draws=draws.transpose(0, 1),
         observed=observed,
+        padding=padding,
         monte_carlo_errors=errors,
         effective_sample_size=sizes,
         khat=khats,
         num_samples=num_samples,
     )
-    incomplete = int(_is_incomplete(observed).sum())
+    incomplete = int(_is_incomplete(observed | padding).sum())
     if (bad := int(result.untrusted.sum())) > incomplete / 2:
         warnings.warn(
-            f"the imputed numbers are unreliable for {bad} of {incomplete} rows. Their k-hat is "
-            f"above {UNRELIABLE_KHAT}, or their effective sample size is too low (of "
-            f"{num_samples}). Use more samples, or a guide that is fitted to data with missing "
-            "numbers.",
+            f"the imputed numbers are unreliable for {bad} of {incomplete} rows. Their "
+            f"{why_unreliable(num_samples)}. Use more samples, or a guide that is fitted to data "
+            "with missing numbers.",
             UnreliableEvidence,
             stacklevel=2,
         )
@@ -217,8 +236,8 @@ def _is_incomplete(observed: Tensor) -> Tensor:
     return ~observed.reshape(len(observed), -1).all(1)
 
 
-def _with_missing(x: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return x with NaN for missing numbers, and the mask of the observed numbers."""
+def _with_missing(x: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x with NaN for missing numbers, the mask of observed ones, and that of NaN in x."""
     x = as_tensor(x, "x", finite=False)
     if not x.is_floating_point():
         raise TypeError(
@@ -227,7 +246,7 @@ def _with_missing(x: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
         )
     finite = x.isfinite()
     if observed is None:
-        return x.masked_fill(~finite, torch.nan).contiguous(), finite.cpu()
+        return x.masked_fill(~finite, torch.nan).contiguous(), finite.cpu(), ~finite
     observed = as_tensor(observed, "observed")
     if observed.dtype != torch.bool:
         raise TypeError(f"observed must be a Boolean mask, got {observed.dtype}")
@@ -242,7 +261,14 @@ def _with_missing(x: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
             f"x is NaN or infinite at numbers that observed marks as observed, first in row {row}. "
             "Mark them as missing"
         )
-    return x.masked_fill(~observed, torch.nan).contiguous(), observed.cpu()
+    return x.masked_fill(~observed, torch.nan).contiguous(), observed.cpu(), ~finite
+
+
+def _with_rows(batches: Minibatches, column: Tensor) -> Iterator[LazyBatch]:
+    """Yield the minibatches of data in memory, each with the rows of a further column."""
+    column = column.to(batches.device)
+    for (rows,) in batches.selections():
+        yield len(rows), lambda rows=rows: (*batches.prepare(rows), column[rows])
 
 
 def _guide_for(
@@ -250,7 +276,7 @@ def _guide_for(
     leaving_out: Program,
     guide: Program,
     columns: Batch,
-    observed: Tensor,
+    was_nan: Tensor,
     batch_size: int,
     seed: int | None,
 ) -> Program:
@@ -259,11 +285,13 @@ def _guide_for(
     def guide_of_zeros(x: Tensor, *covariates: Tensor) -> object:
         return guide(with_zeros(x), *covariates)
 
-    rows = _is_incomplete(observed).nonzero()[:batch_size, 0]
+    rows = _is_incomplete(columns[0].isfinite()).nonzero()[:batch_size, 0]
     if not len(rows):
         return guide
     device = device_of(model, guide)
-    batch = tuple(column[rows.to(column.device)].to(device).contiguous() for column in columns)
+    *batch, was_nan = (
+        column[rows.to(column.device)].to(device).contiguous() for column in (*columns, was_nan)
+    )
     with (
         seeded(0 if seed is None else seed),
         parameter_store(model, guide),
@@ -273,7 +301,7 @@ def _guide_for(
     ):
         trace_of(as_guide(guide_of_zeros), *batch)  # the first call of a guide makes its networks
         chosen = guide if accepts_missing(guide, batch) else guide_of_zeros
-        find_missing(leaving_out, chosen, batch)
+        find_missing(leaving_out, chosen, tuple(batch), was_nan)
     return chosen
 
 
@@ -285,9 +313,10 @@ def _filler(
     sizes = [num_samples // passes + (i < num_samples % passes) for i in range(passes)]
 
     def fill(batch: Batch) -> tuple[Tensor, ...]:
-        x = batch[0].contiguous()
-        batch = (x, *batch[1:])
-        single, gaps = find_missing(runner.model, runner.guide, batch)
+        *columns, was_nan = batch
+        x = columns[0].contiguous()
+        batch = (x, *columns[1:])
+        single, gaps, padding = find_missing(runner.model, runner.guide, batch, was_nan)
         none = torch.empty(0, dtype=torch.long, device=x.device)
         places = torch.cat([none, *(gap.places for gap in gaps)])
         weights, chosen = WeightStream(num_samples), _Chosen(num_draws)
@@ -311,6 +340,7 @@ def _filler(
             weights.effective_sample_size(),
             weights.khat(),
             torch.stack(draws, 1) if draws else x.new_empty((len(x), 0, *x.shape[1:])),
+            padding,
         )
 
     return fill

@@ -94,7 +94,7 @@ class InferenceGaps:
         return (
             f"nats per data point\n{self.table.to_string(float_format='{:.3f}'.format)}\n"
             f"{len(self.sources)} data points, {self.num_particles} particles; "
-            f"log p(x) from {used}; {khat_share(self.khat)}; "
+            f"log p(x) from {used}; {khat_share(self.khat, self.num_particles)}; "
             f"{min(self.steps)} to {max(self.steps)} steps, "
             f"{sum(self.converged)} of {len(self.converged)} ascents converged{failed}"
         )

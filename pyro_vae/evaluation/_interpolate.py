@@ -13,9 +13,14 @@ from pyro_vae._utils.checks import check_call, positive_integer, require_word
 from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.evaluation._decode import decode
 from pyro_vae.evaluation._encode import encode
+from pyro_vae.evaluation._given_latents import remedy_outside_support
 from pyro_vae.evaluation._predict import as_covariates
 
 Path = Literal["linear", "spherical"]
+_NO_MEANS = (
+    "Pass another latent as site, or decode your own path by pv.decode. It may start at a sample "
+    "of pv.encode, because the support has no mean of two samples."
+)
 
 
 def interpolate(
@@ -67,8 +72,9 @@ def interpolate(
 
     Raises:
         ValueError: An argument is invalid, or the shapes of the two ends differ. The latent is
-            discrete, so that there are no points between two codes. It also raises the errors of
-            :func:`encode` and :func:`decode`.
+            discrete, so that there are no points between two codes. The path leaves the support of
+            the latent, as a spherical path between vectors on a simplex does. It also raises the
+            errors of :func:`encode` and :func:`decode`.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -101,16 +107,23 @@ def interpolate(
             "Pass another latent as site"
         )
     a, b = codes.mean.chunk(2)
+    if not torch.equal(*codes.masked.chunk(2)):
+        raise ValueError(
+            f"latent site {codes.site!r} is masked at start or at end alone, so there is no path. "
+            "Pass data points with the same masks, such as sequences of one length"
+        )
     steps = torch.linspace(0, 1, num, dtype=a.dtype).reshape(num, *[1] * a.dim())
     points = spherical(a, b, steps) if path == "spherical" else a + steps * (b - a)
-    found = decode(
-        model,
-        {codes.site: points.flatten(0, 1)},
-        *(_repeated(column, num) for column in columns),
-        x=_repeated(ends[0], num),
-        guide=guide,
-        **options,
-    )
+    remedy = 'Pass path="linear".' if path == "spherical" else _NO_MEANS
+    with remedy_outside_support(f"The {path} path leaves the support. {remedy}"):
+        found = decode(
+            model,
+            {codes.site: points.flatten(0, 1)},
+            *(_repeated(column, num) for column in columns),
+            x=_repeated(ends[0], num),
+            guide=guide,
+            **options,
+        )
     return found.unflatten(0, (num, len(a)))
 
 

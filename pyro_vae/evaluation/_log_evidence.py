@@ -84,9 +84,10 @@ class Evidence:
     def unreliable_share(self) -> float:
         """The share of data points whose k-hat is above 0.7 or NaN.
 
-        For example, k-hat is NaN for fewer than 21 samples and for weights that are all zero.
+        For example, k-hat is NaN for weights that are all zero. The share is NaN if k-hat is NaN
+        for all data points, such as with fewer than 21 samples.
         """
-        return 1.0 - (self.khat <= UNRELIABLE_KHAT).double().mean().item()
+        return share_above(self.khat)
 
     @property
     def untrusted(self) -> Tensor:
@@ -103,7 +104,7 @@ class Evidence:
         return (
             f"log p(x) = {self.mean:.2f} ± {self.standard_error:.2f} nats{by} "
             f"({len(self.values)} data points, {self.num_particles} {draws}, "
-            f"{khat_share(self.khat)})"
+            f"{khat_share(self.khat, self.num_particles)})"
         )
 
 
@@ -135,9 +136,8 @@ def warn_of(evidence: Evidence) -> None:
     elif evidence.untrusted.double().mean() > 0.5:
         warnings.warn(
             f"the {evidence.method} estimate of log p(x) is unreliable for "
-            f"{int(evidence.untrusted.sum())} of {len(evidence.values)} data points. Their k-hat "
-            f"is above {UNRELIABLE_KHAT}, or their effective sample size is too low (of "
-            f"{evidence.num_particles}). The estimate is probably too low. "
+            f"{int(evidence.untrusted.sum())} of {len(evidence.values)} data points. Their "
+            f"{why_unreliable(evidence.num_particles)}. The estimate is probably too low. "
             + _REMEDIES[evidence.method],
             UnreliableEvidence,
             stacklevel=3,  # the caller of evidence
@@ -151,11 +151,28 @@ _REMEDIES = {
 }
 
 
-def khat_share(khat: Tensor) -> str:
-    """Return a text with the share of k-hats above 0.7, or "unknown" if all are NaN."""
+def why_unreliable(num_samples: int) -> str:
+    """Return the signs of unreliable weights of that many samples, without the first word."""
+    effective = f"effective sample size is too low (of {num_samples})"
+    if num_samples < FEWEST_JUDGED:
+        return effective
+    return f"k-hat is above {UNRELIABLE_KHAT}, or their {effective}"
+
+
+def share_above(khat: Tensor) -> float:
+    """Return the share of k-hats that are above 0.7 or NaN, or NaN if all of them are NaN."""
     if khat.isnan().all():
-        return f"k-hat > {UNRELIABLE_KHAT}: unknown"
-    return f"k-hat > {UNRELIABLE_KHAT}: {1 - (khat <= UNRELIABLE_KHAT).double().mean().item():.1%}"
+        return math.nan
+    return 1.0 - (khat <= UNRELIABLE_KHAT).double().mean().item()
+
+
+def khat_share(khat: Tensor, num_samples: int) -> str:
+    """Return a text with the share of k-hats above 0.7, or the reason why there is none."""
+    share = share_above(khat)
+    if not math.isnan(share):
+        return f"k-hat > {UNRELIABLE_KHAT}: {share:.1%}"
+    few = num_samples < FEWEST_JUDGED
+    return f"k-hat: not available{f', needs {FEWEST_JUDGED} samples' if few else ''}"
 
 
 def standard_error(values: Tensor) -> float:

@@ -83,14 +83,19 @@ class MissingAtSite:
 
 
 def find_missing(
-    model: Program, guide: Program, batch: Batch
-) -> tuple[PairTrace, list[MissingAtSite]]:
+    model: Program, guide: Program, batch: Batch, was_nan: Tensor
+) -> tuple[PairTrace, list[MissingAtSite], Tensor]:
     """Run a pair, and return the run and the missing numbers of each observed site.
 
     Args:
         model: program of p(x, z), inside of :class:`LeaveOutMissing`.
         guide: program of q(z|x).
         batch: x ``(B, *event)``, contiguous, with NaN for missing numbers, and covariates.
+        was_nan: whether the user gave NaN for each number of x, in the shape of x.
+
+    Returns:
+        The run, the missing numbers, and a mask of the numbers of x that are padding: NaN that the
+        model masks, and would mask for any other value too.
 
     Raises:
         ValueError: A missing number is observed by no site or by several sites, or its site does
@@ -100,20 +105,20 @@ def find_missing(
     x = batch[0]
     with Readings(x) as readings:
         run = PairTrace(model, guide, batch)
+    masked = _masked(run, readings, x) & was_nan.flatten()
+    padding = _masked_for_any_value(model, guide, batch, masked)
     missing, taken = ~x.isfinite().flatten(), torch.zeros_like(x, dtype=torch.long).flatten()
+    missing &= ~padding
     gaps = []
     for factor in run.model.values():
-        value = factor.site["value"]
-        places = readings.places(value) if factor.observed and factor.local else None
-        if places is None or places.shape != value.shape:
+        found = _places_of_x(factor, readings)
+        if found is None:
             continue
-        places, value, left_out = (
+        where, places = found
+        value, left_out = (
             to_particle_layout(each, factor.site, None)[0].flatten()
-            for each in (places, value, _left_out(factor.site))
+            for each in (factor.site["value"], _left_out(factor.site))
         )
-        of_x = places != NOT_OF_X
-        where = of_x.nonzero()[:, 0]
-        places = torch.where(places < NOT_OF_X, -2 - places, places)[where]
         gone = missing[places]
         if not gone.any():
             continue
@@ -127,7 +132,48 @@ def find_missing(
             f"{lost} of them unchanged, and several sites observe {several}. The observed sites "
             f"are {[f.name for f in run.model.values() if f.observed]}"
         )
-    return run, gaps
+    return run, gaps, padding.reshape(x.shape)
+
+
+def _places_of_x(factor: Factor, readings: Readings) -> tuple[Tensor, Tensor] | None:
+    """Return the numbers of a site that come from x: their places in the site, and in x.
+
+    The result is None if they are unknown, or if the site is not observed.
+    """
+    value = factor.site["value"]
+    places = readings.places(value) if factor.observed and factor.local else None
+    if places is None or places.shape != value.shape:
+        return None
+    places = to_particle_layout(places, factor.site, None)[0].flatten()
+    where = (places != NOT_OF_X).nonzero()[:, 0]
+    return where, torch.where(places < NOT_OF_X, -2 - places, places)[where]
+
+
+def _masked(run: PairTrace, readings: Readings, x: Tensor) -> Tensor:
+    """Return whether a site masks each number of the flattened x."""
+    masked = torch.zeros(x.numel(), dtype=torch.bool, device=x.device)
+    for factor in run.model.values():
+        found = _places_of_x(factor, readings)
+        mask = None if found is None else mask_of(factor.site)
+        if mask is not None:
+            mask = torch.as_tensor(mask, device=x.device)
+            kept = to_particle_layout(mask, factor.site, None)[0].flatten()
+            where, places = found
+            masked[places[~kept[where]]] = True
+    return masked
+
+
+def _masked_for_any_value(model: Program, guide: Program, batch: Batch, masked: Tensor) -> Tensor:
+    """Return which masked numbers of x the model still masks if NaN are replaced by zeros."""
+    if not masked.any():
+        return masked
+    x = with_zeros(batch[0])
+    with values_checked(False), Readings(x) as readings:
+        try:
+            run = PairTrace(model, guide, (x, *batch[1:]))
+        except (ValueError, *PROGRAM_ERRORS):  # the program refuses zeros
+            return torch.zeros_like(masked)
+    return masked & _masked(run, readings, x)
 
 
 def _left_out(site: Site) -> Tensor:

@@ -82,11 +82,14 @@ class WeightedCodes:
         log_prior: log p(u) under the model, shape (N, K).
         log_rest: log p(x|z) - log q(u|x), shape (N, K). Together with the density of a prior it is
             a log-weight.
+        masked: whether the model masks a latent of the data point, so that its code has no density
+            under a prior, shape (N,).
     """
 
     codes: Tensor
     log_prior: Tensor
     log_rest: Tensor
+    masked: Tensor
 
     @classmethod
     def of(
@@ -108,12 +111,14 @@ class WeightedCodes:
             codes, jacobian = latents(t.samples)
             log_prior = t.log_prior + jacobian
             rest = t.log_weight - t.log_prior - jacobian
-            parts.append([each.cpu().double().transpose(0, 1) for each in (codes, log_prior, rest)])
+            numbers = [each.cpu().double().transpose(0, 1) for each in (codes, log_prior, rest)]
+            parts.append([*numbers, t.masked_data().cpu()])
         return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def __getitem__(self, rows: slice | Tensor) -> WeightedCodes:
         """Return the codes of some data points."""
-        return WeightedCodes(self.codes[rows], self.log_prior[rows], self.log_rest[rows])
+        columns = (self.codes, self.log_prior, self.log_rest, self.masked)
+        return WeightedCodes(*(column[rows] for column in columns))
 
     def log_evidence(self, log_prior: Tensor | None = None) -> Tensor:
         """Return log p(x) of each data point (N,) under a prior with log-densities (N, K)."""
@@ -187,8 +192,13 @@ def fit_prior(codes: WeightedCodes, *, diagonal: bool = False) -> GaussianMixtur
         The mixture, or None if the prior of the model is better than all of them.
 
     Raises:
-        ValueError: There are too few data points for a single Gaussian.
+        ValueError: There are too few data points for a single Gaussian. Or a latent is masked.
     """
+    if codes.masked.any():
+        raise ValueError(
+            f"a prior of all latents needs their values, and the model masks latents of "
+            f"{int(codes.masked.sum())} of {len(codes.masked)} data points"
+        )
     total, size = len(codes.codes), codes.codes.shape[-1]
     fitted, held_out = split(codes)
     if total < _FEWEST_DATA or size > len(fitted.codes):

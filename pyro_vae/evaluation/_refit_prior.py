@@ -70,7 +70,8 @@ def refit_prior(
         model: a module with the attribute ``prior``, which returns p(z) when called without
             arguments. z is its only latent, a real vector.
         guide: program of q(z|x).
-        data: training data in memory, as in :func:`pyro_vae.fit`.
+        data: training data in memory, as in :func:`pyro_vae.fit`. Data points whose latent the
+            programs mask are left out, because they have no code.
         kind: ``"mixture"`` fits a :class:`pyro_vae.priors.MixtureOfNormals` by the EM algorithm.
             ``"flow"`` fits a :class:`pyro_vae.priors.FlowPrior` of four coupling layers by gradient
             steps. ``"aggregated"`` is the :class:`pyro_vae.priors.AggregatedPosterior` of the data.
@@ -90,7 +91,8 @@ def refit_prior(
     Raises:
         TypeError: The model is not a module with the attribute ``prior``.
         ValueError: ``prior`` is not the p(z) of the model. The model has other latents, or z is not
-            a real vector. The data are not in memory. The pair breaks a rule (docs/contract.md).
+            a real vector. The data are not in memory, or the latent of all of them is
+            masked. The pair breaks a rule (docs/contract.md).
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -150,6 +152,9 @@ def refit_prior(
 
         latents = UnconstrainedLatents(model, first, [site])
         codes = WeightedCodes.of(draw, list(batches), latents)
+        codes = codes[~codes.masked]
+        if not len(codes.codes):
+            raise ValueError(f"the model masks latent {site!r} of all data points")
         codes = codes[torch.randperm(len(codes.codes))]
         if kind == "mixture":
             prior, gain = _mixture(codes, components)
@@ -181,12 +186,12 @@ def _latent_of(model: nn.Module, guide: Program, batch: Batch) -> tuple[str, int
         raise ValueError(
             f"refit_prior needs a model with one latent variable, got the latents {[*t.samples]}"
         )
-    ((name, z),) = t.samples.items()
+    ((name, z),), masked = t.samples.items(), t.masked_data()
     try:
         p_z = model.prior()
         log_prior = p_z.log_prob(z)
         same = log_prior.shape == t.log_prior.shape and torch.allclose(
-            log_prior, t.log_prior, rtol=1e-4, atol=1e-4
+            log_prior[:, ~masked], t.log_prior[:, ~masked], rtol=1e-4, atol=1e-4
         )
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(

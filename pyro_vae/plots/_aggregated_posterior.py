@@ -12,11 +12,12 @@ from torch import Tensor
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import device_of
 from pyro_vae._utils.checks import check_call, is_number, shown
-from pyro_vae.datasets._columns import as_tensor
-from pyro_vae.evaluation import Encoding, encode
+from pyro_vae.datasets._minibatches import Data, Minibatches
+from pyro_vae.evaluation import encode
 from pyro_vae.evaluation._predict import as_covariates
 from pyro_vae.plots._arguments import as_list
 from pyro_vae.plots._axes import BLUE, DARK, RED, check_axes, new_figure
+from pyro_vae.plots._codes import rows_with_codes
 from pyro_vae.plots._density import gaussian_mixture, grid_around, smoothed
 from pyro_vae.plots._dimensions import choose_dimensions, names_of
 from pyro_vae.plots._prior import NUM_SAMPLES, PriorOfSite
@@ -31,7 +32,7 @@ _SHADES = ("#e3ebf3", "#c5d5e6", "#a3bdd8", "#7b9fc6")  # of BLUE, from the oute
 def aggregated_posterior(
     model: Program,
     guide: Program,
-    x: Tensor,
+    x: Data,
     *covariates: Tensor,
     site: str | None = None,
     dimensions: Sequence[int] | None = None,
@@ -55,8 +56,9 @@ def aggregated_posterior(
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
-        x: the data of q_agg ``(N, *event)``, usually the training data.
-        *covariates: further arguments of the programs.
+        x: the data of q_agg, usually the training data, as in :func:`pyro_vae.fit`. Data points
+            with masked numbers of the latent are left out.
+        *covariates: further arguments of the programs, if ``x`` is a tensor or an array.
         site: name of the latent site; by default, the only latent.
         dimensions: two dimensions of the flattened latent, or one for a marginal alone. By default,
             those whose means vary the most over the data, relative to the prior.
@@ -90,17 +92,21 @@ def aggregated_posterior(
     check_call(aggregated_posterior, locals())
     check_axes(None)
     shares = _checked_masses(masses)
-    columns = [as_tensor(x, "x", finite=False), *as_covariates(covariates, model, guide)]
+    data = (x, *as_covariates(covariates)) if covariates else x
+    device, programs = device_of(model, guide), (model, guide)
+    batches = Minibatches(data, 100, device=device, name="x", programs=programs)
+    columns = batches.columns or batches.in_memory()
     per_row = -(-NUM_SAMPLES // len(columns[0]))
-    code = encode(model, guide, *columns, site=site, num_samples=per_row, plate=plate, seed=seed)
-    device = device_of(model, guide)
-    prior = PriorOfSite(model, guide, [c.to(device) for c in columns], code.site, seed)
+    code = encode(model, guide, columns, site=site, num_samples=per_row, plate=plate, seed=seed)
+    kept = rows_with_codes(code)
+    rows = kept.nonzero()[:, 0]
+    prior = PriorOfSite(model, guide, columns, code.site, seed, rows)
     of_prior = prior.samples()
-    chosen = _chosen(dimensions, code, of_prior)
+    chosen = _chosen(dimensions, code.mean[kept], of_prior)
     names = names_of(code.site, chosen, of_prior.shape[1])
     of_guide, loc, scale = (
         each.double().reshape(-1, of_prior.shape[1])[:, chosen]
-        for each in (code.samples, code.mean, code.std)
+        for each in (code.samples[:, kept], code.mean[kept], code.std[kept])
     )
     of_prior = of_prior[:, chosen]
     kept = torch.randperm(len(of_guide), generator=torch.Generator().manual_seed(0))[:100_000]
@@ -181,9 +187,9 @@ def _checked_masses(masses: Any) -> list[float]:
     return shares
 
 
-def _chosen(dimensions: Any, code: Encoding, of_prior: Tensor) -> list[int]:
+def _chosen(dimensions: Any, means: Tensor, of_prior: Tensor) -> list[int]:
     """Return one or two dimensions; see :func:`aggregated_posterior`."""
-    activity = code.mean.double().reshape(len(code), -1).var(0, correction=0) / of_prior.var(0)
+    activity = means.double().reshape(len(means), -1).var(0, correction=0) / of_prior.var(0)
     single = isinstance(dimensions, Sequence | np.ndarray) and len(dimensions) == 1
     return choose_dimensions(dimensions, activity, 1 if single or len(activity) == 1 else 2)
 

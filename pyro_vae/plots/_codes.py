@@ -47,7 +47,7 @@ def codes(
 
     Args:
         encoding: the result of :func:`pyro_vae.encode`, whose means are drawn, or codes
-            ``(N, *event)``.
+            ``(N, *event)``. Data points with masked numbers are left out.
         labels: one label for each data point.
         dimensions: two dimensions to draw instead of principal components, as positions in the
             flattened code.
@@ -71,12 +71,15 @@ def codes(
     """
     check_call(codes, locals())
     check_axes(ax)
-    name = encoding.site if isinstance(encoding, Encoding) else "z"
-    values = encoding.mean if isinstance(encoding, Encoding) else encoding
-    z = as_tensor(values, "encoding").cpu().double()
+    if isinstance(encoding, Encoding):
+        name, kept, given = encoding.site, rows_with_codes(encoding), encoding.mean
+    else:
+        name, given = "z", as_tensor(encoding, "encoding")
+        kept = torch.ones(len(given), dtype=torch.bool)
+    z = as_tensor(given.cpu()[kept], "encoding").double()
     z = z.reshape(len(z), -1)
     points, names = _in_two_dimensions(z, name, dimensions)
-    values = None if labels is None else _checked_labels(labels, len(z))
+    values = None if labels is None else _checked_labels(labels, kept.numpy())
     axes = axes_for(ax, 4.2)
     # The order of the rows would hide the first labels below the last.
     order = np.random.default_rng(0).permutation(len(z))
@@ -118,17 +121,37 @@ def _in_two_dimensions(z: Tensor, name: str, dimensions: Any) -> tuple[np.ndarra
     return (centered @ vectors).numpy(), names
 
 
-def _checked_labels(labels: Any, count: int) -> np.ndarray | list[str]:
+def rows_with_codes(encoding: Encoding) -> Tensor:
+    """Return whether each data point has a code without masked numbers, shape (N,).
+
+    Raises:
+        ValueError: No data point has one.
+    """
+    kept = ~encoding.masked.reshape(len(encoding), -1).any(1)
+    if not kept.any():
+        raise ValueError(
+            f"latent site {encoding.site!r} is masked for all data points, so there are no codes. "
+            "Encode another site, or data points whose latent is not masked"
+        )
+    return kept
+
+
+def _checked_labels(labels: Any, kept: np.ndarray) -> np.ndarray | list[str]:
     """Return labels as texts of a legend, or as numbers of a color bar.
+
+    Args:
+        labels: one label for each data point.
+        kept: whether each data point is drawn.
 
     Raises:
         ValueError: There is not one label for each code, or there are too many different strings.
     """
     values = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
-    if values.shape != (count,):
+    if values.shape != kept.shape:
         raise ValueError(
-            f"labels must have one label for each of {count} codes, got shape {values.shape}"
+            f"labels must have one label for each of {len(kept)} codes, got shape {values.shape}"
         )
+    values = values[kept]
     if values.dtype.kind == "f":
         return values.astype(float)
     if values.dtype.kind not in "biuU":

@@ -16,6 +16,8 @@ from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_
 from pyro_vae._utils.checks import check_call, positive_integer, positive_number
 from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.evaluation import decode, encode, interpolate
+from pyro_vae.evaluation._decode import NEEDS_X
+from pyro_vae.evaluation._given_latents import remedy_outside_support
 from pyro_vae.evaluation._interpolate import Path
 from pyro_vae.evaluation._predict import as_covariates
 from pyro_vae.plots._axes import check_axes
@@ -27,7 +29,7 @@ from pyro_vae.plots._mosaic import (
     check_image_shape,
     draw_mosaic,
 )
-from pyro_vae.plots._prior import PriorOfSite
+from pyro_vae.plots._prior import NOT_FREE, PriorOfSite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,6 +118,11 @@ def traversals(
     columns = [x, *as_covariates(covariates, model, guide)]
     columns = [column[row : row + 1] for column in columns]
     code = encode(model, guide, *columns, site=site, plate=plate, seed=seed)
+    if code.masked.any():
+        raise ValueError(
+            f"latent site {code.site!r} is masked for row {row}, so it has no code. Pass another "
+            "row or site"
+        )
     device = device_of(model, guide)
     prior = PriorOfSite(model, guide, [c.to(device) for c in columns], code.site, seed)
     low, high = prior.quantiles(torch.tensor([_SIXTEEN, _EIGHTY_FOUR]))
@@ -135,15 +142,16 @@ def traversals(
             )
         points[number, :, dimension] = moved
     points = points.to(code.mean.dtype).reshape(-1, *code.mean.shape[1:])
-    found = decode(
-        model,
-        {code.site: points},
-        *(_repeated(each, len(points)) for each in columns[1:]),
-        x=columns[0],
-        guide=guide,
-        plate=plate,
-        seed=seed,
-    )
+    with remedy_outside_support(NOT_FREE):
+        found = decode(
+            model,
+            {code.site: points},
+            *(_repeated(each, len(points)) for each in columns[1:]),
+            x=columns[0],
+            guide=guide,
+            plate=plate,
+            seed=seed,
+        )
     images = as_images(found, image_shape)
     axes = draw_mosaic(
         ax,
@@ -279,7 +287,8 @@ def manifold(
 
     Raises:
         ImportError: The extra ``report`` is not installed.
-        ValueError: The latent does not have two dimensions, or is discrete. Decoded points are not
+        ValueError: The latent does not have two dimensions, is discrete, or its numbers cannot
+            change alone, as on a simplex. Decoded points are not
             images, or are more than 1000. It also raises the errors of :func:`pyro_vae.decode`.
         TypeError: An argument has the wrong type.
 
@@ -309,19 +318,21 @@ def manifold(
             f"manifold needs a latent with two dimensions, and site {prior.site!r} has {size}. Use "
             "pv.plots.traversals, or pass another site"
         )
+    prior.require_free_numbers()
     across_name, up_name = names_of(prior.site, [0, 1], 2)
     levels = (torch.arange(num, dtype=torch.double) + 0.5) / num
     across, up = prior.quantiles(levels).T
     grid = torch.cartesian_prod(up.flip(0), across).flip(1)  # the top row first
-    found = decode(
-        model,
-        {prior.site: grid.to(prior.dtype).reshape(-1, *prior.shape)},
-        *(_repeated(column, len(grid)) for column in columns),
-        x=None if x is None else as_tensor(x, "x", finite=False)[:1],
-        guide=guide,
-        plate=plate,
-        seed=seed,
-    )
+    with remedy_outside_support(NOT_FREE):
+        found = decode(
+            model,
+            {prior.site: grid.to(prior.dtype).reshape(-1, *prior.shape)},
+            *(_repeated(column, len(grid)) for column in columns),
+            x=None if x is None else as_tensor(x, "x", finite=False)[:1],
+            guide=guide,
+            plate=plate,
+            seed=seed,
+        )
     images = as_images(found, image_shape)
     axes = draw_mosaic(
         ax,
@@ -344,7 +355,7 @@ def _placeholder(
     if x is not None:
         return [_repeated(as_tensor(x, "x", finite=False)[:1], 2).to(device), *columns]
     with parameter_store(model, guide), evaluation_mode(model):
-        return [spec_of_x(model, columns, device).full(2, device), *columns]
+        return [spec_of_x(model, columns, device, NEEDS_X).full(2, device), *columns]
 
 
 def _repeated(column: Tensor, times: int) -> Tensor:

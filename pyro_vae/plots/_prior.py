@@ -27,12 +27,15 @@ from pyro_vae._programs.sites import (
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.value_checks import values_checked
+from pyro_vae.datasets._columns import Column
 from pyro_vae.distributions._supports import support_of
 from pyro_vae.plots._density import GridDensity
 
 _AT_ONCE = 500
 _RARE = 0.001  # share of the prior beyond each bound
 NUM_SAMPLES = 5000
+_FREE = "whose numbers can change alone"
+NOT_FREE = f"The plot needs a latent {_FREE}. Use pv.plots.interpolations."
 
 
 class PriorOfSite:
@@ -42,6 +45,7 @@ class PriorOfSite:
         model: program of p(x, z).
         guide: the program whose parameter store the model uses.
         columns: x and covariates, on the device of the pair. Samples use their rows in turn.
+        rows: the rows to use; by default, all.
         site: name of the latent site, or None for the only one.
         seed: of the samples.
 
@@ -54,14 +58,22 @@ class PriorOfSite:
         self,
         model: Program,
         guide: Program,
-        columns: Sequence[Tensor],
+        columns: Sequence[Column],
         site: str | None,
         seed: int | None,
+        rows: Tensor | None = None,
     ):
         self._model, self._guide, self._columns, self._seed = model, guide, columns, seed
-        sites = self._sites(tuple(column[:2] for column in columns))
+        self._rows = torch.arange(len(columns[0])) if rows is None else rows
+        sites = self._sites(self._batch(self._rows[:2]))
         names = list(sites)
-        if site not in names and (site is not None or len(names) != 1):
+        if site is None and len(names) != 1:
+            raise ValueError(
+                "the plot needs a latent in the plate of the data points, and the model has "
+                f"{len(names)}. "
+                + ("Sample one in the model." if not names else self._one_of(sites))
+            )
+        if site is not None and site not in names:
             raise ValueError(
                 f"site must be one of the latents of the model, {names}, got site={site!r}"
             )
@@ -73,6 +85,11 @@ class PriorOfSite:
                 f"site {self.site!r} is discrete, and the plot needs a continuous latent. Pass the "
                 f"name of another latent: the model has {names}"
             )
+
+    def _one_of(self, sites: dict[str, Site]) -> str:
+        shapes = {name: tuple(self._values(site).shape[1:]) for name, site in sites.items()}
+        each = ", ".join(f"site={name!r} of shape {shape}" for name, shape in shapes.items())
+        return f"Pass one of them: {each}. The others are sampled from the model."
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,10 +104,9 @@ class PriorOfSite:
     def samples(self, count: int = NUM_SAMPLES) -> Tensor:
         """Return samples ``(count, numbers of the latent)`` on the CPU, in float64."""
         found = []
-        total = len(self._columns[0])
         with seeded(self._seed):
-            for rows in (torch.arange(count) % total).split(_AT_ONCE):
-                batch = tuple(column[rows] for column in self._columns)
+            for some in (torch.arange(count) % len(self._rows)).split(_AT_ONCE):
+                batch = self._batch(self._rows[some])
                 values = self._values(self._sites(batch)[self.site])
                 found.append(values.reshape(len(values), -1))
         return torch.cat(found).cpu().double()
@@ -114,15 +130,18 @@ class PriorOfSite:
         Raises:
             ValueError: One number alone cannot change, as on a simplex.
         """
-        shape = _unconstrained_shape(self._fn)
-        if shape not in (None, self._fn.event_shape):
-            raise ValueError(
-                f"the plot needs a latent whose numbers can change alone, but those of site "
-                f"{self.site!r} depend on each other, as on a simplex. Use pv.plots.interpolations"
-            )
-        if shape is None or is_real(support_of(self._fn)):
+        self.require_free_numbers()
+        if _unconstrained_shape(self._fn) is None or is_real(support_of(self._fn)):
             return None
         return self.quantiles(torch.tensor([_RARE, 1 - _RARE]))
+
+    def require_free_numbers(self) -> None:
+        """Raise ValueError if one number of the latent alone cannot change, as on a simplex."""
+        if _unconstrained_shape(self._fn) not in (None, self._fn.event_shape):
+            raise ValueError(
+                f"the plot needs a latent {_FREE}, but those of site {self.site!r} depend on each "
+                "other, as on a simplex. Use pv.plots.interpolations"
+            )
 
     @torch.no_grad()
     def density(self, dimensions: list[int], grids: list[Tensor]) -> GridDensity | None:
@@ -166,6 +185,9 @@ class PriorOfSite:
         base = base_distribution(self._fn)
         independent = base.event_shape == () and base.batch_shape == self._value.shape
         return base if independent and self._is_fixed else None
+
+    def _batch(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return tuple(column[rows.to(column.device)] for column in self._columns)
 
     @property
     def _fn(self) -> Any:

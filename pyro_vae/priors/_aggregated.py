@@ -17,14 +17,21 @@ from pyro_vae._utils.checks import checked, positive_integer
 from pyro_vae._utils.constructor_calls import constructor_call
 from pyro_vae._utils.init_args import Unknown
 from pyro_vae._utils.value_checks import values_checked
-from pyro_vae.datasets._columns import as_tensor, finite_rows
+from pyro_vae.datasets._columns import Column, finite_rows
+from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals, UniformMixture
-from pyro_vae.priors._posteriors import check_guide, diagonal_gaussian, posteriors, stand_in
+from pyro_vae.priors._posteriors import (
+    RunsGuide,
+    check_guide,
+    diagonal_gaussian,
+    posteriors,
+    stand_in,
+)
 
 _ROWS_AT_A_TIME = 500
 
 
-class AggregatedPosterior(nn.Module):
+class AggregatedPosterior(RunsGuide):
     r"""The aggregated posterior :math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)` as the prior.
 
     .. math::
@@ -38,17 +45,18 @@ class AggregatedPosterior(nn.Module):
 
     The prior keeps the posteriors from the time of its creation. For diagonal Gaussians it stores
     their parameters. For any other guide it stores a copy, which runs on all the data at each call.
+    Data points whose latent the guide masks have no posterior, and are left out.
 
     Args:
         guide: program of q(z|x).
-        data: x ``(N, *event)``, or a tuple of x and covariates.
+        data: the data, as in :func:`pyro_vae.fit`. A stream is read once.
         site: name of the latent site.
         subset: number of data points to draw at random and use; default all.
 
     Raises:
-        ValueError: ``subset`` is not between 1 and N. Or the data are empty or not in memory. Or
-            the guide's posterior of the latent depends on more than x. Or the guide is neither a
-            diagonal Gaussian nor a module.
+        ValueError: ``subset`` is not between 1 and N. Or the data are invalid. Or the guide's
+            posterior of the latent depends on more than x. Or the guide is neither a diagonal
+            Gaussian nor a module.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -65,31 +73,36 @@ class AggregatedPosterior(nn.Module):
     def __init__(
         self,
         guide: Callable[..., Any],
-        data: Tensor | tuple[Tensor, ...],
+        data: Data,
         site: str = "z",
         subset: int | None = None,
     ):
         super().__init__()
-        device = device_of(guide, guide)
-        columns = [column.to(device) for column in _columns(data)]
+        device, programs = device_of(guide, guide), _programs_of(guide)
+        batches = Minibatches(data, _ROWS_AT_A_TIME, device=device, programs=programs)
+        columns: Sequence[Column] = batches.columns or batches.in_memory()
         _check_finite(guide, site, columns)
-        count = len(columns[0])
+        rows = torch.arange(len(columns[0]), device=device)
         if subset is not None:
-            if positive_integer("subset", subset) > count:
+            if positive_integer("subset", subset) > len(rows):
                 raise ValueError(
-                    f"subset must be between 1 and the {count} data points, got {subset}"
+                    f"subset must be between 1 and the {len(rows)} data points, got {subset}"
                 )
-            chosen = torch.randperm(count)[:subset].to(device)
-            columns = [column[chosen] for column in columns]
+            rows = torch.randperm(len(rows))[:subset].to(device)
+        used, parts = [], []
         with parameter_store(guide, guide), evaluation_mode(guide):
-            blocks = _blocks(columns)
-            for block in blocks:
-                check_guide(guide, site, block)
-            parts = [posteriors(guide, site, block) for block in blocks]
+            for some in rows.split(_ROWS_AT_A_TIME):
+                has_posterior = check_guide(guide, site, [column[some] for column in columns])
+                if has_posterior.any():
+                    used.append(some[has_posterior])
+                    parts.append(posteriors(guide, site, [c[used[-1]] for c in columns]))
+        if not parts:
+            raise ValueError(f"the guide masks latent site {site!r} of all data points")
         gaussians = [diagonal_gaussian(part) for part in parts]
         kept, method = None, None
         if None in gaussians:
             kept, method = _frozen(guide)
+            columns = [column[torch.cat(used)] for column in columns]
         else:
             columns = [torch.cat(each) for each in zip(*gaussians, strict=True)]
         self._keep(columns, parts[0].event_shape, site, kept, method)
@@ -107,7 +120,7 @@ class AggregatedPosterior(nn.Module):
         self._names = [f"column_{number}" for number in range(len(columns))]
         for name, column in zip(self._names, columns, strict=True):
             self.register_buffer(name, column)
-        self._runs = False
+        self.is_running = False
 
     def forward(self) -> TorchDistributionMixin:
         """Return q_agg(z): batch shape ()."""
@@ -115,15 +128,15 @@ class AggregatedPosterior(nn.Module):
         if self.guide is None:
             loc, scale = columns
             return MixtureOfDiagNormals(loc.new_zeros(len(loc)), loc, scale)
-        if self._runs:
+        if self.is_running:
             return stand_in(self._event_shape, next(self.guide.parameters()))
         guide = self.guide if self._method is None else getattr(self.guide, self._method)
-        self._runs = True
+        self.is_running = True
         try:
             with torch.no_grad():
                 return UniformMixture([posteriors(guide, self._site, b) for b in _blocks(columns)])
         finally:
-            self._runs = False
+            self.is_running = False
 
     def __repr__(self) -> str:
         given = {
@@ -171,21 +184,16 @@ class AggregatedPosterior(nn.Module):
         return self
 
 
-def _columns(data: Any) -> list[Any]:
-    columns = list(data) if isinstance(data, (tuple, list)) else [data]
-    held = all(isinstance(column, Tensor) or hasattr(column, "__array__") for column in columns)
-    columns = [as_tensor(column, "data", finite=False) for column in columns] if held else columns
-    sizes = [len(column) for column in columns] if held else []
-    if len(set(sizes)) != 1:
-        raise ValueError(
-            "an aggregated posterior needs data in memory: x and covariates with the same number "
-            f"of rows, at least one; got {[type(column).__name__ for column in columns]} of sizes "
-            f"{sizes}"
-        )
-    return columns
+def _programs_of(guide: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """Return the guide, and the model that a guide of the library was made for.
+
+    Columns that the model does not take, such as labels, are left out as in a fit.
+    """
+    model = getattr(getattr(getattr(guide, "__self__", guide), "_model", None), "program", None)
+    return [guide] if model is None else [guide, model]
 
 
-def _check_finite(guide: Callable[..., Any], site: str, columns: Sequence[Tensor]) -> None:
+def _check_finite(guide: Callable[..., Any], site: str, columns: Sequence[Column]) -> None:
     """Raise ValueError if data are infinite, or if NaN data reach the guide's posteriors."""
     finite = torch.stack([finite_rows(column) for column in columns]).all(0)
     if finite.all():
@@ -202,7 +210,8 @@ def _check_finite(guide: Callable[..., Any], site: str, columns: Sequence[Tensor
             if posteriors(guide, site, rows).sample().isfinite().all():
                 return
     reached = "the guide has no posterior of them"
-    raise nonfinite_data("data", (~finite).nonzero()[:, 0].cpu(), reached)
+    numbers = [number for number, column in enumerate(columns) if not finite_rows(column).all()]
+    raise nonfinite_data("data", (~finite).nonzero()[:, 0].cpu(), reached, numbers)
 
 
 def _blocks(columns: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:

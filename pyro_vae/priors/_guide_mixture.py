@@ -18,6 +18,7 @@ from pyro_vae._utils.numerics import softplus_scale
 from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals
 from pyro_vae.priors._posteriors import (
+    RunsGuide,
     check_guide,
     diagonal_gaussian,
     posteriors,
@@ -26,7 +27,7 @@ from pyro_vae.priors._posteriors import (
 )
 
 
-class GuideMixturePrior(nn.Module):
+class GuideMixturePrior(RunsGuide):
     """A prior that is a mixture of the guide's posteriors for some rows.
 
     The prior is a part of the model, and the guide is created after the model. So create the guide
@@ -51,7 +52,7 @@ class GuideMixturePrior(nn.Module):
         self.event_shape = torch.Size(event_shape)
         self.guide: Callable[..., Any] | None = None
         self._site = "z"
-        self._checked = self._runs = False
+        self._checked = self.is_running = False
 
     def bind_guide(self, guide: Callable[..., Any], site: str = "z") -> None:
         """Bind the guide to the prior.
@@ -81,9 +82,9 @@ class GuideMixturePrior(nn.Module):
                 "Create the guide for the model, then call prior.bind_guide(guide)"
             )
         rows = self.rows()
-        if self._runs:
+        if self.is_running:
             return stand_in(self.event_shape, rows)
-        self._runs = True
+        self.is_running = True
         try:
             if not self._checked:
                 with evaluation_mode(self.guide):
@@ -91,7 +92,7 @@ class GuideMixturePrior(nn.Module):
                 self._checked = True
             found = posteriors(self.guide, self._site, [rows])
         finally:
-            self._runs = False
+            self.is_running = False
         if found.event_shape != self.event_shape:
             raise ValueError(
                 f"{type(self).__name__} is for z of shape {tuple(self.event_shape)}, but the guide "

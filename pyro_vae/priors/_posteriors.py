@@ -6,7 +6,8 @@ up to the latent, which is not sampled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +15,19 @@ from pyro import poutine
 from pyro.distributions import Normal, Unit
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Independent
 
 from pyro_vae._programs.agreement import is_delta
 from pyro_vae._programs.runs import trace_of
-from pyro_vae._programs.sites import Site, base_distribution, data_frame, random_sites
+from pyro_vae._programs.sites import (
+    Site,
+    base_distribution,
+    data_frame,
+    mask_of,
+    random_sites,
+    to_particle_layout,
+)
 from pyro_vae._utils.random import restored_generators
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals, UniformMixture
 
@@ -67,8 +75,11 @@ def diagonal_gaussian(distribution: TorchDistributionMixin) -> tuple[Tensor, Ten
     return base.loc, base.scale
 
 
-def check_guide(guide: Guide, site: str, rows: Sequence[Tensor]) -> None:
+def check_guide(guide: Guide, site: str, rows: Sequence[Tensor]) -> Tensor:
     """Raise ValueError if the guide's posterior of a latent depends on more than x.
+
+    Returns:
+        Whether each row has a posterior, shape (N,): the guide does not mask its latent.
 
     Raises:
         ValueError: The guide does not have the site, or its distribution there is a Delta. Or the
@@ -105,6 +116,9 @@ def check_guide(guide: Guide, site: str, rows: Sequence[Tensor]) -> None:
                 f"samples, {[*found][: [*found].index(site)]}. Its aggregated posterior is then an "
                 "integral. Let the guide sample that latent first, given only x."
             )
+    mask = mask_of(found[site])
+    has_posterior = torch.as_tensor(True if mask is None else mask, device=value.device)
+    return to_particle_layout(has_posterior, found[site], None)[0].flatten(1).all(1)
 
 
 def _sites(guide: Guide, rows: Sequence[Tensor]) -> dict[str, Site]:
@@ -126,6 +140,34 @@ def stand_in(event_shape: Sequence[int], like: Tensor) -> TorchDistributionMixin
         )
     zeros = torch.zeros(tuple(event_shape), dtype=like.dtype, device=like.device)
     return Normal(zeros, torch.ones_like(zeros)).to_event(len(event_shape))
+
+
+class RunsGuide(nn.Module):
+    """A prior whose density needs a run of a guide.
+
+    Attributes:
+        is_running: whether the guide runs now. A call then returns :func:`stand_in`.
+    """
+
+    is_running = False
+
+
+@contextlib.contextmanager
+def without_guides(program: Any) -> Iterator[None]:
+    """Let priors of a module return :func:`stand_in`, where the density of a prior is not needed.
+
+    Args:
+        program: a program. If it is not a module, nothing changes.
+    """
+    found = program.modules() if isinstance(program, nn.Module) else ()
+    changed = [each for each in found if isinstance(each, RunsGuide) and not each.is_running]
+    for prior in changed:
+        prior.is_running = True
+    try:
+        yield
+    finally:
+        for prior in changed:
+            prior.is_running = False
 
 
 class _Reached(Exception):  # noqa: N818 - not an error, but an early exit

@@ -19,6 +19,7 @@ from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.extras import require
 from pyro_vae._utils.numbers_text import with_error
 from pyro_vae.evaluation import CollapseReport, Evidence, Surgery
+from pyro_vae.evaluation._log_evidence import FEWEST_JUDGED
 from pyro_vae.report._advice import advice
 from pyro_vae.report._diagnosis import Diagnosis
 from pyro_vae.report._differences import Difference, difference, mean_of_runs, not_worse
@@ -117,7 +118,10 @@ class Entry:
 
     @property
     def unreliable_share(self) -> float:
-        """The share of estimates of log p(x) whose k-hat is above 0.7 or NaN."""
+        """The share of estimates of log p(x) whose k-hat is above 0.7 or NaN.
+
+        It is NaN if k-hat is not available, as with fewer than 21 particles.
+        """
         return _mean(run.evidence.unreliable_share for run in self.runs)
 
     @property
@@ -342,6 +346,13 @@ class Comparison:
             )
         if self.num_data == 1:
             found.append("The errors are unknown, because there is only one held-out data point.")
+        unknown = [e for e in self.entries if math.isnan(e.unreliable_share)]
+        counts = {run.evidence.num_particles for entry in unknown for run in entry.runs}
+        if few := [count for count in counts if count < FEWEST_JUDGED]:
+            found.append(
+                f"k̂ is not available. It needs at least {FEWEST_JUDGED} importance weights for "
+                f"each data point, and there are {min(few)}."
+            )
         unreliable = [e.name for e in self.entries if e.untrusted_share > _MANY]
         if unreliable:
             found.append(
@@ -409,7 +420,7 @@ class Comparison:
                 "yes" if row.is_best else "no",
                 _shown(row.test_elbo),
                 _shown(row.gap),
-                f"{row.unreliable_share:.1%}",
+                "-" if math.isnan(row.unreliable_share) else f"{row.unreliable_share:.1%}",
             )
             surgery.add_row(
                 Text(row.Index),

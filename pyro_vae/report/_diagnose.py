@@ -28,7 +28,7 @@ from pyro_vae.evaluation import (
     prior_holes,
 )
 from pyro_vae.evaluation._improvements import improvements
-from pyro_vae.evaluation._log_evidence import UNRELIABLE_KHAT, standard_error
+from pyro_vae.evaluation._log_evidence import FEWEST_JUDGED, UNRELIABLE_KHAT, standard_error
 from pyro_vae.report._diagnosis import Diagnosis, LedgerEntry
 from pyro_vae.report._log_evidence import LogEvidence, estimate_log_evidence
 
@@ -168,6 +168,7 @@ def diagnose(
         )
         for columns in (few_train, few_test)
     ]
+    of_khat = "" if num_particles < FEWEST_JUDGED else f"k-hat above {UNRELIABLE_KHAT} or "
     surgery, collapse, surgery_note = _surgery(model, guide, of_train, **options)
     holes, holes_note = _holes(model, guide, of_train, **options)
     with task(progress, "prior and decoder", None, transient=True) as advance:
@@ -206,7 +207,7 @@ def diagnose(
             "unreliable log p(x)",
             of_model[1].unreliable_share,
             math.nan,
-            f"share of test data with k-hat above {UNRELIABLE_KHAT} or few effective samples",
+            f"share of test data with {of_khat}few effective samples",
             "share",
         ),
     ]

@@ -25,6 +25,7 @@ from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import as_tensor
 from pyro_vae.datasets._unused_columns import columns_taken
+from pyro_vae.priors._posteriors import without_guides
 from pyro_vae.serialization._tensor_functions import Decoder, Encoder, TensorFunction
 
 FORMATS = (".pt2", ".onnx")
@@ -111,7 +112,8 @@ def export_decoder(
         file: see :func:`export_encoder`.
         model: program of p(x, z). It may use x only for the number of rows, and as observations.
             Discrete latents are arguments too, also if they are summed out in other calls.
-        guide: program of q(z|x). Its parameters are not exported.
+        guide: program of q(z|x). Its parameters are not exported, unless the prior holds the guide,
+            as a VampPrior does.
         x: see :func:`export_encoder`.
         *covariates: further arguments of the programs.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
@@ -182,7 +184,8 @@ def _export(
         check_pair(model, guide, args, weighs=True, name="x")
         with values_checked(False):
             function = make(*args)
-            exported = _traced(function)
+            with without_guides(function):  # torch.export cannot trace a guide inside of a prior
+                exported = _traced(function)
             calls = [(rows, function(*rows)) for rows in (function.example, _first_row(function))]
     _require_same_values(exported, calls)  # after the block, whose hooks exported modules refuse
     with _temporary(path) as temporary:

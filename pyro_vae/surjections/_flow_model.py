@@ -11,6 +11,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions.transforms import Transform
 
+from pyro_vae._programs.argument_shapes import shape_is_unknown
 from pyro_vae._programs.sites import DATA_PLATE
 from pyro_vae._utils.checks import require_batch
 from pyro_vae._utils.init_args import records_init_args
@@ -99,7 +100,7 @@ class FlowModel(PyroModule):
                     )
                 p = layer.generate(z)
                 check_batch(layer, z, len(event), p)
-            if p.event_shape != x.shape[1:]:
+            if p.event_shape != x.shape[1:] and not shape_is_unknown():
                 raise ValueError(
                     f"x has events of shape {tuple(x.shape[1:])}, but the prior and the "
                     f"layers generate events of shape {tuple(p.event_shape)}"

@@ -7,6 +7,7 @@ import pyro.infer
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.validation import nonfinite_data
 from pyro_vae._utils.value_checks import values_checked
+from pyro_vae.datasets._columns import finite_rows
 from pyro_vae.datasets._minibatches import Minibatches
 from pyro_vae.training._gradients import all_finite
 from pyro_vae.training._minibatch_sizes import put_back
@@ -35,4 +36,6 @@ def check_gradient_of_missing(
         loss, *gradients = train_step.gradient(rows[: batches.batch_size])
     if loss.isfinite() and not all_finite(gradients):
         reached = "the gradient of the loss is NaN or infinite there, although the loss is finite"
-        raise nonfinite_data(batches.name, rows.cpu(), reached)
+        columns = enumerate(batches.columns)
+        numbers = [number for number, column in columns if not finite_rows(column).all()]
+        raise nonfinite_data(batches.name, rows.cpu(), reached, numbers)

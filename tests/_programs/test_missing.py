@@ -234,6 +234,44 @@ def test_all_rows_and_covariates_are_checked():
         pv.fit(model, guide, x, **FIT)
 
 
+def calls_with_covariates(model, guide, x, c):
+    yield lambda: pv.fit(model, guide, (x, c), **FIT)
+    yield lambda: pv.fit(model, guide, Stream([*zip(x, c, strict=True)]), **FIT)
+    yield lambda: pv.evidence(model, guide, (x, c), num_particles=3)
+    yield lambda: pv.encode(model, guide, x, c)
+    yield lambda: pv.impute(model, guide, x, c, num_samples=3)
+    yield lambda: pv.priors.AggregatedPosterior(guide, (x, c))
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_covariates_with_nan_get_their_own_advice(number):
+    """x has NaN too, which the pair leaves out. The names are those of the covariate."""
+
+    def model(x, c):
+        with pyro.plate("data", len(x)):
+            p = dist.Normal(location(latent()) + c[:, None], 1.0).to_event(1)
+            pyro.sample("x", pv.distributions.NanMasked(p), obs=x)
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = pv.nets.ZeroImputed(pv.nets.MLP(D, [8]))
+
+        def forward(self, x, c):
+            return self.net(x) + c[:, None]
+
+    guide = pv.guides.AmortizedNormal(model, Both())
+    x, c = data(), torch.randn(len(data()))
+    c[3] = torch.nan
+    call = [*calls_with_covariates(model, guide, x, c)][number]
+    with pytest.raises(ValueError, match="NaN or infinite values, first in row") as caught:
+        call()
+    message = str(caught.value)
+    assert "covariate 1 ha" in message
+    assert "do not observe a covariate" in message
+    assert ("NanMasked" in message) == (number == 5)  # the aggregated posterior names both columns
+
+
 @pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
 def test_nonfinite_gradient_is_refused_before_the_first_step(on_nonfinite):
     model, guide = pair_of(replaced_too_late)

@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import hashlib
 import shutil
@@ -11,7 +12,14 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae.datasets import _download as download
-from pyro_vae.datasets._download import SourceFile, idx_header, read_freyfaces, read_idx
+from pyro_vae.datasets._datasets import _omniglot
+from pyro_vae.datasets._download import (
+    SourceFile,
+    idx_header,
+    read_amat,
+    read_freyfaces,
+    read_idx,
+)
 
 SHAPE = (7, 28, 28)
 
@@ -171,6 +179,82 @@ def test_freyfaces_are_read_from_both_formats(tmp_path):
             pv.datasets.load("freyfaces", folder=tmp_path)
 
 
+def as_amat(bits):
+    return "".join(" ".join(map(str, row)) + "\n" for row in bits.tolist()).encode()
+
+
+@pytest.fixture
+def static_files(tmp_path, monkeypatch):
+    """Three files of a few rows in the format of Larochelle, with their own hashes."""
+    bits = [np.random.default_rng(i).integers(0, 2, (3 + i, 784), dtype=np.uint8) for i in range(3)]
+    folder = tmp_path / "static-mnist"
+    folder.mkdir()
+    sources = []
+    for source, rows in zip(download.STATIC_MNIST, bits, strict=True):
+        (folder / source.variants[0]).write_bytes(as_amat(rows))
+        file_hash = ("SHA-256", hashlib.sha256(as_amat(rows)).hexdigest())
+        sources.append(dataclasses.replace(source, shape=rows.shape, file_hash=file_hash))
+    monkeypatch.setattr(download, "STATIC_MNIST", tuple(sources))
+    return bits
+
+
+def test_static_mnist_is_the_bits_of_its_files(static_files, tmp_path):
+    for binarize in ("none", "fixed", "dynamic"):
+        data = pv.datasets.load("static-mnist", binarize=binarize, seed=3, folder=tmp_path)
+        for found, bits in zip((data.train, data.validation, data.test), static_files, strict=True):
+            assert torch.equal(found, torch.from_numpy(bits).float())
+    assert data.image_shape == (28, 28)
+
+
+def test_published_sizes_of_static_mnist():
+    sizes = [2 * int(np.prod(source.shape)) for source in download.STATIC_MNIST]
+    assert sizes == [78_400_000, 15_680_000, 15_680_000]
+
+
+@pytest.mark.parametrize("damage", [flip, lambda c: c[:-2], lambda c: c + b"0\n", lambda c: b""])
+def test_other_files_of_static_mnist_are_refused(static_files, damage, tmp_path):
+    path = tmp_path / "static-mnist" / "binarized_mnist_valid.amat"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"valid.amat has the wrong contents: expected SHA-256"):
+        pv.datasets.load("static-mnist", folder=tmp_path)
+
+
+def test_amat_files_are_rows_of_bits(tmp_path):
+    path = tmp_path / "rows.amat"
+    path.write_bytes(b"0 1 1\n1 0 0\n")
+    assert read_amat(path, (2, 3)).tolist() == [[0, 1, 1], [1, 0, 0]]
+    for content, message in ((b"0 1 2\n1 0 0\n", "rows of 0 and 1"), (b"0 1\n", "expected 12")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_amat(path, (2, 3))
+
+
+def test_omniglot_is_upright_and_split_like_that_of_the_iwae(tmp_path, monkeypatch):
+    """Images in the file are columns, transposed. Its hash is the name of the file in git."""
+    images = np.random.default_rng(0).random((20, 28, 28))
+    columns = images.swapaxes(1, 2).reshape(20, 784).T
+    path = tmp_path / "omniglot" / "chardata.mat"
+    path.parent.mkdir()
+    scipy.io.savemat(path, {"data": columns[:, :14], "testdata": columns[:, 14:]})
+    file_hash = ("git blob", download.git_blob_id(path.read_bytes()))
+    source = dataclasses.replace(download.OMNIGLOT, shape=(20, 28, 28), file_hash=file_hash)
+    monkeypatch.setattr(download, "OMNIGLOT", source)
+    splits, image_shape = _omniglot(tmp_path, held_out=(4, 6))
+    assert image_shape == (28, 28)
+    expected = torch.from_numpy(images).float().flatten(1)
+    order = np.random.RandomState(123).permutation(14)
+    for found, rows in zip(splits, (order[:10], order[10:], range(14, 20)), strict=True):
+        torch.testing.assert_close(found, expected[list(rows)])
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(ValueError, match=r"wrong contents: expected git blob [0-9a-f]{40}, got"):
+        pv.datasets.load("omniglot", folder=tmp_path)
+
+
+def test_the_name_of_a_file_in_git_is_known():
+    assert download.git_blob_id(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+    assert download.git_blob_id(b"hello world\n") == "3b18e512dba79e4c8300dd08aeb37f8e728b8dad"
+
+
 def test_a_pickle_in_the_data_folder_is_not_run(tmp_path, mirrors):
     canary = tmp_path / "canary"
 
@@ -216,7 +300,7 @@ def test_binarize_none_fixed_and_dynamic():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("mnits",), "expected one of digits, mnist, fashion-mnist, freyfaces"),
+        (("mnits",), "expected one of digits, mnist, .*static-mnist, omniglot"),
         (("digits", "maybe"), 'binarize must be "none", "fixed" or "dynamic", got .maybe.'),
     ],
 )

@@ -1,5 +1,6 @@
 """Tables, sparse matrices and labels give the results of the same dense tensor."""
 
+import inspect
 import warnings
 
 import numpy as np
@@ -340,6 +341,73 @@ OF_TENSORS = {
         pv.plots.aggregated_posterior(*pair, *x).axes[1].lines[0].get_ydata()
     ),
 }
+
+
+KINDS = {
+    "tensor": lambda x: x,
+    "array": lambda x: x.numpy(),
+    "DataFrame": FRAMES["DataFrame"],
+    "CSR": SPARSE["scipy CSR matrix"],
+    "torch CSR": SPARSE["torch CSR"],
+    "tuple of CSR": lambda x: (sp.csr_array(x.numpy()),),
+    "TensorDataset": TensorDataset,
+    "Dataset": Rows,
+    "DataLoader": lambda x: DataLoader(TensorDataset(x), batch_size=7),
+    "stream": Stream,
+    "labeled tuple": lambda x: (sp.csr_array(x.numpy()), torch.arange(len(x))),
+    "labeled TensorDataset": lambda x: TensorDataset(x, torch.arange(len(x))),
+}
+# Functions of training data. The results of the first three have no random numbers.
+OF_DATA = {
+    "encode": lambda pair, x: pv.encode(*pair, x, batch_size=7).mean,
+    "AggregatedPosterior": lambda pair, x: pv.priors.AggregatedPosterior(pair[1], x)().loc,
+    "refit_prior": lambda pair, x: (
+        pv.evaluation.refit_prior(*pair, x, kind="aggregated", batch_size=7).prior().loc
+    ),
+    "aggregated_posterior": lambda pair, x: OF_TENSORS["aggregated"](pair, x),
+    "evidence": lambda pair, x: pv.evidence(*pair, x, batch_size=7, num_particles=50).mean,
+    "collapse_report": lambda pair, x: pv.collapse_report(*pair, x, batch_size=7).rate,
+    "elbo_surgery": lambda pair, x: pv.elbo_surgery(*pair, x, batch_size=7).distortion,
+    "fit": lambda pair, x: pv.fit(
+        *pair, x, epochs=1, batch_size=7, progress=False, capture=False, learning_rate=1e-9
+    ).history.loss.item(),
+}
+SOME = ["array", "tuple of CSR", "DataLoader", "labeled TensorDataset"]
+CASES = [(name, kind) for i, name in enumerate(OF_DATA) for kind in (KINDS if i < 3 else SOME)]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.filterwarnings("ignore")  # few particles
+def test_functions_of_training_data_take_all_kinds(name, kind, counts):
+    """Random results may be off by 5%, which is above seven standard errors of their difference."""
+    data, pair = KINDS[kind](counts), poisson_pair()
+    pair[1](counts)
+    if (name, kind) == ("refit_prior", "stream"):
+        with pytest.raises(ValueError, match="needs data in memory, got a stream"):
+            OF_DATA[name](pair, data)
+        return
+    found, expected = (torch.as_tensor(OF_DATA[name](pair, each)) for each in (data, counts))
+    tolerance = 1e-5 if name in [*OF_DATA][:3] else 0.05
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_table_has_each_function_of_data():
+    """Functions are found by their annotations. The others are in the tests of sparse data."""
+    found = set()
+    for module in (pv, pv.evaluation, pv.plots, pv.priors, pv.report, pv.training):
+        for name in module.__all__:
+            function = getattr(module, name)
+            if callable(function) and not (
+                isinstance(function, type) and issubclass(function, BaseException)
+            ):
+                parameters = inspect.signature(function).parameters.values()
+                if any(str(each.annotation).split(" |")[0] == "Data" for each in parameters):
+                    found.add(name)
+    of_sparse = {
+        *{"compare", "diagnose", "fit_seeds", "inference_gaps", "prior_holes"},
+        *{"rate_distortion", "sandwich", "to_arviz"},
+    }
+    assert found == set(OF_DATA) | of_sparse
 
 
 def shown(figure):

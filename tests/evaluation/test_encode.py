@@ -264,7 +264,10 @@ def test_guides_of_other_kinds():
         partly, pv.nets.MLP(16, [8], 3), pv.nets.Joined(pv.nets.MLP(19, [8]))
     )
     q_y = pv.encode(partly, guide, images, labels, site="y_missing")
-    torch.testing.assert_close(q_y.mean, guide.classify(images).probs.detach())
+    missing = labels == -1  # y_missing is masked where the label is known
+    expected = guide.classify(images).probs.detach()
+    torch.testing.assert_close(q_y.mean[missing], expected[missing])
+    assert q_y.mean[~missing].isnan().all()
     z = pv.encode(partly, guide, images, labels, site="z", batch_size=3, seed=0)
     assert z.method == "samples"  # z depends on the missing labels of the second minibatch
     assert not z.standard_error[:3].any()
@@ -321,7 +324,7 @@ def test_global_latents_are_averaged():
 
 
 def test_scales_and_masks_do_not_change_the_posterior():
-    """The masks are for rows, and for numbers of an event."""
+    """The masks are for rows, and for numbers of an event. Masked numbers have no posterior."""
     torch.manual_seed(0)
     x, shown = torch.randn(6, 2), torch.tensor([True, False])
 
@@ -340,10 +343,107 @@ def test_scales_and_masks_do_not_change_the_posterior():
             latents(x, x)
 
     scaled = [poutine.scale(program, 0.3) for program in (model, guide)]
-    for site, expected in (("z", x), ("row", x[:, 0])):
+    for site, expected, kept in (("z", x, shown.expand(6, 2)), ("row", x[:, 0], x[:, 0] > 0)):
         found = pv.encode(*scaled, x, site=site, num_samples=500, seed=0)
-        torch.testing.assert_close(found.mean, expected)
-        assert near(found.samples.mean(0), expected, 0.5 / math.sqrt(500))
+        assert torch.equal(found.masked, ~kept)
+        torch.testing.assert_close(found.mean[kept], expected[kept])
+        assert near(found.samples.mean(0)[kept], expected[kept], 0.5 / math.sqrt(500))
+        parts = (found.mean, found.std, found.standard_error, *found.samples)
+        assert all(torch.equal(part.isnan(), ~kept) for part in parts)
+
+
+def test_steps_after_the_end_of_a_sequence_have_no_codes():
+    """The levels of a step are masked too. Their samples are integers, which are -1 there."""
+    torch.manual_seed(0)
+    x, lengths = torch.randn(7, 3, 2), torch.tensor([3, 1, 2, 3, 1, 2, 3])
+    sequences = pv.models.SequenceModel(
+        prior=pv.priors.StandardNormal(2),
+        transition=lambda z: dist.Normal(0.9 * z, 0.4).to_event(1),
+        likelihood=lambda z: dist.Normal(z, 0.5).to_event(1),
+    )
+    guide = pv.guides.SequenceGuide(sequences, recurrent=4, hidden=[])
+    for step in (1, 2, 3):
+        found = pv.encode(sequences, guide, x, lengths, site=f"z_{step}", num_samples=2, seed=0)
+        ended = (lengths < step).unsqueeze(-1).expand(7, 2)
+        assert torch.equal(found.masked, ended)
+        for part in (found.mean, found.std, found.standard_error, *found.samples):
+            assert torch.equal(part.isnan(), ended)
+        count = int((lengths < step).sum())
+        assert (f"NaN in {count} masked data points" in repr(found)) == (count > 0)
+        assert "nan" not in repr(found)
+    # A row with a code decodes to it, and the path of a row without one is decoded from samples.
+    mean = pv.decode(sequences, {"z_3": found.mean}, lengths, x=x[:1], seed=0)
+    torch.testing.assert_close(mean[lengths == 3, 2], found.mean[lengths == 3])
+    path = pv.interpolate(sequences, guide, x, x, lengths, site="z_2", num=2, seed=0)
+    assert path.isfinite().all()
+
+    def level(lengths, logits):
+        with poutine.mask(mask=lengths > 1):
+            pyro.sample("c", dist.Categorical(logits=logits))
+
+    def levels(x, lengths):
+        with pyro.plate("data", len(x)):
+            level(lengths, x[:, 0])
+
+    def model(x, lengths):
+        with pyro.plate("data", len(x)):
+            level(lengths, torch.zeros(2))
+            pyro.sample("x", dist.Normal(0.0, 1.0).expand([3, 2]).to_event(2), obs=x)
+
+    found = pv.encode(model, levels, x, lengths, num_samples=3, seed=0)
+    assert found.mean.shape == found.masked.shape == (7, 2)
+    assert torch.equal(found.masked[:, 0], lengths == 1)
+    assert torch.equal(found.samples == -1, (lengths == 1).expand(3, 7))
+
+
+def masked_pair():
+    """z is masked where the covariate is False. The guide has a code far away there."""
+
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.prior = pv.priors.StandardNormal(2)
+
+        def forward(self, x, has_z):
+            with pyro.plate("data", len(x)):
+                with poutine.mask(mask=has_z):
+                    z = pyro.sample("z", self.prior())
+                mean = z * has_z.unsqueeze(-1)
+                pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    def guide(x, has_z):
+        far = 50.0 * (~has_z).unsqueeze(-1)
+        with pyro.plate("data", len(x)), poutine.mask(mask=has_z):
+            pyro.sample("z", dist.Normal(x / 2 + far, 0.5**0.5).to_event(1))
+
+    return Masked(), guide
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_priors_are_fitted_to_the_codes_of_data_that_have_them(first):
+    """The guide is exact for z ~ N(0, 1), so the fitted mean is zero within 5 standard errors."""
+    torch.manual_seed(0)
+    model, guide = masked_pair()
+    has_z = (torch.arange(200) < 100) == first
+    x = 2**0.5 * torch.randn(200, 2)
+    fitted = pv.evaluation.refit_prior(model, guide, (x, has_z), components=1, seed=0)
+    assert (fitted.prior().loc.abs() < 5 * math.sqrt(2 / 100)).all()
+    codes = pv.evaluation.refit_prior(model, guide, (x, has_z), kind="aggregated").prior()
+    direct = pv.priors.AggregatedPosterior(guide, (x, has_z))()
+    for each in (codes, direct):
+        torch.testing.assert_close(each.mean, x[has_z].mean(0) / 2)
+    none = torch.zeros(200, dtype=torch.bool)
+    for call in (pv.evaluation.refit_prior, lambda m, g, d: pv.priors.AggregatedPosterior(g, d)):
+        with pytest.raises(ValueError, match=r"masks latent.* 'z' of all data points"):
+            call(model, guide, (x, none))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_prior_gain_of_masked_latents_is_unknown():
+    model, guide = masked_pair()
+    data = (torch.randn(60, 2), torch.arange(60) < 30)
+    found = pv.diagnose(model, guide, data, data, num_particles=30, refit=False)
+    assert "masks latents of 30 of 60 data points" in found["prior gain"].note
 
 
 def test_moments_that_do_not_exist_are_not_finite():

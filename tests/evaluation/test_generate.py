@@ -178,16 +178,33 @@ def test_models_of_the_library_that_never_ran():
         pv.priors.MixtureOfNormals(2, components=3), pv.likelihoods.Normal(mlp(2, [4], 5))
     )
     assert pv.generate(mixture, 4, draw=True).shape == (4, 5)
-    flow = pv.surjections.FlowModel(  # it compares the shape of x with that of its layers
-        pv.priors.StandardNormal(4), [pv.surjections.Bijection(pv.flows.Composition(4, length=1))]
-    )
-    with pytest.raises(ValueError, match="the shape of x is unknown"):
-        pv.generate(flow, 4)
-    x = torch.randn(3, 4)
+    layers = [pv.surjections.Bijection(pv.flows.Composition(4, length=1)) for _ in range(2)]
+    for number in (1, 2):
+        flow = pv.surjections.FlowModel(pv.priors.StandardNormal(4), layers[:number])
+        assert pv.generate(flow, 5).shape == (5, 4)
+        with pytest.raises(ValueError, match="x has events of shape"):
+            flow(torch.randn(3, 2, 4))
+    flow, x = pv.surjections.FlowModel(pv.priors.StandardNormal(4), layers[:1]), torch.randn(3, 4)
     codes = pv.encode(flow, pv.surjections.FlowGuide(flow), x)
     torch.testing.assert_close(pv.decode(flow, codes.mean), x, rtol=1e-3, atol=1e-4)
     assert not codes.std.any()
     assert pv.generate(flow, 4).shape == (4, 4)
+
+
+def test_models_whose_x_has_an_unknown_shape_say_how_to_pass_it():
+    """A SequenceModel generates any number of steps."""
+    model, _ = sequences()
+    message = r"observes 'x_1' of shape .*, not x itself\. Pass data .*torch.zeros\(16, T, D\)"
+    with pytest.raises(ValueError, match=message):
+        pv.generate(model, 16)
+    lengths = torch.full((16,), 3)
+    with pytest.raises(ValueError, match=r"does not run on x of .*torch.zeros\(16, T, D\)"):
+        pv.generate(model, 16, lengths)
+    assert pv.generate(model, torch.zeros(16, 3, 2), lengths).shape == (16, 3, 2)
+    with pytest.raises(ValueError, match=r"Pass one row .* x=torch.zeros\(1, \.\.\.\)"):
+        pv.decode(model, {"z_1": torch.zeros(3, 2)})
+    with pytest.raises(ValueError, match=r"Pass one row .* x=torch.zeros\(1, \.\.\.\)"):
+        pv.plots.manifold(model, image_shape=(1, 2))
 
 
 def test_covariates_are_split_with_the_rows():

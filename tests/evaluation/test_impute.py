@@ -258,6 +258,58 @@ def test_models_with_several_latents_and_steps():
 
 
 @pytest.mark.filterwarnings("ignore::pyro_vae.evaluation.UnreliableEvidence")
+@pytest.mark.parametrize("given", [False, True])
+def test_padding_is_not_missing(given):
+    """Steps after the end are NaN, and one number inside of each sequence is missing."""
+    torch.manual_seed(0)
+    normal = functools.partial(pv.likelihoods.Normal, scale=0.5)
+    prior, net = pv.priors.StandardNormal(2), pv.nets.ZeroImputed(nn.Identity())
+    emission = pv.likelihoods.NanMasked(normal(nn.Linear(2, D)))
+    model = pv.models.SequenceModel(prior, normal(nn.Linear(2, 2)), emission)
+    guide = pv.guides.SequenceGuide(model, net)
+    lengths = torch.tensor([3, 1, 2, 3, 1])
+    x = torch.randn(5, 3, D)
+    padding = (torch.arange(3) >= lengths.unsqueeze(-1)).unsqueeze(-1).expand_as(x)
+    missing = torch.zeros_like(padding)
+    missing[:3, 0, 1] = True
+    mask = {"observed": ~(padding | missing)} if given else {}
+    gaps = padding if given else padding | missing
+    options = {"num_samples": 40, "num_draws": 2, "batch_size": 2, "seed": 0}
+    filled = pv.impute(model, guide, x.masked_fill(gaps, torch.nan), lengths, **mask, **options)
+    assert torch.equal(filled.padding, padding)
+    assert torch.equal(filled.observed, ~(padding | missing))
+    for part in (filled.mean, *filled.draws):
+        assert torch.equal(part.isnan(), padding)
+        assert torch.equal(part[filled.observed], x[filled.observed])
+    assert (filled.monte_carlo_errors[missing] > 0).all()
+    assert not filled.untrusted[3:].any()
+    assert repr(filled).startswith(f"3 of {D * 10} numbers imputed, in 3 of 5 rows (40 samples")
+    assert f"{D * 5} numbers of padding left out" in repr(filled)
+
+
+def test_a_mask_of_missing_numbers_as_covariate():
+    """The model masks them whatever their value, so that NaN would be padding."""
+
+    def model(x, shown):
+        with pyro.plate("data", len(x)):
+            likelihood = dist.Normal(mean_of(latent()), NOISE).mask(shown)
+            pyro.sample("x", likelihood.to_event(1), obs=x)
+
+    def guide(x, shown):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    x, shown = torch.randn(4, D), torch.rand(4, D) < 0.7
+    filled = pv.impute(model, guide, x, shown, observed=shown, num_samples=50, seed=0)
+    assert not filled.padding.any()
+    assert (filled.mean != x)[~shown].all()
+    gaps = x.masked_fill(~shown, torch.nan)
+    filled = pv.impute(model, guide, gaps, shown, num_samples=50, seed=0)
+    assert torch.equal(filled.padding, ~shown)
+    assert "padding left out" in repr(filled)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_vae.evaluation.UnreliableEvidence")
 def test_a_distribution_without_a_mean_has_draws_only():
     def model(x):
         with pyro.plate("data", len(x)):

@@ -22,6 +22,9 @@ def test_density_is_that_of_torch(numbers_at_a_time, monkeypatch):
     assert found.log_prob(codes).shape == (5, 7)
 
 
+NONE = torch.zeros(300, dtype=torch.bool)  # is masked
+
+
 def standard_normal(codes):
     return torch.distributions.Normal(0.0, 1.0).log_prob(codes).sum(-1)
 
@@ -31,7 +34,7 @@ def test_a_prior_of_the_right_scale_is_kept_and_another_one_is_replaced(scale):
     """x is z itself with a noise of 0.1, so that codes near x are weighted by the likelihood."""
     x = scale * torch.randn(300, 1, 2, dtype=torch.float64)
     codes = x + 0.1 * torch.randn(300, 20, 2, dtype=torch.float64)  # the likelihood as proposal
-    of_data = WeightedCodes(codes, standard_normal(codes), torch.zeros(300, 20).double())
+    of_data = WeightedCodes(codes, standard_normal(codes), torch.zeros(300, 20).double(), NONE)
     prior = fit_prior(of_data)
     gain = of_data.gains(prior).mean().item()
     # The best prior makes log p(x) that of the data's own distribution, N(0, s^2).

@@ -118,6 +118,34 @@ def test_codes_refuse_bad_arguments(call, error, message):
         call(pv.plots, torch.randn(30, 3))
 
 
+def test_data_points_with_masked_codes_are_left_out():
+    mask = torch.tensor([True, True, True, False] * 10)
+
+    def latent(loc, mask):
+        with pyro.plate("data", len(loc)), pyro.poutine.mask(mask=mask):
+            return pyro.sample("z", dist.Normal(loc, 0.4).to_event(1))
+
+    def model(x, mask):
+        with pyro.plate("data", len(x)):
+            with pyro.poutine.mask(mask=mask):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(40, 2) + 99 * (~mask).unsqueeze(-1)
+    codes = pv.encode(model, latent, x, mask)
+    (axes,) = pv.plots.codes(codes).axes
+    torch.testing.assert_close(in_order(points(axes)), in_order(x[mask].double()))
+    axes = pv.plots.codes(codes, labels=["a", "b", "a", "masked"] * 10).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    axes = pv.plots.aggregated_posterior(model, latent, x, mask).axes[0]
+    assert axes.get_xlim()[1] < 50
+    with pytest.raises(ValueError, match="'z' is masked for row 3"):
+        pv.plots.traversals(model, latent, x, mask, row=3, image_shape=(1, 2))
+    none = torch.zeros_like(mask)
+    with pytest.raises(ValueError, match="masked for all data points"):
+        pv.plots.codes(pv.encode(model, latent, x, none))
+
+
 SHARES = torch.tensor([0.95, 0.8, 0.5]).double()
 
 

@@ -91,6 +91,23 @@ def test_traversals_refuse_a_simplex():
         pv.plots.traversals(model, guide, torch.randn(1, 2, 2))
 
 
+def test_pictures_refuse_points_outside_of_the_support():
+    """Each grid or path leaves a circle in the plane, and a grid leaves a simplex."""
+    for prior in (dist.ProjectedNormal(torch.zeros(2)), dist.Dirichlet(torch.ones(2))):
+        model, _ = identity_pair(prior)
+
+        def guide(x, prior=prior):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", prior)
+
+        x = torch.randn(1, 1, 2)
+        message = "numbers can change alone.*Use pv.plots.interpolations"
+        with pytest.raises(ValueError, match=message):
+            pv.plots.manifold(model, x=x)
+        with pytest.raises(ValueError, match=message):
+            pv.plots.traversals(model, guide, x)
+
+
 def test_traversals_of_many_dimensions_take_the_surest():
     """The standard deviation of the guide, relative to the prior, is the largest in 4 and 7."""
     prior, scale = torch.ones(12), torch.full((12,), 0.1)
@@ -216,6 +233,29 @@ X = torch.rand(3, 2, 2)
 def test_pictures_refuse_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call(pv.plots)
+
+
+def test_the_latent_of_a_hierarchy_is_chosen_by_name():
+    layer = pv.likelihoods.Normal(torch.nn.Linear(2, 3), scale=0.5)
+    likelihood = pv.likelihoods.Normal(torch.nn.Linear(3, 4), scale=0.1)
+    model = pv.models.HierarchicalModel(pv.priors.StandardNormal(2), [layer], likelihood)
+    message = (
+        r"model has 2\. Pass one of them: site='z_2' of shape \(2,\), site='z_1' of shape \(3,\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        pv.plots.manifold(model, image_shape=(2, 2))
+    with pytest.raises(
+        ValueError, match=r"'z_1' has 3. Use pv.plots.traversals, or pass another site"
+    ):
+        pv.plots.manifold(model, image_shape=(2, 2), site="z_1")
+    pv.plots.manifold(model, image_shape=(2, 2), site="z_2", num=2)
+
+    def empty(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.zeros(2, 2), 1.0).to_event(2), obs=x)
+
+    with pytest.raises(ValueError, match=r"the model has 0\. Sample one in the model"):
+        pv.plots.manifold(empty, x=torch.zeros(1, 2, 2))
 
 
 def test_an_improper_prior_is_refused():

@@ -489,9 +489,11 @@ def test_aggregated_posterior_draws_a_new_subset_each_time():
 def test_aggregated_posterior_refuses_invalid_data():
     guide = make_pair()[1]
     x = torch.rand(6, 16)
-    for data in (None, 3.0, (x, torch.zeros(5))):
-        with pytest.raises(ValueError, match="needs data in memory"):
+    for data in (None, 3.0, [x]):
+        with pytest.raises(ValueError, match="data must be a tensor, a numpy array, a DataFrame"):
             pv.priors.AggregatedPosterior(guide, data)
+    with pytest.raises(ValueError, match=r"must be of one length, got \[6, 5\]"):
+        pv.priors.AggregatedPosterior(guide, (x, torch.zeros(5)))
     with pytest.raises(TypeError, match="whole number"):
         pv.priors.AggregatedPosterior(guide, x, subset=2.5)
 

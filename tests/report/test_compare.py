@@ -452,6 +452,27 @@ def test_one_held_out_row_has_no_error():
     assert any("only one held-out data point" in note for note in comparison.notes)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_vae.evaluation.UnreliableEvidence")
+@pytest.mark.parametrize("particles", [20, 21])
+def test_khat_needs_21_particles_in_all_texts(particles, tmp_path):
+    model, guide = linear_gaussian(0.3)
+    x, available = torch.randn(30), particles == 21
+    found = pv.compare({"a": (model, guide)}, x, num_particles=particles, seed=0)
+    estimate = pv.evidence(model, guide, x, num_particles=particles, seed=0)
+    gaps = pv.inference_gaps(model, guide, x, num_particles=particles, seed=0)
+    found.to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert found.to_dataframe().unreliable_share.notna().all() == available
+    assert math.isnan(estimate.unreliable_share) != available
+    for text in (repr(found), page):
+        assert ("it needs at least 21" in " ".join(text.split()).lower()) != available
+        assert "100.0%" not in text
+    for each in (estimate, gaps):
+        assert ("k-hat: not available, needs 21 samples" in repr(each)) != available
+    few = pv.diagnose(model, guide, x, x, num_particles=particles, refit=False)
+    assert ("k-hat" in few["unreliable log p(x)"].note) == available
+
+
 def test_unreliable_estimates_have_a_note():
     model, _ = linear_gaussian(0.0)
 

@@ -156,6 +156,30 @@ def test_onnx_matches_the_pair_for_any_number_of_rows(tmp_path):
         close(torch.tensor(image), model.likelihood(z).mean.detach())
 
 
+@pytest.mark.parametrize("kind", ["VampPrior", "AggregatedPosterior"])
+def test_decoders_of_models_whose_prior_runs_a_guide(kind, tmp_path):
+    """The latents are given, so the density of the prior is not needed."""
+    model, guide = make_pair(pv.guides.AmortizedFlow)
+    x = images(5)
+    guide(x)
+    if kind == "VampPrior":
+        prior = pv.priors.VampPrior(3, pseudo_inputs=images(4))
+    else:
+        prior = pv.priors.AggregatedPosterior(guide, x)
+    model = pv.LatentVariableModel(prior, model.likelihood)
+    guide = pv.guides.AmortizedFlow(model, pv.nets.MLP(6, [5]))
+    if kind == "VampPrior":
+        prior.bind_guide(guide)
+    module = export_decoder(tmp_path / "decoder.pt2", model, guide, x).module()
+    for rows in ROWS:
+        z = torch.randn(rows, 3)
+        close(module(z)["x"], model.likelihood(z).mean.detach())
+    # Afterwards the prior has its own density.
+    assert not torch.allclose(
+        prior().log_prob(z), dist.Normal(torch.zeros(3), 1.0).to_event(1).log_prob(z)
+    )
+
+
 def simple(x, rows=lambda x: x.shape[0], loc=lambda z, x: z):
     with pyro.plate("data", rows(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(6), 1.0).to_event(1))

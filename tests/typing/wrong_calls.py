@@ -18,6 +18,15 @@ def positional_option(model: pv.LatentVariableModel, guide: pv.guides.AmortizedN
     pv.fit(model, guide, x, pv.objectives.ELBO())  # type: ignore[call-arg]
 
 
+def name_of_the_data(model: pv.LatentVariableModel, guide: pv.guides.AmortizedNormal, x: Tensor):
+    pv.fit(model, guide, "data")  # type: ignore[arg-type]
+    pv.fit(model, guide, x, validation=0.1)  # type: ignore[arg-type]
+    pv.evidence(model, guide, [x, x])  # type: ignore[arg-type]
+    pv.encode(model, guide, {"x": x})  # type: ignore[arg-type]
+    pv.compare({"a": (model, guide)}, None)  # type: ignore[arg-type]
+    pv.priors.AggregatedPosterior(guide, "data")  # type: ignore[arg-type]
+
+
 def text_instead_of_a_number(
     model: pv.LatentVariableModel, guide: pv.guides.AmortizedNormal, x: Tensor
 ):
