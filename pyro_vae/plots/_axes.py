@@ -5,6 +5,7 @@ Figures are narrow, so that their text can be read on a phone.
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,23 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
     Raises:
         ImportError: The extra ``report`` is not installed.
     """
-    figure = require("matplotlib.figure", "report", "A plot")
-    return figure.Figure(figsize=(width, height), layout="constrained")
+    figure = require("matplotlib.figure", "report", "A plot").Figure
+    _display_in_notebooks(figure)
+    return figure(figsize=(width, height), layout="constrained")
+
+
+def _display_in_notebooks(figure: type[Figure]) -> None:
+    """Let a running Jupyter kernel display figures as pictures, as ``%matplotlib inline`` does."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    if shell is None:
+        return
+    try:
+        shell.display_formatter.formatters["image/png"].lookup_by_type(figure)
+    except KeyError:
+        from IPython.core.pylabtools import select_figure_formats
+
+        select_figure_formats(shell, {"png"})
 
 
 def axes_for(ax: Any, height: float, width: float = WIDTH) -> Axes:
