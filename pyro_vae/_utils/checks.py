@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_vae._utils.messages import first_line
@@ -114,6 +115,22 @@ def require_callable(name: str, value: Any) -> None:
     """Raise TypeError if a value cannot be called."""
     if not callable(value):
         raise TypeError(f"{name} must be callable, got {shown(value)}")
+
+
+def require_distribution(name: str, value: Any) -> TorchDistributionMixin:
+    """Return the distribution that a component of a model has returned.
+
+    Raises:
+        TypeError: The value is not a distribution of Pyro.
+    """
+    if not isinstance(value, TorchDistributionMixin):
+        raise TypeError(
+            f"{name} must be a function or a module that returns a distribution of "
+            f"pyro.distributions, but it returned {shown(value)}. Make the distribution with "
+            "pyro.distributions instead of torch.distributions, and pass a function that "
+            "returns it instead of the distribution itself"
+        )
+    return value
 
 
 # Tensors. These checks use dtypes and shapes but no values, so that they do not synchronize with a

@@ -10,7 +10,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vae._programs.sites import DATA_PLATE
-from pyro_vae._utils.checks import require_batch
+from pyro_vae._utils.checks import require_batch, require_distribution
 from pyro_vae._utils.init_args import records_init_args
 
 
@@ -63,6 +63,8 @@ class ConditionalModel(PyroModule):
         if not covariates:
             raise ValueError("ConditionalModel needs covariates, but got x alone: call it on x, y")
         p_z = self.prior(*covariates) if self._conditional_prior else self.prior()
+        require_distribution("prior", p_z)
         with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             z = pyro.sample("z", p_z)
-            return pyro.sample("x", self.likelihood(z, *covariates), obs=x)
+            p_x = require_distribution("likelihood", self.likelihood(z, *covariates))
+            return pyro.sample("x", p_x, obs=x)

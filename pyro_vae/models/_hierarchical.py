@@ -10,7 +10,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae._programs.sites import DATA_PLATE
-from pyro_vae._utils.checks import require_batch
+from pyro_vae._utils.checks import require_batch, require_distribution
 from pyro_vae._utils.init_args import records_init_args
 
 
@@ -80,10 +80,11 @@ class HierarchicalModel(PyroModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the program on a minibatch x and return the value of the site ``"x"``."""
-        p_top, top = self.prior(), len(self.layers) + 1
+        p_top, top = require_distribution("prior", self.prior()), len(self.layers) + 1
         with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             above = [pyro.sample(f"z_{top}", p_top)]
             for number, layer in zip(range(top - 1, 0, -1), self.layers, strict=True):
-                z = pyro.sample(f"z_{number}", layer(*above))
+                z = pyro.sample(f"z_{number}", require_distribution("layer", layer(*above)))
                 above = [z, *above] if self._skip else [z]
-            return pyro.sample("x", self.likelihood(*above), obs=x)
+            p_x = require_distribution("likelihood", self.likelihood(*above))
+            return pyro.sample("x", p_x, obs=x)

@@ -10,7 +10,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vae._programs.sites import DATA_PLATE
-from pyro_vae._utils.checks import require_batch
+from pyro_vae._utils.checks import require_batch, require_distribution
 from pyro_vae._utils.init_args import records_init_args
 
 
@@ -49,7 +49,10 @@ class LatentVariableModel(PyroModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the program on a minibatch x and return the value of the site ``"x"``."""
-        p_z = self.prior()  # one prior for all data points, outside the plate
+        p_z = require_distribution(
+            "prior", self.prior()
+        )  # one prior for all data points, outside the plate
         with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             z = pyro.sample("z", p_z)
-            return pyro.sample("x", self.likelihood(z), obs=x)
+            p_x = require_distribution("likelihood", self.likelihood(z))
+            return pyro.sample("x", p_x, obs=x)

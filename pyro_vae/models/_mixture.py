@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_vae import priors
 from pyro_vae._programs.sites import DATA_PLATE
-from pyro_vae._utils.checks import require_batch
+from pyro_vae._utils.checks import require_batch, require_distribution
 from pyro_vae._utils.init_args import records_init_args
 
 
@@ -73,4 +73,5 @@ class MixtureModel(PyroModule):
             p_c = dist.Categorical(logits=mixture.logits)
             c = pyro.sample("c", p_c, infer={"enumerate": "parallel"})
             z = pyro.sample("z", dist.Normal(mixture.loc[c], mixture.scale[c]).to_event(1))
-            return pyro.sample("x", self.likelihood(z), obs=x)
+            p_x = require_distribution("likelihood", self.likelihood(z))
+            return pyro.sample("x", p_x, obs=x)

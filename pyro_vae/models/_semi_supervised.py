@@ -13,7 +13,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae._programs.sites import DATA_PLATE
-from pyro_vae._utils.checks import require_batch
+from pyro_vae._utils.checks import require_batch, require_distribution
 from pyro_vae._utils.init_args import records_init_args
 
 UNKNOWN = -1  # the label of a data point whose class is unknown
@@ -64,7 +64,7 @@ class SemiSupervisedModel(PyroModule):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Run the program on a minibatch x and its labels, and return x."""
         check_labels(x, y, self.classes)
-        p_y, p_z = dist.Categorical(logits=self.logits), self.prior()
+        p_y, p_z = dist.Categorical(logits=self.logits), require_distribution("prior", self.prior())
         known = y != UNKNOWN
         with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             with poutine.mask(mask=known):
@@ -73,7 +73,8 @@ class SemiSupervisedModel(PyroModule):
                 missing = pyro.sample("y_missing", p_y, infer={"enumerate": "parallel"})
             label = one_hot(torch.where(known, y, missing), self.classes).to(p_y.logits)
             z = pyro.sample("z", p_z)
-            return pyro.sample("x", self.likelihood(z, label), obs=x)
+            p_x = require_distribution("likelihood", self.likelihood(z, label))
+            return pyro.sample("x", p_x, obs=x)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:

@@ -13,7 +13,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vae._programs.sites import DATA_PLATE
-from pyro_vae._utils.checks import require_batch
+from pyro_vae._utils.checks import require_batch, require_distribution
 from pyro_vae._utils.init_args import records_init_args
 
 
@@ -93,14 +93,16 @@ class SequenceModel(PyroModule):
             inside = _inside(x, lengths)
             # Replace the padding, because a mask does not remove NaN gradients: 0 * NaN is NaN.
             x = torch.where(inside.reshape(inside.shape + (1,) * (x.dim() - 2)), x, x[:, :1])
-        p_1, steps = self.prior(), []
+        p_1, steps = require_distribution("prior", self.prior()), []
         z: Tensor | None = None
         with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             for t in range(x.shape[1]):
                 with _masked(None if inside is None else inside[:, t]):
-                    p_z = p_1 if z is None else self.transition(z)
+                    p_z = (
+                        p_1 if z is None else require_distribution("transition", self.transition(z))
+                    )
                     z = pyro.sample(f"z_{t + 1}", p_z)
-                    p_x = self.likelihood(z)
+                    p_x = require_distribution("likelihood", self.likelihood(z))
                     steps.append(pyro.sample(f"x_{t + 1}", p_x, obs=x[:, t]))
         return torch.stack(torch.broadcast_tensors(*steps), -1 - len(p_x.event_shape))
 

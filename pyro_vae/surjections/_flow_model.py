@@ -13,7 +13,7 @@ from torch.distributions.transforms import Transform
 
 from pyro_vae._programs.argument_shapes import shape_is_unknown
 from pyro_vae._programs.sites import DATA_PLATE
-from pyro_vae._utils.checks import require_batch
+from pyro_vae._utils.checks import require_batch, require_distribution
 from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.surjections._bijection import Bijection
 from pyro_vae.surjections._surjection import SurVAELayer, check_batch, check_support
@@ -86,7 +86,7 @@ class FlowModel(PyroModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the program on a minibatch and return x."""
-        p = self.prior()
+        p = require_distribution("prior", self.prior())
         with pyro.plate(DATA_PLATE, require_batch("x", x), dim=-1):
             for name, layer in zip(self.latents[::-1], [*self.layers][::-1], strict=True):
                 check_support(layer, p)

@@ -399,3 +399,51 @@ def test_fair_coins_have_one_bit_per_dimension():
     found = pv.evidence(model, guide, torch.rand(7, 16).round(), num_particles=2000, seed=0)
     assert found.dimensions == 16
     assert found.bits_per_dimension == pytest.approx(1.0, rel=1e-2)
+
+
+def torch_normal(*_):
+    return torch.distributions.Independent(torch.distributions.Normal(torch.zeros(3), 1.0), 1)
+
+
+X, LABELS = torch.zeros(5, 16), torch.zeros(5, 4)
+STANDARD = pv.priors.StandardNormal(3)
+WITH_A_WRONG_PRIOR = {
+    "latent variable": (lambda prior: pv.LatentVariableModel(prior, bernoulli(3)), (X,)),
+    "conditional": (
+        lambda prior: pv.models.ConditionalModel(prior, bernoulli(3, 4)), (X, LABELS)),
+    "hierarchical": (
+        lambda prior: pv.models.HierarchicalModel(prior, [gaussian(3, 3)], bernoulli(3)), (X,)),
+    "semi-supervised": (
+        lambda prior: pv.models.SemiSupervisedModel(4, prior, bernoulli(3, 4)),
+        (X, torch.zeros(5, dtype=torch.long))),
+    "sequence": (
+        lambda prior: pv.models.SequenceModel(prior, gaussian(3, 3), bernoulli(3)),
+        (X.reshape(5, 1, 16),)),
+    "flow": (lambda prior: pv.surjections.FlowModel(prior, [pv.surjections.Absolute()]), (X,)),
+}  # fmt: skip
+WITH_A_WRONG_LIKELIHOOD = {
+    "latent variable": (lambda wrong: pv.LatentVariableModel(STANDARD, wrong), (X,)),
+    "conditional": (lambda wrong: pv.models.ConditionalModel(STANDARD, wrong), (X, LABELS)),
+    "hierarchical": (
+        lambda wrong: pv.models.HierarchicalModel(STANDARD, [gaussian(3, 3)], wrong), (X,)),
+    "mixture": (
+        lambda wrong: pv.models.MixtureModel(pv.priors.MixtureOfNormals(3, 2), wrong), (X,)),
+}  # fmt: skip
+WRONG = {"of torch": torch_normal, "a tensor": lambda *_: torch.zeros(3), "None": lambda *_: None}
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, "a distribution"])
+@pytest.mark.parametrize("model", WITH_A_WRONG_PRIOR)
+def test_priors_that_return_no_distribution_of_pyro_are_refused(model, wrong):
+    make, arguments = WITH_A_WRONG_PRIOR[model]
+    program = make(WRONG.get(wrong, dist.Normal(torch.zeros(3), 1.0)))
+    with pytest.raises(TypeError, match=r"prior must be .* returns a distribution of pyro"):
+        program(*arguments)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("model", WITH_A_WRONG_LIKELIHOOD)
+def test_likelihoods_that_return_no_distribution_of_pyro_are_refused(model, wrong):
+    make, arguments = WITH_A_WRONG_LIKELIHOOD[model]
+    with pytest.raises(TypeError, match=r"likelihood must be .* returns a distribution of pyro"):
+        make(WRONG[wrong])(*arguments)
