@@ -181,7 +181,7 @@ def _at_or(support: Constraint, word: str) -> str:
 
 
 def _bound(support: Constraint, end: str) -> str | None:
-    """Return a bound as a text, None if there is none, or "" if it differs between numbers."""
+    """Return a bound as a text, None without one, or "" if it differs between numbers."""
     bound = getattr(support, end, None)
     if isinstance(bound, Tensor):
         if (bound != bound.flatten()[0]).any():

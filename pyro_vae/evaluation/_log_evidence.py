@@ -167,7 +167,7 @@ def share_above(khat: Tensor) -> float:
 
 
 def khat_share(khat: Tensor, num_samples: int) -> str:
-    """Return a text with the share of k-hats above 0.7, or the reason why there is none."""
+    """Return a text with the share of k-hats above 0.7, or the reason why it is unknown."""
     share = share_above(khat)
     if not math.isnan(share):
         return f"k-hat > {UNRELIABLE_KHAT}: {share:.1%}"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
+from torch.torch_version import TorchVersion
 
 from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.enumeration import sampled_guides
@@ -29,6 +30,7 @@ from pyro_vae.priors._posteriors import without_guides
 from pyro_vae.serialization._tensor_functions import Decoder, Encoder, TensorFunction
 
 FORMATS = (".pt2", ".onnx")
+TESTED_TORCH = "2.13"  # torch 2.4.1 cannot export decoders, nor anything to ONNX
 
 
 def export_encoder(
@@ -205,8 +207,18 @@ def _traced(function: TensorFunction) -> ExportedProgram:
         raise ValueError(
             f"torch.export cannot trace the program for any number of rows: {first_line(error)}. "
             "Take the number of rows from x.shape[0], because len(x) is a fixed number, and do not "
-            "let Python code depend on values of tensors"
+            f"let Python code depend on values of tensors{_old_torch()}"
         ) from error
+
+
+def _old_torch() -> str:
+    """Return a sentence that names torch as a possible cause of an error, if it is old."""
+    if TorchVersion(torch.__version__) >= TESTED_TORCH:
+        return ""
+    return (
+        f". Or update torch: exports are tested with torch {TESTED_TORCH} and newer, and "
+        f"{torch.__version__} is installed"
+    )
 
 
 def _first_row(function: TensorFunction) -> tuple[Tensor, ...]:
@@ -223,21 +235,28 @@ def _require_same_values(exported: ExportedProgram, calls: Sequence[tuple[Any, A
             if not torch.allclose(found[name], value, rtol=1e-4, atol=1e-5, equal_nan=True):
                 raise ValueError(
                     f"the exported program returns other values of {name!r} than the pair: a part "
-                    "of the program is not a function of tensors alone"
+                    f"of the program is not a function of tensors alone{_old_torch()}"
                 )
 
 
 def _write_onnx(exported: ExportedProgram, function: TensorFunction, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about packages that it does not need here
-        program = torch.onnx.export(
-            exported,
-            input_names=function.inputs,
-            output_names=function.outputs,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                exported,
+                input_names=function.inputs,
+                output_names=function.outputs,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        except Exception as error:  # an old torch.onnx.export raises errors of many types
+            if not (hint := _old_torch()):
+                raise
+            raise ValueError(
+                f"torch.onnx.export failed: {type(error).__name__}: {first_line(error)}{hint}"
+            ) from error
     program.save(path)
 
 

@@ -180,6 +180,29 @@ def test_decoders_of_models_whose_prior_runs_a_guide(kind, tmp_path):
     )
 
 
+@pytest.mark.parametrize("part", ["export", "onnx"])
+def test_errors_of_an_old_torch_name_the_version_that_is_needed(part, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise TypeError("export() got an unexpected keyword argument")
+
+    if part == "onnx":
+        pytest.importorskip("onnxscript", reason="needs the extra `onnx`")
+        monkeypatch.setattr(torch.onnx, "export", refuse)
+    else:
+        monkeypatch.setattr(torch.export, "export", refuse)
+    file = tmp_path / f"decoder.{'onnx' if part == 'onnx' else 'pt2'}"
+    error = TypeError if part == "onnx" else ValueError  # of the program, with a new torch
+    with pytest.raises(error, match="unexpected keyword") as caught:
+        export_decoder(file, *make_pair(), images(4))
+    assert "update torch" not in str(caught.value)
+    for version in ("2.4.1", "2.12.0+cpu"):
+        monkeypatch.setattr(torch, "__version__", version)
+        message = rf"unexpected keyword.*update torch: .* torch 2\.13 and newer, and {version[:5]}"
+        with pytest.raises(ValueError, match=message):
+            export_decoder(file, *make_pair(), images(4))
+    assert not [*tmp_path.iterdir()]
+
+
 def simple(x, rows=lambda x: x.shape[0], loc=lambda z, x: z):
     with pyro.plate("data", rows(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(6), 1.0).to_event(1))
