@@ -11,6 +11,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.poutine import indep_messenger
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_vae._programs.data_plate import name_plates_in
-from pyro_vae._programs.sites import ROWS_WERE_DRAWN, WAS_GIVEN, Site
+from pyro_vae._programs.sites import ROWS_WERE_DRAWN, WAS_GIVEN, Site, base_distribution
 
 Program = Callable[..., Any]
 
@@ -133,8 +134,26 @@ class AtValues(Messenger):
 
     def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] in self._values and not msg["is_observed"]:
-            msg["done"], msg["value"] = True, self._values[msg["name"]]
+            value = _at_the_delta(msg, self._values[msg["name"]])
+            msg["done"], msg["value"] = True, value
             msg["infer"] = {**msg["infer"], WAS_GIVEN: True}
+
+
+def _at_the_delta(site: Site, value: Tensor) -> Tensor:
+    """Return the point of a Delta if the value equals it up to rounding, else the value.
+
+    The point is a function of other samples. In a run with another number of particles, the same
+    function may round differently, and the density of a Delta is zero at any other number.
+    """
+    delta = base_distribution(site["fn"])
+    if not isinstance(delta, Delta) or not value.is_floating_point():
+        return value
+    try:
+        point = delta.v.expand(value.shape)
+    except RuntimeError:  # not the shape of this run
+        return value
+    rounding = 16 * torch.finfo(value.dtype).eps
+    return point if torch.allclose(value, point.to(value), rtol=rounding, atol=rounding) else value
 
 
 def plate_of_guide(

@@ -16,6 +16,25 @@ _ZERO_TO_ONE = math.log(math.expm1(1.0))  # softplus(log(e - 1)) = 1
 MIN_SCALE = 1e-6
 
 
+def within(x: Tensor, low: float, high: float) -> Tensor:
+    """Clamp x, with a gradient of one at the bounds and between them, and of zero outside.
+
+    ``torch.clamp`` has no gradient at its bounds from torch 2.14 on.
+    """
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
+def split_at(bound: float, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x where it is below the bound, x elsewhere, and the mask of the first.
+
+    Each part equals the bound where the other part equals x. So two formulas, each accurate on
+    one side, can be evaluated everywhere and combined by ``torch.where``. At the bound itself, the
+    second part has the gradient.
+    """
+    below = x < bound
+    return torch.where(below, x, bound), torch.where(below, bound, x), below
+
+
 def implicit(value: Tensor, residual: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
     r"""Return z, with the gradient that keeps :math:`F(z; \theta)` constant.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._utils.checks import require_tensor
+from pyro_vae._utils.numerics import split_at
 
 
 def value_for(parameter: Tensor, value: Tensor) -> Tensor:
@@ -72,8 +73,7 @@ def _log_half_step(x: Tensor) -> Tensor:
     For large x, use the series of the Gamma functions. The first omitted term is below
     :math:`1 / (400 x^7)`.
     """
-    large = x.clamp(min=_LEAST_FOR_SERIES)
+    small, large, is_small = split_at(_LEAST_FOR_SERIES, x)
     by_series = 0.5 * large.log() - 1 / (8 * large) + 1 / (192 * large**3) - 1 / (640 * large**5)
-    small = x.clamp(max=_LEAST_FOR_SERIES)
     by_gammas = torch.lgamma(small + 0.5) - torch.lgamma(small)
-    return torch.where(x > _LEAST_FOR_SERIES, by_series, by_gammas)
+    return torch.where(is_small, by_gammas, by_series)

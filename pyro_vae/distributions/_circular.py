@@ -17,6 +17,7 @@ from torch.distributions.transforms import IndependentTransform, Transform
 from torch.distributions.utils import broadcast_all
 from torch.nn import functional as F
 
+from pyro_vae._utils.numerics import split_at
 from pyro_vae._utils.transform_config import register
 from pyro_vae.distributions._casting import value_for
 
@@ -140,7 +141,7 @@ class WrappedNormal(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         offset = _wrapped(value - self.loc)
-        near, far = self.scale.clamp(max=_SWITCH), self.scale.clamp(min=_SWITCH)
+        near, far, is_near = split_at(_SWITCH, self.scale)
         numbers = torch.arange(-_WINDINGS, _WINDINGS + 1, dtype=near.dtype, device=near.device)
         turns = (offset.unsqueeze(-1) + _TURN * numbers) / near.unsqueeze(-1)
         windings = (-0.5 * turns.square()).logsumexp(-1) - near.log() - 0.5 * math.log(_TURN)
@@ -148,7 +149,7 @@ class WrappedNormal(TorchDistribution):
         damping = torch.exp(-0.5 * (numbers * far.unsqueeze(-1)).square())
         waves = (damping * torch.cos(numbers * offset.unsqueeze(-1))).sum(-1)
         fourier = torch.log1p(2 * waves) - math.log(_TURN)
-        return torch.where(self.scale < _SWITCH, windings, fourier)
+        return torch.where(is_near, windings, fourier)
 
     def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as in torch
         """Sample angles in [-pi, pi]."""

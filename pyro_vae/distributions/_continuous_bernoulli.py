@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_vae._utils.numerics import split_at
+
 # Sizes of the logit below which series are used. The truncation error of log_mass and mean is
 # below 1e-13. That of the variance is less than the cancellation error of its closed form.
 _NEAR_ZERO, _FAR_OF_VARIANCE = 0.1, 0.5
@@ -19,9 +21,9 @@ def log_mass(logits: Tensor) -> Tensor:
     size = logits.abs()
     square = size.clamp(max=1.0).square()
     near = 0.5 * logits + square * (1 / 24 - square * (1 / 2880 - square / 181440))
-    safe = size.clamp(min=_NEAR_ZERO)
+    _, safe, is_near = split_at(_NEAR_ZERO, size)
     far = logits.clamp(min=0.0) + torch.log(-torch.expm1(-safe) / safe)
-    return torch.where(size < _NEAR_ZERO, near, far)
+    return torch.where(is_near, near, far)
 
 
 def mean(logits: Tensor) -> Tensor:
@@ -29,9 +31,9 @@ def mean(logits: Tensor) -> Tensor:
     size = logits.abs()
     square = size.clamp(max=1.0).square()
     near = 0.5 + logits * (1 / 12 - square * (1 / 720 - square / 30240))
-    safe = size.clamp(min=_NEAR_ZERO)
+    _, safe, is_near = split_at(_NEAR_ZERO, size)
     below = 1 / safe - 1 / torch.expm1(safe)  # the mean at the logit -size
-    return torch.where(size < _NEAR_ZERO, near, torch.where(logits < 0, below, 1 - below))
+    return torch.where(is_near, near, torch.where(logits < 0, below, 1 - below))
 
 
 def variance(logits: Tensor) -> Tensor:
@@ -39,6 +41,6 @@ def variance(logits: Tensor) -> Tensor:
     size = logits.abs()
     square = size.clamp(max=1.0).square()
     near = 1 / 12 - square * (1 / 240 - square * (1 / 6048 - square / 172800))
-    safe = size.clamp(min=_FAR_OF_VARIANCE)
+    _, safe, is_near = split_at(_FAR_OF_VARIANCE, size)
     far = safe.pow(-2) - torch.exp(-safe) / torch.expm1(-safe).square()
-    return torch.where(size < _FAR_OF_VARIANCE, near, far)
+    return torch.where(is_near, near, far)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import register_kl
 
 from pyro_vae._utils.init_args import records_init_args
+from pyro_vae._utils.numerics import split_at, within
 from pyro_vae.distributions import _continuous_bernoulli as continuous_bernoulli
 from pyro_vae.distributions._casting import value_for
 from pyro_vae.distributions._continuous_bernoulli import log_mass
@@ -89,8 +90,8 @@ class _ContinuousBernoulli(dist.ContinuousBernoulli):
         r"""Return the probability below x, :math:`(e^{l x} - 1) / (e^l - 1)`."""
         logits, value = torch.broadcast_tensors(self.logits, value.to(self.logits.dtype))
         size = logits.abs()
-        x = torch.where(logits < 0, value, 1 - value).clamp(0.0, 1.0)
-        safe = size.clamp(min=torch.finfo(size.dtype).tiny)
+        x = within(torch.where(logits < 0, value, 1 - value), 0.0, 1.0)
+        _, safe, _ = split_at(torch.finfo(size.dtype).tiny, size)
         share = torch.expm1(-safe * x) / torch.expm1(-safe)
         share = torch.where(size < torch.finfo(size.dtype).eps, x, share)
         return torch.where(logits < 0, share, 1 - share)
@@ -103,12 +104,12 @@ class _ContinuousBernoulli(dist.ContinuousBernoulli):
         size = self.logits.abs()
         share = torch.where(self.logits < 0, 1 - value, value)
         share = share.clamp(min=torch.finfo(size.dtype).eps)
-        safe = size.clamp(min=_LEAST_OF_SHARES)
+        _, safe, is_near = split_at(_LEAST_OF_SHARES, size)
         x = 1 + torch.log1p((1 - share) * torch.expm1(-safe)) / safe
-        x = x.clamp(0.0, 1.0)
+        x = within(x, 0.0, 1.0)
         x = torch.where(self.logits < 0, 1 - x, x)
         near = value + 0.5 * self.logits * value * (1 - value)  # exact to first order at zero
-        return torch.where(size < _LEAST_OF_SHARES, near, x)
+        return torch.where(is_near, near, x)
 
 
 @register_kl(_ContinuousBernoulli, _ContinuousBernoulli)

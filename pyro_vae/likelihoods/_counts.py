@@ -8,7 +8,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_vae._utils.init_args import records_init_args
-from pyro_vae._utils.numerics import softplus, softplus_scale
+from pyro_vae._utils.numerics import softplus, softplus_scale, split_at
 from pyro_vae.distributions._casting import value_for
 from pyro_vae.likelihoods._base import Likelihood
 from pyro_vae.likelihoods._scales import Scale, SharedScale, as_scale
@@ -121,10 +121,9 @@ def _log_rising(r: Tensor, x: Tensor) -> Tensor:
     For large r, use the difference of two Stirling series, whose common terms are canceled
     analytically. The first omitted term is :math:`1 / (1260 r^5)`.
     """
-    large = r.clamp(min=_LEAST_FOR_SERIES)
+    small, large, is_small = split_at(_LEAST_FOR_SERIES, r)
     whole = large + x
     series = (1 / whole - 1 / large) / 12 - (whole**-3 - large**-3) / 360
     by_series = (whole - 0.5) * torch.log1p(x / large) + x * (large.log() - 1) + series
-    small = r.clamp(max=_LEAST_FOR_SERIES)
     by_gammas = torch.lgamma(small + x) - torch.lgamma(small)
-    return torch.where(r > _LEAST_FOR_SERIES, by_series, by_gammas)
+    return torch.where(is_small, by_gammas, by_series)

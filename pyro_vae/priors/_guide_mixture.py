@@ -14,7 +14,7 @@ from pyro_vae._programs.parameters import evaluation_mode
 from pyro_vae._utils.checks import checked
 from pyro_vae._utils.constructor_calls import constructor_call
 from pyro_vae._utils.init_args import records_init_args
-from pyro_vae._utils.numerics import softplus_scale
+from pyro_vae._utils.numerics import softplus_scale, within
 from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals
 from pyro_vae.priors._posteriors import (
@@ -153,7 +153,9 @@ class VampPrior(GuideMixturePrior):
 
     def rows(self) -> Tensor:
         """Return the pseudo-inputs."""
-        return self.pseudo_inputs if self.bounds is None else self.pseudo_inputs.clamp(*self.bounds)
+        if self.bounds is None:
+            return self.pseudo_inputs
+        return within(self.pseudo_inputs, *self.bounds)  # rows of binary data are at the bounds
 
 
 class ExemplarPrior(GuideMixturePrior):

@@ -1,5 +1,6 @@
 """Programs that cannot take the dimension of particles run once for each particle."""
 
+import math
 import warnings
 
 import pyro
@@ -303,3 +304,24 @@ def test_flows_without_an_inverse_take_particles(spoiled):
             pyro.set_rng_seed(1)
             losses.append(objective.loss(model, guide, x))
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_points_of_deltas_may_be_rounded_otherwise_with_particles():
+    """A function of a sample rounds differently in another layout. A Delta has no density there."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            p = pyro.sample("p", dist.LogNormal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(p, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x, 1.0), infer={"is_auxiliary": True})
+            p = z.exp() if z.dim() == 1 else z.double().exp().float()
+            pyro.sample("p", dist.Delta(p, log_density=-z))
+
+    x = torch.randn(50)
+    z = torch.randn(3, 50)
+    assert not torch.equal(z.exp(), z.double().exp().float())
+    loss = pv.objectives.ELBO(num_particles=3).loss(model, guide, x)
+    assert math.isfinite(loss)

@@ -115,7 +115,7 @@ class Offset(nn.Module):
 
 @pytest.mark.parametrize(
     "function",
-    [lambda t: t.square().sqrt(), lambda t: t.clamp(min=0).sqrt()],
+    [lambda t: t.square().sqrt(), lambda t: t.sqrt()],
     ids=["nan gradient", "inf gradient"],
 )
 @pytest.mark.parametrize("optimizer", [None, torch.optim.Rprop])  # Rprop uses the gradient's sign
