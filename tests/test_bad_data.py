@@ -64,7 +64,9 @@ MAY_BE_NEGATIVE = {
     "value",
     "bounds",
 }
-MAY_BE_ZERO = {"context", "history", "plate_nesting"} | MAY_BE_NEGATIVE
+MAY_BE_ZERO = {"context", "history", "plate_nesting", "row", "num_draws", "event_dims"}
+MAY_BE_ZERO |= MAY_BE_NEGATIVE
+MAY_BE_ZERO_IN = {("decode", "num_samples"), ("encode", "num_samples")}
 NOT_CALLED = {"objectives.SemiSupervisedELBO", "flows.Composition", "objectives.CUBO"}
 OF_ITS_USE = "x|z|value|inputs|parameters|size|plates"  # of what an accepted argument did not fit
 DATA = {"data", "like", "validation", "train", "test", "x", "exemplars", "pseudo_inputs"}
@@ -111,7 +113,9 @@ ANY_NUMBERS = {
     ("plots.samples", "x"): "as generate",
     ("plots.manifold", "x"): "as decode",
     ("plots.traversals", "x"): "one row is encoded",
+    ("decode", "z"): "latents have another shape than x",
 }
+PROGRAMS_TAKE_TENSORS = {("terms", "args"), ("guides.LocalGuide", "x")}
 # Names in a message that replace the name of the argument, and why.
 OTHER_NAMES: dict[tuple[str, str], str] = {
     ("terms", "args"): "x",  # the programs' own first argument
@@ -203,7 +207,8 @@ def try_argument(name: str, argument: str, value: Any, quick: bool) -> None:
         return
     several = inspect.signature(PUBLIC[name]).parameters[argument].kind.name == "VAR_POSITIONAL"
     low = -INF if argument in MAY_BE_NEGATIVE else 0
-    is_count = accepts(hint, 1) and not accepts(hint, 0.5) and argument not in MAY_BE_ZERO
+    may_be_zero = argument in MAY_BE_ZERO or (name, argument) in MAY_BE_ZERO_IN
+    is_count = accepts(hint, 1) and not accepts(hint, 0.5) and not may_be_zero
     if is_count and not isinstance(value, Sequence):
         low = 1  # numbers in a sequence may be zero; True and False are not numbers
     bad = not accepts(hint, value) or is_out_of_range(value, low)
@@ -262,6 +267,7 @@ def try_data(name: str, argument: str, array: Any) -> None:
     # If a site cannot score a value, the message names the site.
     word = OTHER_NAMES.get((name, argument), argument) + "|site"
     free = (name, argument) in ANY_NUMBERS and isinstance(array.value, Tensor | np.ndarray)
+    free |= (name, argument) in PROGRAMS_TAKE_TENSORS and not isinstance(array.value, Tensor)
     found = check_call(run, array.value, word, None if free else array.good)
     if found is not None:
         assert finite(found), f"{array!r} gave {found}"
@@ -379,7 +385,8 @@ def try_value(name: str, word: str, array: Any) -> None:
     any_values = isinstance(array.value, Tensor) and not array.value.is_complex()
     free = name in ("khat", "save")  # khat accepts lists, and save any value that a file can hold
     valid = None if any_values or array.good or free else False
-    word += "|invalid values" if isinstance(array.value, Tensor) else ""  # torch's words for NaN
+    if isinstance(array.value, Tensor):
+        word += "|invalid values|Value is not broadcastable"  # torch's words
     found = check_call(run, array.value, word, valid)
     if found is not None and array.plain is not None:
         wanted = run(array.plain)

@@ -190,8 +190,9 @@ def _checked_masses(masses: Any) -> list[float]:
 def _chosen(dimensions: Any, means: Tensor, of_prior: Tensor) -> list[int]:
     """Return one or two dimensions; see :func:`aggregated_posterior`."""
     activity = means.double().reshape(len(means), -1).var(0, correction=0) / of_prior.var(0)
-    single = isinstance(dimensions, Sequence | np.ndarray) and len(dimensions) == 1
-    return choose_dimensions(dimensions, activity, 1 if single or len(activity) == 1 else 2)
+    one = isinstance(dimensions, Sequence) and len(dimensions) == 1
+    one |= isinstance(dimensions, np.ndarray) and dimensions.shape == (1,)
+    return choose_dimensions(dimensions, activity, 1 if one or len(activity) == 1 else 2)
 
 
 def _increasing(levels: list[float]) -> list[float]:
