@@ -192,6 +192,8 @@ def _relative(page, link):
         (r"\frac12 x", "mfrac(1, 2), x"),
         (r"\log p", "log, \u2061, mspace(), p"),
         (r"\log(p)", "log, \u2061, (, p, )"),
+        (r"q(z) \log p", "q, (, z, ), mspace(), log, \u2061, mspace(), p"),
+        (r"= \log(p)", "=, log, \u2061, (, p, )"),
         (r"\hat p_1", "msub(mover(p, \u02c6), 1)"),
         (r"\underbrace{a}_b", "munder(munder(a, \u23df), b)"),
         (r"\sum_i^n a_i", "munderover(\u2211, i, n), msub(a, i)"),

@@ -64,9 +64,14 @@ def _corrected(text):
         for index, child in enumerate(children):
             if child.text == DOUBLE_BAR:
                 child.set("stretchy", "false")
+            if child.text != APPLY_FUNCTION:
+                continue
             following = children[index + 1 : index + 2]
-            if child.text == APPLY_FUNCTION and following and following[0].text != "(":
+            if following and following[0].text != "(":
                 parent.insert(list(parent).index(child) + 1, _thin_space(child))
+            before = children[index - 2 : index - 1] if index > 1 else []
+            if before and (before[0].text in (")", "]") or not before[0].tag.endswith("}mo")):
+                parent.insert(list(parent).index(children[index - 1]), _thin_space(child))
     ElementTree.register_namespace("", "http://www.w3.org/1998/Math/MathML")
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
 
