@@ -67,6 +67,11 @@ class NanMasked(dist.Independent):
             distribution = distribution.base_dist
         if distribution.event_shape:
             raise ValueError(_refusal(distribution))
+        if event_dims > len(shape := distribution.batch_shape):
+            raise ValueError(
+                "event_dims must leave an event of at most as many dimensions as the distribution "
+                f"has, {len(shape)} (batch shape {tuple(shape)}), got {event_dims} in all"
+            )
         super().__init__(distribution, event_dims, validate_args=validate_args)
 
     def expand(
