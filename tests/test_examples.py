@@ -44,6 +44,9 @@ ARGUMENTS = {
         *("--data", "digits", "--epochs", "1", "--particles", "20", "--test", "50"),
         *("--surgery", "200", "--pairs", "VAE, N(0, I)", "two layers, Vamp of 500"),
     ],
+    "published.py": [
+        *("A", "vampprior", "--data", "digits", "--epochs", "2", "--particles", "30"),
+    ],
     "semi_supervised.py": [
         *("--data", "digits", "--epochs", "1", "--train", "300", "--labels", "50"),
         *("--batch-size", "50", "--width", "50"),
