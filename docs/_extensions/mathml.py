@@ -45,7 +45,7 @@ def _mathml(node):
 
 
 def _for_docutils(source):
-    r"""Write ``\frac12`` as ``\frac{1}{2}``, which docutils reads as 12, and ``\lvert`` as ``|``."""
+    r"""Write ``\frac12`` as ``\frac{1}{2}``, because docutils reads 12, and ``\lvert`` as ``|``."""
     source = re.sub(r"\\[lr]vert(?![a-zA-Z])\s*", "|", source)
     return re.sub(r"(\\[dt]?frac)\s*(\d)(\d)", r"\1{\2}{\3}", source)
 
