@@ -19,6 +19,8 @@ APPLY_FUNCTION, DOUBLE_BAR = "\u2061", "\u2016"
 BRACES = {"\u23de", "\u23df"}
 ORDINARY = {"|", DOUBLE_BAR, "/", "."}  # symbols that LaTeX draws without spaces
 OPERANDS = {"mi", "mn", "mtext", "mrow", "mfrac", "msqrt", "msub", "msup", "msubsup", "mover"}
+PARTS = {"mfrac": 2, "mroot": 2, "msub": 2, "msup": 2, "munder": 2, "mover": 2}
+PARTS |= {"msubsup": 3, "munderover": 3}  # docutils gives fewer parts for a missing argument
 ACCENTS = {"\u02c6", "\u02c9", "~", "\u02d9", "\u00a8", "\u2192"}  # hat, bar, tilde, dots, vec
 
 
@@ -38,10 +40,10 @@ def _mathml(node):
     source = node.astext()
     try:
         text = tex2mathml(_for_docutils(source), as_block=isinstance(node, nodes.math_block))
+        return _corrected(text)
     except (MathError, AttributeError) as error:  # docutils: ``\\`` outside of a table has no node
         logger.warning("cannot translate %r to MathML: %s", source, error, location=node)
         return escape(source)
-    return _corrected(text)
 
 
 def _for_docutils(source):
@@ -55,7 +57,9 @@ def _corrected(text):
     text = text.replace("&ApplyFunction;", APPLY_FUNCTION).replace(r"\&amp;", "&amp;")
     root = ElementTree.fromstring(text)  # noqa: S314 (of docutils)
     for parent in root.iter():
-        children = list(parent)
+        children, tag = list(parent), parent.tag.rpartition("}")[2]
+        if len(children) != PARTS.get(tag, len(children)):
+            raise MathError(f"<{tag}> has {len(children)} parts, expected {PARTS[tag]}")
         if parent.tag.endswith(("msub", "msup")) and _is_brace(children[0]):
             parent.tag = children[0].tag  # the label is below or above the brace
         if parent.tag.endswith("munderover") and children[2].text in ACCENTS:
