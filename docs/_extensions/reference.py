@@ -184,7 +184,8 @@ class CommandLine(SphinxDirective):
             record = parameter.get_help_record(context)
             if record is not None:
                 signature, text = record
-                yield from (f".. option:: {signature}", "", f"   {' '.join(text.split())}", "")
+                text = re.sub(r"--[a-z]\S*\b", r"``\g<0>``", " ".join(text.split()))
+                yield from (f".. option:: {signature}", "", f"   {text}", "")
 
 
 def shown_bases(cls):
