@@ -36,6 +36,7 @@ nb_output_stderr = "remove-warn"  # a page shows no warning of a cell: the build
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, of kernels without widgets
 ogp_social_cards = {"enable": False}
 autodoc_inherit_docstrings = False  # torch's and Pyro's are in their own references
+autodoc_preserve_defaults = True  # a class as written, such as Planar
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

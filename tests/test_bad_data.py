@@ -449,7 +449,10 @@ def test_fit_adds_no_gradient_to_the_data():
         (ARRAY.astype("datetime64[s]"), "data must hold numbers, got dtype datetime64"),
         (ARRAY.astype(np.longdouble), "data must hold numbers"),
         (np.ma.masked_array(ARRAY, ARRAY > 0), "data has masked values"),
-        (torch.nested.nested_tensor([X[0], X[1, :2]]), "data must be dense"),
+        (
+            torch.nested.nested_tensor([X[0], X[1, :2]]),
+            "data must have rows of one shape, got a nested tensor",
+        ),
         (X.to("meta"), "data must hold real numbers, .* device meta"),
         (np.full((5, 4), 2**63, dtype=np.uint64), r"data must hold numbers below 2\*\*63"),
     ],

@@ -3,6 +3,7 @@ from functools import reduce
 from html.parser import HTMLParser
 from inspect import ismodule
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
 import pytest
@@ -80,6 +81,26 @@ def site(tmp_path_factory):
     result = run_python("sphinx", arguments, tmp_path_factory.mktemp("build"))
     assert result.returncode == 0, result.stderr
     return Site(folder)
+
+
+class _Anchors(HTMLParser):
+    """Collects the ids of a page, its links, and the files that a browser loads for it."""
+
+    @classmethod
+    def of(cls, html):
+        self = cls()
+        self.ids, self.links, self.files = [], [], []
+        self.feed(html)
+        return self
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.ids += [attributes["id"]] if attributes.get("id") else []
+        target = attributes.get("href") or attributes.get("src")
+        if tag == "a" and target:
+            self.links.append(target)
+        elif tag in ("img", "script", "link", "source") and target:
+            self.files.append(target)
 
 
 def inventory(site):
@@ -179,6 +200,39 @@ def test_every_page_links_to_the_next(site):
     assert sorted(visited) == PAGES
 
 
+def test_every_link_inside_of_the_site_has_a_target(site):
+    root = site.folder.resolve()
+    pages = {path: _Anchors.of(path.read_text()) for path in root.rglob("*.html")}
+    broken = []
+    for path, page in pages.items():
+        for link in page.links + page.files:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            found = target.exists()
+            if found and parts.fragment and target in pages:
+                found = unquote(parts.fragment) in pages[target].ids
+            if not found:
+                broken.append(f"{path.relative_to(root)}: {link}")
+    assert not broken
+
+
+def test_a_page_has_each_id_once_and_loads_nothing_from_a_network(site):
+    for path in site.folder.rglob("*.html"):
+        page = _Anchors.of(path.read_text())
+        assert len(page.ids) == len(set(page.ids)), path
+        assert not [file for file in page.files if urlsplit(file).netloc], path
+
+
+def test_the_readme_links_to_files_that_exist():
+    text = (ROOT / "README.md").read_text()
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
+    links = [link for link in links if not urlsplit(link).scheme]
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
 def _relative(page, link):
     parts = []
     for part in (*Path(page).parent.parts, *Path(link).with_suffix("").parts):
@@ -186,11 +240,29 @@ def _relative(page, link):
     return "/".join(parts)
 
 
+@pytest.fixture
+def mathml(monkeypatch):
+    pytest.importorskip("sphinx", reason="needs the extra `docs`")
+    monkeypatch.syspath_prepend(DOCS / "_extensions")
+    import mathml
+
+    return mathml
+
+
+def _translated(mathml, source, inline=False):
+    from docutils import nodes
+
+    kind = nodes.math if inline else nodes.math_block
+    return mathml._mathml(kind(source, source))
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
         (r"\frac12 x", "mfrac(1, 2), x"),
         (r"\log p", "log, \u2061, mspace(), p"),
+        (r"D \log p", "D, mspace(), log, \u2061, mspace(), p"),
+        (r"\lvert x \rvert", "|, x, |"),
         (r"\log(p)", "log, \u2061, (, p, )"),
         (r"q(z) \log p", "q, (, z, ), mspace(), log, \u2061, mspace(), p"),
         (r"= \log(p)", "=, log, \u2061, (, p, )"),
@@ -200,16 +272,25 @@ def _relative(page, link):
         (r"\text{a \& b}", "a & b"),
     ],
 )
-def test_equations_have_the_structure_of_latex(source, expected, monkeypatch):
-    pytest.importorskip("sphinx", reason="needs the extra `docs`")
-    from docutils import nodes
-
-    monkeypatch.syspath_prepend(DOCS / "_extensions")
-    import mathml
-
-    text = mathml._mathml(nodes.math_block(source, source))
-    root = ElementTree.fromstring(text)  # noqa: S314 (of docutils)
+def test_equations_have_the_structure_of_latex(source, expected, mathml):
+    root = ElementTree.fromstring(_translated(mathml, source))  # noqa: S314 (of docutils)
     assert ", ".join(map(_outline, root)) == expected
+
+
+@pytest.mark.parametrize("source", ["p(x|z)", "a / b", "a.", r"|x|", r"\|x\|^2", r"\lvert x\rvert"])
+def test_symbols_that_are_ordinary_in_latex_have_no_spaces(source, mathml):
+    root = ElementTree.fromstring(_translated(mathml, source))  # noqa: S314 (of docutils)
+    symbols = [element for element in root.iter() if element.text in {"|", "\u2016", "/", "."}]
+    assert symbols
+    assert {(symbol.get("lspace"), symbol.get("rspace")) for symbol in symbols} == {("0", "0")}
+
+
+def test_a_formula_that_cannot_be_translated_is_a_warning(mathml, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(mathml.logger, "warning", lambda *values, **_: warnings.append(values))
+    for source in (r"\unknown", r"a \\ b", r"\frac{1"):
+        assert _translated(mathml, source, inline=True) == source
+    assert len(warnings) == 3
 
 
 def _outline(element):

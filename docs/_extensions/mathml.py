@@ -17,6 +17,10 @@ logger = logging.getLogger(__name__)
 
 APPLY_FUNCTION, DOUBLE_BAR = "\u2061", "\u2016"
 BRACES = {"\u23de", "\u23df"}
+ORDINARY = {"|", DOUBLE_BAR, "/", "."}  # symbols that LaTeX draws without spaces
+OPERANDS = {"mi", "mn", "mtext", "mrow", "mfrac", "msqrt", "msub", "msup", "msubsup", "mover"}
+PARTS = {"mfrac": 2, "mroot": 2, "msub": 2, "msup": 2, "munder": 2, "mover": 2}
+PARTS |= {"msubsup": 3, "munderover": 3}  # docutils gives fewer parts for a missing argument
 ACCENTS = {"\u02c6", "\u02c9", "~", "\u02d9", "\u00a8", "\u2192"}  # hat, bar, tilde, dots, vec
 
 
@@ -35,15 +39,16 @@ def _block(self, node):
 def _mathml(node):
     source = node.astext()
     try:
-        text = tex2mathml(_with_braces(source), as_block=isinstance(node, nodes.math_block))
-    except MathError as error:
+        text = tex2mathml(_for_docutils(source), as_block=isinstance(node, nodes.math_block))
+        return _corrected(text)
+    except (MathError, AttributeError) as error:  # docutils: ``\\`` outside of a table has no node
         logger.warning("cannot translate %r to MathML: %s", source, error, location=node)
         return escape(source)
-    return _corrected(text)
 
 
-def _with_braces(source):
-    r"""Write ``\frac12`` as ``\frac{1}{2}``, because docutils reads the number 12."""
+def _for_docutils(source):
+    r"""Write ``\frac12`` as ``\frac{1}{2}``, because docutils reads 12, and ``\lvert`` as ``|``."""
+    source = re.sub(r"\\[lr]vert(?![a-zA-Z])\s*", "|", source)
     return re.sub(r"(\\[dt]?frac)\s*(\d)(\d)", r"\1{\2}{\3}", source)
 
 
@@ -52,7 +57,9 @@ def _corrected(text):
     text = text.replace("&ApplyFunction;", APPLY_FUNCTION).replace(r"\&amp;", "&amp;")
     root = ElementTree.fromstring(text)  # noqa: S314 (of docutils)
     for parent in root.iter():
-        children = list(parent)
+        children, tag = list(parent), parent.tag.rpartition("}")[2]
+        if len(children) != PARTS.get(tag, len(children)):
+            raise MathError(f"<{tag}> has {len(children)} parts, expected {PARTS[tag]}")
         if parent.tag.endswith(("msub", "msup")) and _is_brace(children[0]):
             parent.tag = children[0].tag  # the label is below or above the brace
         if parent.tag.endswith("munderover") and children[2].text in ACCENTS:
@@ -64,14 +71,15 @@ def _corrected(text):
         for index, child in enumerate(children):
             if child.text == DOUBLE_BAR:
                 child.set("stretchy", "false")
+            if child.text in ORDINARY and child.tag.endswith("mo"):
+                child.attrib.update(lspace="0", rspace="0")
             if child.text != APPLY_FUNCTION:
                 continue
-            following = children[index + 1 : index + 2]
+            name, following = children[index - 1], children[index + 1 : index + 2]
+            if index > 1 and _is_operand(children[index - 2]):
+                parent.insert(list(parent).index(name), _thin_space(child))
             if following and following[0].text != "(":
                 parent.insert(list(parent).index(child) + 1, _thin_space(child))
-            before = children[index - 2 : index - 1] if index > 1 else []
-            if before and (before[0].text in (")", "]") or not before[0].tag.endswith("}mo")):
-                parent.insert(list(parent).index(children[index - 1]), _thin_space(child))
     ElementTree.register_namespace("", "http://www.w3.org/1998/Math/MathML")
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
 
@@ -79,6 +87,10 @@ def _corrected(text):
 def _is_brace(element):
     children = list(element)
     return len(children) == 2 and children[1].text in BRACES
+
+
+def _is_operand(element):
+    return element.tag.rpartition("}")[2] in OPERANDS or element.text in {")", "]"}
 
 
 def _thin_space(element):

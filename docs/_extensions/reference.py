@@ -118,7 +118,8 @@ class Summary(_NamesDirective):
         if path == "pyro_vae":
             folders = "folders" in self.options
             names = [name for name in names if inspect.ismodule(getattr(module, name)) == folders]
-        yield from table(path, module, names)
+        yield from (".. container::", "")  # it gets the id of the module, and the table has none
+        yield from (f"   {line}" for line in table(path, module, names))
 
 
 class Entries(_NamesDirective):
@@ -183,7 +184,8 @@ class CommandLine(SphinxDirective):
             record = parameter.get_help_record(context)
             if record is not None:
                 signature, text = record
-                yield from (f".. option:: {signature}", "", f"   {' '.join(text.split())}", "")
+                text = re.sub(r"--[a-z]\S*\b", r"``\g<0>``", " ".join(text.split()))
+                yield from (f".. option:: {signature}", "", f"   {text}", "")
 
 
 def shown_bases(cls):
@@ -241,6 +243,21 @@ def after_napoleon(app, what, name, obj, options, lines):
             lines.insert(row + 1, "   :no-index:")
 
 
+def correct_links_of_sources(app, page, template, context, doctree):
+    """Link each source to the entry under its public name: viewcode takes one module for a file."""
+    if not page.startswith("_modules/pyro_vae"):
+        return
+    module = sys.modules[page.removeprefix("_modules/").replace("/", ".")]
+
+    def corrected(match):
+        name, dot, rest = match["name"].partition(".")
+        names = all_names().get(id(getattr(module, name, None)))
+        return f"{match['start']}{names[0]}{dot}{rest}" if names else match[0]
+
+    block = r'<div class="viewcode-block" id="(?P<name>[\w.]+)">\s*<a [^>]*href="[^"#]*#'
+    context["body"] = re.sub(rf"(?P<start>{block})[\w.]+", corrected, context["body"])
+
+
 def setup(app):
     """Register the directives."""
     app.setup_extension("sphinx.ext.autodoc")
@@ -250,5 +267,6 @@ def setup(app):
     app.connect("autodoc-process-bases", public_bases)
     app.connect("autodoc-process-docstring", before_napoleon, priority=400)
     app.connect("autodoc-process-docstring", after_napoleon, priority=600)
+    app.connect("html-page-context", correct_links_of_sources)
     app.connect("missing-reference", own_or_other_name, priority=400)
     return {"parallel_read_safe": True}

@@ -79,7 +79,9 @@ def as_tensor(values: Any, name: str, *, finite: bool = True) -> Tensor:
         raise ValueError(  # noqa: TRY004 - bad data are a ValueError throughout
             f"{name} must be {kinds}, got {kind}" + (f": {advice}" if advice else "")
         )
-    if values.layout != torch.strided or values.is_nested or values.is_quantized:
+    if values.is_nested:
+        raise ValueError(f"{name} must have rows of one shape, got a nested tensor: pad its rows")
+    if values.layout != torch.strided or values.is_quantized:
         raise ValueError(f"{name} must be dense, got layout {values.layout}: use to_dense()")
     _require_real(values, name)
     values = values.detach()
