@@ -48,6 +48,7 @@ class GatedEncoder(nn.Module):
             nn.init.normal_(head.weight, std=(2 / head.in_features) ** 0.5)
 
     def forward(self, x):
+        """Return q(z|x)."""
         h = self.hidden(x)
         scale = (0.5 * nn.functional.hardtanh(self.log_variance(h), -6.0, 2.0)).exp()
         return dist.Normal(self.mean(h), scale).to_event(1)
@@ -61,6 +62,7 @@ class Guide(pyro.nn.PyroModule):
         self.encoder = GatedEncoder(size)
 
     def forward(self, x):
+        """Sample z."""
         with pyro.plate("data", len(x)):
             return pyro.sample("z", self.encoder(x))
 
@@ -72,9 +74,11 @@ class WarmUp(pv.objectives.Schedule):
         self.steps_per_epoch = steps_per_epoch
 
     def __call__(self, step):
+        """Return the weight at a step."""
         return ((torch.floor(step / self.steps_per_epoch) + 1) / WARM_UP).clamp(max=1.0)
 
     def last_value(self):
+        """Return the weight after the warm-up."""
         return 1.0
 
 
@@ -85,15 +89,18 @@ class EarlyStopping(pv.training.Callback):
         self.best, self.best_epoch = float("inf"), 0
 
     def after_epoch(self, epoch, row):
+        """Record the best epoch, and stop."""
         if row["validation_loss"] < self.best:
             self.best, self.best_epoch = row["validation_loss"], epoch
         if epoch - max(self.best_epoch, WARM_UP) > PATIENCE:
             raise pv.training.StopTraining(f"no gain since epoch {self.best_epoch}")
 
     def state_dict(self):
+        """Return the best epoch for checkpoints."""
         return {"best": self.best, "best_epoch": self.best_epoch}
 
     def load_state_dict(self, state):
+        """Restore the best epoch of a checkpoint."""
         self.best, self.best_epoch = state["best"], state["best_epoch"]
 
 
@@ -101,6 +108,7 @@ class NormalizedAdam(torch.optim.Adam):
     """Adam on gradients that are divided by their norm, for each tensor."""
 
     def step(self, closure):
+        """Compute the gradients, normalize them, and update the parameters."""
         with torch.enable_grad():
             loss = closure()
         for group in self.param_groups:
