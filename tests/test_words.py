@@ -97,6 +97,7 @@ def prose(text):
 
 
 def sentences(text):
+    text = re.sub(r"^:.*$", "", text, flags=re.MULTILINE)  # directives and their options
     ends = r"\n\s*\n|\n\s*(?:[-*]|\d\.) |\n(?=#)|\n(?=\s*[*\w]+(?: \([^)]*\))?: )"
     for block in filter(None, re.split(ends, prose(text))):
         yield from re.split(r"(?<=[\w)'\"][.?!])\s+", " ".join(block.split()))
