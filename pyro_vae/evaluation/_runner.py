@@ -34,6 +34,7 @@ class PartialState:
         seed: of the samples. If the caller passed None, it is the randomly chosen seed.
         settings: arguments that must be the same in the call that resumes, by name.
         parts: the results of each part of the data that is done.
+        digest: a hash of the first rows of the data, or None for a stream.
     """
 
     who: str
@@ -41,6 +42,7 @@ class PartialState:
     seed: int
     settings: Mapping[str, Any]
     parts: list[Part]
+    digest: str | None = None
 
     def check_seed(self, who: str, seed: int | None, settings: Mapping[str, Any]) -> int:
         """Check that a call may resume from this state, and return the seed.
@@ -63,6 +65,17 @@ class PartialState:
                 f"resume has samples of seed {self.seed}, got seed={seed}. Leave seed out"
             )
         return self.seed
+
+    def check_data(self, digest: str | None) -> None:
+        """Check that a call has the data of this state, unless one of them is a stream.
+
+        Raises:
+            ValueError: The first rows, the shape or the dtype of the data differ.
+        """
+        if None not in (digest, self.digest) and digest != self.digest:
+            raise ValueError(
+                f"resume comes from a call of {self.who} with other data. Pass the data of that call"
+            )
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,8 @@ class Runner:
             batches = Minibatches(
                 data, batch_size, device=device, name=data_name, programs=(model, guide)
             )
+            if state is not None:
+                state.check_data(batches.digest())
             with (
                 evaluation_context(
                     who,
@@ -267,7 +282,9 @@ class Runner:
                 f"{self.who} was stopped after {num_done} data points. Their results are in the "
                 "attribute `partial` of this exception. Pass the exception as resume= to resume"
             )
-            state = PartialState(self.who, num_done, self.seed, self.settings, parts)
+            state = PartialState(
+                self.who, num_done, self.seed, self.settings, parts, self.batches.digest()
+            )
             raise Interrupted(message, result, state)
 
 
