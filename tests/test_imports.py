@@ -38,7 +38,8 @@ ALLOWED = {
                       "numpy onnx onnxscript pandas pyro safetensors"),
     "training": ("_capture _programs _utils datasets objectives serialization",
                  "cloudpickle joblib pandas pyro rich"),
-    "plots": ("_programs _utils datasets distributions evaluation", "IPython matplotlib numpy pandas"),
+    "plots": ("_programs _utils datasets distributions evaluation",
+              "IPython matplotlib numpy pandas"),
     "report": ("_capture _programs _utils datasets evaluation guides objectives plots training",
                "arviz jinja2 matplotlib numpy pandas pyro rich scipy"),
     # It also uses the public names of pyro_vae.

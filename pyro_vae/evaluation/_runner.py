@@ -74,7 +74,7 @@ class PartialState:
         """
         if None not in (digest, self.digest) and digest != self.digest:
             raise ValueError(
-                f"resume comes from a call of {self.who} with other data. Pass the data of that call"
+                f"resume comes from a call of {self.who} with other data. Pass the same data"
             )
 
 

@@ -703,10 +703,8 @@ def test_evidence_resumes_from_a_state_and_refuses_that_of_a_fit():
     assert torch.equal(resumed.values, whole.values)
     with pytest.raises(ValueError, match="with num_particles=10, got num_particles=20"):
         pv.evidence(oracle.model, oracle.guide, x, resume=state, num_particles=20)
-    for other in (x + 1, x[:20], x.double()):
-        with pytest.raises(
-            ValueError, match="resume comes from a call of evidence with other data"
-        ):
+    for other in (x + 1, x[:20], x.float()):
+        with pytest.raises(ValueError, match="a call of evidence with other data"):
             pv.evidence(oracle.model, oracle.guide, other, resume=state, num_particles=10)
     of_a_fit = pv.training.Interrupted("the fit was stopped", None)
     with pytest.raises(TypeError, match="Resume a fit from its checkpoint"):

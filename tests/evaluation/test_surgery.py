@@ -540,9 +540,7 @@ def test_surgery_interrupted_in_its_last_part_has_scored_all_codes():
     assert partial.mutual_information == whole.mutual_information
     assert pv.elbo_surgery(oracle.model, oracle.guide, x, resume=stopped.value) == whole
     for other in (x[:90], x.flip(0)):
-        with pytest.raises(
-            ValueError, match="resume comes from a call of elbo_surgery with other data"
-        ):
+        with pytest.raises(ValueError, match="a call of elbo_surgery with other data"):
             pv.elbo_surgery(oracle.model, oracle.guide, other, resume=stopped.value)
     with pytest.raises(ValueError, match="with num_particles=1, got num_particles=2"):
         pv.elbo_surgery(oracle.model, oracle.guide, x, resume=stopped.value, num_particles=2)
