@@ -107,10 +107,12 @@ class EarlyStopping(pv.training.Callback):
 class NormalizedAdam(torch.optim.Adam):
     """Adam on gradients that are divided by their norm, for each tensor."""
 
-    def step(self, closure):
+    def step(self, closure=None):
         """Compute the gradients, normalize them, and update the parameters."""
-        with torch.enable_grad():
-            loss = closure()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             gradients = [p.grad for p in group["params"] if p.grad is not None]
             norms = torch._foreach_norm(gradients)
@@ -122,15 +124,13 @@ class NormalizedAdam(torch.optim.Adam):
 
 def make_pair(row, size):
     decoder = pv.nets.GatedMLP(LATENTS, HIDDEN, size)
-    prior = pv.priors.StandardNormal(LATENTS)
-    if row == "vampprior":
-        start = 0.05 + 0.01 * torch.randn(PSEUDO_INPUTS, size)
-        prior = pv.priors.VampPrior(LATENTS, pseudo_inputs=start.clamp(0, 1))
-    model = pv.LatentVariableModel(prior, pv.likelihoods.Bernoulli(decoder))
-    guide = Guide(size)
-    if row == "vampprior":
-        prior.bind_guide(guide)
-    return model, guide
+    likelihood, guide = pv.likelihoods.Bernoulli(decoder), Guide(size)
+    if row == "vae":
+        return pv.LatentVariableModel(pv.priors.StandardNormal(LATENTS), likelihood), guide
+    start = 0.05 + 0.01 * torch.randn(PSEUDO_INPUTS, size)
+    prior = pv.priors.VampPrior(LATENTS, pseudo_inputs=start.clamp(0, 1))
+    prior.bind_guide(guide)
+    return pv.LatentVariableModel(prior, likelihood), guide
 
 
 def load(name):
@@ -190,7 +190,7 @@ def train_and_evaluate(args):
         "seconds_of_log_p": time.perf_counter() - start,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "threads": torch.get_num_threads(),
-        "device": str(next(fit.model.parameters()).device),
+        "device": str(next(guide.parameters()).device),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "pyro-ppl", "pyro_vae")},
     }

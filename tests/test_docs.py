@@ -1,3 +1,5 @@
+import io
+import posixpath
 import re
 from functools import reduce
 from html.parser import HTMLParser
@@ -107,7 +109,10 @@ def inventory(site):
     from sphinx.util.inventory import InventoryFile
 
     data = (site.folder / "objects.inv").read_bytes()
-    found = InventoryFile.loads(data, uri="").data
+    if hasattr(InventoryFile, "loads"):
+        found = InventoryFile.loads(data, uri="").data
+    else:  # Sphinx before 8.2
+        found = InventoryFile.load(io.BytesIO(data), "", posixpath.join)
     return {kind: set(names) for kind, names in found.items()}
 
 

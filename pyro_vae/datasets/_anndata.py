@@ -42,7 +42,7 @@ def from_anndata(
 
     Example:
         >>> import anndata, numpy as np, pandas as pd, scipy.sparse as sp, pyro_vae as pv
-        >>> counts = sp.random_array((6, 4), density=0.5, format="csr", rng=0)
+        >>> counts = sp.csr_array(np.random.default_rng(0).poisson(0.5, (6, 4)))
         >>> batches = pd.DataFrame({"batch": list("aabbab")}, index=list("uvwxyz"))
         >>> x, batch = pv.datasets.from_anndata(
         ...     anndata.AnnData(counts, obs=batches), covariates=["batch"]

@@ -341,7 +341,7 @@ def test_generators_of_the_program_are_refused(binary, without_compiler):
         return fitted(make_pair, binary, capture=capture, transform=lambda x: transform(0.9 * x))
 
     _, expected = run(False)
-    with pytest.warns(UserWarning, match="it uses a Generator object"):
+    with pytest.warns(UserWarning, match="Generator"):
         _, tensors = run(True)
     assert torch.equal(tensors, expected)
 

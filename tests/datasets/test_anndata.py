@@ -14,7 +14,7 @@ anndata = pytest.importorskip("anndata")
 
 @pytest.fixture
 def adata():
-    counts = sp.random_array((30, 16), density=0.3, format="csr", rng=0)
+    counts = sp.csr_array(np.random.default_rng(0).poisson(0.4, (30, 16)).astype("float64"))
     counts.data[:] = 1.0
     table = pd.DataFrame(
         {

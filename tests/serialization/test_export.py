@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torch
 from pyro import poutine
 from torch import nn
 
@@ -108,6 +109,10 @@ def own_pair():
     return model, guide, closed_form, encoder
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="exports need torch 2.13",
+)
 def test_plain_functions_with_their_fitted_parameters(tmp_path):
     model, guide, closed_form, encoder = own_pair()
     x, shift = torch.randn(20, 3).abs().round(), torch.randn(20, 1)
@@ -180,6 +185,10 @@ def test_decoders_of_models_whose_prior_runs_a_guide(kind, tmp_path):
     )
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="exports need torch 2.13",
+)
 @pytest.mark.parametrize("part", ["export", "onnx"])
 def test_errors_of_an_old_torch_name_the_version_that_is_needed(part, tmp_path, monkeypatch):
     def refuse(*args, **options):

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -254,6 +255,7 @@ def test_permission_error_names_the_folder(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(os, "mkdir", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)  # pathlib of Python 3.10 keeps os.mkdir
     with pytest.raises(PermissionError, match=r"could not write .*run: Permission denied"):
         write(tmp_path / "run")
 
