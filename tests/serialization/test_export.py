@@ -4,7 +4,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-import torch
 from pyro import poutine
 from torch import nn
 
