@@ -33,6 +33,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
 nb_output_stderr = "remove-warn"  # a page shows no warning of a cell: the build reports it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # beside other work, two threads are far slower
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, of kernels without widgets
 ogp_social_cards = {"enable": False}
 autodoc_inherit_docstrings = False  # torch's and Pyro's are in their own references
