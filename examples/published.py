@@ -179,7 +179,7 @@ def train_and_evaluate(args):
         "log_p": estimate.mean,
         "monte_carlo_error": estimate.monte_carlo_errors.square().sum().sqrt().item() / len(test),
         "unreliable_share": estimate.unreliable_share,
-        "elbo": -fit.history["validation_loss"].min(),
+        "validation_elbo": -fit.history["validation_loss"].min(),
         "marginal_kl": surgery.marginal_kl,
         "mutual_information": surgery.mutual_information,
         "particles": args.particles,

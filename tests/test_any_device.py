@@ -23,10 +23,7 @@ def step_on_meta(model, guide, *batch, objective=None):
     """Take one step on the CPU, which makes all networks, and one on ``meta``."""
     loss = (objective or pv.objectives.ELBO())(model, guide)
     loss(*batch)
-    loss.to("meta")
-    for each in (model, guide):
-        if isinstance(each, nn.Module):
-            each.to("meta")
+    loss.to("meta")  # with both programs
     pyro.enable_validation(False)
     value = loss(*(column.to("meta") for column in batch))
     assert value.device.type == "meta"

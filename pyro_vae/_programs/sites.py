@@ -90,6 +90,12 @@ def mask_of(site: Site) -> bool | Tensor | None:
     return None if total is True else total
 
 
+def is_scored(site: Site) -> Tensor:
+    """Return :func:`mask_of` as a Boolean tensor. Without a mask, it is True."""
+    mask = mask_of(site)
+    return torch.as_tensor(True if mask is None else mask, device=site["value"].device)
+
+
 def mask_of_events(site: Site) -> bool | Tensor | None:
     """Return :func:`mask_of` by batch dimensions: True for an event if all its elements are."""
     mask = mask_of(site)

@@ -18,7 +18,7 @@ from pyro_vae._programs.runs import AtValues, as_guide, trace_of
 from pyro_vae._programs.sites import (
     Site,
     is_discrete,
-    mask_of,
+    is_scored,
     random_sites,
     to_particle_layout,
 )
@@ -240,20 +240,13 @@ def _encoder(
             moments = (*known, torch.zeros_like(known[0]))
             drawn = [part.cpu() for part in sampler.draw(name, batch, num_samples)]
             exact = True
-        masked = _masked(site)
+        masked = to_particle_layout(~is_scored(site), site, None)[0]
         samples = (_without(torch.cat(drawn), masked.cpu()).movedim(0, 1),) if num_samples else ()
         masked = masked.reshape(*masked.shape, *(1,) * (moments[0].dim() - masked.dim()))
         masked = masked.expand_as(moments[0])  # a Categorical has one more dimension, its levels
         return *(_without(each, masked) for each in moments), masked, *samples, exact
 
     return encode_batch
-
-
-def _masked(site: Site) -> Tensor:
-    """Return whether each number of a site is masked, ``(B, *inner plates, *event)``."""
-    mask = mask_of(site)
-    masked = ~torch.as_tensor(True if mask is None else mask, device=site["value"].device)
-    return to_particle_layout(masked, site, None)[0]
 
 
 def _without(values: Tensor, masked: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_vae._programs.runs import AtValues
-from pyro_vae._programs.sites import Site, data_frame, is_discrete, mask_of
+from pyro_vae._programs.sites import Site, data_frame, is_discrete, is_scored
 from pyro_vae.distributions._circular import circle
 from pyro_vae.distributions._supports import support_of
 
@@ -72,7 +72,10 @@ class AtGivenLatents(AtValues):
         if checked is None or checked[0].all():
             return
         inside, event_dim = checked
-        wrong = ~inside & _is_scored(msg, event_dim).expand_as(inside)
+        scored = is_scored(msg)
+        if event_dim and scored.dim():
+            scored = scored.flatten(-event_dim).all(-1)
+        wrong = ~inside & scored.expand_as(inside)
         if wrong.any():
             axis = data_frame(self._latents[msg["name"]]).dim - (fn.event_dim - event_dim)
             bad = wrong.movedim(axis, 0).flatten(1).any(1) if wrong.dim() > 1 else wrong
@@ -117,14 +120,6 @@ def _in_simplex(value: Tensor) -> Tensor:
     tolerance = max(1e-6, 10 * torch.finfo(value.dtype).eps) if value.is_floating_point() else 0.0
     near_one = (value.double().sum(-1) - 1).abs() <= tolerance
     return (value >= 0).all(-1) & near_one
-
-
-def _is_scored(site: Site, event_dim: int) -> Tensor:
-    """Return whether the density counts each value: it is not masked. Shape as of ``_check``."""
-    mask = mask_of(site)
-    if not isinstance(mask, Tensor):
-        return torch.tensor(mask is not False, device=site["value"].device)
-    return mask.flatten(-event_dim).all(-1) if event_dim else mask
 
 
 def _error(site: Site, support: Constraint, values: Tensor, row: int) -> OutsideSupportError:

@@ -24,7 +24,7 @@ from pyro_vae._programs.sites import (
     Site,
     base_distribution,
     data_frame,
-    mask_of,
+    is_scored,
     random_sites,
     to_particle_layout,
 )
@@ -116,9 +116,8 @@ def check_guide(guide: Guide, site: str, rows: Sequence[Tensor]) -> Tensor:
                 f"samples, {[*found][: [*found].index(site)]}. Its aggregated posterior is then an "
                 "integral. Let the guide sample that latent first, given only x."
             )
-    mask = mask_of(found[site])
-    has_posterior = torch.as_tensor(True if mask is None else mask, device=value.device)
-    return to_particle_layout(has_posterior, found[site], None)[0].flatten(1).all(1)
+    scored = to_particle_layout(is_scored(found[site]), found[site], None)[0]
+    return scored.flatten(1).all(1)
 
 
 def _sites(guide: Guide, rows: Sequence[Tensor]) -> dict[str, Site]:
