@@ -92,7 +92,7 @@ class EarlyStopping(pv.training.Callback):
         """Record the best epoch, and stop."""
         if row["validation_loss"] < self.best:
             self.best, self.best_epoch = row["validation_loss"], epoch
-        if epoch - max(self.best_epoch, WARM_UP) > PATIENCE:
+        if epoch - max(self.best_epoch, WARM_UP - 1) > PATIENCE:
             raise pv.training.StopTraining(f"no gain since epoch {self.best_epoch}")
 
     def state_dict(self):
@@ -116,7 +116,7 @@ class NormalizedAdam(torch.optim.Adam):
         for group in self.param_groups:
             gradients = [p.grad for p in group["params"] if p.grad is not None]
             norms = torch._foreach_norm(gradients)
-            torch._foreach_add_(norms, 1e-10)  # a tensor of zeros stays zero
+            torch._foreach_add_(norms, 1e-7)  # a tensor of zeros stays zero
             torch._foreach_div_(gradients, norms)
         super().step()
         return loss
@@ -158,7 +158,7 @@ def train_and_evaluate(args):
         validation=validation,
         epochs=args.epochs,
         batch_size=BATCH_SIZE,
-        optimizer=functools.partial(NormalizedAdam, lr=LEARNING_RATE),
+        optimizer=functools.partial(NormalizedAdam, lr=LEARNING_RATE, fused=True),
         patience=args.epochs,  # restores the best epoch; EarlyStopping stops
         callbacks=[EarlyStopping()],
         checkpoint=pv.training.Checkpoint(folder, resume=True),
