@@ -44,8 +44,10 @@ ARGUMENTS = {
         *("--data", "digits", "--epochs", "1", "--particles", "20", "--test", "50"),
         *("--surgery", "200", "--pairs", "VAE, N(0, I)", "two layers, Vamp of 500"),
     ],
-    "published.py": [
-        *("A", "vampprior", "--data", "digits", "--epochs", "2", "--particles", "30"),
+    "published/page.py": ["--out", "page.md"],
+    "published/run.py": [
+        *("A", "hvae-vampprior", "--data", "digits", "--epochs", "2", "--particles", "30"),
+        *("--ais", "0", "--results", "results"),
     ],
     "semi_supervised.py": [
         *("--data", "digits", "--epochs", "1", "--train", "300", "--labels", "50"),
@@ -59,13 +61,18 @@ ARGUMENTS = {
 }
 
 
-PARTS_OF_BENCHMARKS = {"benchmarks/case.py", "benchmarks/torch_peers.py"}
+PARTS = {
+    "benchmarks/case.py",
+    "benchmarks/torch_peers.py",
+    "published/pairs.py",
+    "published/protocols.py",
+}
 NEED_EXTRAS = {"benchmarks/numpyro_peer.py"}  # an extra that the tests do not install
 
 
 def test_every_example_has_arguments():
     found = {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*.py")}
-    assert found - PARTS_OF_BENCHMARKS - NEED_EXTRAS == set(ARGUMENTS)
+    assert found - PARTS - NEED_EXTRAS == set(ARGUMENTS)
 
 
 def trials():
@@ -92,3 +99,9 @@ def test_example(name, tmp_path):
     }
     word = shown.get(name) or shown.get(name.split("/")[0], "log p(x)")
     assert word in result.stdout
+
+
+def test_page_of_published_numbers_shows_the_results(tmp_path):
+    run_python(EXAMPLES / "published" / "page.py", ["--out", "page.md"], tmp_path)
+    page = EXAMPLES.parent / "docs" / "published.md"
+    assert (tmp_path / "page.md").read_text() == page.read_text()

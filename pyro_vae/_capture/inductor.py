@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae._capture.products import use_onednn
+from pyro_vae._capture.products import faster_products
 
 aten = torch.ops.aten
 
@@ -44,7 +44,8 @@ def rewrite(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
         graph: a graph of ATen operations.
         inputs: the inputs of the graph. Only their shapes and dtypes are used.
     """
-    return make_fx(graph, decomposition_table=_REWRITTEN, tracing_mode="fake")(*inputs)
+    table = _REWRITTEN | faster_products()
+    return make_fx(graph, decomposition_table=table, tracing_mode="fake")(*inputs)
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta=1, alpha=1) -> Tensor:
@@ -79,13 +80,7 @@ def _bernoulli(p: Tensor, *, generator: torch.Generator | None = None) -> Tensor
     return (torch.rand(p.shape, dtype=p.dtype, device=p.device) < p).to(p.dtype)
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """Compute a product by oneDNN where this is faster."""
-    return torch.ops.pyro_vae.product(a, b) if use_onednn(a, b) else NotImplemented
-
-
 _REWRITTEN = {
-    aten.mm.default: _mm,
     aten.addmm.default: _addmm,
     aten.bernoulli.default: _bernoulli,
     aten.tanh.default: _tanh,

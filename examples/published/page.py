@@ -1,0 +1,145 @@
+"""Write docs/published.md from the results of run.py.
+
+python examples/published/page.py
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+from run import DESCRIPTIONS, RESULTS, ROWS
+
+PAGE = Path(__file__).parents[2] / "docs" / "published.md"
+
+START = """# Published numbers
+
+Each row is one command, which trains a model by the protocol of a paper and estimates log p(x) of
+the test data:
+
+```bash
+python examples/published/run.py A vae
+```
+
+A run writes checkpoints, and the same command resumes it. `--data fashion-mnist` applies the
+protocol to other data, and `--seed 1` starts another run. `examples/published/protocols.py` has
+the protocols, `pairs.py` the models and guides. `python examples/published/page.py` makes this
+page from the results.
+
+log p(x) is in nats per image, for all 10,000 test images of MNIST, by importance sampling with
+5000 samples. The test images are binarized once, with the random seed of the code of Norouzi et
+al. (2020). The combined error has the Monte Carlo error and the published standard deviation over
+runs. A single run has no standard deviation of its own, so the published one stands in for it.
+"""
+
+COLUMNS = [
+    "row",
+    "here",
+    "published",
+    "difference",
+    "in combined errors",
+    "test ELBO",
+    "AIS minus importance sampling",
+    "active units",
+]
+
+COSTS = """
+## Time and memory
+
+The seconds are medians over epochs on one core of an AMD EPYC (Zen 5), which also did other work.
+The best epoch has the lowest validation loss, and its parameters are evaluated.
+
+"""
+
+COST_COLUMNS = [
+    "table",
+    "row",
+    "runs",
+    "epochs",
+    "best epoch",
+    "seconds per epoch",
+    "hours of training",
+    "minutes of log p(x)",
+    "peak memory, MB",
+]
+
+
+def results_of(table, row):
+    """Return the results of a row on MNIST, one for each seed. Complete protocols come first."""
+    paths = sorted(RESULTS.glob(f"{table}-{row}-mnist-*.json"))
+    found = [json.loads(path.read_text()) for path in paths]
+    return [result for result in found if result["epochs_of_protocol"]] or found
+
+
+def head(columns):
+    """Return the first two lines of a table."""
+    return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
+
+
+def line(row, published, results):
+    """Return the line of a row in the table of log p(x)."""
+    value, deviation = published
+    theirs = f"{value:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+    if not results:
+        return f"| {row} | not run | {theirs} | | | | | |\n"
+    whole, count = results[0]["epochs_of_protocol"], len(results)
+    ours = mean(result["log_p"] for result in results)
+    spread = f" ± {stdev(result['log_p'] for result in results):.2f}" if count > 1 else ""
+    name = f"{row}, one run" if count == 1 else f"{row}, {count} runs"
+    if not whole:
+        name += f", {results[0]['epochs']} epochs"
+    difference = f"{ours - value:+.2f}" if whole else ""
+    in_errors = ""
+    if whole and deviation is not None:
+        variance = mean(result["monte_carlo_error"] ** 2 for result in results) + deviation**2
+        in_errors = f"{(ours - value) / (variance / count) ** 0.5:+.1f}"
+    elbo = mean(result["test_elbo"] for result in results)
+    checks = [
+        f"{result['ais_minus_importance']:+.2f} ± {result['ais_minus_importance_error']:.2f}"
+        for result in results
+        if "ais_images" in result
+    ]
+    units = ", ".join(str(result["active_units"]) for result in results)
+    cells = [name, f"{ours:.2f}{spread}", theirs, difference, in_errors, f"{elbo:.2f}"]
+    return f"| {' | '.join([*cells, ', '.join(checks), units])} |\n"
+
+
+def cost_line(table, row, results):
+    """Return the line of a row in the table of time and memory."""
+    cells = [
+        table,
+        row,
+        str(len(results)),
+        ", ".join(str(result["epochs"]) for result in results),
+        ", ".join(str(result["best_epoch"] or "last") for result in results),
+        f"{mean(result['seconds_per_epoch'] for result in results):.1f}",
+        f"{mean(result['hours_of_training'] for result in results):.1f}",
+        f"{mean(result['seconds_of_log_p'] for result in results) / 60:.0f}",
+        f"{max(result['peak_memory_mb'] for result in results):.0f}",
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def page():
+    """Return the text of the page."""
+    text, costs = START, ""
+    for table, description in DESCRIPTIONS.items():
+        text += f"\n## Table {table}: {description}\n\n{head(COLUMNS)}"
+        for (of_table, row), each in ROWS.items():
+            if of_table == table:
+                results = results_of(table, row)
+                text += line(row, each.published, results)
+                costs += cost_line(table, row, results) if results else ""
+    return text + (COSTS + head(COST_COLUMNS) + costs if costs else "")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=PAGE)
+    out = parser.parse_args().out
+    out.write_text(page())
+    print(f"{out}: log p(x) of {len(list(RESULTS.glob('*.json')))} runs")
+
+
+if __name__ == "__main__":
+    main()

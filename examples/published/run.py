@@ -1,0 +1,180 @@
+"""Train one row of a published table by its protocol, and compare the result with the paper.
+
+python examples/published/run.py A vae                       # an hour; resumes where it stopped
+python examples/published/run.py A vae --data fashion-mnist  # the same protocol on other data
+python examples/published/run.py B iwae-5 --epochs 364       # six of eight stages
+python examples/published/run.py A vae --data digits --epochs 3 --particles 10
+
+The result is written to examples/published/results, from which page.py makes docs/published.md.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pairs
+import protocols
+import pyro
+import torch
+
+import pyro_vae as pv
+
+RESULTS = Path(__file__).parent / "results"
+DESCRIPTIONS = {
+    "A": "Gaussian prior and VampPrior (Norouzi et al. 2020, table 1), dynamic MNIST",
+    "B": "one stochastic layer (Burda et al. 2016, table 1), dynamic MNIST",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table.
+
+    Args:
+        make: function from the mean image of the training data to a model and a guide.
+        train: function that trains them by the protocol.
+        published: the mean of log p(x) in the paper, and its standard deviation over runs if the
+            paper has it, in nats.
+        objective: name of the objective, if the protocol does not determine it.
+    """
+
+    make: object
+    train: object
+    published: tuple[float, float | None]
+    objective: object = None
+
+
+ONE, TWO = pairs.one_level, pairs.two_levels
+ROWS = {
+    ("A", "vae"): Row(ONE(pairs.standard_normal), protocols.early_stopping, (-84.45, 0.12)),
+    ("A", "vampprior"): Row(ONE(pairs.vamp), protocols.early_stopping, (-82.43, 0.06)),
+    ("A", "hvae"): Row(TWO(pairs.standard_normal), protocols.early_stopping, (-82.39, 0.11)),
+    ("A", "hvae-vampprior"): Row(TWO(pairs.vamp), protocols.early_stopping, (-81.56, 0.09)),
+    ("B", "vae-1"): Row(
+        pairs.tanh_pair, protocols.stages, (-86.76, None), objective=pv.objectives.IWAE(1)
+    ),
+    ("B", "iwae-5"): Row(
+        pairs.tanh_pair, protocols.stages, (-85.54, None), objective=pv.objectives.IWAE(5)
+    ),
+    ("B", "iwae-50"): Row(
+        pairs.tanh_pair, protocols.stages, (-84.78, None), objective=pv.objectives.IWAE(50)
+    ),
+}
+
+
+def train(row, data, args, folder):
+    """Return the fit, of a pair whose initial values depend on the seed alone."""
+    pyro.set_rng_seed(args.seed)
+    model, guide = row.make(data.train.mean(0))
+    options = {} if row.objective is None else {"objective": row.objective}
+    return row.train(
+        model,
+        guide,
+        data,
+        epochs=args.epochs,
+        seed=args.seed,
+        checkpoint=pv.training.Checkpoint(folder, resume=True),
+        **options,
+    )
+
+
+def evaluate(row, fit, data, args):
+    """Return what the tables show of a fit, in nats."""
+    _, test = protocols.binary(data)
+    model, guide = fit.model, fit.guide
+    start = time.perf_counter()
+    estimate = pv.evidence(model, guide, test, num_particles=args.particles, seed=0, progress=True)
+    seconds = time.perf_counter() - start
+    errors = estimate.monte_carlo_errors
+    result = {
+        "log_p": estimate.mean,
+        "monte_carlo_error": errors.square().sum().sqrt().item() / len(errors),
+        "test_elbo": estimate.elbo,
+        "unreliable_share": estimate.unreliable_share,
+        "particles": args.particles,
+        "test_images": len(test),
+        "seconds_of_log_p": seconds,
+    }
+    if args.ais:
+        few, chains = test[: args.ais], pv.evaluation.AIS(num_chains=16, num_temperatures=500)
+        annealed = pv.evidence(model, guide, few, method=chains, seed=0, progress=True)
+        difference = annealed.values - estimate.values[: len(few)]
+        result |= {
+            "ais_images": len(few),
+            "ais_minus_importance": difference.mean().item(),
+            "ais_minus_importance_error": (
+                annealed.monte_carlo_errors.square() + errors[: len(few)].square()
+            )
+            .sum()
+            .sqrt()
+            .item()
+            / len(few),
+            "ais_chains": chains.num_chains,
+            "ais_temperatures": chains.num_temperatures,
+        }
+    report = pv.evaluation.collapse_report(model, guide, torch.bernoulli(data.train), seed=0)
+    result |= {"active_units": report.num_active, "train_rate": report.rate}
+    if report.surgery is not None:
+        result["marginal_kl"] = report.surgery.marginal_kl
+        result["mutual_information"] = report.surgery.mutual_information
+        result["mutual_information_saturated"] = report.surgery.saturated
+    return result
+
+
+def cost(fit):
+    """Return the time, the memory and the versions of a run."""
+    seconds = fit.history["seconds"]
+    validated = "validation_loss" in fit.history and fit.history["validation_loss"].notna().all()
+    return {
+        "epochs": len(fit.history),
+        "best_epoch": int(fit.history["validation_loss"].idxmin()) if validated else None,
+        "stop_reason": fit.stop_reason,
+        "execution": fit.execution,
+        "seconds_per_epoch": float(seconds.median()),
+        "hours_of_training": float(seconds.sum()) / 3600,
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "threads": torch.get_num_threads(),
+        "device": str(next(fit.guide.parameters()).device),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "pyro-ppl", "pyro_vae")},
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("table", choices=sorted({table for table, _ in ROWS}))
+    parser.add_argument("row", choices=[row for _, row in ROWS])
+    parser.add_argument("--data", default="mnist", help="any data set of pv.datasets.load")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, help="at most; the default is the protocol's")
+    parser.add_argument("--particles", type=int, default=5000)
+    parser.add_argument("--ais", type=int, default=500, help="images for the check by AIS; or 0")
+    parser.add_argument("--folder", type=Path, default=Path("published"), help="for checkpoints")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if (args.table, args.row) not in ROWS:
+        parser.error(f"table {args.table} has the rows {[r for t, r in ROWS if t == args.table]}")
+    row, name = ROWS[args.table, args.row], f"{args.table}-{args.row}-{args.data}-{args.seed}"
+    data = pv.datasets.load(args.data, binarize="none")
+    fit = train(row, data, args, args.folder / name)
+    print(fit)
+    result = {"table": args.table, "row": args.row, "data": args.data, "seed": args.seed}
+    result |= (
+        {"epochs_of_protocol": args.epochs is None} | evaluate(row, fit, data, args) | cost(fit)
+    )
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"{name}.json"
+    finite = {key: None if value != value else value for key, value in result.items()}
+    path.write_text(json.dumps(finite, indent=2) + "\n")  # JSON has no NaN
+    value, deviation = row.published
+    over_runs = "" if deviation is None else f" ± {deviation}"
+    print(f"log p(x): {result['log_p']:.2f} here, {value}{over_runs} published for MNIST")
+
+
+if __name__ == "__main__":
+    main()
