@@ -46,7 +46,7 @@ COLUMNS = [
 COSTS = """
 ## Time and memory
 
-The seconds are medians over epochs on one core of an AMD EPYC (Zen 5), which also did other work.
+The seconds are medians over epochs on one core of an AMD EPYC (Zen 5), beside other work.
 The best epoch has the lowest validation loss, and its parameters are evaluated.
 
 """
