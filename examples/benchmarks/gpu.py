@@ -97,7 +97,7 @@ def run_section(name: str, seconds: float, arguments, results: Results) -> None:
     took = time.monotonic() - began
     end = {"check": "the section ran to its end", "passed": status == 0, "seconds": took}
     if status != 0:
-        end |= {"status": status, "stderr": last}
+        end |= {"status": status, "last_line": (last.splitlines() or [""])[-1], "stderr": last}
     results.add(name, end)
 
 
@@ -142,6 +142,8 @@ def table_of_steps(results: list[dict]) -> list[str]:
         if "ms" in result:
             case = cases.setdefault((result["objective"], result["network"]), {})
             case[result["peer"]] = result
+    if not cases:
+        return []
     lines = [
         "Milliseconds per step, in brackets the ratio to the captured step of pyro_vae.",
         "",
@@ -173,6 +175,10 @@ def main():
     if arguments.show is not None:
         print(tables(json.loads(arguments.show.read_text())))
         return
+    import torch
+
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device. Pass --device cpu --small to try the script")
     settings = {"device": arguments.device, "small": arguments.small}
     results = Results(arguments.out, settings | {"minutes": arguments.minutes})
     end = time.monotonic() + 60 * arguments.minutes
