@@ -10,6 +10,7 @@ ARGUMENTS = {
     "benchmarks/checkpoints.py": ["kill", "--runs", "1", "--epochs", "2"],
     "benchmarks/coverage.py": ["--repeats", "2", "--seeds", "2", "--steps", "6"],
     "benchmarks/evidence.py": ["--data", "100", "--particles", "20", "--rounds", "1"],
+    "benchmarks/gpu.py": ["--device", "cpu", "--small", "--minutes", "4"],
     "benchmarks/import_time.py": ["--rounds", "1"],
     "benchmarks/objectives.py": ["--seeds", "2", "--epochs", "2", "--workers", "1"],
     "benchmarks/seeds.py": ["--seeds", "2", "--epochs", "2", "--rounds", "2"],
@@ -62,10 +63,9 @@ ARGUMENTS = {
 
 
 PARTS = {
-    "benchmarks/case.py",
-    "benchmarks/torch_peers.py",
-    "published/pairs.py",
-    "published/protocols.py",
+    *("benchmarks/case.py", "benchmarks/torch_peers.py"),
+    *("benchmarks/gpu_part.py", "benchmarks/gpu_checks.py", "benchmarks/gpu_times.py"),
+    *("published/pairs.py", "published/protocols.py"),
 }
 NEED_EXTRAS = {"benchmarks/numpyro_peer.py"}  # an extra that the tests do not install
 
@@ -94,6 +94,7 @@ def test_example(name, tmp_path):
     shown |= {
         "benchmarks/checkpoints.py": "1 of 1 bit-identical",
         "benchmarks/coverage.py": "the set of the best holds",
+        "benchmarks/gpu.py": ", 0 failed",
         "benchmarks/objectives.py": "95% interval",
         "benchmarks/scaling.py": "growth",
     }

@@ -59,7 +59,9 @@ def guide(x):
 
 
 def main():
-    loss = RenyiELBO(alpha=0.0, num_particles=50) if OBJECTIVE == "iwae50" else Trace_ELBO()
+    loss = Trace_ELBO()
+    if OBJECTIVE.startswith("iwae"):
+        loss = RenyiELBO(alpha=0.0, num_particles=int(OBJECTIVE.removeprefix("iwae")))
     svi = SVI(model, guide, numpyro.optim.Adam(1e-3), loss)
     state = svi.init(jax.random.PRNGKey(0), jnp.zeros((BATCH, X.shape[1])))
 

@@ -44,12 +44,21 @@ LOSS_TOLERANCE = 0.03  # relative; the order of the data alone moves the early l
 
 
 class Worker:
-    """The process of one library."""
+    """The process of one library.
 
-    def __init__(self, peer: str, network: str, objective: str, steps: int):
+    Args:
+        peer: A key of ``PEERS``.
+        network: Hidden widths, latents, whether gated, and the batch size.
+        objective: One of ``OBJECTIVES``; for NumPyro also "iwae" with any number of particles.
+        steps: The number of steps of an epoch.
+    """
+
+    def __init__(
+        self, peer: str, network: tuple[list[int], int, bool, int], objective: str, steps: int
+    ):
         started = time.perf_counter()
         script = "numpyro_peer.py" if peer == "numpyro" else "torch_peers.py"
-        settings = json.dumps([peer, *NETWORKS[network], objective, steps])
+        settings = json.dumps([peer, *network, objective, steps])
         self._process = subprocess.Popen(  # noqa: S603
             [sys.executable, str(HERE / script), settings],
             stdin=subprocess.PIPE,
@@ -84,7 +93,7 @@ class Worker:
 
 def measure(network: str, objective: str, peers: list[str], rounds: int, steps: int) -> list[str]:
     """Run one case, and return its lines of the table."""
-    workers = {peer: Worker(peer, network, objective, steps) for peer in peers}
+    workers = {peer: Worker(peer, NETWORKS[network], objective, steps) for peer in peers}
     for _ in range(rounds):
         for worker in random.sample(list(workers.values()), len(workers)):
             worker.run()

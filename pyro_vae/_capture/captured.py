@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._capture.comparing import disagreement
-from pyro_vae._capture.cuda import CudaGraph
+from pyro_vae._capture.cuda import CudaGraph, versions_elsewhere
 from pyro_vae._capture.dynamo import compiled_functions_run_eagerly
 from pyro_vae._capture.guards import change, state_of, tensors_that_may_change
 from pyro_vae._capture.inductor import compile_graph
@@ -21,6 +21,7 @@ from pyro_vae._capture.policy import (
     Capture,
     WorkCounter,
     check_capture,
+    reason_for_eager,
 )
 from pyro_vae._capture.signatures import Signature, from_config, signature_of, to_config
 from pyro_vae._capture.tracing import CaptureError, Outputs, Trace, trace
@@ -35,6 +36,8 @@ from pyro_vae._utils.random import (
 # Rounding alone can move a value across a kink, such as a knot of a spline, where the gradient
 # jumps.
 _DISAGREEMENTS_THAT_ARE_NO_ACCIDENT = 3
+
+_DEVICES_WITH_GRAPHS = ("cuda",)  # there, the kernels of a call are recorded and launched at once
 
 
 class Stage(Enum):
@@ -71,6 +74,7 @@ class Captured:
         capture: True captures and compiles at once. False never captures. ``"auto"`` captures, or
             also compiles, if this saves time in :attr:`calls_left`. It estimates the time of a call
             from its operations and the sizes of their results. So equal runs decide equally.
+            Calls on CUDA run eagerly unless it is True; see :func:`policy.reason_for_eager`.
 
     Attributes:
         calls_left: number of calls to come, or None if unknown.
@@ -104,6 +108,7 @@ class Captured:
         self._first: Trace | None = None
         self._sources: list[Tensor] = []  # the tensors that the graph uses
         self._constants: list[Tensor] = []  # aliases of them, which keep their storage
+        self._elsewhere: list[tuple[Tensor, int]] = []  # constants whose values the replay keeps
         self._state: dict[str, Any] = {}
         self._replay: Callable[..., Outputs] | None = None
         self._disagreements = 0  # in a row
@@ -190,6 +195,9 @@ class Captured:
         return self._function(*inputs)
 
     def _wait(self, inputs: Sequence[Tensor]) -> Outputs:
+        if reason := reason_for_eager(inputs[0].device):
+            self.execution, self._stage = f"eager: {reason}", Stage.EAGER
+            return self._function(*inputs)
         if self._seconds is None:
             return self._count(inputs)
         if self.calls_left is None:
@@ -290,7 +298,7 @@ class Captured:
         replay, failure = self._replay or self._run_graph, None
         with preserve_rng_state(inputs) as rewind, preserve_tensors(self._writable) as restore:
             try:
-                if self._replay is None and inputs[0].device.type == "cuda":
+                if self._replay is None and inputs[0].device.type in _DEVICES_WITH_GRAPHS:
                     replay = CudaGraph(self._run_graph, inputs)
                     rewind()
                     restore()
@@ -312,6 +320,8 @@ class Captured:
         self._disagreements = 0 if failure is None else self._disagreements + 1
         if failure is None:
             self._stage, self._replay = Stage.REPLAY, replay
+            if inputs[0].device.type in _DEVICES_WITH_GRAPHS:
+                self._elsewhere = versions_elsewhere(self._constants, inputs[0].device)
             self.execution = "captured" if self.compiles else "captured, not compiled"
         elif self._disagreements == _DISAGREEMENTS_THAT_ARE_NO_ACCIDENT:
             self._give_up(failure)
@@ -320,6 +330,9 @@ class Captured:
     def _run_replay(self, inputs: Sequence[Tensor]) -> Outputs:
         if self._moved():
             self._give_up("the storage of a parameter was replaced. Change parameters in place")
+            return self._function(*inputs)
+        if any(tensor._version != version for tensor, version in self._elsewhere):
+            self._give_up("a tensor on another device changed. Move it to the device of the data")
             return self._function(*inputs)
         return self._replay(*inputs)
 
@@ -351,7 +364,7 @@ class Captured:
     def _give_up(self, reason: str) -> None:
         self.execution = f"eager: {reason}"
         self._stage = Stage.EAGER
-        self._sources, self._constants, self._state = [], [], {}
+        self._sources, self._constants, self._elsewhere, self._state = [], [], [], {}
         warnings.warn(f"{self._name} is not captured and runs eagerly: {reason}", stacklevel=2)
 
     _runs: ClassVar = {

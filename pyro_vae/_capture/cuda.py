@@ -21,16 +21,18 @@ class CudaGraph:
     """
 
     def __init__(self, function: Callable[..., Outputs], inputs: Sequence[Tensor]):
+        device = inputs[0].device
         self._inputs = [tensor.clone() for tensor in inputs]
-        stream = torch.cuda.Stream(inputs[0].device)
-        stream.wait_stream(torch.cuda.current_stream(inputs[0].device))
-        with torch.cuda.stream(stream):  # warm-up: libraries choose algorithms
-            for _ in range(3):
-                function(*self._inputs)
-        torch.cuda.current_stream(inputs[0].device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._outputs = function(*self._inputs)
+        with torch.cuda.device(device):  # a graph belongs to the current device
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):  # warm-up: libraries choose algorithms
+                for _ in range(3):
+                    function(*self._inputs)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._outputs = function(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         """Replay the graph. The next call overwrites the outputs."""
@@ -38,3 +40,11 @@ class CudaGraph:
             kept.copy_(given, non_blocking=True)
         self._graph.replay()
         return self._outputs
+
+
+def versions_elsewhere(tensors: Sequence[Tensor], device: torch.device) -> list[tuple[Tensor, int]]:
+    """Return the tensors on other devices, each with its version. A change in place raises it.
+
+    A CUDA graph keeps the values that tensors on the CPU had when it was recorded.
+    """
+    return [(t, t._version) for t in tensors if t.device != device and not t.is_inference()]

@@ -34,6 +34,20 @@ _SECONDS_PER_PRODUCT = {"cpu": 1e-11, "cuda": 1e-13}
 _FIRST_FACTORS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}
 
 
+# Devices on which ``capture="auto"`` captures nothing yet, and the reason.
+_EAGER_DEVICES = {
+    "cuda": (
+        "captured and eager steps were never compared on CUDA. capture=True captures, and compares "
+        "the first captured call with an eager one"
+    )
+}
+
+
+def reason_for_eager(device: torch.device) -> str | None:
+    """Return why ``capture="auto"`` runs eagerly on a device. Return None if it may capture."""
+    return _EAGER_DEVICES.get(device.type)
+
+
 class WorkCounter(TorchDispatchMode):
     """Count the operations inside the block and the sizes of their results.
 

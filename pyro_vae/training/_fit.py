@@ -238,8 +238,9 @@ def fit(
         capture: run the programs through Python a few times, then replay the operations of a step
             as compiled code; see docs/performance.md. ``"auto"`` captures and compiles if the run
             is long enough. It decides by the operations of a step and the number of steps, so equal
-            runs decide equally. Steps of a pair that cannot be captured run eagerly, with a warning
-            that names the cause. The results are equal up to rounding.
+            runs decide equally. On CUDA, ``"auto"`` never captures, because captured steps were
+            not compared with eager ones there. Steps of a pair that cannot be captured run eagerly,
+            with a warning that names the cause. The results are equal up to rounding.
         device: ``"auto"`` is CUDA if available, else the CPU. The pair stays on the device.
         seed: seed of the order of the data, of the noise, and of the initial values that the guide
             creates at its first call. The random state of the process is restored afterwards.

@@ -325,7 +325,7 @@ class TrainingLoop:
             try:
                 losses.append(self.train_step.step(selection))
             except ValueError:  # perhaps from Pyro's validation of a NaN
-                losses.append(torch.tensor(math.nan))
+                losses.append(torch.tensor(math.nan, device=self.device))
                 break
             except RuntimeError as error:
                 self._refuse_smaller(selection, error)

@@ -154,7 +154,9 @@ class TrainStep:
         return self._loss_and_gradients(*self._batches.read(*selection))
 
     def _captured_gradient(self, *selection: Tensor) -> list[Tensor | None]:
-        return self._captured(*self._batches.read(*selection))
+        loss, *gradients = self._captured(*self._batches.read(*selection))
+        # The next replay of a CUDA graph overwrites the outputs. The gradients are used before.
+        return [loss.clone(), *gradients]
 
     def minibatch(self, selection: tuple[Tensor, ...]) -> Batch:
         """Return the minibatch of a step, on the device and transformed."""
