@@ -95,3 +95,16 @@ def stages(model, guide, data, *, objective, epochs, **options):
         scheduler=scheduler,
         **options,
     )
+
+
+def constant_rate(model, guide, data, *, epochs, **options):
+    """Table E: the ELBO by Adam at 0.001 for 200 epochs. The paper does not state its protocol."""
+    return pv.fit(
+        model,
+        guide,
+        data.train,
+        transform=torch.bernoulli,
+        epochs=epochs or 200,
+        batch_size=100,
+        **options,
+    )
