@@ -43,7 +43,8 @@ COLUMNS = [
     "active units",
 ]
 
-SURGERY_TEXT = """The KL is that of the ELBO on the training data. It is the sum of the mutual information and the
+SURGERY_TEXT = """\
+The KL is that of the ELBO on the training data. It is the sum of the mutual information and the
 marginal KL. The mutual information of N images is at most log N, which is 10.82 for 50,000. The
 networks and the optimizer of the paper are not known, so only the pattern is comparable.
 
