@@ -13,6 +13,13 @@ ARGUMENTS = {
     "benchmarks/gpu.py": ["--device", "cpu", "--small", "--minutes", "4"],
     "benchmarks/import_time.py": ["--rounds", "1"],
     "benchmarks/objectives.py": ["--seeds", "2", "--epochs", "2", "--workers", "1"],
+    "benchmarks/programs.py": [
+        *("--programs", "64-32-2 (digits)", "sequences of 10 steps", "--rounds", "1"),
+        *("--steps", "5"),
+    ],
+    "benchmarks/short_runs.py": [
+        *("--peers", "pyro_vae", "pyro", "--sizes", "digits", "--rounds", "1", "--epochs", "2"),
+    ],
     "benchmarks/seeds.py": ["--seeds", "2", "--epochs", "2", "--rounds", "2"],
     "benchmarks/step.py": [
         *("--peers", "captured", "hand", "--networks", "784-200-200-50/20"),
