@@ -21,7 +21,7 @@ _UNITS_OF_ROUNDING = 4
 
 _PRODUCTS = {
     aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.addbmm, aten.mv, aten.addmv, aten.dot,
-    aten.vdot, aten._cdist_forward, aten._cdist_backward,
+    aten._cdist_forward, aten._cdist_backward,
 }  # fmt: skip
 _CONVOLUTIONS = {aten.convolution, aten.convolution_backward}
 _ATTENTION = "_scaled_dot_product"
