@@ -2,12 +2,14 @@
 
 python examples/benchmarks/step.py                 # all cases, about twenty minutes
 python examples/benchmarks/step.py --networks 784-200-200-50/20 --objectives elbo
+python examples/benchmarks/step.py --peers eager captured --precisions highest medium
 
 Each library runs in its own process. In every round, each process runs one epoch, in random order,
 so that other work on the machine affects all alike. A step gathers a minibatch, binarizes it,
 computes the gradient and makes an Adam update. The program prints the median over the rounds, as a
 ratio to pyro_vae's captured step. All libraries start from the same weights. Their losses at the
-end must agree.
+end must agree. With several precisions of float32 matrix products, each library on torch has a
+process for each of them.
 
 Install the extra dependencies with `pip install -c constraints.txt -e ".[benchmark]"`.
 """
@@ -57,7 +59,7 @@ class Worker:
         self, peer: str, network: tuple[list[int], int, bool, int], objective: str, steps: int
     ):
         started = time.perf_counter()
-        script = "numpyro_peer.py" if peer == "numpyro" else "torch_peers.py"
+        script = "numpyro_peer.py" if peer.startswith("numpyro") else "torch_peers.py"
         settings = json.dumps([peer, *network, objective, steps])
         self._process = subprocess.Popen(  # noqa: S603
             [sys.executable, str(HERE / script), settings],
@@ -99,15 +101,17 @@ def measure(network: str, objective: str, peers: list[str], rounds: int, steps: 
             worker.run()
     for worker in workers.values():
         worker.close()
-    ours = median(workers["captured"].seconds)
+    ours = median(workers[peers[0]].seconds)
     reached = {p: mean(w.losses[-max(1, rounds // 3) :]) for p, w in workers.items()}
     lines = []
     for peer, worker in workers.items():
         step, loss = median(worker.seconds), reached[peer]
-        agrees = abs(loss / reached["captured"] - 1) < LOSS_TOLERANCE
+        agrees = abs(loss / reached[peers[0]] - 1) < LOSS_TOLERANCE
+        name, _, precision = peer.partition("/")
         lines.append(
-            f"| {network} | {objective} | {PEERS[peer]} | {1e3 * step:.2f} | {step / ours:.2f} | "
-            f"{loss:.2f}{'' if agrees else ' (differs)'} | {worker.setup_seconds:.0f} |"
+            f"| {network} | {objective} | {PEERS[name]} | {precision} | {1e3 * step:.2f} | "
+            f"{step / ours:.2f} | {loss:.2f}{'' if agrees else ' (differs)'} | "
+            f"{worker.setup_seconds:.0f} |"
         )
     return lines
 
@@ -117,12 +121,22 @@ def main():
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--objectives", nargs="+", default=OBJECTIVES, choices=OBJECTIVES)
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
+    parser.add_argument(
+        "--precisions", nargs="+", default=["highest"], choices=["highest", "high", "medium"]
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=50, help="per epoch; an eighth for IWAE")
     arguments = parser.parse_args()
-    peers = ["captured", *(peer for peer in arguments.peers if peer != "captured")]
-    print("| network/batch | objective | library | ms per step | ratio | loss | start, s |")
-    print("|---|---|---|---|---|---|---|")
+    names = ["captured", *(peer for peer in arguments.peers if peer != "captured")]
+    peers = [
+        f"{name}/{precision}"
+        for name in names
+        for precision in (arguments.precisions[:1] if name == "numpyro" else arguments.precisions)
+    ]
+    print(
+        "| network/batch | objective | library | precision | step, ms | ratio | loss | start, s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for objective in arguments.objectives:
         steps = max(1, arguments.steps // (8 if objective == "iwae50" else 1))
         for network in arguments.networks:

@@ -19,6 +19,7 @@ from pyro_vae.training._step import TrainStep
 from pyro_vae.training._train_state import TrainState
 
 PEER, HIDDEN, LATENTS, GATED, BATCH, OBJECTIVE, STEPS = settings()
+PEER, _, PRECISION = PEER.partition("/")
 PARTICLES = 50 if OBJECTIVE == "iwae50" else 1
 X = torch.from_numpy(intensities(BATCH * STEPS))
 WEIGHTS = initial_weights(HIDDEN, LATENTS, GATED)
@@ -246,5 +247,6 @@ BUILD = {
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
+    torch.set_float32_matmul_precision(PRECISION)
     torch.manual_seed(2)
     take_turns(BUILD[PEER](), STEPS)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pyro_vae._capture.comparing import disagreement
+from pyro_vae._capture.comparing import disagreement, rounding_of
 from pyro_vae._capture.cuda import CudaGraph, versions_elsewhere
 from pyro_vae._capture.dynamo import compiled_functions_run_eagerly
 from pyro_vae._capture.guards import change, state_of, tensors_that_may_change
@@ -26,6 +26,7 @@ from pyro_vae._capture.policy import (
 from pyro_vae._capture.signatures import Signature, from_config, signature_of, to_config
 from pyro_vae._capture.tracing import CaptureError, Outputs, Trace, trace
 from pyro_vae._utils.messages import first_line
+from pyro_vae._utils.precision import current_precision
 from pyro_vae._utils.random import (
     generator_state,
     noise_from_elsewhere,
@@ -63,9 +64,10 @@ class Captured:
 
     Everything else that the function depends on must stay the same. Numbers, strings and containers
     that its code reaches by name are compared before and after a run, and at each recheck. Tensors
-    must stay the same objects and change in place. If a check fails, all later calls run eagerly,
-    and a warning names the reason. The capture is for the first input shapes that occur twice.
-    Calls with other shapes run eagerly.
+    must stay the same objects and change in place. The precision of float32 matrix products must
+    stay the same too. If a check fails, all later calls run eagerly, and a warning names the
+    reason. The capture is for the first input shapes that occur twice. Calls with other shapes run
+    eagerly.
 
     Args:
         function: function of tensors that returns tensors or None, without gradients.
@@ -110,6 +112,8 @@ class Captured:
         self._constants: list[Tensor] = []  # aliases of them, which keep their storage
         self._elsewhere: list[tuple[Tensor, int]] = []  # constants whose values the replay keeps
         self._state: dict[str, Any] = {}
+        self._precision: str | None = None  # of the matrix products, when they were traced
+        self._rounding = 0.0  # of their factors
         self._replay: Callable[..., Outputs] | None = None
         self._disagreements = 0  # in a row
         self._ahead: dict[str, Any] = {}  # the state_dict that Stage.CATCH_UP must reach
@@ -183,6 +187,11 @@ class Captured:
         """
         if self._state and (changed := change(self._state, state_of(self._watch))):
             self._give_up(f"{changed} since the capture. Use a tensor, and change it in place")
+        elif self._state and self._precision != (precision := current_precision()):
+            self._give_up(
+                f"the precision of float32 matrix products changed from {self._precision} to "
+                f"{precision} since the capture. Set it before the call, or pass precision="
+            )
         elif self._stage is Stage.REPLAY:
             self._stage = Stage.CHECK
         elif self._stage is Stage.CATCH_UP and self._ahead["stage"] == Stage.REPLAY.value:
@@ -281,6 +290,8 @@ class Captured:
         self._constants = [tensor.detach() for tensor in traced.constants]
         self._writable = [self._constants[number] for number in traced.more_than_gathered()]
         self._graph = traced.graph
+        self._precision = current_precision()
+        self._rounding = rounding_of(traced.graph, inputs[0].device)
         if self.compiles:
             try:
                 with preserve_rng_state(inputs) as rewind:
@@ -316,7 +327,7 @@ class Captured:
             self._give_up(failure)
             return outputs
         done = [*outputs, *self._writable, generator_state(inputs)]
-        failure = disagreement(done, replayed)
+        failure = disagreement(done, replayed, self._rounding)
         self._disagreements = 0 if failure is None else self._disagreements + 1
         if failure is None:
             self._stage, self._replay = Stage.REPLAY, replay

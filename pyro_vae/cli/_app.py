@@ -22,6 +22,7 @@ from pyro_vae._utils.checks import positive_integer, positive_number
 from pyro_vae._utils.devices import torch_device
 from pyro_vae._utils.distributed import group_of_torchrun, rank
 from pyro_vae._utils.extras import require
+from pyro_vae._utils.precision import shared_precision
 from pyro_vae._utils.progress import progress_bar, task
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.versions import versions
@@ -153,6 +154,7 @@ def compare(
             "learning_rate": learning_rate,
             "patience": patience,
             "device": device,
+            "precision": shared_precision(None),  # your own pairs may set it
         },
         checkpoint=None if checkpoint is None else checkpoint.resolve(),
     )

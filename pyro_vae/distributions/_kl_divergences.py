@@ -22,6 +22,7 @@ from torch.distributions import kl_divergence
 from torch.distributions.transforms import Transform, _InverseTransform
 from torch.nn import functional as F
 
+from pyro_vae._utils.precision import rounds_products
 from pyro_vae.distributions import _continuous_bernoulli as continuous_bernoulli
 
 _OURS = {"torch", "pyro", "pyro_vae"}  # closed forms hold only for the log_prob of these packages
@@ -105,7 +106,9 @@ def _form(of_q: type, of_p: type, number_registered: int) -> Callable[[Any, Any]
         if _package(registered) not in ("torch", "pyro"):
             return registered
         if written and pair in _RIGHT_AS_THEY_ARE:
-            return registered
+            if pair == (D.Normal, D.Normal):  # it has no matrix product
+                return registered
+            return functools.partial(_with_exact_products, registered)
         if written and pair[1] in _RIGHT.get(pair[0], ()):
             return functools.partial(_in_float64, registered, *pair)
         return None
@@ -137,6 +140,24 @@ def _in_float64(formula: Callable, of_q: type, of_p: type, q: Any, p: Any) -> Te
     return formula(*wide).to(getattr(q, _PARAMETERS[of_q][0]).dtype)
 
 
+def _with_exact_products(formula: Callable, q: Any, p: Any) -> Tensor:
+    """Evaluate a formula for Gaussians, in float64 if float32 products would be rounded."""
+    if not rounds_products(q.loc):
+        return formula(q, p)
+    return formula(_double(q), _double(p)).to(q.loc.dtype)
+
+
+def _double(gaussian: Any) -> Any:
+    """Return a Gaussian with its parameters in float64."""
+    names = ["loc", "scale"]
+    if isinstance(gaussian, D.LowRankMultivariateNormal):
+        names = ["loc", "cov_factor", "cov_diag"]
+    elif isinstance(gaussian, D.MultivariateNormal):
+        names = ["loc", "scale_tril"]
+    cls = next(c for c in type(gaussian).__mro__ if c.__module__.startswith("torch."))
+    return cls(**{name: getattr(gaussian, name).double() for name in names}, validate_args=False)
+
+
 def _of_independent(q: Any, p: Any) -> Tensor | None:
     shared = min(q.reinterpreted_batch_ndims, p.reinterpreted_batch_ndims)
     q, p = (
@@ -151,7 +172,12 @@ def _of_independent(q: Any, p: Any) -> Tensor | None:
 
 def _of_independent_normal(q: Any, p: Any) -> Tensor | None:
     plain = isinstance(q.base_dist, D.Normal) and q.reinterpreted_batch_ndims == 1
-    return kl_divergence(q, p) if plain and _as_written(type(q.base_dist)) else None
+    if not (plain and _as_written(type(q.base_dist))):
+        return None
+    if not rounds_products(q.base_dist.loc):
+        return kl_divergence(q, p)
+    wide = D.Independent(_double(q.base_dist), 1)
+    return kl_divergence(wide, _double(p)).to(q.base_dist.loc.dtype)
 
 
 def _of_masked(q: Any, p: Any) -> Tensor | None:

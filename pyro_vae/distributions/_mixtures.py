@@ -13,6 +13,7 @@ from torch.distributions import Categorical
 
 from pyro_vae._utils.checks import require_floats
 from pyro_vae._utils.numerics import implicit
+from pyro_vae._utils.precision import exact_product
 from pyro_vae.distributions._casting import value_for
 
 _LOG_DENSITIES_AT_A_TIME = 4_000_000  # 32 MB of float64
@@ -181,8 +182,9 @@ class MixtureOfDiagNormals(TorchDistribution):
         uniform = (weights * below).sum(-2)
         with torch.no_grad():
             slope = -standardised / self.scale  # derivative of log_scalars with respect to z
-            jacobian = (weights * below).mT @ slope
-            jacobian = jacobian - uniform.unsqueeze(-1) * (weights.mT @ slope)
+            jacobian = exact_product((weights * below).mT, slope)
+            of_density = exact_product(weights.mT, slope)
+            jacobian = jacobian - uniform.unsqueeze(-1) * of_density
             density = (weights * log_scalars.exp()).sum(-2)
             jacobian = jacobian.tril(-1) + torch.diag_embed(density)
 

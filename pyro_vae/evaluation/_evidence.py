@@ -16,6 +16,7 @@ from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
 from pyro_vae._utils.checks import check_call, positive_integer, require_word
 from pyro_vae._utils.interrupts import Interrupted
+from pyro_vae._utils.precision import Precision, check_precision
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Data
 from pyro_vae.evaluation._ais import AIS, Annealer, Annealing
@@ -40,6 +41,7 @@ def evidence(
     vectorize_particles: bool | None = None,
     plate: str | None = None,
     capture: Capture = "auto",
+    precision: Precision | None = None,
     seed: int | None = None,
     resume: Interrupted | Evidence | None = None,
     progress: bool | Progress = False,
@@ -72,6 +74,7 @@ def evidence(
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
+        precision: of float32 matrix products; see :func:`pyro_vae.fit`.
         seed: seed of the samples. The random state of the process is restored afterwards.
         resume: the exception of an interrupted call (Ctrl-C) with the same arguments, or the
             :class:`Evidence` of the first data points. With an Evidence, ``seed`` is used for the
@@ -116,6 +119,7 @@ def evidence(
     num_particles = positive_integer("num_particles", num_particles)
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)
+    check_precision(precision)
     name, ais = _parse(method)
     num_draws = num_particles if ais is None else ais.num_chains
     so_far = resume.partial if isinstance(resume, Interrupted) else resume
@@ -140,6 +144,7 @@ def evidence(
         data,
         batch_size=batch_size,
         vectorize_particles=vectorize_particles,
+        precision=precision,
         seed=seed,
         resume=None if isinstance(resume, Evidence) else resume,
         done=done,

@@ -20,6 +20,7 @@ from pyro_vae._programs.parameters import require_programs, require_trainable_te
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.interrupts import Interrupted
+from pyro_vae._utils.precision import Precision, check_precision
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation._ascent import Ascent
@@ -115,6 +116,7 @@ def inference_gaps(
     vectorize_particles: bool | None = None,
     plate: str | None = None,
     capture: Capture = "auto",
+    precision: Precision | None = None,
     seed: int | None = None,
     resume: Interrupted | None = None,
     progress: bool | Progress = False,
@@ -171,6 +173,7 @@ def inference_gaps(
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
+        precision: of float32 matrix products; see :func:`pyro_vae.fit`.
         seed: of the samples. The random numbers of the process are restored afterwards.
         resume: the exception of an interrupted call (Ctrl-C) with the same arguments.
         progress: show a progress bar, or add one to a rich Progress.
@@ -210,6 +213,7 @@ def inference_gaps(
     num_particles = positive_integer("num_particles", num_particles, minimum=2)
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)
+    check_precision(precision)
     ascent = Ascent() if ascent is None else ascent
     if not isinstance(ascent, Ascent):
         raise TypeError(f"ascent must be a pyro_vae.evaluation.Ascent, got {ascent!r}")
@@ -223,6 +227,7 @@ def inference_gaps(
         data,
         batch_size=batch_size,
         vectorize_particles=vectorize_particles,
+        precision=precision,
         may_fold=False,  # its parameters have one row per data point
         seed=seed,
         resume=resume,

@@ -15,6 +15,7 @@ from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import device_of
 from pyro_vae._utils.distributed import interleave
 from pyro_vae._utils.interrupts import Interrupted
+from pyro_vae._utils.precision import Precision, current_precision, matmul_precision
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
@@ -122,6 +123,7 @@ class Runner:
         settings: Mapping[str, Any],
         progress: bool | Progress,
         description: str,
+        precision: Precision | None = None,
         done: Sequence[Part] = (),
         data_name: str = "data",
         steps_per_row: int = 1,
@@ -142,6 +144,7 @@ class Runner:
             settings: arguments that must be the same in a call that resumes, by name.
             progress: show a progress bar, or add one to a rich Progress.
             description: text before the bar.
+            precision: of float32 matrix products; None keeps the current one.
             done: parts that are done, if there is nothing to resume.
             data_name: the name of the argument with the data.
             steps_per_row: steps of the bar for each data point.
@@ -154,7 +157,8 @@ class Runner:
             ValueError: The call cannot resume from the state, or the pair breaks a rule.
         """
         state = _state_of(resume)
-        with Group() as group:
+        with matmul_precision(precision), Group() as group:
+            settings = {**settings, "precision": current_precision()}
             if state is not None:
                 seed, done = state.check_seed(who, seed, settings), state.parts
             seed = group.common_seed(seed)

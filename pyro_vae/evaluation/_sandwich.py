@@ -16,6 +16,7 @@ from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
 from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.interrupts import Interrupted
+from pyro_vae._utils.precision import Precision, check_precision
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Data
 from pyro_vae.evaluation._ais import AIS, Annealer
@@ -78,6 +79,7 @@ def sandwich(
     vectorize_particles: bool | None = None,
     plate: str | None = None,
     capture: Capture = "auto",
+    precision: Precision | None = None,
     seed: int | None = None,
     resume: Interrupted | None = None,
     progress: bool | Progress = False,
@@ -106,6 +108,7 @@ def sandwich(
         vectorize_particles: run many chains at once; see :func:`pyro_vae.terms`.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         capture: replay the operations of a gradient as compiled code; see :func:`pyro_vae.fit`.
+        precision: of float32 matrix products; see :func:`pyro_vae.fit`.
         seed: of the samples. The random numbers of the process are restored afterwards.
         resume: the exception of an interrupted call (Ctrl-C) with the same arguments.
         progress: show a progress bar, or add one to a rich Progress.
@@ -142,6 +145,7 @@ def sandwich(
     name_data_plate(plate, model, guide)
     pairs_per_pass = positive_integer("pairs_per_pass", pairs_per_pass)
     check_capture(capture)
+    check_precision(precision)
     ais = AIS(start="prior" if guide is None else "guide") if ais is None else ais
     if not isinstance(ais, AIS):
         raise TypeError(f"ais must be a pyro_vae.evaluation.AIS, got {ais!r}")
@@ -160,6 +164,7 @@ def sandwich(
         data_name="like",
         batch_size=batch_size,
         vectorize_particles=vectorize_particles,
+        precision=precision,
         seed=seed,
         resume=resume,
         settings={"ais": ais},

@@ -8,6 +8,7 @@ from torch import Tensor
 from pyro_vae._utils.checks import require_same_type, require_word
 from pyro_vae._utils.init_args import records_init_args
 from pyro_vae._utils.numerics import implicit, increasing_root
+from pyro_vae._utils.precision import exact_product
 from pyro_vae.flows._base import Flow, FlowTransform
 from pyro_vae.flows._householder import reflect
 
@@ -90,7 +91,7 @@ class _Sylvester(FlowTransform):
     def unmap(self, y: Tensor) -> Tensor:
         y = y.flip(-1) if self._reverse else y
         # With s = R~ Q'x + b, R~ Q'y + b = s + R~ R tanh(s). This system is triangular.
-        given, mixing = self._before_tanh(y), self._r_tilde @ self._r
+        given, mixing = self._before_tanh(y), exact_product(self._r_tilde, self._r)
         with torch.no_grad():
             s = _solve_upwards(mixing, given)
             h = torch.tanh(s)
@@ -113,7 +114,8 @@ class _Sylvester(FlowTransform):
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+    # The inverse amplifies rounding, and the determinant is that of the map without rounding.
+    return exact_product(matrix, vector.unsqueeze(-1)).squeeze(-1)
 
 
 def _solve_upwards(mixing: Tensor, given: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
+from torch.distributions.utils import _standard_normal
 
 from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.init_args import records_init_args
 from pyro_vae._utils.numerics import softplus_scale
+from pyro_vae._utils.precision import exact_product, rounds_products
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals
 from pyro_vae.flows import Flow
 
@@ -109,7 +111,19 @@ class MultivariateNormal(Family):
         # This scale keeps the correlations of a new guide small in any number of dimensions.
         below = below / math.sqrt(self.dim)
         triangle = triangle.flatten(-2).scatter(-1, place, below).unflatten(-1, (self.dim, -1))
-        return dist.MultivariateNormal(loc, scale_tril=triangle)
+        return _MultivariateNormal(loc, scale_tril=triangle)
+
+
+class _MultivariateNormal(dist.MultivariateNormal):
+    """torch's class, whose samples and densities do not depend on the precision of products.
+
+    The density of a sample inverts L, which would amplify the rounding of the sample.
+    """
+
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as in torch
+        shape = self._extended_shape(sample_shape)
+        noise = _standard_normal(shape, dtype=self.loc.dtype, device=self.loc.device)
+        return self.loc + _times(self._unbroadcasted_scale_tril, noise)
 
 
 @records_init_args
@@ -136,11 +150,37 @@ class LowRankNormal(Family):
         """Return a Gaussian."""
         loc, diagonal, factor = parameters.split(self._sizes, -1)
         factor = factor.unflatten(-1, (self.dim, self._rank)) / math.sqrt(self._rank)
-        return _LowRankNormal(loc, factor, softplus_scale(diagonal).square())
+        return _LowRankNormal.of(loc, factor, softplus_scale(diagonal).square())
+
+
+_OF_LOW_RANK = ("loc", "_unbroadcasted_cov_factor", "_unbroadcasted_cov_diag", "_capacitance_tril")
 
 
 class _LowRankNormal(dist.LowRankMultivariateNormal):
-    """torch's class, but log_prob does not subtract two large numbers."""
+    """torch's class, but log_prob does not subtract two large numbers.
+
+    Neither samples nor densities depend on the precision of float32 products.
+    """
+
+    @classmethod
+    def of(cls, loc: Tensor, factor: Tensor, diagonal: Tensor) -> _LowRankNormal:
+        """Return a Gaussian. torch's constructor computes a product, here in full precision."""
+        if not rounds_products(loc):
+            return cls(loc, factor, diagonal)
+        normal = cls(loc.double(), factor.double(), diagonal.double())
+        for name in _OF_LOW_RANK:
+            setattr(normal, name, getattr(normal, name).to(loc.dtype))
+        return normal
+
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 - as in torch
+        shape = self._extended_shape(sample_shape)
+        factor = self._unbroadcasted_cov_factor
+        of_factor, of_diagonal = (
+            _standard_normal(each, dtype=self.loc.dtype, device=self.loc.device)
+            for each in (shape[:-1] + factor.shape[-1:], shape)
+        )
+        scale = self._unbroadcasted_cov_diag.sqrt()
+        return self.loc + _times(factor, of_factor) + scale * of_diagonal
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -150,12 +190,17 @@ class _LowRankNormal(dist.LowRankMultivariateNormal):
         residual = ((value - self.loc) / scale).unsqueeze(-1)
         # r'(I + AA')^-1 r is the minimum over c of |r - Ac|^2 + |c|^2. So an error in c has only
         # a second-order effect.
-        c = torch.cholesky_solve(factor.mT @ residual, self._capacitance_tril)
-        square = (residual - factor @ c).square().sum((-1, -2)) + c.square().sum((-1, -2))
+        c = torch.cholesky_solve(exact_product(factor.mT, residual), self._capacitance_tril)
+        rest = residual - exact_product(factor, c)
+        square = rest.square().sum((-1, -2)) + c.square().sum((-1, -2))
         half_log_det = self._capacitance_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         half_log_det = half_log_det + scale.log().sum(-1)
         dim = self.event_shape[0]
         return -0.5 * (square + dim * math.log(2 * math.pi)) - half_log_det
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return exact_product(matrix, vector.unsqueeze(-1)).squeeze(-1)
 
 
 @records_init_args

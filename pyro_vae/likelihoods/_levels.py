@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyro_vae._utils.checks import positive_integer, require_tensor
 from pyro_vae._utils.init_args import records_init_args
+from pyro_vae._utils.precision import exact_product
 from pyro_vae.likelihoods._base import Likelihood
 
 
@@ -145,7 +146,7 @@ class _CategoricalLevels(OnLevels):
     def mean(self) -> Tensor:
         """The mean, ``batch_shape``."""
         numbers = torch.arange(self.levels, dtype=self.logits.dtype, device=self.logits.device)
-        return self.logits.exp() @ (numbers / (self.levels - 1))
+        return exact_product(self.logits.exp(), numbers / (self.levels - 1))
 
     def log_prob_of_level(self, level: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(level.shape, self.batch_shape)

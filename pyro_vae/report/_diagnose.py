@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -15,6 +16,7 @@ from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import require_programs, require_trainable_tensors
 from pyro_vae._utils.checks import check_call, positive_integer, truth_value
 from pyro_vae._utils.messages import first_line
+from pyro_vae._utils.precision import Precision, check_precision, matmul_precision
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.user_warnings import warns_once
@@ -53,6 +55,7 @@ def diagnose(
     vectorize_particles: bool | None = None,
     plate: str | None = None,
     capture: Capture = "auto",
+    precision: Precision | None = None,
     seed: int = 0,
     progress: bool | Progress = False,
 ) -> Diagnosis:
@@ -103,6 +106,7 @@ def diagnose(
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         capture: replay the operations of a run as compiled code; see :func:`pyro_vae.fit`.
+        precision: of float32 matrix products; see :func:`pyro_vae.fit`.
         seed: of all samples, and of the choice of rows.
         progress: show progress bars, or add them to a rich Progress.
 
@@ -138,12 +142,47 @@ def diagnose(
     num_data = positive_integer("num_data", num_data, minimum=2)
     num_particles = positive_integer("num_particles", num_particles, minimum=2)
     check_capture(capture)
+    check_precision(precision)
     truth_value("refit", refit)
     if annealing is not None and not isinstance(annealing, AIS):
         raise TypeError(f"annealing must be a pyro_vae.evaluation.AIS, got {annealing!r}")
     ascent = _QUICK if ascent is None else ascent
     if not isinstance(ascent, Ascent):
         raise TypeError(f"ascent must be a pyro_vae.evaluation.Ascent, got {ascent!r}")
+    with matmul_precision(precision):
+        return _diagnosis(
+            model,
+            guide,
+            train,
+            test,
+            num_data=num_data,
+            num_particles=num_particles,
+            ascent=ascent,
+            annealing=annealing,
+            refit=refit,
+            capture=capture,
+            vectorize_particles=vectorize_particles,
+            seed=seed,
+            progress=progress,
+        )
+
+
+def _diagnosis(
+    model: Program,
+    guide: Program,
+    train: Data,
+    test: Data,
+    *,
+    num_data: int,
+    num_particles: int,
+    ascent: Ascent,
+    annealing: AIS | None,
+    refit: bool,
+    capture: Capture,
+    **options: Any,
+) -> Diagnosis:
+    """Diagnose a pair, after the checks of the arguments; see :func:`diagnose`."""
+    seed, progress = options["seed"], options["progress"]
     programs = (model, guide)
     of_train = Minibatches(train, 100, name="train", programs=programs).in_memory()
     of_test = Minibatches(test, 100, name="test", programs=programs).in_memory()
@@ -154,7 +193,6 @@ def diagnose(
                 "got 1"
             )
     few_train, few_test = (_rows(columns, num_data, seed) for columns in (of_train, of_test))
-    options = {"vectorize_particles": vectorize_particles, "seed": seed, "progress": progress}
     of_model = [
         estimate_log_evidence(
             model,
@@ -179,7 +217,7 @@ def diagnose(
             few_test,
             [(each.members, each.parameters) for each in of_model],
             decoder_data=_rows(of_train, _MOST_OF_DECODER, seed) if refit else None,
-            vectorize_particles=vectorize_particles,
+            vectorize_particles=options["vectorize_particles"],
             seed=seed,
             advance=advance,
         )

@@ -36,6 +36,12 @@ from pyro_vae._utils.distributed import broadcast_from_first, num_processes, ran
 from pyro_vae._utils.interrupts import Interrupted, defer_keyboard_interrupt
 from pyro_vae._utils.messages import program_name
 from pyro_vae._utils.modules import modules
+from pyro_vae._utils.precision import (
+    Precision,
+    check_precision,
+    current_precision,
+    matmul_precision,
+)
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.user_warnings import ignores_frozen_parameters, warns_once
@@ -167,6 +173,7 @@ def fit(
     transform: Callable[[Tensor], Tensor] | None = None,
     plate: str | None = None,
     capture: Capture = "auto",
+    precision: Precision | None = None,
     device: str | torch.device = "auto",
     seed: int | None = None,
     progress: bool | Progress = True,
@@ -241,6 +248,8 @@ def fit(
             runs decide equally. On CUDA, ``"auto"`` never captures, because captured steps were
             not compared with eager ones there. Steps of a pair that cannot be captured run eagerly,
             with a warning that names the cause. The results are equal up to rounding.
+        precision: of float32 matrix products, as in ``torch.set_float32_matmul_precision``. It is
+            restored afterwards. The default is not to change it; see docs/performance.md.
         device: ``"auto"`` is CUDA if available, else the CPU. The pair stays on the device.
         seed: seed of the order of the data, of the noise, and of the initial values that the guide
             creates at its first call. The random state of the process is restored afterwards.
@@ -295,13 +304,18 @@ def fit(
     learning_rate = learning_rate_of(learning_rate, optimizer)
     alternation = alternation_of(guide_steps, model_steps)
     check_capture(capture)
+    check_precision(precision)
     require_programs(model, guide)
     require_trainable_tensors(model, guide)
     device = torch_device(device)
     started = time.perf_counter()
     checkpoints = checkpoints_of(checkpoint)
     saved = None if checkpoints is None else checkpoints.begin()
-    with seeded(seed), parameter_store(model, guide, fresh=True) as store:
+    with (
+        matmul_precision(precision),
+        seeded(seed),
+        parameter_store(model, guide, fresh=True) as store,
+    ):
         order_seed, noise_seed = broadcast_from_first(torch.randint(2**62, (2,))).tolist()
         batches, held_out = _minibatches(
             data,
@@ -320,6 +334,7 @@ def fit(
             "an optimizer of its own": optimizer is not None,
             "learning_rate": learning_rate,
             "transform": transform is not None,
+            "precision": current_precision(),
         }
         if saved is not None:
             with resuming_from(checkpoints.folder):

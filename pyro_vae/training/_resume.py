@@ -13,6 +13,9 @@ from pyro_vae._utils.referenced_objects import referenced_objects
 from pyro_vae.datasets._minibatches import Minibatches
 from pyro_vae.serialization._folder import UnreadableFile
 
+# Settings that older checkpoints do not have, with the values of their runs.
+_OF_OLDER_CHECKPOINTS = {"precision": "highest"}
+
 
 def settings_of_run(
     batches: Minibatches, held_out: Minibatches | None, objective: pyro.infer.ELBO
@@ -40,6 +43,7 @@ def require_settings(saved: Mapping[str, Any], here: Mapping[str, Any], folder: 
     Raises:
         ValueError: A setting differs. The message names it.
     """
+    saved = _OF_OLDER_CHECKPOINTS | dict(saved)
     for name, value in here.items():
         if name not in saved or saved[name] != value:
             raise ValueError(

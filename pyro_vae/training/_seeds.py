@@ -23,6 +23,7 @@ from pyro_vae._programs.pair_trace import Program
 from pyro_vae._utils.checks import check_call, is_whole_number, positive_integer, require_callable
 from pyro_vae._utils.distributed import num_processes
 from pyro_vae._utils.messages import first_line
+from pyro_vae._utils.precision import check_precision, shared_precision
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
 from pyro_vae._utils.threads import torch_threads
@@ -109,6 +110,9 @@ def fit_seeds(
     seeds = _checked_seeds(seeds)
     _check_options(fit_options)
     check_after_epoch(fit_options.get("after_epoch"))
+    check_precision(fit_options.get("precision"))
+    # Other processes do not have the setting of this one.
+    fit_options["precision"] = shared_precision(fit_options.get("precision"))
     if callbacks is not None and not callable(callbacks):
         raise TypeError(
             "callbacks must be a function from a seed to a list of callbacks, such as "
