@@ -62,7 +62,7 @@ def two_layers():
 
 
 def counts():
-    likelihood = pv.likelihoods.NegativeBinomial(MLP(10, [128], 2 * 1000))
+    likelihood = pv.likelihoods.NegativeBinomial(MLP(10, [128], 1000))
     model = pv.LatentVariableModel(Normal(10), likelihood)
     return model, pv.guides.AmortizedNormal(model, MLP(1000, [128]))
 
