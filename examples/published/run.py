@@ -42,7 +42,7 @@ class Row:
         train: function that trains them by the protocol.
         published: the paper's numbers in nats by their names in a result: the mean, and the
             standard deviation over runs if the paper has it.
-        objective: name of the objective, if the protocol does not determine it.
+        objective: the objective, if the protocol does not determine it.
     """
 
     make: object
