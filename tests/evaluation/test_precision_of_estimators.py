@@ -95,13 +95,18 @@ def test_evidence_resumes_with_the_same_precision(binary):
     assert len(found.values) == len(binary)
 
 
-def test_other_processes_have_the_precision_of_this_one(binary, tmp_path):
+def test_other_processes_have_the_precision_of_this_one(binary):
+    def make():  # a function of conftest.py is not found in every process
+        likelihood = pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], binary.shape[1]))
+        model = pv.LatentVariableModel(pv.priors.StandardNormal(2), likelihood)
+        return model, pv.guides.AmortizedNormal(model, pv.nets.MLP(binary.shape[1], [8]))
+
     def after_epoch(epoch, row):
         return {"is_medium": float(torch.get_float32_matmul_precision() == "medium")}
 
     options = {"seeds": 2, "num_workers": 2, "epochs": 1, "progress": False}
     with matmul_precision("medium"):
-        fits = pv.fit_seeds(make_pair, binary, after_epoch=after_epoch, **options)
+        fits = pv.fit_seeds(make, binary, after_epoch=after_epoch, **options)
     assert [fit.history.is_medium[1] for fit in fits] == [1.0, 1.0]
 
 
