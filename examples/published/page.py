@@ -58,7 +58,6 @@ SURGERY = {
 SURGERY_COLUMNS = [
     "row",
     *(f"{name}, {where}" for name in SURGERY.values() for where in ("here", "published")),
-    "log p(x)",
 ]
 
 COSTS = """
@@ -100,7 +99,6 @@ def surgery_line(row, published, results):
     for name in SURGERY:
         ours = f"{results[0][name]:.2f}" if results else ""
         cells += [ours, f"{published[name][0]:.2f}"]
-    cells.append(f"{results[0]['log_p']:.2f}" if results else "")
     return f"| {' | '.join(cells)} |\n"
 
 
