@@ -32,9 +32,8 @@ al. (2020). The combined error has the Monte Carlo error and the published stand
 runs. A single run has no standard deviation of its own, so the published one stands in for it.
 
 Annealed importance sampling (AIS: 16 chains, 500 temperatures) on the first 500 test images shows
-by how much importance sampling is too low. The papers use importance sampling, so the columns "here"
-and "published" are comparable. Rows with a number of epochs stopped early, and are not compared
-with the paper.
+by how much importance sampling is too low. The papers use importance sampling too, so their numbers
+are comparable. A row with a number of epochs ended before its protocol did, and is not compared.
 """
 
 COLUMNS = [
