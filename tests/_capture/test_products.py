@@ -39,6 +39,32 @@ def test_compiled_products_are_right_in_every_layout():
         torch.testing.assert_close(result.double(), exact, rtol=0, atol=300 * 1.2e-7)
 
 
+def products_of_views(a, b, row, vector):
+    """Return products whose factors are views: strided, expanded, flipped, and with an offset."""
+    return [
+        a[:, ::2] @ b[::2],
+        a.chunk(2, 1)[1] @ b.chunk(2, 0)[1],
+        a @ row.expand(len(b), 200),
+        row.t().expand(200, len(b)) @ b,
+        a.flip(1) @ b.flip(0),
+        a[:, 1:] @ b[1:],
+        a.t() @ b.t().contiguous().t()[:200],
+        vector @ vector.t() @ vector,
+    ]
+
+
+def test_compiled_products_of_views():
+    inputs = [torch.randn(200, 600), torch.randn(600, 200), torch.randn(1, 200)]
+    inputs.append(torch.randn(1, 2000).t())
+    expected = products_of_views(*(tensor.double() for tensor in inputs))
+    graph = make_fx(products_of_views)(*inputs)
+    assert number_of_products(rewrite(graph, inputs)) == len(expected) + 1
+    compiled = compile_graph(graph, inputs)
+    for result, exact in zip(compiled(*inputs), expected, strict=True):
+        size = exact.abs().max().item()
+        torch.testing.assert_close(result.double(), exact, rtol=0, atol=1e-5 * size)
+
+
 @pytest.mark.parametrize(
     "a",
     [
