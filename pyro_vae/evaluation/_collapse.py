@@ -3,6 +3,7 @@ r"""Report posterior collapse: the latents, and their units, that carry little i
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from pyro_vae._utils.progress import task
 from pyro_vae._utils.user_warnings import warns_once
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation._context import evaluation_context
+from pyro_vae.evaluation._growing_rows import GrowingRows
 from pyro_vae.evaluation._log_evidence import standard_error
 from pyro_vae.evaluation._surgery.codes import TermAverages
 from pyro_vae.evaluation._surgery.decomposition import Surgery
@@ -219,8 +221,9 @@ def collapse_report(
     check_estimator(estimator)
     programs = (model, guide)
     batches = Minibatches(data, batch_size, device=device_of(*programs), programs=programs)
-    moments: list[dict[str, Tensor]] = []
-    parts = []
+    of_rows, sums = GrowingRows(), []
+    moments: defaultdict[str, GrowingRows] = defaultdict(GrowingRows)
+    sizes = []
     with (
         evaluation_context(
             "collapse_report",
@@ -235,8 +238,12 @@ def collapse_report(
     ):
         for batch in batches:
             t = terms(model, guide, *batch, num_particles=num_particles, **particle_options)
-            parts.append(TermAverages.part(t))
-            moments.append(_moments(t, model, batch))
+            *averages, of_sites, of_dimensions = TermAverages.part(t)
+            of_rows.add(torch.stack(averages))
+            sums.append((of_sites, of_dimensions))
+            sizes.append(len(batch[0]))
+            for site, found in _moments(t, model, batch).items():
+                moments[site].add(found)
             advance(len(batch[0]))
     surgery, note = surgery_or_reason(
         model,
@@ -249,18 +256,19 @@ def collapse_report(
         progress=progress,
         description=f"{description}: surgery",
     )
-    averages = TermAverages.of_parts(parts)
-    rate = averages.rate.mean().item()
-    rows = []
-    for site in moments[0]:
-        found = torch.cat([each[site] for each in moments], 1).cpu()
+    of_batches = zip(of_rows.rows.split(sizes, 1), sums, strict=True)
+    merged = TermAverages.of_parts([(*each, *of_batch) for each, of_batch in of_batches])
+    rate = merged.rate.mean().item()
+    units = []
+    for site, each in moments.items():
+        found = each.rows
         if found.shape[1] < 2:
             raise ValueError("data must have at least two data points for collapse_report, got one")
-        kl = rate if averages.kl_of_sites is None else averages.kl_of_sites[site].item()
-        each = averages.kl_of_dimensions and averages.kl_of_dimensions[site].flatten()
-        rows += _rows(site, found, num_particles, threshold, kl, each)
+        kl = rate if merged.kl_of_sites is None else merged.kl_of_sites[site].item()
+        of_units = merged.kl_of_dimensions and merged.kl_of_dimensions[site].flatten()
+        units += _rows(site, found, num_particles, threshold, kl, of_units)
     return CollapseReport(
-        pd.DataFrame(rows).set_index(["site", "unit"]),
+        pd.DataFrame(units).set_index(["site", "unit"]),
         rate,
         surgery,
         note,
