@@ -79,7 +79,7 @@ def run_section(name: str, seconds: float, arguments, results: Results) -> None:
     command += ["--device", arguments.device, "--seconds", str(0.85 * seconds)]
     command += ["--small"] * arguments.small
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(  # noqa: S603 - no user input
             command, stdout=subprocess.PIPE, stderr=errors, text=True
         )
         ends = threading.Timer(seconds, process.kill)

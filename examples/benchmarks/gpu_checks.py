@@ -125,7 +125,7 @@ def compare(settings, name, compiled, options):
     options = options | {"clip_norm": 5.0, "transform": lambda x: torch.bernoulli(0.9 * x)}
     try:
         eager, expected = fitted(settings, capture=False, **options)
-    except (ValueError, NotImplementedError):  # of the objective, for such a guide
+    except (ValueError, NotImplementedError):  # some objectives refuse some guides
         return False
     with mock.patch.object(Captured, "compiles", compiled), warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
@@ -212,7 +212,7 @@ def process_of(section, settings, folder, **variables):
     """Run a section in a new process. Return its exit status."""
     command = [sys.executable, __file__, section, "--device", str(settings.device)]
     names = {f"GPU_{name.upper()}": value for name, value in variables.items()}
-    return subprocess.run(  # noqa: S603
+    return subprocess.run(  # noqa: S603 - no user input
         [*command, *["--small"] * settings.small],
         env={**os.environ, "GPU_FOLDER": str(folder), **names},
         stdout=subprocess.DEVNULL,

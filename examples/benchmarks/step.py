@@ -61,7 +61,7 @@ class Worker:
         started = time.perf_counter()
         script = "numpyro_peer.py" if peer.startswith("numpyro") else "torch_peers.py"
         settings = json.dumps([peer, *network, objective, steps])
-        self._process = subprocess.Popen(  # noqa: S603
+        self._process = subprocess.Popen(  # noqa: S603 - no user input
             [sys.executable, str(HERE / script), settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
