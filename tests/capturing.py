@@ -2,11 +2,13 @@
 
 import contextlib
 import shutil
+from collections import OrderedDict
 
 import pytest
 import torch
 
 import pyro_vae as pv
+from pyro_vae._capture import inductor
 from pyro_vae._utils.modules import modules
 
 needs_compiler = pytest.mark.skipif(
@@ -28,6 +30,12 @@ def fitted(make, x, *, double=False, **options):
         bare = [p.detach().flatten() for _, p in sorted(store["params"].items())]
     held = [t for m in modules(model, guide) for t in (*m.parameters(), *m.buffers())]
     return fit, torch.cat([*bare, *(t.detach().flatten() for t in held)]).double()
+
+
+def replace_compiler(monkeypatch, compiler):
+    """Replace torch's compiler for a test, which must not use graphs that it compiled before."""
+    monkeypatch.setattr(torch._inductor, "compile", compiler)
+    monkeypatch.setattr(inductor, "_compiled", OrderedDict())
 
 
 @contextlib.contextmanager

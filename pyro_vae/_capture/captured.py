@@ -166,9 +166,8 @@ class Captured:
         self.compiles = state["compiles"]
         self._stage = Stage(state["stage"])
         self._seconds = state.get("seconds")  # older checkpoints do not have it
-        if self._stage in (Stage.EAGER, Stage.WAIT):
-            self.execution = state["execution"]
-        elif self._stage in (Stage.TRACE_AGAIN, Stage.CHECK, Stage.REPLAY):
+        self.execution = state["execution"]
+        if self._stage in (Stage.TRACE_AGAIN, Stage.CHECK, Stage.REPLAY):
             self._stage, self._ahead = Stage.CATCH_UP, dict(state)
 
     def snapshot(self) -> dict[str, Any]:
@@ -179,11 +178,12 @@ class Captured:
         """Restore the state of a :meth:`snapshot`."""
         vars(self).update(snapshot, _seen=set(snapshot["_seen"]), _ahead=dict(snapshot["_ahead"]))
 
-    def recheck(self) -> None:
-        """Request another comparison of the graph and the function.
+    def recheck(self, *, compare: bool = True) -> None:
+        """Check that no watched object has changed. If one has, all later calls run eagerly.
 
-        If a watched object has changed, all later calls run eagerly. Otherwise the next call runs
-        both and compares them, because a function may also depend on objects without a name.
+        Args:
+            compare: also let the next call run the function and its graph and compare them, because
+                a function may depend on objects without a name.
         """
         if self._state and (changed := change(self._state, state_of(self._watch))):
             self._give_up(f"{changed} since the capture. Use a tensor, and change it in place")
@@ -192,6 +192,8 @@ class Captured:
                 f"the precision of float32 matrix products changed from {self._precision} to "
                 f"{precision} since the capture. Set it before the call, or pass precision="
             )
+        elif not compare:
+            return
         elif self._stage is Stage.REPLAY:
             self._stage = Stage.CHECK
         elif self._stage is Stage.CATCH_UP and self._ahead["stage"] == Stage.REPLAY.value:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +12,58 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae._capture.products import faster_products
+from pyro_vae._utils.precision import current_precision
 
 aten = torch.ops.aten
+CompiledGraph = Callable[..., Sequence[Tensor | None]]
+
+_GRAPHS_KEPT = 16
+_ALIGNMENT = 64  # bytes; compiled code may assume the alignment of its inputs
+_compiled: OrderedDict[Hashable, CompiledGraph] = OrderedDict()  # the last used is at the end
 
 
-def compile_graph(
-    graph: GraphModule, inputs: Sequence[Tensor]
-) -> Callable[..., Sequence[Tensor | None]]:
+def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> CompiledGraph:
     """Compile a graph, whose random numbers stay those of torch's generators.
+
+    Repeated fits of one architecture have equal graphs, whose parameters are inputs. The last 16
+    compiled graphs are kept, so that equal graphs are compiled once.
 
     Args:
         graph: a graph of ATen operations. It cannot be used afterwards.
         inputs: the inputs of the graph.
     """
+    key = _key(graph, inputs)
+    found = None if key is None else _compiled.pop(key, None)
+    if found is None:
+        found = _compile(graph, inputs)
+    if key is not None:
+        _compiled[key] = found
+        while len(_compiled) > _GRAPHS_KEPT:
+            _compiled.popitem(last=False)
+    return found
+
+
+def _key(graph: GraphModule, inputs: Sequence[Tensor]) -> Hashable | None:
+    """Return what the compiled code depends on, None if it also depends on parts of the graph."""
+    if any(node.op in ("get_attr", "call_module") for node in graph.graph.nodes):
+        return None
+    layouts = tuple(
+        (each.dtype, each.device, each.shape, each.stride(), each.data_ptr() % _ALIGNMENT)
+        for each in inputs
+    )
+    storages = [each.untyped_storage().data_ptr() for each in inputs]
+    shared = tuple(storages.index(each) for each in storages)  # inputs that share memory
+    settings = (
+        torch.get_num_threads(),
+        current_precision(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.mkldnn.enabled,
+    )
+    return graph.code, layouts, shared, settings
+
+
+def _compile(graph: GraphModule, inputs: Sequence[Tensor]) -> CompiledGraph:
     options: dict[str, Any] = {"fallback_random": True}  # keeps the order of random numbers
     with torch.no_grad():
         if inputs[0].is_cpu:

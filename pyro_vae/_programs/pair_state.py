@@ -14,7 +14,7 @@ from pyro_vae._programs import fits
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import free_param_names
 from pyro_vae._utils import transform_config
-from pyro_vae._utils.modules import NAME_IT, modules, unnamed
+from pyro_vae._utils.modules import NAME_IT, outermost, unnamed
 from pyro_vae._utils.referenced_objects import referenced_objects
 
 UNNAMED = "unnamed module"
@@ -44,17 +44,19 @@ def state(model: Program, guide: Program) -> dict[str, Tensor]:
         >>> sorted(name for name in state(model, guide) if name.startswith("guide"))
         ['guide.encoder.0.bias', 'guide.encoder.0.weight']
     """
+    referenced = list(referenced_objects(model=model, guide=guide))
+    without_name = unnamed(model, guide)
     of_modules = {
         id(tensor)
-        for module in modules(model, guide)
+        for module in (*outermost(thing for _, thing in referenced), *without_name)
         for tensor in itertools.chain(module.parameters(), module.buffers())
     }
     found: dict[str, Tensor] = {}
-    for name, thing in referenced_objects(model=model, guide=guide):
+    for name, thing in referenced:
         if id(thing) in of_modules:
             of_modules.remove(id(thing))
             found[_unused(name, found)] = thing
-    for number, module in enumerate(unnamed(model, guide), 1):
+    for number, module in enumerate(without_name, 1):
         for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
             found[f"{UNNAMED} {number}.{name}"] = tensor
     named = dict(pyro.get_param_store().named_parameters())

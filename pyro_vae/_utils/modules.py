@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -115,7 +115,12 @@ def remember_unnamed(model: Any, guide: Any) -> Iterator[None]:
 
 def _named(*programs: Any) -> list[nn.Module]:
     roots = {f"program {number}": program for number, program in enumerate(programs)}
-    found = [thing for _, thing in referenced_objects(**roots) if isinstance(thing, nn.Module)]
+    return outermost(thing for _, thing in referenced_objects(**roots))
+
+
+def outermost(things: Iterable[Any]) -> list[nn.Module]:
+    """Return the modules among some objects that are not part of another one of them."""
+    found = [thing for thing in things if isinstance(thing, nn.Module)]
     inner = {id(child) for module in found for child in module.modules() if child is not module}
     return [module for module in found if id(module) not in inner]
 

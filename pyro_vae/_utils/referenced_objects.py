@@ -163,8 +163,11 @@ def _parts_of_module(module: nn.Module) -> Iterator[tuple[str, Any]]:
             for name, v in attributes.items()
             if isinstance(v, VALUES) or name in _GIVEN or not name.startswith("_")
         }
-    # Pyro's transforms cache their last input and output in these attributes.
-    yield from _attributes({n: v for n, v in attributes.items() if not n.startswith("_cached")})
+    for name, value in attributes.items():
+        # Pyro's transforms cache their last input and output in attributes with this name. Each
+        # module of torch has many empty dictionaries of hooks.
+        if not (name.startswith("_cached") or (type(value) is OrderedDict and not value)):
+            yield f".{name}", value
     yield "", getattr(type(module), "forward", None)
     yield from _parts_of_class(type(module), vars(module))
 

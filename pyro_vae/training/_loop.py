@@ -146,6 +146,7 @@ class TrainingLoop:
         self._description = Description(*self._train_state.pair)
         self._best: dict[str, Tensor] | None = None
         self._last_good: dict[str, Any] = {}
+        self._is_copied = False  # whether the next step starts from the state in _last_good
         self._resumed_at: Mapping[str, Tensor] | None = None
         self._shall_stop = self._shall_write = False
         self._most_rows = 0
@@ -273,7 +274,7 @@ class TrainingLoop:
         position.epoch += 1
         position.step = position.rows = position.skipped = 0
         position.total = position.seconds = 0.0
-        self._last_good = self.snapshot()
+        self._last_good, self._is_copied = self.snapshot(), True
 
     def _validation_loss_and_elbo(self) -> tuple[float, float]:
         if self.validation is None:
@@ -314,12 +315,17 @@ class TrainingLoop:
         If a loss or a parameter is NaN or infinite, restore the copy and repeat the chunk with
         checked steps.
         """
-        self._last_good = self.snapshot()
-        taken: list[tuple[Tensor, ...]] = []
-        losses: list[Tensor] = []
         # The minibatches of a stream stay in memory until the end of the chunk.
         length = STEPS_OF_A_CHUNK if self.batches.columns is not None else STEPS_OF_A_STREAMED_CHUNK
-        for selection in itertools.islice(selections, length):
+        first = next(selections, None)
+        if first is None:
+            return 0
+        if not self._is_copied:  # at the start of an epoch, it may be the copy of the last one
+            self._last_good = self.snapshot()
+        self._is_copied = False
+        taken: list[tuple[Tensor, ...]] = []
+        losses: list[Tensor] = []
+        for selection in itertools.chain([first], itertools.islice(selections, length - 1)):
             taken.append(selection)
             self._most_rows = max(self._most_rows, len(selection[0]))
             try:
@@ -334,8 +340,6 @@ class TrainingLoop:
                 break
             if self._ends_here(len(taken)):
                 break
-        if not taken:
-            return 0
         read = torch.stack(losses).tolist()  # the only read of the chunk from the device
         if all(map(math.isfinite, read)) and all_finite(self._train_state.parameters):
             for selection, loss in zip(taken, read, strict=True):
@@ -473,6 +477,7 @@ class TrainingLoop:
         """Restore a copy from :meth:`snapshot`. An empty copy changes nothing."""
         if not state:
             return
+        self._is_copied = False
         self.train_step.restore(state["train_step"])
         self.position = replace(state["position"], history=[*state["position"].history])
         set_random_state(state["random"], self.device)
@@ -486,6 +491,7 @@ class TrainingLoop:
             path = self.checkpoints.write(self.state_dict, self.train_step.steps)
             self._shall_write = False
             if path is not None:
+                self._is_copied = False  # a callback may change the state
                 self.callbacks.after_checkpoint(path)
 
     def _rank_states(self) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from pyro_vae.training._sharing import SharedGradient, local_rows
 from pyro_vae.training._train_state import TrainState
 
 BOTH = "model and guide"
+FIRST_STEPS, STEPS_BETWEEN_COMPARISONS = 500, 100
 
 
 class TrainStep:
@@ -58,6 +59,7 @@ class TrainStep:
         self._clips_within = self._shared is None and not self._in_turns
         self._hides_gradients = hides_gradients(train_state.optimizer)
         self.steps = 0
+        self._compared_at = 0  # the number of steps before the last comparison
         # Pyro's own objectives do not count steps.
         self._advance = getattr(self._objective, "advance", lambda: None)
         self._capture = capture
@@ -80,8 +82,17 @@ class TrainStep:
         self._validated = validated
 
     def recheck(self) -> None:
-        """Check now and at the next step that the capture is still valid for the programs."""
-        self._captured.recheck()
+        """Check at the start of an epoch that the capture is still valid for the programs.
+
+        The next step also compares the capture with an eager step, which takes as long as ten
+        captured steps of a small network. So after the first 500 steps, at least 100 steps lie
+        between two comparisons.
+        """
+        since = self.steps - self._compared_at
+        compare = self.steps < FIRST_STEPS or since >= STEPS_BETWEEN_COMPARISONS
+        if compare:
+            self._compared_at = self.steps
+        self._captured.recheck(compare=compare)
 
     def step(
         self, selection: tuple[Tensor, ...], on_gradients: Callable[[Tensor], None] | None = None
@@ -195,7 +206,10 @@ class TrainStep:
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, without random numbers."""
         state = {"steps": self.steps, **self.train_state.state_dict()}
-        return state | {"capture": self._captured.state_dict()}
+        return state | {
+            "compared_at": self._compared_at,
+            "capture": self._captured.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the result of :meth:`state_dict`, before the first step.
@@ -206,16 +220,21 @@ class TrainStep:
         if self.train_state.load_state_dict(state):
             self._captured = self._new_capture()
         self.steps = state["steps"]
+        self._compared_at = state.get("compared_at", 0)  # older checkpoints do not have it
         self._captured.load_state_dict(state["capture"])
 
     def snapshot(self) -> dict[str, Any]:
         """Copy the state that the next step depends on, without random numbers."""
         state = {"steps": self.steps, **self.train_state.snapshot()}
-        return state | {"gradient": self._captured, "capture": self._captured.snapshot()}
+        return state | {
+            "compared_at": self._compared_at,
+            "gradient": self._captured,
+            "capture": self._captured.snapshot(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore a copy from :meth:`snapshot`."""
-        self.steps = state["steps"]
+        self.steps, self._compared_at = state["steps"], state["compared_at"]
         self.train_state.restore(state)
         self._captured = state["gradient"]
         self._captured.restore(state["capture"])

@@ -1,14 +1,17 @@
 """Captured and eager steps give the same parameters, for every program."""
 
+import copy
 import functools
+import gc
 import time
 import warnings
+import weakref
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from capturing import check_same, distance, fitted, needs_compiler
+from capturing import check_same, distance, fitted, needs_compiler, replace_compiler
 from conftest import make_pair
 from guide_table import DENSITIES
 from pyro.distributions import constraints
@@ -18,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pyro_vae as pv
 from pyro_vae._capture import Captured
+from pyro_vae._capture.captured import Stage
 from pyro_vae._capture.policy import WorkCounter
 
 
@@ -666,7 +670,62 @@ def test_longer_runs_are_compiled_by_default(binary, monkeypatch):
         compiled.append(graph)
         return graph
 
-    monkeypatch.setattr(torch._inductor, "compile", compile_graph)
+    replace_compiler(monkeypatch, compile_graph)
     fit = pv.fit(*make_pair(), binary, epochs=5, batch_size=10, progress=False)
     assert fit.execution == "captured"
     assert len(compiled) == 1
+
+
+@needs_compiler
+def test_equal_graphs_are_compiled_once(binary, monkeypatch):
+    compiled, compiler = [], torch._inductor.compile
+
+    def counted(graph, inputs, options):
+        compiled.append(graph)
+        return compiler(graph, inputs, options)
+
+    replace_compiler(monkeypatch, counted)
+    for seed in range(3):  # with other parameters and the same architecture
+        torch.manual_seed(seed)
+        make = functools.partial(map, copy.deepcopy, make_pair())
+        check_same(make, binary[torch.randperm(len(binary))])
+    assert len(compiled) == 1
+    check_same(make_pair, binary, objective=pv.objectives.BetaELBO(0.7))
+    check_same(make_pair, binary, objective=pv.objectives.BetaELBO(0.8))
+    assert len(compiled) == 3
+
+
+@needs_compiler
+def test_compiled_graphs_do_not_keep_data_or_parameters(binary):
+    data = binary.clone()
+    model, guide = make_pair()
+    fit = pv.fit(model, guide, data, epochs=4, batch_size=10, progress=False, capture=True)
+    assert fit.execution == "captured"
+    held = [weakref.ref(each) for each in (data, model, guide, *model.parameters())]
+    del data, model, guide, fit
+    gc.collect()
+    assert [each() for each in held] == [None] * len(held)
+
+
+def test_comparisons_become_rare_in_short_epochs(binary, without_compiler, monkeypatch):
+    """An epoch has 5 steps. A comparison takes as long as ten steps of a small network."""
+    compared = []
+    monkeypatch.setattr(
+        Captured, "_runs", Captured._runs | {Stage.CHECK: lambda self, inputs: check(self, inputs)}
+    )
+
+    def check(captured, inputs):
+        compared.append(steps[0])
+        return Captured._check(captured, inputs)
+
+    steps = [0]
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure):
+            steps[0] += 1
+            return super().step(closure)
+
+    pv.fit(*make_pair(), binary, epochs=200, batch_size=10, progress=False, capture=True,
+           optimizer=functools.partial(Counting, lr=1e-3))  # fmt: skip
+    assert compared[0] == 4  # after a first call and two traces
+    assert compared[1:] == [*range(6, 501, 5), *range(596, 1001, 100)]

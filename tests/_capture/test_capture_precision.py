@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from capturing import check_same, distance, fitted, needs_compiler
+from capturing import check_same, distance, fitted, needs_compiler, replace_compiler
 from conftest import make_pair
 from rounded_products import RoundedProducts
 from torch import nn
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def compiling(monkeypatch, change):
     """Replace the compiler by a change of the function that a graph is."""
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *rest: change(graph))
+    replace_compiler(monkeypatch, lambda graph, *rest: change(graph))
 
 
 @contextlib.contextmanager

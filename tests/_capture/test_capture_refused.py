@@ -12,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from capturing import check_same, distance, fitted
+from capturing import check_same, distance, fitted, replace_compiler
 from conftest import make_pair
 from test_capture import NormalizedDecoder, with_decoder
 from torch import nn
@@ -370,7 +370,7 @@ def test_compiler_that_drops_writes_is_found(binary, monkeypatch):
     def careless(graph, inputs, options):
         return lambda *args: graph(*(tensor.clone() for tensor in args))
 
-    monkeypatch.setattr(torch._inductor, "compile", careless)
+    replace_compiler(monkeypatch, careless)
     make = with_decoder(NormalizedDecoder)
     _, expected = fitted(make, binary, capture=False)
     with pytest.warns(UserWarning, match="its graph differs from the eager run"):
@@ -384,7 +384,7 @@ def test_graph_with_wrong_results_is_refused(binary, monkeypatch):
     def wrong(graph, inputs, options):
         return lambda *args: [o if o is None else o * 1.01 for o in graph(*args)]
 
-    monkeypatch.setattr(torch._inductor, "compile", wrong)
+    replace_compiler(monkeypatch, wrong)
     _, expected = fitted(make_pair, binary, capture=False)
     with pytest.warns(UserWarning, match="differs from the eager run by"):
         fit, tensors = fitted(make_pair, binary, capture=True)
@@ -396,7 +396,7 @@ def test_graph_runs_uncompiled_if_the_compiler_fails(binary, monkeypatch):
     def fail(*args):
         raise RuntimeError("no compiler\nat all")
 
-    monkeypatch.setattr(torch._inductor, "compile", fail)
+    replace_compiler(monkeypatch, fail)
     with pytest.warns(UserWarning, match="not compiled: RuntimeError: no compiler"):
         check_same(make_pair, binary, execution="captured, not compiled")
 

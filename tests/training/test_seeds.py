@@ -53,6 +53,12 @@ def test_fits_equal_those_of_fit_in_any_number_of_processes(x):
     assert not torch.equal(params_of(fits[0])[0], params_of(fits[1])[0])
 
 
+def test_fits_of_other_processes_name_their_execution(x):
+    options = OPTIONS | {"capture": True, "batch_size": 10, "epochs": 2}
+    fits = pv.fit_seeds(make_pair, x, seeds=2, num_workers=2, progress=False, **options)
+    assert [fit.execution.partition(",")[0] for fit in fits] == ["captured", "captured"]
+
+
 def test_programs_with_pyro_params_and_closures_reach_the_workers(x):
     size = 16
 
