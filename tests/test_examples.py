@@ -20,6 +20,7 @@ ARGUMENTS = {
     "benchmarks/short_runs.py": [
         *("--peers", "pyro_vae", "pyro", "--sizes", "digits", "--rounds", "1", "--epochs", "2"),
     ],
+    "benchmarks/many_fits.py": ["--fits", "2", "--rounds", "2", "--steps", "5"],
     "benchmarks/seeds.py": ["--seeds", "2", "--epochs", "2", "--rounds", "2"],
     "benchmarks/step.py": [
         *("--peers", "captured", "hand", "--networks", "784-200-200-50/20"),
