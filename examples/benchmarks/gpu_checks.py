@@ -125,7 +125,8 @@ def compare(settings, name, compiled, options):
     options = options | {"clip_norm": 5.0, "transform": lambda x: torch.bernoulli(0.9 * x)}
     try:
         eager, expected = fitted(settings, capture=False, **options)
-    except (ValueError, NotImplementedError):  # some objectives refuse some guides
+    except (ValueError, NotImplementedError) as error:  # some objectives refuse some guides
+        print(f"refused: {name}: {str(error).splitlines()[0]}", flush=True)
         return False
     with mock.patch.object(Captured, "compiles", compiled), warnings.catch_warnings(record=True):
         warnings.simplefilter("always")

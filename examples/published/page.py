@@ -4,6 +4,7 @@ python examples/published/page.py
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from statistics import mean, stdev
@@ -47,22 +48,34 @@ COLUMNS = [
     "active units",
 ]
 
-SURGERY_TEXT = """\
+TEXTS = {
+    "D": """\
+The first 500 test images. Adam finds the best posterior of the family for each image. log p(x) is
+by importance sampling from the better of both posteriors, or by AIS where it is clearly higher. The
+published numbers are for another binarization of the images, with 10,000 temperatures and HMC.
+
+""",
+    "E": """\
 The KL is that of the ELBO on the training data. It is the sum of the mutual information and the
 marginal KL. The mutual information of N images is at most log N, which is 10.82 for 50,000. The
 networks and the optimizer of the paper are not known, so only the pattern is comparable.
 
-"""
-
-SURGERY = {
-    "train_rate": "KL",
-    "mutual_information": "mutual information",
-    "marginal_kl": "marginal KL",
+""",
 }
-SURGERY_COLUMNS = [
-    "row",
-    *(f"{name}, {where}" for name in SURGERY.values() for where in ("here", "published")),
-]
+
+# The numbers of tables that do not compare log p(x) alone.
+NUMBERS = {
+    "D": {
+        "log_p": "log p(x)",
+        "approximation_gap": "approximation gap",
+        "amortization_gap": "amortization gap",
+    },
+    "E": {
+        "train_rate": "KL",
+        "mutual_information": "mutual information",
+        "marginal_kl": "marginal KL",
+    },
+}
 
 COSTS = """
 ## Time and memory
@@ -99,13 +112,29 @@ def head(columns):
     return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
 
 
-def surgery_line(row, published, results):
-    """Return the line of a row in table E."""
-    cells = [f"{row}, {'one run' if results else 'not run'}"]
-    for name in SURGERY:
-        ours = f"{results[0][name]:.2f}" if results else ""
-        cells += [ours, f"{published[name][0]:.2f}"]
+def columns_of(names):
+    """Return the columns of a table of several numbers."""
+    return ["row", *(f"{name}, {where}" for name in names for where in ("here", "published"))]
+
+
+def numbers_line(names, row, published, results):
+    """Return the line of a row in a table of several numbers, of the first seed."""
+    runs = name_of(row, results) if results else f"{row}, not run"
+    cells = [runs]
+    for name in names:
+        ours, error = "", ""
+        if results:
+            ours = f"{results[0][name]:.2f}"
+            error = f" ± {results[0][f'{name}_error']:.2f}" if f"{name}_error" in results[0] else ""
+        cells += [ours + error, f"{published[name][0]:.2f}"]
     return f"| {' | '.join(cells)} |\n"
+
+
+def name_of(row, results):
+    """Return the name of a row, its number of runs, and its epochs if it ended early."""
+    count = len(results)
+    name = f"{row}, one run" if count == 1 else f"{row}, {count} runs"
+    return name if results[0]["epochs_of_protocol"] else f"{name}, {results[0]['epochs']} epochs"
 
 
 def line(row, published, results):
@@ -117,9 +146,6 @@ def line(row, published, results):
     whole, count = results[0]["epochs_of_protocol"], len(results)
     ours = mean(result["log_p"] for result in results)
     spread = f" ± {stdev(result['log_p'] for result in results):.2f}" if count > 1 else ""
-    name = f"{row}, one run" if count == 1 else f"{row}, {count} runs"
-    if not whole:
-        name += f", {results[0]['epochs']} epochs"
     difference = f"{ours - value:+.2f}" if whole else ""
     in_errors = ""
     if whole and deviation is not None:
@@ -132,7 +158,14 @@ def line(row, published, results):
         if "ais_images" in result
     ]
     units = ", ".join(str(result["active_units"]) for result in results)
-    cells = [name, f"{ours:.2f}{spread}", theirs, difference, in_errors, f"{elbo:.2f}"]
+    cells = [
+        name_of(row, results),
+        f"{ours:.2f}{spread}",
+        theirs,
+        difference,
+        in_errors,
+        f"{elbo:.2f}",
+    ]
     return f"| {' | '.join([*cells, ', '.join(checks), units])} |\n"
 
 
@@ -159,8 +192,11 @@ def page():
         text += f"\n## Table {table}: {description}\n\n"
         rows = {row: each for (of_table, row), each in ROWS.items() if of_table == table}
         results = {row: results_of(table, row) for row in rows}
-        text += SURGERY_TEXT + head(SURGERY_COLUMNS) if table == "E" else head(COLUMNS)
-        of_row = surgery_line if table == "E" else line
+        of_row, columns = line, COLUMNS
+        if table in NUMBERS:
+            of_row = functools.partial(numbers_line, NUMBERS[table])
+            columns = columns_of(NUMBERS[table].values())
+        text += TEXTS.get(table, "") + head(columns)
         text += "".join(of_row(row, rows[row].published, results[row]) for row in rows)
         costs += "".join(cost_line(table, row, results[row]) for row in rows if results[row])
     return text + (COSTS + head(COST_COLUMNS) + costs if costs else "")

@@ -130,6 +130,13 @@ def tanh_pair(mean_image, latents=50, width=200):
     return pv.LatentVariableModel(prior, likelihood), TanhGuide(len(mean_image), latents, width)
 
 
+def flow_pair(mean_image, width=200):
+    """Table D: the model of table B, and a posterior with two affine coupling layers."""
+    model, gaussian = tanh_pair(mean_image, width=width)
+    flow = pv.flows.AffineCoupling
+    return model, pv.guides.AmortizedFlow(model, gaussian.hidden, flow=flow, length=2)
+
+
 def glorot(module):
     """Initialize the weights of a linear layer uniformly (Glorot & Bengio 2010), its bias by 0."""
     if isinstance(module, nn.Linear):

@@ -26,9 +26,12 @@ import torch
 import pyro_vae as pv
 
 RESULTS = Path(__file__).parent / "results"
+AIS = pv.evaluation.AIS(num_chains=16, num_temperatures=500)
 DESCRIPTIONS = {
     "A": "Gaussian prior and VampPrior (Norouzi et al. 2020, table 1), dynamic MNIST",
     "B": "one stochastic layer (Burda et al. 2016, table 1), dynamic MNIST",
+    "C": "objectives (Rainforth et al. 2018, table 1; DReG: Tucker et al. 2019), dynamic MNIST",
+    "D": "inference gaps (Cremer, Li & Duvenaud 2018), MNIST binarized once",
     "E": "ELBO surgery (Hoffman & Johnson 2016), MNIST",
 }
 
@@ -43,40 +46,64 @@ class Row:
         published: the paper's numbers in nats by their names in a result: the mean, and the
             standard deviation over runs if the paper has it.
         objective: the objective, if the protocol does not determine it.
+        binarize: see :func:`pyro_vae.datasets.load`. The default is a new sample in each step.
+        measures_gaps: measure inference gaps instead of log p(x) of all test images.
     """
 
     make: object
     train: object
     published: dict[str, tuple[float, float | None]]
     objective: object = None
+    binarize: str = "none"
+    measures_gaps: bool = False
 
 
 def log_p(value, deviation=None):
     return {"log_p": (value, deviation)}
 
 
-def surgery(rate, information, marginal_kl):
-    numbers = {
-        "train_rate": rate,
-        "mutual_information": information,
-        "marginal_kl": marginal_kl,
-    }
-    return {name: (value, None) for name, value in numbers.items()}
+def means(**values):
+    return {name: (value, None) for name, value in values.items()}
 
 
 NORMAL, VAMP, A = pairs.standard_normal, pairs.vamp, protocols.early_stopping
 B, E, IWAE = protocols.stages, protocols.constant_rate, pv.objectives.IWAE
+D = {"train": B, "objective": IWAE(1), "binarize": "fixed", "measures_gaps": True}
+
+
+def tanh(train, published, objective=None, **options):
+    """Return a row with the networks of table B."""
+    return Row(functools.partial(pairs.tanh_pair, **options), train, published, objective)
+
+
 ROWS = {
     ("A", "vae"): Row(pairs.one_level(NORMAL), A, log_p(-84.45, 0.12)),
     ("A", "vampprior"): Row(pairs.one_level(VAMP), A, log_p(-82.43, 0.06)),
     ("A", "hvae"): Row(pairs.two_levels(NORMAL), A, log_p(-82.39, 0.11)),
     ("A", "hvae-vampprior"): Row(pairs.two_levels(VAMP), A, log_p(-81.56, 0.09)),
-    ("B", "vae-1"): Row(pairs.tanh_pair, B, log_p(-86.76), IWAE(1)),
-    ("B", "iwae-5"): Row(pairs.tanh_pair, B, log_p(-85.54), IWAE(5)),
-    ("B", "iwae-50"): Row(pairs.tanh_pair, B, log_p(-84.78), IWAE(50)),
-    ("E", "z-2"): Row(functools.partial(pairs.tanh_pair, latents=2), E, surgery(7.41, 7.20, 0.21)),
-    ("E", "z-10"): Row(
-        functools.partial(pairs.tanh_pair, latents=10), E, surgery(19.17, 10.82, 8.35)
+    ("B", "vae-1"): tanh(B, log_p(-86.76), IWAE(1)),
+    ("B", "iwae-5"): tanh(B, log_p(-85.54), IWAE(5)),
+    ("B", "iwae-50"): tanh(B, log_p(-84.78), IWAE(50)),
+    ("C", "miwae-8-8"): tanh(B, log_p(-84.97, 0.10), pv.objectives.MIWAE(8, 8)),
+    ("C", "piwae-8-8"): tanh(B, log_p(-84.46, 0.06), pv.objectives.PIWAE(8, 8)),
+    ("C", "ciwae-0.05"): tanh(B, log_p(-84.57, 0.09), pv.objectives.CIWAE(0.05, 64)),
+    ("C", "dreg-5"): tanh(B, log_p(-84.90), pv.objectives.DReG(5)),
+    ("C", "dreg-50"): tanh(B, log_p(-84.32), pv.objectives.DReG(50)),
+    ("D", "gaussian"): Row(
+        pairs.tanh_pair,
+        published=means(log_p=-89.80, approximation_gap=1.43, amortization_gap=1.34),
+        **D,
+    ),
+    ("D", "flow"): Row(
+        pairs.flow_pair,
+        published=means(log_p=-89.52, approximation_gap=0.86, amortization_gap=1.41),
+        **D,
+    ),
+    ("E", "z-2"): tanh(
+        E, means(train_rate=7.41, mutual_information=7.20, marginal_kl=0.21), latents=2
+    ),
+    ("E", "z-10"): tanh(
+        E, means(train_rate=19.17, mutual_information=10.82, marginal_kl=8.35), latents=10
     ),
 }
 
@@ -98,7 +125,7 @@ def train(row, data, args, folder):
 
 
 def evaluate(row, fit, data, args):
-    """Return what the tables show of a fit, in nats."""
+    """Return what tables A, B, C and E show of a fit, in nats."""
     _, test = protocols.binary(data)
     model, guide = fit.model, fit.guide
     start = time.perf_counter()
@@ -115,8 +142,8 @@ def evaluate(row, fit, data, args):
         "seconds_of_log_p": seconds,
     }
     if args.ais:
-        few, chains = test[: args.ais], pv.evaluation.AIS(num_chains=16, num_temperatures=500)
-        annealed = pv.evidence(model, guide, few, method=chains, seed=0, progress=True)
+        few = test[: args.ais]
+        annealed = pv.evidence(model, guide, few, method=AIS, seed=0, progress=True)
         difference = annealed.values - estimate.values[: len(few)]
         result |= {
             "ais_images": len(few),
@@ -128,8 +155,8 @@ def evaluate(row, fit, data, args):
             .sqrt()
             .item()
             / len(few),
-            "ais_chains": chains.num_chains,
-            "ais_temperatures": chains.num_temperatures,
+            "ais_chains": AIS.num_chains,
+            "ais_temperatures": AIS.num_temperatures,
         }
     report = pv.evaluation.collapse_report(model, guide, torch.bernoulli(data.train), seed=0)
     result |= {"active_units": report.num_active, "train_rate": report.rate}
@@ -138,6 +165,30 @@ def evaluate(row, fit, data, args):
         result["mutual_information"] = report.surgery.mutual_information
         result["mutual_information_saturated"] = report.surgery.saturated
     return result
+
+
+def gaps(fit, data, args):
+    """Return what table D shows of a fit, in nats, for the first test images."""
+    pair, few = (fit.model, fit.guide), data.test[: args.ais or 100]
+    start = time.perf_counter()
+    annealed = pv.evidence(*pair, few, method=AIS, seed=0, progress=True) if args.ais else None
+    found = pv.inference_gaps(
+        *pair,
+        few,
+        num_particles=args.particles,
+        ascent=pv.evaluation.Ascent(learning_rate=1e-3, window=100, patience=10),
+        evidence=annealed,
+        seed=0,
+        progress=True,
+    )
+    result = {"particles": args.particles, "test_images": len(few)}
+    for name, estimate in (
+        ("log_p", found.log_evidence),
+        ("approximation_gap", found.approximation_gap),
+        ("amortization_gap", found.amortization_gap),
+    ):
+        result |= {name: estimate.mean, f"{name}_error": estimate.standard_error}
+    return result | {"seconds_of_log_p": time.perf_counter() - start}
 
 
 def cost(fit):
@@ -174,13 +225,13 @@ def main():
     if (args.table, args.row) not in ROWS:
         parser.error(f"table {args.table} has the rows {[r for t, r in ROWS if t == args.table]}")
     row, name = ROWS[args.table, args.row], f"{args.table}-{args.row}-{args.data}-{args.seed}"
-    data = pv.datasets.load(args.data, binarize="none")
+    data = pv.datasets.load(args.data, binarize=row.binarize)
     fit = train(row, data, args, args.folder / name)
     print(fit)
     result = {"table": args.table, "row": args.row, "data": args.data, "seed": args.seed}
-    result |= (
-        {"epochs_of_protocol": args.epochs is None} | evaluate(row, fit, data, args) | cost(fit)
-    )
+    result["epochs_of_protocol"] = args.epochs is None
+    result |= gaps(fit, data, args) if row.measures_gaps else evaluate(row, fit, data, args)
+    result |= cost(fit)
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"{name}.json"
     finite = {key: None if value != value else value for key, value in result.items()}

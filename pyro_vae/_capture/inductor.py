@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -44,8 +45,12 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> CompiledGraph
 
 
 def _key(graph: GraphModule, inputs: Sequence[Tensor]) -> Hashable | None:
-    """Return what the compiled code depends on, None if it also depends on parts of the graph."""
-    if any(node.op in ("get_attr", "call_module") for node in graph.graph.nodes):
+    """Return what the compiled code depends on, None if that is more than operations of torch."""
+    for node in graph.graph.nodes:
+        plain = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+        if node.op not in ("placeholder", "output") and not plain:
+            return None
+    if any(each.layout != torch.strided for each in inputs):
         return None
     layouts = tuple(
         (each.dtype, each.device, each.shape, each.stride(), each.data_ptr() % _ALIGNMENT)
@@ -59,6 +64,7 @@ def _key(graph: GraphModule, inputs: Sequence[Tensor]) -> Hashable | None:
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.mkldnn.enabled,
+        torch._inductor.config.get_hash(),
     )
     return graph.code, layouts, shared, settings
 

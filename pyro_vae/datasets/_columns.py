@@ -161,6 +161,7 @@ def _require_real(values: Tensor, name: str) -> None:
 
 
 def _empty(name: str, shape: torch.Size) -> ValueError:
+    what = "is empty" if shape else "is one number"
     return ValueError(
-        f"{name} is empty: expected shape (N, *event) with N >= 1, got {tuple(shape)}"
+        f"{name} {what}: expected shape (N, *event) with N >= 1, got {tuple(shape)}"
     )

@@ -64,6 +64,9 @@ def fit_seeds(
     of processes. They are those of ``pv.fit(*make_pair(), data, seed=seed, ...)`` on one thread,
     where ``make_pair`` is called after ``torch.manual_seed(seed)``.
 
+    Each process compiles the steps of equal pairs once. So ``capture=True`` saves time with many
+    short fits of a small pair; see docs/performance.md.
+
     Args:
         make_pair: function that returns a new model and a new guide. It is called with torch seeded
             by each seed, so the initial weights depend on the seed alone. Methods whose pairs have

@@ -231,6 +231,7 @@ def test_bounds_of_the_program_are_checked_on_sparse_data(counts):
     ("value", "message"),
     [
         (sp.csr_array((0, 4)), r"data is empty: .* got \(0, 4\)"),
+        (torch.tensor(1.0), r"data is one number: expected shape \(N, \*event\) .* got \(\)"),
         (sp.csr_array(np.ones((5, 4), "complex64")), "data must hold numbers, got dtype complex64"),
         (torch.ones(5, 4).to(torch.complex64).to_sparse(), "data must hold real numbers"),
         (torch.ones(5, 2, 2).to_sparse(), r"data must be a matrix \(N, D\) if it is sparse"),
