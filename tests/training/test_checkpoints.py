@@ -15,6 +15,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from capturing import needs_compiler
 from conftest import make_pair
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -26,7 +27,7 @@ from pyro_vae.datasets._minibatches import Minibatches
 from pyro_vae.serialization import _folder as files
 from pyro_vae.serialization import _folder as writing
 from pyro_vae.serialization._folder import read, write
-from pyro_vae.training import Checkpoint
+from pyro_vae.training import Checkpoint, _step
 from pyro_vae.training import _checkpoints as checkpoints
 from pyro_vae.training import _loading as loading
 from pyro_vae.training._loop import TrainingLoop
@@ -255,6 +256,19 @@ def test_default_decides_again_when_a_resumed_run_has_more_epochs(binary, tmp_pa
     assert again.execution == short.execution
     long, _ = fit(binary, tmp_path, epochs=40, resume=True, **options)
     assert long.execution == "captured, not compiled"
+
+
+@needs_compiler
+def test_resumed_run_compares_its_capture_at_the_same_steps(binary, tmp_path, monkeypatch):
+    """A comparison returns the eager step, which differs from the compiled one by rounding."""
+    monkeypatch.setattr(_step, "FIRST_STEPS", 0)
+    monkeypatch.setattr(_step, "STEPS_BETWEEN_COMPARISONS", 20)
+    case = {"capture": True, "epochs": 8}  # of 7 steps
+    expected = run(binary, **case)
+    for step in (25, 37):
+        with pytest.raises(Killed):
+            run(binary, tmp_path / str(step), step, **case)
+        assert_same(run(binary, tmp_path / str(step), **case), expected)
 
 
 @pytest.mark.slow
