@@ -124,51 +124,50 @@ def train(row, data, args, folder):
     )
 
 
-def evaluate(row, fit, data, args):
-    """Return what tables A, B, C and E show of a fit, in nats."""
+def evaluate(fit, data, args):
+    """Yield what tables A, B, C and E show of a fit, in nats. AIS comes last: it may take hours."""
     _, test = protocols.binary(data)
     model, guide = fit.model, fit.guide
     start = time.perf_counter()
     estimate = pv.evidence(model, guide, test, num_particles=args.particles, seed=0, progress=True)
     seconds = time.perf_counter() - start
-    errors = estimate.monte_carlo_errors
+    report = pv.evaluation.collapse_report(model, guide, torch.bernoulli(data.train), seed=0)
     result = {
         "log_p": estimate.mean,
-        "monte_carlo_error": errors.square().sum().sqrt().item() / len(errors),
+        "monte_carlo_error": error_of_mean(estimate.monte_carlo_errors),
         "test_elbo": estimate.elbo,
         "unreliable_share": estimate.unreliable_share,
         "particles": args.particles,
         "test_images": len(test),
         "seconds_of_log_p": seconds,
+        "active_units": report.num_active,
+        "train_rate": report.rate,
     }
-    if args.ais:
-        few = test[: args.ais]
-        annealed = pv.evidence(model, guide, few, method=AIS, seed=0, progress=True)
-        difference = annealed.values - estimate.values[: len(few)]
-        result |= {
-            "ais_images": len(few),
-            "ais_minus_importance": difference.mean().item(),
-            "ais_minus_importance_error": (
-                annealed.monte_carlo_errors.square() + errors[: len(few)].square()
-            )
-            .sum()
-            .sqrt()
-            .item()
-            / len(few),
-            "ais_chains": AIS.num_chains,
-            "ais_temperatures": AIS.num_temperatures,
-        }
-    report = pv.evaluation.collapse_report(model, guide, torch.bernoulli(data.train), seed=0)
-    result |= {"active_units": report.num_active, "train_rate": report.rate}
     if report.surgery is not None:
         result["marginal_kl"] = report.surgery.marginal_kl
         result["mutual_information"] = report.surgery.mutual_information
         result["mutual_information_saturated"] = report.surgery.saturated
-    return result
+    yield result
+    if args.ais:
+        few = test[: args.ais]
+        annealed = pv.evidence(model, guide, few, method=AIS, seed=0, progress=True)
+        errors = annealed.monte_carlo_errors.hypot(estimate.monte_carlo_errors[: len(few)])
+        yield {
+            "ais_images": len(few),
+            "ais_minus_importance": (annealed.values - estimate.values[: len(few)]).mean().item(),
+            "ais_minus_importance_error": error_of_mean(errors),
+            "ais_chains": AIS.num_chains,
+            "ais_temperatures": AIS.num_temperatures,
+        }
+
+
+def error_of_mean(errors):
+    """Return the standard error of the mean of estimates that are independent given the data."""
+    return errors.square().sum().sqrt().item() / len(errors)
 
 
 def gaps(fit, data, args):
-    """Return what table D shows of a fit, in nats, for the first test images."""
+    """Yield what table D shows of a fit, in nats, for the first test images."""
     pair, few = (fit.model, fit.guide), data.test[: args.ais or 100]
     start = time.perf_counter()
     annealed = pv.evidence(*pair, few, method=AIS, seed=0, progress=True) if args.ais else None
@@ -188,7 +187,7 @@ def gaps(fit, data, args):
         ("amortization_gap", found.amortization_gap),
     ):
         result |= {name: estimate.mean, f"{name}_error": estimate.standard_error}
-    return result | {"seconds_of_log_p": time.perf_counter() - start}
+    yield result | {"seconds_of_log_p": time.perf_counter() - start}
 
 
 def cost(fit):
@@ -202,12 +201,16 @@ def cost(fit):
         "execution": fit.execution,
         "seconds_per_epoch": float(seconds.median()),
         "hours_of_training": float(seconds.sum()) / 3600,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "threads": torch.get_num_threads(),
         "device": str(next(fit.guide.parameters()).device),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "pyro-ppl", "pyro_vae")},
     }
+
+
+def peak_memory():
+    """Return the largest memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main():
@@ -229,13 +232,13 @@ def main():
     fit = train(row, data, args, args.folder / name)
     print(fit)
     result = {"table": args.table, "row": args.row, "data": args.data, "seed": args.seed}
-    result["epochs_of_protocol"] = args.epochs is None
-    result |= gaps(fit, data, args) if row.measures_gaps else evaluate(row, fit, data, args)
-    result |= cost(fit)
+    result |= {"epochs_of_protocol": args.epochs is None} | cost(fit)
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{name}.json"
-    finite = {key: None if value != value else value for key, value in result.items()}
-    path.write_text(json.dumps(finite, indent=2) + "\n")  # JSON has no NaN
+    for found in gaps(fit, data, args) if row.measures_gaps else evaluate(fit, data, args):
+        result |= found | {"peak_memory_mb": peak_memory()}
+        finite = {key: None if value != value else value for key, value in result.items()}
+        path = args.results / f"{name}.json"
+        path.write_text(json.dumps(finite, indent=2) + "\n")  # JSON has no NaN
     for name in {"log_p": None} | row.published:
         value, deviation = row.published.get(name, ("nothing", None))
         over_runs = "" if deviation is None else f" ± {deviation}"
