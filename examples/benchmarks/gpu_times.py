@@ -151,7 +151,7 @@ class Case:
         train_step = TrainStep(train_state, batches, capture=capture)
 
         def epoch():
-            train_step.recheck()
+            train_step.recheck(after_user_code=True)
             train_step.begin(None)
             losses = [train_step.step(selection) for selection in batches.selections()]
             if capture and not train_step.execution.startswith("captured"):

@@ -149,7 +149,7 @@ def ours(capture):
     pyro.enable_validation(False)
 
     def epoch():
-        train_step.recheck()
+        train_step.recheck(after_user_code=True)
         train_step.begin(None)
         losses = [train_step.step(selection) for selection in batches.selections()]
         loss = torch.stack(losses).mean().item()

@@ -57,7 +57,11 @@ def _key(graph: GraphModule, inputs: Sequence[Tensor]) -> Hashable | None:
         for each in inputs
     )
     storages = [each.untyped_storage().data_ptr() for each in inputs]
-    shared = tuple(storages.index(each) for each in storages)  # inputs that share memory
+    shared = tuple(  # inputs that share memory
+        (storages.index(storage), each.storage_offset(), each.untyped_storage().nbytes())
+        for storage, each in zip(storages, inputs, strict=True)
+        if storages.count(storage) > 1
+    )
     settings = (
         torch.get_num_threads(),
         current_precision(),

@@ -91,6 +91,23 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
         np.random.set_state(("MT19937", keys, position, has_gauss, _number(gauss)))  # noqa: NPY002
 
 
+def held_random_state(device: torch.device) -> Callable[[], None]:
+    """Return a function that restores the generators of :func:`random_state` in this process."""
+    on_cuda = device.type == "cuda"
+    of_torch = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if on_cuda else None
+    of_python, of_numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
+
+    def restore() -> None:
+        torch.set_rng_state(of_torch)
+        if on_cuda:
+            torch.cuda.set_rng_state(on_device, device)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+
+    return restore
+
+
 def _of_numpy() -> list[int]:
     """Return the state of numpy's legacy generator, or [] if it is not a Mersenne Twister."""
     state = np.random.get_state(legacy=False)  # noqa: NPY002

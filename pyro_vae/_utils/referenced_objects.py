@@ -164,14 +164,15 @@ def _parts_of_module(module: nn.Module) -> Iterator[tuple[str, Any]]:
             if isinstance(v, VALUES) or name in _GIVEN or not name.startswith("_")
         }
     for name, value in attributes.items():
-        # Pyro's transforms cache their last input and output in attributes with this name. Each
-        # module of torch has many empty dictionaries of hooks.
-        if not (name.startswith("_cached") or (type(value) is OrderedDict and not value)):
+        # Pyro's transforms cache their last input and output in attributes with this name.
+        if not (name.startswith("_cached") or (name in _HOOKS and not value)):
             yield f".{name}", value
     yield "", getattr(type(module), "forward", None)
     yield from _parts_of_class(type(module), vars(module))
 
 
+# The dictionaries of hooks of each module, most of which are empty.
+_HOOKS = frozenset(n for n, value in vars(nn.Module()).items() if isinstance(value, OrderedDict))
 _GIVEN = {"_forward_hooks", "_forward_pre_hooks", "_pyro_samples"}
 
 

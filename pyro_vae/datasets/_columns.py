@@ -162,6 +162,4 @@ def _require_real(values: Tensor, name: str) -> None:
 
 def _empty(name: str, shape: torch.Size) -> ValueError:
     what = "is empty" if shape else "is one number"
-    return ValueError(
-        f"{name} {what}: expected shape (N, *event) with N >= 1, got {tuple(shape)}"
-    )
+    return ValueError(f"{name} {what}: expected shape (N, *event) with N >= 1, got {tuple(shape)}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from pyro_vae._utils.code_names import PACKAGE, package
 from pyro_vae._utils.distributed import gather
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import restored_generators, restored_generators_of_python, seeded
@@ -159,6 +160,14 @@ class Callbacks:
         self._callbacks = [] if after_epoch is None else [_AfterEpoch(after_epoch)]
         self._callbacks += _checked(callbacks)
         self._reserved = frozenset(reserved)
+
+    @property
+    def run_user_code(self) -> bool:
+        """Whether any of them is not one of this package."""
+        return any(
+            isinstance(each, _AfterEpoch) or package(type(each)) != PACKAGE
+            for each in self._callbacks
+        )
 
     def after_epoch(
         self, epoch: int, row: Mapping[str, float], seed: int

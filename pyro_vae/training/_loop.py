@@ -27,7 +27,7 @@ from pyro_vae._utils.distributed import (
     rank,
     sum_over_processes,
 )
-from pyro_vae._utils.random import random_state, set_random_state
+from pyro_vae._utils.random import held_random_state, random_state, set_random_state
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Minibatches
 from pyro_vae.serialization._pair import dataframe_to_dict, dict_to_dataframe
@@ -146,12 +146,16 @@ class TrainingLoop:
         self._description = Description(*self._train_state.pair)
         self._best: dict[str, Tensor] | None = None
         self._last_good: dict[str, Any] = {}
-        self._is_copied = False  # whether the next step starts from the state in _last_good
         self._resumed_at: Mapping[str, Tensor] | None = None
         self._shall_stop = self._shall_write = False
         self._most_rows = 0
         self._steps_per_epoch = self.batches.num_batches
         self._needs_validation = not self.batches.values_checked  # by Pyro, in the first epoch
+        self._runs_user_code = (  # between steps
+            self.callbacks.run_user_code
+            or self._train_state.runs_user_code
+            or self.batches.columns is None
+        )
 
     @property
     def history(self) -> pd.DataFrame:
@@ -274,7 +278,7 @@ class TrainingLoop:
         position.epoch += 1
         position.step = position.rows = position.skipped = 0
         position.total = position.seconds = 0.0
-        self._last_good, self._is_copied = self.snapshot(), True
+        self._last_good = self.snapshot()
 
     def _validation_loss_and_elbo(self) -> tuple[float, float]:
         if self.validation is None:
@@ -295,7 +299,7 @@ class TrainingLoop:
         """Run the remaining steps of the epoch."""
         began, start = time.perf_counter(), self.position.step
         if start == 0:
-            self.train_step.recheck()
+            self.train_step.recheck(after_user_code=self._runs_user_code)
         per_epoch, epochs = self._steps_per_epoch, self.epochs - self.position.epoch + 1
         steps = None if per_epoch is None else epochs * per_epoch - start
         self.train_step.begin(steps, validated=validated)
@@ -315,17 +319,12 @@ class TrainingLoop:
         If a loss or a parameter is NaN or infinite, restore the copy and repeat the chunk with
         checked steps.
         """
-        # The minibatches of a stream stay in memory until the end of the chunk.
-        length = STEPS_OF_A_CHUNK if self.batches.columns is not None else STEPS_OF_A_STREAMED_CHUNK
-        first = next(selections, None)
-        if first is None:
-            return 0
-        if not self._is_copied:  # at the start of an epoch, it may be the copy of the last one
-            self._last_good = self.snapshot()
-        self._is_copied = False
+        self._last_good = self.snapshot()
         taken: list[tuple[Tensor, ...]] = []
         losses: list[Tensor] = []
-        for selection in itertools.chain([first], itertools.islice(selections, length - 1)):
+        # The minibatches of a stream stay in memory until the end of the chunk.
+        length = STEPS_OF_A_CHUNK if self.batches.columns is not None else STEPS_OF_A_STREAMED_CHUNK
+        for selection in itertools.islice(selections, length):
             taken.append(selection)
             self._most_rows = max(self._most_rows, len(selection[0]))
             try:
@@ -340,6 +339,8 @@ class TrainingLoop:
                 break
             if self._ends_here(len(taken)):
                 break
+        if not taken:
+            return 0
         read = torch.stack(losses).tolist()  # the only read of the chunk from the device
         if all(map(math.isfinite, read)) and all_finite(self._train_state.parameters):
             for selection, loss in zip(taken, read, strict=True):
@@ -468,7 +469,7 @@ class TrainingLoop:
         return {
             "position": replace(self.position, history=[*self.position.history]),
             "train_step": self.train_step.snapshot(),
-            "random": random_state(self.device),
+            "set_random_state": held_random_state(self.device),
             "order": self.order,
             "best": self._best,
         }
@@ -477,21 +478,19 @@ class TrainingLoop:
         """Restore a copy from :meth:`snapshot`. An empty copy changes nothing."""
         if not state:
             return
-        self._is_copied = False
         self.train_step.restore(state["train_step"])
         self.position = replace(state["position"], history=[*state["position"].history])
-        set_random_state(state["random"], self.device)
+        state["set_random_state"]()
         self.order = state["order"]
         self._best = state["best"]
         if self.position.step == 0:
-            self.train_step.recheck()
+            self.train_step.recheck(after_user_code=self._runs_user_code)
 
     def _write_checkpoint(self, *, if_due: bool = False) -> None:
         if self.checkpoints is not None and (self._shall_write or not if_due):
             path = self.checkpoints.write(self.state_dict, self.train_step.steps)
             self._shall_write = False
             if path is not None:
-                self._is_copied = False  # a callback may change the state
                 self.callbacks.after_checkpoint(path)
 
     def _rank_states(self) -> list[dict[str, Any]]:

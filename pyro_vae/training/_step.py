@@ -23,7 +23,7 @@ from pyro_vae.training._sharing import SharedGradient, local_rows
 from pyro_vae.training._train_state import TrainState
 
 BOTH = "model and guide"
-FIRST_STEPS, STEPS_BETWEEN_COMPARISONS = 500, 100
+STEPS_BETWEEN_COMPARISONS = 100
 
 
 class TrainStep:
@@ -81,15 +81,19 @@ class TrainStep:
         self._captured.calls_left = steps
         self._validated = validated
 
-    def recheck(self) -> None:
+    def recheck(self, *, after_user_code: bool) -> None:
         """Check at the start of an epoch that the capture is still valid for the programs.
 
-        The next step also compares the capture with an eager step, which takes as long as ten
-        captured steps of a small network. So after the first 500 steps, at least 100 steps lie
-        between two comparisons.
+        The next step may also compare the capture with an eager step, which takes as long as ten
+        captured steps of a small network. Without code of the user between the steps, at least 100
+        steps lie between two comparisons.
+
+        Args:
+            after_user_code: Whether code of the user ran since the last step, which may have
+                changed objects that no name refers to.
         """
         since = self.steps - self._compared_at
-        compare = self.steps < FIRST_STEPS or since >= STEPS_BETWEEN_COMPARISONS
+        compare = after_user_code or since >= STEPS_BETWEEN_COMPARISONS
         if compare:
             self._compared_at = self.steps
         self._captured.recheck(compare=compare)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import itertools
 import time
 import warnings
 import weakref
@@ -23,6 +24,7 @@ import pyro_vae as pv
 from pyro_vae._capture import Captured
 from pyro_vae._capture.captured import Stage
 from pyro_vae._capture.policy import WorkCounter
+from pyro_vae.training._step import TrainStep
 
 
 class Transformed(pyro.nn.PyroModule):
@@ -707,25 +709,79 @@ def test_compiled_graphs_do_not_keep_data_or_parameters(binary):
     assert [each() for each in held] == [None] * len(held)
 
 
-def test_comparisons_become_rare_in_short_epochs(binary, without_compiler, monkeypatch):
+@pytest.mark.parametrize("own_code", [None, "a callback", "a scheduler", "an optimizer"])
+def test_steps_between_comparisons(own_code, binary, without_compiler, monkeypatch):
     """An epoch has 5 steps. A comparison takes as long as ten steps of a small network."""
-    compared = []
-    monkeypatch.setattr(
-        Captured, "_runs", Captured._runs | {Stage.CHECK: lambda self, inputs: check(self, inputs)}
-    )
+    compared, take_a_step, steps = [], TrainStep.step, itertools.count(1)
+    now = 0
+
+    def step(*args):
+        nonlocal now
+        now = next(steps)
+        return take_a_step(*args)
 
     def check(captured, inputs):
-        compared.append(steps[0])
+        compared.append(now)
         return Captured._check(captured, inputs)
 
-    steps = [0]
-
-    class Counting(torch.optim.SGD):
-        def step(self, closure):
-            steps[0] += 1
-            return super().step(closure)
-
-    pv.fit(*make_pair(), binary, epochs=200, batch_size=10, progress=False, capture=True,
-           optimizer=functools.partial(Counting, lr=1e-3))  # fmt: skip
+    options = {
+        None: {},
+        "a callback": {"after_epoch": lambda epoch, row: None},
+        "a scheduler": {"scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 10)},
+        "an optimizer": {"optimizer": functools.partial(torch.optim.SGD, lr=1e-3)},
+    }[own_code]
+    monkeypatch.setattr(TrainStep, "step", step)
+    monkeypatch.setattr(Captured, "_runs", Captured._runs | {Stage.CHECK: check})
+    pv.fit(*make_pair(), binary, epochs=60, batch_size=10, progress=False, capture=True, **options)
     assert compared[0] == 4  # after a first call and two traces
-    assert compared[1:] == [*range(6, 501, 5), *range(596, 1001, 100)]
+    if own_code is None:
+        assert compared[1:] == [101, 201]
+    else:
+        assert compared[1:] == [*range(6, 301, 5)]
+
+
+def test_hook_of_a_callback_is_found_at_the_next_epoch(binary, without_compiler):
+    """No name refers to the hook of a tensor. The steps before it are more than 500."""
+
+    def run(capture):
+        torch.manual_seed(3)
+        model, guide = make_pair()
+        weight = next(guide.parameters())
+
+        def after_epoch(epoch, row):
+            if epoch == 105:
+                weight.register_hook(torch.zeros_like)
+
+        return pv.fit(model, guide, binary, epochs=108, batch_size=10, progress=False, seed=0,
+                      capture=capture, after_epoch=after_epoch), weight  # fmt: skip
+
+    _, expected = run(False)
+    with pytest.warns(UserWarning, match="its graph differs from the eager run"):
+        fit, found = run(True)
+    assert fit.execution.startswith("eager: its graph differs")
+    assert distance(found, expected) < 1e-4
+
+
+def test_views_of_one_tensor_have_the_code_of_their_layout():
+    """Equal shapes and strides, and other places in the tensor that both are views of."""
+
+    class Shifted(nn.Module):
+        def __init__(self, offset):
+            super().__init__()
+            flat = torch.zeros(48)
+            self.register_buffer("first", flat[:16])
+            self.register_buffer("second", flat[offset : offset + 16])
+            self.layer = nn.Linear(2, 16)
+
+        def forward(self, z):
+            self.first.add_(1.0)
+            return self.layer(z) + self.second
+
+    def make(offset):
+        likelihood = pv.likelihoods.Bernoulli(Shifted(offset))
+        model = pv.LatentVariableModel(pv.priors.StandardNormal(2), likelihood)
+        return model, pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
+
+    x = torch.bernoulli(torch.full((40, 16), 0.4))
+    for offset in (32, 16):
+        check_same(functools.partial(make, offset), x)

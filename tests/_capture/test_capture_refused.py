@@ -179,6 +179,32 @@ def test_numbers_changed_between_epochs_end_the_capture(binary, without_compiler
     assert distance(tensors, expected) < 1e-5
 
 
+def test_empty_dictionary_that_a_callback_adds_is_found(binary, without_compiler):
+    class Flagged(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (0.5 if hasattr(self, "flag") else 1.0)
+
+    def run(capture):
+        torch.manual_seed(3)
+        model = pv.LatentVariableModel(
+            pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(Flagged(2, 16))
+        )
+        guide = pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
+
+        def after_epoch(epoch, row):
+            if epoch == 2:
+                model.likelihood.decoder.flag = collections.OrderedDict()
+
+        fit = pv.fit(model, guide, binary, epochs=4, batch_size=10, progress=False, seed=0,
+                     capture=capture, after_epoch=after_epoch)  # fmt: skip
+        return fit, model.likelihood.decoder.weight
+
+    _, expected = run(False)
+    with pytest.warns(UserWarning, match=r"model\.likelihood\.decoder\.flag was added"):
+        _, found = run(True)
+    assert distance(found, expected) < 1e-5
+
+
 OPAQUE = ctypes.c_double(1.0)  # capture does not inspect it
 
 

@@ -261,7 +261,6 @@ def test_default_decides_again_when_a_resumed_run_has_more_epochs(binary, tmp_pa
 @needs_compiler
 def test_resumed_run_compares_its_capture_at_the_same_steps(binary, tmp_path, monkeypatch):
     """A comparison returns the eager step, which differs from the compiled one by rounding."""
-    monkeypatch.setattr(_step, "FIRST_STEPS", 0)
     monkeypatch.setattr(_step, "STEPS_BETWEEN_COMPARISONS", 20)
     case = {"capture": True, "epochs": 8}  # of 7 steps
     expected = run(binary, **case)
@@ -371,6 +370,8 @@ def test_fit_interrupted_during_validation_resumes_bitwise(binary, tmp_path):
 
     with mock.patch.object(TrainStep, "evaluate", pressed), pytest.raises(pv.training.Interrupted):
         fit(binary, tmp_path, validation=binary)
+    # No finished step is lost.
+    assert read(max(tmp_path.iterdir()), kind=checkpoints.KIND)["trainer"]["steps"] == 5
     _, resumed = fit(binary, tmp_path, validation=binary, resume=True)
     assert equal(straight, resumed)
 
