@@ -29,7 +29,7 @@ def outside():
 BAD_DATA = {
     "empty": (torch.ones(0, 16), r"is empty: expected shape \(N, \*event\)"),
     "no columns": (torch.ones(5, 0), "is empty"),
-    "scalar": (torch.tensor(1.0), "is empty"),
+    "scalar": (torch.tensor(1.0), r"is one number: expected shape \(N, \*event\)"),
     "empty loader": (DataLoader([], batch_size=3), "yields no minibatch"),
     "nan": (with_nan(), "NaN or infinite values, first in row 7"),
     "infinite": (torch.full((30, 16), torch.inf), "NaN or infinite values, first in row 0"),
