@@ -80,8 +80,8 @@ NUMBERS = {
 COSTS = """
 ## Time and memory
 
-The seconds are medians over epochs on one core of an AMD EPYC (Zen 5), beside other work. The best
-epoch has the lowest validation loss, and its parameters are evaluated. The peak memory has training
+The seconds are medians over epochs on one core of an AMD EPYC (Zen 5), beside other work, and the
+hours are the median times the epochs, because some runs were paused. The best epoch has the lowest validation loss, and its parameters are evaluated. The peak memory has training
 and evaluation, without AIS. That of A vae has no surgery, and that of E was measured again after
 the runs, for log p(x) of 1000 images and the surgery.
 
@@ -178,7 +178,7 @@ def cost_line(table, row, results):
         ", ".join(str(result["epochs"]) for result in results),
         ", ".join(str(result["best_epoch"] or "last") for result in results),
         f"{mean(result['seconds_per_epoch'] for result in results):.1f}",
-        f"{mean(result['hours_of_training'] for result in results):.1f}",
+        f"{mean(r['epochs'] * r['seconds_per_epoch'] for r in results) / 3600:.1f}",
         f"{mean(result['seconds_of_log_p'] for result in results) / 60:.0f}",
         f"{max(result['peak_memory_mb'] for result in results):.0f}",
     ]
