@@ -81,9 +81,10 @@ COSTS = """
 ## Time and memory
 
 The seconds are medians over epochs on one core of an AMD EPYC (Zen 5), beside other work, and the
-hours are the median times the epochs, because some runs were paused. The best epoch has the lowest validation loss, and its parameters are evaluated. The peak memory has training
-and evaluation, without AIS. That of A vae has no surgery, and that of E was measured again after
-the runs, for log p(x) of 1000 images and the surgery.
+hours are the median times the epochs, because some runs were paused. The best epoch has the lowest
+validation loss, and its parameters are evaluated. The peak memory has training and evaluation,
+without AIS. That of A vae has no surgery, and that of E was measured again after the runs, for
+log p(x) of 1000 images and the surgery.
 
 """
 
