@@ -82,9 +82,9 @@ COSTS = """
 
 The seconds are medians over epochs on one core of an AMD EPYC (Zen 5), beside other work, and the
 hours are the median times the epochs, because some runs were paused. The best epoch has the lowest
-validation loss, and its parameters are evaluated. The peak memory has training and evaluation,
-without AIS. That of A vae has no surgery, and that of E was measured again after the runs, for
-log p(x) of 1000 images and the surgery.
+validation loss, and its parameters are evaluated. The peak memory has training and evaluation. That
+of A vae has no surgery, and that of E was measured again after the runs, for log p(x) of 1000
+images and the surgery.
 
 """
 
@@ -158,7 +158,7 @@ def line(row, published, results):
         for result in results
         if "ais_images" in result
     ]
-    units = ", ".join(str(result["active_units"]) for result in results)
+    units = ", ".join(str(result.get("active_units", "")) for result in results)
     cells = [
         name_of(row, results),
         f"{ours:.2f}{spread}",

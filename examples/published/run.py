@@ -191,15 +191,13 @@ def gaps(fit, data, args):
 
 def cost(fit):
     """Return the time, the memory and the versions of a run."""
-    seconds = fit.history["seconds"]
     validated = "validation_loss" in fit.history and fit.history["validation_loss"].notna().all()
     return {
         "epochs": len(fit.history),
         "best_epoch": int(fit.history["validation_loss"].idxmin()) if validated else None,
         "stop_reason": fit.stop_reason,
         "execution": fit.execution,
-        "seconds_per_epoch": float(seconds.median()),
-        "hours_of_training": float(seconds.sum()) / 3600,
+        "seconds_per_epoch": float(fit.history["seconds"].median()),
         "threads": torch.get_num_threads(),
         "device": str(next(fit.guide.parameters()).device),
         "python": platform.python_version(),

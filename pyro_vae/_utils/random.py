@@ -73,8 +73,8 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     return {
         "torch": torch.get_rng_state(),
         "device": on_device.to(torch.uint8),
-        "python": torch.tensor([*internal, gauss is not None, _bits(gauss or 0.0)]),
-        "numpy": torch.tensor(_of_numpy()),
+        "python": _integers([*internal, gauss is not None, _bits(gauss or 0.0)]),
+        "numpy": _integers(_of_numpy()),
     }
 
 
@@ -91,23 +91,6 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
         np.random.set_state(("MT19937", keys, position, has_gauss, _number(gauss)))  # noqa: NPY002
 
 
-def held_random_state(device: torch.device) -> Callable[[], None]:
-    """Return a function that restores the generators of :func:`random_state` in this process."""
-    on_cuda = device.type == "cuda"
-    of_torch = torch.get_rng_state()
-    on_device = torch.cuda.get_rng_state(device) if on_cuda else None
-    of_python, of_numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
-
-    def restore() -> None:
-        torch.set_rng_state(of_torch)
-        if on_cuda:
-            torch.cuda.set_rng_state(on_device, device)
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)  # noqa: NPY002
-
-    return restore
-
-
 def _of_numpy() -> list[int]:
     """Return the state of numpy's legacy generator, or [] if it is not a Mersenne Twister."""
     state = np.random.get_state(legacy=False)  # noqa: NPY002
@@ -115,6 +98,11 @@ def _of_numpy() -> list[int]:
         return []
     inner = state["state"]
     return [*inner["key"].tolist(), inner["pos"], state["has_gauss"], _bits(state["gauss"])]
+
+
+def _integers(values: list[int]) -> Tensor:
+    """Return a tensor of integers. From a long list, numpy makes it faster than torch."""
+    return torch.from_numpy(np.array(values, dtype=np.int64))
 
 
 def _bits(number: float) -> int:

@@ -162,8 +162,8 @@ class Callbacks:
         self._reserved = frozenset(reserved)
 
     @property
-    def run_user_code(self) -> bool:
-        """Whether any of them is not one of this package."""
+    def have_user_code(self) -> bool:
+        """Whether a function or a callback of the user is among them."""
         return any(
             isinstance(each, _AfterEpoch) or package(type(each)) != PACKAGE
             for each in self._callbacks

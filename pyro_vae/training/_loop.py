@@ -27,7 +27,7 @@ from pyro_vae._utils.distributed import (
     rank,
     sum_over_processes,
 )
-from pyro_vae._utils.random import held_random_state, random_state, set_random_state
+from pyro_vae._utils.random import random_state, set_random_state
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Minibatches
 from pyro_vae.serialization._pair import dataframe_to_dict, dict_to_dataframe
@@ -151,9 +151,9 @@ class TrainingLoop:
         self._most_rows = 0
         self._steps_per_epoch = self.batches.num_batches
         self._needs_validation = not self.batches.values_checked  # by Pyro, in the first epoch
-        self._runs_user_code = (  # between steps
-            self.callbacks.run_user_code
-            or self._train_state.runs_user_code
+        self._user_code_between_steps = (
+            self.callbacks.have_user_code
+            or self._train_state.has_user_code
             or self.batches.columns is None
         )
 
@@ -299,7 +299,7 @@ class TrainingLoop:
         """Run the remaining steps of the epoch."""
         began, start = time.perf_counter(), self.position.step
         if start == 0:
-            self.train_step.recheck(after_user_code=self._runs_user_code)
+            self.train_step.recheck(after_user_code=self._user_code_between_steps)
         per_epoch, epochs = self._steps_per_epoch, self.epochs - self.position.epoch + 1
         steps = None if per_epoch is None else epochs * per_epoch - start
         self.train_step.begin(steps, validated=validated)
@@ -469,7 +469,7 @@ class TrainingLoop:
         return {
             "position": replace(self.position, history=[*self.position.history]),
             "train_step": self.train_step.snapshot(),
-            "set_random_state": held_random_state(self.device),
+            "random": random_state(self.device),
             "order": self.order,
             "best": self._best,
         }
@@ -480,11 +480,11 @@ class TrainingLoop:
             return
         self.train_step.restore(state["train_step"])
         self.position = replace(state["position"], history=[*state["position"].history])
-        state["set_random_state"]()
+        set_random_state(state["random"], self.device)
         self.order = state["order"]
         self._best = state["best"]
         if self.position.step == 0:
-            self.train_step.recheck(after_user_code=self._runs_user_code)
+            self.train_step.recheck(after_user_code=self._user_code_between_steps)
 
     def _write_checkpoint(self, *, if_due: bool = False) -> None:
         if self.checkpoints is not None and (self._shall_write or not if_due):

@@ -42,8 +42,8 @@ class TrainState:
         pair: The two programs.
         objective: The objective of the fit.
         parameters: All trained parameters. Parameters that the programs create later are appended.
-        runs_user_code: Whether the optimizer or the scheduler may run code of the user.
         parameters_of: The parameters of ``"model"`` and of ``"guide"``, as passed.
+        has_user_code: Whether the user chose the optimizer or a scheduler, which may run any code.
 
     Raises:
         ValueError: There are no parameters. Or ``scheduler`` needs a learning rate, and the
@@ -78,7 +78,7 @@ class TrainState:
         else:
             self.optimizer = _made(optimizer, self.parameters)
         self._scheduler = _made_scheduler(scheduler, self.optimizer)
-        self.runs_user_code = optimizer is not None or scheduler is not None
+        self.has_user_code = optimizer is not None or scheduler is not None
         self._named = self._named_tensors()
 
     @property
