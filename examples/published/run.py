@@ -145,7 +145,9 @@ def evaluate(fit, data, args):
     if report.surgery is not None:
         result["marginal_kl"] = report.surgery.marginal_kl
         result["mutual_information"] = report.surgery.mutual_information
+        result["mutual_information_error"] = report.surgery.standard_errors["mutual_information"]
         result["mutual_information_saturated"] = report.surgery.saturated
+        result["scored_images"] = report.surgery.num_scored or len(data.train)
     yield result
     if args.ais:
         few = test[: args.ais]

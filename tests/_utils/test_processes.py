@@ -23,7 +23,8 @@ ASCENT = pv.evaluation.Ascent(
 NAMES = [
     *("importance", "naive", "stream", "shuffled", "one minibatch", "ais", "sandwich", "gaps"),
     *("surgery, gaussian", "surgery, particles", "surgery, one minibatch", "surgery, flow"),
-    *("surgery, flow, one minibatch", "surgery, mixture", "surgery, stratified"),
+    *("surgery, flow, one minibatch", "surgery, gaussian, part", "surgery, flow, part"),
+    *("surgery, mixture", "surgery, stratified"),
 ]
 
 
@@ -82,6 +83,8 @@ def estimates():
         "surgery, one minibatch": surgery("gaussian", batch_size=200),
         "surgery, flow": surgery("flow", num_particles=2),
         "surgery, flow, one minibatch": surgery("flow", batch_size=200),
+        "surgery, gaussian, part": surgery("gaussian", num_scored=30),
+        "surgery, flow, part": surgery("flow", num_scored=30, num_particles=2),
         "surgery, mixture": surgery("mixture"),
         "surgery, stratified": surgery("mixture", estimator="stratified"),
     }

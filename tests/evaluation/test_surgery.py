@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -16,7 +17,7 @@ from oracles import LinearGaussian, assert_within
 import pyro_vae as pv
 from pyro_vae import guides
 from pyro_vae.evaluation._group import Group
-from pyro_vae.evaluation._surgery import information
+from pyro_vae.evaluation._surgery import code_scores, information
 from pyro_vae.evaluation._surgery.dimensions import dimension_wise_kl
 from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
 from pyro_vae.evaluation._surgery.pairwise import log_sum_of_ratios
@@ -431,7 +432,7 @@ def test_surgery_refuses_unavailable_estimators():
         pv.elbo_surgery(oracle.model, oracle.guide, x, estimator="stratified", batch_size=1)
 
 
-def coverage(repeats, count):
+def coverage(repeats, count, **options):
     """Return the share of 95% intervals that cover the truth, by term, with new data each time."""
     hits = dict.fromkeys(("elbo", "distortion", "rate", "mutual_information", "marginal_kl"), 0)
     weight = torch.tensor([[1.0, 0.3], [-0.4, 0.8], [0.5, 0.5]]).double()
@@ -448,15 +449,18 @@ def coverage(repeats, count):
         "marginal_kl": oracle.marginal_kl + shift,
     }
     for seed in range(repeats):
-        surgery = pv.elbo_surgery(oracle.model, oracle.guide, oracle.sample(count), seed=seed)
+        x = oracle.sample(count)
+        surgery = pv.elbo_surgery(oracle.model, oracle.guide, x, seed=seed, **options)
         for name, value in truth.items():
             error = surgery.standard_errors[name]
             hits[name] += abs(getattr(surgery, name) - value) < 1.96 * error
     return {name: hit / repeats for name, hit in hits.items()}
 
 
-def test_intervals_cover_the_truth():
-    for name, share in coverage(40, 1000).items():  # below 0.85 once in 10,000 if 0.95 is right
+@pytest.mark.parametrize("num_scored", [None, 100, 12])
+def test_intervals_cover_the_truth(num_scored):
+    # below 0.85 once in 10,000 if 0.95 is right
+    for name, share in coverage(40, 1000, num_scored=num_scored).items():
         assert share >= 0.82, name
 
 
@@ -464,6 +468,92 @@ def test_intervals_cover_the_truth():
 def test_intervals_have_nominal_coverage():
     for name, share in coverage(200, 2000).items():
         assert 0.90 <= share <= 0.98, name
+
+
+# --- a random part of the codes
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "scored", "flow"])
+def test_codes_of_a_random_part_have_the_mean_of_all(kind):
+    oracle = LinearGaussian(d=2, D=5, noise=1.5)
+    x = oracle.sample(600)
+    guide = as_full_covariance(oracle) if kind == "scored" else oracle.guide
+    if kind == "flow":
+        guide = guides.AmortizedFlow(oracle.model, torch.nn.Linear(5, 8)).double()
+    options = {"num_particles": 2, "seed": 0}
+    every = pv.elbo_surgery(oracle.model, guide, x, **options)
+    part = pv.elbo_surgery(oracle.model, guide, x, num_scored=150, **options)
+    assert (every.num_scored, part.num_scored) == (None, 150)
+    for name in ("elbo", "distortion", "rate"):  # of all data points
+        assert getattr(part, name) == getattr(every, name)
+        assert part.standard_errors[name] == every.standard_errors[name]
+    error = part.standard_errors["mutual_information"]
+    assert error > every.standard_errors["mutual_information"]
+    assert_within(part.mutual_information, every.mutual_information, error)
+    assert part.rate == pytest.approx(part.mutual_information + part.marginal_kl)
+    assert "from the codes of 150 data points" in str(part)
+    assert "data points" not in str(every)[20:]
+    for enough in (600, 10**6):
+        found = pv.elbo_surgery(oracle.model, guide, x, num_scored=enough, **options)
+        assert found == every
+
+
+def test_error_of_a_random_part_is_that_of_new_parts():
+    """Of one data set, the squared errors of 60 parts average to the square of their error."""
+    oracle = LinearGaussian(d=2, D=5, noise=1.5)
+    x = oracle.sample(2000)
+    every = pv.elbo_surgery(oracle.model, oracle.guide, x, num_particles=4, seed=0)
+    found = [
+        pv.elbo_surgery(oracle.model, oracle.guide, x, num_particles=4, num_scored=50, seed=seed)
+        for seed in range(60)
+    ]
+    errors = torch.tensor([s.mutual_information - every.mutual_information for s in found])
+    stated = torch.tensor([s.standard_errors["mutual_information"] for s in found])
+    ratio = (errors / stated).square().mean().item()
+    assert 0.45 < ratio < 1.9  # chi-square of 60: outside once in 10,000, and one stated error
+
+
+def test_guides_that_are_run_score_a_part_by_default(monkeypatch):
+    oracle = LinearGaussian(d=2, D=5)
+    x, guide = oracle.sample(200), as_full_covariance(oracle)
+    monkeypatch.setattr(code_scores, "_FEWEST_SCORED", 20)
+    monkeypatch.setattr(code_scores, "_PAIRS", 200 * 60)
+    found = [
+        pv.elbo_surgery(*pair, x, num_particles=num_particles, seed=0).num_scored
+        for pair, num_particles in [
+            ((oracle.model, guide), 1),
+            ((oracle.model, guide), 2),
+            ((oracle.model, guide), 50),
+            ((oracle.model, oracle.guide), 1),
+        ]
+    ]
+    assert found == [60, 30, 20, None]
+    assert pv.elbo_surgery(oracle.model, guide, x, num_scored=200, seed=0).num_scored is None
+    assert pv.collapse_report(oracle.model, guide, x, seed=0).surgery.num_scored == 60
+
+
+def test_surgery_refuses_a_part_that_it_cannot_score():
+    oracle = LinearGaussian()
+    x = oracle.sample(20)
+    with pytest.raises(ValueError, match="num_scored must be at least 2, got 1"):
+        pv.elbo_surgery(oracle.model, oracle.guide, x, num_scored=1)
+    with pytest.raises(ValueError, match="num_scored is for the exact estimator, got estimator="):
+        pv.elbo_surgery(oracle.model, oracle.guide, x, num_scored=5, estimator="weighted")
+
+
+def test_surgery_warns_before_a_long_scoring(monkeypatch):
+    oracle = LinearGaussian()
+    x, guide = oracle.sample(20), as_full_covariance(oracle)
+    monkeypatch.setattr(information, "_MEASURED", 0.0)
+    with warnings.catch_warnings(action="error"):
+        pv.elbo_surgery(oracle.model, guide, x)
+    monkeypatch.setattr(information, "_LONG", 0.0)
+    with pytest.warns(match=r"scores 10 codes under 20 posteriors .* about 0 minutes") as found:
+        pv.elbo_surgery(oracle.model, guide, x, num_scored=10, batch_size=5)
+    assert len(found) == 1
+    assert found[0].filename == __file__
+    with warnings.catch_warnings(action="error"):
+        pv.elbo_surgery(oracle.model, oracle.guide, x)
 
 
 def test_interrupt_restores_the_rng_state():
@@ -489,7 +579,7 @@ def test_interrupt_restores_the_rng_state():
 # --- interrupted and resumed
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "scored", "stratified", "shuffled"])
+@pytest.mark.parametrize("kind", ["gaussian", "part", "scored", "stratified", "shuffled"])
 def test_surgery_resumes_exactly_after_an_interrupt(kind, monkeypatch):
     monkeypatch.setattr(information, "_CODES_OF_A_THREAD", 64)
     monkeypatch.setattr(information, "LOG_DENSITIES_AT_A_TIME", 100 * 50 * 64)
@@ -499,6 +589,8 @@ def test_surgery_resumes_exactly_after_an_interrupt(kind, monkeypatch):
     guide = as_full_covariance(oracle) if kind in ("scored", "shuffled") else oracle.guide
     options = {"batch_size": 50, "seed": 3, "num_particles": 2}
     options["estimator"] = "stratified" if kind == "stratified" else "exact"
+    if kind == "part":
+        options["num_scored"] = 230
     if kind == "shuffled":
         x = torch.utils.data.DataLoader(x, batch_size=50, shuffle=True)
     whole = pv.elbo_surgery(oracle.model, guide, x, **options)
@@ -515,6 +607,7 @@ def test_surgery_resumes_exactly_after_an_interrupt(kind, monkeypatch):
     difference = abs(partial.mutual_information - whole.mutual_information)
     assert difference < 5 * partial.standard_errors["mutual_information"]
     assert partial.total_correlation is None
+    assert (partial.interrupted, whole.interrupted) == (True, False)
     # Interrupted once more after the resume.
     with pytest.raises(pv.evaluation.Interrupted) as again:
         pv.elbo_surgery(

@@ -24,6 +24,10 @@ from pyro_vae.evaluation._surgery.information import Block, of_gaussians, of_gui
 from pyro_vae.evaluation._surgery.pairwise import log_densities
 from pyro_vae.evaluation._surgery.subsets import Estimator, random_subsets, subset_information
 
+# The codes that are scored by default if the guide is run on all pairs.
+_PAIRS = 10_000_000  # at most, which takes some minutes
+_FEWEST_SCORED = 200  # data points
+
 
 @dataclass(frozen=True)
 class CodeScores:
@@ -32,6 +36,7 @@ class CodeScores:
     Args:
         averages: averages of the terms, from the runs of the pair.
         information: log q(z|x_n) - log q_agg(z), averaged over the codes of each data point, (N,).
+        wanted: whether the codes of a data point are to be scored, (N,).
         done: whether the information of a data point is computed, (N,).
         of_dimensions: contribution of each data point to the dimension-wise KL, (N,); None if it
             is not known.
@@ -42,6 +47,7 @@ class CodeScores:
 
     averages: TermAverages
     information: Tensor
+    wanted: Tensor
     done: Tensor
     of_dimensions: Tensor | None
     one_prior: bool
@@ -77,11 +83,16 @@ class CodeScorer:
         if self._gaussian:  # a start without rows, for a process without data
             self._posteriors.append(DiagonalGaussians.read(guide, self._first).none())
 
-    def exact(self) -> CodeScores:
-        """Score each code under the posteriors of all data points.
+    def exact(self, num_scored: int | None) -> CodeScores:
+        """Score codes under the posteriors of all data points.
 
         A resumed call samples the same codes, and scores those without a score. Sampling takes far
         less time than scoring, and an interrupt of it leaves no result.
+
+        Args:
+            num_scored: the number of random data points whose codes are scored. None is all data
+                points for diagonal Gaussians, and otherwise as many as keep the pairs below a
+                limit.
 
         Raises:
             KeyboardInterrupt: An interrupt came before any code was scored.
@@ -102,10 +113,17 @@ class CodeScorer:
                     f"resume is of a call with {len(done)} data points, got {num_data} data "
                     "points. Pass the data of that call"
                 )
+        wanted = self._wanted(num_data, num_scored)
         information, done, of_dimensions = information[index], done[index], None
+        rows = wanted[index].nonzero().squeeze(1)
+        some, some_done = information[rows], done[rows]
         try:
-            block = self._block(index, num_data)
-            score_all(self._group, block, information, done, self._runner.advance)
+            block = self._block(index, rows, num_data)
+            try:
+                score_all(self._group, block, some, some_done, self._advance_scored)
+            finally:
+                information[rows], done[rows] = some, some_done
+            self._advance_scored(num_data - int(wanted.sum()))
             of_dimensions = self._of_dimensions()
         except KeyboardInterrupt:
             self._group.stop()
@@ -115,6 +133,7 @@ class CodeScorer:
         return CodeScores(
             averages=averages,
             information=information,
+            wanted=wanted,
             done=done,
             of_dimensions=of_dimensions,
             one_prior=self._one_prior,
@@ -167,6 +186,7 @@ class CodeScorer:
         return CodeScores(
             averages=TermAverages.of_parts([part[:-1] for part in parts]),
             information=information,
+            wanted=torch.ones(len(information), dtype=torch.bool),
             done=torch.ones(len(information), dtype=torch.bool),
             of_dimensions=of_dimensions,
             one_prior=self._one_prior,
@@ -199,24 +219,46 @@ class CodeScorer:
         own = [*of_parts[:num_known][rank::step], *of_parts[num_known:][rank::step]]
         return torch.cat([numbers[:0], *own])
 
-    def _block(self, index: Tensor, num_data: int) -> Block:
+    def _wanted(self, num_data: int, num_scored: int | None) -> Tensor:
+        """Return whether the codes of each data point are to be scored, the same for a seed."""
+        if num_scored is None and not self._gaussian:
+            num_scored = max(_FEWEST_SCORED, _PAIRS // (self._num_particles * num_data))
+        wanted = torch.ones(num_data, dtype=torch.bool)
+        if num_scored is not None and num_scored < num_data:
+            generator = torch.Generator().manual_seed(self._runner.seed)
+            wanted[torch.randperm(num_data, generator=generator)[num_scored:]] = False
+        return wanted
+
+    def _advance_scored(self, num_data: int) -> None:
+        self._runner.advance(num_data * self._num_particles)
+
+    def _block(self, index: Tensor, rows: Tensor, num_data: int) -> Block:
+        """Return the scoring of codes.
+
+        Args:
+            index: the number of each data point of this process among all.
+            rows: the data points of this process whose codes are scored, rows of ``index``.
+            num_data: N.
+        """
         codes = self._codes
         if self._gaussian:
             q = DiagonalGaussians.concatenate(self._posteriors)
             none = q.loc[:0].expand(self._num_particles, -1, -1)
             values = torch.cat([none, *(some.values for some in codes)], dim=1)
-            return of_gaussians(self._group, q, values)
+            here = rows.to(values.device)
+            return of_gaussians(self._group, q, values[:, here], here)
         names = codes[0].values if codes else ()
         by_site = {name: torch.cat([some.values[name] for some in codes], dim=1) for name in names}
         none = torch.zeros(self._num_particles, 0, device=self._batches.device)
         log_guide = torch.cat([none, *(some.log_guide for some in codes)], dim=1)
+        here = rows.to(log_guide.device)
         return of_guide(
             self._group,
             self._guide,
             self._batches,
-            by_site,
-            log_guide,
-            index=index,
+            {name: value[:, here] for name, value in by_site.items()},
+            log_guide[:, here],
+            index=index[rows],
             num_data=num_data,
             **self._runner.particle_options,
         )

@@ -44,10 +44,10 @@ class Surgery:
         kl_of_dimensions: the part of the rate of each number of each latent, in memory order. None
             if the numbers are not independent under both programs.
         estimator: the estimator of q_agg; see :func:`pyro_vae.elbo_surgery`.
-        num_scored: the number of data points whose codes were scored, if the surgery was
-            interrupted; else None. The terms are averages over these data points. But
-            ``kl_of_sites`` and ``kl_of_dimensions`` are averages over all data points with sampled
-            codes, and may not add up to the rate.
+        num_scored: the number of data points whose codes were scored; None if all were.
+        interrupted: whether the surgery was interrupted. Its terms are then averages over the
+            scored data points. But ``kl_of_sites`` and ``kl_of_dimensions`` are averages over all
+            data points with sampled codes, and may not add up to the rate.
     """
 
     elbo: float
@@ -63,6 +63,7 @@ class Surgery:
     kl_of_dimensions: dict[str, tuple[float, ...]] | None = field(default=None, repr=False)
     estimator: str = "exact"
     num_scored: int | None = None
+    interrupted: bool = False
 
     @property
     def optimal_prior_gain(self) -> float:
@@ -102,8 +103,10 @@ class Surgery:
             lines.append("no marginal KL: the prior depends on covariates or on x")
         if math.isinf(self.rate):
             lines.append("infinite rate: the guide has samples where the prior has no mass")
-        if self.num_scored is not None:
+        if self.interrupted:
             lines.append(f"interrupted: averages over {self.num_scored} scored data points")
+        elif self.num_scored is not None:
+            lines.append(f"mutual information from the codes of {self.num_scored} data points")
         if self.saturated:
             lines.append(
                 f"saturated: the mutual information is within {_ROOM} nats of log N. This only\n"

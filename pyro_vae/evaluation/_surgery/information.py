@@ -14,6 +14,7 @@ sent.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from torch.distributions import Normal
 
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._utils.random import seeded
+from pyro_vae._utils.user_warnings import warn_user
 from pyro_vae.datasets._minibatches import Minibatches
 from pyro_vae.evaluation._group import Group
 from pyro_vae.evaluation._scoring import guide_log_prob, require_one_density
@@ -37,6 +39,8 @@ from pyro_vae.evaluation._surgery.pairwise import (
 _GAUSSIANS_AT_A_TIME = 65_536  # between two checks for an interrupt, and in one message
 _CODES = 16_384  # enough that scoring takes far longer than sending the Gaussians
 _CODES_OF_A_THREAD = 4_096  # if nothing is sent; an interrupt loses some seconds of work
+_LONG = 600.0  # seconds of scoring of which the user is warned
+_MEASURED = 5.0  # seconds of scoring from which the whole time is estimated
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,14 @@ class Block:
     score: Callable[[slice], Tensor]
 
 
-def of_gaussians(group: Group, q: DiagonalGaussians, codes: Tensor) -> Block:
+def of_gaussians(group: Group, q: DiagonalGaussians, codes: Tensor, scored: Tensor) -> Block:
     """Return a block that scores codes of diagonal Gaussians by matrix products.
 
     Args:
         group: the processes.
-        q: the posteriors of this process's n data points.
-        codes: K samples from each of them, (K, n, d).
+        q: the posteriors of this process's data points.
+        codes: K samples from each of n of them, (K, n, d).
+        scored: the rows of these n in q, (n,).
     """
     extents = group.gather(Extent.of(q.loc, q.scale, codes) if len(q.loc) else None)
     counts = [0 if extent is None else int(extent.count) for extent in extents]
@@ -67,6 +72,7 @@ def of_gaussians(group: Group, q: DiagonalGaussians, codes: Tensor) -> Block:
     alone = group.num_processes == 1 and q.loc.device.type == "cpu"
     size = _CODES_OF_A_THREAD * torch.get_num_threads() if alone else _CODES
 
+    own_loc, own_scale = q.loc[scored], q.scale[scored]
     blocks = zip(*(each.split(_GAUSSIANS_AT_A_TIME) for each in (q.loc, q.scale)), strict=True)
     kept = [Gaussians(*some, extent.center) for some in blocks]
 
@@ -88,7 +94,7 @@ def of_gaussians(group: Group, q: DiagonalGaussians, codes: Tensor) -> Block:
 
     def score(rows: slice) -> Tensor:
         z = codes[:, rows]
-        log_own = Normal(q.loc[rows], q.scale[rows]).log_prob(z).sum(2)
+        log_own = Normal(own_loc[rows], own_scale[rows]).log_prob(z).sum(2)
         found = log_sums(
             everyone, z.flatten(0, 1), log_own.flatten(), extent, anywhere, group.check
         )
@@ -124,6 +130,7 @@ def of_guide(
     """
     # Running the guide costs more than a density per pair.
     size = max(1, LOG_DENSITIES_AT_A_TIME // (100 * batches.batch_size) // len(log_guide))
+    announce = _announcer(log_guide.numel(), num_data)
 
     def score(rows: slice) -> Tensor:
         log_own = log_guide[:, rows].double()
@@ -146,10 +153,40 @@ def of_guide(
             numbers = torch.arange(start, start + len(batch[0]), device=own.device)
             scored_own += torch.where(own == numbers, scores.double(), 0.0).sum(1)
             start += len(batch[0])
+            announce(scores.numel())
         require_one_density(log_own.flatten(), scored_own)
         return (log_own + math.log(num_data) - total.reshape(log_own.shape)).mean(0)
 
     return Block(size, score)
+
+
+def _announcer(num_codes: int, num_data: int) -> Callable[[int], None]:
+    """Return a function to call with the number of pairs after each run of the guide.
+
+    It warns once if the first runs show that all pairs together take long.
+    """
+    start, pairs, estimated = time.perf_counter(), 0, False
+
+    def announce(more: int) -> None:
+        nonlocal pairs, estimated
+        pairs += more
+        seconds = time.perf_counter() - start
+        if estimated or seconds < _MEASURED:
+            return
+        estimated = True
+        if (whole := seconds * num_codes * num_data / pairs) > _LONG:
+            warn_user(
+                f"ELBO surgery scores {num_codes:,} codes under {num_data:,} posteriors by running "
+                f"the guide, which takes about {_duration(whole)}. Call pv.elbo_surgery with a "
+                "smaller num_scored, or pass fewer data points"
+            )
+
+    return announce
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:.0f} hours"
 
 
 def score_all(

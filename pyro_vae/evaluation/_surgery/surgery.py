@@ -32,6 +32,7 @@ def elbo_surgery(
     num_particles: int = 1,
     batch_size: int = 500,
     estimator: Estimator = "exact",
+    num_scored: int | None = None,
     vectorize_particles: bool | None = None,
     plate: str | None = None,
     seed: int | None = None,
@@ -46,11 +47,15 @@ def elbo_surgery(
         }_{-\text{distortion}} - \underbrace{I_q[x, z]}_{\text{mutual information}}
         - \underbrace{\mathrm{KL}(q_{agg}(z) \| p(z))}_{\text{marginal KL}}
 
-    with the aggregated posterior :math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)`. By default, every
-    sample :math:`z \sim q(z|x_n)` is scored under the posteriors of all N data points. If the
-    posteriors are diagonal Gaussians, matrix products in float64 are used, also if the Gaussians
-    are mapped onto another support. Any other guide is run on all N times N pairs, and the data are
-    read into memory. The rate is computed in closed form if torch or Pyro has a formula.
+    with the aggregated posterior :math:`q_{agg}(z) = \frac1N \sum_n q(z|x_n)`. A sample
+    :math:`z \sim q(z|x_n)` is scored under the posteriors of all N data points. If the posteriors
+    are diagonal Gaussians, matrix products in float64 are used, also if the Gaussians are mapped
+    onto another support. Any other guide is run on all pairs, and the data are read into memory.
+    The rate is computed in closed form if torch or Pyro has a formula.
+
+    With ``num_scored``, only the samples of so many random data points are scored, each under all N
+    posteriors. The mutual information is then estimated by regression on the rate of all data
+    points (Cochran 1977, section 7.1), and its error includes the choice of the data points.
 
     The marginal KL of a single Gaussian latent variable is the sum of total correlation and
     dimension-wise KL (Chen et al. 2018, eq. 2). The dimension-wise KL is computed by quadrature.
@@ -63,8 +68,8 @@ def elbo_surgery(
     :math:`16 D N (1 - 1/R) \lceil K N / (16384 R) \rceil` bytes, and about 50 N at the end. For any
     other guide, each process runs the guide on all data.
 
-    For large N, minibatch estimators of q_agg (Chen et al. 2018, appendix C) use M times N pairs,
-    with M data points in a minibatch. On average, the mutual information I is then too high. The
+    Minibatch estimators of q_agg (Chen et al. 2018, appendix C) use M times N pairs, with M
+    data points in a minibatch. On average, the mutual information I is then too high. The
     bias of ``"stratified"`` is at most log N - I, and is smaller for larger M. The bias of
     ``"weighted"`` is between log M and log(N M) - I. The marginal KL and the total correlation are
     too low by the same amount.
@@ -78,6 +83,9 @@ def elbo_surgery(
             little more than M.
         estimator: estimator of q_agg. ``"exact"`` uses all pairs. ``"stratified"`` and
             ``"weighted"`` use random minibatches and read the data into memory.
+        num_scored: number of data points whose samples are scored, for the exact estimator. By
+            default all, if the posteriors are diagonal Gaussians. For other guides, as many as
+            give 10 million pairs, but no fewer than 200 data points.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         seed: seed of the samples. The random state of the process is restored afterwards.
@@ -117,6 +125,13 @@ def elbo_surgery(
     name_data_plate(plate, model, guide)
     num_particles = positive_integer("num_particles", num_particles)
     check_estimator(estimator)
+    if num_scored is not None:
+        num_scored = positive_integer("num_scored", num_scored, minimum=2)
+        if estimator != "exact":
+            raise ValueError(
+                f"num_scored is for the exact estimator, got estimator={estimator!r}, which scores "
+                "the samples of all data points. Leave num_scored out"
+            )
     with Runner.open(
         "elbo_surgery",
         model,
@@ -126,7 +141,11 @@ def elbo_surgery(
         vectorize_particles=vectorize_particles,
         seed=seed,
         resume=resume,
-        settings={"estimator": estimator, "num_particles": num_particles},
+        settings={
+            "estimator": estimator,
+            "num_particles": num_particles,
+            "num_scored": num_scored,
+        },
         progress=progress,
         description=description,
         steps_per_row=1 + num_particles,
@@ -134,7 +153,7 @@ def elbo_surgery(
     ) as runner:
         scorer = CodeScorer(runner, num_particles)
         if estimator == "exact":
-            scores = scorer.exact()
+            scores = scorer.exact(num_scored)
         else:
             scores = scorer.of_subsets(estimator, batch_size)
     surgery = _surgery(scores, estimator, runner.interrupted)
@@ -151,10 +170,12 @@ def surgery_or_reason(*args: Any, **options: Any) -> tuple[Surgery | None, str]:
 
 
 def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Surgery:
-    """Compute the surgery from the data points that are done."""
+    """Compute the surgery of all data points, or if interrupted, of those that are done."""
     averages, done = scores.averages, scores.done
-    rate, log_likelihood = averages.rate[done], averages.log_likelihood[done]
-    information = _control(scores.information[done], rate - averages.sampled_rate[done])
+    used = done if interrupted else torch.ones_like(done)
+    rate, log_likelihood = averages.rate[used], averages.log_likelihood[used]
+    noise = averages.rate[done] - averages.sampled_rate[done]
+    information = _of_all(_control(scores.information[done], noise), done[used], rate)
     per_data_point = {
         "elbo": log_likelihood - rate,
         "distortion": -log_likelihood,
@@ -163,7 +184,7 @@ def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Sur
         "marginal_kl": rate - information if scores.one_prior else torch.full_like(rate, math.nan),
     }
     if scores.of_dimensions is not None:
-        of_dimensions = scores.of_dimensions[done]
+        of_dimensions = scores.of_dimensions[used]
         per_data_point["total_correlation"] = rate - information - of_dimensions
         per_data_point["dimension_wise_kl"] = of_dimensions
     sites, numbers = averages.kl_of_sites, averages.kl_of_dimensions
@@ -174,8 +195,35 @@ def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Sur
         kl_of_sites=sites and {name: kl.item() for name, kl in sites.items()},
         kl_of_dimensions=numbers and {n: tuple(kl.flatten().tolist()) for n, kl in numbers.items()},
         estimator=estimator,
-        num_scored=len(rate) if interrupted else None,
+        num_scored=int(done.sum()) if interrupted or not done.all() else None,
+        interrupted=interrupted,
     )
+
+
+def _of_all(values: Tensor, scored: Tensor, rate: Tensor) -> Tensor:
+    """Return numbers for all N data points from the values of a random part of them.
+
+    Their mean is the regression estimator of the mean of all values (Cochran 1977, section 7.1),
+    and their standard error is its error. Each number is a prediction from the rate. A scored data
+    point also has its residual. The factor of a residual gives the variance of S residuals with
+    their degrees of freedom. It does not change the mean, because the residuals add up to zero.
+
+    Args:
+        values: of the scored data points, (S,).
+        scored: whether a data point is scored, (N,).
+        rate: of all data points, (N,).
+    """
+    if scored.all():
+        return values
+    centered = rate - rate[scored].mean()
+    variance = centered[scored].square().sum()
+    regress = len(values) >= _FEWEST_TO_REGRESS and variance > 0 and rate.isfinite().all()
+    found = values.mean().expand_as(rate).clone()
+    if regress:
+        found += (values * centered[scored]).sum() / variance * centered
+    residuals, freedom = values - found[scored], len(values) - 1 - int(regress)
+    found[scored] += residuals * len(rate) / math.sqrt(len(values) * freedom)
+    return found
 
 
 def _control(values: Tensor, noise: Tensor) -> Tensor:
