@@ -4,6 +4,7 @@ import dataclasses
 import io
 import re
 
+import pyro
 import pytest
 import torch
 from conftest import make_pair
@@ -70,6 +71,24 @@ def test_fit_prints_its_best_epoch(binary):
         f"ELBO {best.validation_elbo:.2f} nats per data point",
         f"  time        {fit.seconds:.1f} s, eager: capture=False",
     ]
+
+
+@pytest.mark.parametrize(("steps", "ended"), [(10, True), (11, False)])
+def test_fit_prints_that_a_warm_up_is_longer(binary, steps, ended):
+    objective = pv.objectives.BetaELBO(pv.objectives.Linear(steps))
+    fit = pv.fit(*make_pair(), binary, objective=objective, epochs=2, **OPTIONS)  # 10 steps
+    assert fit.schedules_ended == ended
+    assert ("schedules   not at their last values" in repr(fit)) != ended
+
+
+def test_fit_reports_no_end_of_schedules_without_one(binary):
+    class Square(pv.objectives.Schedule):
+        def __call__(self, step):
+            return step**2
+
+    for objective in (pv.objectives.BetaELBO(Square()), None, pyro.infer.Trace_ELBO()):
+        fit = pv.fit(*make_pair(), binary[:20], objective=objective, epochs=1, **OPTIONS)
+        assert fit.schedules_ended
 
 
 def test_fit_without_an_epoch_prints(binary):

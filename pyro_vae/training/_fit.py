@@ -104,6 +104,8 @@ class Fit:
             uses them to detect a later change.
         seed: the seed of the fit. :func:`pyro_vae.compare` pairs runs of two methods by it.
         stop_reason: the reason if ``patience`` or a callback ended the fit early, else None.
+        schedules_ended: whether all schedules of the objective have reached their last values, or
+            repeat. If not, the objective still had other weights at the end of the fit.
     """
 
     model: Program
@@ -115,6 +117,7 @@ class Fit:
     digests: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
     seed: int | None = None
     stop_reason: str | None = None
+    schedules_ended: bool = True
 
     def __repr__(self) -> str:
         count = len(self.history)
@@ -123,15 +126,16 @@ class Fit:
         epochs = f"{count}{f', {skipped} steps skipped' if skipped else ''}"
         stopped = "" if self.stop_reason is None else f"; stopped early: {self.stop_reason}"
         chosen = "the best" if self.best_epoch < count else "the last"
-        return "\n".join(
-            [
-                f"Fit of {pair}, seed {self.seed}",
-                f"  epochs      {epochs}{stopped}",
-                f"  parameters  of epoch {self.best_epoch}, {chosen}",
-                f"  loss        {self._losses()}",
-                f"  time        {self.seconds:.1f} s, {self.execution}",
-            ]
-        )
+        lines = [
+            f"Fit of {pair}, seed {self.seed}",
+            f"  epochs      {epochs}{stopped}",
+            f"  parameters  of epoch {self.best_epoch}, {chosen}",
+            f"  loss        {self._losses()}",
+            f"  time        {self.seconds:.1f} s, {self.execution}",
+        ]
+        if not self.schedules_ended:
+            lines.append("  schedules   not at their last values; train for more epochs")
+        return "\n".join(lines)
 
     def _losses(self) -> str:
         """Return the losses of the epoch whose parameters the pair has."""
@@ -397,11 +401,21 @@ def fit(
         digests,
         seed,
         loop.stop_reason if is_finished else None,
+        _schedules_ended(objective),
     )
     called.after_fit(result)
     if not is_finished:
         raise Interrupted(f"the fit was stopped after {len(history)} epochs", result)
     return result
+
+
+def _schedules_ended(objective: pyro.infer.ELBO) -> bool:
+    if not isinstance(objective, Objective):
+        return True
+    try:
+        return objective.has_settled()
+    except ValueError:  # a schedule without an end
+        return True
 
 
 def _minibatches(
