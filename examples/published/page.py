@@ -36,7 +36,7 @@ Annealed importance sampling (AIS: 16 chains, 500 temperatures) on the first 500
 by how much importance sampling is too low. The papers use importance sampling too, so their numbers
 are comparable. A row with a number of epochs ended before its protocol did, and is not compared.
 
-Frey faces and M2 with 100 labels are on the page of [models](models.md#likelihoods).
+Frey faces and M2 with 100 labels are in [models](models.md).
 """
 
 COLUMNS = [
