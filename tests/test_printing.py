@@ -86,7 +86,12 @@ def test_fit_reports_no_end_of_schedules_without_one(binary):
         def __call__(self, step):
             return step**2
 
-    for objective in (pv.objectives.BetaELBO(Square()), None, pyro.infer.Trace_ELBO()):
+    class Table(pv.objectives.Schedule):
+        def __call__(self, step):
+            return torch.linspace(0, 1, 100)[step.long()]  # fails at later steps
+
+    schedules = [pv.objectives.BetaELBO(schedule()) for schedule in (Square, Table)]
+    for objective in (*schedules, None, pyro.infer.Trace_ELBO()):
         fit = pv.fit(*make_pair(), binary[:20], objective=objective, epochs=1, **OPTIONS)
         assert fit.schedules_ended
 

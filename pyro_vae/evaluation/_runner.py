@@ -56,9 +56,9 @@ class PartialState:
                 f"resume comes from {self.who}, but this call is {who}. Call {self.who} to resume"
             )
         for name, value in settings.items():
-            if self.settings[name] != value:
+            if self.settings.get(name) != value:  # None if an older version lacked the argument
                 raise ValueError(
-                    f"resume comes from a call with {name}={self.settings[name]!r}, got "
+                    f"resume comes from a call with {name}={self.settings.get(name)!r}, got "
                     f"{name}={value!r}. Pass the arguments of that call"
                 )
         if seed not in (None, self.seed):

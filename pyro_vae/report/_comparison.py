@@ -360,6 +360,19 @@ class Comparison:
                 f"{_listed(unreliable)}, and probably too low. Use more particles, or "
                 "method=pv.evaluation.AIS()."
             )
+        of_parts = {
+            entry.name: surgeries
+            for entry in self.entries
+            if (surgeries := [r.surgery for r in entry.runs if r.surgery and r.surgery.num_scored])
+        }
+        if of_parts:
+            surgeries = [surgery for each in of_parts.values() for surgery in each]
+            error = max(each.standard_errors["mutual_information"] for each in surgeries)
+            found.append(
+                f"The mutual information and the marginal KL of {_listed([*of_parts])} are "
+                f"estimated from the samples of {min(s.num_scored for s in surgeries)} data points. Their "
+                f"errors are up to {error:.2f} nats."
+            )
         found += [
             f"{entry.name} has no ELBO surgery: {entry.runs[0].note}."
             for entry in self.entries

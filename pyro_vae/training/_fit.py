@@ -104,8 +104,9 @@ class Fit:
             uses them to detect a later change.
         seed: the seed of the fit. :func:`pyro_vae.compare` pairs runs of two methods by it.
         stop_reason: the reason if ``patience`` or a callback ended the fit early, else None.
-        schedules_ended: whether all schedules of the objective have reached their last values, or
-            repeat. If not, the objective still had other weights at the end of the fit.
+        schedules_ended: whether the schedules of the objective have come within 1% of their last
+            values, or repeat (:meth:`pyro_vae.objectives.Objective.has_settled`). If not, the
+            objective still had other weights at the end of the fit. True for an objective of Pyro.
     """
 
     model: Program
@@ -414,7 +415,7 @@ def _schedules_ended(objective: pyro.infer.ELBO) -> bool:
         return True
     try:
         return objective.has_settled()
-    except ValueError:  # a schedule without an end
+    except Exception:  # a schedule that has no end, or that fails at later steps
         return True
 
 

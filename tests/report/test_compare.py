@@ -12,6 +12,7 @@ from rich.console import Console
 
 import pyro_vae as pv
 from pyro_vae._programs.pair_state import changed, digests
+from pyro_vae.evaluation._surgery import code_scores
 from pyro_vae.plots import learning_curves
 
 
@@ -128,6 +129,23 @@ def test_pair_without_surgery_is_noted_and_the_others_compared(tmp_path):
     text = comparison.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
     assert "radial has no ELBO surgery" in text
     assert "-" in str(comparison)
+
+
+def test_surgery_of_a_part_of_the_codes_is_noted(monkeypatch, tmp_path):
+    monkeypatch.setattr(code_scores, "_PAIRS", 100)
+    monkeypatch.setattr(code_scores, "_FEWEST_SCORED", 40)
+    x, pairs = torch.bernoulli(torch.full((60, 16), 0.4)), {}
+    for name, kind in [("flow", pv.guides.AmortizedFlow), ("normal", pv.guides.AmortizedNormal)]:
+        likelihood = pv.likelihoods.Bernoulli(pv.nets.MLP(2, [4], 16))
+        model = pv.LatentVariableModel(pv.priors.StandardNormal(2), likelihood)
+        pairs[name] = model, kind(model, pv.nets.MLP(16, [4]))
+    comparison = pv.compare(pairs, x, num_particles=30)
+    (note,) = [note for note in comparison.notes if "mutual information" in note]
+    assert "of 'flow' are estimated from the samples of 40 data points" in note
+    page = comparison.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "samples of 40 data points" in page
+    pairs.pop("flow")
+    assert "samples of" not in " ".join(pv.compare(pairs, x, num_particles=30).notes)
 
 
 def test_every_pair_is_checked_before_any_is_evaluated(binary, monkeypatch):

@@ -22,6 +22,7 @@ from pyro_vae.evaluation._surgery.dimensions import dimension_wise_kl, independe
 from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
 from pyro_vae.evaluation._surgery.information import Block, of_gaussians, of_guide, score_all
 from pyro_vae.evaluation._surgery.pairwise import log_densities
+from pyro_vae.evaluation._surgery.random_part import RandomPart
 from pyro_vae.evaluation._surgery.subsets import Estimator, random_subsets, subset_information
 
 # The codes that are scored by default if the guide is run on all pairs.
@@ -36,8 +37,8 @@ class CodeScores:
     Args:
         averages: averages of the terms, from the runs of the pair.
         information: log q(z|x_n) - log q_agg(z), averaged over the codes of each data point, (N,).
-        wanted: whether the codes of a data point are to be scored, (N,).
         done: whether the information of a data point is computed, (N,).
+        part: the data points whose codes are scored; None for all.
         of_dimensions: contribution of each data point to the dimension-wise KL, (N,); None if it
             is not known.
         one_prior: whether all data points have the same prior.
@@ -47,8 +48,8 @@ class CodeScores:
 
     averages: TermAverages
     information: Tensor
-    wanted: Tensor
     done: Tensor
+    part: RandomPart | None
     of_dimensions: Tensor | None
     one_prior: bool
     num_data: int
@@ -113,17 +114,19 @@ class CodeScorer:
                     f"resume is of a call with {len(done)} data points, got {num_data} data "
                     "points. Pass the data of that call"
                 )
-        wanted = self._wanted(num_data, num_scored)
+        part = self._part(averages.rate, num_scored)
+        rows = torch.arange(len(index))
+        if part is not None:
+            rows = torch.isin(index, part.chosen).nonzero().squeeze(1)
+            self._advance_scored(num_data - len(part.chosen))
         information, done, of_dimensions = information[index], done[index], None
-        rows = wanted[index].nonzero().squeeze(1)
         some, some_done = information[rows], done[rows]
         try:
-            block = self._block(index, rows, num_data)
+            block = self._block(index, rows, num_data, int((~some_done).sum()))
             try:
                 score_all(self._group, block, some, some_done, self._advance_scored)
             finally:
                 information[rows], done[rows] = some, some_done
-            self._advance_scored(num_data - int(wanted.sum()))
             of_dimensions = self._of_dimensions()
         except KeyboardInterrupt:
             self._group.stop()
@@ -133,8 +136,8 @@ class CodeScorer:
         return CodeScores(
             averages=averages,
             information=information,
-            wanted=wanted,
             done=done,
+            part=part,
             of_dimensions=of_dimensions,
             one_prior=self._one_prior,
             num_data=num_data,
@@ -186,8 +189,8 @@ class CodeScorer:
         return CodeScores(
             averages=TermAverages.of_parts([part[:-1] for part in parts]),
             information=information,
-            wanted=torch.ones(len(information), dtype=torch.bool),
             done=torch.ones(len(information), dtype=torch.bool),
+            part=None,
             of_dimensions=of_dimensions,
             one_prior=self._one_prior,
             num_data=num_data,
@@ -219,26 +222,28 @@ class CodeScorer:
         own = [*of_parts[:num_known][rank::step], *of_parts[num_known:][rank::step]]
         return torch.cat([numbers[:0], *own])
 
-    def _wanted(self, num_data: int, num_scored: int | None) -> Tensor:
-        """Return whether the codes of each data point are to be scored, the same for a seed."""
+    def _part(self, rate: Tensor, num_scored: int | None) -> RandomPart | None:
+        """Return the data points whose codes are scored, the same for a seed; None for all.
+
+        The part has strata by rate, because the information and the rate rise together.
+        """
         if num_scored is None and not self._gaussian:
-            num_scored = max(_FEWEST_SCORED, _PAIRS // (self._num_particles * num_data))
-        wanted = torch.ones(num_data, dtype=torch.bool)
-        if num_scored is not None and num_scored < num_data:
-            generator = torch.Generator().manual_seed(self._runner.seed)
-            wanted[torch.randperm(num_data, generator=generator)[num_scored:]] = False
-        return wanted
+            num_scored = max(_FEWEST_SCORED, _PAIRS // (self._num_particles * len(rate)))
+        if num_scored is None or num_scored >= len(rate):
+            return None
+        return RandomPart.choose(rate, num_scored, self._runner.seed)
 
     def _advance_scored(self, num_data: int) -> None:
         self._runner.advance(num_data * self._num_particles)
 
-    def _block(self, index: Tensor, rows: Tensor, num_data: int) -> Block:
+    def _block(self, index: Tensor, rows: Tensor, num_data: int, num_to_score: int) -> Block:
         """Return the scoring of codes.
 
         Args:
             index: the number of each data point of this process among all.
             rows: the data points of this process whose codes are scored, rows of ``index``.
             num_data: N.
+            num_to_score: how many of these have no score yet.
         """
         codes = self._codes
         if self._gaussian:
@@ -260,6 +265,7 @@ class CodeScorer:
             log_guide[:, here],
             index=index[rows],
             num_data=num_data,
+            num_to_score=num_to_score,
             **self._runner.particle_options,
         )
 

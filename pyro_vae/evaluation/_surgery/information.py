@@ -112,6 +112,7 @@ def of_guide(
     *,
     index: Tensor,
     num_data: int,
+    num_to_score: int,
     plate_nesting: int,
     vectorize_particles: bool,
 ) -> Block:
@@ -125,12 +126,13 @@ def of_guide(
         log_guide: log q(z|x_n) of each code under the posterior of its own data point, (K, n).
         index: the number of each of the n data points among the N, (n,).
         num_data: N.
+        num_to_score: how many of the n data points will be scored.
         plate_nesting: the number of batch dimensions that the guide uses.
         vectorize_particles: score many codes in one run of the guide.
     """
     # Running the guide costs more than a density per pair.
     size = max(1, LOG_DENSITIES_AT_A_TIME // (100 * batches.batch_size) // len(log_guide))
-    announce = _announcer(log_guide.numel(), num_data)
+    announce = _announcer(len(log_guide) * num_to_score, num_data)
 
     def score(rows: slice) -> Tensor:
         log_own = log_guide[:, rows].double()

@@ -22,6 +22,7 @@ from pyro_vae.evaluation._surgery.decomposition import Surgery
 from pyro_vae.evaluation._surgery.subsets import Estimator, check_estimator
 
 _FEWEST_TO_REGRESS = 30
+_FEWEST_SCORED = 30  # a standard error of fewer would be too uncertain
 
 
 def elbo_surgery(
@@ -54,8 +55,9 @@ def elbo_surgery(
     The rate is computed in closed form if torch or Pyro has a formula.
 
     With ``num_scored``, only the samples of so many random data points are scored, each under all N
-    posteriors. The mutual information is then estimated by regression on the rate of all data
-    points (Cochran 1977, section 7.1), and its error includes the choice of the data points.
+    posteriors. The data points are divided into as many strata by their rate, and one of each is
+    chosen (Cochran 1977, chapter 5). The estimate of the mutual information is still unbiased, and
+    its error includes the choice.
 
     The marginal KL of a single Gaussian latent variable is the sum of total correlation and
     dimension-wise KL (Chen et al. 2018, eq. 2). The dimension-wise KL is computed by quadrature.
@@ -81,11 +83,11 @@ def elbo_surgery(
         num_particles: samples of z per data point.
         batch_size: number of data points per minibatch. For the minibatch estimators it is M, or a
             little more than M.
-        estimator: estimator of q_agg. ``"exact"`` uses all pairs. ``"stratified"`` and
+        estimator: estimator of q_agg. ``"exact"`` uses all posteriors. ``"stratified"`` and
             ``"weighted"`` use random minibatches and read the data into memory.
-        num_scored: number of data points whose samples are scored, for the exact estimator. By
-            default all, if the posteriors are diagonal Gaussians. For other guides, as many as
-            give 10 million pairs, but no fewer than 200 data points.
+        num_scored: number of data points whose samples are scored, at least 30, for the exact
+            estimator. By default all, if the posteriors are diagonal Gaussians. For other guides,
+            as many as give 10 million pairs, but no fewer than 200 data points.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         seed: seed of the samples. The random state of the process is restored afterwards.
@@ -126,7 +128,7 @@ def elbo_surgery(
     num_particles = positive_integer("num_particles", num_particles)
     check_estimator(estimator)
     if num_scored is not None:
-        num_scored = positive_integer("num_scored", num_scored, minimum=2)
+        num_scored = positive_integer("num_scored", num_scored, minimum=_FEWEST_SCORED)
         if estimator != "exact":
             raise ValueError(
                 f"num_scored is for the exact estimator, got estimator={estimator!r}, which scores "
@@ -172,10 +174,14 @@ def surgery_or_reason(*args: Any, **options: Any) -> tuple[Surgery | None, str]:
 def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Surgery:
     """Compute the surgery of all data points, or if interrupted, of those that are done."""
     averages, done = scores.averages, scores.done
+    noise = averages.rate - averages.sampled_rate
     used = done if interrupted else torch.ones_like(done)
+    if (part := scores.part) is None or interrupted:
+        information = _control(scores.information[used], noise[used])
+    else:
+        of_part = _control(scores.information[part.chosen], noise[part.chosen])
+        information = part.of_all(of_part)
     rate, log_likelihood = averages.rate[used], averages.log_likelihood[used]
-    noise = averages.rate[done] - averages.sampled_rate[done]
-    information = _of_all(_control(scores.information[done], noise), done[used], rate)
     per_data_point = {
         "elbo": log_likelihood - rate,
         "distortion": -log_likelihood,
@@ -200,32 +206,6 @@ def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Sur
     )
 
 
-def _of_all(values: Tensor, scored: Tensor, rate: Tensor) -> Tensor:
-    """Return numbers for all N data points from the values of a random part of them.
-
-    Their mean is the regression estimator of the mean of all values (Cochran 1977, section 7.1),
-    and their standard error is its error. Each number is a prediction from the rate. A scored data
-    point also has its residual. The factor of a residual gives the variance of S residuals with
-    their degrees of freedom. It does not change the mean, because the residuals add up to zero.
-
-    Args:
-        values: of the scored data points, (S,).
-        scored: whether a data point is scored, (N,).
-        rate: of all data points, (N,).
-    """
-    if scored.all():
-        return values
-    centered = rate - rate[scored].mean()
-    variance = centered[scored].square().sum()
-    regress = len(values) >= _FEWEST_TO_REGRESS and variance > 0 and rate.isfinite().all()
-    found = values.mean().expand_as(rate).clone()
-    if regress:
-        found += (values * centered[scored]).sum() / variance * centered
-    residuals, freedom = values - found[scored], len(values) - 1 - int(regress)
-    found[scored] += residuals * len(rate) / math.sqrt(len(values) * freedom)
-    return found
-
-
 def _control(values: Tensor, noise: Tensor) -> Tensor:
     """Subtract from the values their regression on a noise with expectation zero.
 
@@ -234,11 +214,16 @@ def _control(values: Tensor, noise: Tensor) -> Tensor:
     which is exact if the information is saturated at log N. The second is the sampled
     log q_agg - log p, which is exact if the aggregated posterior is the prior.
 
-    The values are returned unchanged in two cases. With few data points, the coefficient overfits
-    the noise, and the standard errors are too small. With an infinite rate, it is undefined.
+    The values are returned unchanged in three cases. With few data points, the coefficient overfits
+    the noise, and the standard errors are too small. With an infinite rate, it is undefined. A mean
+    of more than four standard errors shows that the noise has rare large values which these codes
+    do not have, as for a discrete latent with one likely value. The regression would then move the
+    values by a multiple of that mean.
     """
-    centered = noise - noise.mean()
+    mean = noise.mean()
+    centered = noise - mean
     variance = centered.square().sum()
-    if len(values) < _FEWEST_TO_REGRESS or variance == 0 or not variance.isfinite():
+    is_centered = mean.abs() <= 4 * variance.sqrt() / len(noise)  # false for NaN
+    if len(values) < _FEWEST_TO_REGRESS or variance == 0 or not is_centered:
         return values
     return values - (values * centered).sum() / variance * noise
