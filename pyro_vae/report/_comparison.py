@@ -368,10 +368,11 @@ class Comparison:
         if of_parts:
             surgeries = [surgery for each in of_parts.values() for surgery in each]
             error = max(each.standard_errors["mutual_information"] for each in surgeries)
+            count = min(each.num_scored for each in surgeries)
             found.append(
                 f"The mutual information and the marginal KL of {_listed([*of_parts])} are "
-                f"estimated from the samples of {min(s.num_scored for s in surgeries)} data points. Their "
-                f"errors are up to {error:.2f} nats."
+                f"estimated from the samples of {count} data points. Their errors are up to "
+                f"{error:.2f} nats."
             )
         found += [
             f"{entry.name} has no ELBO surgery: {entry.runs[0].note}."
