@@ -28,6 +28,7 @@ WITHOUT_A_CALL = {
     **dict.fromkeys(("Terms", "surjections.Image", "surjections.Preimage"), "users do not make it"),
     **dict.fromkeys(("datasets.names", "training.group_of_torchrun"), "it has no argument"),
     "datasets.from_anndata": "an object of another library; tests/datasets/test_anndata.py",
+    "datasets.from_idx": "it reads files; tests/datasets/test_idx_folder.py",
     "datasets.from_torchvision": "an object of another library; tests/datasets/test_torchvision.py",
     **dict.fromkeys(("flows.Flow", "flows.FlowTransform", "guides.Family"), "abstract"),
     "training.Callback": "it has no argument",

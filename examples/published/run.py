@@ -2,6 +2,7 @@
 
 python examples/published/run.py A vae                       # an hour; resumes where it stopped
 python examples/published/run.py A vae --data fashion-mnist  # the same protocol on other data
+python examples/published/run.py A vae --data FOLDER         # with files in the format of MNIST
 python examples/published/run.py B iwae-5 --epochs 364       # six of eight stages
 python examples/published/run.py A vae --data digits --epochs 3 --particles 10
 
@@ -216,7 +217,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("table", choices=sorted({table for table, _ in ROWS}))
     parser.add_argument("row", choices=[row for _, row in ROWS])
-    parser.add_argument("--data", default="mnist", help="any data set of pv.datasets.load")
+    parser.add_argument(
+        "--data", default="mnist", help="a data set of pv.datasets.load, or a folder of IDX files"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="at most; the default is the protocol's")
     parser.add_argument("--particles", type=int, default=5000)
@@ -226,11 +229,14 @@ def main():
     args = parser.parse_args()
     if (args.table, args.row) not in ROWS:
         parser.error(f"table {args.table} has the rows {[r for t, r in ROWS if t == args.table]}")
-    row, name = ROWS[args.table, args.row], f"{args.table}-{args.row}-{args.data}-{args.seed}"
-    data = pv.datasets.load(args.data, binarize=row.binarize)
+    row = ROWS[args.table, args.row]
+    known = args.data in pv.datasets.names() or not Path(args.data).is_dir()
+    read = pv.datasets.load if known else pv.datasets.from_idx
+    data = read(args.data, binarize=row.binarize)
+    name = f"{args.table}-{args.row}-{data.name}-{args.seed}"
     fit = train(row, data, args, args.folder / name)
     print(fit)
-    result = {"table": args.table, "row": args.row, "data": args.data, "seed": args.seed}
+    result = {"table": args.table, "row": args.row, "data": data.name, "seed": args.seed}
     result |= {"epochs_of_protocol": args.epochs is None} | cost(fit)
     args.results.mkdir(parents=True, exist_ok=True)
     for found in gaps(fit, data, args) if row.measures_gaps else evaluate(fit, data, args):

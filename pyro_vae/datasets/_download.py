@@ -8,7 +8,6 @@ of the file itself is known, the file must have it.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import os
 import zlib
@@ -21,6 +20,7 @@ from types import ModuleType
 import numpy as np
 
 from pyro_vae._utils.extras import require
+from pyro_vae.datasets._idx import idx_header, read_idx
 
 FOLDER_VARIABLE = "PYRO_VAE_DATA"
 
@@ -141,27 +141,6 @@ FILE_HASHES: dict[str, Callable[[bytes], str]] = {
     "SHA-256": lambda content: hashlib.sha256(content).hexdigest(),
     "git blob": git_blob_id,
 }
-
-
-def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Read an array of uint8 and a given shape from an IDX file, gzipped or not."""
-    header = idx_header(shape)
-    size = len(header) + int(np.prod(shape))
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if zipped else path.open("rb") as file:
-        content = file.read(size + 1)  # a malicious file may be much larger
-    if len(content) != size:
-        came = f"more than {size}" if len(content) > size else str(len(content))
-        raise ValueError(f"expected {size} bytes, got {came}")
-    if not content.startswith(header):
-        raise ValueError(f"expected an IDX header of uint8 {shape}, got {content[:16].hex()}")
-    return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
-
-
-def idx_header(shape: tuple[int, ...]) -> bytes:
-    """Return the header of an IDX file of uint8: a magic number, then the sizes."""
-    return bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
 
 
 def read_freyfaces(path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -13,13 +13,8 @@ import torch
 import pyro_vae as pv
 from pyro_vae.datasets import _download as download
 from pyro_vae.datasets._datasets import _omniglot
-from pyro_vae.datasets._download import (
-    SourceFile,
-    idx_header,
-    read_amat,
-    read_freyfaces,
-    read_idx,
-)
+from pyro_vae.datasets._download import SourceFile, read_amat, read_freyfaces
+from pyro_vae.datasets._idx import idx_header, read_idx
 
 SHAPE = (7, 28, 28)
 
