@@ -52,6 +52,12 @@ class LinearGaussian:
                 scale = self.s.diagonal().sqrt().to(x.dtype)
                 pyro.sample("z", dist.Normal(mean, scale).to_event(1))
 
+    def full_covariance_guide(self, x: Tensor) -> None:
+        """The same density as a full-covariance site, which surgery scores by running it."""
+        mean = (x - self.mu.to(x.dtype)) @ self.v.T.to(x.dtype)
+        with self.plate(x):
+            pyro.sample("z", dist.MultivariateNormal(mean, self.s.to(x.dtype)))
+
     def log_evidence(self, x: Tensor) -> Tensor:
         """log N(x; mu, C), shape (N,)."""
         return self._p_x().log_prob(x.double())

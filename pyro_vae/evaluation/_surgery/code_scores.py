@@ -118,7 +118,6 @@ class CodeScorer:
         rows = torch.arange(len(index))
         if part is not None:
             rows = torch.isin(index, part.chosen).nonzero().squeeze(1)
-            self._advance_scored(num_data - len(part.chosen))
         information, done, of_dimensions = information[index], done[index], None
         some, some_done = information[rows], done[rows]
         try:
@@ -127,6 +126,8 @@ class CodeScorer:
                 score_all(self._group, block, some, some_done, self._advance_scored)
             finally:
                 information[rows], done[rows] = some, some_done
+            if part is not None:
+                self._advance_scored(num_data - len(part.chosen))
             of_dimensions = self._of_dimensions()
         except KeyboardInterrupt:
             self._group.stop()
