@@ -1,7 +1,11 @@
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from new_processes import run_python
+
+from pyro_vae.datasets._idx import idx_header
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -108,6 +112,21 @@ def test_example(name, tmp_path):
     }
     word = shown.get(name) or shown.get(name.split("/")[0], "log p(x)")
     assert word in result.stdout
+
+
+def test_a_published_row_runs_on_a_folder_of_images(tmp_path):
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    for part, count in (("train", 300), ("t10k", 20)):
+        images = np.random.default_rng(0).integers(0, 256, (count, 6, 6), dtype=np.uint8)
+        path = folder / f"{part}-images-idx3-ubyte"
+        path.write_bytes(idx_header(images.shape) + images.tobytes())
+    arguments = ["A", "vae", "--data", str(folder), "--epochs", "1", "--particles", "5"]
+    arguments += ["--ais", "0", "--results", str(tmp_path / "results")]
+    result = run_python(EXAMPLES / "published" / "run.py", arguments, tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads((tmp_path / "results" / "A-vae-letters-0.json").read_text())
+    assert (found["data"], found["test_images"], found["epochs"]) == ("letters", 20, 1)
 
 
 def test_page_of_published_numbers_shows_the_results(tmp_path):

@@ -57,7 +57,7 @@ def report(check: str, passed: bool | None = None, **figures) -> None:
 
 @contextlib.contextmanager
 def attempt(check: str, **figures) -> Iterator[None]:
-    """Report an error inside the block as a failed check, and go on after the block."""
+    """Report an error inside the block as a failed check, and continue after the block."""
     try:
         yield
     except Exception as error:

@@ -230,8 +230,8 @@ def main():
     if (args.table, args.row) not in ROWS:
         parser.error(f"table {args.table} has the rows {[r for t, r in ROWS if t == args.table]}")
     row = ROWS[args.table, args.row]
-    known = args.data in pv.datasets.names() or not Path(args.data).is_dir()
-    read = pv.datasets.load if known else pv.datasets.from_idx
+    is_folder = args.data not in pv.datasets.names() and Path(args.data).is_dir()
+    read = pv.datasets.from_idx if is_folder else pv.datasets.load
     data = read(args.data, binarize=row.binarize)
     name = f"{args.table}-{args.row}-{data.name}-{args.seed}"
     fit = train(row, data, args, args.folder / name)

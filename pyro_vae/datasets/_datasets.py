@@ -207,24 +207,24 @@ def _fashion(folder) -> Splits:
 
 
 def _static_mnist(folder) -> Splits:
-    train, validation, test = (_intensities(file.load(folder), 1) for file in download.STATIC_MNIST)
+    train, validation, test = (intensities(file.load(folder), 1) for file in download.STATIC_MNIST)
     return (train, validation, test), (28, 28)
 
 
 def _omniglot(folder, held_out: tuple[int, int] = (1345, 8070)) -> Splits:
-    images = _intensities(download.OMNIGLOT.load(folder), 1)
+    images = intensities(download.OMNIGLOT.load(folder), 1)
     rows, test = images[: -held_out[1]], images[-held_out[1] :]
     rows = rows[torch.from_numpy(np.random.RandomState(123).permutation(len(rows)))]
     return (rows[: -held_out[0]], rows[-held_out[0] :], test), (28, 28)
 
 
 def _idx(files: tuple[download.SourceFile, download.SourceFile], folder):
-    images, test = (_intensities(file.load(folder), 255) for file in files)
+    images, test = (intensities(file.load(folder), 255) for file in files)
     return images[:50_000], images[50_000:], test
 
 
 def _permuted(images: np.ndarray, levels: int, held_out: tuple[int, int]):
-    rows = _intensities(images[_order(len(images))], levels)
+    rows = intensities(images[_order(len(images))], levels)
     return rows.split([len(rows) - sum(held_out), *held_out])
 
 
@@ -233,7 +233,8 @@ def _order(count: int) -> np.ndarray:
     return np.random.RandomState(777).permutation(count)
 
 
-def _intensities(images: np.ndarray, levels: int) -> Tensor:
+def intensities(images: np.ndarray, levels: int) -> Tensor:
+    """Return images as rows of numbers in [0, 1], from integers up to ``levels``."""
     return torch.tensor(images.reshape(len(images), -1)).float() / levels
 
 

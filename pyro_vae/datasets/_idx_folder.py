@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pyro_vae._utils.checks import checked, positive_integer
-from pyro_vae.datasets._datasets import Binarization, Dataset, Labels, binarized, check_binarization
+from pyro_vae.datasets._datasets import (
+    Binarization,
+    Dataset,
+    Labels,
+    binarized,
+    check_binarization,
+    intensities,
+)
 from pyro_vae.datasets._idx import read_idx
 
 
@@ -73,21 +82,14 @@ def from_idx(
             f"validation, got {len(train)}"
         )
     split = len(train) - held_out
-    labels = [_labels(folder, *part) for part in (("train", len(train)), ("t10k", len(test)))]
-    of_train, of_test = labels
     data = Dataset(
         folder.resolve().name,
-        *(
-            torch.tensor(images.reshape(len(images), -1)).float() / 255
-            for images in (train[:split], train[split:], test)
-        ),
+        *(intensities(images, 255) for images in (train[:split], train[split:], test)),
         image_shape=train.shape[1:],
-        labels=None
-        if of_train is None or of_test is None
-        else Labels(
-            *(torch.tensor(each).long() for each in (*np.split(of_train, [split]), of_test))
-        ),
     )
+    of_train, of_test = _labels(folder, "train", len(train)), _labels(folder, "t10k", len(test))
+    if of_train is not None and of_test is not None:
+        data = replace(data, labels=Labels(of_train[:split], of_train[split:], of_test))
     return binarized(data, binarize, seed)
 
 
@@ -101,12 +103,14 @@ def _images(folder: Path, part: str) -> np.ndarray:
     return images
 
 
-def _labels(folder: Path, part: str, count: int) -> np.ndarray | None:
+def _labels(folder: Path, part: str, count: int) -> Tensor | None:
     name = f"{part}-labels-idx1-ubyte"
     labels = _read(folder, name)
-    if labels is not None and labels.shape != (count,):
+    if labels is None:
+        return None
+    if labels.shape != (count,):
         raise ValueError(f"{folder / name} must have {count} labels, got shape {labels.shape}")
-    return labels
+    return torch.tensor(labels).long()
 
 
 def _read(folder: Path, name: str) -> np.ndarray | None:

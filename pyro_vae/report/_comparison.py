@@ -360,19 +360,14 @@ class Comparison:
                 f"{_listed(unreliable)}, and probably too low. Use more particles, or "
                 "method=pv.evaluation.AIS()."
             )
-        of_parts = {
-            entry.name: surgeries
-            for entry in self.entries
-            if (surgeries := [r.surgery for r in entry.runs if r.surgery and r.surgery.num_scored])
-        }
-        if of_parts:
-            surgeries = [surgery for each in of_parts.values() for surgery in each]
-            error = max(each.standard_errors["mutual_information"] for each in surgeries)
-            count = min(each.num_scored for each in surgeries)
+        surgeries = [(e.name, run.surgery) for e in self.entries for run in e.runs]
+        if of_parts := [(name, each) for name, each in surgeries if each and each.num_scored]:
+            names = list(dict.fromkeys(name for name, _ in of_parts))
+            count = min(each.num_scored for _, each in of_parts)
+            error = max(each.standard_errors["mutual_information"] for _, each in of_parts)
             found.append(
-                f"The mutual information and the marginal KL of {_listed([*of_parts])} are "
-                f"estimated from the samples of {count} data points. Their errors are up to "
-                f"{error:.2f} nats."
+                f"The mutual information and the marginal KL of {_listed(names)} are estimated "
+                f"from the samples of {count} data points. Their errors are up to {error:.2f} nats."
             )
         found += [
             f"{entry.name} has no ELBO surgery: {entry.runs[0].note}."

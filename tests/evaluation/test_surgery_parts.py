@@ -122,7 +122,7 @@ def test_surgery_of_a_latent_whose_codes_are_all_the_mode(confidence, num_scored
 def test_guides_that_are_run_score_a_part_by_default(monkeypatch):
     oracle = LinearGaussian(d=2, D=5)
     x, guide = oracle.sample(200), oracle.full_covariance_guide
-    monkeypatch.setattr(code_scores, "_FEWEST_SCORED", 20)
+    monkeypatch.setattr(code_scores, "_FEWEST_BY_DEFAULT", 20)
     monkeypatch.setattr(code_scores, "_PAIRS", 200 * 60)
     found = [
         pv.elbo_surgery(*pair, x, num_particles=num_particles, seed=0).num_scored

@@ -133,7 +133,7 @@ def test_pair_without_surgery_is_noted_and_the_others_compared(tmp_path):
 
 def test_surgery_of_a_part_of_the_codes_is_noted(monkeypatch, tmp_path):
     monkeypatch.setattr(code_scores, "_PAIRS", 100)
-    monkeypatch.setattr(code_scores, "_FEWEST_SCORED", 40)
+    monkeypatch.setattr(code_scores, "_FEWEST_BY_DEFAULT", 40)
     x, pairs = torch.bernoulli(torch.full((60, 16), 0.4)), {}
     for name, kind in [("flow", pv.guides.AmortizedFlow), ("normal", pv.guides.AmortizedNormal)]:
         likelihood = pv.likelihoods.Bernoulli(pv.nets.MLP(2, [4], 16))

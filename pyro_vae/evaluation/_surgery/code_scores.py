@@ -20,14 +20,20 @@ from pyro_vae.evaluation._surgery.aggregate import require_one_mask
 from pyro_vae.evaluation._surgery.codes import Codes, TermAverages
 from pyro_vae.evaluation._surgery.dimensions import dimension_wise_kl, independent_prior
 from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
-from pyro_vae.evaluation._surgery.information import Block, of_gaussians, of_guide, score_all
+from pyro_vae.evaluation._surgery.information import (
+    Block,
+    Rows,
+    of_gaussians,
+    of_guide,
+    score_all,
+)
 from pyro_vae.evaluation._surgery.pairwise import log_densities
 from pyro_vae.evaluation._surgery.random_part import RandomPart
 from pyro_vae.evaluation._surgery.subsets import Estimator, random_subsets, subset_information
 
 # The codes that are scored by default if the guide is run on all pairs.
 _PAIRS = 10_000_000  # at most, which takes some minutes
-_FEWEST_SCORED = 200  # data points
+_FEWEST_BY_DEFAULT = 200  # data points
 
 
 @dataclass(frozen=True)
@@ -115,22 +121,21 @@ class CodeScorer:
                     "points. Pass the data of that call"
                 )
         part = self._part(averages.rate, num_scored)
-        rows = torch.arange(len(index))
+        information, done, of_dimensions = information[index], done[index], None
+        # All rows are a slice, because an index would copy the codes.
+        rows: Rows = slice(None)
         if part is not None:
             rows = torch.isin(index, part.chosen).nonzero().squeeze(1)
-        information, done, of_dimensions = information[index], done[index], None
         some, some_done = information[rows], done[rows]
         try:
             block = self._block(index, rows, num_data, int((~some_done).sum()))
-            try:
-                score_all(self._group, block, some, some_done, self._advance_scored)
-            finally:
-                information[rows], done[rows] = some, some_done
+            score_all(self._group, block, some, some_done, self._advance_scored)
             if part is not None:
                 self._advance_scored(num_data - len(part.chosen))
             of_dimensions = self._of_dimensions()
         except KeyboardInterrupt:
             self._group.stop()
+        information[rows], done[rows] = some, some_done
         (information, done), of_dimensions = self._gather(index, (information, done), of_dimensions)
         if not done.any():
             raise KeyboardInterrupt
@@ -229,7 +234,7 @@ class CodeScorer:
         The part has strata by rate, because the information and the rate rise together.
         """
         if num_scored is None and not self._gaussian:
-            num_scored = max(_FEWEST_SCORED, _PAIRS // (self._num_particles * len(rate)))
+            num_scored = max(_FEWEST_BY_DEFAULT, _PAIRS // (self._num_particles * len(rate)))
         if num_scored is None or num_scored >= len(rate):
             return None
         return RandomPart.choose(rate, num_scored, self._runner.seed)
@@ -237,7 +242,7 @@ class CodeScorer:
     def _advance_scored(self, num_data: int) -> None:
         self._runner.advance(num_data * self._num_particles)
 
-    def _block(self, index: Tensor, rows: Tensor, num_data: int, num_to_score: int) -> Block:
+    def _block(self, index: Tensor, rows: Rows, num_data: int, num_to_score: int) -> Block:
         """Return the scoring of codes.
 
         Args:
@@ -251,19 +256,17 @@ class CodeScorer:
             q = DiagonalGaussians.concatenate(self._posteriors)
             none = q.loc[:0].expand(self._num_particles, -1, -1)
             values = torch.cat([none, *(some.values for some in codes)], dim=1)
-            here = rows.to(values.device)
-            return of_gaussians(self._group, q, values[:, here], here)
+            return of_gaussians(self._group, q, values[:, rows], rows)
         names = codes[0].values if codes else ()
         by_site = {name: torch.cat([some.values[name] for some in codes], dim=1) for name in names}
         none = torch.zeros(self._num_particles, 0, device=self._batches.device)
         log_guide = torch.cat([none, *(some.log_guide for some in codes)], dim=1)
-        here = rows.to(log_guide.device)
         return of_guide(
             self._group,
             self._guide,
             self._batches,
-            {name: value[:, here] for name, value in by_site.items()},
-            log_guide[:, here],
+            {name: value[:, rows] for name, value in by_site.items()},
+            log_guide[:, rows],
             index=index[rows],
             num_data=num_data,
             num_to_score=num_to_score,

@@ -36,6 +36,8 @@ from pyro_vae.evaluation._surgery.pairwise import (
     log_sums,
 )
 
+Rows = Tensor | slice  # numbers of rows on the CPU, which also index a tensor on a GPU
+
 _GAUSSIANS_AT_A_TIME = 65_536  # between two checks for an interrupt, and in one message
 _CODES = 16_384  # enough that scoring takes far longer than sending the Gaussians
 _CODES_OF_A_THREAD = 4_096  # if nothing is sent; an interrupt loses some seconds of work
@@ -56,14 +58,14 @@ class Block:
     score: Callable[[slice], Tensor]
 
 
-def of_gaussians(group: Group, q: DiagonalGaussians, codes: Tensor, scored: Tensor) -> Block:
+def of_gaussians(group: Group, q: DiagonalGaussians, codes: Tensor, scored: Rows) -> Block:
     """Return a block that scores codes of diagonal Gaussians by matrix products.
 
     Args:
         group: the processes.
         q: the posteriors of this process's data points.
         codes: K samples from each of n of them, (K, n, d).
-        scored: the rows of these n in q, (n,).
+        scored: the rows of these n in q.
     """
     extents = group.gather(Extent.of(q.loc, q.scale, codes) if len(q.loc) else None)
     counts = [0 if extent is None else int(extent.count) for extent in extents]

@@ -22,7 +22,7 @@ from pyro_vae.evaluation._surgery.decomposition import Surgery
 from pyro_vae.evaluation._surgery.subsets import Estimator, check_estimator
 
 _FEWEST_TO_REGRESS = 30
-_FEWEST_SCORED = 30  # a standard error of fewer would be too uncertain
+_MIN_SCORED = 30  # a standard error of fewer would be too uncertain
 
 
 def elbo_surgery(
@@ -128,7 +128,7 @@ def elbo_surgery(
     num_particles = positive_integer("num_particles", num_particles)
     check_estimator(estimator)
     if num_scored is not None:
-        num_scored = positive_integer("num_scored", num_scored, minimum=_FEWEST_SCORED)
+        num_scored = positive_integer("num_scored", num_scored, minimum=_MIN_SCORED)
         if estimator != "exact":
             raise ValueError(
                 f"num_scored is for the exact estimator, got estimator={estimator!r}, which scores "
