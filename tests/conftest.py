@@ -38,6 +38,11 @@ class Stream(IterableDataset):
         return iter(self.x)
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Name bytes by their argument: those of a compressed file contain the time."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def pair():
     return make_pair()

@@ -128,3 +128,9 @@ def test_the_checks_find_what_they_are_for():
     assert not [*findings([(1, "a data point, resumed and reparameterized")])]
     assert long_sentences("Word " * 36 + ".")
     assert not long_sentences("Word " * 20 + "end. " + "Word " * 20 + "end.\n\n    " + "code " * 40)
+
+
+def test_names_of_tests_contain_no_bytes(request):
+    """Processes that share the tests must give them equal names, at any time."""
+    names = [item.nodeid for item in request.session.items]
+    assert [name for name in names if re.search(r"\\x[01][0-9a-f]", name)] == []

@@ -155,10 +155,15 @@ def check(model, guide, x, rows, num_particles):
 
 
 def combinations(forms, guides, of_every_guide, of_every_form):
-    """Yield all combinations. By default, run some forms of every guide and some guides of each."""
-    for form, name in itertools.product(forms, guides):
-        default = form in of_every_guide or name in of_every_form
-        yield pytest.param(form, name, marks=() if default else pytest.mark.slow)
+    """Return all combinations. By default, run some forms of every guide and some guides of each."""
+    defaults = {
+        (form, name): form in of_every_guide or name in of_every_form
+        for form, name in itertools.product(forms, guides)
+    }
+    return [
+        pytest.param(*pair, marks=() if default else pytest.mark.slow)
+        for pair, default in defaults.items()
+    ]
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def kinds_of_priors():
         yield pytest.param(make, prior, marks=() if default else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("make", "prior"), kinds_of_priors())
+@pytest.mark.parametrize(("make", "prior"), list(kinds_of_priors()))
 def test_a_prior_made_once_is_captured(make, prior, without_compiler):
     def run(capture):
         torch.manual_seed(0)

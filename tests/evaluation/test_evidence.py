@@ -25,7 +25,7 @@ def every_way():
         yield pytest.param(dtype, vectorize, *chunks, marks=marks)
 
 
-@pytest.mark.parametrize(("dtype", "vectorize", "num_particles", "pairs"), every_way())
+@pytest.mark.parametrize(("dtype", "vectorize", "num_particles", "pairs"), list(every_way()))
 def test_evidence_matches_the_linear_gaussian_model(dtype, vectorize, num_particles, pairs):
     """37 data points in batches of 10; the chunk size does not divide the number of particles."""
     oracle = LinearGaussian(d=2, D=5, dtype=dtype)

@@ -77,7 +77,7 @@ def families_and_models():
         yield pytest.param(name, model, id=f"{name}-{model.__name__}", marks=marks)
 
 
-@pytest.mark.parametrize(("name", "model"), families_and_models())
+@pytest.mark.parametrize(("name", "model"), list(families_and_models()))
 def test_every_family_works_for_every_model(name, model):
     torch.manual_seed(0)
     x = torch.randn(8, 3).abs()
