@@ -25,11 +25,18 @@ def fitted(make, x, *, double=False, **options):
     settings = {"epochs": 4, "batch_size": 10, "seed": 3, "progress": False}
     with default_dtype(torch.float64 if double else torch.float32):
         model, guide = make()
-        fit = pv.fit(model, guide, x.double() if double else x, **{**settings, **options})
+        fit = pv.fit(model, guide, doubled(x) if double else x, **{**settings, **options})
     with pv.parameter_store(model, guide) as store:
         bare = [p.detach().flatten() for _, p in sorted(store["params"].items())]
     held = [t for m in modules(model, guide) for t in (*m.parameters(), *m.buffers())]
     return fit, torch.cat([*bare, *(t.detach().flatten() for t in held)]).double()
+
+
+def doubled(x):
+    """Convert floating-point numbers to float64; x may have several columns."""
+    if isinstance(x, tuple):
+        return tuple(map(doubled, x))
+    return x.double() if x.is_floating_point() else x
 
 
 def replace_compiler(monkeypatch, compiler):

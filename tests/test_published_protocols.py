@@ -61,7 +61,7 @@ def test_evaluation_sets_are_those_of_the_paper_seed(published):
 
 def test_stages_have_the_learning_rates_of_the_paper(published):
     data = SimpleNamespace(train=torch.rand(20, PIXELS), validation=torch.rand(20, PIXELS))
-    model, guide = published.pairs.tanh_pair(data.train.mean(0), latents=2, width=5)
+    model, guide = published.pairs.tanh_pair(data.train, latents=2, width=5)
     fit = published.protocols.stages(
         model, guide, data, objective=pv.objectives.IWAE(2), epochs=14, progress=False
     )
@@ -73,7 +73,8 @@ def test_stages_have_the_learning_rates_of_the_paper(published):
 
 def test_last_bias_gives_the_mean_image(published):
     mean_image = torch.rand(PIXELS)
-    model, _ = published.pairs.tanh_pair(mean_image, latents=2, width=5)
+    train = torch.stack([mean_image, mean_image])
+    model, _ = published.pairs.tanh_pair(train, latents=2, width=5)
     decoder = model.likelihood.decoder
     with torch.no_grad():
         decoder[-1].weight.zero_()
@@ -84,7 +85,23 @@ def test_last_bias_gives_the_mean_image(published):
 @pytest.mark.parametrize("prior", ["standard_normal", "vamp"])
 def test_pairs_evaluate(published, levels, prior):
     make = getattr(published.pairs, levels)(getattr(published.pairs, prior))
-    model, guide = make(torch.rand(PIXELS))
+    model, guide = make(torch.rand(3, PIXELS))
     terms = pv.terms(model, guide, torch.rand(4, PIXELS).round(), num_particles=3)
     assert terms.log_weight.shape == (3, 4)
     assert terms.log_weight.isfinite().all()
+
+
+def test_exemplar_row_gets_the_positions_of_the_images(published):
+    """Fit it by its protocol: the drawn exemplars are never one's own."""
+    data = SimpleNamespace(train=torch.rand(40, PIXELS), validation=torch.rand(20, PIXELS),
+                           test=torch.rand(20, PIXELS))  # fmt: skip
+    model, guide = published.pairs.exemplars(data.train)
+    assert model.prior.num_drawn == 20
+    fit = published.protocols.early_stopping(
+        model, guide, data, epochs=2, positions=True, progress=False
+    )
+    assert fit.history.validation_loss.notna().all()
+    assert model.prior.stored_codes.ne(0).any(1).all()
+    p_z = model.train().prior(torch.tensor([0, 1]))
+    assert p_z.batch_shape == (2,)
+    assert pv.evidence(model, guide, data.test.round(), num_particles=10).mean < 0

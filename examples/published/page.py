@@ -12,6 +12,7 @@ from statistics import mean, stdev
 from run import DESCRIPTIONS, RESULTS, ROWS
 
 PAGE = Path(__file__).parents[2] / "docs" / "published.md"
+TEST_IMAGES = 10_000
 
 START = """# Published numbers
 
@@ -137,7 +138,9 @@ def name_of(row, results):
     """Return the name of a row, its number of runs, and its epochs if it ended early."""
     count = len(results)
     name = f"{row}, one run" if count == 1 else f"{row}, {count} runs"
-    return name if results[0]["epochs_of_protocol"] else f"{name}, {results[0]['epochs']} epochs"
+    if not results[0]["epochs_of_protocol"]:
+        name += f", {results[0]['epochs']} epochs"
+    return name
 
 
 def line(row, published, results):
@@ -161,8 +164,9 @@ def line(row, published, results):
         if "ais_images" in result
     ]
     units = ", ".join(str(result.get("active_units", "")) for result in results)
+    name, images = name_of(row, results), results[0]["test_images"]
     cells = [
-        name_of(row, results),
+        name if images == TEST_IMAGES else f"{name}, {images} test images",
         f"{ours:.2f}{spread}",
         theirs,
         difference,

@@ -1,4 +1,4 @@
-"""The models and guides of the published tables."""
+"""The models and guides of the published tables, from the training images ``(N, pixels)``."""
 
 import math
 
@@ -11,6 +11,7 @@ import pyro_vae as pv
 
 # Table A: Tomczak & Welling (2018), with the code of Norouzi et al. (2020).
 LATENTS, WIDTH, PSEUDO_INPUTS = 40, 300, 500
+DRAWN, NEAREST = 25_000, 10  # exemplars
 
 
 class GatedNormal(nn.Module):
@@ -49,7 +50,7 @@ class GatedGuide(pyro.nn.PyroModule):
         super().__init__()
         self.q_z = GatedNormal(pv.nets.GatedMLP(size, [WIDTH, WIDTH]))
 
-    def forward(self, x):
+    def forward(self, x, index=None):
         with pyro.plate("data", len(x)):
             return pyro.sample("z", self.q_z(x))
 
@@ -77,14 +78,45 @@ def vamp(size):
     return pv.priors.VampPrior(LATENTS, pseudo_inputs=start)
 
 
+class ExemplarModel(pyro.nn.PyroModule):
+    """p(x|z) and an exemplar prior, which leaves out each data point's own exemplar in training."""
+
+    def __init__(self, prior, likelihood):
+        super().__init__()
+        self.prior, self.likelihood = prior, likelihood
+
+    def forward(self, x, index=None):
+        p_z = self.prior(index)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", p_z)
+            return pyro.sample("x", self.likelihood(z), obs=x)
+
+
+def exemplars(train):
+    """The networks of one level, and a Gaussian around the code of each training image.
+
+    The published run encoded 25,000 exemplars in each step. This one has the retrieval of the same
+    code: it encodes the ten nearest of them for each image of the minibatch.
+    """
+    count, size = train.shape
+    prior = pv.priors.ExemplarPrior(
+        LATENTS, exemplars=train, num_drawn=min(DRAWN, count // 2), num_nearest=NEAREST
+    )
+    guide = GatedGuide(size)
+    prior.bind_guide(guide)
+    decoder = pv.nets.GatedMLP(LATENTS, [WIDTH, WIDTH], size)
+    return ExemplarModel(prior, pv.likelihoods.Bernoulli(decoder)), guide
+
+
 def one_level(make_prior):
     """p(z) p(x|z), whose networks have two gated layers of 300 units."""
 
-    def make(mean_image):
-        prior, guide = make_prior(len(mean_image)), GatedGuide(len(mean_image))
+    def make(train):
+        size = train.shape[1]
+        prior, guide = make_prior(size), GatedGuide(size)
         if isinstance(prior, pv.priors.VampPrior):
             prior.bind_guide(guide)
-        decoder = pv.nets.GatedMLP(LATENTS, [WIDTH, WIDTH], len(mean_image))
+        decoder = pv.nets.GatedMLP(LATENTS, [WIDTH, WIDTH], size)
         return pv.LatentVariableModel(prior, pv.likelihoods.Bernoulli(decoder)), guide
 
     return make
@@ -93,12 +125,13 @@ def one_level(make_prior):
 def two_levels(make_prior):
     """p(z2) p(z1|z2) p(x|z1, z2)."""
 
-    def make(mean_image):
-        prior, guide = make_prior(len(mean_image)), TwoLevelGuide(len(mean_image))
+    def make(train):
+        size = train.shape[1]
+        prior, guide = make_prior(size), TwoLevelGuide(size)
         if isinstance(prior, pv.priors.VampPrior):
             prior.bind_guide(guide, site="z_2")
         p_z1 = GatedNormal(pv.nets.GatedMLP(LATENTS, [WIDTH, WIDTH]))
-        likelihood = pv.likelihoods.Bernoulli(TwoInputs(LATENTS, LATENTS, len(mean_image)))
+        likelihood = pv.likelihoods.Bernoulli(TwoInputs(LATENTS, LATENTS, size))
         return pv.models.HierarchicalModel(prior, [p_z1], likelihood, skip=True), guide
 
     return make
@@ -120,19 +153,20 @@ class TanhGuide(pyro.nn.PyroModule):
             return pyro.sample("z", q)
 
 
-def tanh_pair(mean_image, latents=50, width=200):
+def tanh_pair(train, latents=50, width=200):
     """The VAE of one stochastic layer. The last bias gives the mean image at z = 0."""
-    decoder = pv.nets.MLP(latents, [width, width], len(mean_image)).apply(glorot)
-    mean_image = mean_image.clamp(0.001, 0.999)
+    size = train.shape[1]
+    decoder = pv.nets.MLP(latents, [width, width], size).apply(glorot)
+    mean_image = train.mean(0).clamp(0.001, 0.999)
     with torch.no_grad():
         decoder[-1].bias.copy_((mean_image / (1 - mean_image)).log())
     prior, likelihood = pv.priors.StandardNormal(latents), pv.likelihoods.Bernoulli(decoder)
-    return pv.LatentVariableModel(prior, likelihood), TanhGuide(len(mean_image), latents, width)
+    return pv.LatentVariableModel(prior, likelihood), TanhGuide(size, latents, width)
 
 
-def flow_pair(mean_image, width=200):
+def flow_pair(train, width=200):
     """Table D: the model of table B, and a posterior with two affine coupling layers."""
-    model, gaussian = tanh_pair(mean_image, width=width)
+    model, gaussian = tanh_pair(train, width=width)
     flow = pv.flows.AffineCoupling
     return model, pv.guides.AmortizedFlow(model, gaussian.hidden, flow=flow, length=2)
 

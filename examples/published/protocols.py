@@ -47,17 +47,19 @@ def binary(data, seed=777):
     ]
 
 
-def early_stopping(model, guide, data, *, epochs, patience=50, **options):
-    """Tables A and C: normalized gradients, a warm-up, and early stopping.
+def early_stopping(model, guide, data, *, epochs, patience=50, positions=False, **options):
+    """Table A: normalized gradients, a warm-up, and early stopping.
 
     A run ends after more than 50 epochs without a lower validation loss, counted from the end of
-    the warm-up, or after 2000 epochs.
+    the warm-up, or after 2000 epochs. With ``positions``, the pair also gets those of the images.
     """
-    validation, _ = binary(data)
+    train, (validation, _) = data.train, binary(data)
+    if positions:
+        train, validation = ((x, torch.arange(len(x))) for x in (train, validation))
     return pv.fit(
         model,
         guide,
-        data.train,
+        train,
         objective=pv.objectives.BetaELBO(WarmUp(-(-len(data.train) // 100))),
         transform=torch.bernoulli,
         validation=validation,

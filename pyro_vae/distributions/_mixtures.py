@@ -46,8 +46,8 @@ class MixtureOfDiagNormals(TorchDistribution):
 
     Shape:
         the batch shape is ``batch`` and the event shape is ``(D,)``. A sample costs
-        :math:`O(K D^2)`. With batch shape ``()``, many values are scored by one matrix product, so
-        that K may be tens of thousands.
+        :math:`O(K D^2)`. If ``loc`` and ``scale`` are ``(K, D)``, many values are scored by one
+        matrix product, so that K may be tens of thousands.
 
     Raises:
         ValueError: The shapes do not match. With validation on, a scale is not positive.
@@ -116,7 +116,7 @@ class MixtureOfDiagNormals(TorchDistribution):
         value = value_for(self.loc, value)
         if self._validate_args:
             self._validate_sample(value)
-        if self.loc.dim() == 2 and self.logits.dim() == 1:
+        if self.loc.dim() == self.scale.dim() == 2:
             return self._log_prob_of_rows(value)
         log_prob = self.log_joint(value).logsumexp(-1)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
@@ -146,27 +146,39 @@ class MixtureOfDiagNormals(TorchDistribution):
         return (self.logits.exp().unsqueeze(-1) * self.loc).sum(-2)
 
     def _log_prob_of_rows(self, value: Tensor) -> Tensor:
-        r"""Score values under a single mixture.
+        r"""Score values under components that all mixtures share.
 
         Expand the square in :math:`-\tfrac12 \sum_d (z_d - \mu_{kd})^2 / \sigma_{kd}^2`. Then all
-        pairs are one matrix product of (z^2, z) with (-1/(2 sigma^2), mu/sigma^2). Use float64,
+        pairs are one matrix product of (z, z^2) with (mu/sigma^2, -1/(2 sigma^2)). Use float64,
         because of cancellation.
         """
         loc, scale = self.loc.double(), self.scale.double()
         precision = scale.reciprocal().square()
-        weight = torch.cat([-0.5 * precision, loc * precision], dim=1).T
-        bias = self.logits - (0.5 * loc.square() * precision + scale.log()).sum(1)
+        linear, quadratic = (loc * precision).T, -0.5 * precision.T
+        bias = -(0.5 * loc.square() * precision + scale.log()).sum(1)
         bias = bias - 0.5 * loc.shape[1] * math.log(2 * math.pi)
-        rows = value.double().flatten(0, -2) if value.dim() > 1 else value.double().unsqueeze(0)
+        one_scale = self.scale.stride(0) == 0  # then z^2 has the same product with all of them
+        weight = linear if one_scale else torch.cat([linear, quadratic])
+        logits, shape = self.logits, value.shape[:-1]
+        if logits.dim() == 1:
+            bias, logits = bias + logits, None
+        else:  # each value has its own logits
+            shape = torch.broadcast_shapes(shape, logits.shape[:-1])
+            value = value.expand(*shape, -1)
+            logits = logits.expand(*shape, -1).flatten(0, -2)
+        rows = value.double().reshape(-1, value.shape[-1])
         at_a_time = max(1, _LOG_DENSITIES_AT_A_TIME // len(bias))
-        log_prob = torch.cat(
-            [
-                torch.addmm(bias, torch.cat([z.square(), z], dim=1), weight).logsumexp(1)
-                for z in rows.split(at_a_time)
-            ]
-        )
-        log_prob = log_prob.reshape(value.shape[:-1]).to(value.dtype)
-        return log_prob.expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+        parts = []
+        for first in range(0, max(1, len(rows)), at_a_time):
+            z = rows[first : first + at_a_time]
+            features = z if one_scale else torch.cat([z, z.square()], dim=1)
+            log_joint = torch.addmm(bias, features, weight)
+            if logits is not None:
+                log_joint = log_joint + logits[first : first + at_a_time]
+            log_prob = log_joint.logsumexp(1)
+            parts.append(log_prob + z.square() @ quadratic[:, 0] if one_scale else log_prob)
+        log_prob = torch.cat(parts).reshape(shape).to(value.dtype)
+        return log_prob.expand(torch.broadcast_shapes(shape, self.batch_shape))
 
     def _log_scalars(self, value: Tensor) -> Tensor:
         """Return the log-density of each dimension under each component, ``(..., K, D)``."""

@@ -1,4 +1,4 @@
-"""Priors that contain the guide: mixtures of its posteriors for some rows, trained with it."""
+"""Priors that contain the guide, and are trained with it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from torch import Tensor, nn
 
 from pyro_vae._programs.parameters import evaluation_mode
 from pyro_vae._utils.checks import checked
-from pyro_vae._utils.constructor_calls import constructor_call
 from pyro_vae._utils.init_args import records_init_args
-from pyro_vae._utils.numerics import softplus_scale, within
+from pyro_vae._utils.numerics import within
 from pyro_vae.datasets._columns import as_tensor
-from pyro_vae.distributions._mixtures import MixtureOfDiagNormals
 from pyro_vae.priors._posteriors import (
     RunsGuide,
     check_guide,
-    diagonal_gaussian,
     posteriors,
     stand_in,
     uniform_mixture,
@@ -76,14 +73,21 @@ class GuideMixturePrior(RunsGuide):
 
     def forward(self) -> TorchDistributionMixin:
         """Return p(z): batch shape (), event shape ``event_shape``."""
-        if self.guide is None:
-            raise ValueError(
-                f"{type(self).__name__} is a mixture of the guide's posteriors, but has no guide. "
-                "Create the guide for the model, then call prior.bind_guide(guide)"
-            )
+        self._require_guide()
         rows = self.rows()
         if self.is_running:
             return stand_in(self.event_shape, rows)
+        return self.mix(self.posteriors(rows))
+
+    def posteriors(self, rows: Tensor) -> TorchDistributionMixin:
+        """Return the guide's posteriors for rows, batch shape (K,).
+
+        Args:
+            rows: x, ``(K, *event)``.
+
+        Raises:
+            ValueError: The guide's posterior depends on more than x, or has another event shape.
+        """
         self.is_running = True
         try:
             if not self._checked:
@@ -98,7 +102,14 @@ class GuideMixturePrior(RunsGuide):
                 f"{type(self).__name__} is for z of shape {tuple(self.event_shape)}, but the guide "
                 f"gives site {self._site!r} the shape {tuple(found.event_shape)}"
             )
-        return self.mix(found)
+        return found
+
+    def _require_guide(self) -> None:
+        if self.guide is None:
+            raise ValueError(
+                f"{type(self).__name__} is a mixture of the guide's posteriors, but has no guide. "
+                "Create the guide for the model, then call prior.bind_guide(guide)"
+            )
 
 
 @records_init_args
@@ -142,7 +153,7 @@ class VampPrior(GuideMixturePrior):
         super().__init__(*event_shape)
         if bounds is not None and not (len(bounds) == 2 and bounds[0] < bounds[1]):
             raise ValueError(f"bounds must be a lower and an upper bound, in order, got {bounds}")
-        self.pseudo_inputs = nn.Parameter(_rows("pseudo_inputs", pseudo_inputs))
+        self.pseudo_inputs = nn.Parameter(as_rows("pseudo_inputs", pseudo_inputs))
         self.bounds = bounds
         low, high = self.pseudo_inputs.min().item(), self.pseudo_inputs.max().item()
         if bounds is not None and not bounds[0] <= low <= high <= bounds[1]:
@@ -158,70 +169,8 @@ class VampPrior(GuideMixturePrior):
         return within(self.pseudo_inputs, *self.bounds)  # rows of binary data are at the bounds
 
 
-class ExemplarPrior(GuideMixturePrior):
-    r"""A Gaussian around the code of each exemplar (Norouzi et al. 2020).
-
-    .. math:: p(z) = \frac1M \sum_m \mathcal{N}(z; \mu(x_m), \sigma^2 I)
-
-    with the mean :math:`\mu(x)` of the guide's Gaussian, and one learned :math:`\sigma` for all.
-    In training, each call draws M new exemplars at random. In evaluation, all exemplars are used.
-    A data point can be its own exemplar, so choose M much smaller than the data.
-
-    Args:
-        dim: dimension of z.
-        exemplars: rows of the data, ``(N, *event of x)``.
-        num_drawn: M; default all exemplars.
-
-    Raises:
-        ValueError: There are no exemplars, or fewer than ``num_drawn``, or the guide is not a
-            diagonal Gaussian. Also under the conditions of :class:`GuideMixturePrior`.
-    """
-
-    @checked
-    def __init__(self, dim: int, *, exemplars: Tensor, num_drawn: int | None = None):
-        super().__init__(dim)
-        self.register_buffer("exemplars", _rows("exemplars", exemplars), persistent=False)
-        if num_drawn is not None and not 1 <= num_drawn <= len(self.exemplars):
-            raise ValueError(
-                f"num_drawn must be between 1 and the {len(self.exemplars)} exemplars, got "
-                f"{num_drawn}"
-            )
-        self.num_drawn = num_drawn
-        self.raw_scale = nn.Parameter(torch.tensor(0.0))
-
-    def __repr__(self) -> str:
-        return constructor_call(type(self), self.as_arguments())
-
-    def as_arguments(self) -> dict[str, Any]:
-        """Return the arguments that create this prior again."""
-        return {
-            "dim": self.event_shape[0],
-            "exemplars": self.exemplars,
-            "num_drawn": self.num_drawn,
-        }
-
-    def rows(self) -> Tensor:
-        """Return all exemplars, or in training a new random sample of them."""
-        if not self.training or self.num_drawn is None:
-            return self.exemplars
-        count = len(self.exemplars)
-        index = torch.randint(count, (self.num_drawn,), device=self.exemplars.device)
-        return self.exemplars[index]
-
-    def mix(self, posteriors: TorchDistributionMixin) -> TorchDistributionMixin:
-        """Put a Gaussian around each mean."""
-        gaussian = diagonal_gaussian(posteriors)
-        if gaussian is None:
-            raise ValueError(
-                "ExemplarPrior needs a guide that is a diagonal Gaussian, such as AmortizedNormal, "
-                f"got the posterior {posteriors}"
-            )
-        loc = gaussian[0]
-        scale = softplus_scale(self.raw_scale).to(loc).expand(loc.shape)
-        return MixtureOfDiagNormals(loc.new_zeros(len(loc)), loc, scale)
-
-
-def _rows(name: str, rows: Tensor) -> Tensor:
+def as_rows(name: str, rows: Tensor) -> Tensor:
+    """Return a copy of rows of x, which must be floating-point numbers ``(K, *event)``."""
     rows = as_tensor(rows, name).detach().clone()
     if rows.dim() < 2 or not rows.is_floating_point():
         raise ValueError(

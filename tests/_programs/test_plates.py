@@ -155,7 +155,7 @@ def check(model, guide, x, rows, num_particles):
 
 
 def combinations(forms, guides, of_every_guide, of_every_form):
-    """Return all combinations. By default, run some forms of every guide and some guides of each."""
+    """Return all pairs. By default, run some forms of every guide and some guides of each form."""
     defaults = {
         (form, name): form in of_every_guide or name in of_every_form
         for form, name in itertools.product(forms, guides)

@@ -76,3 +76,26 @@ def test_wrong_shapes_and_scales_are_refused():
         pv.distributions.MixtureOfDiagNormals(
             torch.zeros(2), torch.zeros(2, 4), -torch.ones(2, 4), validate_args=True
         )
+
+
+@pytest.mark.parametrize("one_scale", [False, True])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_shared_components_are_scored_like_separate_ones(batch, one_scale):
+    """Each mixture has its own weights, of which some are zero."""
+    k, d = 5, 2
+    logits = torch.randn(*batch, k).masked_fill(torch.arange(k) == 1, -torch.inf)
+    loc, scale = torch.randn(k, d), torch.rand(1 if one_scale else k, d) + 0.3
+    given = [each.double().requires_grad_() for each in (logits, loc, scale)]
+    logits, loc, scale = given[0], given[1], given[2].expand(k, d)
+    q = pv.distributions.MixtureOfDiagNormals(logits, loc, scale)
+    separate = [each.expand(2, 3, k, d).contiguous() for each in (loc, scale)]
+    reference = pv.distributions.MixtureOfDiagNormals(logits, *separate)
+    z = torch.randn(4, 2, 3, d, dtype=torch.float64)
+    found, expected = q.log_prob(z), reference.log_prob(z)
+    torch.testing.assert_close(found, expected)
+    weight = torch.rand_like(found)
+    found, expected = (torch.autograd.grad((t * weight).sum(), given) for t in (found, expected))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    one = z[0, 0, 0]
+    torch.testing.assert_close(q.log_prob(one).expand(2, 3), reference.log_prob(one))

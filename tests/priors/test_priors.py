@@ -152,14 +152,6 @@ def test_exemplar_prior_is_a_mixture_of_gaussians_at_the_codes():
     torch.testing.assert_close(prior().log_prob(z), expected_log_prob)
 
 
-def test_exemplar_prior_uses_a_sample_in_training_and_all_in_evaluation():
-    model, _ = bind_guide(pv.priors.ExemplarPrior(2, exemplars=torch.rand(9, 16), num_drawn=3))
-    assert len(model.prior().loc) == 3
-    z = torch.randn(2)
-    assert len({model.prior().log_prob(z).item() for _ in range(5)}) > 1
-    assert len(model.eval().prior().loc) == 9
-
-
 def test_float32_mixture_of_thousands_of_components_is_accurate():
     loc, scale = 5 * torch.randn(3000, 20), 0.01 + 0.1 * torch.rand(3000, 20)
     z = loc[:10] + scale[:10] * torch.randn(7, 10, 20)
@@ -334,8 +326,6 @@ def test_priors_refuse_bad_arguments():
         pv.priors.VampPrior(2, pseudo_inputs=rows.int())
     with pytest.raises(ValueError, match="a lower and an upper"):
         pv.priors.VampPrior(2, pseudo_inputs=rows, bounds=(1.0, 0.0))
-    with pytest.raises(ValueError, match="between 1 and the 5 exemplars"):
-        pv.priors.ExemplarPrior(2, exemplars=rows, num_drawn=6)
     with pytest.raises(ValueError, match=r"call prior\.bind_guide"):
         pv.priors.VampPrior(2, pseudo_inputs=rows)()
     with pytest.raises(TypeError, match="must be a Pyro program"):
@@ -373,10 +363,6 @@ def test_priors_refuse_guides_without_a_known_posterior():
         prior()
     prior.bind_guide(pv.guides.SemiAmortized(amortized(model), steps=1))
     with pytest.raises(ValueError, match="the guide runs the model"):
-        prior()
-    prior = pv.priors.ExemplarPrior(2, exemplars=rows)
-    prior.bind_guide(flow_guide(model_with(prior)))
-    with pytest.raises(ValueError, match="ExemplarPrior needs a guide that is a diagonal Gaussian"):
         prior()
 
     def two(x):
