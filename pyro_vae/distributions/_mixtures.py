@@ -152,12 +152,12 @@ class MixtureOfDiagNormals(TorchDistribution):
         pairs are one matrix product of (z, z^2) with (mu/sigma^2, -1/(2 sigma^2)). Use float64,
         because of cancellation.
         """
-        loc, scale = self.loc.double(), self.scale.double()
+        one_scale = self.scale.stride(0) == 0  # then z^2 has the same product with all of them
+        loc, scale = self.loc.double(), (self.scale[:1] if one_scale else self.scale).double()
         precision = scale.reciprocal().square()
         linear, quadratic = (loc * precision).T, -0.5 * precision.T
-        bias = -(0.5 * loc.square() * precision + scale.log()).sum(1)
+        bias = -(0.5 * loc.square() * precision).sum(1) - scale.log().sum(1)
         bias = bias - 0.5 * loc.shape[1] * math.log(2 * math.pi)
-        one_scale = self.scale.stride(0) == 0  # then z^2 has the same product with all of them
         weight = linear if one_scale else torch.cat([linear, quadratic])
         logits, shape = self.logits, value.shape[:-1]
         if logits.dim() == 1:
