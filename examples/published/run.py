@@ -4,6 +4,7 @@ python examples/published/run.py A vae                       # an hour; resumes 
 python examples/published/run.py A vae --data fashion-mnist  # the same protocol on other data
 python examples/published/run.py A vae --data FOLDER         # with files in the format of MNIST
 python examples/published/run.py B iwae-5 --epochs 364       # six of eight stages
+python examples/published/run.py A exemplar --images 1000 --ais 0
 python examples/published/run.py A vae --data digits --epochs 3 --particles 10
 
 The result is written to examples/published/results, from which page.py makes docs/published.md.

@@ -9,11 +9,14 @@ every function of the library that runs the pair opens that store. Pyro's own dr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import TypeVar
 
 import pyro
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from pyro_vae._programs import fits
 from pyro_vae._programs.fits import Store
@@ -21,6 +24,8 @@ from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.identity import owner_of
 from pyro_vae._utils.modules import before_unknown, modules
+
+Result = TypeVar("Result")
 
 _open_stores: list[Store] = []
 
@@ -174,12 +179,14 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
         module.eval()
 
     found = modules(*programs)
+    results = _results.set({})
     try:
         for module in found:
             evaluate(module)
         with torch.no_grad(), before_unknown(evaluate, *found, calls=_RUNS_LOOKED_AT):
             yield
     finally:
+        _results.reset(results)
         for module, training in reversed(flags):  # a module shared by two others is listed twice
             if type(module).train is not nn.Module.train:  # it may do more than set the flag
                 module.train(training)
@@ -188,6 +195,27 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
 
 
 _RUNS_LOOKED_AT = 1000  # number of module runs; all checks together take a millisecond
+
+# The results of the innermost block of evaluation_mode, by what they belong to.
+_results: ContextVar[dict[object, object] | None] = ContextVar("results", default=None)
+
+
+def once_per_evaluation(owner: object, compute: Callable[[], Result]) -> Result:
+    """Return a result that stays the same in a block of :func:`evaluation_mode`.
+
+    In such a block the programs do not change, so it is computed once. It is computed in each call
+    outside of a block, with gradients enabled, and while a graph is traced.
+
+    Args:
+        owner: what the result belongs to.
+        compute: returns the result.
+    """
+    results = _results.get()
+    if results is None or torch.is_grad_enabled() or is_in_torch_dispatch_mode():
+        return compute()
+    if owner not in results:
+        results[owner] = compute()
+    return results[owner]
 
 
 def has_finite_parameters(model: Program, guide: Program) -> bool:

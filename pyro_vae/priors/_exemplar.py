@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -12,6 +10,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from pyro_vae._programs.parameters import once_per_evaluation
 from pyro_vae._utils.checks import checked
 from pyro_vae._utils.constructor_calls import constructor_call
 from pyro_vae._utils.numerics import softplus_scale
@@ -20,24 +19,6 @@ from pyro_vae.priors._guide_mixture import GuideMixturePrior, as_rows
 from pyro_vae.priors._posteriors import diagonal_gaussian, stand_in
 
 _ROWS_AT_A_TIME = 5000
-
-
-@dataclass(frozen=True)
-class _Codes:
-    """The codes of all exemplars, and what they were computed from."""
-
-    codes: Tensor
-    exemplars: tuple[int, int]  # address and version
-    guide: list[Tensor]  # copies
-
-    def of(self, exemplars: tuple[int, int], guide: list[Tensor]) -> bool:
-        """Return whether the codes are those of these exemplars and guide's tensors."""
-        same = exemplars == self.exemplars and len(guide) == len(self.guide)
-        return same and all(map(_equal, guide, self.guide))
-
-
-# They are not attributes of the prior, because they are no part of its state.
-_codes_of_all: weakref.WeakKeyDictionary[ExemplarPrior, _Codes] = weakref.WeakKeyDictionary()
 
 
 class ExemplarPrior(GuideMixturePrior):
@@ -141,7 +122,7 @@ class ExemplarPrior(GuideMixturePrior):
         if self.is_running:
             return stand_in(self.event_shape, self.exemplars)
         if not self.training:
-            return self._around(self._all_codes())
+            return self._around(once_per_evaluation(self, self._all_codes))
         if index is not None:
             return self._without_own(self._positions(index))
         if self.num_nearest is not None:
@@ -232,19 +213,8 @@ class ExemplarPrior(GuideMixturePrior):
         return self._means(self.posteriors(self.exemplars[index]))
 
     def _all_codes(self) -> Tensor:
-        """Return the codes of all exemplars; the last ones, if the guide's tensors are the same."""
-        module = self.guide if isinstance(self.guide, nn.Module) else None
-        if module is None or torch.is_grad_enabled() or is_in_torch_dispatch_mode():
-            return self._means(self.posteriors(self.exemplars))
-        now = [*module.parameters(), *module.buffers()]
-        exemplars = (self.exemplars.data_ptr(), self.exemplars._version)
-        found = _codes_of_all.get(self)
-        if found is not None and found.of(exemplars, now):
-            return found.codes
         blocks = self.exemplars.split(_ROWS_AT_A_TIME)
-        codes = torch.cat([self._means(self.posteriors(rows)) for rows in blocks])
-        _codes_of_all[self] = _Codes(codes, exemplars, [t.detach().clone() for t in now])
-        return codes
+        return torch.cat([self._means(self.posteriors(rows)) for rows in blocks])
 
     def _means(self, posteriors: TorchDistributionMixin) -> Tensor:
         gaussian = diagonal_gaussian(posteriors)
@@ -259,10 +229,6 @@ class ExemplarPrior(GuideMixturePrior):
         scale = softplus_scale(self.raw_scale).to(loc).expand(loc.shape)
         logits = loc.new_zeros(len(loc)) if logits is None else logits
         return MixtureOfDiagNormals(logits, loc, scale)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def _described(value: Any) -> str:
