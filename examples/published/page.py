@@ -36,6 +36,7 @@ runs. A single run has no standard deviation of its own, so the published one st
 Annealed importance sampling (AIS: 16 chains, 500 temperatures) on the first 500 test images shows
 by how much importance sampling is too low. The papers use importance sampling too, so their numbers
 are comparable. A row with a number of epochs ended before its protocol did, and is not compared.
+Neither is one with a number of test images.
 
 Frey faces and M2 with 100 labels are in [models](models.md).
 """
@@ -111,10 +112,11 @@ COST_COLUMNS = [
 
 
 def results_of(table, row):
-    """Return the results of a row on MNIST, one for each seed. Complete protocols come first."""
+    """Return the results of a row on MNIST, one for each seed: those of the largest part."""
     paths = sorted(RESULTS.glob(f"{table}-{row}-mnist-*.json"))
     found = [json.loads(path.read_text()) for path in paths]
-    return [result for result in found if result["epochs_of_protocol"]] or found
+    parts = [(result["epochs_of_protocol"], result["test_images"]) for result in found]
+    return [each for each, part in zip(found, parts, strict=True) if part == max(parts)]
 
 
 def head(columns):
@@ -155,7 +157,8 @@ def line(row, published, results):
     theirs = f"{value:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
     if not results:
         return f"| {row} | not run | {theirs} | | | | | |\n"
-    whole, count = results[0]["epochs_of_protocol"], len(results)
+    images, count = results[0]["test_images"], len(results)
+    whole = results[0]["epochs_of_protocol"] and images == TEST_IMAGES
     ours = mean(result["log_p"] for result in results)
     spread = f" ± {stdev(result['log_p'] for result in results):.2f}" if count > 1 else ""
     difference = f"{ours - value:+.2f}" if whole else ""
@@ -170,7 +173,7 @@ def line(row, published, results):
         if "ais_images" in result
     ]
     units = ", ".join(str(result.get("active_units", "")) for result in results)
-    name, images = name_of(row, results), results[0]["test_images"]
+    name = name_of(row, results)
     cells = [
         name if images == TEST_IMAGES else f"{name}, {images} test images",
         f"{ours:.2f}{spread}",

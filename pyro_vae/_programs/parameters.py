@@ -198,23 +198,39 @@ _RUNS_LOOKED_AT = 1000  # number of module runs; all checks together take a mill
 
 # The results of the innermost block of evaluation_mode, by what they belong to.
 _results: ContextVar[dict[object, object] | None] = ContextVar("results", default=None)
+_gradients_of_parameters = ContextVar("gradients_of_parameters", default=True)
+
+
+@contextlib.contextmanager
+def gradients_of_values() -> Iterator[None]:
+    """Enable gradients with respect to values, such as latents, but not to parameters."""
+    before = _gradients_of_parameters.set(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        _gradients_of_parameters.reset(before)
 
 
 def once_per_evaluation(owner: object, compute: Callable[[], Result]) -> Result:
-    """Return a result that stays the same in a block of :func:`evaluation_mode`.
+    """Return a result that depends only on the programs, which do not change in an evaluation.
 
-    In such a block the programs do not change, so it is computed once. It is computed in each call
-    outside of a block, with gradients enabled, and while a graph is traced.
+    In a block of :func:`evaluation_mode` it is computed once, without gradients. It is computed in
+    each call outside of a block and where parameters need gradients. A graph gets it as a constant
+    if it is known before the graph is traced.
 
     Args:
         owner: what the result belongs to.
         compute: returns the result.
     """
     results = _results.get()
-    if results is None or torch.is_grad_enabled() or is_in_torch_dispatch_mode():
+    if results is None or (torch.is_grad_enabled() and _gradients_of_parameters.get()):
         return compute()
     if owner not in results:
-        results[owner] = compute()
+        if is_in_torch_dispatch_mode():
+            return compute()
+        with torch.inference_mode(False), torch.no_grad():
+            results[owner] = compute()
     return results[owner]
 
 

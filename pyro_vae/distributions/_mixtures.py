@@ -159,13 +159,15 @@ class MixtureOfDiagNormals(TorchDistribution):
         bias = -(0.5 * loc.square() * precision).sum(1) - scale.log().sum(1)
         bias = bias - 0.5 * loc.shape[1] * math.log(2 * math.pi)
         weight = linear if one_scale else torch.cat([linear, quadratic])
-        logits, shape = self.logits, value.shape[:-1]
-        if logits.dim() == 1:
-            bias, logits = bias + logits, None
-        else:  # each value has its own logits
-            shape = torch.broadcast_shapes(shape, logits.shape[:-1])
-            value = value.expand(*shape, -1)
-            logits = logits.expand(*shape, -1).flatten(0, -2)
+        shape, logits = value.shape[:-1], None
+        if self.logits.dim() == 1:
+            bias = bias + self.logits
+        else:  # each value has the logits of its mixture
+            logits = self.logits.flatten(0, -2)
+            mixture = torch.arange(len(logits), device=logits.device)
+            mixture = mixture.reshape(self.logits.shape[:-1])
+            shape = torch.broadcast_shapes(shape, mixture.shape)
+            value, mixture = value.expand(*shape, -1), mixture.expand(shape).flatten()
         rows = value.double().reshape(-1, value.shape[-1])
         at_a_time = max(1, _LOG_DENSITIES_AT_A_TIME // len(bias))
         parts = []
@@ -174,7 +176,7 @@ class MixtureOfDiagNormals(TorchDistribution):
             features = z if one_scale else torch.cat([z, z.square()], dim=1)
             log_joint = torch.addmm(bias, features, weight)
             if logits is not None:
-                log_joint = log_joint + logits[first : first + at_a_time]
+                log_joint = log_joint + logits[mixture[first : first + at_a_time]]
             log_prob = log_joint.logsumexp(1)
             parts.append(log_prob + z.square() @ quadratic[:, 0] if one_scale else log_prob)
         log_prob = torch.cat(parts).reshape(shape).to(value.dtype)

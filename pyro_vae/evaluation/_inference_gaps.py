@@ -16,7 +16,11 @@ from pyro_vae._capture import Capture, Captured, check_capture
 from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.local_offsets import LocalMembers, local_members, require_both_methods
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._programs.parameters import require_programs, require_trainable_tensors
+from pyro_vae._programs.parameters import (
+    gradients_of_values,
+    require_programs,
+    require_trainable_tensors,
+)
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.interrupts import Interrupted
@@ -263,7 +267,7 @@ def _comparison(
         return terms(model, member, *batch, num_particles=count, **runner.particle_options)
 
     def elbo_and_gradient(parameters: Tensor, *batch: Tensor) -> list[Tensor]:
-        with torch.enable_grad():
+        with gradients_of_values():
             parameters = parameters.detach().requires_grad_()
             t = run(parameters, batch, ascent.num_particles)
             t.require_reparameterized("inference_gaps")

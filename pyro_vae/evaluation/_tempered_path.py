@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_vae._programs.latent_sites import inside, latent_sites, surroundings
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.parameters import gradients_of_values
 from pyro_vae._programs.particles import Vectorize
 from pyro_vae._programs.sites import is_discrete, to_particle_layout
 from pyro_vae._programs.terms import Terms, terms
@@ -148,7 +149,7 @@ class TemperedPath:
 
     def evaluate(self, rows: Tensor, *batch: Tensor) -> list[Tensor]:
         """Return the fields of a :class:`State` except its rows, as a list of tensors."""
-        with torch.enable_grad():
+        with gradients_of_values():
             rows = rows.detach().requires_grad_()
             start, other = self._densities(rows, batch)
             gradients = [_gradient(density, rows) for density in (start, other)]

@@ -39,9 +39,9 @@ class ExemplarPrior(GuideMixturePrior):
     Encoding thousands of exemplars in each step is slow. With ``num_nearest`` k, the mixture in
     training keeps a drawn exemplar only if it is among the k nearest of a data point of the
     minibatch (the paper's retrieval). The search compares stored codes. Each encoding of an
-    exemplar replaces its stored code, so in training they are less than an epoch old. A mixture of
-    near exemplars has a higher density than one of all: the training loss is up to
-    :math:`\log(M / k)` nats too low. The validation loss of a fit uses all exemplars.
+    exemplar replaces its stored code, so they are at most two epochs old, and zero before the first
+    one. A mixture of near exemplars usually has a higher density than one of all M, by up to
+    :math:`\log(M / k)` nats. So compare validation losses, which use all exemplars.
 
     Args:
         dim: dimension of z.
@@ -52,8 +52,9 @@ class ExemplarPrior(GuideMixturePrior):
     Raises:
         ValueError: There are no exemplars, or fewer than ``num_drawn``, or too few for a mixture
             without one's own. The guide is not a diagonal Gaussian. Positions are missing although
-            ``num_nearest`` needs them, or are not whole numbers ``(B,)``. With validation on, one
-            is not that of an exemplar. Also under the conditions of :class:`GuideMixturePrior`.
+            ``num_nearest`` needs them, are not whole numbers ``(B,)``, or not those of exemplars.
+            Also under the conditions of :class:`GuideMixturePrior`.
+        IndexError: In a captured step, a position is not that of an exemplar.
 
     Example:
         >>> import pyro, torch, pyro_vae as pv
@@ -166,26 +167,35 @@ class ExemplarPrior(GuideMixturePrior):
                 "ExemplarPrior without a data point's own exemplar needs at least two that are "
                 "drawn, got one. Increase num_drawn"
             )
-        if self.num_nearest is None:
-            loc, twice = self._codes(drawn), torch.zeros_like(drawn, dtype=torch.bool)
-        else:
-            drawn = self._nearest(index, drawn).sort().values
-            loc, twice = self._codes(drawn), drawn == drawn.roll(1)
-            twice[0] = False  # also if there is one alone
+        unused = None
+        if self.num_nearest is not None:
+            drawn, unused = self._near(index, drawn)
+        loc = self._codes(drawn)
+        left_out = drawn == index.unsqueeze(-1)
+        if unused is not None:
             self.stored_codes[drawn] = loc.detach().to(self.stored_codes)
-        left_out = twice | (drawn == index.unsqueeze(-1))
+            left_out = left_out | unused
         return self._around(loc, loc.new_zeros(left_out.shape).masked_fill(left_out, -torch.inf))
+
+    def _near(self, index: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the exemplars to encode, and which of them no mixture has."""
+        nearest = self._nearest(index, drawn)
+        if len(nearest) >= len(drawn):
+            return drawn, torch.ones_like(drawn, dtype=torch.bool).index_fill(0, nearest, False)
+        drawn = drawn[nearest.sort().values]
+        twice = drawn == drawn.roll(1)
+        twice[0] = False
+        return drawn, twice
 
     @torch.no_grad()
     def _nearest(self, index: Tensor, drawn: Tensor) -> Tensor:
-        """Return the nearest of the drawn exemplars for each data point, some of them twice."""
+        """Return positions in ``drawn``: the k nearest of each data point, some of them twice."""
         own = self._codes(index).to(self.stored_codes)
         self.stored_codes[index] = own
         codes = self.stored_codes[drawn]
         distance = codes.square().sum(-1) - 2 * own @ codes.mT
         distance.masked_fill_(drawn == index.unsqueeze(-1), torch.inf)
-        nearest = distance.topk(self.num_nearest, largest=False, sorted=False).indices
-        return drawn[nearest.flatten()]
+        return distance.topk(self.num_nearest, largest=False, sorted=False).indices.flatten()
 
     def _positions(self, index: Tensor) -> Tensor:
         count = len(self.exemplars)
@@ -198,16 +208,14 @@ class ExemplarPrior(GuideMixturePrior):
                 "ExemplarPrior needs the minibatch's positions among the exemplars as integers "
                 f"(B,), got {_described(index)}"
             )
-        if (
-            pyro.distributions.is_validation_enabled()
-            and not is_in_torch_dispatch_mode()
-            and not ((index >= 0) & (index < count)).all()
-        ):
+        reads = index.device.type == "cpu" or pyro.distributions.is_validation_enabled()
+        if reads and not is_in_torch_dispatch_mode() and not ((index >= 0) & (index < count)).all():
             raise ValueError(
                 f"positions among the {count} exemplars must be between 0 and {count - 1}, got "
                 f"{index.min().item()} to {index.max().item()}"
             )
-        return index.long()
+        # In a graph, a position that is too large raises an IndexError here.
+        return torch.arange(count, device=index.device)[index.long()]
 
     def _codes(self, index: Tensor) -> Tensor:
         return self._means(self.posteriors(self.exemplars[index]))
