@@ -272,7 +272,8 @@ ESTIMATORS = {
         *pair, x, num_particles=20, batch_size=10, pairs_per_pass=100, seed=0, capture=c
     ).mean,
     "AIS": lambda *pair, x, c: pv.evidence(
-        *pair, x, method=pv.evaluation.AIS(num_chains=2, num_temperatures=8), seed=0, capture=c
+        *pair, x[:9], method=pv.evaluation.AIS(2, 5, leapfrog_steps=2, step_size=0.3), seed=0,
+        capture=c
     ).mean,
     "gaps": lambda *pair, x, c: pv.inference_gaps(
         *pair, x[:10], num_particles=20, ascent=pv.evaluation.Ascent(window=5, patience=1),
