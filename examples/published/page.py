@@ -35,8 +35,8 @@ runs. A single run has no standard deviation of its own, so the published one st
 
 Annealed importance sampling (AIS: 16 chains, 500 temperatures) on the first 500 test images shows
 by how much importance sampling is too low. The papers use importance sampling too, so their numbers
-are comparable. A row with a number of epochs ended before its protocol did, and is not compared.
-Neither is one with a number of test images.
+are comparable. A row that names its number of epochs ended before its protocol did. It is not
+compared, and neither is a row that names its number of test images.
 
 Frey faces and M2 with 100 labels are in [models](models.md).
 """
@@ -55,8 +55,8 @@ COLUMNS = [
 TEXTS = {
     "A": """\
 The row exemplar encodes the ten nearest of 25,000 exemplars for each image of a minibatch, by the
-retrieval of the paper. The published run encoded all 25,000. Its prior has 50,000 components, so
-log p(x) of all test images takes hours on a CPU.
+retrieval of the paper. The published run encoded all 25,000. In evaluation, the prior has 50,000
+components, so log p(x) of all test images takes hours on a CPU.
 
 """,
     "D": """\
@@ -152,9 +152,7 @@ def name_of(row, results):
     """Return the name of a row, its number of runs, and its epochs if it ended early."""
     count = len(results)
     name = f"{row}, one run" if count == 1 else f"{row}, {count} runs"
-    if not results[0]["epochs_of_protocol"]:
-        name += f", {results[0]['epochs']} epochs"
-    return name
+    return name if results[0]["epochs_of_protocol"] else f"{name}, {results[0]['epochs']} epochs"
 
 
 def line(row, published, results):

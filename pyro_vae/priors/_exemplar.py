@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from pyro_vae._programs.parameters import once_per_evaluation
-from pyro_vae._utils.checks import checked
+from pyro_vae._utils.checks import checked, require_tensor
 from pyro_vae._utils.constructor_calls import constructor_call
 from pyro_vae._utils.numerics import softplus_scale
 from pyro_vae.distributions._mixtures import MixtureOfDiagNormals
@@ -54,6 +54,7 @@ class ExemplarPrior(GuideMixturePrior):
             without one's own. The guide is not a diagonal Gaussian. Positions are missing although
             ``num_nearest`` needs them, are not whole numbers ``(B,)``, or not those of exemplars.
             Also under the conditions of :class:`GuideMixturePrior`.
+        TypeError: The positions are not a tensor.
         IndexError: In a captured step, a position is not that of an exemplar.
 
     Example:
@@ -199,17 +200,15 @@ class ExemplarPrior(GuideMixturePrior):
 
     def _positions(self, index: Tensor) -> Tensor:
         count = len(self.exemplars)
-        if (
-            not isinstance(index, Tensor)
-            or index.dim() != 1
-            or index.dtype not in (torch.int64, torch.int32)
-        ):
+        require_tensor("index", index)
+        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 "ExemplarPrior needs the minibatch's positions among the exemplars as integers "
-                f"(B,), got {_described(index)}"
+                f"(B,), got {index.dtype} of shape {tuple(index.shape)}"
             )
-        reads = index.device.type == "cpu" or pyro.distributions.is_validation_enabled()
-        if reads and not is_in_torch_dispatch_mode() and not ((index >= 0) & (index < count)).all():
+        reads_values = index.device.type == "cpu" or pyro.distributions.is_validation_enabled()
+        reads_values = reads_values and not is_in_torch_dispatch_mode()
+        if reads_values and not ((index >= 0) & (index < count)).all():
             raise ValueError(
                 f"positions among the {count} exemplars must be between 0 and {count - 1}, got "
                 f"{index.min().item()} to {index.max().item()}"
@@ -237,9 +236,3 @@ class ExemplarPrior(GuideMixturePrior):
         scale = softplus_scale(self.raw_scale).to(loc).expand(loc.shape)
         logits = loc.new_zeros(len(loc)) if logits is None else logits
         return MixtureOfDiagNormals(logits, loc, scale)
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)}"
-    return type(value).__name__

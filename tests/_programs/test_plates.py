@@ -156,14 +156,11 @@ def check(model, guide, x, rows, num_particles):
 
 def combinations(forms, guides, of_every_guide, of_every_form):
     """Return all pairs. By default, run some forms of every guide and some guides of each form."""
-    defaults = {
-        (form, name): form in of_every_guide or name in of_every_form
-        for form, name in itertools.product(forms, guides)
-    }
-    return [
-        pytest.param(*pair, marks=() if default else pytest.mark.slow)
-        for pair, default in defaults.items()
-    ]
+    found = []
+    for form, name in itertools.product(forms, guides):
+        default = form in of_every_guide or name in of_every_form
+        found.append(pytest.param(form, name, marks=() if default else pytest.mark.slow))
+    return found
 
 
 @pytest.mark.parametrize(
