@@ -9,23 +9,18 @@ every function of the library that runs the pair opens that store. Pyro's own dr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping
 
 import pyro
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from pyro_vae._programs import fits
 from pyro_vae._programs.fits import Store
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.identity import owner_of
-from pyro_vae._utils.modules import before_unknown, modules
-
-Result = TypeVar("Result")
+from pyro_vae._utils.modules import modules
 
 _open_stores: list[Store] = []
 
@@ -163,75 +158,6 @@ def parameters_of(
             for name, found in by_program.items()
         }
     return by_program
-
-
-@contextlib.contextmanager
-def evaluation_mode(*programs: Program) -> Iterator[None]:
-    """Put the programs' modules into evaluation mode, without gradients, and restore their modes.
-
-    Modules that cannot be found by name are switched just before their first run. This works for
-    the first thousand module runs in the block.
-    """
-    flags: list[tuple[nn.Module, bool]] = []
-
-    def evaluate(module: nn.Module) -> None:
-        flags.extend((part, part.training) for part in module.modules())
-        module.eval()
-
-    found = modules(*programs)
-    results = _results.set({})
-    try:
-        for module in found:
-            evaluate(module)
-        with torch.no_grad(), before_unknown(evaluate, *found, calls=_RUNS_LOOKED_AT):
-            yield
-    finally:
-        _results.reset(results)
-        for module, training in reversed(flags):  # a module shared by two others is listed twice
-            if type(module).train is not nn.Module.train:  # it may do more than set the flag
-                module.train(training)
-        for module, training in reversed(flags):
-            module.training = training
-
-
-_RUNS_LOOKED_AT = 1000  # number of module runs; all checks together take a millisecond
-
-# The results of the innermost block of evaluation_mode, by what they belong to.
-_results: ContextVar[dict[object, object] | None] = ContextVar("results", default=None)
-_gradients_of_parameters = ContextVar("gradients_of_parameters", default=True)
-
-
-@contextlib.contextmanager
-def gradients_of_values() -> Iterator[None]:
-    """Enable gradients with respect to values, such as latents, but not to parameters."""
-    before = _gradients_of_parameters.set(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        _gradients_of_parameters.reset(before)
-
-
-def once_per_evaluation(owner: object, compute: Callable[[], Result]) -> Result:
-    """Return a result that depends only on the programs, which do not change in an evaluation.
-
-    In a block of :func:`evaluation_mode` it is computed once, without gradients. It is computed in
-    each call outside of a block and where parameters need gradients. A graph gets it as a constant
-    if it is known before the graph is traced.
-
-    Args:
-        owner: what the result belongs to.
-        compute: returns the result.
-    """
-    results = _results.get()
-    if results is None or (torch.is_grad_enabled() and _gradients_of_parameters.get()):
-        return compute()
-    if owner not in results:
-        if is_in_torch_dispatch_mode():
-            return compute()
-        with torch.inference_mode(False), torch.no_grad():
-            results[owner] = compute()
-    return results[owner]
 
 
 def has_finite_parameters(model: Program, guide: Program) -> bool:

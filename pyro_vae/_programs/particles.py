@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pyro_vae._programs.constant_noise import ConstantNoise
 from pyro_vae._programs.data_plate import resized
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.flags import flags_of
 from pyro_vae._programs.pair_trace import PairTrace, Program
-from pyro_vae._programs.parameters import evaluation_mode
 from pyro_vae._programs.trial_runs import OUT_OF_MEMORY, trial_run
 from pyro_vae._utils.identity import ProgramMap
 from pyro_vae._utils.messages import first_line

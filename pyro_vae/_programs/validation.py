@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pyro_vae._programs.argument_shapes import remember
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.minibatch_supports import check_supports
 from pyro_vae._programs.pair_trace import Factor, PairTrace, Program
-from pyro_vae._programs.parameters import evaluation_mode, has_finite_parameters
+from pyro_vae._programs.parameters import has_finite_parameters
 from pyro_vae._programs.positions import check_positions
 from pyro_vae._programs.runs import as_guide, trace_of
 from pyro_vae._programs.sites import data_frame

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from pyro_vae._programs.enumeration import sampled_guides
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.independence import check_independence
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._programs.parameters import evaluation_mode, free_param_names, parameter_store
+from pyro_vae._programs.parameters import free_param_names, parameter_store
 from pyro_vae._programs.particles import particle_options
 from pyro_vae._programs.terms import Terms
 from pyro_vae._programs.validation import check_pair

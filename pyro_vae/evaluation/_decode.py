@@ -13,8 +13,9 @@ from torch import Tensor
 from pyro_vae._programs.argument_shapes import spec_of_x
 from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.enumeration import is_enumerated
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.pair_trace import PairTrace, Program
-from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
+from pyro_vae._programs.parameters import device_of, parameter_store
 from pyro_vae._programs.predictions import drawn_sites, means
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.scales import unscaled

@@ -16,10 +16,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae._programs.data_plate import name_data_plate
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.parameters import (
     device_of,
-    evaluation_mode,
     parameter_store,
     parameters_of,
     require_programs,

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.enumeration import sampled_guides
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.pair_trace import PairTrace, Program
-from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
+from pyro_vae._programs.parameters import device_of, parameter_store
 from pyro_vae._programs.particles import run_particles
 from pyro_vae._programs.predictions import drawn_observations, known_mean
 from pyro_vae._programs.runs import as_guide, trace_of

@@ -14,13 +14,10 @@ from torch import Tensor
 
 from pyro_vae._capture import Capture, Captured, check_capture
 from pyro_vae._programs.data_plate import name_data_plate
+from pyro_vae._programs.evaluation import gradients_of_values
 from pyro_vae._programs.local_offsets import LocalMembers, local_members, require_both_methods
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._programs.parameters import (
-    gradients_of_values,
-    require_programs,
-    require_trainable_tensors,
-)
+from pyro_vae._programs.parameters import require_programs, require_trainable_tensors
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.interrupts import Interrupted

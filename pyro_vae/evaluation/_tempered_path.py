@@ -9,9 +9,9 @@ import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
+from pyro_vae._programs.evaluation import gradients_of_values
 from pyro_vae._programs.latent_sites import inside, latent_sites, surroundings
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._programs.parameters import gradients_of_values
 from pyro_vae._programs.particles import Vectorize
 from pyro_vae._programs.sites import is_discrete, to_particle_layout
 from pyro_vae._programs.terms import Terms, terms

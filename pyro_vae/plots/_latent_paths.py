@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pyro_vae._programs.argument_shapes import spec_of_x
 from pyro_vae._programs.data_plate import name_data_plate
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
+from pyro_vae._programs.parameters import device_of, parameter_store
 from pyro_vae._utils.checks import check_call, positive_integer, positive_number
 from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.evaluation import decode, encode, interpolate

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._programs.parameters import evaluation_mode, parameter_store
+from pyro_vae._programs.parameters import parameter_store
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.sites import (
     Site,

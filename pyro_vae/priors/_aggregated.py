@@ -11,7 +11,8 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
-from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
+from pyro_vae._programs.evaluation import evaluation_mode
+from pyro_vae._programs.parameters import device_of, parameter_store
 from pyro_vae._programs.validation import nonfinite_data
 from pyro_vae._utils.checks import checked, positive_integer
 from pyro_vae._utils.constructor_calls import constructor_call

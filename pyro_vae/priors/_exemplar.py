@@ -10,7 +10,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from pyro_vae._programs.parameters import once_per_evaluation
+from pyro_vae._programs.evaluation import once_per_evaluation
 from pyro_vae._utils.checks import checked, require_tensor
 from pyro_vae._utils.constructor_calls import constructor_call
 from pyro_vae._utils.numerics import softplus_scale

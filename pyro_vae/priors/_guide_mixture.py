@@ -10,7 +10,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
-from pyro_vae._programs.parameters import evaluation_mode
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._utils.checks import checked
 from pyro_vae._utils.init_args import records_init_args
 from pyro_vae._utils.numerics import within

@@ -11,8 +11,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pyro_vae._programs.data_plate import name_data_plate
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store, parameters_of
+from pyro_vae._programs.parameters import device_of, parameter_store, parameters_of
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.progress import task

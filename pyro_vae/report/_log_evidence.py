@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae._capture import Capture
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.local_offsets import LocalMembers, local_members
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
+from pyro_vae._programs.parameters import device_of, parameter_store
 from pyro_vae._programs.terms import terms
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.numerics import MIN_SCALE, inverse_softplus_scale

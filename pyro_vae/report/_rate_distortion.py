@@ -13,14 +13,9 @@ from torch import Tensor
 
 from pyro_vae._programs import fits
 from pyro_vae._programs.data_plate import name_data_plate
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._programs.parameters import (
-    bind,
-    device_of,
-    evaluation_mode,
-    parameter_store,
-    parameters_of,
-)
+from pyro_vae._programs.parameters import bind, device_of, parameter_store, parameters_of
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call, positive_integer, positive_number, require_word

@@ -17,8 +17,9 @@ from torch.torch_version import TorchVersion
 
 from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.enumeration import sampled_guides
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._programs.parameters import device_of, evaluation_mode, parameter_store
+from pyro_vae._programs.parameters import device_of, parameter_store
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.extras import require

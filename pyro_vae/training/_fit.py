@@ -19,11 +19,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from pyro_vae._capture import Capture, check_capture
 from pyro_vae._programs import fits
 from pyro_vae._programs.data_plate import name_data_plate
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.pair_state import digests as digests_of_pair
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.parameters import (
     bind,
-    evaluation_mode,
     parameter_store,
     parameters_of,
     require_programs,

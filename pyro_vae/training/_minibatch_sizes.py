@@ -10,8 +10,8 @@ import pyro.infer
 import torch
 from torch import Tensor
 
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.pair_trace import Program
-from pyro_vae._programs.parameters import evaluation_mode
 from pyro_vae._programs.validation import PROGRAM_ERRORS
 from pyro_vae._utils.distributed import num_processes
 from pyro_vae._utils.messages import first_line

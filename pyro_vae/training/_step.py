@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae._capture import Capture, Captured
 from pyro_vae._programs.data_plate import DataScale
-from pyro_vae._programs.parameters import evaluation_mode
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._utils.distributed import num_processes, rank, sum_over_processes
 from pyro_vae.datasets._minibatches import Batch, Minibatches
 from pyro_vae.training._gradients import all_finite, clipped, gradients_of, hides_gradients

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import pyro_vae as pv
-from pyro_vae._programs.parameters import evaluation_mode
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.particles import particle_options
 
 B, D, K = 6, 4, 3

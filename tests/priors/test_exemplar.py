@@ -9,7 +9,7 @@ from capturing import check_same
 from conftest import make_pair
 
 import pyro_vae as pv
-from pyro_vae._programs.parameters import evaluation_mode
+from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._utils.numerics import inverse_softplus_scale, softplus_scale
 from pyro_vae.priors import _exemplar
 
