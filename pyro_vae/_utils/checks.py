@@ -77,6 +77,18 @@ def positive_number(name: str, value: Any) -> float:
     return number
 
 
+def nonnegative_number(name: str, value: Any) -> float:
+    """Return the value as a float, if it is finite and not below zero.
+
+    Raises:
+        TypeError: The value is not a number.
+        ValueError: The value is below zero, or is infinite, or NaN.
+    """
+    if (number := real_number(name, value)) < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return number
+
+
 def real_number(name: str, value: Any) -> float:
     """Return the value as a float, if it is finite.
 

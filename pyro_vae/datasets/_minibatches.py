@@ -417,7 +417,17 @@ class Minibatches:
     def _transformed(self, columns: Iterable[Tensor]) -> Batch:
         """Return the columns with x transformed. The transform may modify x in place."""
         x, *covariates = columns
-        return (x if self.transform is None else self.transform(x), *covariates)
+        if self.transform is None:
+            return (x, *covariates)
+        count, x = len(x), self.transform(x)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"transform must return x as a tensor, got {type(x).__name__}")
+        if x.shape[:1] != (count,):
+            raise ValueError(
+                f"transform must return as many rows as it got, {count}, but returned shape "
+                f"{tuple(x.shape)}"
+            )
+        return (x, *covariates)
 
 
 class _RowsOnDisk(Dataset):

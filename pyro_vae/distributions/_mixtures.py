@@ -108,8 +108,9 @@ class MixtureOfDiagNormals(TorchDistribution):
     @property
     def variance(self) -> Tensor:
         """The variance of each dimension, ``(*batch, D)``."""
-        second = self.logits.exp().unsqueeze(-1) * (self.scale.square() + self.loc.square())
-        return (second.sum(-2) - self._mean().square()).expand(*self.batch_shape, -1)
+        deviation = self.loc - self._mean().unsqueeze(-2)
+        second = self.logits.exp().unsqueeze(-1) * (self.scale.square() + deviation.square())
+        return second.sum(-2).expand(*self.batch_shape, -1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log q(z), ``(...)``, for z ``(..., D)``."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.evaluation import evaluation_mode
-from pyro_vae._programs.pair_trace import PairTrace, Program
+from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import (
     device_of,
     parameter_store,
@@ -25,6 +25,7 @@ from pyro_vae._programs.parameters import (
     require_programs,
     require_trainable_tensors,
 )
+from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.modules import modules, remember_unnamed
 from pyro_vae._utils.progress import task
@@ -166,8 +167,9 @@ def gradient_noise(
 
     Raises:
         ValueError: There are no objectives, two objectives have the same name, or ``repeats`` is
-            below 2. An objective does not accept the pair or a site. The pair has no parameters, or
-            was made under ``torch.inference_mode``.
+            below 2. Data are invalid, or the pair breaks a rule (docs/contract.md). An objective
+            does not accept the pair or a site. The pair has no parameters, or was made under
+            ``torch.inference_mode``.
         TypeError: An objective is not a ``pyro.infer.ELBO``.
 
     Example:
@@ -201,7 +203,7 @@ def gradient_noise(
         stack.enter_context(seeded(seed))
         stack.enter_context(parameter_store(model, guide))
         with evaluation_mode(model, guide), remember_unnamed(model, guide):
-            trace = PairTrace(model, guide, batch)
+            trace = check_pair(model, guide, batch, batches)
         stack.enter_context(_as_before(model, guide, taken))
         count = trace.scale * len(batch[0])
         parameters = parameters_of(model, guide, trace)

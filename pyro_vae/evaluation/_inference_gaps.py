@@ -32,7 +32,7 @@ from pyro_vae.evaluation._gap_estimates import (
     WeightSummary,
     estimate_gaps,
 )
-from pyro_vae.evaluation._log_evidence import Evidence, khat_share
+from pyro_vae.evaluation._log_evidence import Evidence, khat_share, share_above
 from pyro_vae.evaluation._runner import Runner
 
 if TYPE_CHECKING:
@@ -93,10 +93,11 @@ class InferenceGaps:
         used = ", ".join(f"{name} {n}" for name, n in zip(SOURCES, counts, strict=True) if n)
         count = int(self.failed.sum())
         failed = f", {count} data points below their start" if count else ""
+        share = share_above(self.khat, self.khat.isnan())
         return (
             f"nats per data point\n{self.table.to_string(float_format='{:.3f}'.format)}\n"
             f"{len(self.sources)} data points, {self.num_particles} particles; "
-            f"log p(x) from {used}; {khat_share(self.khat, self.num_particles)}; "
+            f"log p(x) from {used}; {khat_share(share, self.num_particles)}; "
             f"{min(self.steps)} to {max(self.steps)} steps, "
             f"{sum(self.converged)} of {len(self.converged)} ascents converged{failed}"
         )

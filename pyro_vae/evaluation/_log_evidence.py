@@ -82,12 +82,13 @@ class Evidence:
 
     @property
     def unreliable_share(self) -> float:
-        """The share of data points whose k-hat is above 0.7 or NaN.
+        """The share of data points whose k-hat is above 0.7, or NaN for unreliable weights.
 
-        For example, k-hat is NaN for weights that are all zero. The share is NaN if k-hat is NaN
-        for all data points, such as with fewer than 21 samples.
+        For example, k-hat is NaN for weights that are all zero, which are unreliable, and for
+        weights with many ties, which may be reliable (see :attr:`untrusted`). The share is NaN if
+        k-hat is NaN for all data points, such as with fewer than 21 samples.
         """
-        return share_above(self.khat)
+        return share_above(self.khat, self.untrusted)
 
     @property
     def untrusted(self) -> Tensor:
@@ -104,7 +105,7 @@ class Evidence:
         return (
             f"log p(x) = {self.mean:.2f} ± {self.standard_error:.2f} nats{by} "
             f"({len(self.values)} data points, {self.num_particles} {draws}, "
-            f"{khat_share(self.khat, self.num_particles)})"
+            f"{khat_share(self.unreliable_share, self.num_particles)})"
         )
 
 
@@ -159,16 +160,18 @@ def why_unreliable(num_samples: int) -> str:
     return f"k-hat is above {UNRELIABLE_KHAT}, or their {effective}"
 
 
-def share_above(khat: Tensor) -> float:
-    """Return the share of k-hats that are above 0.7 or NaN, or NaN if all of them are NaN."""
+def share_above(khat: Tensor, unreliable: Tensor) -> float:
+    """Return the share of k-hats that are above 0.7, or NaN where the weights are unreliable.
+
+    It is NaN if all k-hats are NaN.
+    """
     if khat.isnan().all():
         return math.nan
-    return 1.0 - (khat <= UNRELIABLE_KHAT).double().mean().item()
+    return ((khat > UNRELIABLE_KHAT) | (khat.isnan() & unreliable)).double().mean().item()
 
 
-def khat_share(khat: Tensor, num_samples: int) -> str:
+def khat_share(share: float, num_samples: int) -> str:
     """Return a text with the share of k-hats above 0.7, or the reason why it is unknown."""
-    share = share_above(khat)
     if not math.isnan(share):
         return f"k-hat > {UNRELIABLE_KHAT}: {share:.1%}"
     few = num_samples < FEWEST_JUDGED

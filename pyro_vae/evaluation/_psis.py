@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _LEAST_LOG = -600.0  # of an excess relative to the largest; float64 cannot hold smaller ones
+_EQUAL = 1e-4  # nats between the largest weights and a cutoff; float32 cannot resolve much less
 
 
 def tail_length(num_draws: int) -> int:
@@ -28,10 +29,11 @@ def khat(log_weights: Tensor) -> Tensor:
         log_weights: log-weights (S, ...): S samples for each data point.
 
     Returns:
-        k-hat, shape (...), float64. It is minus infinity if the largest weights are all equal, as
-        for a guide that equals the posterior. If fewer than five weights exceed a cutoff that many
-        others share, it is infinity if these few outweigh all others, else NaN. It is also NaN if
-        S is below 21, if a weight is NaN or infinite, or if all weights are zero.
+        k-hat, shape (...), float64. It is minus infinity if the largest weights are equal up to
+        rounding (1e-4 nats), as for a guide that equals the posterior. If fewer than five weights
+        exceed a cutoff that many others share, it is infinity if these few outweigh all others,
+        else NaN. It is also NaN if S is below 21, if a weight is NaN or infinite, or if all weights
+        are zero.
 
     Raises:
         TypeError: ``log_weights`` is not a dense tensor or numpy array of numbers.
@@ -79,7 +81,9 @@ def khat_of_tail(largest: Tensor, num_draws: int) -> Tensor:
         k[regular] = _fit_generalized_pareto(excess[:, regular])
     if (far := (quartile <= _LEAST_LOG) & quartile.isfinite()).any():
         k[far] = _fit_far_tail(log_excess[:, far])
-    for column in ((quartile == -math.inf) & (log_excess[-1] > -math.inf)).nonzero().flatten():
+    k[relative[-1] >= -_EQUAL] = -math.inf
+    ties = (quartile == -math.inf) & (log_excess[-1] > -math.inf) & (relative[-1] < -_EQUAL)
+    for column in ties.nonzero().flatten():
         tail = log_excess[log_excess[:, column].isfinite(), column]  # without ties
         k[column] = _fit_part(tail.unsqueeze(1), relative[-1, column], num_draws)
     return k.reshape(largest.shape[1:])

@@ -13,6 +13,7 @@ from pyro_vae._programs.latent_sites import LatentSite, latent_sites, surroundin
 from pyro_vae._utils.checks import checked, require_batch
 from pyro_vae._utils.constructor_calls import constructor_call
 from pyro_vae._utils.init_args import Unknown
+from pyro_vae._utils.modules import modules
 from pyro_vae.guides import _families as families
 from pyro_vae.guides._families import Family
 from pyro_vae.guides._model_ref import ModelRef
@@ -36,8 +37,9 @@ class LocalGuide(PyroModule):
         joint: whether several latents are joint; see :class:`pyro_vae.guides.AmortizedGuide`.
 
     Raises:
-        ValueError: The model has no latent site in the plate ``"data"``, or the family does not
-            support its dimensions. With validation enabled, a call raises it for a row that is
+        ValueError: The model has no latent site in the plate ``"data"``, or its prior is a mixture
+            of a guide's posteriors that has no guide. The family does not support the dimensions
+            of the latents. With validation enabled, a call raises it for a row that is
             not in the data. (Without validation, the parameters of such a row are NaN.)
 
     Example:
@@ -72,6 +74,7 @@ class LocalGuide(PyroModule):
             _check("x" if number == 0 else f"covariate {number}", column)
         rows = torch.unique(_flat(x, *covariates), dim=0)
         dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        _require_bound_prior(model)
         sites = latent_sites(model, x, *covariates)
         self._build(sites, family, joint, rows, torch.empty(0, dtype=dtype, device=x.device))
 
@@ -86,6 +89,9 @@ class LocalGuide(PyroModule):
         self._family, self._joint = family, joint
         self.posterior = Posterior(sites, family, joint).to(like)
         direction = torch.randn(rows.shape[-1], dtype=torch.float64, device=like.device)
+        # Each column has the same share of a key. Otherwise, large numbers would round off others.
+        width = rows.amax(0) - rows.amin(0)
+        direction = torch.where(width > 0, direction / width, 0.0)
         keys, order = (rows @ direction).sort()
         # Stored as integers, so a change of the module's dtype does not change them.
         for name, values in (("_rows", rows[order]), ("_direction", direction), ("_keys", keys)):
@@ -156,6 +162,16 @@ class LocalGuide(PyroModule):
                 "an amortized guide."
             )
         return torch.where(known.unsqueeze(-1), self.table[found], torch.nan)
+
+
+def _require_bound_prior(model: Callable[..., Any]) -> None:
+    for module in (part for whole in modules(model) for part in whole.modules()):
+        if hasattr(module, "bind_guide") and module.guide is None:
+            raise ValueError(
+                f"the model's {type(module).__name__} has no guide. A LocalGuide cannot be its "
+                "guide, because it has parameters only for its own data. Create a guide with an "
+                "encoder, call prior.bind_guide(guide), then create the LocalGuide"
+            )
 
 
 def _check(name: str, column: Any) -> None:

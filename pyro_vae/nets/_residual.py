@@ -46,7 +46,7 @@ class ResidualBlock(nn.Module):
         sizes = tuple(require_tensor("x", x).shape[-2:])
         require_floats("x", x, (weight.shape[1], *sizes))
         require_same_type("x", x, weight)
-        return x + self.branch(x)
+        return x + self.branch(x.clone())  # the first activation may change its input
 
 
 @records_init_args

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from pyro_vae._programs.terms import Terms
-from pyro_vae._utils.checks import positive_integer, positive_number, real_number
+from pyro_vae._utils.checks import (
+    nonnegative_number,
+    positive_integer,
+    positive_number,
+    real_number,
+)
 from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.objectives._base import Objective
 
@@ -55,9 +60,9 @@ class BetaTCVAE(Objective):
         vectorize_particles: bool | None = None,
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
-        self.beta = real_number("beta", beta)
+        self.beta = nonnegative_number("beta", beta)
         self.mutual_information = real_number("mutual_information", mutual_information)
-        self.dimension_wise = real_number("dimension_wise", dimension_wise)
+        self.dimension_wise = nonnegative_number("dimension_wise", dimension_wise)
         self.num_data = None if num_data is None else positive_integer("num_data", num_data)
 
     def bound(self, terms: Terms) -> Tensor:
@@ -122,7 +127,7 @@ class InfoVAE(Objective):
 
     Args:
         alpha: 1 minus the weight of the KL; 1 removes the KL, 0 keeps it.
-        scale: :math:`\lambda`.
+        scale: :math:`\lambda`, at least :math:`1 - \alpha`.
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
@@ -144,6 +149,11 @@ class InfoVAE(Objective):
         if alpha > 1:
             raise ValueError(
                 f"alpha must be at most 1, got {alpha}. A larger alpha would reward the KL"
+            )
+        if self.alpha + self.scale < 1 - 1e-6:
+            raise ValueError(
+                f"alpha + scale must be at least 1, got {alpha} + {scale}. The weight of the "
+                "distance is alpha + scale - 1. If it is negative, the objective rewards distance"
             )
 
     def bound(self, terms: Terms) -> Tensor:

@@ -229,6 +229,9 @@ class Objective(pyro.infer.ELBO):
                     average.lerp_(signal.mean().to(average), 1 - baseline.decay)
         return bound + terms.less_baselines(signal, before)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_layouts": None}  # they refer to the last pair
+
     def _get_trace(self, model, guide, args, kwargs):
         raise TypeError(f"{type(self).__name__} works on pyro_vae.terms, not on a single trace")
 

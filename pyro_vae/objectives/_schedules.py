@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.checks import positive_integer, real_number
+from pyro_vae._utils.checks import nonnegative_number, positive_integer, real_number
 from pyro_vae._utils.init_args import records_init_args
 
 LAST_STEP = float(2**24)  # a float32 counter stops here
@@ -165,8 +165,12 @@ class Cyclical(Schedule):
 
 
 def as_schedule(name: str, value: float | Schedule) -> Schedule:
-    """Return a schedule unchanged, and a number as a constant schedule."""
-    return value if isinstance(value, Schedule) else Constant(real_number(name, value))
+    """Return a schedule unchanged, and a number as a constant schedule.
+
+    Raises:
+        ValueError: The number is negative.
+    """
+    return value if isinstance(value, Schedule) else Constant(nonnegative_number(name, value))
 
 
 def schedules_in(value: Any) -> Iterator[Schedule]:

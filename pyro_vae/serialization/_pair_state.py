@@ -200,7 +200,13 @@ def _parts(program: Program) -> list[tuple[str, type, str]]:
     if not isinstance(program, nn.Module):
         return []
     found = program.named_modules(remove_duplicate=False)
-    return [(name, type(module), module.extra_repr()) for name, module in found]
+    return [(name, type(module), _settings_of(module)) for name, module in found]
+
+
+def _settings_of(module: nn.Module) -> str:
+    if isinstance(module, nn.ParameterList | nn.ParameterDict):
+        return ""  # they print the dtype and the device of their tensors, which loading restores
+    return module.extra_repr()
 
 
 def make_heads(model: Program, guide: Program, found: Mapping[str, Any], memory: int) -> None:

@@ -111,11 +111,11 @@ class UniformDequantization(GenerativeSurjection):
         """Return the level numbers of x, with a floating dtype."""
         return (self.on_grid(x) * (self.levels - 1)).round()
 
-    def on_grid(self, x: Tensor) -> Tensor:
-        """Return x in [0, 1]. An integer x holds level numbers."""
+    def on_grid(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return x in [0, 1]. An integer x holds level numbers, and gets ``dtype``."""
         if x.dtype.is_floating_point:
             return x
-        return x.to(torch.get_default_dtype()) / (self.levels - 1)
+        return x.to(dtype or torch.get_default_dtype()) / (self.levels - 1)
 
     def is_level(self, x: Tensor) -> Tensor:
         """Return whether each number of x is on the grid, up to the rounding of float32."""

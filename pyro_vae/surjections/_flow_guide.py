@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_vae._programs.runs import plate_of_guide
 from pyro_vae._programs.sites import DATA_PLATE
 from pyro_vae._utils.init_args import records_init_args
+from pyro_vae.surjections._dequantization import UniformDequantization
 from pyro_vae.surjections._surjection import check_batch
 
 
@@ -52,7 +53,7 @@ class FlowGuide(PyroModule):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Sample the latents of a minibatch x and return them by name."""
         values: dict[str, Tensor] = {}
-        below, event_dim = x, x.dim() - 1
+        below, event_dim = self._as_numbers(x), x.dim() - 1
         with plate_of_guide(DATA_PLATE, x.shape[0], dim=-1):
             for name, layer in zip(self.latents, self.layers, strict=True):
                 q = layer.infer(below)
@@ -60,3 +61,10 @@ class FlowGuide(PyroModule):
                 below = values[name] = pyro.sample(name, q)
                 event_dim = len(q.event_shape)
         return values
+
+    def _as_numbers(self, x: Tensor) -> Tensor:
+        """Return integer levels as numbers of the parameters' dtype."""
+        first = self.layers[0]
+        if not isinstance(first, UniformDequantization):
+            return x
+        return first.on_grid(x, next((p.dtype for p in self.parameters()), None))

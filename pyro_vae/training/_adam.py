@@ -99,6 +99,12 @@ class Adam(torch.optim.Adam):
         )
 
     def _begin(self, parameter: Tensor, amsgrad: bool) -> dict[str, Tensor]:
+        if parameter.grad.is_sparse:
+            raise ValueError(
+                f"the gradient of a parameter of shape {tuple(parameter.shape)} is sparse, which "
+                "Adam does not accept. Pass optimizer=torch.optim.SGD or another optimizer that "
+                "does, or create the embedding with sparse=False"
+            )
         state = self.state[parameter]
         state["step"] = torch.zeros((), device=parameter.device)
         for name in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -43,7 +44,7 @@ from pyro_vae._utils.precision import (
     matmul_precision,
 )
 from pyro_vae._utils.progress import task
-from pyro_vae._utils.random import seeded
+from pyro_vae._utils.random import restored_generators, seeded
 from pyro_vae._utils.user_warnings import ignores_frozen_parameters, warns_once
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.objectives import ELBO, Objective
@@ -245,7 +246,8 @@ def fit(
             ``capture="auto"``, the number of epochs must be the same too, because it decides
             whether steps are compiled.
         transform: function that is applied to each minibatch x on the device. Use
-            ``torch.bernoulli`` for dynamic binarization. Validation data are not transformed.
+            ``torch.bernoulli`` for dynamic binarization. It returns a tensor with as many rows.
+            Validation data are not transformed.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         capture: run the programs through Python a few times, then replay the operations of a step
             as compiled code; see docs/performance.md. ``"auto"`` captures and compiles if the run
@@ -272,7 +274,8 @@ def fit(
             is passed together with an optimizer. All of these are raised before the first step,
             except for minibatch sizes and values of a stream.
         TypeError: The objective is not a ``pyro.infer.ELBO``. ``optimizer`` or ``scheduler`` does
-            not return one of torch's. ``after_epoch`` or a callback does not take its arguments.
+            not return one of torch's. ``transform`` does not return a tensor. ``after_epoch`` or a
+            callback does not take its arguments.
         NonFiniteError: A loss or a gradient is NaN or infinite. It is a FloatingPointError that
             names the site or parameter, the epoch and the rows. The pair has its state before that
             step.
@@ -490,7 +493,8 @@ def _check_pair(
         trace = check_pair(model, guide, first, batches)
         if held_out is not None:
             first_held_out = held_out.first()
-            check_pair(model, guide, first_held_out, held_out)
+            with restored_generators():  # so that validation does not change the noise of training
+                check_pair(model, guide, first_held_out, held_out)
         check_enumeration(objective, trace)
         loss_value(objective, model, guide, *first)  # to raise its errors now
         _check_scale_of_global_latents(trace, batches.num_data)
@@ -498,9 +502,10 @@ def _check_pair(
         parameters = parameters_of(model, guide, trace)
     for each, rows, training in ((batches, first, True), (held_out, first_held_out, False)):
         if each is not None:
-            try_sizes(
-                model, guide, objective, each, rows, training=training, nonfinite_too=not skips
-            )
+            with nullcontext() if training else restored_generators():
+                try_sizes(
+                    model, guide, objective, each, rows, training=training, nonfinite_too=not skips
+                )
     return parameters
 
 

@@ -99,3 +99,18 @@ def test_shared_components_are_scored_like_separate_ones(batch, one_scale):
         torch.testing.assert_close(a, b)
     one = z[0, 0, 0]
     torch.testing.assert_close(q.log_prob(one).expand(2, 3), reference.log_prob(one))
+
+
+@pytest.mark.parametrize("center", [0.0, 100.0, 1e5])
+def test_variance_of_a_mixture_far_from_zero(center):
+    """The difference of the second moment and the squared mean would cancel in float32."""
+    logits, loc, scale = torch.randn(3, 4), torch.randn(3, 4, 2) + center, torch.rand(3, 4, 2) + 0.5
+    weights, wide = logits.double().softmax(-1).unsqueeze(-1), loc.double()
+    within = (weights * scale.double().square()).sum(-2)
+    between = (weights * (wide - (weights * wide).sum(-2, keepdim=True)).square()).sum(-2)
+    rounding = 1e-5 + (1e-6 * center) ** 2
+    mixture = pv.distributions.MixtureOfDiagNormals
+    found = mixture(logits, loc, scale).variance.double()
+    torch.testing.assert_close(found, within + between, rtol=0, atol=4 * rounding)
+    alike = mixture(logits, loc[:, :1].expand(-1, 4, -1), scale).variance.double()
+    torch.testing.assert_close(alike, within, rtol=0, atol=4 * rounding)

@@ -185,3 +185,22 @@ def test_gradients_are_per_data_point_for_any_plate_scale():
         noise = pv.gradient_noise(model, guide, x, {"": o.ELBO()}, repeats=20, seed=0)
         norms.append(noise.table.norm["", "model"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_gradient_noise_checks_the_pair_as_fit_does():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = z @ pyro.param("w", torch.ones(2, 5))
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.zeros(2)), 1.0).to_event(1))
+
+    objectives = [pv.objectives.ELBO()]
+    pv.gradient_noise(model, guide, torch.randn(7, 5), objectives, repeats=2)
+    with pytest.raises(ValueError, match="observes a value of shape"):
+        pv.gradient_noise(model, guide, torch.randn(5), objectives, repeats=2)
+    with pytest.raises(ValueError, match="NaN"):
+        pv.gradient_noise(model, guide, torch.full((7, 5), torch.nan), objectives, repeats=2)

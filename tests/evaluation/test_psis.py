@@ -2,6 +2,8 @@ import itertools
 import math
 import warnings
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -136,3 +138,41 @@ def test_khat_of_few_draws_with_one_dominant_weight():
         log_weights = torch.randn(draws, dtype=torch.float64)
         log_weights[0] = 3000.0
         assert wanted(pv.evaluation.khat(log_weights).item())
+
+
+@pytest.mark.parametrize("draws", [30, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_khat_of_an_exact_posterior_is_minus_infinity(draws, dtype):
+    """The weights are equal up to rounding, and so have ties."""
+    x = 2**0.5 * torch.randn(200, dtype=dtype)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    found = pv.evidence(model, guide, x, num_particles=draws, seed=0)
+    assert (found.khat == -math.inf).all()
+    assert found.unreliable_share == 0
+    assert "k-hat > 0.7: 0.0%" in repr(found)
+
+
+def test_unreliable_share_does_not_have_weights_with_harmless_ties():
+    """Most weights share the largest value, so k-hat is NaN for a few larger ones."""
+    values, errors = torch.zeros(3), torch.zeros(3)
+    khat = torch.tensor([math.nan, 0.2, 0.9])
+    found = pv.evaluation.Evidence(
+        values=values,
+        monte_carlo_errors=errors,
+        khat=khat,
+        effective_sample_size=torch.full((3,), 900.0),
+        num_particles=1000,
+        dimensions=1,
+        mean_log_weights=values,
+    )
+    assert found.unreliable_share == pytest.approx(1 / 3)
+    assert not found.untrusted[0]

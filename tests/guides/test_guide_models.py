@@ -1,7 +1,9 @@
 """Guides of every family for models that were not written for them."""
 
+import copy
 import functools
 import itertools
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -296,3 +298,53 @@ def test_delta_guide_has_a_constant_or_learned_log_density():
 
 def nn_identity():
     return functools.partial(torch.mul, other=1.0)
+
+
+def _semi_amortized():
+    model = pv.LatentVariableModel(
+        pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(pv.nets.MLP(2, [8], 6))
+    )
+    guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(6, [8]))
+    return model, pv.guides.SemiAmortized(guide, steps=3)
+
+
+@pytest.mark.parametrize("first", ["model", "guide"])
+def test_a_pair_that_is_copied_at_once_is_consistent(first):
+    model, guide = _semi_amortized()
+    order = (model, guide) if first == "model" else (guide, model)
+    copies = copy.deepcopy(order)
+    model_copy, guide_copy = copies if first == "model" else copies[::-1]
+    assert guide_copy.guide._model.program is model_copy
+    again = copy.deepcopy(copies)  # before and after the first use
+    model_again, guide_again = again if first == "model" else again[::-1]
+    assert guide_again.guide._model.program is model_again
+    loaded_model, loaded_guide = pickle.loads(pickle.dumps((model_again, guide_again)))  # noqa: S301
+    assert loaded_guide.guide._model.program is loaded_model
+    alone = copy.deepcopy(guide)
+    assert alone.guide._model.program is model
+
+
+@pytest.mark.parametrize("column", [1e12, 1e300, "constant"])
+def test_local_guide_finds_rows_whatever_the_scale_of_a_column(column):
+    x = torch.randn(500, 3, dtype=torch.float64)
+    x[:, 0] = 1e12 if column == "constant" else column * torch.rand(500, dtype=torch.float64)
+    model = pv.LatentVariableModel(
+        pv.priors.StandardNormal(2), pv.likelihoods.Normal(pv.nets.MLP(2, [4], 3))
+    ).double()
+    guide = pv.guides.LocalGuide(model, x)
+    order = torch.randperm(500)
+    found = guide.parameters_of(x[order])
+    assert found.isfinite().all()
+    assert torch.equal(found, guide.parameters_of(x)[order])
+    assert len(found.unique(dim=0)) == 500
+
+
+def test_local_guide_refuses_to_be_the_guide_of_a_prior():
+    model = pv.LatentVariableModel(
+        pv.priors.VampPrior(2, pseudo_inputs=torch.rand(3, 6)),
+        pv.likelihoods.Bernoulli(pv.nets.MLP(2, [4], 6)),
+    )
+    with pytest.raises(ValueError, match="A LocalGuide cannot be its guide"):
+        pv.guides.LocalGuide(model, torch.rand(8, 6).round())
+    model.prior.bind_guide(pv.guides.AmortizedNormal(model, pv.nets.MLP(6, [4])))
+    pv.guides.LocalGuide(model, torch.rand(8, 6).round())

@@ -1,5 +1,7 @@
 """Networks keep leading dimensions and sizes, and every weight gets a gradient."""
 
+import functools
+
 import pytest
 import torch
 from capturing import check_same
@@ -167,3 +169,20 @@ def test_captured_steps_of_image_networks_equal_eager_steps(
 
     check_same(make, binary[:, :15], double=True, objective=pv.objectives.IWAE(3), epochs=2,
                execution="captured, not compiled")  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [
+    lambda activation: pv.nets.ResidualBlock(3, activation),
+    lambda activation: pv.nets.ResidualEncoder((3, 6, 6), [4], activation=activation),
+    lambda activation: pv.nets.ConvEncoder((3, 6, 6), [4], activation=activation),
+    lambda activation: pv.nets.MLP(6, [4], 5, activation=activation),
+], ids=["block", "residual", "convolutions", "mlp"])  # fmt: skip
+def test_networks_with_activations_in_place(make):
+    torch.manual_seed(1)
+    expected = make(torch.nn.ReLU)
+    torch.manual_seed(1)
+    found = make(functools.partial(torch.nn.ReLU, inplace=True))
+    x = torch.randn(2, 3, 6, 6)
+    before = x.clone()
+    assert torch.equal(found(x), expected(x))
+    assert torch.equal(x, before)

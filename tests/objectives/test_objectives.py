@@ -1,7 +1,12 @@
+import copy
+import math
+import pickle
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import make_pair
 from oracles import LinearGaussian, assert_within
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
@@ -401,3 +406,13 @@ def test_programs_without_a_particle_dimension_need_vectorize_particles_false():
 def test_num_particles_must_be_positive(objective):
     with pytest.raises(ValueError, match="at least 1, got 0"):
         objective(0)
+
+
+def test_copies_of_an_objective_do_not_have_its_last_pair(binary):
+    model, guide = make_pair()
+    objective = pv.objectives.IWAE(3)
+    before = len(pickle.dumps(objective))
+    loss = objective.loss(model, guide, binary)
+    assert math.isfinite(loss)
+    assert len(pickle.dumps(objective)) == before
+    assert math.isfinite(copy.deepcopy(objective).loss(model, guide, binary))

@@ -309,3 +309,22 @@ def test_custom_gradients_need_held_samples(pair, binary):
         o.gradient(t, joint=torch.ones(1, 50))
     with pytest.raises(ValueError, match="pass hold_samples=True"):
         t.path(torch.ones(1, 50))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: pv.objectives.BetaELBO(-1.0),
+    lambda: pv.objectives.CapacityELBO(-1.0),
+    lambda: pv.objectives.BetaTCVAE(-6.0),
+    lambda: pv.objectives.BetaTCVAE(dimension_wise=-1.0),
+    lambda: pv.objectives.InfoVAE(alpha=0.0, scale=0.5),
+    lambda: pv.objectives.InfoVAE(alpha=-3.0, scale=3.0),
+], ids=["beta", "capacity", "tc", "dimension", "scale", "alpha"])  # fmt: skip
+def test_weights_that_would_reward_a_distance_are_refused(make):
+    with pytest.raises(ValueError, match=r"not be negative|at least 1, got"):
+        make()
+
+
+def test_weights_at_the_limit_are_accepted():
+    pv.objectives.BetaELBO(0.0)
+    pv.objectives.InfoVAE(alpha=0.9, scale=0.1)
+    pv.objectives.BetaTCVAE(0.0, mutual_information=-1.0, dimension_wise=0.0)

@@ -231,6 +231,16 @@ def test_library_pairs_load_without_programs(tmp_path, make):
     assert torch.equal(numbers(again.model, again.guide, data), expected)
 
 
+@pytest.mark.parametrize("make", PAIRS, ids=lambda make: make.__name__)
+def test_library_pairs_load_in_float64(tmp_path, make):
+    model, guide, _ = trained(make)
+    for program in (model, guide):
+        getattr(program, "func", program).double()  # one guide is a partial function
+    pv.save(tmp_path / "pair", model, guide)
+    saved = pv.load(tmp_path / "pair")
+    same_state(state(model, guide), state(saved.model, saved.guide))
+
+
 @pytest.mark.parametrize("name", DENSITIES)
 def test_guides_of_every_family_load(tmp_path, name):
     def make():

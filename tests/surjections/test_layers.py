@@ -939,3 +939,22 @@ def test_origin_of_a_sample_is_freed_with_it():
     count = len(_ORIGINS)
     del z
     assert len(_ORIGINS) == count - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_integer_levels_in_a_float64_model(tmp_path, dtype):
+    layers = [
+        pv.surjections.UniformDequantization(4),
+        pv.surjections.Bijection(dist.transforms.SigmoidTransform().inv),
+        pv.surjections.Bijection(pv.flows.Composition(3)),
+    ]
+    model = pv.surjections.FlowModel(pv.priors.StandardNormal(3), layers).double()
+    guide = pv.surjections.FlowGuide(model)
+    levels = torch.randint(4, (10, 3))
+    found = pv.evidence(model, guide, levels.to(dtype), num_particles=5, seed=0).values
+    expected = pv.evidence(model, guide, levels.double() / 3, num_particles=5, seed=0).values
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    pv.save(tmp_path / "pair", model, guide)
+    saved = pv.load(tmp_path / "pair")
+    loaded = pv.evidence(saved.model, saved.guide, levels.to(dtype), num_particles=5, seed=0)
+    assert torch.equal(loaded.values, found)

@@ -1,9 +1,14 @@
 """The default optimizer is torch's Adam."""
 
 import copy
+import functools
+import math
 
+import pytest
 import torch
+from conftest import make_pair
 
+import pyro_vae as pv
 from pyro_vae.training._adam import Adam
 
 
@@ -42,3 +47,24 @@ def test_adam_equals_torchs_adam():
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
     assert calls == [2] * 240
+
+
+@pytest.mark.filterwarnings("ignore:.*run(s)? eagerly")
+def test_sparse_gradients_need_another_optimizer():
+    model, _ = make_pair(data=6)
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.codes = torch.nn.Embedding(2, 3, sparse=True)
+
+        def forward(self, x):
+            return self.codes(x.long()).sum(-2)
+
+    x = torch.rand(20, 6).round()
+    guide = pv.guides.AmortizedNormal(model, Encoder())
+    options = {"epochs": 1, "batch_size": 10, "capture": False, "progress": False}
+    with pytest.raises(ValueError, match="is sparse, which Adam does not accept"):
+        pv.fit(model, guide, x, **options)
+    sgd = functools.partial(torch.optim.SGD, lr=0.01)
+    assert math.isfinite(pv.fit(model, guide, x, optimizer=sgd, **options).history.loss[1])

@@ -619,3 +619,14 @@ def test_losses_and_steps_are_the_same_for_any_scale(batch_size, num_data, objec
         found.append([torch.tensor(losses).float(), *(p.detach() for p in pair.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(("transform", "error", "message"), [
+    (lambda x: x.numpy(), TypeError, "transform must return x as a tensor, got ndarray"),
+    (lambda x: None, TypeError, "transform must return x as a tensor, got NoneType"),
+    (lambda x: x[:5], ValueError, "as many rows as it got, 10, but returned shape"),
+    (lambda x: x.sum(), ValueError, "as many rows as it got"),
+], ids=["array", "none", "rows", "scalar"])  # fmt: skip
+def test_transform_returns_a_tensor_with_as_many_rows(binary, transform, error, message):
+    with pytest.raises(error, match=message):
+        pv.fit(*make_pair(), binary, epochs=1, batch_size=10, transform=transform, progress=False)

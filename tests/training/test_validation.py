@@ -1,5 +1,6 @@
 """Validation uses the same bound over the whole run, and one ELBO for all objectives."""
 
+import copy
 import functools
 import math
 import random
@@ -414,3 +415,14 @@ def test_run_of_an_older_version_resumes_without_its_elbo(binary, tmp_path):
     history = pv.fit(*make_pair(), binary, checkpoint=checkpoint, **options).history
     assert history.validation_elbo.isna().tolist() == [True, True, False, False]
     assert history.columns[:3].tolist() == ["loss", "validation_loss", "validation_elbo"]
+
+
+@pytest.mark.parametrize("objective", [o.ELBO(), o.IWAE(3)], ids=str)
+def test_validation_does_not_change_training(binary, objective):
+    losses = []
+    for validation in (None, binary[:7], binary):
+        torch.manual_seed(2)
+        fit = pv.fit(*make_pair(), binary, objective=copy.deepcopy(objective), epochs=3,
+                     batch_size=10, validation=validation, seed=0, progress=False)  # fmt: skip
+        losses.append(fit.history.loss.tolist())
+    assert losses[0] == losses[1] == losses[2]
