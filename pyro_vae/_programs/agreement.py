@@ -7,6 +7,7 @@ while torch validates distributions, as in the first pass of a fit.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -189,9 +190,11 @@ def _check_latent(name: str, site: Site, guide: Sites) -> None:
             "and log q would count different elements: use the same mask in both."
         )
     scales = [own_scale(each) for each in (site, match)]
-    if not any(isinstance(scale, Tensor) for scale in scales) and scales[0] != scales[1]:
+    if _scales_differ(*scales):
+        shown = [f"{s:g}" if not isinstance(s, Tensor) or s.dim() == 0 else "a tensor"
+                 for s in scales]  # fmt: skip
         raise ValueError(
-            f"latent site {name!r} is scaled by {scales[0]:g} in the model and by {scales[1]:g} in "
+            f"latent site {name!r} is scaled by {shown[0]} in the model and by {shown[1]} in "
             "the guide. With different scales the pair has no bound. Use the same poutine.scale "
             "and the same inner plates in both."
         )
@@ -239,6 +242,16 @@ def _first(rows: Tensor) -> list[Any]:
 
 def _is_local(site: Site) -> bool:
     return data_frame(site) is not None
+
+
+def _scales_differ(scale: float | Tensor, other: float | Tensor) -> bool:
+    """Return whether two scales differ, up to rounding of N/B; see :func:`_differ`."""
+    if not isinstance(scale, Tensor) and not isinstance(other, Tensor):
+        return not math.isclose(scale, other, rel_tol=1e-6)
+    if scale is other or not Distribution._validate_args:
+        return False
+    scale, other = (torch.as_tensor(each).double() for each in (scale, other))
+    return not torch.isclose(scale, other, rtol=1e-6, atol=0.0).all()
 
 
 def _differ(mask: bool | Tensor, other: bool | Tensor) -> bool:

@@ -65,9 +65,15 @@ class JointSample:
         The gradient does not reach the model.
 
         Raises:
-            ValueError: The model observes a value that is not an argument, or the guide cannot
-                score latents that it did not sample.
+            ValueError: The model observes a value that is not an argument, or has a factor. The
+                guide cannot score latents that it did not sample.
         """
+        for name, site in self._sites.items():
+            if _was_observed(site) and isinstance(site["fn"], Unit):
+                raise ValueError(
+                    f"the model has the factor {name!r}, which is not a density, so data cannot be "
+                    "sampled from the model. Remove the factor, or use sleep=0"
+                )
         latents = {
             name: site["value"].detach()
             for name, site in self._sites.items()

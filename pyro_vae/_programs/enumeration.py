@@ -240,15 +240,30 @@ class Enumeration:
             dims = dict(zip(self.in_model, self._model_dims, strict=True))
             dims = {name: dim for name, dim in dims.items() if name in group}
             sites = {name: self._model_sites[name] for name in dims}
-            if not any(map(self._inner_of.get, dims.values())):
-                flat = [t.reshape(*t.shape[: self.count], *t.shape[-2:]) for t in joint]
-                dims = {name: dim + len(self.inner) for name, dim in dims.items()}
-                self.summed_out.append(SummedOut(sites, dims, flat))
-            elif latents:
-                raise ValueError(
-                    f"latent site {latents[0]!r} depends on {[*dims]}, which the model enumerates "
-                    "inside an inner plate. Sample the latent outside of these values, or "
-                    "enumerate it too."
+            inside = {name: dim for name, dim in dims.items() if self._inner_of[dim]}
+            for name in latents:
+                of = [other for other, dim in inside.items() if tables[name].shape[dim] > 1]
+                if of:
+                    raise ValueError(
+                        f"latent site {name!r} depends on {of}, which the model enumerates inside "
+                        "an inner plate. Sample the latent outside of these values, or enumerate "
+                        "it too."
+                    )
+            if outside := {name: dim for name, dim in dims.items() if name not in inside}:
+                # The others are given these and the latents, so their densities sum to one.
+                flat = [
+                    tables[name].reshape(
+                        *tables[name].shape[: self.count], *tables[name].shape[-2:]
+                    )
+                    for name in unobserved
+                    if name not in inside
+                ]
+                self.summed_out.append(
+                    SummedOut(
+                        {name: sites[name] for name in outside},
+                        {name: dim + len(self.inner) for name, dim in outside.items()},
+                        flat,
+                    )
                 )
             if latents:
                 prior = self._log_sum(joint)

@@ -315,6 +315,13 @@ class PairTrace:
         """Names of the model's latent sites, in the model's order."""
         return [factor.name for factor in self.model.values() if not factor.observed]
 
+    @property
+    def summed_inside(self) -> list[Site]:
+        """The sites that the model enumerates inside inner plates, in the model's order."""
+        outside = {name for group in self.summed_out for name in group.sites}
+        nodes = self._traces["model"].nodes
+        return [nodes[name] for name in self.summed if name not in outside]
+
     def held_samples(self) -> list[tuple[Tensor, Tensor]]:
         """Return pairs of each guide sample and its held copy."""
         return [*zip(self._samples.drawn.values(), self._samples.held.values(), strict=True)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from pyro import poutine
 from pyro.distributions import ProjectedNormal, Unit, VonMises
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Categorical
 
@@ -50,18 +51,21 @@ def means(run: PairTrace) -> Iterator[tuple[Site, Tensor]]:
     A mean given sites c that were summed out is averaged over :math:`p(c|z)`. If a site has no
     mean, the result is its sample.
     """
-    drawn = drawn_sites(run)
-    if not run.summed_out:
+    drawn, inside = drawn_sites(run), run.summed_inside
+    if not (run.summed_out or inside):
         yield from ((site, mean_or_draw(site)) for site in drawn)
         return
     given = {name: site for group in run.summed_out for name, site in group.sites.items()}
-    enumerated = {site["name"]: site for site in drawn_observations(run.replay_unobserved(given))}
+    trace = run.replay_unobserved(given | {site["name"]: site for site in inside})
+    enumerated = {site["name"]: site for site in drawn_observations(trace)}
     for site in drawn:
         mean = known_mean(enumerated[site["name"]])
         # Angles have no average.
         if mean is None or isinstance(base_distribution(site["fn"]), VonMises):
             yield site, site["value"]
             continue
+        for each in reversed(inside):  # a later one may depend on an earlier one
+            mean = _averaged_inside(mean, each, trace.nodes[each["name"]]["fn"], site)
         for together in run.summed_out:
             mean = _averaged(mean, together, site, run)
         yield site, mean.reshape(mean.shape[mean.dim() - site["value"].dim() :])
@@ -111,3 +115,18 @@ def _averaged(mean: Tensor, together: SummedOut, site: Site, run: PairTrace) -> 
     weights = run.placed(together.log_prob.exp(), site, together.width)
     weights = weights.reshape(*weights.shape, *(1,) * event_dim)
     return (mean * weights).sum(dims, keepdim=True)
+
+
+def _averaged_inside(
+    mean: Tensor, enumerated: Site, fn: TorchDistributionMixin, site: Site
+) -> Tensor:
+    """Average a mean over a site that was summed out inside an inner plate.
+
+    No latent depends on such a site. So its density given the latents is its own, ``fn``.
+    """
+    event_dim, dim = len(site["fn"].event_shape), enumerated["infer"]["_enumerate_dim"]
+    if event_dim - dim > mean.dim() or mean.shape[dim - event_dim] == 1:
+        return mean
+    weights = fn.log_prob(enumerated["value"]).softmax(dim)
+    weights = weights.reshape(*weights.shape, *(1,) * event_dim)
+    return (mean * weights).sum(dim - event_dim, keepdim=True)

@@ -325,14 +325,22 @@ class Terms:
         """Values of the latents of the plate ``"data"``, each ``(K, B, *inner plates, *event)``."""
         return _concatenate([run.samples() for run in self._runs])
 
-    def masked_data(self) -> Tensor:
-        """Return whether the model masks any number of the latents of each data point, (B,)."""
-        run, masked = self._first, []
+    def masked_numbers(self) -> dict[str, Tensor]:
+        """Return which numbers of the latents the model masks, ``(B, *inner plates, *event)``.
+
+        Only for the sites with a mask. Of a mask for whole events, event dimensions have size 1.
+        """
+        run, found = self._first, {}
         for factor in run.model.values():
             mask = None if factor.observed or not factor.local else mask_of(factor.site)
             if mask is not None:
                 mask = torch.as_tensor(mask, device=self.log_weight.device)
-                masked.append(~run.to_particle_layout(mask, factor.site)[0].flatten(1).all(1))
+                found[factor.name] = ~run.to_particle_layout(mask, factor.site)[0]
+        return found
+
+    def masked_data(self) -> Tensor:
+        """Return whether the model masks any number of the latents of each data point, (B,)."""
+        masked = [each.reshape(len(each), -1).any(1) for each in self.masked_numbers().values()]
         none = self.log_weight.new_zeros(self.log_weight.shape[1], dtype=torch.bool)
         return torch.stack([none, *masked]).any(0)
 

@@ -166,6 +166,9 @@ def collapse_report(
     for all data. A prior may also depend on covariates or on earlier latents. A unit that only
     follows such a prior has a KL of zero and is not used.
 
+    Masked numbers are left out. A unit that is masked in all data points but one, or in all, has an
+    activity of NaN and is not used.
+
     The estimate of :math:`A_d` is unbiased. The sampling variance of the means is estimated from
     the samples of each data point and subtracted. So the estimate can be slightly below zero.
 
@@ -276,8 +279,11 @@ def collapse_report(
 
 
 def _moments(t: Terms, model: Program, batch: Batch) -> dict[str, Tensor]:
-    """Return means and variances under guide and prior for each latent, (4, B, units)."""
-    found = {}
+    """Return means and variances under guide and prior for each latent, (4, B, units).
+
+    They are NaN for masked numbers.
+    """
+    found, masked = {}, t.masked_numbers()
     try:
         sites = {s["name"]: s for s in random_sites(trace_of(model, *batch))}
     except NotImplementedError as error:
@@ -292,6 +298,12 @@ def _moments(t: Terms, model: Program, batch: Batch) -> dict[str, Tensor]:
             to_particle_layout(v, site, None)[0].reshape(draws.shape[1:]) for v in _prior(site)
         )
         found[name] = torch.stack([draws.mean(0), draws.var(0), *of_prior])
+        if name in masked:  # its samples mean nothing
+            shape = t.samples[name].shape[1:]
+            each = masked[name].reshape(
+                *masked[name].shape, *(1,) * (len(shape) - masked[name].dim())
+            )
+            found[name][:, each.expand(shape).reshape(draws.shape[1:])] = math.nan
     return found
 
 
@@ -321,23 +333,31 @@ def _rows(
     kl_of_units: Tensor | None,
 ) -> list[dict[str, object]]:
     means, variances, prior_means, prior_variances = moments
-    count = len(means)
+    kept = ~means.isnan()  # the others are masked
+    count = kept.sum(0)
+
+    def average(values: Tensor) -> Tensor:
+        return torch.where(kept, values, 0.0).sum(0) / count
+
     # The terms of the variance over the data, each less the noise in the data point's mean.
-    squares = (means - means.mean(0)).square() * count / (count - 1) - variances / num_particles
-    activity, prior = squares.mean(0), prior_variances.mean(0) + prior_means.var(0)
+    unbiased = count / (count - 1)
+    squares = (means - average(means)).square() * unbiased - variances / num_particles
+    spread = average((prior_means - average(prior_means)).square()) * unbiased
+    activity, prior = average(squares), average(prior_variances) + spread
     scale = torch.where(prior.isfinite(), prior, 1.0)
     nan = torch.full_like(activity, math.nan)
     kl = nan if kl_of_units is None else kl_of_units.to(activity)
     tells = kl.nan_to_num(nan=kl_of_site, posinf=math.inf) > threshold / 2
     active = (activity > threshold * scale) & tells
+    posterior = average(variances)
     return [
         {
             "site": site,
             "unit": unit,
             "activity": activity[unit].item(),
-            "activity_error": standard_error(squares[:, unit]),
+            "activity_error": standard_error(squares[kept[:, unit], unit]),
             "active": active[unit].item(),
-            "posterior_variance": variances[:, unit].mean().item(),
+            "posterior_variance": posterior[unit].item(),
             "prior_variance": prior[unit].item(),
             "kl": kl[unit].item(),
         }

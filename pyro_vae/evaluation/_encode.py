@@ -241,15 +241,15 @@ def _encoder(
             drawn = [part.cpu() for part in sampler.draw(name, batch, num_samples)]
             exact = True
         masked = to_particle_layout(~is_scored(site), site, None)[0]
-        samples = (_without(torch.cat(drawn), masked.cpu()).movedim(0, 1),) if num_samples else ()
+        samples = (without(torch.cat(drawn), masked.cpu()).movedim(0, 1),) if num_samples else ()
         masked = masked.reshape(*masked.shape, *(1,) * (moments[0].dim() - masked.dim()))
         masked = masked.expand_as(moments[0])  # a Categorical has one more dimension, its levels
-        return *(_without(each, masked) for each in moments), masked, *samples, exact
+        return *(without(each, masked) for each in moments), masked, *samples, exact
 
     return encode_batch
 
 
-def _without(values: Tensor, masked: Tensor) -> Tensor:
+def without(values: Tensor, masked: Tensor) -> Tensor:
     """Return values with NaN, or -1 for integers, in place of masked numbers."""
     if not masked.any():
         return values

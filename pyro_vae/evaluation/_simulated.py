@@ -52,7 +52,9 @@ def simulate(model: Program, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
                 "x itself"
             )
         for place in places:
-            place.copy_(site["value"].expand(place.shape))
+            value = site["value"]
+            extra = max(0, value.dim() - place.dim())  # leading dimensions of size 1
+            place.copy_(value.reshape(value.shape[extra:]).expand(place.shape))
     _check_joint(model, trace, arguments)
     return arguments, latents
 

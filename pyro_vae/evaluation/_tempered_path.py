@@ -141,7 +141,7 @@ class TemperedPath:
             return None
         x, rows = batch[0], []
         for site in self._sites:
-            mask = masks.get(site.name, torch.ones((), dtype=torch.bool, device=x.device))
+            mask = torch.as_tensor(masks.get(site.name, True), device=x.device)
             mask = mask.reshape(mask.shape + (1,) * len(site.event_shape))
             mask = mask.expand(mask.shape[: mask.dim() - len(site.event_shape)] + site.event_shape)
             rows.append(site.to_rows(mask, len(x), len(site.event_shape)))

@@ -167,7 +167,10 @@ class InfoVAE(Objective):
                 "InfoVAE compares the latent variables of guide and prior, got no latent site in "
                 'the plate "data". Use objectives.ELBO'
             )
-        posterior, prior = terms.samples, terms.sample_joint().latents
+        posterior, prior = terms.samples, {**terms.sample_joint().latents}
+        for name, masked in terms.masked_numbers().items():  # with the same mask, both are zero
+            posterior[name] = posterior[name].masked_fill(masked, 0)
+            prior[name] = prior[name].masked_fill(masked, 0)
         prior = _flat(prior[name] for name in posterior)
         samples = [_flat(each) for each in zip(*posterior.values(), strict=True)]
         distances = [squared_mmd(each, prior) for each in samples]

@@ -118,6 +118,7 @@ class Objective(pyro.infer.ELBO):
                 t.require_no_baselines(type(self).__name__)
             shared = self.shared(t)
             loss = -(t.scale * self.bound(t).sum() + shared) + t.loss_of_guide()
+            loss = loss + t.scale * self.loss_of_data(guide, *args)
         if torch.is_grad_enabled() and _counting.get():
             for each in self._with_inner():
                 each.step = each.step + 1  # not in place: backward comes later
@@ -207,6 +208,10 @@ class Objective(pyro.infer.ELBO):
         for value in vars(self).values():
             for each in _objectives_in(value):
                 yield from each._with_inner()
+
+    def loss_of_data(self, guide: Program, *args: Any) -> Tensor | float:
+        """Return a loss that is not a function of the terms, summed over the minibatch."""
+        return 0.0
 
     def less_baselines(self, bound: Tensor, terms: Terms, signal: Tensor) -> Tensor:
         """Return the bound with the guide's baselines subtracted in its score function gradient.

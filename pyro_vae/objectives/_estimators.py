@@ -319,7 +319,8 @@ class ReweightedWakeSleep(Objective):
 
     Raises:
         ValueError: A weight or ``num_particles`` is out of range. Or, when the loss is computed, a
-            site is global or scaled, or the model does not observe its arguments unchanged.
+            site is global or scaled. With ``sleep``, the model does not observe its arguments
+            unchanged, or has a factor.
     """
 
     hold_samples = True

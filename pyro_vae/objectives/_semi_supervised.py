@@ -22,7 +22,8 @@ class SemiSupervisedELBO(ELBO):
     value is not a bound on the evidence.
 
     Args:
-        classification: :math:`\alpha`, per labeled row of a minibatch.
+        classification: :math:`\alpha`, per labeled row of a minibatch. If the plate of the data
+            points subsamples B of N, the term is multiplied by N/B, as the ELBO is.
         num_particles: K.
         vectorize_particles: draw all particles in one run; see :func:`pyro_vae.terms`.
 
@@ -45,14 +46,19 @@ class SemiSupervisedELBO(ELBO):
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the differentiable loss."""
-        classifier = guide.func if isinstance(guide, functools.partial) else guide
-        if not hasattr(classifier, "classify") or len(args) != 2:
+        if not hasattr(_without_partial(guide), "classify") or len(args) != 2:
             raise TypeError(
                 "SemiSupervisedELBO needs data (x, y) and a guide with classify(x), such as "
                 f"guides.SemiSupervisedGuide, got {guide!r} and {len(args)} columns"
             )
-        x, y = args
-        loss = super().differentiable_loss(model, guide, x, y, **kwargs)
+        return super().differentiable_loss(model, guide, *args, **kwargs)
+
+    def loss_of_data(self, guide: Program, x: Tensor, y: Tensor) -> Tensor:
+        r"""Return :math:`-\alpha \sum \log q(y|x)` over the labeled rows."""
         known = y >= 0
-        log_q = classifier.classify(x).log_prob(torch.where(known, y, 0))
-        return loss - self.classification * torch.where(known, log_q, 0.0).sum()
+        log_q = _without_partial(guide).classify(x).log_prob(torch.where(known, y, 0))
+        return -self.classification * torch.where(known, log_q, 0.0).sum()
+
+
+def _without_partial(guide: Program) -> Any:
+    return guide.func if isinstance(guide, functools.partial) else guide

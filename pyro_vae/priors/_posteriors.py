@@ -117,7 +117,7 @@ def check_guide(guide: Guide, site: str, rows: Sequence[Tensor]) -> Tensor:
                 "integral. Let the guide sample that latent first, given only x."
             )
     scored = to_particle_layout(is_scored(found[site]), found[site], None)[0]
-    return scored.flatten(1).all(1)
+    return scored.reshape(len(scored), -1).all(1)
 
 
 def _sites(guide: Guide, rows: Sequence[Tensor]) -> dict[str, Site]:

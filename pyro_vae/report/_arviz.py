@@ -16,6 +16,7 @@ from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.extras import require
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.evaluation._context import evaluation_context
+from pyro_vae.evaluation._encode import without
 
 
 def to_arviz(
@@ -38,7 +39,8 @@ def to_arviz(
     - ``observed_data``: x.
 
     The first dimensions are ``chain`` (of size 1), ``draw`` and ``data_point``. In
-    ``observed_data``, the first dimension is ``data_point``.
+    ``observed_data``, the first dimension is ``data_point``. A latent number that the model masks
+    has no posterior and is NaN, or -1 if it is an integer.
 
     There is no ``log_likelihood`` group. Leave-one-out cross-validation on log p(x|z) would score
     a data point under a z that was inferred from it. Compare models with :func:`pyro_vae.compare`.
@@ -82,10 +84,13 @@ def to_arviz(
     ) as particle_options:
         rows = tuple(column[:] for column in batches.in_memory())  # sparse rows become dense
         t = terms(model, guide, *rows, num_particles=num_draws, **particle_options)
-        predictive = t.predict()
+        predictive, masked = t.predict(), t.masked_numbers()
     return make_container(
         arviz,
-        posterior={name: _chain(value) for name, value in t.samples.items()},
+        posterior={
+            name: _chain(without(value, masked[name]) if name in masked else value)
+            for name, value in t.samples.items()
+        },
         sample_stats={"log_weight": _chain(t.log_weight)},
         posterior_predictive={name: _chain(value) for name, value in predictive.items()},
         observed_data={name: value.cpu().numpy() for name, value in t.observations.items()},

@@ -205,3 +205,98 @@ def test_a_latent_that_depends_on_enumerated_words_is_refused(x):
 
     with pytest.raises(ValueError, match="latent site 'z' depends on"):
         pv.terms(model, guide, x)
+
+
+WORDS = 3
+PARALLEL = {"enumerate": "parallel"}
+
+
+class TopicModel:
+    """A class of each document, a latent that depends on it, and two values of each word."""
+
+    def __init__(self):
+        self.of_class, self.of_word = torch.rand(()), torch.rand(2)
+        self.next, self.far = torch.rand(2), 3 * torch.randn(4)
+
+    def __call__(self, x):
+        with pyro.plate("data", len(x), dim=-2):
+            c = pyro.sample("c", dist.Bernoulli(self.of_class), infer=PARALLEL)
+            z = pyro.sample("z", dist.Normal(2 * c, 1.0))
+            with pyro.plate("words", WORDS, dim=-1):
+                v = pyro.sample("v", dist.Bernoulli(self.of_word[c.long()]), infer=PARALLEL)
+                w = pyro.sample("w", dist.Bernoulli(self.next[v.long()]), infer=PARALLEL)
+                loc = self.mean_of(c, v, w, z)
+                pyro.sample("x", dist.Normal(loc, 0.5), obs=x)
+
+    def mean_of(self, c, v, w, z):
+        return self.far[0] * c + self.far[1] * v * z + self.far[2] * w + self.far[3] * v * w
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(x.mean(-1, keepdim=True), 1.0))
+
+    def log_joint(self, x, z):
+        """Sum log p(x, z) over all values by hand, (K, B), for z (K, B, 1) and x (B, W)."""
+        bernoulli, found = torch.distributions.Bernoulli, []
+        for c in torch.arange(2.0):
+            words = []
+            for v in torch.arange(2.0):
+                for w in torch.arange(2.0):
+                    prior = bernoulli(self.of_word[c.long()]).log_prob(v)
+                    prior = prior + bernoulli(self.next[v.long()]).log_prob(w)
+                    loc = self.mean_of(c, v, w, z)
+                    words.append(prior + dist.Normal(loc, 0.5).log_prob(x))
+            of_words = torch.stack(words).logsumexp(0).sum(-1)
+            of_class = bernoulli(self.of_class).log_prob(c)
+            of_class = of_class + dist.Normal(2 * c, 1.0).log_prob(z.squeeze(-1))
+            found.append(of_class + of_words)
+        return torch.stack(found).logsumexp(0)
+
+    def mean_given(self, z):
+        """Average x over all values by hand, for one number z."""
+        bernoulli = torch.distributions.Bernoulli
+        log_class = [
+            bernoulli(self.of_class).log_prob(c) + dist.Normal(2 * c, 1.0).log_prob(z)
+            for c in torch.arange(2.0)
+        ]
+        mean = 0.0
+        for c, weight in zip(torch.arange(2.0), torch.stack(log_class).softmax(0), strict=True):
+            for v in torch.arange(2.0):
+                of_v = bernoulli(self.of_word[c.long()]).log_prob(v).exp()
+                for w in torch.arange(2.0):
+                    of_w = bernoulli(self.next[v.long()]).log_prob(w).exp()
+                    mean = mean + weight * of_v * of_w * self.mean_of(c, v, w, z)
+        return mean
+
+
+@pytest.mark.parametrize("num_particles", [1, 4])
+def test_values_outside_and_inside_of_a_plate_are_summed_out(num_particles):
+    model, x = TopicModel(), torch.randn(5, WORDS)
+    t = pv.terms(model, model.guide, x, num_particles=num_particles)
+    z = t.samples["z"].reshape(num_particles, 5, 1)
+    log_guide = dist.Normal(x.mean(-1), 1.0).log_prob(z.squeeze(-1))
+    expected = model.log_joint(x, z) - log_guide
+    torch.testing.assert_close(t.log_weight, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_decoded_means_are_averaged_over_values_inside_of_a_plate():
+    model, z = TopicModel(), torch.randn(4)
+    expected = torch.stack([model.mean_given(each) for each in z])
+    for seed in range(2):
+        found = pv.decode(model, z, x=torch.zeros(4, WORDS), seed=seed)
+        torch.testing.assert_close(found, expected.unsqueeze(1).expand(4, WORDS))
+
+
+def test_latent_that_depends_on_a_value_inside_of_a_plate_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("words", WORDS, dim=-1):
+            w = pyro.sample("w", dist.Bernoulli(0.3), infer=PARALLEL)
+            z = pyro.sample("z", dist.Normal(w, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("words", WORDS, dim=-1):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    with pytest.raises(ValueError, match=r"'z' depends on \['w'\], which the model enumerates"):
+        pv.terms(model, guide, torch.randn(5, WORDS))

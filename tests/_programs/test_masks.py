@@ -153,3 +153,90 @@ def test_masked_enumerated_site_sums_to_one(way):
     found = pv.evidence(model, guide, x, num_particles=5000, seed=0)
     errors = torch.as_tensor(found.monte_carlo_errors)
     assert ((torch.as_tensor(found.values) - exact).abs() < 5 * errors + 1e-4).all()
+
+
+def _padded(x, m):
+    with pyro.plate("data", len(x)), poutine.mask(mask=m):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def _guide_with_padding(far):
+    def guide(x, m):
+        with pyro.plate("data", len(x)), poutine.mask(mask=m):
+            pyro.sample("z", dist.Normal(torch.where(m, x / 2, far * x), 0.5**0.5))
+
+    return guide
+
+
+PADDED = (torch.randn(200), torch.arange(200) % 3 > 0)
+
+
+def test_padding_does_not_change_a_collapse_report():
+    near, far = (
+        pv.collapse_report(_padded, _guide_with_padding(far), PADDED, seed=0).units
+        for far in (0.0, 100.0)
+    )
+    assert near.equals(far)
+    x, m = PADDED
+    only = (x[m], m[m])
+    expected = pv.collapse_report(_padded, _guide_with_padding(0.0), only, seed=0).units
+    error = near.activity_error.item() + expected.activity_error.item()
+    assert abs(near.activity.item() - expected.activity.item()) < 4 * error
+
+
+def test_a_number_that_is_masked_in_all_data_is_not_used():
+    kept = torch.tensor([True, False, True])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).mask(kept).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    def guide(x):
+        loc = torch.stack([x / 2, 9 * x, 0 * x], -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.7).mask(kept).to_event(1))
+
+    units = pv.collapse_report(model, guide, torch.randn(300), seed=0).units
+    assert units.active.tolist() == [True, False, False]
+    assert units.activity.isna().tolist() == [False, True, False]
+
+
+def test_padding_does_not_change_the_distance_of_infovae():
+    losses = []
+    for far in (0.0, 100.0):
+        torch.manual_seed(0)
+        losses.append(objectives.InfoVAE().loss(_padded, _guide_with_padding(far), *PADDED))
+    assert losses[0] == losses[1]
+
+
+def test_masked_scalar_latents_are_diagnosed():
+    options = {"num_data": 40, "num_particles": 20, "refit": False, "seed": 0}
+    found = pv.diagnose(_padded, _guide_with_padding(0.0), PADDED, PADDED, **options)
+    assert "masks latents of" in repr(found)
+
+
+@pytest.mark.parametrize("how", ["handler", "distribution"])
+def test_annealing_when_a_latent_is_masked_everywhere(how):
+    def masked(fn):
+        return fn.mask(False) if how == "distribution" else fn
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=how == "distribution"):
+                pyro.sample("w", masked(dist.Normal(x.new_zeros(len(x)), 1.0)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+            with poutine.mask(mask=how == "distribution"):
+                pyro.sample("w", masked(dist.Normal(x, 1.0)))
+
+    x = torch.randn(6)
+    ais = pv.evaluation.AIS(num_chains=4, num_temperatures=4)
+    found = pv.evidence(model, guide, x, method=ais, seed=0).values
+    expected = dist.Normal(0.0, 2**0.5).log_prob(x)  # the guide is the posterior
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)

@@ -1,5 +1,7 @@
 """Evaluation of programs whose training scales sites."""
 
+import functools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -98,3 +100,48 @@ def test_an_inner_plate_that_subsamples_is_still_refused(x):
 def test_a_program_must_be_callable():
     with pytest.raises(TypeError, match="program must be callable"):
         pv.unscaled(3)
+
+
+def _scaled(scale):
+    def program(x, model):
+        with pyro.plate("data", len(x)):
+            with pyro.poutine.scale(scale=scale):
+                z = pyro.sample("z", dist.Normal(0.0 if model else x / 2, 1.0))
+            if model:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    return program
+
+
+@pytest.mark.parametrize(("of_model", "of_guide", "agree"), [
+    (torch.tensor(0.5), torch.tensor(0.5), True),
+    (0.5, torch.tensor(0.5), True),
+    (torch.full((8,), 0.5), 0.5, True),
+    (torch.tensor(0.5), torch.tensor(3.0), False),
+    (torch.tensor(0.5), 1.0, False),
+    (0.5, 1.0, False),
+    (torch.linspace(0.1, 1.0, 8), 0.5, False),
+], ids=["tensors", "number", "rows", "others", "model", "numbers", "vary"])  # fmt: skip
+def test_scales_of_both_programs_agree(of_model, of_guide, agree):
+    model, guide = _scaled(of_model), _scaled(of_guide)
+    pair = functools.partial(model, model=True), functools.partial(guide, model=False)
+    if agree:
+        pv.objectives.ELBO().loss(*pair, torch.randn(8))
+        return
+    with pytest.raises(ValueError, match=r"'z' is scaled by .* in the model and by"):
+        pv.objectives.ELBO().loss(*pair, torch.randn(8))
+
+
+def test_scales_agree_up_to_the_rounding_of_a_subsample():
+    """The model has 0.3 N/B, and the guide 0.3."""
+
+    def model(x):
+        with pyro.plate("data", 60_001, subsample=x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(2, [4]))
+    for scale in (0.3, torch.tensor(0.3)):
+        pair = [pyro.poutine.scale(program, scale=scale) for program in (model, guide)]
+        for rows in range(1, 20):
+            pv.objectives.ELBO().loss(*pair, torch.randn(rows, 2))

@@ -236,3 +236,21 @@ def test_errors_of_each_bound_come_from_its_own_chains():
     )
     ratio = backward.median() / again.upper_errors.median()
     assert 1.5 < ratio < 2.6
+
+
+def test_sandwich_of_a_model_that_sums_over_an_inner_plate():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            with pyro.plate("parts", 3, dim=-2):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.sum(-2, keepdim=True), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("parts", 3, dim=-2):
+            pyro.sample("z", dist.Normal(x / 4, 0.9))
+
+    ais = pv.evaluation.AIS(num_chains=5, num_temperatures=20)
+    found = pv.sandwich(model, guide, like=torch.randn(200), ais=ais, seed=0)
+    entropy = 0.5 * math.log(2 * math.pi * math.e * 4)  # x is N(0, 4)
+    assert found.lower.mean() < -entropy + 0.4
+    assert found.upper.mean() > -entropy - 0.4

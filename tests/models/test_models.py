@@ -447,3 +447,28 @@ def test_likelihoods_that_return_no_distribution_of_pyro_are_refused(model, wron
     make, arguments = WITH_A_WRONG_LIKELIHOOD[model]
     with pytest.raises(TypeError, match=r"likelihood must be .* returns a distribution of pyro"):
         make(WRONG[wrong])(*arguments)
+
+
+def test_term_of_the_classifier_is_scaled_like_the_elbo():
+    x, y = torch.randn(8), torch.randint(-1, 2, (8,)).float()
+
+    class Guide:
+        def __call__(self, x, y):
+            with pyro.plate("data", 80, subsample=x):
+                pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+        def classify(self, x):
+            return dist.Bernoulli(logits=x)
+
+    def model(x, y):
+        with pyro.plate("data", 80, subsample=x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    losses = []
+    for objective in (pv.objectives.ELBO(), pv.objectives.SemiSupervisedELBO(5.0)):
+        torch.manual_seed(0)
+        losses.append(objective.loss(model, Guide(), x, y))
+    known = y >= 0
+    expected = -5.0 * dist.Bernoulli(logits=x[known]).log_prob(y[known]).sum() * 80 / 8
+    assert losses[1] - losses[0] == pytest.approx(expected.item(), rel=1e-4)

@@ -339,3 +339,19 @@ def test_vimco_matches_its_definition():
     expected = torch.autograd.grad(total, [*pair.parameters()])
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(bound, total)
+
+
+def test_sleep_phase_refuses_a_factor():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("penalty", -z.abs())
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.zeros(())) * x, 1.0))
+
+    objectives.ReweightedWakeSleep(5).loss(model, guide, torch.randn(6))
+    with pytest.raises(ValueError, match="the model has the factor 'penalty'"):
+        objectives.ReweightedWakeSleep(5, sleep=1.0).loss(model, guide, torch.randn(6))

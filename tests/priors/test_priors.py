@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -492,3 +493,15 @@ def test_aggregated_posterior_refuses_a_latent_outside_the_plate():
 
     with pytest.raises(ValueError, match="no site 'z' in the plate"):
         pv.priors.AggregatedPosterior(guide, torch.rand(3, 16))
+
+
+def test_aggregated_posterior_of_scalar_latents():
+    class Guide(torch.nn.Module):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+    x, z = torch.randn(20), torch.randn(5)
+    found = pv.priors.AggregatedPosterior(Guide(), x)().log_prob(z)
+    expected = dist.Normal(x / 2, 0.7).log_prob(z.unsqueeze(1)).logsumexp(1) - math.log(20)
+    torch.testing.assert_close(found, expected)

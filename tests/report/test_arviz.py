@@ -59,3 +59,25 @@ def test_arviz_summarizes_the_container(binary):
         assert len(summary) == 50 * 2
     else:
         assert container["posterior"]["z"].mean().item() == pytest.approx(0, abs=1)
+
+
+def test_masked_latents_are_nan():
+    m = torch.arange(12) % 3 > 0
+
+    def model(x, m):
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=m):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(z[..., 0] + k, 1.0), obs=x)
+
+    def guide(x, m):
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=m):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("k", dist.Bernoulli(0.5))
+
+    found = pv.to_arviz(model, guide, (torch.randn(12), m), num_draws=5, seed=0)["posterior"]
+    of_z, of_k = found["z"].values[0], found["k"].values[0]
+    assert np.isnan(of_z[:, ~m.numpy()]).all()
+    assert np.isfinite(of_z[:, m.numpy()]).all()
+    assert np.isnan(of_k[:, ~m.numpy()]).all()
+    assert set(np.unique(of_k[:, m.numpy()])) <= {0.0, 1.0}
