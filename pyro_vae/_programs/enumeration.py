@@ -9,17 +9,16 @@ is summed out of p. In both cases the results have the same shape as without enu
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import Categorical
 
 from pyro_vae._programs.sites import DATA_PLATE, PARTICLE_PLATE, Site, mask_of_events, own_scale
 
@@ -38,7 +37,7 @@ class SummedOut:
 
     Args:
         sites: by name, the sites from the run with all values at once.
-        dims: by name, the dimension of ``log_joint`` over the values of a site.
+        dims: by name, the dimension of the tables over the values of a site.
         tables: the factors of :math:`\log p(c, z)`, for the values c of the sites and the latents z
             that depend on them, each of shape (\*enumerated dimensions, K, B).
     """
@@ -47,20 +46,36 @@ class SummedOut:
     dims: dict[str, int]
     tables: list[Tensor]
 
-    @cached_property
-    def log_joint(self) -> Tensor:
-        r""":math:`\log p(c, z)`, of shape (\*enumerated dimensions, K, B).
+    def log_prob(self, names: Iterable[str]) -> Tensor:
+        r"""Return :math:`\log p(c|z)` of some of the sites, (\*enumerated dimensions, K, B).
 
         Raises:
-            ValueError: The table of all values would be too large for memory.
+            ValueError: The table of all values of these sites would be too large for memory.
         """
-        check_size([*self.sites], self.tables)
-        return sum(self.tables)
+        names = [*names]
+        table = self._table(self.tables, names)
+        return table - table.logsumexp([self.dims[name] for name in names], keepdim=True)
 
-    @property
-    def log_prob(self) -> Tensor:
-        r""":math:`\log p(c|z)`, of the shape of ``log_joint``."""
-        return self.log_joint - self.log_joint.logsumexp([*self.dims.values()], keepdim=True)
+    def sample(self) -> dict[str, Tensor]:
+        r"""Sample c from :math:`p(c|z)`, one site after the other.
+
+        Returns:
+            By name, the numbers of the values, (K, B).
+        """
+        tables, found = self.tables, {}
+        shape = torch.broadcast_shapes(*(table.shape[-2:] for table in tables))
+        for name, dim in self.dims.items():
+            logits = self._table(tables, [name]).movedim(dim, -1)
+            drawn = Categorical(logits=logits.reshape(*shape, -1)).sample()
+            found[name] = drawn
+            tables = [_at(table, dim, drawn) for table in tables]
+        return found
+
+    def _table(self, tables: list[Tensor], names: list[str]) -> Tensor:
+        others = {dim for name, dim in self.dims.items() if name not in names}
+        tables = sum_out(tables, others, [*self.sites])
+        check_size(names, tables)
+        return sum(tables)
 
     @property
     def width(self) -> int:
@@ -290,30 +305,13 @@ class Enumeration:
                 )
 
     def _log_sum(self, tables: Iterable[Tensor]) -> Tensor:
-        """Sum out the enumerated values one by one, from the innermost plates outwards.
-
-        The next value is always the one that leaves the smallest table, so a chain of T sites needs
-        no table of more than two of them.
-        """
+        """Sum out the enumerated values, from the innermost plates outwards."""
         tables = list(tables)
         for plates in sorted({*self._inner_of.values()}, key=len, reverse=True):
             dims = {dim for dim in self._model_dims if self._inner_of[dim] == plates}
-            dims = {dim for dim in dims if any(t.shape[dim] > 1 for t in tables)}
-            while dims:
-                dim = min(dims, key=functools.partial(self._size_without, tables))
-                dims.remove(dim)
-                depending = [t for t in tables if t.shape[dim] > 1]
-                check_size(self.in_model, depending)
-                total = sum(depending).logsumexp(dim, keepdim=True)
-                tables = [t for t in tables if t.shape[dim] == 1] + [total]
+            tables = sum_out(tables, dims, self.in_model)
             tables = [self._without_plates(t, plates) for t in tables]
         return sum(tables)
-
-    @staticmethod
-    def _size_without(tables: list[Tensor], dim: int) -> int:
-        """Return the size of the table that is left when the values of one dimension are summed."""
-        shape = torch.broadcast_shapes(*(t.shape for t in tables if t.shape[dim] > 1))
-        return math.prod(shape) // shape[dim]
 
     def _without_plates(self, table: Tensor, plates: frozenset[int]) -> Tensor:
         """Sum a table over plates, except those of the enumerated values that it depends on."""
@@ -373,6 +371,57 @@ class OwnDimensions(Messenger):
 
     def _pyro_sample(self, msg: Site) -> None:
         msg["infer"].pop("_markov_scope", None)
+
+
+def sum_out(tables: Iterable[Tensor], dims: Iterable[int], names: list[str]) -> list[Tensor]:
+    """Sum a product of tables of log-densities over dimensions, one by one.
+
+    The next dimension is always the one that leaves the smallest table, so a chain of T sites needs
+    no table of more than two of them.
+
+    Args:
+        tables: the logarithms of the factors.
+        dims: the dimensions.
+        names: the sites of all dimensions, for the error message.
+
+    Returns:
+        The logarithms of the factors of the sum, in which these dimensions have size 1.
+
+    Raises:
+        ValueError: A table would be too large for memory.
+    """
+    tables = list(tables)
+    left = {dim for dim in dims if any(t.shape[dim] > 1 for t in tables)}
+
+    def size_without(dim: int) -> int:
+        shape = torch.broadcast_shapes(*(t.shape for t in tables if t.shape[dim] > 1))
+        return math.prod(shape) // shape[dim]
+
+    while left:
+        dim = min(left, key=size_without)
+        left.remove(dim)
+        depending = [t for t in tables if t.shape[dim] > 1]
+        check_size(names, depending)
+        total = sum(depending).logsumexp(dim, keepdim=True)
+        tables = [t for t in tables if t.shape[dim] == 1] + [total]
+    return tables
+
+
+def _at(table: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Return the part of a table (..., K, B) at one value of a dimension for each particle and row.
+
+    Args:
+        table: a table.
+        dim: the dimension of the values.
+        index: the number of the value, (K, B).
+    """
+    if table.shape[dim] == 1:
+        return table
+    table = table.expand(*table.shape[:-2], *index.shape)
+    shape = [
+        1 if d == dim else size for d, size in zip(range(-table.dim(), 0), table.shape, strict=True)
+    ]
+    return table.gather(dim, index.expand(shape))
 
 
 def check_size(names: list[str], tables: Iterable[Tensor]) -> None:

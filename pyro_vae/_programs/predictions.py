@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from pyro import poutine
 from pyro.distributions import ProjectedNormal, Unit, VonMises
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
-from torch.distributions import Categorical
 
 from pyro_vae._programs.enumeration import SummedOut
 from pyro_vae._programs.pair_trace import PairTrace
@@ -36,12 +34,9 @@ def drawn_sites(run: PairTrace) -> list[Site]:
     run.require_drawn()
     given = {}
     for together in run.summed_out:
-        log_prob = together.log_prob
-        drawn = Categorical(logits=log_prob.flatten(end_dim=-3).movedim(0, -1)).sample()
-        indices = torch.unravel_index(drawn, log_prob.shape[:-2])
-        for name, site in together.sites.items():
-            index = run.placed(indices[together.dims[name] + 2], site)
-            given[name] = site | {"value": _values(site)[index]}
+        for name, index in together.sample().items():
+            site = together.sites[name]
+            given[name] = site | {"value": _values(site)[run.placed(index, site)]}
     return drawn_observations(run.replay_unobserved(given))
 
 
@@ -109,12 +104,16 @@ def known_mean(site: Site) -> Tensor | None:
 def _averaged(mean: Tensor, together: SummedOut, site: Site, run: PairTrace) -> Tensor:
     """Average a mean over sites that were summed out, if it depends on them."""
     event_dim = len(site["fn"].event_shape)
-    dims = [each["infer"]["_enumerate_dim"] - event_dim for each in together.sites.values()]
-    if all(-dim > mean.dim() or mean.shape[dim] == 1 for dim in dims):
+    dims = {}
+    for name, each in together.sites.items():
+        dim = each["infer"]["_enumerate_dim"] - event_dim
+        if -dim <= mean.dim() and mean.shape[dim] > 1:
+            dims[name] = dim
+    if not dims:
         return mean
-    weights = run.placed(together.log_prob.exp(), site, together.width)
+    weights = run.placed(together.log_prob(dims).exp(), site, together.width)
     weights = weights.reshape(*weights.shape, *(1,) * event_dim)
-    return (mean * weights).sum(dims, keepdim=True)
+    return (mean * weights).sum([*dims.values()], keepdim=True)
 
 
 def _averaged_inside(

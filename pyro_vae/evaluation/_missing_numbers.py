@@ -207,6 +207,7 @@ def _check(
             "sample them. Use a distribution of independent numbers"
         )
     summed = [site for group in run.summed_out for site in group.sites.values()]
+    summed += run.summed_inside
     shape = factor.site["fn"].batch_shape
     for site in summed:
         dim = site["infer"]["_enumerate_dim"]

@@ -7,6 +7,8 @@ import torch
 from torch.distributions import constraints
 
 import pyro_vae as pv
+from pyro_vae._programs import predictions
+from pyro_vae._programs.pair_trace import PairTrace
 
 VOCABULARY, TOPICS, WORDS = 7, 3, 5
 ENUMERATED = {"enumerate": "parallel"}
@@ -300,3 +302,66 @@ def test_latent_that_depends_on_a_value_inside_of_a_plate_is_refused():
 
     with pytest.raises(ValueError, match=r"'z' depends on \['w'\], which the model enumerates"):
         pv.terms(model, guide, torch.randn(5, WORDS))
+
+
+class Chain:
+    """A Markov chain of T states. Its last state decides z, and each state one number of x."""
+
+    def __init__(self, length, states=3):
+        self.length, self.first = length, torch.rand(states).log_softmax(0).exp()
+        self.step, self.of_z = torch.randn(states, states).softmax(-1), torch.randn(states)
+        self.far = 3 * torch.randn(states)
+
+    def __call__(self, x):
+        with pyro.plate("data", len(x)):
+            probs, numbers = self.first, []
+            for t in range(self.length):
+                c = pyro.sample(f"c_{t}", dist.Categorical(probs), infer=PARALLEL)
+                probs = self.step[c]
+                numbers.append(c)
+            z = pyro.sample("z", dist.Normal(self.of_z[numbers[-1]], 0.5))
+            for t, c in enumerate(numbers):
+                pyro.sample(f"x_{t}", dist.Normal(self.far[c] + z, 0.1), obs=x[:, t])
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(-1), 1.0))
+
+    def states_given(self, z):
+        """Return p(c_t|z) of numbers z (N,), (T, N, states), and p(c_0, c_1|z)."""
+        forward = [self.first]
+        for _ in range(self.length - 1):
+            forward.append(forward[-1] @ self.step)
+        backward = [dist.Normal(self.of_z, 0.5).log_prob(z.unsqueeze(-1)).exp()]
+        for _ in range(self.length - 1):
+            backward.append(backward[-1] @ self.step.T)
+        product = torch.stack(forward).unsqueeze(1) * torch.stack(backward[::-1])
+        first_two = self.first.unsqueeze(-1) * self.step * backward[-2].unsqueeze(-2)
+        first_two = first_two / first_two.sum((-2, -1), keepdim=True)
+        return product / product.sum(-1, keepdim=True), first_two
+
+
+@pytest.mark.parametrize("length", [3, 30])
+def test_samples_given_the_latents_of_a_long_chain(length):
+    model, x = Chain(length), torch.randn(4, length)
+    t = pv.terms(model, model.guide, x, num_particles=1000)
+    z, drawn = t.samples["z"].flatten(), t.predict()
+    each, first_two = model.states_given(z)
+    drawn = torch.stack([drawn[f"x_{n}"].flatten() for n in range(length)]) - z
+    product = torch.einsum("nij,i,j->n", first_two, model.far, model.far)
+    for found, expected in (
+        *zip(drawn, each @ model.far, strict=True),
+        (drawn[0] * drawn[1], product),
+    ):
+        error = (found - expected).std() / len(z) ** 0.5
+        assert (found - expected).mean().abs() < 5 * error  # 2e-5 false alarms for 31 numbers
+
+
+def test_means_given_the_latents_of_a_long_chain():
+    model, x = Chain(30), torch.randn(4, 30)
+    run = PairTrace(model, model.guide, (x,))
+    z = run.guide["z"].site["value"]
+    expected = model.states_given(z)[0] @ model.far + z
+    found = {site["name"]: mean for site, mean in predictions.means(run)}
+    for n, each in enumerate(expected):
+        torch.testing.assert_close(found[f"x_{n}"], each, rtol=1e-4, atol=1e-4)
