@@ -41,7 +41,8 @@ class AmortizedGuide(PyroModule):
     ``poutine.condition(guide, data={"z": z})`` on x.
 
     Args:
-        model: program of p(x, z) to build the guide for. It does not become a submodule.
+        model: program of p(x, z) to build the guide for. It does not become a submodule, and is
+            not copied with the guide. To copy both, write ``copy.deepcopy((model, guide))``.
         encoder: network from the program's arguments to features (B, ...), flattened to (B, F).
         family: function from D to a family of D dimensions; see :mod:`pyro_vae.guides`.
         joint: whether several latents (or those of an inner plate) have one joint distribution.

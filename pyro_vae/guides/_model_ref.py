@@ -13,33 +13,9 @@ class ModelRef:
         program: the model.
     """
 
-    # referenced_objects does not search slots of the library, so it does not find the copies.
-    __slots__ = ("__dict__", "_copies")
-
     def __init__(self, program: Callable[..., Any]):
-        self.__dict__["program"] = program
-        self._copies: dict[int, Any] | None = None
-
-    @property
-    def program(self) -> Callable[..., Any]:
-        """The model. For a copied guide, its copy if one ``deepcopy`` copied both."""
-        if self._copies is not None:
-            original = self.__dict__["program"]
-            self.__dict__["program"] = self._copies.get(id(original), original)
-            self._copies = None
-        return self.__dict__["program"]
+        self.program = program
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelRef:
-        """Return a reference that looks for a copy of the program at its first use.
-
-        The deepcopy may copy the program after this reference.
-        """
-        copied = ModelRef(self.program)
-        copied._copies = memo
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"program": self.program}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        ModelRef.__init__(self, state["program"])
+        """Refer to the same program, or to its copy if the same deepcopy has already copied it."""
+        return ModelRef(memo.get(id(self.program), self.program))

@@ -29,6 +29,9 @@ class SemiAmortized(PyroModule):
     and :math:`q(z|x) = T_\# q_{\lambda_T}`. Each step samples a new z. So :math:`\lambda_T`, and
     the density at a given z, vary slightly between calls. The weights p/q of one call are exact.
 
+    The steps use the guide's model. To copy the pair, copy both at once with the model first:
+    ``copy.deepcopy((model, guide))``. Otherwise the copied guide uses the original model.
+
     Args:
         guide: any :class:`pyro_vae.guides.AmortizedGuide`.
         steps: T, the number of gradient steps.
