@@ -9,6 +9,7 @@ is summed out of p. In both cases the results have the same shape as without enu
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -75,7 +76,10 @@ class SummedOut:
         others = {dim for name, dim in self.dims.items() if name not in names}
         tables = sum_out(tables, others, [*self.sites])
         check_size(names, tables)
-        return sum(tables)
+        table = sum(tables)
+        # If no values can have given the latents, all have the same weight.
+        total = table.logsumexp([self.dims[name] for name in names], keepdim=True)
+        return torch.where(total == -math.inf, 0.0, table)
 
     @property
     def width(self) -> int:
@@ -288,7 +292,9 @@ class Enumeration:
             if observed:
                 whole = self._log_sum(tables[n] for n in group)
                 result.update(dict.fromkeys(observed, torch.zeros_like(whole)))
-                result[observed[0]] = whole - prior if latents else whole
+                if latents:  # impossible latents have a prior of minus infinity
+                    whole = torch.where(prior == -math.inf, 0.0, whole - prior)
+                result[observed[0]] = whole
         return result
 
     def _require_one_scale(self, group: list[str]) -> None:
@@ -305,13 +311,33 @@ class Enumeration:
                 )
 
     def _log_sum(self, tables: Iterable[Tensor]) -> Tensor:
-        """Sum out the enumerated values, from the innermost plates outwards."""
+        """Sum out the enumerated values, from the innermost plates outwards.
+
+        Raises:
+            ValueError: A density depends on values of two plates that cross.
+        """
         tables = list(tables)
+        self._require_nested(tables)
         for plates in sorted({*self._inner_of.values()}, key=len, reverse=True):
             dims = {dim for dim in self._model_dims if self._inner_of[dim] == plates}
             tables = sum_out(tables, dims, self.in_model)
+            self._require_nested(tables)
             tables = [self._without_plates(t, plates) for t in tables]
         return sum(tables)
+
+    def _require_nested(self, tables: list[Tensor]) -> None:
+        names = dict(zip(self._model_dims, self.in_model, strict=True))
+        for table in tables:
+            varying = [dim for dim in self._model_dims if table.shape[dim] > 1]
+            for one, other in itertools.combinations(varying, 2):
+                plates = self._inner_of[one], self._inner_of[other]
+                if not (plates[0] <= plates[1] or plates[1] <= plates[0]):
+                    raise ValueError(
+                        f"sites {names[one]!r} and {names[other]!r} are enumerated inside inner "
+                        "plates that cross, and a density depends on both. The sum would have one "
+                        "term for each combination of values. Nest the plates, or let the guide "
+                        "sample one of the sites."
+                    )
 
     def _without_plates(self, table: Tensor, plates: frozenset[int]) -> Tensor:
         """Sum a table over plates, except those of the enumerated values that it depends on."""

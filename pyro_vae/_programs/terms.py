@@ -328,7 +328,7 @@ class Terms:
     def masked_numbers(self) -> dict[str, Tensor]:
         """Return which numbers of the latents the model masks, ``(B, *inner plates, *event)``.
 
-        Only for the sites with a mask. Of a mask for whole events, event dimensions have size 1.
+        Only for the sites with a mask.
         """
         run, found = self._first, {}
         for factor in run.model.values():

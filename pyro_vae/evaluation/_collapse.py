@@ -299,11 +299,7 @@ def _moments(t: Terms, model: Program, batch: Batch) -> dict[str, Tensor]:
         )
         found[name] = torch.stack([draws.mean(0), draws.var(0), *of_prior])
         if name in masked:  # its samples mean nothing
-            shape = t.samples[name].shape[1:]
-            each = masked[name].reshape(
-                *masked[name].shape, *(1,) * (len(shape) - masked[name].dim())
-            )
-            found[name][:, each.expand(shape).reshape(draws.shape[1:])] = math.nan
+            found[name][:, masked[name].reshape(draws.shape[1:])] = math.nan
     return found
 
 

@@ -89,10 +89,11 @@ class LocalGuide(PyroModule):
         self._family, self._joint = family, joint
         self.posterior = Posterior(sites, family, joint).to(like)
         direction = torch.randn(rows.shape[-1], dtype=torch.float64, device=like.device)
-        # Each column has the same share of a key. Otherwise, large numbers would round off others.
+        # Each column has the same share of a key, from its difference to one row. Otherwise, large
+        # numbers would round off others.
         width = rows.amax(0) - rows.amin(0)
         direction = torch.where(width > 0, direction / width, 0.0)
-        keys, order = (rows @ direction).sort()
+        keys, order = ((rows - rows[0]) @ direction).sort()
         # Stored as integers, so a change of the module's dtype does not change them.
         for name, values in (("_rows", rows[order]), ("_direction", direction), ("_keys", keys)):
             self.register_buffer(name, values.view(torch.int64))
@@ -148,7 +149,9 @@ class LocalGuide(PyroModule):
         )
         x = _flat(x, *covariates)
         # One number per row identifies the row. It has rounding errors, so use the nearest key.
-        key = x @ direction
+        zero = torch.searchsorted(keys, keys.new_zeros(())).clamp(max=len(keys) - 1)
+        # The row from which differences are taken has the key zero. Older files have none.
+        key = (x - torch.where(keys[zero] == 0, rows[zero], 0.0)) @ direction
         above = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
         below = (above - 1).clamp(min=0)
         nearer = (key - keys[below]).abs() < (key - keys[above]).abs()
@@ -166,7 +169,7 @@ class LocalGuide(PyroModule):
 
 def _require_bound_prior(model: Callable[..., Any]) -> None:
     for module in (part for whole in modules(model) for part in whole.modules()):
-        if hasattr(module, "bind_guide") and module.guide is None:
+        if hasattr(module, "bind_guide") and getattr(module, "guide", module) is None:
             raise ValueError(
                 f"the model's {type(module).__name__} has no guide. A LocalGuide cannot be its "
                 "guide, because it has parameters only for its own data. Create a guide with an "

@@ -122,8 +122,9 @@ class InfoVAE(Objective):
     (Zhao et al. 2019). At :math:`\alpha = 1` there is no KL. This is the Wasserstein autoencoder
     with the MMD penalty (Tolstikhin et al. 2018, algorithm 2), which also accepts a point (Delta)
     as posterior. The MMD is the unbiased estimate from the minibatch's samples and as many samples
-    of the prior. Its kernel is the sum of the inverse multiquadratics
-    :math:`C / (C + \|z - z'\|^2)` with C = 2 D s. The values of s are 0.1, 0.2, 0.5, 1, 2, 5, 10.
+    of the prior, in which masked numbers are zero. Its kernel is the sum of the inverse
+    multiquadratics :math:`C / (C + \|z - z'\|^2)` with C = 2 D s. The values of s are 0.1, 0.2,
+    0.5, 1, 2, 5, 10.
 
     Args:
         alpha: 1 minus the weight of the KL; 1 removes the KL, 0 keeps it.
@@ -168,12 +169,14 @@ class InfoVAE(Objective):
                 'the plate "data". Use objectives.ELBO'
             )
         posterior, prior = terms.samples, {**terms.sample_joint().latents}
-        for name, masked in terms.masked_numbers().items():  # with the same mask, both are zero
+        masks = terms.masked_numbers()
+        for name, masked in masks.items():
             posterior[name] = posterior[name].masked_fill(masked, 0)
             prior[name] = prior[name].masked_fill(masked, 0)
         prior = _flat(prior[name] for name in posterior)
         samples = [_flat(each) for each in zip(*posterior.values(), strict=True)]
-        distances = [squared_mmd(each, prior) for each in samples]
+        # Row i of both has the same mask, so these two samples depend on each other.
+        distances = [squared_mmd(each, prior, without_pairs=bool(masks)) for each in samples]
         return bound - (self.alpha + self.scale - 1) * torch.stack(distances).mean()
 
     def shared(self, terms: Terms) -> float:
@@ -182,12 +185,14 @@ class InfoVAE(Objective):
         return 0.0
 
 
-def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
+def squared_mmd(x: Tensor, y: Tensor, *, without_pairs: bool = False) -> Tensor:
     """Return the unbiased estimate of the squared maximum mean discrepancy (Gretton et al. 2012).
 
     Args:
         x: samples of one distribution, ``(M, D)``.
         y: samples of another, ``(N, D)``.
+        without_pairs: leave out the pairs of row i of x and row i of y, which are not independent.
+            M and N are equal then.
 
     Raises:
         ValueError: One of the two has fewer than two samples.
@@ -197,11 +202,12 @@ def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
             "the MMD needs at least 2 data points in a minibatch, got 1. Use larger batches"
         )
 
-    def within(a: Tensor) -> Tensor:
+    def of_others(a: Tensor, b: Tensor) -> Tensor:
         off_diagonal = 1 - torch.eye(len(a), dtype=a.dtype, device=a.device)
-        return (_kernel(a, a) * off_diagonal).sum() / (len(a) * (len(a) - 1))
+        return (_kernel(a, b) * off_diagonal).sum() / (len(a) * (len(a) - 1))
 
-    return within(x) + within(y) - 2 * _kernel(x, y).mean()
+    between = of_others(x, y) if without_pairs else _kernel(x, y).mean()
+    return of_others(x, x) + of_others(y, y) - 2 * between
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:

@@ -365,3 +365,54 @@ def test_means_given_the_latents_of_a_long_chain():
     found = {site["name"]: mean for site, mean in predictions.means(run)}
     for n, each in enumerate(expected):
         torch.testing.assert_close(found[f"x_{n}"], each, rtol=1e-4, atol=1e-4)
+
+
+def test_values_inside_of_crossed_plates_are_refused():
+    weights = torch.randn(2, 2)
+
+    def model(x):
+        first, second = pyro.plate("first", 2, dim=-2), pyro.plate("second", 2, dim=-1)
+        with pyro.plate("data", len(x), dim=-3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with first:
+                a = pyro.sample("a", dist.Bernoulli(0.3), infer=PARALLEL)
+            with second:
+                b = pyro.sample("b", dist.Bernoulli(0.6), infer=PARALLEL)
+            with first, second:
+                loc = weights[a.long(), b.long()] + 0 * z
+                pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-3):
+            pyro.sample("z", dist.Normal(x.sum((1, 2), keepdim=True), 1.0))
+
+    with pytest.raises(ValueError, match="'a' and 'b' are enumerated inside inner plates that"):
+        pv.terms(model, guide, torch.randn(3, 2, 2))
+
+
+def test_latents_that_no_enumerated_value_can_have_given():
+    logits = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 1.0, -torch.inf]]).log_softmax(-1)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.4), infer=PARALLEL)
+            k = pyro.sample("k", dist.Categorical(logits=logits[c.long()]))
+            pyro.sample("x", dist.Normal(k.float() + c, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Categorical(logits=x.new_zeros(len(x), 3)))
+
+    x = torch.randn(5)
+    t = pv.terms(model, guide, x, num_particles=50)
+    impossible = t.samples["k"] == 2
+    assert 0 < impossible.sum() < impossible.numel()
+    assert (t.log_weight[impossible] == -torch.inf).all()
+    assert t.log_weight[~impossible].isfinite().all()
+    assert t.predict()["x"].isfinite().all()
+    found = pv.evidence(model, guide, x, num_particles=20_000, seed=0)
+    c, k = torch.arange(2.0).reshape(2, 1, 1), torch.arange(3.0).reshape(3, 1)
+    prior = torch.tensor([0.6, 0.4]).log().reshape(2, 1, 1) + logits.unsqueeze(-1)
+    exact = (prior + dist.Normal(k + c, 1.0).log_prob(x)).logsumexp((0, 1))
+    error = (found.values - exact).abs() / found.monte_carlo_errors
+    assert (error < 5).all()  # 3e-6 false alarms for 5 numbers

@@ -248,3 +248,24 @@ def test_annealing_when_a_latent_is_masked_everywhere(how):
     found = pv.evidence(model, guide, x, method=ais, seed=0).values
     expected = dist.Normal(0.0, 2**0.5).log_prob(x)  # the guide is the posterior
     torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_distance_of_infovae_is_unbiased_with_masks():
+    """The guide is the prior. The two samples of a row have the same mask, so they are paired."""
+    kept = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0], [1, 1], [0, 0]]).bool()
+
+    def model(x, m):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).mask(m).to_event(1))
+            pyro.sample("x", dist.Normal(0 * z[..., 0], 1.0), obs=x)
+
+    def guide(x, m):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).mask(m).to_event(1))
+
+    x = torch.randn(6)
+    log_likelihood = dist.Normal(0.0, 1.0).log_prob(x).sum()
+    objective = objectives.InfoVAE(1.0, 1.0)
+    found = torch.tensor([objective.loss(model, guide, x, kept) for _ in range(1500)])
+    distance = (found + log_likelihood) / 6
+    assert distance.mean().abs() < 4 * distance.std() / 1500**0.5  # false alarm: 6e-5

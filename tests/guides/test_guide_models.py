@@ -317,19 +317,42 @@ def test_a_pair_that_is_copied_at_once_is_consistent():
     assert loaded[0].guide._model.program is loaded[1]
 
 
-@pytest.mark.parametrize("column", [1e12, 1e300, "constant"])
+COLUMNS = {
+    "large": lambda u: 1e12 * u,
+    "huge": lambda u: 1e300 * u,
+    "constant": lambda u: torch.full_like(u, 1e12),
+    "nearly constant": lambda u: (
+        torch.tensor([0.1, 0.2, 0.7])[torch.randint(3, u.shape)].double() + 2.0**-50 * (u > 0.5)
+    ),
+    "dates": lambda u: 2459000.5 + 0.01 * u,
+    "seconds": lambda u: 1.7e9 + u,
+    "small": lambda u: 1e-12 * u,
+}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
 def test_local_guide_finds_rows_whatever_the_scale_of_a_column(column):
-    x = torch.randn(500, 3, dtype=torch.float64)
-    x[:, 0] = 1e12 if column == "constant" else column * torch.rand(500, dtype=torch.float64)
+    x = torch.randn(2000, 3, dtype=torch.float64)
+    x[:, 0] = COLUMNS[column](torch.rand(2000, dtype=torch.float64))
     model = pv.LatentVariableModel(
         pv.priors.StandardNormal(2), pv.likelihoods.Normal(pv.nets.MLP(2, [4], 3))
     ).double()
     guide = pv.guides.LocalGuide(model, x)
-    order = torch.randperm(500)
+    order = torch.randperm(2000)
     found = guide.parameters_of(x[order])
     assert found.isfinite().all()
     assert torch.equal(found, guide.parameters_of(x)[order])
-    assert len(found.unique(dim=0)) == 500
+    assert len(found.unique(dim=0)) == 2000
+
+
+def test_local_guide_of_rows_that_add_up_to_one():
+    x = torch.rand(1000, 3, dtype=torch.float64)
+    x = x / x.sum(1, keepdim=True)
+    x = torch.cat([x, x.sum(1, keepdim=True)], 1)  # the last column is 1 up to rounding
+    model = pv.LatentVariableModel(
+        pv.priors.StandardNormal(2), pv.likelihoods.Normal(pv.nets.MLP(2, [4], 4))
+    ).double()
+    assert pv.guides.LocalGuide(model, x).parameters_of(x).isfinite().all()
 
 
 def test_local_guide_refuses_to_be_the_guide_of_a_prior():
