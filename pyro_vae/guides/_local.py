@@ -149,9 +149,10 @@ class LocalGuide(PyroModule):
         )
         x = _flat(x, *covariates)
         # One number per row identifies the row. It has rounding errors, so use the nearest key.
-        zero = torch.searchsorted(keys, keys.new_zeros(())).clamp(max=len(keys) - 1)
         # The row from which differences are taken has the key zero. Older files have none.
-        key = (x - torch.where(keys[zero] == 0, rows[zero], 0.0)) @ direction
+        zero = torch.searchsorted(keys, keys.new_zeros(1)).clamp(max=len(keys) - 1)
+        first = torch.where(keys[zero].unsqueeze(1) == 0, rows[zero], 0.0)
+        key = (x - first) @ direction
         above = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
         below = (above - 1).clamp(min=0)
         nearer = (key - keys[below]).abs() < (key - keys[above]).abs()
