@@ -97,7 +97,8 @@ The seconds are medians over epochs on one core of an AMD EPYC (Zen 5), beside o
 hours are the median times the epochs, because some runs were paused. The best epoch has the lowest
 validation loss, and its parameters are evaluated. The peak memory has training and evaluation. That
 of A vae has no surgery, and that of E was measured again after the runs, for log p(x) of 1000
-images and the surgery.
+images and the surgery. The row D flow shared its core with three other programs; alone, an epoch
+takes 4 seconds.
 
 """
 
