@@ -227,6 +227,8 @@ def _describe(site: Site, plates: tuple[CondIndepStackFrame, ...], nesting: int)
             )
     bijection = _bijection_of(site, data_dim - fn.event_dim)
     batch_shape = list(fn.batch_shape)
+    while len(batch_shape) > nesting and batch_shape[0] == 1:  # no plate has this dimension
+        del batch_shape[0]
     del batch_shape[data_dim]
     return LatentSite(
         name=site["name"],

@@ -99,6 +99,20 @@ def increasing_root(
     return implicit(x, function(x), lambda grad: grad / found)
 
 
+def gradient_or_zeros(value: Tensor, point: Tensor, **options: bool) -> Tensor:
+    """Return the gradient of the sum of ``value``, or zeros if it does not depend on ``point``.
+
+    Args:
+        value: any shape.
+        point: a tensor that requires a gradient.
+        **options: further arguments of ``torch.autograd.grad``.
+    """
+    if not value.requires_grad:
+        return torch.zeros_like(point)
+    (gradient,) = torch.autograd.grad(value.sum(), point, allow_unused=True, **options)
+    return torch.zeros_like(point) if gradient is None else gradient
+
+
 def softplus_scale(raw: Tensor) -> Tensor:
     """Map numbers to positive ones by a softplus, with zero mapped to one.
 

@@ -168,8 +168,8 @@ def gradient_noise(
     Raises:
         ValueError: There are no objectives, two objectives have the same name, or ``repeats`` is
             below 2. Data are invalid, or the pair breaks a rule (docs/contract.md). An objective
-            does not accept the pair or a site. The pair has no parameters, or was made under
-            ``torch.inference_mode``.
+            does not accept the pair or a site, or its bound depends on no parameter. The pair has
+            no parameters, or was made under ``torch.inference_mode``.
         TypeError: An objective is not a ``pyro.infer.ELBO``.
 
     Example:
@@ -257,7 +257,13 @@ def _moments(
     mean = [torch.zeros_like(p, dtype=torch.float64) for p in all_of_them]
     square = [torch.zeros_like(each) for each in mean]
     for number in range(1, repeats + 1):
-        gradients = torch.autograd.grad(bound(), all_of_them, allow_unused=True)
+        value = bound()
+        if not value.requires_grad:
+            raise ValueError(
+                "the bound of this objective depends on no parameter of model and guide that "
+                "requires a gradient. Pass another objective or pair"
+            )
+        gradients = torch.autograd.grad(value, all_of_them, allow_unused=True)
         for i, g in enumerate(gradients):
             away = (0.0 if g is None else g.double()) - mean[i]
             mean[i] += away / number

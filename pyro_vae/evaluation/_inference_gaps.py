@@ -21,6 +21,7 @@ from pyro_vae._programs.parameters import require_programs, require_trainable_te
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._utils.checks import check_call, positive_integer
 from pyro_vae._utils.interrupts import Interrupted
+from pyro_vae._utils.numerics import gradient_or_zeros
 from pyro_vae._utils.precision import Precision, check_precision
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
@@ -270,7 +271,7 @@ def _comparison(
             t = run(parameters, batch, ascent.num_particles)
             t.require_reparameterized("inference_gaps")
             elbo = (t.log_likelihood - t.kl).mean(0)
-            (gradient,) = torch.autograd.grad(elbo.sum(), parameters)
+            gradient = gradient_or_zeros(elbo, parameters)
         return [elbo.detach(), gradient]
 
     passes = -(-num_particles // max(1, pairs_per_pass // len(batches.first()[0])))

@@ -16,6 +16,7 @@ from pyro_vae._programs.particles import Vectorize
 from pyro_vae._programs.sites import is_discrete, to_particle_layout
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._utils.messages import first_line
+from pyro_vae._utils.numerics import gradient_or_zeros
 from pyro_vae.evaluation._delta_sites import point, prior_sites
 from pyro_vae.evaluation._scoring import log_prob_given
 
@@ -152,7 +153,9 @@ class TemperedPath:
         with gradients_of_values():
             rows = rows.detach().requires_grad_()
             start, other = self._densities(rows, batch)
-            gradients = [_gradient(density, rows) for density in (start, other)]
+            gradients = [
+                gradient_or_zeros(density, rows, retain_graph=True) for density in (start, other)
+            ]
         start, other = start.detach(), other.detach()
         if self._from_prior:  # here other is log p(x|z)
             return [start, other, *gradients]
@@ -248,9 +251,3 @@ def _leading(rows: Tensor) -> Tensor:
     """Remove the dimension of the chains if there is one chain, as in the programs."""
     return rows.squeeze(0) if len(rows) == 1 else rows
 
-
-def _gradient(density: Tensor, rows: Tensor) -> Tensor:
-    if not density.requires_grad:
-        return torch.zeros_like(rows)
-    (gradient,) = torch.autograd.grad(density.sum(), rows, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(rows) if gradient is None else gradient

@@ -13,6 +13,7 @@ from pyro_vae._programs.runs import outside_of_plates, trace_of
 from pyro_vae._programs.sites import data_frame, random_sites
 from pyro_vae._programs.terms import terms
 from pyro_vae._utils.init_args import records_init_args
+from pyro_vae._utils.numerics import gradient_or_zeros
 from pyro_vae._utils.random import restored_generators
 from pyro_vae.guides._amortized import AmortizedGuide
 
@@ -110,8 +111,7 @@ class SemiAmortized(PyroModule):
         with outside_of_plates(), poutine.block():  # hide these samples from outer handlers
             t = terms(self.guide._model.program, guide, x, *covariates)
             elbo = (t.log_likelihood - t.kl).sum()
-        (gradient,) = torch.autograd.grad(elbo, parameters, create_graph=self._through)
-        return gradient
+        return gradient_or_zeros(elbo, parameters, create_graph=self._through)
 
 
 def _normal(value: Any) -> Any:
