@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._utils.modules import before_unknown, modules
+from pyro_vae._utils.user_warnings import warn_user
 
 Result = TypeVar("Result")
 
@@ -50,6 +51,22 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
                 module.train(training)
         for module, training in reversed(flags):
             module.training = training
+
+
+def warn_of_evaluation_mode(model: Program, guide: Program) -> None:
+    """Warn if a pair is about to be trained in evaluation mode and has layers that it changes."""
+    parts = [part for module in modules(model, guide) for part in module.modules()]
+    changed = [part for part in parts if isinstance(part, _CHANGED) or hasattr(part, CHANGED)]
+    if changed and not any(part.training for part in parts):
+        warn_user(
+            "model and guide are in evaluation mode, so the fit trains without dropout, batch norm "
+            f"and the like ({type(changed[0]).__name__}). Call .train() on their modules before it"
+        )
+
+
+# Modules that compute something else in evaluation mode. Other classes have the attribute.
+_CHANGED = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+CHANGED = "differs_in_evaluation"
 
 
 @contextlib.contextmanager

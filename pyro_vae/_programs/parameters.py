@@ -19,8 +19,10 @@ from pyro_vae._programs import fits
 from pyro_vae._programs.fits import Store
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._utils.checks import check_call
-from pyro_vae._utils.identity import owner_of
+from pyro_vae._utils.identity import hides_parameters, owner_of
 from pyro_vae._utils.modules import modules
+from pyro_vae._utils.referenced_objects import referenced_objects
+from pyro_vae._utils.user_warnings import warn_user
 
 _open_stores: list[Store] = []
 
@@ -141,8 +143,8 @@ def parameters_of(
     by_program = {}
     for name, program in (("model", model), ("guide", guide)):
         found = dict.fromkeys(trace.parameters(name))
-        if isinstance(owner_of(program), nn.Module):
-            found |= dict.fromkeys(owner_of(program).parameters())
+        if not hides_parameters(program):
+            found |= dict.fromkeys(_of_owner(program))
         by_program[name] = [p for p in found if p.requires_grad]
     ids = set(map(id, by_program["guide"]))
     if both := [p for p in by_program["model"] if id(p) in ids]:
@@ -158,6 +160,37 @@ def parameters_of(
             for name, found in by_program.items()
         }
     return by_program
+
+
+def warn_of_untrained(
+    model: Program, guide: Program, trace: PairTrace, trained: Iterable[torch.Tensor]
+) -> None:
+    """Warn if the densities of a run depend on parameters that a fit does not train.
+
+    Such parameters belong to modules that the programs use through a function, without
+    ``pyro.module``. Parameters that a handler hides are left out.
+    """
+    known = {id(p) for p in (*trained, *_of_owner(model), *_of_owner(guide))}
+    free = {
+        id(thing): (name, thing)
+        for name, thing in reversed([*referenced_objects(model=model, guide=guide)])
+        if isinstance(thing, torch.Tensor)
+        and thing.is_leaf
+        and thing.requires_grad
+        and id(thing) not in known
+    }
+    if not free:
+        return
+    names, tensors = map(list, zip(*free.values(), strict=True))
+    used = map(any, zip(*trace.depends_on(tensors).values(), strict=True))
+    if found := sorted(name for name, is_used in zip(names, used, strict=True) if is_used):
+        names = f"{found[0]!r}" + (f" and {len(found) - 1} others" if len(found) > 1 else "")
+        warn_user(
+            f"the densities depend on the parameter {names}, which the fit does not train, because "
+            "no program registers it. Pass the module itself instead of a function that calls it, "
+            "or call pyro.module(name, module) in the program. If it should not be trained, call "
+            "requires_grad_(False) on it"
+        )
 
 
 def has_finite_parameters(model: Program, guide: Program) -> bool:
@@ -208,6 +241,11 @@ def device_of(model: Program, guide: Program) -> torch.device:
     for parameter in (*of_modules, *own["params"].values(), *of_pyro.values()):
         return parameter.device
     return torch.device("cpu")
+
+
+def _of_owner(program: Program) -> list[nn.Parameter]:
+    owner = owner_of(program)
+    return [*owner.parameters()] if isinstance(owner, nn.Module) else []
 
 
 def free_param_names() -> set[str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -20,6 +21,26 @@ def owner_of(program: Callable[..., Any]) -> Any:
     """Return the object whose lifetime a program shares: the function, or a method's instance."""
     core = _core(program)
     return getattr(core, "__self__", core)
+
+
+def hides_parameters(program: Callable[..., Any]) -> bool:
+    """Return whether ``poutine.block`` around a program hides its parameters."""
+    while isinstance(program, functools.partial):
+        handler = _handler(program)
+        if isinstance(handler, BlockMessenger) and handler.hide_fn(dict(_PARAMETER)):
+            return True
+        program = program.func if handler is None else program.args[-1]
+    return False
+
+
+# A parameter as Pyro's handlers get it, without a name or a value.
+_PARAMETER: dict[str, Any] = {
+    "type": "param",
+    "name": None,
+    "is_observed": False,
+    "value": None,
+    "infer": {},
+}
 
 
 def method_of(program: Callable[..., Any]) -> Any:

@@ -250,4 +250,3 @@ class TemperedPath:
 def _leading(rows: Tensor) -> Tensor:
     """Remove the dimension of the chains if there is one chain, as in the programs."""
     return rows.squeeze(0) if len(rows) == 1 else rows
-

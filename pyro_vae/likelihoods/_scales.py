@@ -165,6 +165,8 @@ class OptimalScale(nn.Module):
         True
     """
 
+    differs_in_evaluation = True
+
     def __init__(self, momentum: float = 0.1, least: float = 1e-3):
         super().__init__()
         self.momentum = positive_number("momentum", momentum)

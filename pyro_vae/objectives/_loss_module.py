@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
-from pyro.infer.elbo import ELBOModule
+from pyro.infer.elbo import ELBO, ELBOModule
 from torch import Tensor, nn
+
+from pyro_vae._utils.identity import owner_of
 
 
 class LossModule(ELBOModule):
@@ -26,6 +28,13 @@ class LossModule(ELBOModule):
 
     _read: frozenset[int] = frozenset()  # ids of the parameters that named_parameters yielded last
     _compared: frozenset[int] = frozenset()  # _read at the last comparison
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], elbo: ELBO):
+        super().__init__(model, guide, elbo)
+        for name, program in (("owner_of_model", model), ("owner_of_guide", guide)):
+            owner = owner_of(program)  # the module of a method, or the module inside handlers
+            if isinstance(owner, nn.Module) and all(owner is not m for m in self.children()):
+                self.add_module(name, owner)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of both programs, as torch modules do."""

@@ -82,6 +82,8 @@ class ExemplarPrior(GuideMixturePrior):
         40
     """
 
+    differs_in_evaluation = True
+
     @checked
     def __init__(
         self,

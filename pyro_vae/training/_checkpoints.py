@@ -37,7 +37,8 @@ class Checkpoint:
 
     Raises:
         TypeError: The type of an argument differs from its annotation.
-        ValueError: ``seconds`` is infinite or NaN, or ``keep`` is less than 1.
+        ValueError: The folder is an empty string, ``seconds`` is infinite or NaN, or ``keep`` is
+            less than 1.
 
     Example:
         >>> import pyro_vae as pv
@@ -57,6 +58,8 @@ class Checkpoint:
                 "checkpoint must be a folder (a str or Path) or a pv.training.Checkpoint, got "
                 f"{self.folder!r}"
             )
+        if not os.fspath(self.folder):
+            raise ValueError('checkpoint must name a folder, got "". Pass "." for this folder')
         if not isinstance(self.resume, bool):
             raise TypeError(f"resume must be True or False, got {self.resume!r}")
         real_number("seconds", self.seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from pyro_vae._capture import Capture, check_capture
 from pyro_vae._programs import fits
 from pyro_vae._programs.data_plate import name_data_plate
-from pyro_vae._programs.evaluation import evaluation_mode
+from pyro_vae._programs.evaluation import evaluation_mode, warn_of_evaluation_mode
 from pyro_vae._programs.pair_state import digests as digests_of_pair
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.parameters import (
@@ -29,6 +30,7 @@ from pyro_vae._programs.parameters import (
     parameters_of,
     require_programs,
     require_trainable_tensors,
+    warn_of_untrained,
 )
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call
@@ -241,10 +243,10 @@ def fit(
         checkpoint: a folder for checkpoints, or a :class:`~pyro_vae.training.Checkpoint` with
             further settings. A folder is ``Checkpoint(folder)``. To resume a run, pass
             ``Checkpoint(folder, resume=True)``, a new pair and the same arguments. ``epochs`` may
-            be larger than before. On the same device, the parameters of a resumed run equal those
-            of an uninterrupted run bit for bit. The number of threads must be the same. With
-            ``capture="auto"``, the number of epochs must be the same too, because it decides
-            whether steps are compiled.
+            be larger than before, and ``seed`` may be left out. On the same device, the parameters
+            of a resumed run equal those of an uninterrupted run bit for bit. The number of threads
+            must be the same. With ``capture="auto"``, the number of epochs must be the same too,
+            because it decides whether steps are compiled.
         transform: function that is applied to each minibatch x on the device. Use
             ``torch.bernoulli`` for dynamic binarization. It returns a tensor with as many rows.
             Validation data are not transformed.
@@ -315,10 +317,14 @@ def fit(
     check_precision(precision)
     require_programs(model, guide)
     require_trainable_tensors(model, guide)
+    warn_of_evaluation_mode(model, guide)
     device = torch_device(device)
     started = time.perf_counter()
     checkpoints = checkpoints_of(checkpoint)
     saved = None if checkpoints is None else checkpoints.begin()
+    if saved is not None and seed is None:
+        with resuming_from(checkpoints.folder):
+            seed = saved["settings"].get("seed")  # not in older checkpoints
     with (
         matmul_precision(precision),
         seeded(seed),
@@ -343,6 +349,7 @@ def fit(
             "learning_rate": learning_rate,
             "transform": transform is not None,
             "precision": current_precision(),
+            "seed": seed,
         }
         if saved is not None:
             with resuming_from(checkpoints.folder):
@@ -500,6 +507,7 @@ def _check_pair(
         _check_scale_of_global_latents(trace, batches.num_data)
         bind(model, guide, store, trace)
         parameters = parameters_of(model, guide, trace)
+        warn_of_untrained(model, guide, trace, itertools.chain(*parameters.values()))
     for each, rows, training in ((batches, first, True), (held_out, first_held_out, False)):
         if each is not None:
             with nullcontext() if training else restored_generators():

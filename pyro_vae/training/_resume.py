@@ -15,6 +15,7 @@ from pyro_vae.serialization._folder import UnreadableFile
 
 # Settings that older checkpoints do not have, with the values of their runs.
 _OF_OLDER_CHECKPOINTS = {"precision": "highest"}
+_MISSING = object()
 
 
 def settings_of_run(
@@ -43,13 +44,24 @@ def require_settings(saved: Mapping[str, Any], here: Mapping[str, Any], folder: 
     Raises:
         ValueError: A setting differs. The message names it.
     """
-    saved = _OF_OLDER_CHECKPOINTS | dict(saved)
+    saved = _OF_OLDER_CHECKPOINTS | {"seed": here.get("seed")} | dict(saved)
     for name, value in here.items():
-        if name not in saved or saved[name] != value:
-            raise ValueError(
-                f"{folder} has the checkpoints of a run with {name} {saved.get(name)}, but here it "
-                f"is {value}. Pass the arguments of that run, or another folder"
-            )
+        then = saved.get(name)
+        if name in saved and then == value:
+            continue
+        if isinstance(then, dict) and isinstance(value, dict):
+            name, then, value = _first_difference(then, value)
+        raise ValueError(
+            f"{folder} has the checkpoints of a run with {name} {then}, but here it is {value}. "
+            "Pass the arguments of that run, or another folder"
+        )
+
+
+def _first_difference(one: dict[str, Any], other: dict[str, Any]) -> tuple[str, Any, Any]:
+    """Return the first key at which two unequal dictionaries differ, and both values."""
+    keys = [*one, *other]
+    name = next(k for k in keys if one.get(k, _MISSING) != other.get(k, _MISSING))
+    return name, one.get(name), other.get(name)
 
 
 @contextlib.contextmanager

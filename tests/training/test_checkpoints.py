@@ -439,6 +439,7 @@ def test_damaged_checkpoint_is_skipped(binary, tmp_path):
         ({"objective": objectives.FreeBits(0.5)}, "objective ELBO"),
         ({"validation": torch.ones(3, 16)}, "validation None"),
         ({"transform": torch.bernoulli}, "transform False"),
+        ({"seed": 1}, "seed 0, but here it is 1"),
     ],
 )
 def test_resume_refuses_a_checkpoint_of_another_run(changes, message, binary, tmp_path):
@@ -463,12 +464,12 @@ def test_resume_refuses_a_checkpoint_of_another_run(changes, message, binary, tm
         (
             {"objective": objectives.FreeBits(0.5)},
             {"objective": objectives.FreeBits(0.6)},
-            "numbers of the objective",
+            r"a run with objective\.\S+ 0\.5, but here it is 0\.6\.",
         ),
         (
             {"objective": objectives.BetaELBO(objectives.Linear(10))},
             {"objective": objectives.BetaELBO(objectives.Linear(20))},
-            "numbers of the objective",
+            r"a run with objective\.\S+ 10, but here it is 20\.",
         ),
     ],
 )
@@ -478,6 +479,29 @@ def test_resume_refuses_another_optimizer_scheduler_or_objective(
     fit(binary, tmp_path, **first)
     with pytest.raises(ValueError, match=message):
         fit(binary, tmp_path, resume=True, **then)
+
+
+def test_a_resumed_run_has_the_seed_of_its_first_part(binary, tmp_path):
+    fit(binary, tmp_path, epochs=1, seed=5)
+    straight, expected = fit(binary, epochs=3, seed=5)
+    resumed, found = fit(binary, tmp_path, resume=True, epochs=3, seed=None)
+    assert resumed.seed == straight.seed == 5
+    assert equal(found, expected)
+    with pytest.raises(ValueError, match="seed 5, but here it is 6"):
+        fit(binary, tmp_path, resume=True, epochs=4, seed=6)
+
+
+def test_a_run_without_a_seed_resumes_without_one(binary, tmp_path):
+    fit(binary, tmp_path, epochs=1, seed=None)
+    with pytest.raises(ValueError, match="seed None, but here it is 0"):
+        fit(binary, tmp_path, resume=True, epochs=2, seed=0)
+    resumed, _ = fit(binary, tmp_path, resume=True, epochs=2, seed=None)
+    assert resumed.seed is None
+
+
+def test_an_empty_name_is_no_folder_for_checkpoints():
+    with pytest.raises(ValueError, match="must name a folder"):
+        Checkpoint("")
 
 
 def test_repeated_resume_of_a_finished_run_keeps_its_random_numbers(binary, tmp_path):
