@@ -177,6 +177,14 @@ def _check_latent(name: str, site: Site, guide: Sites) -> None:
             "x, the first dimension of the first argument. The plates at this site have the sizes "
             f"{sizes[0]} in the model and {sizes[1]} in the guide."
         )
+    kinds = [_kind_of_values(each) for each in (site, match)]
+    if None not in kinds and kinds[0] != kinds[1] and not (is_delta(site) or is_delta(match)):
+        raise ValueError(
+            f"latent site {name!r} is {kinds[0]} in the model and {kinds[1]} in the guide. A "
+            "probability and a density cannot be compared, so the pair has no bound. Use "
+            "distributions of one kind in both. For gradients through discrete samples, relax both "
+            "programs, or use OneHotCategoricalStraightThrough in the guide."
+        )
     of_model, of_guide = mask_of(site), mask_of(match)
     if (of_model is None) != (of_guide is None):
         where = ("guide", "model") if of_model is None else ("model", "guide")
@@ -198,6 +206,14 @@ def _check_latent(name: str, site: Site, guide: Sites) -> None:
             "the guide. With different scales the pair has no bound. Use the same poutine.scale "
             "and the same inner plates in both."
         )
+
+
+def _kind_of_values(site: Site) -> str | None:
+    """Return whether a site is discrete or continuous, or None if it does not declare it."""
+    try:
+        return "discrete" if site["fn"].support.is_discrete else "continuous"
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _check_auxiliary(names: list[str], latents: list[str], model: Sites, guide: Sites) -> None:

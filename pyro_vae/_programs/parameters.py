@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import pyro
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from pyro_vae._programs import fits
 from pyro_vae._programs.fits import Store
@@ -201,14 +202,21 @@ def has_finite_parameters(model: Program, guide: Program) -> bool:
 
 
 def require_trainable_tensors(model: Program, guide: Program) -> None:
-    """Raise ValueError if a parameter or buffer was made under ``torch.inference_mode``.
+    """Raise ValueError if a parameter or buffer cannot have a gradient.
 
     Raises:
-        ValueError: A tensor of a module was made there, and so cannot have a gradient.
+        ValueError: A tensor of a module was made under ``torch.inference_mode``, or belongs to a
+            lazy layer of torch that was never called.
     """
     for role, program in (("model", model), ("guide", guide)):
         for module in modules(program):
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if is_lazy(tensor):
+                    raise ValueError(
+                        f"{name!r} of the {role} has no values yet, because its layer is lazy. "
+                        "Call the layer once on data of the right shape, or use a layer with a "
+                        "given size"
+                    )
                 if tensor.is_inference():
                     raise ValueError(
                         f"{name!r} of the {role} was made under torch.inference_mode(), where "

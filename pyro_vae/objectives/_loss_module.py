@@ -11,14 +11,16 @@ from pyro.infer.elbo import ELBO, ELBOModule
 from torch import Tensor, nn
 
 from pyro_vae._utils.identity import owner_of
+from pyro_vae._utils.referenced_objects import referenced_objects
 
 
 class LossModule(ELBOModule):
     """The module that ``objective(model, guide)`` returns. Call it with a minibatch for the loss.
 
-    A call warns if the loss depends on a parameter that the last :meth:`parameters` did not yield.
-    A guide creates some of its parameters at its first call. The parameters of a plain function
-    are in no module. An optimizer built from the earlier list would not train them.
+    It contains the modules of both programs, also if a program is a method of a module. A call
+    warns if the loss depends on a parameter that the last :meth:`parameters` did not yield. A guide
+    creates some of its parameters at its first call. The parameters of a plain function are in no
+    module. An optimizer built from the earlier list would not train them.
 
     Args:
         model: program of p(x, z).
@@ -59,7 +61,11 @@ class LossModule(ELBOModule):
         loss = super().forward(*args, **kwargs)
         if self._read != self._compared and loss.requires_grad:
             self._compared = self._read
-            named = [*pyro.get_param_store().named_parameters(), *super().named_parameters()]
+            named = [
+                *referenced_objects(model=self.model, guide=self.guide),
+                *pyro.get_param_store().named_parameters(),
+                *super().named_parameters(),
+            ]
             names = {id(parameter): name for name, parameter in named}
             missing = {id(leaf) for leaf in _leaves(loss)} - self._read
             if found := [names[each] for each in missing if each in names]:
@@ -67,7 +73,8 @@ class LossModule(ELBOModule):
                     f"the loss depends on parameter {min(found)!r}, which the last parameters() "
                     "did not yield. An optimizer built from that list does not train it. Call "
                     "this module once before you create the optimizer. If a program is a "
-                    "function, make it a PyroModule, or train by pyro_vae.fit or pyro.infer.SVI",
+                    "function, make it a PyroModule, or train by pyro_vae.fit or pyro.infer.SVI. "
+                    "If a component is a function that calls a module, pass the module itself",
                     stacklevel=2,
                 )
         return loss

@@ -462,3 +462,55 @@ def test_errors_of_guides_have_no_dump_of_shapes():
             with pytest.raises(ValueError, match=message) as caught:
                 call(model, guide, x)
             assert "Sites:" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prior", "posterior"),
+    [
+        (
+            lambda x: dist.OneHotCategorical(torch.ones(3)),
+            lambda x: dist.RelaxedOneHotCategoricalStraightThrough(torch.tensor(0.5), logits=x),
+        ),
+        (
+            lambda x: dist.Bernoulli(torch.full((3,), 0.5)).to_event(1),
+            lambda x: dist.RelaxedBernoulliStraightThrough(torch.tensor(0.5), logits=x).to_event(1),
+        ),
+        (
+            lambda x: dist.Poisson(torch.ones(3)).to_event(1),
+            lambda x: dist.Gamma(x.exp(), 1.0).to_event(1),
+        ),
+        (
+            lambda x: dist.Gamma(torch.ones(3), 1.0).to_event(1),
+            lambda x: dist.Poisson(x.exp()).to_event(1),
+        ),
+    ],
+)
+def test_a_probability_is_not_compared_with_a_density(prior, posterior):
+    def program(distribution, x, observed):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", distribution(x))
+            if observed:
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    pair = (
+        lambda x: program(prior, x, True),
+        lambda x: program(posterior, x, False),
+    )
+    with pytest.raises(ValueError, match="A probability and a density cannot"):
+        pv.terms(*pair, torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("point", [torch.ones(5), torch.zeros(5)])
+def test_a_delta_is_accepted_for_a_discrete_latent(point):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(point))
+
+    x = torch.randn(5)
+    expected = dist.Bernoulli(0.3).log_prob(point) + dist.Normal(point, 1.0).log_prob(x)
+    torch.testing.assert_close(pv.terms(model, guide, x).log_weight[0], expected)
