@@ -252,3 +252,38 @@ def test_flow_with_parameters_of_its_own_optimizes_its_base():
     gaps = pv.inference_gaps(model, guide, x, num_particles=2000, ascent=QUICK, seed=0)
     assert_near(gaps.approximation_gap, 0.0)
     assert gaps.parameters.shape == (30, 2)
+
+
+def masked_pair(make_guide):
+    """Return a pair whose only latent is masked, so that no density depends on the guide."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with pyro.poutine.mask(mask=False):
+                pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1), obs=x)
+
+    return model, make_guide(model, nn.Linear(3, 8))
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_guide_that_no_density_depends_on_has_no_gaps(capture, without_compiler):
+    x = torch.randn(4, 3)
+    pair = masked_pair(pv.guides.AmortizedNormal)
+    found = pv.inference_gaps(*pair, x, num_particles=10, capture=capture, seed=0)
+    exact = dist.Normal(0.0, 1.0).log_prob(x).sum(1)
+    torch.testing.assert_close(found.log_evidence.values.float(), exact)
+    for gap in (found.approximation_gap, found.amortization_gap):
+        assert gap.values.abs().max() < 1e-5
+
+
+def test_a_refinement_without_a_gradient_keeps_the_parameters():
+    x = torch.randn(4, 3)
+    model, guide = masked_pair(pv.guides.AmortizedNormal)
+    refined = pv.guides.SemiAmortized(guide, steps=2)
+    z = pv.terms(model, refined, x).samples["z"][0]
+    densities = []
+    for program in (refined, guide):
+        trace = pyro.poutine.trace(pyro.poutine.condition(program, data={"z": z})).get_trace(x)
+        densities.append(trace.nodes["z"]["fn"].log_prob(z))
+    torch.testing.assert_close(*densities)

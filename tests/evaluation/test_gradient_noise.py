@@ -204,3 +204,18 @@ def test_gradient_noise_checks_the_pair_as_fit_does():
         pv.gradient_noise(model, guide, torch.randn(5), objectives, repeats=2)
     with pytest.raises(ValueError, match="NaN"):
         pv.gradient_noise(model, guide, torch.full((7, 5), torch.nan), objectives, repeats=2)
+
+
+def test_a_bound_without_a_gradient_is_refused():
+    unused = torch.nn.Linear(1, 1)
+
+    def program(x, observed):
+        pyro.module("unused", unused)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if observed:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    pair = (lambda x: program(x, True), lambda x: program(x, False))
+    with pytest.raises(ValueError, match="depends on no parameter"):
+        pv.gradient_noise(*pair, torch.randn(5), {"elbo": pv.objectives.ELBO()}, repeats=2)

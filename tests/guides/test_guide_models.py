@@ -1,5 +1,6 @@
 """Guides of every family for models that were not written for them."""
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -364,3 +365,28 @@ def test_local_guide_refuses_to_be_the_guide_of_a_prior():
         pv.guides.LocalGuide(model, torch.rand(8, 6).round())
     model.prior.bind_guide(pv.guides.AmortizedNormal(model, pv.nets.MLP(6, [4])))
     pv.guides.LocalGuide(model, torch.rand(8, 6).round())
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+@pytest.mark.parametrize("inner", [False, True])
+def test_leading_dimensions_of_size_one_belong_to_no_latent(name, inner):
+    sizes = (1, 1, 4) if inner else (1, 4)
+
+    def model(x, dims):
+        loc = torch.zeros(*dims[:-1], len(x), 2)
+        with pyro.plate("data", len(x), dim=-1):
+            with pyro.plate("inner", 3, dim=-2) if inner else contextlib.nullcontext():
+                z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+            total = z[..., 0].sum(-2, keepdim=True) if inner else z[..., 0]
+            pyro.sample("x", dist.Normal(total, 1.0), obs=x)
+
+    x = torch.randn(4)
+    found = []
+    for dims in (sizes, sizes[-2:] if inner else sizes[-1:]):
+        torch.manual_seed(0)
+        program = functools.partial(model, dims=dims)
+        encoder = torch.nn.Sequential(torch.nn.Unflatten(0, (-1, 1)), torch.nn.Linear(1, 8))
+        guide = DENSITIES[name](program, encoder)
+        terms = pv.terms(program, guide, x, num_particles=3)
+        found.append((terms.log_weight, terms.samples["z"]))
+    torch.testing.assert_close(found[0], found[1])
