@@ -33,8 +33,8 @@ ALLOWED = {
     "surjections": ("_programs _utils flows", "pyro"),
     "models": ("_programs _utils priors", "pyro"),
     "guides": ("_programs _utils distributions flows models nets", "pyro"),
-    "serialization": ("_programs _utils datasets flows guides likelihoods models nets priors "
-                      "surjections",
+    "serialization": ("_programs _utils datasets distributions flows guides likelihoods models "
+                      "nets priors surjections",
                       "numpy onnx onnxscript pandas pyro safetensors"),
     "training": ("_capture _programs _utils datasets objectives serialization",
                  "cloudpickle joblib pandas pyro rich"),

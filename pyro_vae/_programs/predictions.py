@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pyro import poutine
-from pyro.distributions import ProjectedNormal, Unit, VonMises
+from pyro.distributions import Unit
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from pyro_vae._programs.enumeration import SummedOut
 from pyro_vae._programs.pair_trace import PairTrace
-from pyro_vae._programs.sites import Site, base_distribution, data_frame, random_sites
+from pyro_vae._programs.sites import Site, data_frame, random_sites
+from pyro_vae.distributions._moments import closed_form_mean
+from pyro_vae.distributions._supports import is_angle
 
 
 def predict(run: PairTrace) -> dict[str, Tensor]:
@@ -56,7 +58,7 @@ def means(run: PairTrace) -> Iterator[tuple[Site, Tensor]]:
     for site in drawn:
         mean = known_mean(enumerated[site["name"]])
         # Angles have no average.
-        if mean is None or isinstance(base_distribution(site["fn"]), VonMises):
+        if mean is None or is_angle(site["fn"]):
             yield site, site["value"]
             continue
         for each in reversed(inside):  # a later one may depend on an earlier one
@@ -91,14 +93,12 @@ def _values(site: Site) -> Tensor:
 
 
 def known_mean(site: Site) -> Tensor | None:
-    """Return the mean of a site's distribution, or None if it does not exist or is unknown."""
-    if isinstance(base_distribution(site["fn"]), ProjectedNormal):
-        return None  # in Pyro, its mean attribute is a direction
-    try:
-        mean = site["fn"].mean
-    except NotImplementedError:
-        return None
-    return None if mean.isnan().any() else mean
+    """Return the mean of a site's distribution, or None if it does not exist or is unknown.
+
+    Angles have a mean direction.
+    """
+    mean = closed_form_mean(site["fn"])
+    return None if mean is None or mean.isnan().any() else mean
 
 
 def _averaged(mean: Tensor, together: SummedOut, site: Site, run: PairTrace) -> Tensor:

@@ -140,7 +140,7 @@ class WrappedNormal(TorchDistribution):
         value = value_for(self.loc, value)
         if self._validate_args:
             self._validate_sample(value)
-        offset = _wrapped(value - self.loc)
+        offset = wrapped(value - self.loc)
         near, far, is_near = split_at(_SWITCH, self.scale)
         numbers = torch.arange(-_WINDINGS, _WINDINGS + 1, dtype=near.dtype, device=near.device)
         turns = (offset.unsqueeze(-1) + _TURN * numbers) / near.unsqueeze(-1)
@@ -155,9 +155,9 @@ class WrappedNormal(TorchDistribution):
         """Sample angles in [-pi, pi]."""
         shape = self._extended_shape(sample_shape)
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        return _wrapped(self.loc + self.scale * noise)
+        return wrapped(self.loc + self.scale * noise)
 
 
-def _wrapped(angle: Tensor) -> Tensor:
+def wrapped(angle: Tensor) -> Tensor:
     """Return the equal angles in [-pi, pi], with a gradient of one."""
     return torch.remainder(angle + math.pi, _TURN) - math.pi

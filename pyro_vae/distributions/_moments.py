@@ -18,9 +18,12 @@ from torch.distributions.transforms import (
     Transform,
 )
 
-from pyro_vae.distributions._circular import WrappedNormal, circle
+from pyro_vae._utils.numerics import split_at
+from pyro_vae.distributions._circular import WrappedNormal, wrapped
+from pyro_vae.distributions._supports import is_angle
 
 GAUSSIANS = (dist.Normal, dist.MultivariateNormal, dist.LowRankMultivariateNormal)
+_CONCENTRATED = 1000.0  # from here on, the series below has a relative error of less than 1e-12
 
 
 def closed_form_moments(fn: Any) -> tuple[Tensor, Tensor] | None:
@@ -36,21 +39,44 @@ def closed_form_moments(fn: Any) -> tuple[Tensor, Tensor] | None:
     Returns:
         Two tensors of shape ``(*batch, *event)``.
     """
+    if is_angle(fn):
+        return _angular_moments(fn)
     base = _base(fn)
-    if isinstance(base, dist.ProjectedNormal):
-        return None  # in Pyro, its mean attribute is a direction
-    if isinstance(base, WrappedNormal):
-        return torch.remainder(base.loc + math.pi, 2 * math.pi) - math.pi, base.scale
-    if isinstance(base, dist.VonMises):
-        return base.mean, circular_std(1 - base.variance)
-    try:
-        if isinstance(base, TransformedDistribution):
-            inner = base.base_dist
+    if isinstance(base, TransformedDistribution):
+        inner = base.base_dist
+        # The image of angles is numbers, and their linear moments are not those of the angles.
+        before = None if is_angle(inner) else closed_form_moments(inner)
+        if before is not None:
             gaussian = isinstance(_base(inner), GAUSSIANS)
-            pushed = pushed_moments(inner.mean, inner.variance, *base.transforms, gaussian=gaussian)
+            pushed = pushed_moments(
+                before[0], before[1].square(), *base.transforms, gaussian=gaussian
+            )
             if pushed is not None:
                 return pushed[0], pushed[1].sqrt()
-        return fn.mean, fn.variance.sqrt()
+    mean = closed_form_mean(fn)
+    try:
+        return None if mean is None else (mean, fn.variance.sqrt())
+    except NotImplementedError:
+        return None
+
+
+def closed_form_mean(fn: Any) -> Tensor | None:
+    """Return the mean of a distribution, or None if it is unknown; NaN if it does not exist.
+
+    Angles have a mean direction in [-pi, pi]. The shape is ``(*batch, *event)``.
+    """
+    base = _base(fn)
+    if is_angle(fn):
+        if isinstance(base, dist.SineBivariateVonMises):
+            return wrapped(base.mean)  # the density is symmetric about it
+        moments = _angular_moments(fn)
+        return None if moments is None else moments[0]
+    while isinstance(base, torch.distributions.MixtureSameFamily):
+        base = _base(base.component_distribution)
+    if isinstance(base, dist.ProjectedNormal):
+        return None  # in Pyro, its mean attribute is a direction
+    try:
+        return fn.mean
     except NotImplementedError:
         return None
 
@@ -81,9 +107,50 @@ def pushed_moments(
     return mean, variance
 
 
-def circular_std(length: Tensor) -> Tensor:
-    r"""Return :math:`\sqrt{-2 \log R}` for the mean resultant length R of angles."""
-    return (-2 * length.clamp(0, 1).log()).sqrt()
+def _angular_moments(fn: Any) -> tuple[Tensor, Tensor] | None:
+    """Return mean direction and circular standard deviation of angles, or None if unknown."""
+    base = _base(fn)
+    if isinstance(base, WrappedNormal):
+        return wrapped(base.loc), base.scale
+    if isinstance(base, torch.distributions.VonMises):
+        variance = _von_mises_variance(base.concentration.double())
+        return wrapped(base.loc), circular_std(variance).to(base.loc.dtype)
+    if not isinstance(base, torch.distributions.MixtureSameFamily):
+        return None
+    component = base.component_distribution
+    moments = _angular_moments(component)
+    if moments is None:
+        return None
+    loc, std = (each.double() for each in moments)
+    event_dim = len(component.event_shape)
+    weights = base.mixture_distribution.probs.double()
+    weights = weights.reshape(*weights.shape, *(1,) * event_dim)
+    axis = -1 - event_dim
+    of_component = -torch.expm1(-0.5 * std.square())
+    pulls = weights * (1 - of_component)
+    mean = torch.atan2((pulls * loc.sin()).sum(axis), (pulls * loc.cos()).sum(axis))
+    away = 2 * (0.5 * (loc - mean.unsqueeze(axis))).sin().square()  # 1 - cos, without cancellation
+    variance = (weights * (of_component + (1 - of_component) * away)).sum(axis)
+    dtype = moments[0].dtype
+    return mean.to(dtype), circular_std(variance).to(dtype)
+
+
+def circular_std(variance: Tensor) -> Tensor:
+    r"""Return :math:`\sqrt{-2 \log(1 - V)}` for the circular variance V of angles."""
+    return (-2 * torch.log1p(-variance.clamp(0, 1))).sqrt()
+
+
+def _von_mises_variance(concentration: Tensor) -> Tensor:
+    r"""Return the circular variance, :math:`1 - I_1(\kappa) / I_0(\kappa)`, in float64.
+
+    For a large concentration, use its expansion (Mardia & Jupp 2000, appendix 1), because the
+    difference cancels.
+    """
+    small, large, is_small = split_at(_CONCENTRATED, concentration)
+    bessel = 1 - torch.special.i1e(small) / torch.special.i0e(small)
+    inverse = 1 / large
+    series = inverse * (1 / 2 + inverse * (1 / 8 + inverse * (1 / 8 + inverse * 25 / 128)))
+    return torch.where(is_small, bessel, series)
 
 
 def one_hot(fn: Any) -> Any:
@@ -104,7 +171,7 @@ class SampledMoments:
 
     def __init__(self, fn: Any):
         self._levels = _levels(fn)
-        self._angles = _is_angle(fn)
+        self._angles = is_angle(fn)
         self._count = 0
         self._sums: list[Tensor] = []
 
@@ -134,7 +201,7 @@ class SampledMoments:
         mean, length = torch.atan2(sin, cos), torch.hypot(sin, cos)
         second = cos_of_double * (2 * mean).cos() + sin_of_double * (2 * mean).sin()
         error = ((1 - second).clamp(min=0) / (2 * self._count)).sqrt() / length
-        return mean, circular_std(length), error
+        return mean, circular_std(1 - length), error
 
 
 def _levels(fn: Any) -> int:
@@ -142,18 +209,6 @@ def _levels(fn: Any) -> int:
     base = _base(fn)
     is_categorical = isinstance(base, dist.Categorical | torch.distributions.Categorical)
     return base.logits.shape[-1] if is_categorical else 0
-
-
-def _is_angle(fn: Any) -> bool:
-    if isinstance(_base(fn), dist.VonMises | WrappedNormal):
-        return True
-    try:
-        support = fn.support
-    except NotImplementedError:
-        return False
-    while isinstance(support, dist.constraints.independent):
-        support = support.base_constraint
-    return support is circle
 
 
 def _base(fn: Any) -> Any:

@@ -66,6 +66,17 @@ def support_of(fn: Any) -> Constraint:
     return support
 
 
+def is_angle(fn: Any) -> bool:
+    """Return True if the values of a distribution are angles, so that its support is the circle."""
+    try:
+        support = support_of(fn)
+    except ValueError:
+        return False
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is circle
+
+
 def _support_of(fn: Any) -> Constraint:
     if isinstance(fn, torch_distributions.Independent):
         return _independent(support_of(fn.base_dist), fn.reinterpreted_batch_ndims)
@@ -127,6 +138,8 @@ def _of_components(fn: torch_distributions.MixtureSameFamily) -> Constraint:
 
 def _first_along(support: Constraint, axis: int) -> Constraint:
     """Remove a dimension from the bounds of a support, which must be equal along it."""
+    if support is circle:
+        return circle  # its bounds are numbers
     support = copy.copy(support)
     for attribute, value in vars(support).items():
         if isinstance(value, Constraint):
@@ -170,12 +183,12 @@ def image(support: Constraint, transform: Transform) -> Constraint:
             else ("is not one-to-one, so its values have no density")
         )
         raise ValueError(f"{name} {reason}")
-    scalar, scalar_support = _scalar(transform), _scalar_support(support)
-    if scalar is not None and scalar_support is not None:
-        return _independent(_scalar_image(scalar_support, scalar), support.event_dim)
     if _fills(support, transform.domain):
         extra = support.event_dim - transform.domain.event_dim
         return _independent(transform.codomain, max(0, extra))
+    scalar, scalar_support = _scalar(transform), _scalar_support(support)
+    if scalar is not None and scalar_support is not None:
+        return _independent(_scalar_image(scalar_support, scalar), support.event_dim)
     bounds = _bounds(scalar_support)
     alike = bounds is not None and not any(isinstance(b, Tensor) and b.dim() for b in bounds)
     if alike and isinstance(transform, transforms.ReshapeTransform):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from pyro.distributions import VonMises
 from rich.progress import Progress
 from torch import Tensor
 
@@ -18,7 +17,6 @@ from pyro_vae._programs.parameters import device_of
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.sites import (
     Site,
-    base_distribution,
     is_discrete,
     random_sites,
     to_particle_layout,
@@ -29,6 +27,7 @@ from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.user_warnings import warns_once
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
+from pyro_vae.distributions._supports import is_angle
 from pyro_vae.evaluation._context import evaluation_context
 from pyro_vae.evaluation._growing_rows import GrowingRows
 from pyro_vae.evaluation._log_evidence import standard_error
@@ -310,7 +309,7 @@ def _prior(site: Site) -> tuple[Tensor, Tensor]:
     """
     fn, value = site["fn"], site["value"].double()
     drawn = value, torch.zeros_like(value)
-    if isinstance(base_distribution(fn), VonMises):  # its variance is that of an angle
+    if is_angle(fn):  # its variance is that of a direction
         return drawn
     try:
         known = fn.mean.double(), fn.variance.double()

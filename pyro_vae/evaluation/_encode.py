@@ -108,7 +108,8 @@ def encode(
 
     - A Categorical latent is one-hot coded, so its mean has the probability of each level, in one
       more dimension. Its samples are indices. A site that the guide enumerates is treated equally.
-    - Angles have a mean direction and a circular standard deviation (Mardia & Jupp 2000).
+    - Angles have a mean direction in :math:`[-\pi, \pi]` and a circular standard deviation,
+      :math:`\sqrt{-2 \log R}` (Mardia & Jupp 2000).
     - A moment that does not exist is NaN or infinite if the distribution has a closed form, as
       for Cauchy and Student's t. Without closed form, its estimate has no meaning.
     - A masked number has no posterior, so its moments and samples are NaN; see

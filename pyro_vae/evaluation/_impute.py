@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from pyro.distributions import VonMises
 from rich.progress import Progress
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from pyro_vae._programs.parameters import device_of, parameter_store
 from pyro_vae._programs.particles import run_particles
 from pyro_vae._programs.predictions import drawn_observations, known_mean
 from pyro_vae._programs.runs import as_guide, trace_of
-from pyro_vae._programs.sites import Site, base_distribution, to_particle_layout
+from pyro_vae._programs.sites import Site, to_particle_layout
 from pyro_vae._programs.terms import Terms
 from pyro_vae._programs.validation import nonfinite_data
 from pyro_vae._utils.checks import check_call, positive_integer, require_callable
@@ -28,6 +27,7 @@ from pyro_vae._utils.random import seeded
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._columns import as_tensor, finite_rows
 from pyro_vae.datasets._minibatches import Batch, Minibatches
+from pyro_vae.distributions._supports import is_angle
 from pyro_vae.evaluation._group import LazyBatch
 from pyro_vae.evaluation._log_evidence import UnreliableEvidence, untrusted, why_unreliable
 from pyro_vae.evaluation._missing_numbers import (
@@ -397,7 +397,7 @@ def _means_given_latents(runs: list[PairTrace], gaps: list[MissingAtSite]) -> Te
 def _mean_of(gap: MissingAtSite, run: PairTrace) -> Tensor:
     site = run.model[gap.site].site
     mean = known_mean(site)
-    if mean is None or isinstance(base_distribution(site["fn"]), VonMises):
+    if mean is None or is_angle(site["fn"]):
         mean = torch.full_like(site["value"], math.nan)
     return gap.of(run, mean, site)
 

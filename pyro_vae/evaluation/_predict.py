@@ -36,7 +36,8 @@ def reconstruct(
     The result has the layout of x. The model may observe x in another order and at several sites:
     transposed, column by column, step by step. The result has the units of the observation, such
     as those of ``x / 255`` if the model observes that. Latents c that the model sums out are
-    averaged over :math:`p(c|z)`. If a distribution has no mean, a sample of it is returned.
+    averaged over :math:`p(c|z)`. If a distribution has no mean, a sample of it is returned. Angles
+    have a mean direction, and a sample if latents are summed out.
 
     Args:
         model: program of p(x, z).

@@ -50,7 +50,8 @@ def export_encoder(
 
     - ``"<site>.mean"`` and ``"<site>.stddev"`` for each latent site, if the distributions of all
       sites have both in closed form. For :class:`~pyro_vae.guides.AmortizedNormal`, they are
-      :math:`\mu(x)` and :math:`\sigma(x)`, and all of q(z|x);
+      :math:`\mu(x)` and :math:`\sigma(x)`, and all of q(z|x). Angles have a mean direction and a
+      circular standard deviation;
     - otherwise ``"parameters"``, the result of the guide's ``parameters_of``, ``(B, P)``. With
       ``guide.sample(parameters, x)``, they give samples of a flow, for example.
 

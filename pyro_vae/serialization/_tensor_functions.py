@@ -12,6 +12,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
@@ -22,6 +23,8 @@ from pyro_vae._programs.runs import plain_trace, trace_of
 from pyro_vae._programs.sites import Site, Unobserve, data_frame, random_sites
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.random import seeded
+from pyro_vae.distributions._moments import closed_form_mean, closed_form_moments
+from pyro_vae.distributions._supports import is_angle
 
 SEEDS = (0, 1)  # of two runs whose results must agree
 
@@ -107,7 +110,7 @@ class Encoder(TensorFunction):
                 return {"parameters": self.program.parameters_of(*args)}
         nodes = self.run(args, {}, self.sites).nodes
         found = [nodes[name]["fn"] for name in self.sites]
-        parts = [part for fn in found for part in (fn.mean, fn.stddev)]
+        parts = [part for fn in found for part in _mean_and_stddev(fn)]
         return dict(zip(self.outputs, parts, strict=True))
 
 
@@ -170,7 +173,7 @@ class Decoder(TensorFunction):
         count = len(self.latents)
         latents = dict(zip(self.latents, args[:count], strict=True))
         nodes = self.run((x, *args[count:]), latents, at_means).nodes
-        return {name: nodes[name]["fn"].mean for name in self.outputs}
+        return {name: closed_form_mean(nodes[name]["fn"]) for name in self.outputs}
 
 
 class _Fixed(Messenger):
@@ -193,7 +196,7 @@ class _Fixed(Messenger):
         if msg["name"] in self._values:
             msg["value"], msg["done"] = self._values[msg["name"]], True
         elif msg["name"] in self._at_means:
-            msg["value"], msg["done"] = msg["fn"].mean, True
+            msg["value"], msg["done"] = closed_form_mean(msg["fn"]), True
 
 
 def _moments(guide: Program, args: Sequence[Tensor], seed: int) -> dict[str, tuple[Tensor, ...]]:
@@ -204,14 +207,20 @@ def _moments(guide: Program, args: Sequence[Tensor], seed: int) -> dict[str, tup
     found: dict[str, tuple[Tensor, ...]] = {}
     for site in latents:
         if data_frame(site) is not None:
-            try:
-                mean, stddev = known_mean(site), site["fn"].stddev
-            except NotImplementedError:
-                mean = None
-            found[site["name"]] = () if mean is None else (mean, stddev)
+            found[site["name"]] = () if known_mean(site) is None else _mean_and_stddev(site["fn"])
     if not found:
         raise ValueError("the guide has no latent site in the plate of the data points")
     return found
+
+
+def _mean_and_stddev(fn: TorchDistributionMixin) -> tuple[Tensor, ...]:
+    """Return the mean and standard deviation of a distribution, or () without closed form."""
+    if is_angle(fn):
+        return closed_form_moments(fn) or ()
+    try:
+        return fn.mean, fn.stddev
+    except NotImplementedError:
+        return ()
 
 
 def _require_equal(

@@ -111,6 +111,31 @@ def test_reconstructions_average_over_the_components(plates):
     torch.testing.assert_close(means["x"], expected.unsqueeze(-1).expand(6, 4))
 
 
+def test_reconstructed_angles_are_mean_directions():
+    """The linear mean of a mixture of angles on both sides of the cut is near zero."""
+
+    def model(x, several):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0)).unsqueeze(-1)
+            loc = 3.0 + z.expand(*z.shape[:-1], 2)
+            angles = dist.VonMises(loc, 20.0)
+            if several:
+                components = dist.VonMises(torch.stack([loc - 0.3, loc + 0.3], -1), 20.0)
+                weights = dist.Categorical(torch.ones_like(components.loc))
+                angles = dist.MixtureSameFamily(weights, components)
+            pyro.sample("x", angles.to_event(1), obs=x)
+
+    def guide(x, several):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x[:, 0]))
+
+    x = torch.linspace(-3.0, 3.0, 7).unsqueeze(-1).repeat(1, 2)
+    expected = torch.atan2((3.0 + x).sin(), (3.0 + x).cos())
+    for several in (False, True):
+        pair = (functools.partial(program, several=several) for program in (model, guide))
+        torch.testing.assert_close(pv.reconstruct(*pair, x), expected, rtol=0, atol=1e-5)
+
+
 def test_reconstruction_samples_latents_enumerated_in_the_guide():
     def both(x):
         with pyro.plate("data", len(x)):

@@ -14,8 +14,8 @@ from torch.distributions import transforms as T
 
 import pyro_vae as pv
 from pyro_vae import guides
-from pyro_vae.distributions._circular import WrappedNormal, circle
-from pyro_vae.distributions._supports import support_of
+from pyro_vae.distributions._circular import CircleTransform, WrappedNormal, circle
+from pyro_vae.distributions._supports import is_angle, support_of
 
 # Angles, which have a wrapped normal guide.
 ANGLES = ["VonMises", "SineBivariateVonMises", "SineSkewed", "MixtureSameFamily, angles",
@@ -337,3 +337,29 @@ def test_infinite_bounds_are_recognized():
 
         found = support_of(Bounded(torch.zeros(1), 1.0))
         assert type(found) is kind, found
+
+
+def test_angles_are_recognized():
+    angle = dist.VonMises(torch.zeros(2), 1.0)
+    numbers = torch.distributions.Uniform(-math.pi * torch.ones(2), math.pi)
+    weights = dist.Categorical(torch.ones(2))
+    angles = [
+        *(table.GUIDED[name]() for name in ANGLES),
+        angle.to_event(1),
+        angle.mask(torch.tensor([True, False])),
+        pv.distributions.NanMasked(angle),
+        CardioidOnTheCircle(torch.zeros(2)),
+        transformed(dist.Normal(0.0, 1.0), CircleTransform()),
+        dist.MixtureSameFamily(weights, WrappedNormal(torch.zeros(2), 1.0)),
+    ]
+    assert all(is_angle(fn) for fn in angles)
+    others = [
+        numbers,
+        transformed(angle, T.AffineTransform(0.0, 1.0)),
+        dist.MixtureSameFamily(weights, numbers),
+        dist.Normal(0.0, 1.0),
+        weights,
+        dist.Delta(torch.zeros(())),
+        Stateless(torch.zeros(()), 1.0),
+    ]
+    assert not any(is_angle(fn) for fn in others)

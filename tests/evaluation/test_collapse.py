@@ -360,10 +360,15 @@ def test_collapse_report_accepts_priors_without_a_variance(prior):
     assert not torch.tensor(report.units.loc[("z", 0), "prior_variance"]).isfinite()
 
 
-def test_prior_variance_of_an_angle_is_that_of_its_value():
+@pytest.mark.parametrize("mixture", [False, True])
+def test_prior_variance_of_an_angle_is_that_of_its_value(mixture):
+    prior = dist.VonMises(torch.zeros(2) if mixture else 0.0, torch.tensor(0.01))
+    if mixture:
+        prior = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), prior)
+
     def model(x):
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.VonMises(0.0, torch.tensor(0.01)))
+            z = pyro.sample("z", prior)
             pyro.sample("x", dist.Normal(z.sin(), 1.0), obs=x)
 
     def guide(x):

@@ -219,6 +219,26 @@ def test_angles_have_a_mean_direction():
     torch.testing.assert_close(sampled.std, exact.std, rtol=0.15, atol=0)
 
 
+def test_mean_directions_can_be_decoded():
+    """A von Mises location of ten is outside of the values of the latent."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            angle = pyro.sample("angle", dist.VonMises(0.0, 1.0))
+            pyro.sample("x", dist.Normal(angle, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("angle", dist.VonMises(10.0 + 5 * x, 4.0))
+
+    x = torch.randn(6)
+    codes = pv.encode(model, guide, x)
+    assert codes.method == "closed form"
+    torch.testing.assert_close(pv.decode(model, codes.mean), codes.mean)
+    torch.testing.assert_close(codes.mean.cos(), (10.0 + 5 * x).cos(), rtol=0, atol=1e-5)
+    assert pv.interpolate(model, guide, x[:3], x[3:], num=3).abs().max() <= torch.pi
+
+
 def test_inner_plates_and_other_dimensions_have_the_data_first():
     def model(x):
         with pyro.plate("data", len(x), dim=-2):

@@ -310,11 +310,16 @@ def test_a_mask_of_missing_numbers_as_covariate():
 
 
 @pytest.mark.filterwarnings("ignore::pyro_vae.evaluation.UnreliableEvidence")
-def test_a_distribution_without_a_mean_has_draws_only():
+@pytest.mark.parametrize("mixture", [False, True])
+def test_a_distribution_without_a_mean_has_draws_only(mixture):
     def model(x):
         with pyro.plate("data", len(x)):
-            z = latent()
-            pyro.sample("x", dist.VonMises(z, 50.0).to_event(1), obs=x)
+            angles = dist.VonMises(latent(), 50.0)
+            if mixture:
+                components = dist.VonMises(torch.stack([angles.loc, angles.loc + 3], -1), 50.0)
+                weights = dist.Categorical(torch.ones_like(components.loc))
+                angles = dist.MixtureSameFamily(weights, components)
+            pyro.sample("x", angles.to_event(1), obs=x)
 
     filled = pv.impute(model, wide, torch.tensor([[0.5, torch.nan]]), num_samples=50, num_draws=3)
     assert filled.mean[0, 0] == 0.5

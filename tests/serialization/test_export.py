@@ -299,3 +299,30 @@ def test_files_are_replaced_only_on_request_and_as_a_whole(tmp_path, monkeypatch
     assert [*tmp_path.iterdir()] == [file]
     export_encoder(file, *pair, images(1), overwrite=True)
     assert torch.export.load(file).module()(images(5))["z.mean"].shape == (5, 3)
+
+
+def test_angles_are_exported_with_their_mean_directions(tmp_path):
+    """The attributes of torch are a location on any turn, and the root of a circular variance."""
+    net = nn.Linear(3, 1)
+
+    def model(x):
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.VonMises(0.0, 1.0))
+            components = dist.VonMises(torch.stack([z + 9.0, z + 10.0], -1), 20.0)
+            weights = dist.Categorical(torch.ones_like(components.loc))
+            angle = dist.MixtureSameFamily(weights, components)
+            pyro.sample("x", angle, obs=x[:, 0])
+
+    def guide(x):
+        pyro.module("net", net)
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", dist.VonMises(10.0 + net(x)[:, 0], 20.0))
+
+    x = torch.randn(4, 3)
+    encoder = export_encoder(tmp_path / "encoder.pt2", model, guide, x).module()
+    decoder = export_decoder(tmp_path / "decoder.pt2", model, guide, x).module()
+    found, expected = encoder(x), pv.encode(model, guide, x)
+    close(found["z.mean"], expected.mean)
+    close(found["z.stddev"], expected.std)
+    shifted = found["z.mean"] + 9.5
+    close(decoder(found["z.mean"])["x"], torch.atan2(shifted.sin(), shifted.cos()))
