@@ -173,6 +173,7 @@ class SampledMoments:
         self._levels = _levels(fn)
         self._angles = is_angle(fn)
         self._count = 0
+        self._center = torch.zeros(())  # near the mean, so that squares do not cancel
         self._sums: list[Tensor] = []
 
     def add(self, samples: Tensor) -> None:
@@ -180,7 +181,12 @@ class SampledMoments:
         if self._levels:
             samples = torch.nn.functional.one_hot(samples.long(), self._levels)
         z = samples.double()
-        features = [z.cos(), z.sin(), (2 * z).cos(), (2 * z).sin()] if self._angles else [z, z * z]
+        if not self._count:
+            self._center = (
+                torch.atan2(z.sin().sum(0), z.cos().sum(0)) if self._angles else z.mean(0)
+            )
+        z = z - self._center
+        features = _circular_features(z) if self._angles else [z, z.square()]
         sums = [feature.sum(0) for feature in features]
         self._count += len(z)
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
@@ -195,13 +201,21 @@ class SampledMoments:
         if not self._angles:
             mean, square = averages
             unbiased = self._count / max(1, self._count - 1)
-            std = ((square - mean * mean).clamp(min=0) * unbiased).sqrt()
-            return mean, std, std / math.sqrt(self._count)
-        cos, sin, cos_of_double, sin_of_double = averages
-        mean, length = torch.atan2(sin, cos), torch.hypot(sin, cos)
-        second = cos_of_double * (2 * mean).cos() + sin_of_double * (2 * mean).sin()
-        error = ((1 - second).clamp(min=0) / (2 * self._count)).sqrt() / length
-        return mean, circular_std(1 - length), error
+            std = ((square - mean.square()).clamp(min=0) * unbiased).sqrt()
+            return self._center + mean, std, std / math.sqrt(self._count)
+        sin, away, half_of_double, square = averages
+        mean, length = torch.atan2(sin, 1 - away), torch.hypot(sin, 1 - away)
+        std = (-torch.log1p(-(2 * away - away.square() - sin.square()).clamp(0, 1))).sqrt()
+        # The average of the squared sines of all angles, each less the mean direction.
+        spread = mean.sin().square() + square * (2 * mean).cos() - half_of_double * (2 * mean).sin()
+        error = (spread.clamp(min=0) / self._count).sqrt() / length
+        return wrapped(self._center + mean), std, error
+
+
+def _circular_features(angle: Tensor) -> list[Tensor]:
+    r"""Return :math:`\sin a`, :math:`1 - \cos a`, :math:`\sin(2 a) / 2` and :math:`\sin^2 a`."""
+    sin = angle.sin()
+    return [sin, 2 * (angle / 2).sin().square(), sin * angle.cos(), sin.square()]
 
 
 def _levels(fn: Any) -> int:

@@ -153,3 +153,38 @@ def test_moments_of_angles_on_a_torus():
         torch.testing.assert_close(found_std, std, rtol=0.05, atol=0)
         assert closed_form_moments(fn) is None
     torch.testing.assert_close(closed_form_mean(torus), loc)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6, 1e9, -1e12])
+def test_sampled_moments_far_from_zero(offset):
+    """The chunks may start anywhere. The difference of squares would cancel."""
+    torch.manual_seed(0)
+    rounding = 1e-15 * abs(offset)
+    samples = torch.randn(999, 3, dtype=torch.float64) * torch.tensor([1.0, 5.0, 0.3]) + offset
+    moments = SampledMoments(NORMAL)
+    for part in samples.split([1, 500, 498]):
+        moments.add(part)
+    mean, std, error = moments.result()
+    torch.testing.assert_close(mean, samples.mean(0), rtol=1e-12, atol=rounding)
+    torch.testing.assert_close(std, samples.std(0), rtol=1e-10, atol=rounding)
+    torch.testing.assert_close(error, std / math.sqrt(999))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-9])
+def test_sampled_moments_of_narrow_angles(scale):
+    """As for numbers, from the second moments about the mean direction, which is at the cut."""
+    torch.manual_seed(0)
+    away = scale * torch.randn(999, 2, dtype=torch.float64)
+    samples = torch.remainder(away, 2 * math.pi) - math.pi
+    away = samples - math.pi * samples.sign()  # with the rounding of the samples
+    moments = SampledMoments(WrappedNormal(0.0, 1.0))
+    for part in samples.split([1, 500, 498]):
+        moments.add(part)
+    mean, std, error = moments.result()
+    direction = torch.atan2(away.sin().mean(0), away.cos().mean(0))
+    torch.testing.assert_close(mean.sin(), -direction.sin(), rtol=1e-6, atol=1e-15)
+    away = away - direction
+    variance = 2 * (away / 2).sin().square().mean(0)
+    torch.testing.assert_close(std, (-2 * torch.log1p(-variance)).sqrt(), rtol=1e-6, atol=0)
+    expected = (away.sin().square().mean(0) / 999).sqrt() / (1 - variance)
+    torch.testing.assert_close(error, expected, rtol=1e-6, atol=0)
