@@ -47,7 +47,8 @@ class MixtureOfDiagNormals(TorchDistribution):
     Shape:
         the batch shape is ``batch`` and the event shape is ``(D,)``. A sample costs
         :math:`O(K D^2)`. If ``loc`` and ``scale`` are ``(K, D)``, many values are scored by one
-        matrix product, so that K may be tens of thousands.
+        matrix product, so that K may be tens of thousands. Then components that are more than
+        :math:`10^5` standard deviations apart have errors above :math:`10^{-6}` nats.
 
     Raises:
         ValueError: The shapes do not match. With validation on, a scale is not positive.
@@ -150,11 +151,14 @@ class MixtureOfDiagNormals(TorchDistribution):
         r"""Score values under components that all mixtures share.
 
         Expand the square in :math:`-\tfrac12 \sum_d (z_d - \mu_{kd})^2 / \sigma_{kd}^2`. Then all
-        pairs are one matrix product of (z, z^2) with (mu/sigma^2, -1/(2 sigma^2)). Use float64,
-        because of cancellation.
+        pairs are one matrix product of (z, z^2) with (mu/sigma^2, -1/(2 sigma^2)). Use float64 and
+        subtract the average of the means from means and values, because of cancellation. The error
+        is about 1e-16 times the squared distance from this average in standard deviations.
         """
         one_scale = self.scale.stride(0) == 0  # then z^2 has the same product with all of them
         loc, scale = self.loc.double(), (self.scale[:1] if one_scale else self.scale).double()
+        center = loc.detach().mean(0)
+        loc = loc - center
         precision = scale.reciprocal().square()
         linear, quadratic = (loc * precision).T, -0.5 * precision.T
         bias = -(0.5 * loc.square() * precision).sum(1) - scale.log().sum(1)
@@ -169,7 +173,7 @@ class MixtureOfDiagNormals(TorchDistribution):
             mixture = mixture.reshape(self.logits.shape[:-1])
             shape = torch.broadcast_shapes(shape, mixture.shape)
             value, mixture = value.expand(*shape, -1), mixture.expand(shape).flatten()
-        rows = value.double().reshape(-1, value.shape[-1])
+        rows = (value.double() - center).reshape(-1, value.shape[-1])
         at_a_time = max(1, _LOG_DENSITIES_AT_A_TIME // len(bias))
         parts = []
         for first in range(0, max(1, len(rows)), at_a_time):

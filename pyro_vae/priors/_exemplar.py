@@ -196,6 +196,8 @@ class ExemplarPrior(GuideMixturePrior):
         own = self._codes(index).to(self.stored_codes)
         self.stored_codes[index] = own
         codes = self.stored_codes[drawn]
+        center = codes.mean(0)  # far from zero, the squares would cancel
+        own, codes = own - center, codes - center
         distance = codes.square().sum(-1) - 2 * own @ codes.mT
         distance.masked_fill_(drawn == index.unsqueeze(-1), torch.inf)
         return distance.topk(self.num_nearest, largest=False, sorted=False).indices.flatten()

@@ -114,3 +114,24 @@ def test_variance_of_a_mixture_far_from_zero(center):
     torch.testing.assert_close(found, within + between, rtol=0, atol=4 * rounding)
     alike = mixture(logits, loc[:, :1].expand(-1, 4, -1), scale).variance.double()
     torch.testing.assert_close(alike, within, rtol=0, atol=4 * rounding)
+
+
+@pytest.mark.parametrize("one_scale", [False, True])
+@pytest.mark.parametrize("offset", [1e3, 1e6, -1e9])
+def test_shared_components_far_from_zero(offset, one_scale):
+    """The expanded squares would cancel; moving everything changes no density or gradient."""
+    logits = torch.randn(3, dtype=torch.float64)
+    loc = offset + torch.tensor([[0.0, 1.0], [2.0, 3.0], [-4.0, 0.5]], dtype=torch.float64)
+    scale = torch.tensor([[1.0, 2.0], [1.3, 0.4], [0.7, 1.0]], dtype=torch.float64)
+    given = [each.requires_grad_() for each in (logits, loc, scale[:1] if one_scale else scale)]
+    q = pv.distributions.MixtureOfDiagNormals(logits, loc, given[2].expand(3, 2))
+    z = (loc.detach().unsqueeze(1) + torch.randn(3, 5, 2, dtype=torch.float64)).requires_grad_()
+    found, expected = q.log_prob(z), q.log_joint(z).logsumexp(-1)  # the second by differences
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    weight = torch.rand_like(found)
+    found, expected = (
+        torch.autograd.grad((each * weight).sum(), [z, *given], retain_graph=True)
+        for each in (found, expected)
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

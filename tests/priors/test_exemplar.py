@@ -95,10 +95,13 @@ def test_a_sample_of_exemplars_has_none_twice_and_not_ones_own():
     assert len(model.eval().prior(index).loc) == 30
 
 
-@pytest.mark.parametrize("k", [1, 4, 20])
-def test_the_mixture_has_the_nearest_exemplars_of_the_minibatch(k):
+@pytest.mark.parametrize(("k", "offset"), [(1, 0.0), (4, 0.0), (20, 0.0), (4, 1e4)])
+def test_the_mixture_has_the_nearest_exemplars_of_the_minibatch(k, offset):
+    """Far from zero, expanded squares of distances would cancel."""
     x = torch.rand(40, D)
     model, guide = make(x, num_nearest=k)
+    with torch.no_grad():
+        guide.built.head.bias[:LATENT] += offset
     for part in torch.arange(40).split(4):  # fills the stored codes
         model.prior(part)
     means = codes(guide, x)
@@ -107,7 +110,7 @@ def test_the_mixture_has_the_nearest_exemplars_of_the_minibatch(k):
     distance = torch.cdist(means[index].double(), means.double())
     distance[torch.arange(6), index] = torch.inf
     nearest = distance.topk(k, largest=False).indices.unique()
-    z = torch.randn(3, 6, LATENT)
+    z = means[index] + torch.randn(3, 6, LATENT)
     found = model.prior(index).log_prob(z)
     for row, own in enumerate(index):
         used = means[nearest[nearest != own]]
