@@ -11,9 +11,12 @@ from torch import Tensor
 
 from pyro_vae._utils.numerics import split_at
 
-# Sizes of the logit below which series are used. The truncation error of log_mass and mean is
-# below 1e-13. That of the variance is less than the cancellation error of its closed form.
+# Sizes of the logit below which series are used. Their truncation errors are below 1e-13.
 _NEAR_ZERO, _FAR_OF_VARIANCE = 0.1, 0.5
+# Of the powers of the squared logit: (2 n - 1) B_2n / (2 n)!, with the Bernoulli numbers B.
+_OF_VARIANCE = (
+    1 / 12, -1 / 240, 1 / 6048, -1 / 172800, 1 / 5322240, -691 / 118879488000, 1 / 5748019200
+)  # fmt: skip
 
 
 def log_mass(logits: Tensor) -> Tensor:
@@ -40,7 +43,9 @@ def variance(logits: Tensor) -> Tensor:
     r"""Return the variance, :math:`1 / l^2 - e^{-l} / (1 - e^{-l})^2`."""
     size = logits.abs()
     square = size.clamp(max=1.0).square()
-    near = 1 / 12 - square * (1 / 240 - square * (1 / 6048 - square / 172800))
+    near = torch.zeros_like(square)
+    for coefficient in reversed(_OF_VARIANCE):
+        near = coefficient + square * near
     _, safe, is_near = split_at(_FAR_OF_VARIANCE, size)
     far = safe.pow(-2) - torch.exp(-safe) / torch.expm1(-safe).square()
     return torch.where(is_near, near, far)

@@ -101,3 +101,17 @@ def test_densities_in_float64_are_exact_for_extreme_numbers(name):
             found = make(*parameters)(torch.zeros(1, 1, dtype=torch.double)).log_prob(value).item()
             assert found == pytest.approx(float(exact(*parameters, x)), rel=1e-9, abs=2e-8), (
                 parameters, x)  # fmt: skip
+
+
+@pytest.mark.parametrize("logit", [0.0, 1e-3, 0.11, -0.3, 0.49, -0.51, 3.0, 40.0])
+def test_moments_of_the_continuous_bernoulli(logit):
+    """Also where the series of the variance meets its closed form, at a logit of 0.5."""
+    p = L.ContinuousBernoulli(Fixed(logit))(torch.zeros(1, 1)).base_dist
+    with mpmath.workdps(60):
+        size = mpmath.mpf(logit)
+        mean, variance = mpmath.mpf(1) / 2, mpmath.mpf(1) / 12
+        if logit:
+            mean = -1 / mpmath.expm1(-size) - 1 / size
+            variance = 1 / size**2 - 1 / (2 * mpmath.sinh(size / 2)) ** 2
+    assert p.mean.item() == pytest.approx(float(mean), rel=1e-12, abs=0)
+    assert p.variance.item() == pytest.approx(float(variance), rel=2e-13, abs=0)
