@@ -24,8 +24,9 @@ from pyro_vae.distributions._supports import support_of
 
 COMPONENTS = (1, 2, 4, 8, 16)
 _MOST_STEPS = 100
-_LEAST_GAIN = 1e-4  # nats per data point; a smaller gain in a step ends the fit
-_SHRINKAGE = 1e-3  # share of the variance of all codes that is added to each covariance
+_FEWEST_STEPS = 10  # components that start close to each other separate in several steps
+_LEAST_GAIN = 1e-4  # nats per data point; a smaller gain in a later step ends the fit
+_SHRINKAGE = 1e-8  # share of a dimension's variance that is added to that of each component
 _HELD_OUT_SHARE = 0.2
 _FEWEST_DATA = 5  # of which one is held out
 _NUMBERS_AT_A_TIME = 4_000_000  # 32 MB of float64
@@ -231,17 +232,19 @@ def maximize_evidence(
     weights = (codes.log_rest + codes.log_prior).softmax(1).flatten()
     mean = (weights.unsqueeze(1) * points).sum(0) / weights.sum()
     covariance = _covariance(points - mean, weights, diagonal)
-    floor = _SHRINKAGE * covariance.diagonal().mean() * torch.eye(len(mean), dtype=mean.dtype)
+    # One number for each dimension, so units have no effect. They are far below the variances of a
+    # component, also if components are narrow and far apart.
+    floor = _SHRINKAGE * covariance.diagonal().diag()
     means = mean.unsqueeze(0) if count == 1 else points[torch.multinomial(weights, count)]
     equal = torch.ones(count, dtype=means.dtype)
     prior = GaussianMixture(equal, means, (covariance + floor).expand(count, -1, -1))
     last = -math.inf
-    for _ in range(_MOST_STEPS):
+    for step in range(_MOST_STEPS):
         joint = prior.log_joint(codes.codes) + codes.log_rest.unsqueeze(2)  # (N, K, C)
         log_evidence = joint.flatten(1).logsumexp(1)
         shares = (joint - log_evidence[:, None, None]).exp().flatten(0, 1)
         reached = log_evidence.mean().item()
-        if not reached > last + _LEAST_GAIN:
+        if step >= _FEWEST_STEPS and not reached > last + _LEAST_GAIN:
             break
         last = reached
         totals = shares.sum(0).clamp(min=1e-8)

@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from oracles import assert_within
 from torch import nn
 
 import pyro_vae as pv
@@ -84,6 +85,35 @@ def test_one_gaussian_is_the_closed_form():
     assert ((prior.loc[0] - loc).abs() < 5 * spread / 2000**0.5).all()
     limit = 5 * spread.square() * (2 / 2000) ** 0.5 + 0.01
     assert ((prior.scale[0].square() - scale.square()).abs() < limit).all()
+
+
+class NormalPrior(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self):
+        return dist.Normal(torch.zeros(2), self.scale).to_event(1)
+
+
+def test_the_units_of_the_latents_have_no_effect():
+    """A wide dimension widened the prior of a narrow one, and log p(x) fell."""
+    z = torch.randn(N, 2) * torch.tensor([1.0, 0.5])
+    scales = []
+    for units in (torch.ones(2), torch.tensor([128.0, 1.0])):
+        model = pv.LatentVariableModel(
+            NormalPrior(units), pv.likelihoods.Normal(nn.Identity(), scale=0.1)
+        )
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x, 0.1).to_event(1))
+
+        better = refit_prior(model, guide, units * z, components=1, seed=0)
+        scales.append(better.prior().scale / units)
+    # The noise of 0.1 is smaller in larger units, and adds a hundredth to the variance.
+    torch.testing.assert_close(*scales, rtol=0.02, atol=0)
+    assert_within(scales[1][0, 1].item(), 0.5, 0.5 / (2 * N) ** 0.5)
 
 
 @pytest.mark.parametrize("missing", [False, True])
