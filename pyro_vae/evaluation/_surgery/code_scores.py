@@ -18,7 +18,10 @@ from pyro_vae.evaluation._runner import Part, Runner
 from pyro_vae.evaluation._scoring import guide_log_prob, require_one_density
 from pyro_vae.evaluation._surgery.aggregate import require_one_mask
 from pyro_vae.evaluation._surgery.codes import Codes, TermAverages
-from pyro_vae.evaluation._surgery.dimensions import dimension_wise_kl, independent_prior
+from pyro_vae.evaluation._surgery.dimensions import (
+    has_independent_prior,
+    information_of_dimensions,
+)
 from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
 from pyro_vae.evaluation._surgery.information import (
     Block,
@@ -45,8 +48,8 @@ class CodeScores:
         information: log q(z|x_n) - log q_agg(z), averaged over the codes of each data point, (N,).
         done: whether the information of a data point is computed, (N,).
         part: the data points whose codes are scored; None for all.
-        of_dimensions: contribution of each data point to the dimension-wise KL, (N,); None if it
-            is not known.
+        of_dimensions: contribution of each data point to the mutual information of each dimension,
+            summed over the dimensions, (N,); None if it is not known.
         one_prior: whether all data points have the same prior.
         num_data: N, the number of all data points, with or without codes.
         parts: results that a resumed call does not compute again.
@@ -284,17 +287,20 @@ class CodeScorer:
         return pairs
 
     def _of_dimensions(self) -> Tensor | None:
-        """Return each data point's contribution to the dimension-wise KL, or None."""
+        """Return each data point's information, summed over dimensions.
+
+        None if it is unknown, or if the dimensions of the prior are dependent. The dimension-wise
+        KL is then not the rate minus this information.
+        """
         self._runner.advance(0, "dimensions")
         if not self._gaussian or not self._one_prior:
             return None
         q = DiagonalGaussians.concatenate(self._posteriors)
         if not q.real or len(q.sites) != 1:
             return None
-        log_prior = independent_prior(self._model, self._guide, self._first)
-        if log_prior is None:
+        if not has_independent_prior(self._model, self._guide, self._first):
             return None
-        parts = dimension_wise_kl(q, log_prior, self._group)
+        parts = information_of_dimensions(q, self._group)
         return None if parts is None else parts.sum(1).cpu()
 
     def _gather(

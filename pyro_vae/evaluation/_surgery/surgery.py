@@ -60,9 +60,10 @@ def elbo_surgery(
     its error includes the choice.
 
     The marginal KL of a single Gaussian latent variable is the sum of total correlation and
-    dimension-wise KL (Chen et al. 2018, eq. 2). The dimension-wise KL is computed by quadrature.
-    With a prior that depends on covariates or on x, the marginal KL and the terms that need it are
-    NaN.
+    dimension-wise KL (Chen et al. 2018, eq. 2). The dimension-wise KL is the rate minus the mutual
+    information of each dimension and x, which is computed by quadrature. So it has the sampling
+    error of the rate. With a prior that depends on covariates or on x, the marginal KL and the
+    terms that need it are NaN.
 
     In a group of R processes, the processes exchange Gaussians but no codes (samples of z). For
     each block of 16,384 codes of a process, the Gaussians of all processes are sent once. Let D be
@@ -191,8 +192,8 @@ def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Sur
     }
     if scores.of_dimensions is not None:
         of_dimensions = scores.of_dimensions[used]
-        per_data_point["total_correlation"] = rate - information - of_dimensions
-        per_data_point["dimension_wise_kl"] = of_dimensions
+        per_data_point["total_correlation"] = of_dimensions - information
+        per_data_point["dimension_wise_kl"] = rate - of_dimensions
     sites, numbers = averages.kl_of_sites, averages.kl_of_dimensions
     return Surgery(
         **{name: values.mean().item() for name, values in per_data_point.items()},
