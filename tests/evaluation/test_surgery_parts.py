@@ -97,7 +97,10 @@ def test_codes_of_a_part_without_outliers():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("num_scored", [None, 200])
 @pytest.mark.parametrize("confidence", [8.0, 12.0, 20.0])
-def test_surgery_of_a_latent_whose_codes_are_all_the_mode(confidence, num_scored, dtype):
+@pytest.mark.parametrize("num_particles", [1, 5])
+def test_surgery_of_a_latent_whose_codes_are_all_the_mode(
+    num_particles, confidence, num_scored, dtype
+):
     """The sampled rate then differs from the exact one by about the same number for each code."""
     x = torch.randn(600, dtype=dtype)
     level = ((x * 3).long() + 5).clamp(0, 9)
@@ -114,7 +117,8 @@ def test_surgery_of_a_latent_whose_codes_are_all_the_mode(confidence, num_scored
 
     shares = level.bincount(minlength=10).double() / len(x)
     entropy = -(shares * shares.clamp(min=1e-9).log()).sum().item()
-    surgery = pv.elbo_surgery(model, guide, x, num_scored=num_scored, seed=0)
+    options = {"num_scored": num_scored, "num_particles": num_particles, "seed": 0}
+    surgery = pv.elbo_surgery(model, guide, x, **options)
     error = surgery.standard_errors["mutual_information"]
     assert error < 0.1
     assert abs(surgery.mutual_information - entropy) < 5 * error + 0.05

@@ -18,6 +18,7 @@ from pyro_vae.evaluation._runner import Part, Runner
 from pyro_vae.evaluation._scoring import guide_log_prob, require_one_density
 from pyro_vae.evaluation._surgery.aggregate import require_one_mask
 from pyro_vae.evaluation._surgery.codes import Codes, TermAverages
+from pyro_vae.evaluation._surgery.control import moments
 from pyro_vae.evaluation._surgery.dimensions import (
     has_independent_prior,
     information_of_dimensions,
@@ -45,13 +46,15 @@ class CodeScores:
 
     Args:
         averages: averages of the terms, from the runs of the pair.
-        information: log q(z|x_n) - log q_agg(z), averaged over the codes of each data point, (N,).
+        information: moments of log q(z|x_n) - log q_agg(z) over the codes of each data point,
+            (N, 2).
         done: whether the information of a data point is computed, (N,).
         part: the data points whose codes are scored; None for all.
         of_dimensions: contribution of each data point to the mutual information of each dimension,
             summed over the dimensions, (N,); None if it is not known.
         one_prior: whether all data points have the same prior.
         num_data: N, the number of all data points, with or without codes.
+        num_particles: K.
         parts: results that a resumed call does not compute again.
     """
 
@@ -62,6 +65,7 @@ class CodeScores:
     of_dimensions: Tensor | None
     one_prior: bool
     num_data: int
+    num_particles: int
     parts: list[Part]
 
 
@@ -114,7 +118,7 @@ class CodeScorer:
         index = self._own_data(parts)
         averages = TermAverages.of_parts(parts)
         num_data = len(averages.rate)
-        information = torch.zeros(num_data, dtype=torch.float64)
+        information = torch.zeros(num_data, 2, dtype=torch.float64)
         done = torch.zeros(num_data, dtype=torch.bool)
         if self._runner.done:
             ((information, done),) = self._runner.done
@@ -130,9 +134,11 @@ class CodeScorer:
         if part is not None:
             rows = torch.isin(index, part.chosen).nonzero().squeeze(1)
         some, some_done = information[rows], done[rows]
+        none = torch.zeros(self._num_particles, 0, dtype=torch.float64)
         try:
             block = self._block(index, rows, num_data, int((~some_done).sum()))
-            score_all(self._group, block, some, some_done, self._advance_scored)
+            noise = torch.cat([none, *(each.noise for each in self._codes)], dim=1)[:, rows]
+            score_all(self._group, block, noise, some, some_done, self._advance_scored)
             if part is not None:
                 self._advance_scored(num_data - len(part.chosen))
             of_dimensions = self._of_dimensions()
@@ -150,6 +156,7 @@ class CodeScorer:
             of_dimensions=of_dimensions,
             one_prior=self._one_prior,
             num_data=num_data,
+            num_particles=self._num_particles,
             parts=[(information, done)],
         )
 
@@ -175,7 +182,8 @@ class CodeScorer:
             codes = Codes.of(t, self._read(batch))
             self._keep(codes.posteriors)
             pairs = self._pairs(batch, codes)
-            return *TermAverages.part(t), subset_information(pairs, num_data, estimator)
+            information = subset_information(pairs, num_data, estimator).cpu()
+            return *TermAverages.part(t), moments(information, codes.noise)
 
         for rows in all_rows[: len(known)][self._group.rank :: self._group.num_processes]:
             with seeded(0):  # the samples of the guide are not used
@@ -203,6 +211,7 @@ class CodeScorer:
             of_dimensions=of_dimensions,
             one_prior=self._one_prior,
             num_data=num_data,
+            num_particles=self._num_particles,
             parts=parts,
         )
 

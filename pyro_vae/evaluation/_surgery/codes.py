@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from pyro_vae._programs.terms import Terms
+from pyro_vae.evaluation._surgery.control import moments
 from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
 
 Sums = dict[str, Tensor]  # sums over data points of the parts of a KL
-Part = tuple[Tensor, Tensor, Tensor, Sums | None, Sums | None]
+Part = tuple[Tensor, Tensor, Tensor, Tensor, Sums | None, Sums | None]
+
+
+def noise_of(t: Terms) -> Tensor:
+    """Return the rate in closed form minus the sampled rate of each code, (K, B), float64."""
+    return t.kl.double() - (t.log_guide - t.log_prior).double()
 
 
 @dataclass(frozen=True)
@@ -23,17 +29,19 @@ class Codes:
         posteriors: of the data points, if they are diagonal Gaussians.
         values: the codes, (K, B, d). If the guide must be run on them, a dictionary by site.
         log_guide: log q(z|x_b) of each code under the posterior of its own data point, (K, B).
+        noise: rate in closed form minus the sampled rate of each code, (K, B), on the CPU.
     """
 
     posteriors: DiagonalGaussians | None
     values: Tensor | dict[str, Tensor]
     log_guide: Tensor
+    noise: Tensor
 
     @classmethod
     def of(cls, t: Terms, posteriors: DiagonalGaussians | None) -> Codes:
         """Read the codes of a run."""
         values = t.samples if posteriors is None else posteriors.codes(t.samples)
-        return cls(posteriors, values, t.log_guide)
+        return cls(posteriors, values, t.log_guide, noise_of(t).cpu())
 
 
 @dataclass(frozen=True)
@@ -43,24 +51,27 @@ class TermAverages:
     Args:
         log_likelihood: log p(x_n|z), (N,).
         rate: the KL of each posterior to the prior, (N,).
-        sampled_rate: the same KL, estimated from the codes, (N,).
+        noise: the rate in closed form minus the rate that is estimated from the codes, (N,).
+        noise_variance: its variance, estimated from the spread of the codes, (N,). Zero for K = 1.
         kl_of_sites: average part of the rate, by latent site; None if it is not known.
         kl_of_dimensions: average part of each number of each site; None if it is not known.
     """
 
     log_likelihood: Tensor
     rate: Tensor
-    sampled_rate: Tensor
+    noise: Tensor
+    noise_variance: Tensor
     kl_of_sites: Sums | None
     kl_of_dimensions: Sums | None
 
     @staticmethod
     def part(t: Terms) -> Part:
         """Return the averages of a minibatch, which :meth:`of_parts` merges."""
+        noise = noise_of(t)
         return (
             t.log_likelihood.double().mean(0).cpu(),
             t.kl.double().mean(0).cpu(),
-            (t.log_guide - t.log_prior).double().mean(0).cpu(),
+            *moments(noise, noise).cpu().unbind(1),
             _sums(t.kl_of_sites),
             _sums(t.kl_of_dimensions),
         )
@@ -73,12 +84,13 @@ class TermAverages:
             ValueError: A log-likelihood is NaN or infinite. A rate is NaN or minus infinity.
         """
         *columns, of_sites, of_dimensions = zip(*parts, strict=True)
-        log_likelihood, rate, sampled_rate = map(torch.cat, columns)
+        log_likelihood, rate, noise, noise_variance = map(torch.cat, columns)
         _require_numbers(log_likelihood, rate)
         return cls(
             log_likelihood,
             rate,
-            sampled_rate,
+            noise,
+            noise_variance,
             kl_of_sites=_average(of_sites, len(rate)),
             kl_of_dimensions=_average(of_dimensions, len(rate)),
         )

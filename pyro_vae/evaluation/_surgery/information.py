@@ -28,6 +28,7 @@ from pyro_vae._utils.user_warnings import warn_user
 from pyro_vae.datasets._minibatches import Minibatches
 from pyro_vae.evaluation._group import Group
 from pyro_vae.evaluation._scoring import guide_log_prob, require_one_density
+from pyro_vae.evaluation._surgery.control import moments
 from pyro_vae.evaluation._surgery.gaussians import DiagonalGaussians
 from pyro_vae.evaluation._surgery.pairwise import (
     LOG_DENSITIES_AT_A_TIME,
@@ -51,7 +52,7 @@ class Block:
 
     Args:
         size: number of data points in a block.
-        score: returns the information of the data points in a slice, (size,).
+        score: returns the information of each code of the data points in a slice, (K, size).
     """
 
     size: int
@@ -100,7 +101,7 @@ def of_gaussians(group: Group, q: DiagonalGaussians, codes: Tensor, scored: Rows
         found = log_sums(
             everyone, z.flatten(0, 1), log_own.flatten(), extent, anywhere, group.check
         )
-        return math.log(sum(counts)) - found.reshape(log_own.shape).mean(0)
+        return math.log(sum(counts)) - found.reshape(log_own.shape)
 
     return Block(max(1, size // len(codes)), score)
 
@@ -139,7 +140,7 @@ def of_guide(
     def score(rows: slice) -> Tensor:
         log_own = log_guide[:, rows].double()
         if not log_own.numel():
-            return log_own.mean(0)
+            return log_own
         some = {name: value[:, rows].flatten(0, 1) for name, value in codes.items()}
         total = torch.full_like(log_own.flatten(), -math.inf)
         own = index[rows].to(log_own.device).repeat(len(log_own)).unsqueeze(1)
@@ -159,7 +160,7 @@ def of_guide(
             start += len(batch[0])
             announce(scores.numel())
         require_one_density(log_own.flatten(), scored_own)
-        return (log_own + math.log(num_data) - total.reshape(log_own.shape)).mean(0)
+        return log_own + math.log(num_data) - total.reshape(log_own.shape)
 
     return Block(size, score)
 
@@ -196,6 +197,7 @@ def _duration(seconds: float) -> str:
 def score_all(
     group: Group,
     block: Block,
+    noise: Tensor,
     information: Tensor,
     done: Tensor,
     advance: Callable[[int], None] = lambda count: None,
@@ -209,7 +211,9 @@ def score_all(
     Args:
         group: the processes.
         block: the scoring.
-        information: results for each of this process's n data points, changed in place, (n,).
+        noise: of each code of this process's n data points, (K, n).
+        information: moments of the information of each data point's codes, with the noise, changed
+            in place, (n, 2).
         done: whether a data point has a result, changed in place, (n,).
         advance: called with the number of data points of a block, summed over all processes.
     """
@@ -222,6 +226,6 @@ def score_all(
         rows = slice(number * block.size, (number + 1) * block.size)
         if any(bool(flags[number]) for _, flags in shares if number < len(flags)):
             with seeded(seed):
-                information[rows] = block.score(rows).to(information)
+                information[rows] = moments(block.score(rows).to(noise), noise[:, rows])
             done[rows] = True
         advance(sum(len(range(*rows.indices(count))) for count in counts))

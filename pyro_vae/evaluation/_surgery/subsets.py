@@ -73,7 +73,7 @@ def random_subsets(count: int, size: int) -> Sequence[Tensor]:
 
 
 def subset_information(pairs: Tensor, num_data: int, estimator: Estimator) -> Tensor:
-    """Return log q(z|x_n) minus the log of the estimate of q_agg(z), averaged over codes.
+    """Return log q(z|x_n) minus the log of the estimate of q_agg(z) for each code.
 
     Args:
         pairs: log q(z_kn|x_m) of the codes of M data points under all M posteriors, (K, M, M).
@@ -81,13 +81,13 @@ def subset_information(pairs: Tensor, num_data: int, estimator: Estimator) -> Te
         estimator: "weighted" or "stratified".
 
     Returns:
-        Shape (M,), in nats.
+        Shape (K, M), in nats.
     """
     size = pairs.shape[-1]
     own = pairs.diagonal(dim1=1, dim2=2)
     ratios = pairs.double() - own.unsqueeze(2)
     if estimator == "weighted":
-        return (math.log(num_data * size) - ratios.logsumexp(2)).mean(0)
+        return math.log(num_data * size) - ratios.logsumexp(2)
     of_others = math.log(num_data - 1) - math.log(size - 1)
     log_weights = torch.full_like(ratios[0], of_others).fill_diagonal_(0.0)
-    return (math.log(num_data) - (ratios + log_weights).logsumexp(2)).mean(0)
+    return math.log(num_data) - (ratios + log_weights).logsumexp(2)

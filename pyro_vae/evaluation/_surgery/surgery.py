@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import Tensor
 
 from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_trace import Program
@@ -18,10 +17,10 @@ from pyro_vae.datasets._minibatches import Data
 from pyro_vae.evaluation._log_evidence import standard_error
 from pyro_vae.evaluation._runner import Runner
 from pyro_vae.evaluation._surgery.code_scores import CodeScorer, CodeScores
+from pyro_vae.evaluation._surgery.control import controlled
 from pyro_vae.evaluation._surgery.decomposition import Surgery
 from pyro_vae.evaluation._surgery.subsets import Estimator, check_estimator
 
-_FEWEST_TO_REGRESS = 30
 _MIN_SCORED = 30  # a standard error of fewer would be too uncertain
 
 
@@ -68,7 +67,7 @@ def elbo_surgery(
     In a group of R processes, the processes exchange Gaussians but no codes (samples of z). For
     each block of 16,384 codes of a process, the Gaussians of all processes are sent once. Let D be
     the size of a latent variable. A process receives
-    :math:`16 D N (1 - 1/R) \lceil K N / (16384 R) \rceil` bytes, and about 50 N at the end. For any
+    :math:`16 D N (1 - 1/R) \lceil K N / (16384 R) \rceil` bytes, and about 70 N at the end. For any
     other guide, each process runs the guide on all data.
 
     Minibatch estimators of q_agg (Chen et al. 2018, appendix C) use M times N pairs, with M
@@ -175,13 +174,17 @@ def surgery_or_reason(*args: Any, **options: Any) -> tuple[Surgery | None, str]:
 def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Surgery:
     """Compute the surgery of all data points, or if interrupted, of those that are done."""
     averages, done = scores.averages, scores.done
-    noise = averages.rate - averages.sampled_rate
     used = done if interrupted else torch.ones_like(done)
-    if (part := scores.part) is None or interrupted:
-        information = _control(scores.information[used], noise[used])
-    else:
-        of_part = _control(scores.information[part.chosen], noise[part.chosen])
-        information = part.of_all(of_part)
+    part = None if interrupted else scores.part
+    rows = used if part is None else part.chosen
+    information = controlled(
+        scores.information[rows],
+        averages.noise[rows],
+        averages.noise_variance[rows],
+        scores.num_particles,
+    )
+    if part is not None:
+        information = part.of_all(information)
     rate, log_likelihood = averages.rate[used], averages.log_likelihood[used]
     per_data_point = {
         "elbo": log_likelihood - rate,
@@ -205,26 +208,3 @@ def _surgery(scores: CodeScores, estimator: Estimator, interrupted: bool) -> Sur
         num_scored=int(done.sum()) if interrupted or not done.all() else None,
         interrupted=interrupted,
     )
-
-
-def _control(values: Tensor, noise: Tensor) -> Tensor:
-    """Subtract from the values their regression on a noise with expectation zero.
-
-    The noise is the rate in closed form minus the sampled rate. The regression interpolates between
-    two estimates of the marginal KL. The first is the rate minus the sampled mutual information,
-    which is exact if the information is saturated at log N. The second is the sampled
-    log q_agg - log p, which is exact if the aggregated posterior is the prior.
-
-    The values are returned unchanged in three cases. With few data points, the coefficient overfits
-    the noise, and the standard errors are too small. With an infinite rate, it is undefined. A mean
-    of more than four standard errors shows that the noise has rare large values which these codes
-    do not have, as for a discrete latent with one likely value. The regression would then move the
-    values by a multiple of that mean.
-    """
-    mean = noise.mean()
-    centered = noise - mean
-    variance = centered.square().sum()
-    is_centered = mean.abs() <= 4 * variance.sqrt() / len(noise)  # false for NaN
-    if len(values) < _FEWEST_TO_REGRESS or variance == 0 or not is_centered:
-        return values
-    return values - (values * centered).sum() / variance * noise
