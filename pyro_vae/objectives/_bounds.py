@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from pyro_vae._programs.terms import Terms
@@ -218,13 +219,26 @@ class Renyi(Objective):
         """Return the logarithm of the average power of the weights, divided by the power."""
         terms.require_reparameterized("Renyi")
         power = 1 - self.alpha
-        return log_mean_weight(power * terms.log_weight, 0) / power
+        return _log_mean_exp(power * terms.log_weight) / power
 
 
 def log_mean_weight(log_weight: Tensor, dim: int) -> Tensor:
     """Return the logarithm of the average weight along a dimension."""
     log_weight = _without_negligible(log_weight, dim)
     return log_weight.logsumexp(dim) - math.log(log_weight.shape[dim])
+
+
+def _log_mean_exp(powers: Tensor) -> Tensor:
+    """Return the logarithm of the average of exp along the first dimension.
+
+    The relative error is of the order of rounding, also if all powers are near zero. There,
+    log K cancels in :func:`log_mean_weight`, and the rest is below rounding.
+    """
+    largest = powers.detach().amax(0)
+    below_one = torch.expm1(powers - largest).mean(0)
+    near = below_one > -0.5  # False for NaN, from infinite powers
+    by_log1p = largest + torch.log1p(torch.where(near, below_one, 0.0))
+    return torch.where(near, by_log1p, log_mean_weight(powers, 0))
 
 
 def _without_negligible(log_weight: Tensor, dim: int) -> Tensor:

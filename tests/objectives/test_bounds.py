@@ -1,6 +1,8 @@
 """The order of the bounds, and which pairs each objective accepts or refuses."""
 
 import itertools
+import math
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -42,6 +44,42 @@ def estimates(objective, oracle, x, rows=500):
     """Return the mean bound of each block of rows."""
     losses = [-objective.loss(oracle.model, oracle.guide, part) for part in x.split(rows)]
     return torch.tensor(losses, dtype=torch.float64) / rows
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 300.0])
+@pytest.mark.parametrize("num_particles", [2, 1000])
+def test_renyi_near_one_and_far_from_it(spread, num_particles):
+    def renyi(log_weight, alpha):
+        log_weight = log_weight.clone().requires_grad_()
+        terms = SimpleNamespace(log_weight=log_weight, require_reparameterized=lambda _: None)
+        value = o.Renyi(alpha, num_particles).bound(terms)
+        return value.detach(), torch.autograd.grad(value.sum(), log_weight)[0]
+
+    log_weight = spread * torch.randn(num_particles, 5) - 90
+    for distance in [1e-15, 1e-8, 1e-7, 1e-5, 1e-3, 0.1, 0.5, 1.0, 5.0]:
+        for alpha in (1 - distance, 1 + distance):
+            value, gradient = renyi(log_weight, alpha)
+            double = log_weight.double()
+            offset = double.mean(0)
+            powers = (1 - alpha) * (double - offset)
+            if distance > 1e-3:
+                log_mean = powers.logsumexp(0) - math.log(num_particles)
+            else:
+                log_mean = torch.expm1(powers).mean(0).log1p()
+            expected = offset + log_mean / (1 - alpha)
+            assert (value - expected).abs().max() <= 1e-6 * (90 + 5 * spread), alpha
+            torch.testing.assert_close(gradient.double(), powers.softmax(0), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1 - 1e-7])
+def test_renyi_with_weights_of_zero(alpha):
+    log_weight = torch.tensor([[-1.0, -1.0], [-torch.inf, -torch.inf], [-3.0, -torch.inf]])
+    terms = SimpleNamespace(log_weight=log_weight, require_reparameterized=lambda _: None)
+    power = 1 - alpha
+    expected = (power * log_weight.double()).exp().mean(0).log() / power
+    torch.testing.assert_close(o.Renyi(alpha, 3).bound(terms).double(), expected)
+    upper = o.Renyi(2 - alpha, 3).bound(terms)
+    assert upper.tolist() == [-torch.inf] * 2
 
 
 def test_bounds_are_ordered_and_close_on_the_evidence():
