@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_vae._utils.init_args import records_init_args
-from pyro_vae._utils.numerics import softplus, softplus_scale, split_at
+from pyro_vae._utils.numerics import softplus, softplus_scale
 from pyro_vae.distributions._casting import value_for
 from pyro_vae.likelihoods._base import Likelihood
 from pyro_vae.likelihoods._scales import Scale, SharedScale, as_scale
@@ -89,41 +91,89 @@ class NegativeBinomial(Likelihood):
         """Return p(x|z), of batch shape (...), for z of shape ``(..., *latent event)``."""
         raw_mean, *raw = self.outputs(1 + self.dispersion.parts, *inputs)
         dispersion = self.dispersion(raw_mean, *raw)
-        logits = softplus_scale(raw_mean).log() + dispersion.log()
+        logits = (softplus_scale(raw_mean) * dispersion).log()
         return _NegativeBinomial(dispersion.reciprocal(), logits=logits).to_event(self.event_dim)
 
 
 class _Poisson(dist.Poisson):
-    """torch's distribution for counts of any dtype: in torch's, 255 of uint8 would become 0."""
+    """torch's distribution for any dtype, without the cancellation of large terms (Loader 2000).
+
+    In torch's, 255 of uint8 would become 0.
+    """
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(value_for(self.rate, value))
-
-
-_LEAST_FOR_SERIES = 20.0
+        x = value_for(self.rate, value)
+        if self._validate_args:
+            self._validate_sample(x)
+        positive = x.clamp(min=1.0)
+        log = positive.log()
+        rise = (self.rate.detach() - positive) / positive
+        log_ratio = _corrected(self.rate.log() - log, rise)
+        return x * log_ratio - (self.rate - x) - _log_factorial_rest(x, positive, log)
 
 
 class _NegativeBinomial(dist.NegativeBinomial):
-    """torch's distribution, without the cancellation of large terms at small dispersions."""
+    """torch's distribution, without the cancellation of large terms (Loader 2000)."""
 
     def log_prob(self, value: Tensor) -> Tensor:
-        value = value_for(self.logits, value)
+        x = value_for(self.logits, value)
         if self._validate_args:
-            self._validate_sample(value)
-        r, logits, x = torch.broadcast_tensors(self.total_count, self.logits, value)
-        growth = x * logits - (r + x) * softplus(logits)
-        return growth + _log_rising(r, x) - torch.lgamma(x + 1)
+            self._validate_sample(x)
+        r, total, positive = self.total_count, self.total_count + x, x.clamp(min=1.0)
+        log, log_total = positive.log(), total.log()
+        growth, growth_of_mean = torch.log1p(x / r), softplus(self.logits)  # from r to r + x, r + m
+        log_odds = (self.logits - growth_of_mean) + (log_total - log)
+        with torch.no_grad():
+            mean = self.mean
+            rise = (mean - x) / total
+            rise_of_odds = r * (mean - positive) + mean * (x - positive)
+            rise_of_odds = rise_of_odds / (positive * (r + mean))
+        deviance = r * _corrected(growth_of_mean - growth, rise)
+        deviance = deviance - x * _corrected(log_odds, rise_of_odds)
+        rest = _stirling_rest(total, log_total) - _stirling_rest(r, r.log()) - 0.5 * growth
+        return rest - deviance - _log_factorial_rest(x, positive, log)
 
 
-def _log_rising(r: Tensor, x: Tensor) -> Tensor:
-    r"""Return :math:`\log\Gamma(r + x) - \log\Gamma(r)`.
+_LEAST_FOR_SERIES = 32.0
 
-    For large r, use the difference of two Stirling series, whose common terms are canceled
-    analytically. The first omitted term is :math:`1 / (1260 r^5)`.
+
+def _corrected(log_ratio: Tensor, rise: Tensor) -> Tensor:
+    """Return log(a / b) to the precision of ``rise`` = (a - b) / b, if it is between -1/2 and 1.
+
+    The gradient is that of ``log_ratio``.
     """
-    small, large, is_small = split_at(_LEAST_FOR_SERIES, r)
-    whole = large + x
-    series = (1 / whole - 1 / large) / 12 - (whole**-3 - large**-3) / 360
-    by_series = (whole - 0.5) * torch.log1p(x / large) + x * (large.log() - 1) + series
-    by_gammas = torch.lgamma(small + x) - torch.lgamma(small)
-    return torch.where(is_small, by_gammas, by_series)
+    with torch.no_grad():
+        rough = log_ratio.clamp(-math.log(2), math.log(2))
+        correction = rise.clamp(-0.5, 1.0).log1p_().sub_(rough)
+    return log_ratio + correction
+
+
+def _combined(x: Tensor, below: Tensor, above: Tensor) -> Tensor:
+    """Return ``below`` at x of at most 32, ``above`` from 33 on, and a mixture between them.
+
+    On CPUs, ``torch.where`` takes much longer, if its condition varies between neighbors.
+    """
+    share = (_LEAST_FOR_SERIES + 1 - x.detach()).clamp(0.0, 1.0)
+    return torch.lerp(above, below, share)
+
+
+def _log_factorial_rest(x: Tensor, positive: Tensor, log: Tensor) -> Tensor:
+    r"""Return :math:`\log x! - (x \log x - x)`, where ``log`` is that of ``positive``, x or 1."""
+    by_series = _stirling_series(positive) + (0.5 * log + 0.5 * math.log(2 * math.pi))
+    return _combined(x, torch.lgamma(x + 1) + (x - x * log), by_series)
+
+
+def _stirling_rest(x: Tensor, log: Tensor) -> Tensor:
+    r"""Return :math:`\log\Gamma(x) - (x - 1/2) \log x + x - \log(2\pi) / 2` for positive x."""
+    by_gamma = torch.lgamma(x) - (x - 0.5) * log + (x - 0.5 * math.log(2 * math.pi))
+    return _combined(x, by_gamma, _stirling_series(x))
+
+
+def _stirling_series(x: Tensor) -> Tensor:
+    r"""Return the series of :func:`_stirling_rest` for large x, and its value at 32 for small x.
+
+    The first omitted term is :math:`1 / (1680 x^7)`.
+    """
+    inverse = (x + torch.relu(_LEAST_FOR_SERIES - x)).reciprocal()
+    square = inverse.square()
+    return inverse * (1 / 12 - square * (1 / 360 - square / 1260))

@@ -10,7 +10,7 @@ from pyro_vae._utils.numerics import split_at, within
 from pyro_vae.distributions import _continuous_bernoulli as continuous_bernoulli
 from pyro_vae.distributions._casting import _log_half_step
 from pyro_vae.distributions._circular import WrappedNormal
-from pyro_vae.likelihoods._counts import _log_rising
+from pyro_vae.likelihoods._counts import _stirling_rest
 
 
 def quantile(logit, share):
@@ -21,7 +21,8 @@ def quantile(logit, share):
 AT_A_CHANGE_OF_FORMULA = {
     "wrapped normal": (lambda s: WrappedNormal(0.3, s).log_prob(torch.tensor(0.9)), 1.8),
     "Student's t": (_log_half_step, 50.0),
-    "negative binomial": (lambda r: _log_rising(r, torch.tensor(7.0)), 20.0),
+    "counts": (lambda x: _stirling_rest(x, x.log()), 32.0),
+    "counts, end of the change": (lambda x: _stirling_rest(x, x.log()), 33.0),
     "mass": (continuous_bernoulli.log_mass, 0.1),
     "mass, negative": (continuous_bernoulli.log_mass, -0.1),
     "mean": (continuous_bernoulli.mean, 0.1),

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 import pyro_vae as pv
+from pyro_vae._utils import numerics
 
 L = pv.likelihoods
 DTYPES = [torch.float32, torch.float64]
@@ -402,6 +403,46 @@ def test_gradient_of_the_dispersion_in_float32_matches_float64(dispersion):
     torch.testing.assert_close(
         log_p(dispersion, torch.float32), log_p(dispersion, torch.double), rtol=1e-2, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("mean", [1e-3, 0.3, 3.0, 32.0, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize("dispersion", [0.0, 1e-9, 1e-6, 1e-3, 0.7, 30.0])
+def test_counts_of_any_size_in_float32_match_float64(mean, dispersion):
+    identity = nn.Identity()
+    likelihood = L.NegativeBinomial(identity, dispersion) if dispersion else L.Poisson(identity)
+    raw = torch.tensor([numerics.inverse_softplus_scale(mean + 2e-6)], requires_grad=True)
+    rate = numerics.softplus_scale(raw.detach().double()).requires_grad_()
+    if dispersion:
+        r = 1 / torch.tensor(dispersion).double()
+        truth = dist.NegativeBinomial(r, logits=(rate / r).log())
+    else:
+        truth = dist.Poisson(rate)
+    x = torch.cat(
+        [truth.sample((200,)).detach(), torch.arange(100.0)[:, None], rate.detach().round()[None]]
+    )
+    found, expected = likelihood(raw).base_dist.log_prob(x.float()), truth.log_prob(x)
+    atol = 3e-5 + 1e-6 * mean**0.5  # the rounding of the rate changes log p by sqrt(rate) times it
+    torch.testing.assert_close(found.double(), expected, rtol=5e-6, atol=atol)
+    slope = torch.autograd.grad(found.sum(), raw)[0].double()
+    expected = torch.autograd.grad(expected.sum(), rate)[0]
+    expected = expected * torch.sigmoid(raw.double() + math.log(math.e - 1))
+    assert (slope - expected).abs() < 1e-6 * (x / rate + 1).sum()
+
+
+def test_densities_of_counts_that_are_no_integers_are_those_of_torch():
+    x = torch.tensor([0.0, 1e-3, 0.4, 0.99, 1.5, 31.4, 32.0, 32.7, 33.0, 500.5]).double()
+    raw = torch.randn(10).double()
+    mean = numerics.softplus_scale(raw)
+    r = torch.tensor(4.0).double()
+    truth = {
+        L.NegativeBinomial(nn.Identity(), 0.25): dist.NegativeBinomial(r, logits=(mean / r).log()),
+        L.Poisson(nn.Identity()): dist.Poisson(mean),
+    }
+    with pyro.validation_enabled(False):
+        for likelihood, expected in truth.items():
+            expected = type(expected).log_prob(expected.expand([10]), x)
+            found = likelihood(raw).base_dist.log_prob(x)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["poisson", "negative-binomial"])
