@@ -48,6 +48,12 @@ class Schedule(ABC):
         return max(before + after)
 
     @torch.no_grad()
+    def least_value(self) -> float:
+        """Return the smallest value, by default of those at step 0 and at powers of two."""
+        steps = [0.0, *(2.0**power for power in range(25))]
+        return min(float(self(torch.tensor(step))) for step in steps)
+
+    @torch.no_grad()
     def has_settled(self, step: float) -> bool:
         """Return whether the schedule has come within 1% of its last value by a step.
 
@@ -92,6 +98,8 @@ class Constant(Schedule):
         """Return the number."""
         return self.value
 
+    least_value = last_value
+
 
 @records_init_args
 class Linear(Schedule):
@@ -123,6 +131,12 @@ class Linear(Schedule):
     def last_value(self) -> float:
         """Return the last number."""
         return self.end if type(self).__call__ is Linear.__call__ else super().last_value()
+
+    def least_value(self) -> float:
+        """Return the smaller of the two numbers."""
+        if type(self).__call__ is Linear.__call__:
+            return min(self.start, self.end)
+        return super().least_value()
 
 
 @records_init_args
@@ -157,6 +171,12 @@ class Cyclical(Schedule):
             return max(self.start, self.end)
         return super().last_value()
 
+    def least_value(self) -> float:
+        """Return the smaller of the two numbers."""
+        if type(self).__call__ is Cyclical.__call__:
+            return min(self.start, self.end)
+        return super().least_value()
+
     def has_settled(self, step: float) -> bool:
         """Return whether the first rise is over."""
         if type(self).__call__ is Cyclical.__call__:
@@ -168,9 +188,16 @@ def as_schedule(name: str, value: float | Schedule) -> Schedule:
     """Return a schedule unchanged, and a number as a constant schedule.
 
     Raises:
-        ValueError: The number is negative.
+        ValueError: The number, or a value of the schedule, is negative.
     """
-    return value if isinstance(value, Schedule) else Constant(nonnegative_number(name, value))
+    if not isinstance(value, Schedule):
+        return Constant(nonnegative_number(name, value))
+    if (least := value.least_value()) < -1e-6:  # not from rounding
+        raise ValueError(
+            f"{name} must be a schedule of numbers of at least 0, got {value!r}, whose smallest "
+            f"value is {least:g}. Change its numbers"
+        )
+    return value
 
 
 def schedules_in(value: Any) -> Iterator[Schedule]:

@@ -328,3 +328,31 @@ def test_weights_at_the_limit_are_accepted():
     pv.objectives.BetaELBO(0.0)
     pv.objectives.InfoVAE(alpha=0.9, scale=0.1)
     pv.objectives.BetaTCVAE(0.0, mutual_information=-1.0, dimension_wise=0.0)
+
+
+class Falling(o.Schedule):
+    def __call__(self, step):
+        return 1 - step / 100
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        o.Constant(-1.0),
+        o.Linear(10, 0.0, -5.0),
+        o.Linear(10, -1.0, 5.0),
+        o.Cyclical(10, start=-3.0),
+        o.Cyclical(1000, 1.0, start=1.0, end=-0.1),
+        Falling(),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("make", [o.BetaELBO, o.CapacityELBO])
+def test_schedules_with_negative_values_are_refused(make, schedule):
+    with pytest.raises(ValueError, match="must be a schedule of numbers of at least 0, got"):
+        make(schedule)
+
+
+def test_schedules_may_reach_zero():
+    for schedule in (o.Constant(0.0), o.Linear(10, 5.0, 0.0), o.Cyclical(10, end=0.0)):
+        o.BetaELBO(schedule), o.CapacityELBO(schedule)
