@@ -72,15 +72,19 @@ class _Encoder:
             raise ValueError(
                 f"{described(path[:3])}... is nested more than {MAX_DEPTH} deep, or contains itself"
             )
-        # Subclasses of these types, such as numpy's float64, are restored as these types.
+        # Numbers of numpy and of subclasses of these types are restored as these types.
+        if isinstance(thing, np.bool_):
+            return bool(thing)
         if thing is None or isinstance(thing, bool):
             return thing
         if isinstance(thing, str):
             return str.__str__(thing)
-        if isinstance(thing, int):
-            return int(thing) if -(2**63) <= thing < 2**63 else {"$int": hex(thing)}
-        if isinstance(thing, float):
-            return float(thing) if math.isfinite(thing) else {"$float": _non_finite(thing)}
+        if isinstance(thing, int | np.integer):
+            thing = int(thing)
+            return thing if -(2**63) <= thing < 2**63 else {"$int": hex(thing)}
+        if isinstance(thing, float | np.floating):
+            thing = float(thing)
+            return thing if math.isfinite(thing) else {"$float": _non_finite(thing)}
         if isinstance(thing, Tensor):
             return {"$tensor": self._keep(_plain_tensor(thing, path), path)}
         if isinstance(thing, np.ndarray):
@@ -101,7 +105,7 @@ class _Encoder:
 
     def _encode_mapping(self, things: Mapping[Any, Any], path: tuple[Any, ...]) -> Any:
         for key in things:
-            if isinstance(key, bool) or not isinstance(key, str | int):
+            if isinstance(key, bool) or not isinstance(key, str | int | np.integer):
                 raise TypeError(
                     f"{described(path)} has the key {key!r}, {_kind_of(key)}: keys must be strings "
                     "or integers"
@@ -126,8 +130,9 @@ class _Encoder:
 
 
 def described(path: tuple[Any, ...]) -> str:
-    """Return the Python expression for a path in the structure."""
-    return "content" + "".join(f"[{key!r}]" for key in path)
+    """Return the Python expression for a path in the structure, whose keys are named first."""
+    first, *rest = path or ("content",)
+    return f"{first}" + "".join(f"[{key!r}]" for key in rest)
 
 
 def _kind_of(thing: Any) -> str:
