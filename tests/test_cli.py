@@ -466,6 +466,8 @@ def test_mistakes_in_own_pairs_are_one_line(arguments, message, place, capsys, m
         (["--data", "few.npy"], "few.npy must have at least 10 rows, got 4"),
         (["--data", "shapes.npz"], "has rows of different shapes"),
         (["--data", "x.npy"], "rows of zeros and ones, but x.npy, split at random"),
+        (["--data", "flat.npy"], "has one dimension. Save an array of shape (rows, numbers)"),
+        (["--data", "gaps.csv"], "has 8 missing numbers among its train data. Fill them"),
         (["--output", "x.npy"], "cannot write --output x.npy"),
         (["--output", "full"], "is not a saved pair, so it is not replaced"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
@@ -483,6 +485,8 @@ def test_wrong_options_are_one_line(arguments, message, place, capsys, monkeypat
     torch.save(pv.nets.MLP(2, [3]), place / "pickled.pt")
     (place / "text.csv").write_text("a,b\n1,2\n3,four\n")
     (place / "empty.csv").write_text("")
+    (place / "gaps.csv").write_text("a,b\n" + "1,\n" * 11)
+    np.save(place / "flat.npy", np.ones(60))
     np.savez(place / "two.npz", a=np.zeros((20, 3)), b=np.zeros((20, 3)))
     np.save(place / "text.npy", np.array(["a"] * 20))
     (place / "cut.npz").write_bytes((place / "two.npz").read_bytes()[:100])
@@ -632,5 +636,20 @@ def test_a_missing_number_in_the_first_row_is_an_error(tmp_path, monkeypatch):
     """The row must not be taken for names, and left out."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.csv").write_text("1.5,,2.5\n" + "1,2,3\n" * 20)
-    with pytest.raises(ValueError, match=r"cannot read x.csv: could not convert string ''"):
-        _data.load_splits("x.csv")
+    assert torch.cat([*split_file("x.csv")]).isnan().sum() == 1
+
+
+def split_file(path):
+    splits = _data.load_splits(path)
+    return splits.train, splits.validation, splits.test
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_missing_numbers_of_a_csv_file_are_nan(columns, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = np.random.default_rng(0).normal(size=(50, columns))
+    rows[np.random.default_rng(1).uniform(size=rows.shape) < 0.2] = np.nan
+    pd.DataFrame(rows).add_prefix("c").to_csv("x.csv", index=False)
+    np.save("x.npy", rows)
+    for found, expected in zip(split_file("x.csv"), split_file("x.npy"), strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True)

@@ -234,18 +234,24 @@ def _binary_rows(splits: Splits) -> Splits:
     """Return the data as rows of zeros and ones.
 
     Raises:
-        ValueError: There are other values.
+        ValueError: There are other or missing values, or the data have one dimension.
     """
     parts = {}
+    expected = f"the pairs of this command model rows of zeros and ones, but {splits.description}"
+    own = "or compare your own pairs (see pyro-vae compare --help)"
+    if splits.train.dim() < 2:
+        raise ValueError(
+            f"{expected} has one dimension. Save an array of shape (rows, numbers), {own}"
+        )
     for name in ("train", "validation", "test"):
-        part = getattr(splits, name).flatten(1) if splits.train.dim() > 1 else None
-        is_intensity = splits.transform is not None and name == "train"
-        if part is None or not (is_intensity or bool(((part == 0) | (part == 1)).all())):
+        part = getattr(splits, name).flatten(1)
+        if missing := int(part.isnan().sum()):
             raise ValueError(
-                f"the pairs of this command model rows of zeros and ones, but {splits.description} "
-                "has other values. Binarize the data, or compare your own pairs (see "
-                "pyro-vae compare --help)"
+                f"{expected} has {missing:,} missing numbers among its {name} data. Fill them, {own}"
             )
+        is_intensity = splits.transform is not None and name == "train"
+        if not (is_intensity or bool(((part == 0) | (part == 1)).all())):
+            raise ValueError(f"{expected} has other values. Binarize the data, {own}")
         parts[name] = part.to(torch.get_default_dtype())
     return dataclasses.replace(splits, **parts)
 

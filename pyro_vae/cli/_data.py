@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import pickle
 import warnings
 import zipfile
@@ -178,9 +179,19 @@ def _read_csv(path: Path) -> np.ndarray:
             "its first column has no name, as row numbers that pandas writes. Remove them "
             "(index=False), because they would be data"
         )
+    options: dict[str, Any] = {
+        "delimiter": ",", "skiprows": header, "ndmin": 2, "encoding": "utf-8-sig"
+    }  # fmt: skip
     with warnings.catch_warnings():  # a file without numbers
         warnings.simplefilter("ignore")
-        return np.loadtxt(path, delimiter=",", skiprows=header, ndmin=2, encoding="utf-8-sig")
+        try:
+            return np.loadtxt(path, **options)
+        except ValueError:  # slower, with empty cells as missing numbers
+            return np.loadtxt(path, **options, quotechar='"', converters=_number_or_nan)
+
+
+def _number_or_nan(cell: str) -> float:
+    return float(cell) if cell.strip() else math.nan
 
 
 def _are_names(cells: list[str]) -> bool:

@@ -36,8 +36,8 @@ def from_anndata(
 
     Raises:
         TypeError: ``adata`` is not an AnnData.
-        ValueError: The layer or a covariate does not exist or has missing values. The matrix is on
-            disk or missing.
+        ValueError: The layer or a covariate does not exist or has missing values. The matrix is
+            empty, on disk or missing.
         ImportError: The extra ``anndata`` is not installed.
 
     Example:
@@ -60,6 +60,11 @@ def from_anndata(
     matrix, name = (adata.X, "adata.X") if layer is None else (adata.layers[layer], layer)
     if matrix is None:
         raise ValueError(f"adata has no matrix X: pass layer, one of {[*adata.layers]}")
+    if 0 in adata.shape:
+        raise ValueError(
+            f"adata must have at least one observation and one variable, got shape {adata.shape}. "
+            "Check the filter that made it"
+        )
     columns = [_covariate(adata.obs, each) for each in covariates]
     x = as_column(matrix, name)
     return (x if isinstance(x, Tensor) else matrix.tocsr()), *columns

@@ -210,7 +210,7 @@ def _chosen(
         return names[0]
     if site is None:
         raise ValueError(
-            f"encode needs a latent in the plate of the data points, and the guide has {names}. "
+            f"the guide must have one latent in the plate of the data points, but it has {names}. "
             + ("Pass one of them as site." if names else "Sample one in model and guide.")
         )
     if site in names:

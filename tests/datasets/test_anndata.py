@@ -84,3 +84,9 @@ def test_wrong_arguments_are_refused(adata, tmp_path):
     adata.obs["batch"] = adata.obs["batch"].cat.remove_categories("c")
     with pytest.raises(ValueError, match=r"no missing values, but column 'batch' .* has 10"):
         pv.datasets.from_anndata(adata, covariates=["batch"])
+
+
+def test_an_empty_object_is_refused(adata):
+    for empty in (adata[:0], adata[:, :0]):
+        with pytest.raises(ValueError, match="adata must have at least one observation and one"):
+            pv.datasets.from_anndata(empty, covariates=["batch"])

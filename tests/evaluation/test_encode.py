@@ -104,6 +104,9 @@ def encoder():
     return pv.nets.MLP(5, [7])
 
 
+SEVERAL_ERROR = (
+    r"^the guide must have one latent .*, but it has \['.', '.'\]. Pass one of them as site"
+)
 SEVERAL = {
     "normal": (pv.guides.AmortizedNormal, {"a", "b"}),
     "joint": (pv.guides.AmortizedMultivariateNormal, {"a", "b"}),
@@ -127,7 +130,7 @@ def test_several_latents(name):
         found = pv.encode(two, guide, x, site=site, seed=0)
         assert (found.method == "closed form") == (site in closed)
         assert agrees(found, own_samples(guide, site, x, 5000))
-    with pytest.raises(ValueError, match=r"the guide has \['.', '.'\]. Pass one of them as site"):
+    with pytest.raises(ValueError, match=SEVERAL_ERROR):
         pv.encode(two, guide, x)
     with pytest.raises(ValueError, match=r"one of the latents of the guide, .*got site='c'"):
         pv.encode(two, guide, x, site="c")
@@ -541,3 +544,17 @@ def test_seed_and_state(pair, binary):
     assert repr(found[0]) == (
         "Encoding of 'z': 50 data points of shape (2,); mean and std in closed form; 4 samples each"
     )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda guide, x: pv.interpolate(two, guide, x[:1], x[1:2]),
+        lambda guide, x: pv.plots.traversals(two, guide, x, image_shape=(1, 5)),
+        lambda guide, x: pv.plots.aggregated_posterior(two, guide, x),
+    ],
+    ids=["interpolate", "traversals", "aggregated_posterior"],
+)
+def test_callers_of_encode_are_not_named_encode(call):
+    with pytest.raises(ValueError, match=SEVERAL_ERROR):
+        call(pv.guides.AmortizedNormal(two, encoder()), torch.randn(3, 5))
