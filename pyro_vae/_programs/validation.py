@@ -253,13 +253,25 @@ def _refuse_other_devices(model: Program, guide: Program, x: Tensor) -> None:
                 )
 
 
+_MOST_MISSING = 8  # columns that a message suggests to add
+
+
 def _columns_not_taken(model: Program, guide: Program, batch: Batch) -> str:
     """Return a message if a program does not accept one argument per column of the data."""
+    count = len(batch)
     for name, program in (("model", model), ("guide", guide)):
-        if not takes(program, len(batch)):
+        if not takes(program, count):
+            more = range(count + 1, count + _MOST_MISSING + 1)
+            needed = next((n for n in more if takes(model, n) and takes(guide, n)), None)
+            if needed is not None:
+                columns = "1 column" if count == 1 else f"{count} columns"
+                return (
+                    f"The data have {columns}, but the {name} needs more, and both programs take "
+                    f"{needed}. Pass all columns as one tuple, such as (x, y) for data and labels. "
+                )
             return (
                 f"Both programs are called with every column of the data, but the {name} does not "
-                f"take {len(batch)}. Add or remove arguments, so that both take the same columns. "
+                f"take {count}. Add or remove arguments, so that both take the same columns. "
             )
     return ""
 

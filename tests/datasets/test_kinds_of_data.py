@@ -480,6 +480,27 @@ def test_columns_that_both_programs_take_are_kept(binary):
         pv.evidence(conditional, alone, (binary, y), num_particles=2)
 
 
+def test_missing_labels_are_missed_in_the_data(binary):
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=z + 0 * x + y[:, None]).to_event(1), obs=x)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, :1], 1.0).to_event(1))
+
+    def lenient(x, y=None):
+        guide(x, y)
+
+    message = r"data have 1 column, but the model needs more, and both programs take 2\. Pass all"
+    for each in (guide, lenient):
+        with pytest.raises(ValueError, match=message):
+            pv.evidence(model, each, binary, num_particles=2)
+        with pytest.raises(ValueError, match=message):
+            pv.fit(model, each, binary, epochs=1, progress=False)
+
+
 def test_labels_of_an_iterable_dataset_are_left_out(binary):
     data = Stream([(row, i) for i, row in enumerate(binary)])
     fit = {"epochs": 2, "batch_size": 20, "progress": False, "capture": False}
