@@ -24,6 +24,7 @@ from pyro_vae._programs.sites import data_frame
 from pyro_vae._utils.checks import ShapeError
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.modules import NAME_IT, remember_unnamed, unnamed
+from pyro_vae._utils.network_outputs import NetworkError
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._columns import finite_rows
 from pyro_vae.datasets._minibatches import Batch, Minibatches
@@ -202,6 +203,8 @@ def _run_on_numbers(
     try:
         with torch.no_grad(), values_checked(True), remember_unnamed(model, guide):
             trace = PairTrace(model, guide, batch)
+    except NetworkError:
+        raise
     except PROGRAM_ERRORS as error:
         _refuse_other_devices(model, guide, x)
         raise _cannot_run(model, guide, batch, name, error) from error

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from pyro_vae._programs.latent_sites import LatentSite, latent_sites, surroundings
 from pyro_vae._programs.sites import DATA_PLATE
 from pyro_vae._utils.init_args import records_init_args
+from pyro_vae._utils.network_outputs import output_of
 from pyro_vae.guides import _families as families
+from pyro_vae.guides._encoding import ONE_TENSOR_OF_FEATURES
 from pyro_vae.guides._families import Family
 from pyro_vae.guides._lazy_modules import LazyModules
 from pyro_vae.guides._model_ref import ModelRef
@@ -77,7 +79,7 @@ class SemiSupervisedGuide(PyroModule):
 
     def classify(self, x: Tensor) -> dist.Categorical:
         """Return q(y|x), with batch shape (B,)."""
-        logits = self.classifier(x)
+        logits = output_of("classifier", self.classifier, x, use="Return the logits of q(y|x)")
         classes = self._model.program.classes
         if logits.shape != (x.shape[0], classes):
             raise ValueError(
@@ -111,7 +113,7 @@ class SemiSupervisedGuide(PyroModule):
 
     def _features(self, x: Tensor, labels: Tensor, q_y: dist.Categorical) -> Tensor:
         classes = one_hot(labels, q_y.logits.shape[-1]).to(q_y.logits)
-        features = self.encoder(x, classes)
+        features = output_of("encoder", self.encoder, x, classes, use=ONE_TENSOR_OF_FEATURES)
         if features.shape[:-1] != classes.shape[:-1]:
             raise ValueError(
                 f"the encoder must map x of shape {tuple(x.shape)} and classes of shape "

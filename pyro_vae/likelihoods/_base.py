@@ -8,6 +8,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_vae._utils.checks import ShapeError, checked
+from pyro_vae._utils.network_outputs import output_of
 
 
 class Likelihood(nn.Module):
@@ -63,10 +64,17 @@ class Likelihood(nn.Module):
             Shape ``(P, ..., *event)``.
 
         Raises:
+            TypeError: The decoder does not return a tensor, or does not take the covariates.
             ValueError: The decoder's output has fewer than ``event_dim`` dimensions. Or the first
                 of its ``event_dim`` rightmost sizes is not divisible by P.
         """
-        numbers = self.decoder(*inputs)
+        numbers = output_of(
+            "decoder",
+            self.decoder,
+            *inputs,
+            use="Return all parameters of x as one tensor, in equal blocks along the first dimension "
+            "of the event: torch.cat([loc, raw_scale], 1) for a batch (B, ...)",
+        )
         shape, event_dim = tuple(numbers.shape), self.event_dim
         if 0 in shape:
             raise ShapeError(

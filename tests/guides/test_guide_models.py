@@ -390,3 +390,100 @@ def test_leading_dimensions_of_size_one_belong_to_no_latent(name, inner):
         terms = pv.terms(program, guide, x, num_particles=3)
         found.append((terms.log_weight, terms.samples["z"]))
     torch.testing.assert_close(found[0], found[1])
+
+
+class Returning(torch.nn.Module):
+    """A network that returns its output in another form."""
+
+    def __init__(self, network, form):
+        super().__init__()
+        self.network, self.form = network, form
+
+    def forward(self, *inputs):
+        return self.form(self.network(torch.cat(inputs, -1)))
+
+
+FORMS = {
+    "a tuple (Tensor, tuple)": lambda h: (h, (h, h)),
+    "a tuple (Tensor, Tensor)": lambda h: (h, h),
+    "a dict with the keys ['loc']": lambda h: {"loc": h},
+    "NoneType": lambda h: None,
+}
+
+
+def calls(model, guide, *data):
+    yield lambda: pv.fit(model, guide, data, epochs=1, batch_size=5, progress=False)
+    yield lambda: pv.evidence(model, guide, data, num_particles=2)
+    yield lambda: pv.objectives.ELBO().loss(model, guide, *data)
+    yield lambda: pv.impute(model, guide, *data, num_samples=2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_networks_must_return_one_tensor(form):
+    x = torch.bernoulli(torch.full((10, 4), 0.5))
+    mlp = pv.nets.MLP
+    prior = pv.priors.StandardNormal(2)
+    model = pv.LatentVariableModel(prior, pv.likelihoods.Bernoulli(mlp(2, [3], 4)))
+    guide = pv.guides.AmortizedNormal(model, mlp(4, [3]))
+    encoder, decoder = Returning(mlp(4, [3]), FORMS[form]), Returning(mlp(2, [3], 4), FORMS[form])
+    other = pv.LatentVariableModel(prior, pv.likelihoods.Bernoulli(decoder))
+    pairs = {
+        "encoder": (model, pv.guides.AmortizedNormal(model, encoder)),
+        "decoder": (other, guide),
+    }
+    for name, pair in pairs.items():
+        for call in calls(*pair, x):
+            with pytest.raises(TypeError) as caught:
+                call()
+            text = f"the {name} must return one tensor, got {form}. Return"
+            assert str(caught.value).startswith(text)
+
+    steps = torch.randn(6, 3, 4)
+    model = pv.models.SequenceModel(
+        prior=pv.priors.StandardNormal(2),
+        transition=lambda z: dist.Normal(z, 1.0).to_event(1),
+        likelihood=pv.likelihoods.Normal(mlp(2, [3], 4)),
+    )
+    guide = pv.guides.SequenceGuide(model, encoder=encoder)
+    with pytest.raises(TypeError, match="the encoder must return one tensor"):
+        pv.objectives.ELBO().loss(model, guide, steps)
+
+    for name in ("classifier", "encoder"):
+        model = pv.models.SemiSupervisedModel(
+            prior=prior,
+            likelihood=pv.likelihoods.Bernoulli(pv.nets.Joined(mlp(5, [3], 4))),
+            classes=3,
+        )
+        nets = {"classifier": mlp(4, [3], 3), "encoder": pv.nets.Joined(mlp(7, [3]))}
+        nets[name] = Returning(nets[name], FORMS[form])
+        guide = pv.guides.SemiSupervisedGuide(model, **nets)
+        with pytest.raises(TypeError, match=f"the {name} must return one tensor"):
+            pv.objectives.ELBO().loss(model, guide, x, torch.arange(10) % 3)
+
+
+def test_networks_that_do_not_take_the_covariates():
+    x, y = torch.bernoulli(torch.full((10, 4), 0.5)), torch.rand(10, 3)
+    mlp = pv.nets.MLP
+    prior, joined = pv.priors.StandardNormal(2), pv.nets.Joined(mlp(5, [3], 4))
+    alone = pv.likelihoods.Bernoulli(mlp(2, [3], 4))
+    model = pv.models.ConditionalModel(prior, pv.likelihoods.Bernoulli(joined))
+    pairs = {
+        "encoder must take x": (model, pv.guides.AmortizedNormal(model, mlp(4, [3]))),
+        "decoder must take z": (
+            other := pv.models.ConditionalModel(prior, alone),
+            pv.guides.AmortizedNormal(other, pv.nets.Joined(mlp(7, [3]))),
+        ),
+    }
+    for start, pair in pairs.items():
+        for call in calls(*pair, x, y):
+            with pytest.raises(
+                TypeError, match=f"^the {start} and 1 covariate, .*wrap the network"
+            ):
+                call()
+
+    def broken(x, y):
+        raise TypeError("my own")
+
+    guide = pv.guides.AmortizedNormal(model, broken)
+    with pytest.raises(TypeError, match="^my own"):
+        pv.objectives.ELBO().loss(model, guide, x, y)
