@@ -485,5 +485,5 @@ def test_networks_that_do_not_take_the_covariates():
         raise TypeError("my own")
 
     guide = pv.guides.AmortizedNormal(model, broken)
-    with pytest.raises(TypeError, match="^my own"):
+    with pytest.raises(TypeError, match=r"^my own"):
         pv.objectives.ELBO().loss(model, guide, x, y)
