@@ -15,6 +15,7 @@ from pyro_vae._programs.pair_state import require_parameters
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import parameter_store, require_programs
 from pyro_vae._utils.messages import first_line, program_name
+from pyro_vae._utils.user_warnings import warn_user
 from pyro_vae._utils.versions import versions
 from pyro_vae.serialization._folder import UnreadableFile, read, write
 from pyro_vae.serialization._pair_state import (
@@ -27,6 +28,7 @@ from pyro_vae.serialization._pair_state import (
     state_of,
 )
 from pyro_vae.serialization._recipe import rebuild
+from pyro_vae.serialization._registry import NOT_READABLE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,8 +78,9 @@ def save(
     The tensors are all parameters and buffers, with names such as
     ``model.likelihood.decoder.0.weight``, and the values of ``pyro.param``. For programs made of
     this library's classes and of torch's layers, the record has the constructor arguments, so that
-    :func:`load` can rebuild them. Other programs must be passed to :func:`load`. No code is saved
-    or pickled.
+    :func:`load` can rebuild them. Other programs must be passed to :func:`load`. So must programs
+    with layers whose arguments torch does not keep, such as ``nn.TransformerEncoderLayer``; a
+    warning names them. No code is saved or pickled.
 
     Args:
         folder: folder to create. After a crash or a full disk, its previous content is unchanged.
@@ -124,6 +127,11 @@ def save(
         "history": None if history is None else dataframe_to_dict(history),
         "recipe": recipe_of(model, guide, content),
     }
+    for name, why in content["recipe"]["given"].items():
+        if why.endswith(NOT_READABLE):
+            warn_user(
+                f"pv.load will need {name}={name}, because {why}. Keep the code that makes it."
+            )
     write(folder, content, kind=KIND, overwrite=overwrite)
 
 

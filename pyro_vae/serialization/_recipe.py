@@ -156,7 +156,9 @@ class _Describer:
             arguments = init_args_of(module)
         name = registry.names().get(type(module))
         if name is None or arguments is None:
-            raise _CannotTellError(root, f"{path} is {kind_of(module)}, a class of your own")
+            of_torch = type(module).__module__.split(".")[0] == "torch"
+            whose = registry.NOT_READABLE if of_torch else "a class of your own"
+            raise _CannotTellError(root, f"{path} is {kind_of(module)}, {whose}")
         return {"class": name, "arguments": self._tell_all(root, path, arguments)}
 
 
@@ -258,7 +260,7 @@ class _Builder:
         cls = registry.find(thing["class"])
         arguments = {name: self._make(v, number) for name, v in thing["arguments"].items()}
         make = getattr(cls, "of_arguments", cls)
-        signature = inspect.signature(make)
+        signature = registry.signature_of(make)
         if unknown := arguments.keys() - signature.parameters.keys():
             raise ValueError(f"{thing['class']} has no argument {sorted(unknown)[0]!r}")
         bound = inspect.BoundArguments(signature, _in_order(arguments, signature))

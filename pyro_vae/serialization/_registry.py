@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from typing import Any
 
 from torch import nn
@@ -29,16 +30,13 @@ _FORMER = {
     "models.FlowModel": "surjections.FlowModel",
     "guides.FlowGuide": "surjections.FlowGuide",
 }
-# Layers of torch whose attributes are their constructor arguments.
-_TORCH = (
-    nn.AdaptiveAvgPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Bilinear,
-    nn.CELU, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
-    nn.ConvTranspose3d, nn.Dropout, nn.Dropout2d, nn.ELU, nn.Embedding, nn.Flatten, nn.GELU,
-    nn.GLU, nn.GroupNorm, nn.Hardtanh, nn.Identity, nn.LayerNorm, nn.LeakyReLU, nn.Linear,
-    nn.LogSigmoid, nn.LogSoftmax, nn.MaxPool1d, nn.MaxPool2d, nn.Mish, nn.PixelShuffle, nn.ReLU,
-    nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softmax, nn.Softplus, nn.Softsign, nn.Tanh,
-    nn.Tanhshrink, nn.Unflatten, nn.Upsample,
-)  # fmt: skip
+# Modules of torch that are no layers, or whose arguments are modules or numbers of the first input.
+_NO_LAYER = re.compile(
+    r"Lazy.*|Transformer.*|.*Loss|.*Loss2d|.*WithLoss|.*Base|Module|Container|Sequential|"
+    r"ModuleList|ModuleDict|ParameterList|ParameterDict"
+)
+_RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)  # their signatures are (*args, **kwargs)
+NOT_READABLE = "whose arguments torch does not keep"
 CONTAINERS = {"torch.nn.Sequential": nn.Sequential, "torch.nn.ModuleList": nn.ModuleList}
 
 
@@ -58,7 +56,26 @@ def classes() -> dict[str, type]:
             and thing is not families.Family
         ):
             found[f"families.{thing.__name__}"] = thing
-    return found | {f"torch.nn.{cls.__name__}": cls for cls in _TORCH}
+    return found | {f"torch.nn.{cls.__name__}": cls for cls in layers_of_torch()}
+
+
+@functools.cache
+def layers_of_torch() -> tuple[type[nn.Module], ...]:
+    """Return the classes of torch that a recipe may name."""
+    names = [name for name in nn.modules.__all__ if not _NO_LAYER.fullmatch(name)]
+    return tuple(getattr(nn, name) for name in names if hasattr(nn, name))
+
+
+def signature_of(make: Any) -> inspect.Signature:
+    """Return the signature of a class or function in a recipe."""
+    if make not in _RECURRENT:
+        return inspect.signature(make)
+    signature = inspect.signature(nn.RNNBase)
+    kept = [each for name, each in signature.parameters.items() if name != "mode"]
+    kept = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in kept]
+    if make is nn.RNN:
+        kept.append(inspect.Parameter("nonlinearity", inspect.Parameter.KEYWORD_ONLY))
+    return signature.replace(parameters=kept)
 
 
 @functools.cache
@@ -82,13 +99,22 @@ def find(name: Any) -> type:
 
 
 def arguments_of_layer(layer: nn.Module) -> dict[str, Any] | None:
-    """Return the constructor arguments of a torch layer, or None if it is not a known layer."""
-    if type(layer) not in _TORCH:
+    """Return the constructor arguments of a layer of torch, read from its attributes.
+
+    Returns:
+        The arguments, or None if the class is no layer of torch, or an argument is no attribute.
+    """
+    cls = type(layer)
+    if cls not in layers_of_torch():
         return None
     arguments = {}
-    for name in inspect.signature(type(layer).__init__).parameters:
-        if name in ("self", "device", "dtype", "args", "kwargs") or name.startswith("_"):
+    for name in signature_of(cls).parameters:
+        if name in ("device", "dtype", "args", "kwargs") or name.startswith("_"):
             continue
-        value = getattr(layer, name, None)
-        arguments[name] = value is not None if name == "bias" else value
+        if not hasattr(layer, name):
+            return None
+        value = getattr(layer, name)
+        arguments[name] = value is not None and value is not False if name == "bias" else value
+    if cls in _RECURRENT and not arguments["proj_size"]:
+        del arguments["proj_size"]  # only an LSTM takes it
     return arguments

@@ -818,3 +818,76 @@ def test_save_refuses_a_history_with_duplicate_columns(tmp_path):
     history = pd.DataFrame([[1.0, 2.0]], columns=["loss", "loss"])
     with pytest.raises(ValueError, match=r"\['loss'\] twice"):
         pv.save(tmp_path / "pair", *custom_pair(), history=history)
+
+
+LAYERS = {
+    "RMSNorm": lambda: nn.RMSNorm(6, eps=1e-3, elementwise_affine=False),
+    "PReLU": lambda: nn.PReLU(6, init=0.3),
+    "InstanceNorm1d": lambda: nn.InstanceNorm1d(6, affine=True, momentum=0.3),
+    "AdaptiveAvgPool1d": lambda: nn.AdaptiveAvgPool1d(3),
+    "LPPool1d": lambda: nn.LPPool1d(2, 2, stride=1, ceil_mode=True),
+    "RReLU": lambda: nn.RReLU(0.2, 0.4),
+    "AlphaDropout": lambda: nn.AlphaDropout(0.3),
+    "FeatureAlphaDropout": lambda: nn.FeatureAlphaDropout(0.3),
+    "Threshold": lambda: nn.Threshold(0.1, -3.0),
+    "Softshrink": lambda: nn.Softshrink(0.2),
+    "ZeroPad1d": lambda: nn.ZeroPad1d((1, 2)),
+    "ConstantPad1d": lambda: nn.ConstantPad1d(2, 0.5),
+    "ReflectionPad1d": lambda: nn.ReflectionPad1d(2),
+    "LocalResponseNorm": lambda: nn.LocalResponseNorm(2, alpha=0.1, k=2.0),
+    "ChannelShuffle": lambda: nn.ChannelShuffle(2),
+    "Unfold": lambda: nn.Unfold((2, 1)),
+    "GRU": lambda: nn.GRU(6, 5, num_layers=2, bias=False, batch_first=True),
+    "LSTM": lambda: nn.LSTM(6, 5, proj_size=3, bidirectional=True),
+    "RNN": lambda: nn.RNN(6, 5, nonlinearity="relu"),
+    "GRUCell": lambda: nn.GRUCell(6, 5, bias=False),
+    "Linear": lambda: nn.Linear(6, 5, bias=False),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_torch_are_made_again(name):
+    layer = LAYERS[name]()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    structure = recipe(net=nn.Sequential(layer))
+    assert not structure["given"]
+    made = rebuild(structure, memory=2**20)["net"][0]
+    assert type(made) is type(layer)
+    assert repr(made) == repr(layer)
+    made.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 6) if "Cell" in name else torch.randn(2, 6, 6)
+    x = x[:, :, :, None] if name in ("ChannelShuffle", "Unfold") else x
+    for each in (made, layer):
+        each.eval()
+    torch.testing.assert_close(made(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.TransformerEncoderLayer(6, 2, 8, batch_first=True),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
+    ],
+    ids=["transformer", "weight_norm"],
+)
+def test_a_layer_of_torch_that_does_not_keep_its_arguments(make, tmp_path):
+    def pair():
+        model, _, (x,) = latent_variable()
+        size = x.shape[-1]
+        encoder = nn.Sequential(nn.Linear(size, 6), make(), nn.Linear(6, 3))
+        guide = pv.guides.AmortizedNormal(model, encoder)
+        guide(x)
+        return model, guide, x
+
+    model, guide, x = pair()
+    with pytest.warns(UserWarning, match="load will need guide=guide, .* torch does not keep"):
+        pv.save(tmp_path / "pair", model, guide)
+    with pytest.raises(ValueError, match="whose arguments torch does not keep"):
+        pv.load(tmp_path / "pair")
+    other, again, _ = pair()
+    saved = pv.load(tmp_path / "pair", other, again)
+    before, after = (pv.evidence(*each, x, seed=0) for each in ((model, guide), (other, again)))
+    assert torch.equal(before.values, after.values)
+    assert saved.guide is again
