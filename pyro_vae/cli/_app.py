@@ -247,8 +247,8 @@ def _binary_rows(splits: Splits) -> Splits:
         part = getattr(splits, name).flatten(1)
         if missing := int(part.isnan().sum()):
             raise ValueError(
-                f"{expected} has {missing:,} missing numbers among its {name} data. Fill them, "
-                f"{own}"
+                f"{expected} has {missing:,} missing numbers among its {name} data. "
+                f"Fill them, {own}"
             )
         is_intensity = splits.transform is not None and name == "train"
         if not (is_intensity or bool(((part == 0) | (part == 1)).all())):

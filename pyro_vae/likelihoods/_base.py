@@ -73,7 +73,7 @@ class Likelihood(nn.Module):
             self.decoder,
             *inputs,
             use="Return all parameters of x as one tensor, in equal blocks along the first "
-            "dimension of the event: torch.cat([loc, raw_scale], 1) for a batch (B, ...)",
+            "dimension of the event: torch.cat([loc, raw_scale], -1) if x is a vector",
         )
         shape, event_dim = tuple(numbers.shape), self.event_dim
         if 0 in shape:

@@ -345,7 +345,7 @@ class Falling(o.Schedule):
         o.Cyclical(1000, 1.0, start=1.0, end=-0.1),
         Falling(),
     ],
-    ids=repr,
+    ids=lambda schedule: type(schedule).__name__,
 )
 @pytest.mark.parametrize("make", [o.BetaELBO, o.CapacityELBO])
 def test_schedules_with_negative_values_are_refused(make, schedule):

@@ -130,12 +130,12 @@ def test_optimizer_state_round_trips(tmp_path):
 @pytest.mark.parametrize(
     ("thing", "message"),
     [
-        (lambda: 0, r"content\['optimizer'\]\[0\]\['f'\] is a function"),
+        (lambda: 0, r"^optimizer\[0\]\['f'\] is a function"),
         (object(), "is an object"),
         ({1, 2}, "is a set"),
         (b"x", "is a bytes"),
         (1j, "is a complex"),
-        (np.int64(3), "is a numpy.int64"),
+        (np.complex64(3), "is a numpy.complex64"),
         (np.array(["a"]), "an array of <U1"),
         (np.array([None]), "an array of object"),
         (np.ma.array([1.0]), "MaskedArray"),
