@@ -50,8 +50,13 @@ class Schedule(ABC):
     @torch.no_grad()
     def least_value(self) -> float:
         """Return the smallest value, by default of those at step 0 and at powers of two."""
-        steps = [0.0, *(2.0**power for power in range(25))]
-        return min(float(self(torch.tensor(step))) for step in steps)
+        found = float(self(torch.zeros(())))
+        for power in range(25):
+            try:
+                found = min(found, float(self(torch.tensor(2.0**power))))
+            except Exception:  # a table of values may end
+                break
+        return found
 
     @torch.no_grad()
     def has_settled(self, step: float) -> bool:
