@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -51,11 +52,9 @@ class Schedule(ABC):
     def least_value(self) -> float:
         """Return the smallest value, by default of those at step 0 and at powers of two."""
         found = float(self(torch.zeros(())))
-        for power in range(25):
-            try:
+        with contextlib.suppress(Exception):  # a table of values may end
+            for power in range(25):
                 found = min(found, float(self(torch.tensor(2.0**power))))
-            except Exception:  # a table of values may end
-                break
         return found
 
     @torch.no_grad()
