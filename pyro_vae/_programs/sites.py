@@ -218,7 +218,9 @@ def to_particle_layout(values: Tensor, site: Site, particle_dim: int | None) -> 
         Shape ``(K, B, *inner plates, *event)``.
     """
     fn = site["fn"]
-    values = values.expand(fn.batch_shape + fn.event_shape)
+    shape = fn.batch_shape + fn.event_shape
+    # The distribution of the other program may have more dimensions on the left, of size one.
+    values = values.squeeze(tuple(range(values.dim() - len(shape)))).expand(shape)
     batch_dims = range(-len(fn.batch_shape), 0)
     plates = [frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
     plates += without_plate(site)

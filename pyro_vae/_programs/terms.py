@@ -326,14 +326,13 @@ class Terms:
         return _concatenate([run.samples() for run in self._runs])
 
     def masked_numbers(self) -> dict[str, Tensor]:
-        """Return which numbers of the latents the model masks, ``(B, *inner plates, *event)``.
+        """Return which numbers of the latents are masked, ``(B, *inner plates, *event)``.
 
-        Only for the sites with a mask.
+        Only for the sites with a mask. Both programs have the same mask.
         """
         run, found = self._first, {}
-        for factor in run.model.values():
-            mask = None if factor.observed or not factor.local else mask_of(factor.site)
-            if mask is not None:
+        for factor in (run.guide[name] for name in run.latents):
+            if factor.local and (mask := mask_of(factor.site)) is not None:
                 mask = torch.as_tensor(mask, device=self.log_weight.device)
                 found[factor.name] = ~run.to_particle_layout(mask, factor.site)[0]
         return found

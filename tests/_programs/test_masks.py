@@ -1,5 +1,7 @@
 """Masks of latents, by poutine or by the distribution, must agree in model and guide."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -269,3 +271,27 @@ def test_distance_of_infovae_is_unbiased_with_masks():
     found = torch.tensor([objective.loss(model, guide, x, kept) for _ in range(1500)])
     distance = (found + log_likelihood) / 6
     assert distance.mean().abs() < 4 * distance.std() / 1500**0.5  # false alarm: 6e-5
+
+
+def test_a_mask_of_a_latent_that_depends_on_a_summed_latent():
+    mask = torch.rand(6, 3) < 0.5
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2):
+            c = pyro.sample("c", dist.Bernoulli(0.4), infer={"enumerate": "parallel"})
+            with pyro.plate("inner", 3, dim=-1), poutine.mask(mask=mask[: len(x)]):
+                z = pyro.sample("z", dist.Normal(c, 1.0))
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("inner", 3, dim=-1):
+            with poutine.mask(mask=mask[: len(x)]):
+                pyro.sample("z", dist.Normal(x, 1.0))
+
+    x = torch.randn(6, 1)
+    for count in (1, 4):
+        terms = pv.terms(model, guide, x, num_particles=count)
+        assert torch.equal(terms.masked_numbers()["z"], ~mask)
+    assert math.isfinite(pv.objectives.InfoVAE().loss(model, guide, x))
+    table = pv.collapse_report(model, guide, x, seed=0).table
+    assert len(table) == 3
