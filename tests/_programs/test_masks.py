@@ -284,14 +284,14 @@ def test_a_mask_of_a_latent_that_depends_on_a_summed_latent():
             pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), 1.0), obs=x)
 
     def guide(x):
-        with pyro.plate("data", len(x), dim=-2), pyro.plate("inner", 3, dim=-1):
-            with poutine.mask(mask=mask[: len(x)]):
-                pyro.sample("z", dist.Normal(x, 1.0))
+        data, inner = pyro.plate("data", len(x), dim=-2), pyro.plate("inner", 3, dim=-1)
+        with data, inner, poutine.mask(mask=mask[: len(x)]):
+            pyro.sample("z", dist.Normal(x, 1.0))
 
     x = torch.randn(6, 1)
     for count in (1, 4):
         terms = pv.terms(model, guide, x, num_particles=count)
         assert torch.equal(terms.masked_numbers()["z"], ~mask)
     assert math.isfinite(pv.objectives.InfoVAE().loss(model, guide, x))
-    table = pv.collapse_report(model, guide, x, seed=0).table
-    assert len(table) == 3
+    report = pv.collapse_report(model, guide, x, seed=0)
+    assert report.num_active >= 1
