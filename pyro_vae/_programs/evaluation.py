@@ -56,7 +56,7 @@ def evaluation_mode(*programs: Program) -> Iterator[None]:
 def warn_of_evaluation_mode(model: Program, guide: Program) -> None:
     """Warn if a pair is about to be trained in evaluation mode and has layers that it changes."""
     parts = [part for module in modules(model, guide) for part in module.modules()]
-    changed = [part for part in parts if isinstance(part, _CHANGED) or hasattr(part, CHANGED)]
+    changed = [part for part in parts if _is_changed(part)]
     if changed and not any(part.training for part in parts):
         warn_user(
             "model and guide are in evaluation mode, so the fit trains without dropout, batch norm "
@@ -64,9 +64,15 @@ def warn_of_evaluation_mode(model: Program, guide: Program) -> None:
         )
 
 
-# Modules that compute something else in evaluation mode. Other classes have the attribute.
-_CHANGED = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
-CHANGED = "differs_in_evaluation"
+def _is_changed(module: nn.Module) -> bool:
+    """Return whether a module that is trained computes something else in evaluation mode."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        parameters = [*module.parameters()]
+        is_frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
+        return module.track_running_stats and not is_frozen
+    return getattr(module, "differs_in_evaluation", False)
 
 
 @contextlib.contextmanager

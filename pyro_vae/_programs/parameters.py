@@ -20,7 +20,7 @@ from pyro_vae._programs import fits
 from pyro_vae._programs.fits import Store
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._utils.checks import check_call
-from pyro_vae._utils.identity import hides_parameters, owner_of
+from pyro_vae._utils.identity import is_blocked, owner_of
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.referenced_objects import referenced_objects
 from pyro_vae._utils.user_warnings import warn_user
@@ -144,8 +144,11 @@ def parameters_of(
     by_program = {}
     for name, program in (("model", model), ("guide", guide)):
         found = dict.fromkeys(trace.parameters(name))
-        if not hides_parameters(program):
-            found |= dict.fromkeys(_of_owner(program))
+        own = _of_owner(program)
+        if is_blocked(program):  # leave out parameters that the run made and the block hides
+            hidden = _ids_in_store()
+            own = [p for p in own if id(p) not in hidden]
+        found |= dict.fromkeys(own)
         by_program[name] = [p for p in found if p.requires_grad]
     ids = set(map(id, by_program["guide"]))
     if both := [p for p in by_program["model"] if id(p) in ids]:
@@ -171,7 +174,7 @@ def warn_of_untrained(
     Such parameters belong to modules that the programs use through a function, without
     ``pyro.module``. Parameters that a handler hides are left out.
     """
-    known = {id(p) for p in (*trained, *_of_owner(model), *_of_owner(guide))}
+    known = {id(p) for p in (*trained, *_of_owner(model), *_of_owner(guide))} | _ids_in_store()
     free = {
         id(thing): (name, thing)
         for name, thing in reversed([*referenced_objects(model=model, guide=guide)])
@@ -254,6 +257,10 @@ def device_of(model: Program, guide: Program) -> torch.device:
 def _of_owner(program: Program) -> list[nn.Parameter]:
     owner = owner_of(program)
     return [*owner.parameters()] if isinstance(owner, nn.Module) else []
+
+
+def _ids_in_store() -> set[int]:
+    return {id(parameter) for _, parameter in pyro.get_param_store().named_parameters()}
 
 
 def free_param_names() -> set[str]:

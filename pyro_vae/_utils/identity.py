@@ -23,24 +23,14 @@ def owner_of(program: Callable[..., Any]) -> Any:
     return getattr(core, "__self__", core)
 
 
-def hides_parameters(program: Callable[..., Any]) -> bool:
-    """Return whether ``poutine.block`` around a program hides its parameters."""
+def is_blocked(program: Callable[..., Any]) -> bool:
+    """Return whether ``poutine.block`` is around a program, which may hide its parameters."""
     while isinstance(program, functools.partial):
         handler = _handler(program)
-        if isinstance(handler, BlockMessenger) and handler.hide_fn(dict(_PARAMETER)):
+        if isinstance(handler, BlockMessenger):
             return True
         program = program.func if handler is None else program.args[-1]
     return False
-
-
-# A parameter as Pyro's handlers get it, without a name or a value.
-_PARAMETER: dict[str, Any] = {
-    "type": "param",
-    "name": None,
-    "is_observed": False,
-    "value": None,
-    "infer": {},
-}
 
 
 def method_of(program: Callable[..., Any]) -> Any:

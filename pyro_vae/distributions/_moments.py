@@ -184,7 +184,7 @@ class SampledMoments:
         if not self._count:
             self._center = (
                 torch.atan2(z.sin().sum(0), z.cos().sum(0)) if self._angles else z.mean(0)
-            )
+            ).nan_to_num(0.0, 0.0, 0.0)
         z = z - self._center
         features = _circular_features(z) if self._angles else [z, z.square()]
         sums = [feature.sum(0) for feature in features]

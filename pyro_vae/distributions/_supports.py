@@ -22,7 +22,7 @@ from torch.distributions import transforms
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
-from pyro_vae.distributions._circular import circle
+from pyro_vae.distributions._circular import WrappedNormal, circle
 
 _TRANSFORMED = torch_distributions.TransformedDistribution
 _STATED = _TRANSFORMED.support  # the support of every subclass that does not override it
@@ -67,14 +67,35 @@ def support_of(fn: Any) -> Constraint:
 
 
 def is_angle(fn: Any) -> bool:
-    """Return True if the values of a distribution are angles, so that its support is the circle."""
-    try:
-        support = support_of(fn)
-    except ValueError:
-        return False
+    """Return True if the values of a distribution are angles, by its class and without values."""
+    while True:
+        if isinstance(fn, _WRAPPERS):
+            fn = fn.base_dist
+        elif isinstance(fn, torch_distributions.MixtureSameFamily):
+            fn = fn.component_distribution
+        elif isinstance(fn, dist.MaskedMixture):
+            fn = fn.component0
+        elif isinstance(fn, dist.DiscreteHMM):
+            fn = fn.observation_dist
+        else:
+            break
+    if isinstance(fn, _ANGLES):
+        return True
+    support = getattr(type(fn), "support", None)
+    if isinstance(fn, torch_distributions.TransformedDistribution) and fn.transforms:
+        support = fn.transforms[-1].codomain
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support is circle
+
+
+_WRAPPERS = (torch_distributions.Independent, dist.MaskedDistribution, ExpandedDistribution)
+_ANGLES = (
+    torch_distributions.VonMises,
+    dist.SineBivariateVonMises,
+    dist.SineSkewed,
+    WrappedNormal,
+)
 
 
 def _support_of(fn: Any) -> Constraint:

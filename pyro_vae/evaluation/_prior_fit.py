@@ -5,10 +5,12 @@ The decoder does not change, so the gain in log p(x) is that of a better prior a
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +28,10 @@ COMPONENTS = (1, 2, 4, 8, 16)
 _MOST_STEPS = 100
 _FEWEST_STEPS = 10  # components that start close to each other separate in several steps
 _LEAST_GAIN = 1e-4  # nats per data point; a smaller gain in a later step ends the fit
-_SHRINKAGE = 1e-8  # share of a dimension's variance that is added to that of each component
+# Shares of a dimension's variance that are added to that of each component. Narrow components that
+# are far apart need the first, and components of few codes the second.
+_SHRINKAGES = (1e-8, 1e-3)
+_LEAST_VARIANCE = 1e-30  # of a dimension without spread
 _HELD_OUT_SHARE = 0.2
 _FEWEST_DATA = 5  # of which one is held out
 _NUMBERS_AT_A_TIME = 4_000_000  # 32 MB of float64
@@ -183,7 +188,8 @@ def fit_prior(codes: WeightedCodes, *, diagonal: bool = False) -> GaussianMixtur
 
     .. math:: \sum_n \log \sum_k \frac{p(x_n|z_{nk}) \, r(z_{nk})}{q(z_{nk}|x_n)}
 
-    over the mixture r. The data points of the last fifth select the number of components.
+    over the mixture r. The data points of the last fifth select the number of components and
+    the smallest variance of a component.
 
     Args:
         codes: of the training data, in random order.
@@ -207,15 +213,31 @@ def fit_prior(codes: WeightedCodes, *, diagonal: bool = False) -> GaussianMixtur
         raise ValueError(
             f"a prior of {size} dimensions needs about {fewest} rows of training data, got {total}"
         )
-    found, best = None, 0.0
-    for count in COMPONENTS:
-        if count * size > len(fitted.codes):
-            break  # too many numbers for the data
-        prior = maximize_evidence(fitted, count, diagonal=diagonal)
-        gain = held_out.gains(prior).mean().item()
-        if gain > best:
-            found, best = prior, gain
-    return found
+    counts = [count for count in COMPONENTS if count * size <= len(fitted.codes)]
+    best = select_mixture(fitted, held_out, counts, diagonal=diagonal)
+    return best.prior if best.gain > 0 else None
+
+
+class Selected(NamedTuple):
+    """A mixture with its arguments of :func:`maximize_evidence` and its gain on held-out data."""
+
+    gain: float
+    count: int
+    shrinkage: float
+    prior: GaussianMixture
+
+
+def select_mixture(
+    fitted: WeightedCodes, held_out: WeightedCodes, counts: Sequence[int], *, diagonal: bool
+) -> Selected:
+    """Return the mixture of some numbers of components with the largest held-out log p(x)."""
+    found = []
+    for count, shrinkage in itertools.product(counts, _SHRINKAGES):
+        prior = maximize_evidence(fitted, count, shrinkage, diagonal=diagonal)
+        gain = held_out.gains(prior).mean().item() if len(held_out.codes) else 0.0
+        gain = -math.inf if math.isnan(gain) else gain
+        found.append(Selected(gain, count, shrinkage, prior))
+    return max(found, key=lambda each: each.gain)
 
 
 def split(codes: WeightedCodes) -> tuple[WeightedCodes, WeightedCodes]:
@@ -225,16 +247,15 @@ def split(codes: WeightedCodes) -> tuple[WeightedCodes, WeightedCodes]:
 
 
 def maximize_evidence(
-    codes: WeightedCodes, count: int, *, diagonal: bool = False
+    codes: WeightedCodes, count: int, shrinkage: float = _SHRINKAGES[0], *, diagonal: bool = False
 ) -> GaussianMixture:
     """Return the mixture of ``count`` Gaussians with the largest log p(x), by the EM algorithm."""
     points = codes.codes.flatten(0, 1)  # (N K, D)
     weights = (codes.log_rest + codes.log_prior).softmax(1).flatten()
     mean = (weights.unsqueeze(1) * points).sum(0) / weights.sum()
     covariance = _covariance(points - mean, weights, diagonal)
-    # One number for each dimension, so units have no effect. They are far below the variances of a
-    # component, also if components are narrow and far apart.
-    floor = _SHRINKAGE * covariance.diagonal().diag()
+    # One number for each dimension, so units have no effect.
+    floor = (shrinkage * covariance.diagonal() + 1e-14 * mean.square() + _LEAST_VARIANCE).diag()
     means = mean.unsqueeze(0) if count == 1 else points[torch.multinomial(weights, count)]
     equal = torch.ones(count, dtype=means.dtype)
     prior = GaussianMixture(equal, means, (covariance + floor).expand(count, -1, -1))

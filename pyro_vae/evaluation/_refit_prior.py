@@ -27,6 +27,7 @@ from pyro_vae.evaluation._prior_fit import (
     WeightedCodes,
     fit_prior,
     maximize_evidence,
+    select_mixture,
     split,
 )
 
@@ -217,17 +218,15 @@ def _mixture(codes: WeightedCodes, components: int | None) -> tuple[priors.Mixtu
     if components is None:
         found = fit_prior(codes, diagonal=True)
         components = 1 if found is None else len(found.weights)
-    gain = 0.0
-    if len(held_out.codes):
-        gain = held_out.gains(maximize_evidence(fitted, components, diagonal=True)).mean().item()
-    found = maximize_evidence(codes, components, diagonal=True)
+    best = select_mixture(fitted, held_out, [components], diagonal=True)
+    found = maximize_evidence(codes, components, best.shrinkage, diagonal=True)
     prior = priors.MixtureOfNormals(found.means.shape[1], components)
     scales = found.covariances.diagonal(dim1=1, dim2=2).sqrt().clamp(min=2 * MIN_SCALE)
     with torch.no_grad():
         prior.logits.copy_((found.weights / found.weights.sum()).log())
         prior.loc.copy_(found.means)
         prior.raw_scale.copy_(inverse_softplus_scale(scales))
-    return prior, gain
+    return prior, best.gain
 
 
 def _train(prior: nn.Module, codes: WeightedCodes) -> float:

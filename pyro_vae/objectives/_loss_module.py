@@ -10,7 +10,7 @@ import pyro
 from pyro.infer.elbo import ELBO, ELBOModule
 from torch import Tensor, nn
 
-from pyro_vae._utils.identity import owner_of
+from pyro_vae._utils.identity import is_blocked, owner_of
 from pyro_vae._utils.referenced_objects import referenced_objects
 
 
@@ -35,7 +35,8 @@ class LossModule(ELBOModule):
         super().__init__(model, guide, elbo)
         for name, program in (("owner_of_model", model), ("owner_of_guide", guide)):
             owner = owner_of(program)  # the module of a method, or the module inside handlers
-            if isinstance(owner, nn.Module) and all(owner is not m for m in self.children()):
+            known = is_blocked(program) or any(owner is module for module in self.children())
+            if isinstance(owner, nn.Module) and not known:
                 self.add_module(name, owner)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:

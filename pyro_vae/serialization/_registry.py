@@ -108,10 +108,12 @@ def arguments_of_layer(layer: nn.Module) -> dict[str, Any] | None:
     if cls not in layers_of_torch():
         return None
     arguments = {}
-    for name in signature_of(cls).parameters:
+    for name, parameter in signature_of(cls).parameters.items():
         if name in ("device", "dtype", "args", "kwargs") or name.startswith("_"):
             continue
         if not hasattr(layer, name):
+            if parameter.default is None:  # such as deprecated names of other arguments
+                continue
             return None
         value = getattr(layer, name)
         arguments[name] = value is not None and value is not False if name == "bias" else value

@@ -354,6 +354,8 @@ def fit(
         if saved is not None:
             with resuming_from(checkpoints.folder):
                 require_settings(saved["settings"], settings, checkpoints.folder)
+                if "seed" not in saved["settings"]:  # an older checkpoint
+                    del settings["seed"]
                 batches.load_state_dict(saved)
         order = batches.state_dict()  # before the check of the pair, which begins the first pass
         parameters = _check_pair(

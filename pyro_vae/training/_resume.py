@@ -15,7 +15,6 @@ from pyro_vae.serialization._folder import UnreadableFile
 
 # Settings that older checkpoints do not have, with the values of their runs.
 _OF_OLDER_CHECKPOINTS = {"precision": "highest"}
-_MISSING = object()
 
 
 def settings_of_run(
@@ -59,9 +58,9 @@ def require_settings(saved: Mapping[str, Any], here: Mapping[str, Any], folder: 
 
 def _first_difference(one: dict[str, Any], other: dict[str, Any]) -> tuple[str, Any, Any]:
     """Return the first key at which two unequal dictionaries differ, and both values."""
-    keys = [*one, *other]
-    name = next(k for k in keys if one.get(k, _MISSING) != other.get(k, _MISSING))
-    return name, one.get(name), other.get(name)
+    keys = sorted({*one, *other}, key=lambda key: (len(key), key))  # a class before its numbers
+    name = next(k for k in keys if one.get(k, "missing") != other.get(k, "missing"))
+    return name, one.get(name, "missing"), other.get(name, "missing")
 
 
 @contextlib.contextmanager

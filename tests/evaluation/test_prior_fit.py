@@ -5,6 +5,7 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from pyro_vae.evaluation import _prior_fit
+from pyro_vae.evaluation import _prior_fit as prior_fit
 from pyro_vae.evaluation._prior_fit import (
     GaussianMixture,
     WeightedCodes,
@@ -94,3 +95,33 @@ def test_components_may_be_far_narrower_than_their_distance(width):
         prior = maximize_evidence(codes, 2, diagonal=True)
         variances = prior.covariances.diagonal(dim1=1, dim2=2)
         assert ((variances - width**2).abs() < 5 * error).all()
+
+
+def exact_codes(points):
+    """Return codes whose weights are equal, one for each data point."""
+    codes = points.unsqueeze(1)
+    rest, none = torch.zeros(len(points), 1).double(), torch.zeros(len(points), dtype=torch.bool)
+    return WeightedCodes(codes, standard_normal(codes), rest, none)
+
+
+@pytest.mark.parametrize("constant", [0.0, 3.0])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_a_dimension_without_spread_is_fitted(constant, diagonal):
+    points = torch.stack([torch.randn(200), torch.full((200,), constant)], 1).double()
+    prior = maximize_evidence(exact_codes(points), 2, diagonal=diagonal)
+    assert prior.log_prob(points).isfinite().all()
+
+
+def test_held_out_data_select_the_least_variance(monkeypatch):
+    torch.manual_seed(0)
+    means = {}
+    for shrinkages in (prior_fit._SHRINKAGES, (1e-8,)):
+        monkeypatch.setattr(prior_fit, "_SHRINKAGES", shrinkages)
+        torch.manual_seed(0)
+        reached = []
+        for _ in range(10):
+            centers = 3 * torch.randn(8, 8)
+            points = (centers[torch.randint(8, (1100,))] + 0.3 * torch.randn(1100, 8)).double()
+            reached.append(fit_prior(exact_codes(points[:100])).log_prob(points[100:]).mean())
+        means[shrinkages] = sum(reached) / 10
+    assert means[prior_fit._SHRINKAGES[:1]] < means[(1e-8, 1e-3)] - 0.1

@@ -330,11 +330,6 @@ def test_weights_at_the_limit_are_accepted():
     pv.objectives.BetaTCVAE(0.0, mutual_information=-1.0, dimension_wise=0.0)
 
 
-class Falling(o.Schedule):
-    def __call__(self, step):
-        return 1 - step / 100
-
-
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -343,7 +338,6 @@ class Falling(o.Schedule):
         o.Linear(10, -1.0, 5.0),
         o.Cyclical(10, start=-3.0),
         o.Cyclical(1000, 1.0, start=1.0, end=-0.1),
-        Falling(),
     ],
     ids=lambda schedule: type(schedule).__name__,
 )

@@ -326,3 +326,24 @@ def test_angles_are_exported_with_their_mean_directions(tmp_path):
     close(found["z.stddev"], expected.std)
     shifted = found["z.mean"] + 9.5
     close(decoder(found["z.mean"])["x"], torch.atan2(shifted.sin(), shifted.cos()))
+
+
+class WithBounds(nn.Module):
+    """A likelihood whose support depends on the latents."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Linear(2, 3)
+
+    def forward(self, z):
+        return dist.Uniform(-9.0, 9.0 + self.decoder(z).exp()).to_event(1)
+
+
+def test_a_support_whose_bounds_depend_on_latents_is_exported(tmp_path):
+    x = torch.rand(20, 3)
+    model = pv.LatentVariableModel(pv.priors.StandardNormal(2), WithBounds())
+    guide = pv.guides.AmortizedNormal(model, pv.nets.MLP(3, [4]))
+    guide(x)
+    program = pv.serialization.export_decoder(tmp_path / "decoder.pt2", model, guide, x)
+    z = torch.randn(7, 2)
+    torch.testing.assert_close(program.module()(z)["x"], model.likelihood(z).mean)

@@ -822,6 +822,7 @@ def test_save_refuses_a_history_with_duplicate_columns(tmp_path):
 
 LAYERS = {
     "RMSNorm": lambda: nn.RMSNorm(6, eps=1e-3, elementwise_affine=False),
+    "Hardtanh": lambda: nn.Hardtanh(-2.0, 2.0),
     "PReLU": lambda: nn.PReLU(6, init=0.3),
     "InstanceNorm1d": lambda: nn.InstanceNorm1d(6, affine=True, momentum=0.3),
     "AdaptiveAvgPool1d": lambda: nn.AdaptiveAvgPool1d(3),

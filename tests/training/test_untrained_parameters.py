@@ -118,9 +118,14 @@ def test_frozen_parameters_need_no_warning(name):
         assert fitted(*UNREGISTERED[name](net)) == []
 
 
-@pytest.mark.parametrize(
-    "hides", [{"hide_types": ["param"]}, {"hide_fn": lambda site: site["type"] == "param"}]
-)
+def is_own_parameter(site):
+    return site["type"] == "param" and not site["name"].startswith("z") and site["fn"] is not None
+
+
+HIDES = [{"hide_types": ["param"]}, {"hide_fn": is_own_parameter}]
+
+
+@pytest.mark.parametrize("hides", HIDES)
 def test_parameters_behind_a_block_are_frozen(hides):
     model = model_of(nn.Linear(2, 3))
     guide = guide_of(model)
@@ -130,6 +135,45 @@ def test_parameters_behind_a_block_are_frozen(hides):
     assert fitted(model, poutine.block(guide, **hides)) == []
     assert all(map(torch.equal, guide.parameters(), before))
     assert not torch.equal(next(model.parameters()), decoder)
+
+
+def test_a_block_may_hide_some_parameters_by_name():
+    model = model_of(nn.Linear(2, 3))
+    guide = guide_of(model)
+    guide(X)
+    before = {name: p.clone() for name, p in guide.named_parameters()}
+    hidden = poutine.block(guide, hide_fn=lambda site: site["name"].startswith("encoder"))
+    assert fitted(model, hidden) == []
+    for name, parameter in guide.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("encoder")
+
+
+@pytest.mark.parametrize("hides", HIDES)
+def test_parameters_that_a_block_hides_are_registered(hides):
+    encoder, decoder = nn.Linear(3, 2), nn.Linear(2, 3)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+
+    before = encoder.weight.clone()
+    assert fitted(model, poutine.block(guide, **hides)) == []
+    assert torch.equal(encoder.weight, before)
+
+
+def test_the_loss_module_lacks_parameters_behind_a_block():
+    model = model_of(nn.Linear(2, 3))
+    guide = guide_of(model)
+    guide(X)
+    loss_fn = pv.objectives.ELBO()(poutine.block(model, hide_types=["param"]), guide)
+    assert {id(p) for p in loss_fn.parameters()} == {id(p) for p in guide.parameters()}
 
 
 def test_a_block_that_hides_sites_alone_freezes_nothing():
@@ -157,6 +201,18 @@ def test_a_fit_in_evaluation_mode_warns_if_a_layer_depends_on_the_mode(layer):
     assert "evaluation mode" in message
     layer.train()
     assert fitted(model, guide) == []
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.0), nn.InstanceNorm1d(1), nn.BatchNorm1d(8).requires_grad_(False)]
+)
+def test_layers_that_evaluation_mode_does_not_change_need_no_warning(layer):
+    model = model_of(nn.Linear(2, 3))
+    layers = [nn.Unflatten(1, (1, 8)), layer, nn.Flatten()]
+    layers = layers if isinstance(layer, nn.InstanceNorm1d) else [layer]
+    guide = guide_of(model, nn.Sequential(nn.Linear(3, 8), *layers))
+    fitted(model, guide)
+    assert fitted(model.eval(), guide.eval()) == []
 
 
 def test_a_fit_of_layers_without_modes_needs_no_warning():
