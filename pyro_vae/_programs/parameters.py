@@ -188,7 +188,7 @@ def warn_of_untrained(
     names, tensors = map(list, zip(*free.values(), strict=True))
     used = map(any, zip(*trace.depends_on(tensors).values(), strict=True))
     if found := sorted(name for name, is_used in zip(names, used, strict=True) if is_used):
-        names = f"{found[0]!r}" + (f" and {len(found) - 1} others" if len(found) > 1 else "")
+        names = f"{found[0]!r}" + (f" and {len(found) - 1} more" if len(found) > 1 else "")
         warn_user(
             f"the densities depend on the parameter {names}, which the fit does not train, because "
             "no program registers it. Pass the module itself instead of a function that calls it, "
