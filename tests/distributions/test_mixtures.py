@@ -1,5 +1,7 @@
 """The density of a mixture and the gradient of its samples, against sums and quadrature."""
 
+import math
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -135,3 +137,15 @@ def test_shared_components_far_from_zero(offset, one_scale):
     )
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("position", [0, 25, 50])
+def test_one_component_far_away_does_not_change_the_others(position):
+    loc = torch.randn(51, 2)
+    near = torch.arange(51) != position
+    loc[position] = 1e10
+    mixture = pv.distributions.MixtureOfDiagNormals(torch.zeros(51), loc, torch.ones(51, 2))
+    alone = pv.distributions.MixtureOfDiagNormals(torch.zeros(50), loc[near], torch.ones(50, 2))
+    z = loc[near] + torch.randn(50, 2)
+    expected = alone.log_prob(z) + math.log(50 / 51)
+    torch.testing.assert_close(mixture.log_prob(z), expected)
