@@ -5,9 +5,8 @@ The decoder does not change, so the gain in log p(x) is that of a better prior a
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -182,39 +181,12 @@ class GaussianMixture:
 
 
 def fit_prior(codes: WeightedCodes, *, diagonal: bool = False) -> GaussianMixture | None:
-    r"""Return the mixture of Gaussians with the largest log p(x) of held-out data points.
-
-    For each number of components, the EM algorithm (Dempster, Laird & Rubin 1977) maximizes
-
-    .. math:: \sum_n \log \sum_k \frac{p(x_n|z_{nk}) \, r(z_{nk})}{q(z_{nk}|x_n)}
-
-    over the mixture r. The data points of the last fifth select the number of components and
-    the smallest variance of a component.
-
-    Args:
-        codes: of the training data, in random order.
-        diagonal: whether the covariances are diagonal.
-
-    Returns:
-        The mixture, or None if the prior of the model is better than all of them.
+    """Return the mixture of :func:`select_mixture`, or None if the prior of the model is better.
 
     Raises:
-        ValueError: There are too few data points for a single Gaussian. Or a latent is masked.
+        ValueError: As :func:`select_mixture`.
     """
-    if codes.masked.any():
-        raise ValueError(
-            f"a prior of all latents needs their values, and the model masks latents of "
-            f"{int(codes.masked.sum())} of {len(codes.masked)} data points"
-        )
-    total, size = len(codes.codes), codes.codes.shape[-1]
-    fitted, held_out = split(codes)
-    if total < _FEWEST_DATA or size > len(fitted.codes):
-        fewest = max(_FEWEST_DATA, math.ceil(size / (1 - _HELD_OUT_SHARE)))
-        raise ValueError(
-            f"a prior of {size} dimensions needs about {fewest} rows of training data, got {total}"
-        )
-    counts = [count for count in COMPONENTS if count * size <= len(fitted.codes)]
-    best = select_mixture(fitted, held_out, counts, diagonal=diagonal)
+    best = select_mixture(codes, diagonal=diagonal)
     return best.prior if best.gain > 0 else None
 
 
@@ -228,15 +200,45 @@ class Selected(NamedTuple):
 
 
 def select_mixture(
-    fitted: WeightedCodes, held_out: WeightedCodes, counts: Sequence[int], *, diagonal: bool
+    codes: WeightedCodes, components: int | None = None, *, diagonal: bool = False
 ) -> Selected:
-    """Return the mixture of some numbers of components with the largest held-out log p(x)."""
+    r"""Return the mixture of Gaussians with the largest log p(x) of held-out data points.
+
+    For each number of components, the EM algorithm (Dempster, Laird & Rubin 1977) maximizes
+
+    .. math:: \sum_n \log \sum_k \frac{p(x_n|z_{nk}) \, r(z_{nk})}{q(z_{nk}|x_n)}
+
+    over the mixture r. The data points of the last fifth select the number of components and
+    the smallest variance of a component.
+
+    Args:
+        codes: of the training data, in random order.
+        components: the number of components, or None to select it.
+        diagonal: whether the covariances are diagonal.
+
+    Raises:
+        ValueError: There are too few data points for a single Gaussian. Or a latent is masked.
+    """
+    if codes.masked.any():
+        raise ValueError(
+            f"a prior of all latents needs their values, and the model masks latents of "
+            f"{int(codes.masked.sum())} of {len(codes.masked)} data points"
+        )
+    total, size = len(codes.codes), codes.codes.shape[-1]
+    fitted, held_out = split(codes)
+    if components is None and (total < _FEWEST_DATA or size > len(fitted.codes)):
+        fewest = max(_FEWEST_DATA, math.ceil(size / (1 - _HELD_OUT_SHARE)))
+        raise ValueError(
+            f"a prior of {size} dimensions needs about {fewest} rows of training data, got {total}"
+        )
+    possible = [count for count in COMPONENTS if count * size <= len(fitted.codes)]
     found = []
-    for count, shrinkage in itertools.product(counts, _SHRINKAGES):
-        prior = maximize_evidence(fitted, count, shrinkage, diagonal=diagonal)
-        gain = held_out.gains(prior).mean().item() if len(held_out.codes) else 0.0
-        gain = -math.inf if math.isnan(gain) else gain
-        found.append(Selected(gain, count, shrinkage, prior))
+    for count in possible if components is None else [components]:
+        for shrinkage in _SHRINKAGES:
+            prior = maximize_evidence(fitted, count, shrinkage, diagonal=diagonal)
+            gain = held_out.gains(prior).mean().item() if len(held_out.codes) else 0.0
+            gain = -math.inf if math.isnan(gain) else gain
+            found.append(Selected(gain, count, shrinkage, prior))
     return max(found, key=lambda each: each.gain)
 
 

@@ -25,7 +25,6 @@ from pyro_vae.evaluation._context import evaluation_context
 from pyro_vae.evaluation._prior_fit import (
     UnconstrainedLatents,
     WeightedCodes,
-    fit_prior,
     maximize_evidence,
     select_mixture,
     split,
@@ -214,13 +213,9 @@ def _latent_of(model: nn.Module, guide: Program, batch: Batch) -> tuple[str, int
 
 def _mixture(codes: WeightedCodes, components: int | None) -> tuple[priors.MixtureOfNormals, float]:
     """Return the mixture with the largest log p(x), and its gain on held-out data points."""
-    fitted, held_out = split(codes)
-    if components is None:
-        found = fit_prior(codes, diagonal=True)
-        components = 1 if found is None else len(found.weights)
-    best = select_mixture(fitted, held_out, [components], diagonal=True)
-    found = maximize_evidence(codes, components, best.shrinkage, diagonal=True)
-    prior = priors.MixtureOfNormals(found.means.shape[1], components)
+    best = select_mixture(codes, components, diagonal=True)
+    found = maximize_evidence(codes, best.count, best.shrinkage, diagonal=True)
+    prior = priors.MixtureOfNormals(found.means.shape[1], best.count)
     scales = found.covariances.diagonal(dim1=1, dim2=2).sqrt().clamp(min=2 * MIN_SCALE)
     with torch.no_grad():
         prior.logits.copy_((found.weights / found.weights.sum()).log())

@@ -47,7 +47,6 @@ class Schedule(ABC):
             )
         return max(before + after)
 
-    @torch.no_grad()
     def least_value(self) -> float:
         """Return the smallest value if it is known, and else zero."""
         return 0.0

@@ -60,19 +60,19 @@ def with_prior(net):
     return model, guide_of(model)
 
 
-def two_of_one_name(net):
-    other = nn.Linear(2, 3)
+def registered_pair(encoder, name_of_decoder):
+    decoder = nn.Linear(2, 3)
 
     def model(x):
-        pyro.module("net", other)
+        pyro.module(name_of_decoder, decoder)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(other(z), 1.0).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
 
     def guide(x):
-        pyro.module("net", net)
+        pyro.module("encoder", encoder)
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(net(x)[..., :2], 1.0).to_event(1))
+            pyro.sample("z", dist.Normal(encoder(x)[..., :2], 1.0).to_event(1))
 
     return model, guide
 
@@ -83,7 +83,7 @@ UNREGISTERED = {
     "method": with_encoder(lambda net: net.forward),
     "prior": with_prior,
     "closure": plain_model(registers=False),
-    "one name for two": two_of_one_name,
+    "one name for two": functools.partial(registered_pair, name_of_decoder="encoder"),
 }
 
 
@@ -150,19 +150,8 @@ def test_a_block_may_hide_some_parameters_by_name():
 
 @pytest.mark.parametrize("hides", HIDES)
 def test_parameters_that_a_block_hides_are_registered(hides):
-    encoder, decoder = nn.Linear(3, 2), nn.Linear(2, 3)
-
-    def model(x):
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
-
-    def guide(x):
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
-
+    encoder = nn.Linear(3, 2)
+    model, guide = registered_pair(encoder, "decoder")
     before = encoder.weight.clone()
     assert fitted(model, poutine.block(guide, **hides)) == []
     assert torch.equal(encoder.weight, before)
