@@ -42,6 +42,7 @@ SECTIONS = {  # the script and the share of the time; unused time is left to the
 MARK = "RESULT "  # at the start of a line with a result
 PEERS = {
     "captured": "pyro_vae, captured",
+    "parts": "Adam called from Python",
     "eager": "pyro_vae, eager",
     "pyro": "Pyro SVI",
     "plain": "plain PyTorch loop",

@@ -129,8 +129,8 @@ class Case:
         """Return the rows of the minibatches of an epoch."""
         return torch.randperm(len(self.x)).to(self.x.device).split(self.batch_size)
 
-    def ours(self, capture):
-        """Return an epoch of this library."""
+    def ours(self, capture, *, whole=True):
+        """Return an epoch of this library, with Adam called from Python unless ``whole``."""
         encoder, decoder = self.networks()
         model = pv.LatentVariableModel(
             prior=pv.priors.StandardNormal(self.latents),
@@ -149,6 +149,8 @@ class Case:
         parameters = parameters_of(model, guide, trace)
         train_state = TrainState(model, guide, objective, binarize, parameters)
         train_step = TrainStep(train_state, batches, capture=capture)
+        if not whole:
+            train_step._whole = None
 
         def epoch():
             train_step.recheck(after_user_code=True)
@@ -227,6 +229,7 @@ class Case:
             "plain": self.plain,
         }
         if self.x.is_cuda:
+            made["parts"] = lambda: self.ours(capture=True, whole=False)
             made["graph"] = self.plain_graph
         return made
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._capture.comparing import disagreement, rounding_of
-from pyro_vae._capture.cuda import CudaGraph, versions_elsewhere
+from pyro_vae._capture.cuda import CudaGraph, has_graphs, versions_elsewhere
 from pyro_vae._capture.dynamo import compiled_functions_run_eagerly
 from pyro_vae._capture.guards import change, state_of, tensors_that_may_change
 from pyro_vae._capture.inductor import compile_graph
@@ -37,8 +37,6 @@ from pyro_vae._utils.random import (
 # Rounding alone can move a value across a kink, such as a knot of a spline, where the gradient
 # jumps.
 _DISAGREEMENTS_THAT_ARE_NO_ACCIDENT = 3
-
-_DEVICES_WITH_GRAPHS = ("cuda",)  # there, the kernels of a call are recorded and launched at once
 
 
 class Stage(Enum):
@@ -82,6 +80,10 @@ class Captured:
         calls_left: number of calls to come, or None if unknown.
         execution: how calls run now: ``"captured"`` (compiled), ``"captured, not compiled"``, or
             ``"eager: "`` and the reason.
+        constants: aliases of the tensors that the graph uses, which keep their storage. Each
+            capture makes a new list.
+        writable: those of them that the graph may change.
+        rounding: of the factors of its products; see :func:`comparing.rounding_of`.
         compiles: whether the graph is, or will be, compiled.
 
     Raises:
@@ -109,15 +111,16 @@ class Captured:
         self._stage = {True: Stage.TRACE, False: Stage.EAGER, "auto": Stage.WAIT}[capture]
         self._first: Trace | None = None
         self._sources: list[Tensor] = []  # the tensors that the graph uses
-        self._constants: list[Tensor] = []  # aliases of them, which keep their storage
         self._elsewhere: list[tuple[Tensor, int]] = []  # constants whose values the replay keeps
         self._state: dict[str, Any] = {}
         self._precision: str | None = None  # of the matrix products, when they were traced
-        self._rounding = 0.0  # of their factors
         self._replay: Callable[..., Outputs] | None = None
         self._disagreements = 0  # in a row
         self._ahead: dict[str, Any] = {}  # the state_dict that Stage.CATCH_UP must reach
         self.calls_left: int | None = None
+        self.constants: list[Tensor] = []
+        self.writable: list[Tensor] = []
+        self.rounding = 0.0
         too_few = "there were too few calls with inputs of one shape"
         self.execution = f"eager: {too_few if capture else 'capture=False'}"
 
@@ -198,6 +201,19 @@ class Captured:
             self._stage = Stage.CHECK
         elif self._stage is Stage.CATCH_UP and self._ahead["stage"] == Stage.REPLAY.value:
             self._ahead["stage"] = Stage.CHECK.value
+
+    def replays(self, *inputs: Tensor) -> bool:
+        """Return whether a call with these inputs replays the graph."""
+        return (
+            self._stage is Stage.REPLAY
+            and signature_of(inputs) == self._signature
+            and self._reason_against_replay() is None
+        )
+
+    def run_graph(self, *inputs: Tensor) -> Outputs:
+        """Run the operations of the graph, without checks. :meth:`replays` must be true."""
+        with torch.no_grad():
+            return self._graph(*inputs, *self.constants)
 
     def _run_stage(self, inputs: Sequence[Tensor]) -> Outputs:
         return self._runs[self._stage](self, inputs)
@@ -289,15 +305,15 @@ class Captured:
 
     def _prepare(self, traced: Trace, inputs: Sequence[Tensor]) -> None:
         self._sources = traced.constants
-        self._constants = [tensor.detach() for tensor in traced.constants]
-        self._writable = [self._constants[number] for number in traced.more_than_gathered()]
+        self.constants = [tensor.detach() for tensor in traced.constants]
+        self.writable = [self.constants[number] for number in traced.more_than_gathered()]
         self._graph = traced.graph
         self._precision = current_precision()
-        self._rounding = rounding_of(traced.graph, inputs[0].device)
+        self.rounding = rounding_of(traced.graph, inputs[0].device)
         if self.compiles:
             try:
                 with preserve_rng_state(inputs) as rewind:
-                    self._graph = compile_graph(traced.graph, [*inputs, *self._constants])
+                    self._graph = compile_graph(traced.graph, [*inputs, *self.constants])
                     rewind()
             except Exception as error:  # a compiler may raise any error; go without it
                 warnings.warn(
@@ -308,18 +324,16 @@ class Captured:
         self._stage = Stage.CHECK
 
     def _check(self, inputs: Sequence[Tensor]) -> Outputs:
-        replay, failure = self._replay or self._run_graph, None
-        with preserve_rng_state(inputs) as rewind, preserve_tensors(self._writable) as restore:
+        replay, failure = self._replay or self.run_graph, None
+        with preserve_rng_state(inputs) as rewind, preserve_tensors(self.writable) as restore:
             try:
-                if self._replay is None and inputs[0].device.type in _DEVICES_WITH_GRAPHS:
-                    replay = CudaGraph(self._run_graph, inputs)
+                if self._replay is None and has_graphs(inputs[0].device):
+                    replay = CudaGraph(self.run_graph, inputs)
                     rewind()
                     restore()
                 # Replay on copies, because a function may write to its inputs.
                 replayed = [*replay(*(tensor.clone() for tensor in inputs))]
-                replayed += [
-                    tensor.clone() for tensor in (*self._writable, generator_state(inputs))
-                ]
+                replayed += [tensor.clone() for tensor in (*self.writable, generator_state(inputs))]
             except Exception as error:  # as above, any error
                 failure = f"its graph fails: {_cause(error)}"
             rewind()
@@ -328,36 +342,33 @@ class Captured:
         if failure is not None:
             self._give_up(failure)
             return outputs
-        done = [*outputs, *self._writable, generator_state(inputs)]
-        failure = disagreement(done, replayed, self._rounding)
+        done = [*outputs, *self.writable, generator_state(inputs)]
+        failure = disagreement(done, replayed, self.rounding)
         self._disagreements = 0 if failure is None else self._disagreements + 1
         if failure is None:
             self._stage, self._replay = Stage.REPLAY, replay
-            if inputs[0].device.type in _DEVICES_WITH_GRAPHS:
-                self._elsewhere = versions_elsewhere(self._constants, inputs[0].device)
+            if has_graphs(inputs[0].device):
+                self._elsewhere = versions_elsewhere(self.constants, inputs[0].device)
             self.execution = "captured" if self.compiles else "captured, not compiled"
         elif self._disagreements == _DISAGREEMENTS_THAT_ARE_NO_ACCIDENT:
             self._give_up(failure)
         return outputs  # the function's; after a disagreement, the next call compares again
 
     def _run_replay(self, inputs: Sequence[Tensor]) -> Outputs:
-        if self._moved():
-            self._give_up("the storage of a parameter was replaced. Change parameters in place")
-            return self._function(*inputs)
-        if any(tensor._version != version for tensor, version in self._elsewhere):
-            self._give_up("a tensor on another device changed. Move it to the device of the data")
+        if reason := self._reason_against_replay():
+            self._give_up(reason)
             return self._function(*inputs)
         return self._replay(*inputs)
 
-    def _moved(self) -> bool:
-        return any(
+    def _reason_against_replay(self) -> str | None:
+        if any(
             source.data_ptr() != constant.data_ptr()
-            for source, constant in zip(self._sources, self._constants, strict=True)
-        )
-
-    def _run_graph(self, *inputs: Tensor) -> Outputs:
-        with torch.no_grad():
-            return self._graph(*inputs, *self._constants)
+            for source, constant in zip(self._sources, self.constants, strict=True)
+        ):
+            return "the storage of a parameter was replaced. Change parameters in place"
+        if any(tensor._version != version for tensor, version in self._elsewhere):
+            return "a tensor on another device changed. Move it to the device of the data"
+        return None
 
     def _trace(self, inputs: Sequence[Tensor]) -> Trace:
         with (
@@ -377,7 +388,7 @@ class Captured:
     def _give_up(self, reason: str) -> None:
         self.execution = f"eager: {reason}"
         self._stage = Stage.EAGER
-        self._sources, self._constants, self._elsewhere, self._state = [], [], [], {}
+        self._sources, self.constants, self._elsewhere, self._state = [], [], [], {}
         warnings.warn(f"{self._name} is not captured and runs eagerly: {reason}", stacklevel=2)
 
     _runs: ClassVar = {

@@ -9,6 +9,13 @@ from torch import Tensor
 
 from pyro_vae._capture.tracing import Outputs
 
+_DEVICES_WITH_GRAPHS = ("cuda",)
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Return whether calls on a device are recorded, so that one launch replays all kernels."""
+    return device.type in _DEVICES_WITH_GRAPHS
+
 
 class CudaGraph:
     """A CUDA graph of one call of a function. A replay costs a single launch.

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from pyro_vae._capture import Capture, Captured
+from pyro_vae._capture.cuda import has_graphs
 from pyro_vae._programs.data_plate import DataScale
 from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._utils.distributed import num_processes, rank, sum_over_processes
 from pyro_vae.datasets._minibatches import Batch, Minibatches
+from pyro_vae.training._adam import Adam
 from pyro_vae.training._gradients import all_finite, clipped, gradients_of, hides_gradients
 from pyro_vae.training._losses import differentiable_loss, loss_and_elbo, loss_value
 from pyro_vae.training._minibatch_sizes import repeated, smaller_minibatch
 from pyro_vae.training._sharing import SharedGradient, local_rows
 from pyro_vae.training._train_state import TrainState
+from pyro_vae.training._whole_step import WholeStep
 
 BOTH = "model and guide"
 STEPS_BETWEEN_COMPARISONS = 100
@@ -63,13 +66,16 @@ class TrainStep:
         # Pyro's own objectives do not count steps.
         self._advance = getattr(self._objective, "advance", lambda: None)
         self._capture = capture
-        self._captured = self._new_capture()
+        self._new_capture()
         self._validated = False
 
     @property
     def execution(self) -> str:
         """The way the steps run now; see :class:`pyro_vae._capture.Captured`."""
-        return self._captured.execution
+        found = self._captured.execution
+        if self._whole is not None and self._whole.is_used and found.startswith("captured"):
+            found += ", with the optimizer"
+        return found
 
     def begin(self, steps: int | None, *, validated: bool = False) -> None:
         """Prepare for the steps of one epoch.
@@ -205,7 +211,7 @@ class TrainStep:
     def end_epoch(self, loss: float) -> None:
         """Step the scheduler. Train new parameters too, and then capture the step again."""
         if self.train_state.end_epoch(loss):
-            self._captured = self._new_capture()
+            self._new_capture()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, without random numbers."""
@@ -222,7 +228,7 @@ class TrainStep:
             ValueError: The state belongs to another pair, objective, optimizer or scheduler.
         """
         if self.train_state.load_state_dict(state):
-            self._captured = self._new_capture()
+            self._new_capture()
         self.steps = state["steps"]
         self._compared_at = state.get("compared_at", 0)  # older checkpoints do not have it
         self._captured.load_state_dict(state["capture"])
@@ -232,7 +238,7 @@ class TrainStep:
         state = {"steps": self.steps, **self.train_state.snapshot()}
         return state | {
             "compared_at": self._compared_at,
-            "gradient": self._captured,
+            "gradient": (self._captured, self._whole),
             "capture": self._captured.snapshot(),
         }
 
@@ -240,7 +246,7 @@ class TrainStep:
         """Restore a copy from :meth:`snapshot`."""
         self.steps, self._compared_at = state["steps"], state["compared_at"]
         self.train_state.restore(state)
-        self._captured = state["gradient"]
+        self._captured, self._whole = state["gradient"]
         self._captured.restore(state["capture"])
 
     def _closure(
@@ -258,6 +264,10 @@ class TrainStep:
         """
         for parameter in self.train_state.parameters:
             parameter.grad = None  # the next gradient reuses its memory from torch's cache
+        if self._whole is not None and on_gradients is None and not self._validated:
+            loss = self._whole(*self._batches.read(*selection))
+            if loss is not None:
+                return loss  # without gradients, the optimizer changes nothing
         gradient = self.gradient if self._validated else self._captured_gradient
         if self._shared is None:
             loss, *gradients = gradient(*selection)
@@ -311,16 +321,25 @@ class TrainStep:
         loss = _float64(loss, batch) / (data.scale * batch[0].shape[0])
         return loss, _float64(elbo, batch)
 
-    def _new_capture(self) -> Captured:
+    def _new_capture(self) -> None:
         model, guide = self._pair
         objective, transform = self._objective, self._batches.transform
         watch = {"model": model, "guide": guide, "objective": objective, "transform": transform}
-        return Captured(
+        self._captured = Captured(
             self._loss_and_gradients,
             watch=watch,
             name="the step of this fit",
             capture=self._capture,
         )
+        self._whole = self._new_whole_step()
+
+    def _new_whole_step(self) -> WholeStep | None:
+        optimizer, parameters = self.train_state.optimizer, self.train_state.parameters
+        if not has_graphs(self._batches.device) or type(optimizer) is not Adam:
+            return None
+        if self._shared is not None or self._in_turns:
+            return None  # the gradients change between the two parts
+        return WholeStep(self._captured, optimizer, parameters)
 
 
 def _float64(value: Tensor | float, batch: Batch) -> Tensor:

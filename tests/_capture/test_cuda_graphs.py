@@ -1,8 +1,10 @@
 """The parts of a capture on CUDA that need no GPU.
 
-A CUDA graph writes the results of all replays to the same memory. ``Recorded`` does so on the CPU.
+``Recorded`` does on the CPU what a CUDA graph does: its operations have fixed numbers and read and
+write fixed tensors, and the results of all replays lie in the same memory.
 """
 
+import copy
 import functools
 import math
 
@@ -10,19 +12,21 @@ import pytest
 import torch
 from capturing import distance, fitted
 from conftest import Stream, make_pair
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_vae as pv
 from pyro_vae._capture import Captured, policy
 from pyro_vae._capture.cuda import versions_elsewhere
+from pyro_vae.training._adam import Adam
 from pyro_vae.training._step import TrainStep
 
 
 class Recorded:
-    """A function whose results always lie in the memory of the first ones."""
+    """Stands in for a CUDA graph of one call of a function."""
 
     def __init__(self, function, inputs):
-        self._function = function
         self._outputs = function(*inputs)
+        self._function = make_fx(function)(*inputs)
 
     def __call__(self, *inputs):
         for kept, new in zip(self._outputs, self._function(*inputs), strict=True):
@@ -34,26 +38,138 @@ class Recorded:
 @pytest.fixture
 def recorded(monkeypatch, without_compiler):
     """Capture on the CPU as on CUDA, with ``Recorded`` in the place of CUDA graphs."""
-    monkeypatch.setattr("pyro_vae._capture.captured._DEVICES_WITH_GRAPHS", ("cpu",))
+    monkeypatch.setattr("pyro_vae._capture.cuda._DEVICES_WITH_GRAPHS", ("cpu",))
     monkeypatch.setattr("pyro_vae._capture.captured.CudaGraph", Recorded)
+    monkeypatch.setattr("pyro_vae.training._whole_step.CudaGraph", Recorded)
 
 
-OPTIMIZERS = {
-    "Adam": {},
+schedulers = torch.optim.lr_scheduler
+IN_TWO_PARTS = {
     "L-BFGS": {
         "optimizer": functools.partial(torch.optim.LBFGS, lr=0.01, max_iter=3),
         "epochs": 2,
     },
+    "alternation": {"guide_steps": 2, "model_steps": 1},
+}
+IN_ONE_GRAPH = {
+    "Adam": {},
+    "clipping": {"clip_norm": 0.5},
+    "two learning rates": {"learning_rate": {"model": 0.01, "guide": 0.001}},
+    "another learning rate in each epoch": {
+        "scheduler": functools.partial(schedulers.ExponentialLR, gamma=0.3)
+    },
+    "other betas in each epoch": {
+        "scheduler": functools.partial(schedulers.OneCycleLR, max_lr=0.1, total_steps=5)
+    },
+    "a warm-up": {"objective": pv.objectives.BetaELBO(pv.objectives.Linear(10))},
 }
 
 
-@pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("options", IN_TWO_PARTS.values(), ids=IN_TWO_PARTS)
 def test_losses_of_steps_that_share_their_memory(options, binary, recorded):
-    eager, expected = fitted(make_pair, binary, capture=False, **options)
-    captured, tensors = fitted(make_pair, binary, capture=True, **options)
-    assert captured.execution == "captured, not compiled"
+    check_recorded(binary, "captured, not compiled", **options)
+
+
+@pytest.mark.parametrize("options", IN_ONE_GRAPH.values(), ids=IN_ONE_GRAPH)
+def test_whole_steps(options, binary, recorded):
+    check_recorded(binary, "captured, not compiled, with the optimizer", **options)
+
+
+def check_recorded(binary, execution, **options):
+    eager, expected = fitted(make_pair, binary, **copy.deepcopy(options), capture=False)
+    captured, tensors = fitted(make_pair, binary, **copy.deepcopy(options), capture=True)
+    assert captured.execution == execution
     assert captured.history.loss.values == pytest.approx(eager.history.loss.values, rel=1e-5)
     assert distance(tensors, expected) < 1e-5
+
+
+def normalizing_pair():
+    model, _ = make_pair()
+    network = torch.nn.Sequential(torch.nn.BatchNorm1d(16), pv.nets.MLP(16, [8]))
+    next(model.parameters()).requires_grad_(False)
+    return model, pv.guides.AmortizedNormal(model, encoder=network)
+
+
+def test_whole_steps_with_running_averages_frozen_parameters_and_a_last_minibatch(binary, recorded):
+    rows = torch.cat([binary, binary[:3]])  # 53 rows in minibatches of 10
+    eager, expected = fitted(normalizing_pair, rows, capture=False)
+    captured, tensors = fitted(normalizing_pair, rows, capture=True)
+    assert captured.execution.endswith("with the optimizer")
+    assert captured.history.loss.values == pytest.approx(eager.history.loss.values, rel=1e-5)
+    assert distance(tensors, expected) < 1e-5
+
+
+@pytest.mark.parametrize("spoiled", ["the update", "the loss"])
+def test_a_whole_step_that_differs_is_not_used(spoiled, binary, recorded, monkeypatch):
+    class Wrong(Recorded):
+        def __call__(self, *inputs):
+            loss, *gradients = super().__call__(*inputs)
+            if spoiled == "the loss":
+                return [loss + 0.01, *gradients]
+            parameter.add_(1e-4)
+            return [loss, *gradients]
+
+    monkeypatch.setattr("pyro_vae.training._whole_step.CudaGraph", Wrong)
+
+    def make():
+        nonlocal parameter
+        pair = make_pair()
+        parameter = next(pair[0].parameters()).detach()
+        return pair
+
+    parameter = None
+    _, expected = fitted(make, binary, capture=False)
+    with pytest.warns(UserWarning, match="not part of the CUDA graph .*graph differs"):
+        captured, tensors = fitted(make, binary, capture=True)
+    assert captured.execution == "captured, not compiled"
+    assert distance(tensors, expected) < 1e-5
+
+
+def test_whole_steps_after_a_skipped_step(binary, recorded):
+    class Spoiled(pv.objectives.ELBO):
+        def bound(self, terms):
+            bound = super().bound(terms)
+            return torch.where(self.step == 13, math.nan, bound)
+
+    options = {"objective": Spoiled(), "on_nonfinite": "skip"}
+    eager, expected = fitted(make_pair, binary, **copy.deepcopy(options), capture=False)
+    captured, tensors = fitted(make_pair, binary, **copy.deepcopy(options), capture=True)
+    assert captured.execution.endswith("with the optimizer")
+    assert captured.history.skipped.sum() == eager.history.skipped.sum() > 0
+    assert distance(tensors, expected) < 1e-5
+
+
+def test_resumed_whole_steps_equal_those_of_one_run_bit_for_bit(binary, recorded, tmp_path):
+    _, expected = fitted(make_pair, binary, capture=True)
+    checkpoint = functools.partial(pv.training.Checkpoint, tmp_path, seconds=0)
+    fitted(make_pair, binary, capture=True, epochs=2, checkpoint=checkpoint())
+    resumed, tensors = fitted(make_pair, binary, capture=True, checkpoint=checkpoint(resume=True))
+    assert resumed.execution.endswith("with the optimizer")
+    assert tensors.equal(expected)
+
+
+def test_adam_keeps_its_tensors_on_devices_with_graphs(monkeypatch):
+    monkeypatch.setattr("pyro_vae._capture.cuda._DEVICES_WITH_GRAPHS", ("cpu",))
+    parameter = torch.randn(3, requires_grad=True)
+    optimizer = Adam([parameter], lr=0.1)
+
+    def closure():
+        parameter.grad = torch.ones(3)
+        return torch.zeros(())
+
+    optimizer.step(closure)
+    state, kept = copy.deepcopy(optimizer.state_dict()), optimizer.tensors()
+    optimizer.step(closure)
+    after = parameter.detach().clone()
+    optimizer.load_state_dict(state)
+    assert all(a is b for a, b in zip(optimizer.tensors(), kept, strict=True))
+    assert optimizer.state[parameter]["step"] == 1
+    rates = [tensor for _, tensor in optimizer._rates.values()]
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.write_learning_rates()
+    assert rates == [0.0]
+    optimizer.step(closure)
+    assert torch.equal(parameter.detach(), after)
 
 
 def test_evaluations_of_calls_that_share_their_memory(pair, binary, recorded):
