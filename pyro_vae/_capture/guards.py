@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,9 @@ def change(before: State, after: State) -> str | None:
         if name not in before:
             return f"{name} was added"
         if before[name] != after[name]:
+            old, new = before[name][0], after[name][0]
+            if len(before[name]) == len(after[name]) == 1 and isinstance(old, _TensorMark):
+                return f"{name} {old.change_to(new)}"
             return f"{name} changed from {_shown(before[name])} to {_shown(after[name])}"
     return None
 
@@ -57,7 +61,7 @@ def _mark(thing: Any) -> Any:
     """Return a value that stays equal while an object, without its parts, does not change."""
     if isinstance(thing, Tensor):
         storage = thing.data_ptr() if thing.layout == strided else None
-        return _Same(thing), storage, thing.requires_grad
+        return _TensorMark(_Same(thing), storage, thing.requires_grad)
     if isinstance(thing, float | complex | np.generic):
         return repr(thing)  # so that NaN equals itself
     if isinstance(thing, VALUES):
@@ -84,3 +88,23 @@ class _Same:
 
     def __repr__(self) -> str:
         return f"{type(self._thing).__name__} object"
+
+
+@dataclass
+class _TensorMark:
+    same: _Same
+    storage: int | None
+    requires_grad: bool
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return repr(self.same)
+
+    def change_to(self, other: Any) -> str:
+        """Describe the difference from another mark."""
+        if not isinstance(other, _TensorMark) or self.same != other.same:
+            return f"was replaced by {other}"
+        if self.storage != other.storage:
+            return "moved to other memory"
+        return "was thawed" if other.requires_grad else "was frozen"

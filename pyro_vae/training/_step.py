@@ -66,6 +66,7 @@ class TrainStep:
         # Pyro's own objectives do not count steps.
         self._advance = getattr(self._objective, "advance", lambda: None)
         self._capture = capture
+        self._trained: list[bool] = []  # whether each parameter is, since the capture began
         self._new_capture()
         self._validated = False
 
@@ -98,6 +99,8 @@ class TrainStep:
             after_user_code: Whether code of the user ran since the last step, which may have
                 changed objects that no name refers to.
         """
+        if self._trained != self._now_trained():
+            self._new_capture()  # parameters were frozen or thawed
         since = self.steps - self._compared_at
         compare = after_user_code or since >= STEPS_BETWEEN_COMPARISONS
         if compare:
@@ -218,6 +221,7 @@ class TrainStep:
         state = {"steps": self.steps, **self.train_state.state_dict()}
         return state | {
             "compared_at": self._compared_at,
+            "trained": self._trained,
             "capture": self._captured.state_dict(),
         }
 
@@ -230,7 +234,8 @@ class TrainStep:
         if self.train_state.load_state_dict(state):
             self._new_capture()
         self.steps = state["steps"]
-        self._compared_at = state.get("compared_at", 0)  # older checkpoints do not have it
+        self._compared_at = state.get("compared_at", 0)  # older checkpoints have neither
+        self._trained = state.get("trained", self._trained)
         self._captured.load_state_dict(state["capture"])
 
     def snapshot(self) -> dict[str, Any]:
@@ -238,7 +243,7 @@ class TrainStep:
         state = {"steps": self.steps, **self.train_state.snapshot()}
         return state | {
             "compared_at": self._compared_at,
-            "gradient": (self._captured, self._whole),
+            "gradient": (self._captured, self._whole, self._trained),
             "capture": self._captured.snapshot(),
         }
 
@@ -246,7 +251,7 @@ class TrainStep:
         """Restore a copy from :meth:`snapshot`."""
         self.steps, self._compared_at = state["steps"], state["compared_at"]
         self.train_state.restore(state)
-        self._captured, self._whole = state["gradient"]
+        self._captured, self._whole, self._trained = state["gradient"]
         self._captured.restore(state["capture"])
 
     def _closure(
@@ -332,6 +337,10 @@ class TrainStep:
             capture=self._capture,
         )
         self._whole = self._new_whole_step()
+        self._trained = self._now_trained()
+
+    def _now_trained(self) -> list[bool]:
+        return [parameter.requires_grad for parameter in self.train_state.parameters]
 
     def _new_whole_step(self) -> WholeStep | None:
         optimizer, parameters = self.train_state.optimizer, self.train_state.parameters

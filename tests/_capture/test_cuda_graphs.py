@@ -175,7 +175,7 @@ def test_adam_keeps_its_tensors_on_devices_with_graphs(monkeypatch):
 def test_evaluations_of_calls_that_share_their_memory(pair, binary, recorded):
     model, guide = pair
     guide(binary)
-    ais = pv.evaluation.AIS(num_chains=4, num_temperatures=6, pilot=4)
+    ais = pv.evaluation.AIS(num_chains=4, num_temperatures=6, pilot=4, leapfrog_steps=2)
     ascent = pv.evaluation.Ascent(window=5, max_steps=20, patience=1, num_particles=2)
 
     def results(capture):

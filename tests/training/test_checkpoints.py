@@ -872,7 +872,10 @@ def test_resume_detects_changed_attributes(binary, tmp_path):
         pv.fit(other, guide, binary, epochs=4, **resumed)
 
 
-def test_parameters_frozen_during_the_run_stay_frozen(binary, tmp_path):
+@pytest.mark.parametrize(("capture", "interrupted"), [(False, 2), (True, 1), (True, 2)])
+def test_parameters_frozen_during_the_run_stay_frozen(
+    capture, interrupted, binary, tmp_path, without_compiler
+):
     def run(folder, pressed):
         torch.manual_seed(11)
         model, guide = make_pair()
@@ -884,15 +887,16 @@ def test_parameters_frozen_during_the_run_stay_frozen(binary, tmp_path):
             if epoch == pressed:
                 raise KeyboardInterrupt
 
-        options = {"batch_size": 10, "epochs": 4, "seed": 0, "progress": False, "capture": False}
+        options = {"batch_size": 10, "epochs": 4, "seed": 0, "progress": False, "capture": capture}
         if folder is not None:
             options["checkpoint"] = Checkpoint(folder, resume=True)
-        pv.fit(model, guide, binary, after_epoch=freeze, **options)
+        fit = pv.fit(model, guide, binary, after_epoch=freeze, **options)
+        assert fit.execution.startswith("captured" if capture else "eager: capture=False")
         return model, tensors(model, guide)
 
     _, straight = run(None, None)
     with pytest.raises(pv.training.Interrupted):
-        run(tmp_path, 2)
+        run(tmp_path, interrupted)
     model, resumed = run(tmp_path, None)
     assert equal(straight, resumed)
     assert not model.likelihood.training
