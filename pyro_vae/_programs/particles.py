@@ -15,6 +15,7 @@ from pyro_vae._programs.data_plate import resized
 from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.flags import flags_of
 from pyro_vae._programs.pair_trace import PairTrace, Program
+from pyro_vae._programs.sites import refuse_mismatch
 from pyro_vae._programs.trial_runs import OUT_OF_MEMORY, trial_run
 from pyro_vae._utils.identity import ProgramMap
 from pyro_vae._utils.messages import first_line
@@ -77,7 +78,7 @@ def run_particles(
 def run_pair(
     model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], **options: Any
 ) -> PairTrace:
-    """Run a pair; if it fails on NaN or infinite arguments, say so in the error."""
+    """Run a pair; if it fails on NaN, or on the shape of a site, say so in the error."""
     try:
         return PairTrace(model, guide, args, kwargs, **options)
     except ValueError as error:
@@ -88,6 +89,8 @@ def run_pair(
                     f"{name} has NaN or infinite values, and the pair cannot run on them: "
                     f"{first_line(error)}"
                 ) from error
+        if options.get("num_particles") == 1 and args and isinstance(args[0], Tensor):
+            refuse_mismatch(error, args[0])
         raise
 
 

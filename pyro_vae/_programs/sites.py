@@ -320,6 +320,16 @@ def require_one_observation(name: str, value: Tensor, other: Tensor) -> None:
         )
 
 
+def refuse_mismatch(error: ValueError, x: Tensor) -> None:
+    """Raise an error with advice if Pyro found a site whose shape does not fit its plate."""
+    if "Shape mismatch inside plate" in str(error):
+        raise ValueError(
+            f"{first_line(error)}, for data x of shape {tuple(x.shape)}. In the plate 'data' "
+            f"the batch shape of a site must be ({x.shape[0]},). All other dimensions belong "
+            "to the event: declare them with .to_event(n), or by event_dim=n of a likelihood."
+        ) from error
+
+
 def closed_form_kl(guide_site: Site, model_site: Site) -> Tensor | None:
     """Return KL(q || p) at a site, or None if no closed form matches the sampled estimate."""
     q, p = guide_site["fn"], model_site["fn"]

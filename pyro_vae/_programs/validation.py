@@ -20,7 +20,7 @@ from pyro_vae._programs.pair_trace import Factor, PairTrace, Program
 from pyro_vae._programs.parameters import has_finite_parameters
 from pyro_vae._programs.positions import check_positions
 from pyro_vae._programs.runs import as_guide, trace_of
-from pyro_vae._programs.sites import data_frame
+from pyro_vae._programs.sites import data_frame, refuse_mismatch
 from pyro_vae._utils.checks import ShapeError
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.modules import NAME_IT, remember_unnamed, unnamed
@@ -209,12 +209,7 @@ def _run_on_numbers(
         _refuse_other_devices(model, guide, x)
         raise _cannot_run(model, guide, batch, name, error) from error
     except ValueError as error:
-        if "Shape mismatch inside plate" in str(error):
-            raise ValueError(
-                f"{first_line(error)}, for data x of shape {tuple(x.shape)}. In the plate 'data' "
-                f"the batch shape of a site must be ({x.shape[0]},). All other dimensions belong "
-                "to the event: declare them with .to_event(n), or by event_dim=n of a likelihood."
-            ) from error
+        refuse_mismatch(error, x)
         if _is_of_library(error):
             raise
         raise _cannot_run(model, guide, batch, name, error) from error

@@ -241,6 +241,17 @@ def test_particles_in_the_dimension_of_a_plate_are_refused():
         pv.terms(model, guide, torch.randn(6), num_particles=3, vectorize_particles=True)
 
 
+@pytest.mark.parametrize("call", [pv.terms, pv.objectives.ELBO().loss], ids=["terms", "loss"])
+def test_a_likelihood_without_to_event_is_refused_with_advice(call, pair):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True).expand(x.shape), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=r"must be \(5,\)\..* declare them with .to_event\(n\)"):
+        call(model, pair[1], torch.randn(5, 16))
+
+
 def test_observations_and_factors_in_the_data_plate():
     def model(x):
         with pyro.plate("data", len(x)):
