@@ -68,7 +68,7 @@ def refit_prior(
 
     Args:
         model: a module with the attribute ``prior``, which returns p(z) when called without
-            arguments. z is its only latent, a real vector.
+            arguments. Its class has no such attribute. z is its only latent, a real vector.
         guide: program of q(z|x).
         data: training data in memory, as in :func:`pyro_vae.fit`. Data points whose latent the
             programs mask are left out, because they have no code.
@@ -89,7 +89,7 @@ def refit_prior(
         The new model, of the same class.
 
     Raises:
-        TypeError: The model is not a module with the attribute ``prior``.
+        TypeError: The model is not a module with the attribute ``prior``, or its class has it.
         ValueError: ``prior`` is not the p(z) of the model. The model has other latents, or z is not
             a real vector. The data are not in memory, or the latent of all of them is
             masked. The pair breaks a rule (docs/contract.md).
@@ -120,6 +120,12 @@ def refit_prior(
             "model must be a module with the attribute prior, such as a LatentVariableModel; got "
             f"{type(model).__name__}. For other programs, write the prior as a module, and call it "
             "in the program as self.prior()"
+        )
+    if hasattr(type(model), "prior"):
+        raise TypeError(
+            "model.prior must be an attribute of the object, so that another prior can replace it; "
+            f"got one of the class {type(model).__name__}. Set self.prior in __init__, such as "
+            "self.prior = pv.priors.StandardNormal(2)"
         )
     name_data_plate(plate, model, guide)
     programs = (model, guide)

@@ -228,6 +228,28 @@ def test_wrong_models_are_refused():
         refit_prior(other, guide, x)
 
 
+def test_a_prior_of_the_class_is_refused():
+    """An attribute of the class hides a new module, so the program would keep its prior."""
+    prior = pv.priors.StandardNormal(2)
+
+    class Method(nn.Module):
+        def prior(self):
+            return prior()
+
+    class Property(nn.Module):
+        @property
+        def prior(self):
+            return prior
+
+    class Shared(nn.Module):
+        pass
+
+    Shared.prior = prior
+    for owner in (Method, Property, Shared):
+        with pytest.raises(TypeError, match=rf"of the class {owner.__name__}. Set self.prior in"):
+            refit_prior(owner(), Pair().guide, torch.randn(20, D))
+
+
 def test_a_prior_that_does_not_help_is_reported():
     pair = Pair()
     x = pair.data(torch.randn(10, 2))
