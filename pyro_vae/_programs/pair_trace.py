@@ -46,6 +46,7 @@ from pyro_vae._programs.sites import (
     cannot_score,
     data_frame,
     is_loss_of_guide,
+    masked_observations,
     observed_value,
     own_scale,
     placed,
@@ -334,8 +335,16 @@ class PairTrace:
 
     def observations(self) -> dict[str, Tensor]:
         """Return the values of the local observed sites: ``(B, *inner plates, *event)``."""
-        sites = [f.site for f in self.model.values() if f.observed and f.local and not f.is_factor]
-        return {site["name"]: observed_value(site)[: self.batch_size] for site in sites}
+        return {s["name"]: observed_value(s)[: self.batch_size] for s in self._observed_sites}
+
+    def masked_observations(self) -> dict[str, Tensor]:
+        """Return which numbers of :meth:`observations` are masked, in the same shapes."""
+        return {s["name"]: masked_observations(s)[: self.batch_size] for s in self._observed_sites}
+
+    @property
+    def _observed_sites(self) -> list[Site]:
+        """The local observed sites."""
+        return [f.site for f in self.model.values() if f.observed and f.local and not f.is_factor]
 
     def sample_joint(self) -> JointSample:
         """Sample latents and data together from the model, as many as the minibatch has rows."""

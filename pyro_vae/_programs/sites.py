@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -283,16 +283,42 @@ def observed_value(site: Site) -> Tensor:
     Raises:
         ValueError: The value differs between particles or between enumerated values.
     """
+
+    def first(value: Tensor, dim: int) -> Tensor:
+        one = value.narrow(dim, 0, 1)
+        require_one_observation(site["name"], value, one)
+        return one
+
+    return _for_data_points(site, site["value"], first)
+
+
+def masked_observations(site: Site) -> Tensor:
+    """Return which numbers of an observed site in the plate ``"data"`` are masked.
+
+    They are masked for all particles and all enumerated values.
+
+    Returns:
+        Shape ``(B, *inner plates, *event)``.
+    """
+    return ~_for_data_points(site, is_scored(site), lambda value, dim: value.any(dim, keepdim=True))
+
+
+def _for_data_points(site: Site, value: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Return values of a site as ``(B, *inner plates, *event)``.
+
+    Args:
+        site: a site in the plate ``"data"``.
+        value: values that broadcast to those of the site.
+        reduce: function of the values and a dimension of particles or enumerated values. It returns
+            values of size 1 in that dimension.
+    """
     event = tuple(site["fn"].event_shape)
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE]
     sizes = {frame.dim: frame.size for frame in frames} | without_plate(site)
-    value = site["value"]
     value = value.reshape((1,) * (len(event) - min(sizes) - value.dim()) + tuple(value.shape))
     for dim in range(len(event) - value.dim(), 0):
         if dim not in sizes:
-            first = value.narrow(dim - len(event), 0, 1)
-            require_one_observation(site["name"], value, first)
-            value = first
+            value = reduce(value, dim - len(event))
     value = value.squeeze(
         [dim - len(event) for dim in range(len(event) - value.dim(), 0) if dim not in sizes]
     )

@@ -356,6 +356,11 @@ class Terms:
                 require_one_observation(name, value, other[name])
         return first
 
+    def masked_observations(self) -> dict[str, Tensor]:
+        """Return which numbers of :attr:`observations` the model masks, in the same shapes."""
+        runs = [run.masked_observations() for run in self._runs]
+        return {name: torch.stack([each[name] for each in runs]).all(0) for name in runs[0]}
+
     def predict(self) -> dict[str, Tensor]:
         r"""Sample the observed sites of the plate ``"data"`` given the latents.
 

@@ -254,7 +254,9 @@ def without(values: Tensor, masked: Tensor) -> Tensor:
     """Return values with NaN, or -1 for integers, in place of masked numbers."""
     if not masked.any():
         return values
-    return values.masked_fill(masked, torch.nan if values.is_floating_point() else -1)
+    if values.is_floating_point():
+        return values.masked_fill(masked, torch.nan)
+    return values.long().masked_fill(masked, -1)  # Booleans and uint8 have no -1
 
 
 def _from_samples(

@@ -40,7 +40,8 @@ def to_arviz(
 
     The first dimensions are ``chain`` (of size 1), ``draw`` and ``data_point``. In
     ``observed_data``, the first dimension is ``data_point``. A latent number that the model masks
-    has no posterior and is NaN, or -1 if it is an integer.
+    has no posterior and is NaN, or -1 if it is an integer. So is a number of ``observed_data`` that
+    the model masks, such as the padding of sequences or an unknown label.
 
     There is no ``log_likelihood`` group. Leave-one-out cross-validation on log p(x|z) would score
     a data point under a z that was inferred from it. Compare models with :func:`pyro_vae.compare`.
@@ -85,6 +86,7 @@ def to_arviz(
         rows = tuple(column[:] for column in batches.in_memory())  # sparse rows become dense
         t = terms(model, guide, *rows, num_particles=num_draws, **particle_options)
         predictive, masked = t.predict(), t.masked_numbers()
+        left_out = t.masked_observations()
     return make_container(
         arviz,
         posterior={
@@ -93,7 +95,10 @@ def to_arviz(
         },
         sample_stats={"log_weight": _chain(t.log_weight)},
         posterior_predictive={name: _chain(value) for name, value in predictive.items()},
-        observed_data={name: value.cpu().numpy() for name, value in t.observations.items()},
+        observed_data={
+            name: without(value, left_out[name]).cpu().numpy()
+            for name, value in t.observations.items()
+        },
     )
 
 

@@ -81,3 +81,48 @@ def test_masked_latents_are_nan():
     assert np.isfinite(of_z[:, m.numpy()]).all()
     assert np.isnan(of_k[:, ~m.numpy()]).all()
     assert set(np.unique(of_k[:, m.numpy()])) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_masked_observations_are_left_out(vectorize):
+    """A program replaces such numbers by others that can be scored, which are not data."""
+    labels = torch.tensor([2, -1, 0, -1])
+
+    def model(x, y):
+        known = y >= 0
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            logits = torch.stack([z[..., 0], z[..., 1], 0 * z[..., 0]], -1)
+            with pyro.poutine.mask(mask=known):
+                pyro.sample("y", dist.Categorical(logits=logits), obs=y.clamp(min=0))
+                pyro.sample("is_first", dist.Categorical(logits=z), obs=(y == 0).byte())
+            scored = dist.Normal(z, 1.0).mask(x.isfinite()).to_event(1)
+            pyro.sample("x", scored, obs=x.nan_to_num())
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    x = torch.randn(4, 2)
+    x[1, 0] = x[3] = torch.nan
+    options = {"num_draws": 3, "vectorize_particles": vectorize}
+    found = pv.to_arviz(model, guide, (x, labels), **options)["observed_data"]
+    assert np.array_equal(found["x"].values, x.numpy(), equal_nan=True)
+    assert found["y"].values.tolist() == labels.tolist()
+    assert found["is_first"].values.tolist() == [0, -1, 1, -1]
+
+
+def test_padding_of_sequences_is_not_data():
+    model = pv.models.SequenceModel(
+        pv.priors.StandardNormal(2),
+        lambda z: dist.Normal(z, 1.0).to_event(1),
+        lambda z: dist.Normal(z, 1.0).to_event(1),
+    )
+    guide = pv.guides.SequenceGuide(model, recurrent=4, hidden=[4])
+    x, lengths = torch.randn(3, 3, 2), torch.tensor([3, 1, 2])
+    found = pv.to_arviz(model, guide, (x, lengths), num_draws=2)["observed_data"]
+    for step in range(3):
+        inside = (step < lengths).numpy()
+        of_step = found[f"x_{step + 1}"].values
+        assert np.array_equal(of_step[inside], x[:, step].numpy()[inside])
+        assert np.isnan(of_step[~inside]).all()
