@@ -36,6 +36,7 @@ from pyro_vae.datasets._minibatches import Batch
 from pyro_vae.evaluation._delta_sites import guide_to
 from pyro_vae.evaluation._generate import Numbers, covariate_columns, in_batches
 from pyro_vae.evaluation._given_latents import AtGivenLatents
+from pyro_vae.evaluation._global_latents import at_global_latents
 from pyro_vae.evaluation._layout import Readings
 from pyro_vae.evaluation._predict import gathered, mean_of_x
 
@@ -63,7 +64,8 @@ def decode(
     The result has the layout of x, as in :func:`reconstruct`. Latents that are not given are
     sampled from p in the order of the model, each given the latents before it. So they do not
     depend on given latents after them. Latents c that the model sums out are averaged over
-    :math:`p(c|z)`. If a distribution has no mean, a sample of it is returned.
+    :math:`p(c|z)`. A global latent, such as a Bayesian weight, has one sample for all rows of z,
+    from the guide if it is given. If a distribution has no mean, a sample of it is returned.
 
     Args:
         model: program of p(x, z).
@@ -74,7 +76,8 @@ def decode(
             unknown, or if the model uses the values of x other than to observe them. By default,
             the shape is that of the data that the model was last fitted or evaluated on.
         guide: the guide that the model was fitted with. A model with ``pyro.param`` statements
-            needs it, because their values are in the store of the pair.
+            needs it, because their values are in the store of the pair. A model with global latents
+            needs it, unless they should follow their prior.
         num_samples: S, the number of samples of x for each z; with 0, the mean is returned.
         batch_size: data points at a time.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
@@ -123,11 +126,12 @@ def decode(
         return x_of_rows, *(column[rows] for column in columns)
 
     def run(rows: Tensor) -> Numbers:
+        program = shared[int(rows[0]) // count] if shared else model
         rows = rows % count
         some = {name: values[rows] for name, values in given.items()}
         values = _placed(latents, some)
         summed = any(is_enumerated(site) and name not in values for name, site in latents.items())
-        fixed = AtGivenLatents(values, latents, rows)(model)
+        fixed = AtGivenLatents(values, latents, rows)(program)
         options = {"by_site": by_site, "draw": num_samples > 0}
         try:
             if summed:
@@ -144,14 +148,20 @@ def decode(
     with (
         seeded(seed),
         parameter_store(model, partner),
-        evaluation_mode(model),
+        evaluation_mode(model, partner),
         values_checked(False),  # x is a placeholder, which may be outside of the support
     ):
         if data is None:
             spec = spec_of_x(model, [c[:2] for c in columns], device, NEEDS_X)
-        latents = _latents(model, batch_of(torch.arange(min(count, 2))))
-        rows = torch.arange(count * max(1, num_samples))
-        found = in_batches(run, rows, batch_size, progress, "decode")
+        few = batch_of(torch.arange(min(count, 2)))
+        latents = _latents(model, few)
+        times, shared = max(1, num_samples), []
+        batches = torch.arange(count * times).split(batch_size)
+        if any(data_frame(site) is None for site in latents.values()):  # global latents
+            shared = [at_global_latents(model, guide, few) for _ in range(times)]
+            of_one_sample = torch.arange(count * times).split(count)
+            batches = [rows for each in of_one_sample for rows in each.split(batch_size)]
+        found = in_batches(run, batches, progress, "decode")
     if not num_samples:
         return found
     if isinstance(found, dict):

@@ -17,6 +17,7 @@ from pyro_vae._utils.checks import check_call, is_whole_number, positive_integer
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._minibatches import Batch
+from pyro_vae.evaluation._global_latents import at_global_latents
 from pyro_vae.evaluation._predict import as_covariates, columns_of, mean_of_x
 
 Numbers = Tensor | dict[str, Tensor]  # in the layout of x, or by site
@@ -37,9 +38,10 @@ def generate(
     r"""Return :math:`E[x|z]` for each of N latents :math:`z \sim p(z)`, or samples of x.
 
     The result has the layout of x, as in :func:`reconstruct`. All latents of the model are
-    sampled, also those that are enumerated (summed out) in other calls. If a distribution has no
-    mean, a sample of it is returned. By default, the means are returned, because the noise of
-    :math:`p(x|z)` hides the effect of z in images.
+    sampled, also those that are enumerated (summed out) in other calls. A global latent, such as a
+    Bayesian weight, has one sample for all data points, from the guide if it is given. If a
+    distribution has no mean, a sample of it is returned. By default, the means are returned,
+    because the noise of :math:`p(x|z)` hides the effect of z in images.
 
     Args:
         model: program of p(x, z).
@@ -50,7 +52,8 @@ def generate(
             data if the model uses the values of x otherwise, such as their sum as a total count.
         *covariates: further arguments of the program, with N rows each.
         guide: the guide that the model was fitted with. A model with ``pyro.param`` statements
-            needs it, because their values are in the store of the pair.
+            needs it, because their values are in the store of the pair. A model with global latents
+            needs it, unless they should follow their prior.
         draw: return samples of x, :math:`x \sim p(x|z)`, instead of means.
         batch_size: data points at a time.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
@@ -90,16 +93,17 @@ def generate(
         columns = columns_of(model, partner, x, *covariates)
         count = len(columns[0])
 
+    def batch_of(rows: Tensor) -> Batch:
+        batch = tuple(column[rows] for column in columns)
+        return (spec.full(len(rows), device), *batch) if is_whole_number(x) else batch
+
     def run(rows: Tensor) -> Numbers:
-        batch = [column[rows] for column in columns]
-        if is_whole_number(x):
-            batch.insert(0, spec.full(len(rows), device))
-        return mean_of_x(model, *batch, by_site=by_site, draw=draw)
+        return mean_of_x(shared, *batch_of(rows), by_site=by_site, draw=draw)
 
     with (
         seeded(seed),
         parameter_store(model, partner),
-        evaluation_mode(model),
+        evaluation_mode(model, partner),
     ):
         if is_whole_number(x):
             remedy = (
@@ -108,7 +112,9 @@ def generate(
                 f"torch.zeros({count}, T, D) for sequences of T steps. Their values do not matter."
             )
             spec = spec_of_x(model, [c[:2] for c in columns], device, remedy)
-        return in_batches(run, torch.arange(count), batch_size, progress, "generate")
+        batches = torch.arange(count).split(batch_size)
+        shared = at_global_latents(model, guide, batch_of(batches[0]))
+        return in_batches(run, batches, progress, "generate")
 
 
 def covariate_columns(
@@ -131,15 +137,14 @@ def covariate_columns(
 
 def in_batches(
     run: Callable[[Tensor], Numbers],
-    rows: Tensor,
-    batch_size: int,
+    batches: Sequence[Tensor],
     progress: bool | Progress,
     description: str,
 ) -> Numbers:
     """Call a function on the indices of each minibatch, and concatenate its results."""
     parts = []
-    with task(progress, description, len(rows), transient=True) as advance:
-        for some in rows.split(batch_size):
+    with task(progress, description, sum(map(len, batches)), transient=True) as advance:
+        for some in batches:
             parts.append(run(some))
             advance(len(some))
     if isinstance(parts[0], dict):

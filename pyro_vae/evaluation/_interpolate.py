@@ -61,7 +61,7 @@ def interpolate(
         num: number of points on the path, both ends included, at least 2.
         path: ``"linear"`` or ``"spherical"``.
         site: name of the latent site; by default, the only latent. Other latents are sampled from
-            p, as in :func:`decode`.
+            p, and global latents from the guide, as in :func:`decode`.
         batch_size: data points at a time.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.
         seed: of all samples.

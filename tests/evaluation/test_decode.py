@@ -215,3 +215,57 @@ def test_paths_of_one_latent_of_several_with_covariates():
         pv.interpolate(model, guide, start, end[:2], y, site="a")
     with pytest.raises(ValueError, match='path must be "linear" or "spherical", got \'bent\''):
         pv.interpolate(model, guide, start, end, y, path="bent")
+
+
+class Bayesian:
+    """x = w z with a global weight w, whose guide is far from its prior."""
+
+    def model(self, x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("cells", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(w * z + 2 * k[..., None] - 1, 1e-4).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.sample("w", dist.Normal(50.0, 1.0))
+        with pyro.plate("cells", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.1).to_event(1))
+
+
+@pytest.mark.parametrize("batch_size", [2, 100])
+def test_global_latents_have_one_sample_from_the_guide(batch_size):
+    """All samples of w are from its guide or its prior, six standard deviations apart."""
+    pair, z = Bayesian(), torch.ones(7, 1)
+    options = {"batch_size": batch_size, "seed": 0}
+    means = pv.decode(pair.model, z, guide=pair.guide, **options)
+    assert (means == means[0]).all()
+    assert 45 < means[0] < 55
+    prior = pv.decode(pair.model, z, **options)
+    assert (prior == prior[0]).all()
+    assert prior.abs().max() < 6
+    draws = pv.decode(pair.model, z, guide=pair.guide, num_samples=5, **options)
+    steps = (draws - draws[:, :1]).abs()  # between w - 1 and w + 1
+    assert ((steps < 0.01) | ((steps - 2).abs() < 0.01)).all()
+    assert (draws[:, 0] % 2).std() > 0.01  # each draw has its own w
+    path = pv.interpolate(pair.model, pair.guide, z[:2], z[:2] + 1, num=3, **options)
+    assert torch.allclose(path[2], 2 * path[0])
+    assert 45 < path[0, 0] < 55
+
+
+@pytest.mark.parametrize("with_guide", [True, False])
+def test_generated_data_share_global_latents(with_guide):
+    def model(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("w", dist.Normal(50.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    found = pv.generate(model, 9, guide=guide if with_guide else None, batch_size=2, seed=0)
+    assert (found == found[0]).all()
+    assert bool(found[0] > 45) is with_guide

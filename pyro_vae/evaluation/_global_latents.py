@@ -1,0 +1,43 @@
+"""Latents that all data points share, in calls that run a model on several minibatches."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.runs import AtValues, as_guide, plain_trace, trace_of
+from pyro_vae._programs.sites import data_frame, random_sites
+from pyro_vae._utils.random import seeded
+from pyro_vae._utils.value_checks import values_checked
+from pyro_vae.datasets._minibatches import Batch
+
+
+def at_global_latents(model: Program, guide: Program | None, batch: Batch) -> Program:
+    """Return a model whose global latents have one sample in all of its runs.
+
+    They are sampled from the guide, or from the model without a guide. The random numbers do not
+    depend on this call if the model has no global latents.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x), or None.
+        batch: a minibatch, whose values of x may be placeholders.
+    """
+    with values_checked(False):
+        with seeded(0):
+            names = _global_latents(model, batch).keys()
+        if not names:
+            return model
+        values = _global_latents(model, batch)
+        if guide is not None:
+            sites = plain_trace(as_guide(guide), *batch).nodes
+            values |= {name: sites[name]["value"] for name in names if name in sites}
+    return AtValues(values)(model)
+
+
+def _global_latents(model: Program, batch: Batch) -> dict[str, Tensor]:
+    return {
+        site["name"]: site["value"]
+        for site in random_sites(trace_of(model, *batch))
+        if data_frame(site) is None and not site["is_observed"]
+    }
