@@ -239,6 +239,8 @@ class CorrectedPair:
 def train_corrections(pair: CorrectedPair, columns: Batch, advance: Callable[[int], None]) -> None:
     """Maximize the ELBO over the corrections, and keep the best epoch of the held-out rows.
 
+    If no epoch raises their ELBO, the corrections become zero.
+
     Args:
         pair: a pair with corrections, which are trained in place.
         columns: training data in random order. The last fifth of the rows are held out.
@@ -256,7 +258,7 @@ def train_corrections(pair: CorrectedPair, columns: Batch, advance: Callable[[in
     optimizer = torch.optim.Adam(pair.parameters, lr=_LEARNING_RATE)
     step, last_improvement = 0, 0
     with values_checked(False), torch.inference_mode(False), torch.enable_grad():
-        best, kept = _mean_elbo(pair, held_out), copy.deepcopy(pair.parameters)
+        best, kept = _without_corrections(pair, held_out)
         while step < min(_MOST_STEPS, max(last_improvement, _WARM_UP) + _PATIENCE):
             for rows in torch.randperm(count).split(_BATCH_SIZE):
                 weight = min(1.0, _FIRST_WEIGHT + step / _WARM_UP)
@@ -276,6 +278,22 @@ def train_corrections(pair: CorrectedPair, columns: Batch, advance: Callable[[in
         with torch.no_grad():
             for parameter, value in zip(pair.parameters, kept, strict=True):
                 parameter.copy_(value)
+
+
+@torch.no_grad()
+def _without_corrections(pair: CorrectedPair, columns: Batch) -> tuple[float, list[nn.Parameter]]:
+    """Return the ELBO of rows without corrections, and parameters of corrections that are zero.
+
+    The first corrections are small, but may be large in the units of a parameter.
+    """
+    first = copy.deepcopy(pair.parameters)
+    for net in (pair.encoder, pair.decoder.net):
+        for parameter in net.layers[-1].parameters():
+            parameter.zero_()
+    elbo, zero = _mean_elbo(pair, columns), copy.deepcopy(pair.parameters)
+    for parameter, value in zip(pair.parameters, first, strict=True):
+        parameter.copy_(value)
+    return elbo, zero
 
 
 @torch.no_grad()

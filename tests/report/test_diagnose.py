@@ -81,6 +81,25 @@ def test_a_scalar_latent_has_a_decoder_gain():
     assert not found.losses
 
 
+def test_latents_with_small_units_do_not_lose_by_a_larger_decoder():
+    """Corrections that are small numbers are far from zero in the units of these latents."""
+    unit = 1e-5
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), unit).to_event(1))
+            pyro.sample("x", dist.Normal(z / unit, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(unit * x / 2, unit * 0.5**0.5).to_event(1))
+
+    train, test = 2**0.5 * torch.randn(2, 30, 2)
+    options = {"num_particles": 50, "ascent": pv.evaluation.Ascent(max_steps=100)}
+    found = pv.diagnose(model, guide, train, test, **options)
+    assert abs(found["decoder gain"].value) < 0.5  # nats; the exact posterior needs no correction
+
+
 def test_missing_numbers_are_left_out_of_all_parts():
     """The encoder's correction gets zeros for missing numbers, as the encoder does."""
     likelihood = pv.likelihoods.Normal(pv.nets.MLP(1, [], 3), scale=1.0)
