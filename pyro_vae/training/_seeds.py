@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import torch
 from rich.progress import Progress
 
 from pyro_vae._programs.pair_trace import Program
@@ -248,19 +249,20 @@ def _run_in_processes(run: Callable[..., Fit], seeds: Sequence[int], num_workers
     with tempfile.TemporaryDirectory(prefix="pyro-vae-") as folder:
         path = Path(folder) / "run.pickle"
         path.write_bytes(content)
-        jobs = [joblib.delayed(_work)(path, seed) for seed in seeds]
+        dtype = torch.get_default_dtype()  # other processes have their own
+        jobs = [joblib.delayed(_work)(path, seed, dtype) for seed in seeds]
         joblib.Parallel(n_jobs=num_workers, backend="loky", batch_size=1)(jobs)
 
 
-def _work(path: Path, seed: int) -> None:
-    """Fit the pair of one seed in a worker process.
+def _work(path: Path, seed: int, dtype: torch.dtype) -> None:
+    """Fit the pair of one seed in a worker process, whose default dtype is set to that of the call.
 
     Raises:
         RuntimeError: The fit raised an error that cannot be pickled. The message has its text.
     """
     run = pickle.loads(path.read_bytes())  # noqa: S301 - written by the parent process
     try:
-        with torch_threads(1), warnings.catch_warnings():
+        with torch_threads(1), _default_dtype(dtype), warnings.catch_warnings():
             # The parent process issues this warning at the line of the user's code.
             warnings.simplefilter("ignore", UnusedColumnsWarning)
             run(seed)
@@ -270,6 +272,17 @@ def _work(path: Path, seed: int) -> None:
         except Exception:  # exceptions of user code may need several arguments
             raise RuntimeError(f"{type(error).__name__}: {error}") from None
         raise
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Set the dtype of new tensors inside the block. Joblib reuses its processes."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class _ShowEpoch(Callback):

@@ -53,6 +53,22 @@ def test_fits_equal_those_of_fit_in_any_number_of_processes(x):
     assert not torch.equal(params_of(fits[0])[0], params_of(fits[1])[0])
 
 
+def test_workers_have_the_default_dtype_of_the_call(x):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        one, two = (
+            pv.fit_seeds(make_pair, x.double(), seeds=2, num_workers=n, progress=False, **OPTIONS)
+            for n in (1, 2)
+        )
+    finally:
+        torch.set_default_dtype(before)
+    assert_same(two, one)
+    assert params_of(two[0])[0].dtype == torch.float64
+    fits = pv.fit_seeds(make_pair, x, seeds=2, num_workers=2, progress=False, **OPTIONS)
+    assert params_of(fits[0])[0].dtype == before
+
+
 def test_fits_of_other_processes_name_their_execution(x):
     options = OPTIONS | {"capture": True, "batch_size": 10, "epochs": 2}
     fits = pv.fit_seeds(make_pair, x, seeds=2, num_workers=2, progress=False, **options)
