@@ -81,6 +81,12 @@ def literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def in_legend(name: str) -> str:
+    """Return a name that a legend shows. Matplotlib leaves out those that start with "_"."""
+    zero_width_space = "\u200b"
+    return zero_width_space * name.startswith("_") + literal(name)
+
+
 def broken(name: str, longest: int = 24) -> str:
     """Return a name in at most two lines that fit beside an axis."""
     return literal("\n".join(textwrap.wrap(name, longest)[:2]) or name)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_vae._utils.checks import check_call
 from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.evaluation import Encoding
-from pyro_vae.plots._axes import BLUE, GRAY, axes_for, check_axes, literal
+from pyro_vae.plots._axes import BLUE, GRAY, axes_for, check_axes, in_legend
 from pyro_vae.plots._dimensions import choose_dimensions, names_of
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def _draw_levels(
             [],
             color=_OF_LEVELS[number % many],
             marker=_MARKERS[number // many],
-            label=literal(str(level)),
+            label=in_legend(str(level)),
         )
     axes.legend(
         frameon=False,

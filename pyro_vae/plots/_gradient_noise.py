@@ -10,7 +10,7 @@ import numpy as np
 
 from pyro_vae._utils.extras import require
 from pyro_vae.evaluation import GradientNoise
-from pyro_vae.plots._axes import COLORS, GRAY, WIDTH, check_axes, label_rows, literal, new_figure
+from pyro_vae.plots._axes import COLORS, GRAY, WIDTH, check_axes, in_legend, label_rows, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +78,7 @@ def gradient_noise(results: GradientNoise | Mapping[str, GradientNoise]) -> Figu
                 linestyle="",
                 marker=_MARKERS[number % len(_MARKERS)],
                 color=COLORS[number % len(COLORS)],
-                label=literal(str(name)),
+                label=in_legend(str(name)),
             )
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_vae.plots._axes import COLORS, axes_for, check_axes, literal
+from pyro_vae.plots._axes import COLORS, axes_for, check_axes, in_legend
 from pyro_vae.plots._results import fits_of
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def learning_curves(fits: Any, *, ax: Axes | None = None) -> Figure:
                 linestyle=_LINES[number // len(COLORS) % len(_LINES)],
                 linewidth=1.2,
                 marker="o" if len(curve) == 1 else None,
-                label=None if run or not label else literal(label),
+                label=None if run or not label else in_legend(label),
             )
             late = curve[len(curve) // 10 :]
             late = late[np.isfinite(late)]

@@ -82,6 +82,14 @@ def test_each_label_has_one_color_and_an_entry_in_the_legend(kind):
             assert (numbers[row] >= 10) == marker
 
 
+def test_a_label_that_starts_with_an_underscore_is_in_the_legend():
+    """Matplotlib leaves such names out of a legend."""
+    (axes,) = pv.plots.codes(torch.randn(4, 2), ["_unknown", "a_b", "_unknown", "a_b"]).axes
+    assert [text.strip("\u200b") for text in texts(axes.get_legend().get_texts())] == [
+        "_unknown", "a_b"
+    ]  # fmt: skip
+
+
 def test_a_legend_of_twenty_labels_is_inside_of_the_figure():
     figure = pv.plots.codes(torch.randn(40, 2), labels=torch.arange(40) % 20)
     figure.canvas.draw()

@@ -55,6 +55,8 @@ def test_learning_curves_have_one_line_for_each_replicate_and_one_color_for_each
     colors = [line.get_color() for line in axes.lines]
     assert colors[0] == colors[1] != colors[2]
     assert texts(axes.get_legend().get_texts()) == ["a", r"b \$1"]
+    (axes,) = pv.plots.learning_curves({"_a": fits["a"], "b": fits["b $1"]}).axes
+    assert texts(axes.get_legend().get_texts()) == ["\u200b_a", "b"]  # a zero-width space
     (axes,) = pv.plots.learning_curves(fits["a"]).axes
     assert axes.get_legend() is None
     assert len(axes.lines) == 2
@@ -94,6 +96,8 @@ def test_gradient_noise_shows_each_ratio_and_the_floor_of_noise():
         assert axes.get_xscale() == "log"
     assert texts(figure.axes[0].get_yticklabels()) == ["a", "b"]
     assert texts(figure.legends[0].get_texts()) == ["K = 1", "K = 9"]
+    figure = pv.plots.gradient_noise({"_K": results["K = 1"], "K = 9": results["K = 9"]})
+    assert texts(figure.legends[0].get_texts()) == ["\u200b_K", "K = 9"]
     assert not pv.plots.gradient_noise(results["K = 1"]).legends
     with pytest.raises(ValueError, match="at least one result"):
         pv.plots.gradient_noise({})
