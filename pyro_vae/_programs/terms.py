@@ -490,11 +490,16 @@ class Terms:
                 "pyro_vae.terms, or set hold_samples = True in the class of the objective"
             )
 
-    def require_reparameterized(self, who: str) -> None:
+    def require_reparameterized(
+        self,
+        who: str,
+        remedy: str = "Use objectives.ELBO, which falls back on the score function.",
+    ) -> None:
         """Raise ValueError if a site of the guide has no reparameterized sample.
 
         Args:
             who: the objective that needs such samples, the first words of the message.
+            remedy: the last sentence of the message.
 
         Raises:
             ValueError: A site has no reparameterized sample.
@@ -502,8 +507,7 @@ class Terms:
         if self.not_reparameterized:
             raise ValueError(
                 f"{who} needs a reparameterized sample at every site of the guide; site "
-                f"{self.not_reparameterized[0]!r} has none. Use objectives.ELBO, which falls back "
-                "on the score function."
+                f"{self.not_reparameterized[0]!r} has none. {remedy}"
             )
 
     def require_no_baselines(self, who: str, sites: Sequence[str] | None = None) -> None:

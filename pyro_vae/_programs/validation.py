@@ -154,9 +154,10 @@ def nonfinite_data(
         )
     if any(columns):
         remedies.append(
-            "The programs do not observe a covariate, so its missing values cannot be left out of "
-            "a density. Remove these rows, or replace the values before, for example by the mean "
-            "of the covariate"
+            "Missing values of a covariate that no site observes cannot be left out of a density. "
+            "Remove these rows, or replace the values before, for example by the mean of the "
+            "covariate. If the model observes the covariate, wrap its distribution in "
+            "pv.distributions.NanMasked, and give the guide numbers in place of NaN"
         )
     return ValueError(
         f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} NaN or infinite values, "

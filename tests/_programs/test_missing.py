@@ -268,8 +268,9 @@ def test_covariates_with_nan_get_their_own_advice(number):
         call()
     message = str(caught.value)
     assert "covariate 1 ha" in message
-    assert "do not observe a covariate" in message
-    assert ("NanMasked" in message) == (number == 5)  # the aggregated posterior names both columns
+    assert "a covariate that no site observes" in message
+    both_columns = number == 5  # of the aggregated posterior
+    assert ("ZeroImputed" in message) == both_columns
 
 
 @pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])

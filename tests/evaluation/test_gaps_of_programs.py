@@ -287,3 +287,20 @@ def test_a_refinement_without_a_gradient_keeps_the_parameters():
         trace = pyro.poutine.trace(pyro.poutine.condition(program, data={"z": z})).get_trace(x)
         densities.append(trace.nodes["z"]["fn"].log_prob(z))
     torch.testing.assert_close(*densities)
+
+
+def test_a_discrete_latent_is_refused_with_the_way_to_both_gaps_together():
+    """The remedy named an objective. An estimator takes none."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(2 * k, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Bernoulli(logits=x))
+
+    with pytest.raises(ValueError, match=r"mean minus the elbo of pyro_vae.evidence\.$") as caught:
+        pv.inference_gaps(model, guide, torch.randn(5), num_particles=5)
+    assert "objectives" not in str(caught.value)
