@@ -136,12 +136,16 @@ def estimate_gaps(
     if given is not None:
         estimates.append((given[0], given[1].square(), given[2]))
     values, variances, khats = map(torch.stack, zip(*estimates, strict=True))
-    sources = select_estimator(values, variances, khats)
+    sources, own = select_estimator(values, variances, khats), torch.where(failed, 0, 1)
+    chosen, its_variance = (each.gather(0, sources[None])[0] for each in (values, variances))
+    # log p(x) is at least any ELBO. The estimate from the same samples is never below theirs.
+    impossible = chosen < best_elbo - CLEARLY * (its_variance + best_variance).sqrt()
+    sources = torch.where(impossible, own, sources)
     log_evidence, evidence_variance, khat_of_it = (
-        each.gather(0, sources.unsqueeze(0))[0] for each in (values, variances, khats)
+        each.gather(0, sources[None])[0] for each in (values, variances, khats)
     )
     # The errors of two estimates from the same samples partly cancel.
-    same_draws = sources == torch.where(failed, 0, 1)
+    same_draws = sources == own
     shared = torch.where(same_draws, covariance, 0.0)
     of_approximation = evidence_variance + best_variance - 2 * shared
     of_amortization = torch.where(failed, 0.0, best_variance + amortized.elbo_variance)

@@ -156,7 +156,8 @@ def inference_gaps(
     and ``evidence``. The one with the lowest median standard error over the data is used. Another
     one replaces it at a data point where it is clearly higher, with a k-hat of at most 0.7. The
     difference must be at least three standard errors. For many data points this limit is higher,
-    so that chance exceeds it at any of them in only one of a hundred calls.
+    so that chance exceeds it at any of them in only one of a hundred calls. An estimate that is
+    clearly below the best ELBO is impossible. The samples of the best member replace it.
 
     The standard errors do not include two biases of the approximation gap. It is too large if the
     ascent ends below its optimum. It is too small because the estimate of log p(x) is low by about

@@ -16,7 +16,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae import flows, guides
 from pyro_vae._utils.numerics import inverse_softplus_scale, softplus_scale
-from pyro_vae.evaluation._gap_estimates import select_estimator
+from pyro_vae.evaluation._gap_estimates import WeightSummary, estimate_gaps, select_estimator
 
 NO_ASCENT = pv.evaluation.Ascent(learning_rate=1e-6, window=1, patience=1)  # keeps its start
 QUICK = pv.evaluation.Ascent(learning_rate=0.02, num_particles=20, window=50, patience=2)
@@ -491,6 +491,28 @@ def test_gaps_resume_exactly_after_an_interrupt():
             assert torch.equal(found, expected)
         else:
             assert found == expected
+
+
+def test_log_evidence_is_not_below_an_elbo():
+    """Also if no estimate is reliable: the weights of the guide alone are too low by 100 nats."""
+    few = torch.arange(6).double()  # data points
+    log_weights = -20 * torch.rand(2, 20, 6, dtype=torch.float64)
+    log_weights[0] -= 100 + few
+    of_guide, of_best = (WeightSummary.of(lambda each=each: each, 20) for each in log_weights)
+    of_guide = dataclasses.replace(
+        of_guide,
+        evidence_variance=of_guide.evidence_variance / 100,  # small, as if by missing large weights
+        khat=torch.ones(6),
+    )
+    gaps = estimate_gaps(of_guide, dataclasses.replace(of_best, khat=torch.ones(6)), None)
+    assert gaps.sources.tolist() == [1] * 6
+    assert torch.equal(gaps.log_evidence.values, of_best.log_evidence)
+    assert (gaps.approximation_gap.values >= 0).all()
+    worse = dataclasses.replace(of_best, elbo=of_guide.elbo - 1e4, log_evidence=of_guide.elbo - 1e3)
+    given = (of_guide.elbo - 50, torch.full((6,), 1e-3), torch.zeros(6))
+    gaps = estimate_gaps(of_guide, worse, given)
+    assert gaps.failed.all()
+    assert gaps.sources.tolist() == [0] * 6
 
 
 def test_select_estimator_accounts_for_multiple_comparisons():
