@@ -186,8 +186,17 @@ def _read_csv(path: Path) -> np.ndarray:
         warnings.simplefilter("ignore")
         try:
             return np.loadtxt(path, **options)
-        except ValueError:  # slower, with empty cells as missing numbers
+        except ValueError:  # perhaps of empty cells, which are missing numbers
+            pass
+        try:
             return np.loadtxt(path, **options, quotechar='"', converters=_number_or_nan)
+        except ValueError as error:
+            if separator := next((s for s in ";\t" if any(s in name for name in names)), None):
+                raise ValueError(
+                    f"its cells are separated by {separator!r}. Write it with commas between the "
+                    "cells, and with a point in decimal numbers"
+                ) from error
+            raise
 
 
 def _number_or_nan(cell: str) -> float:
