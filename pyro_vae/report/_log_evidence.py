@@ -87,7 +87,8 @@ def estimate_log_evidence(
 
     They are importance sampling from the guide or its best members, importance sampling from a
     Gaussian with full covariance for each data point, and annealed importance sampling. The
-    estimate with the lowest share of unreliable data points is used for all of them.
+    estimate with the lowest share of unreliable data points is used for all of them. If several
+    have it, the highest is used, because unreliable estimates are too low.
 
     Args:
         model: program of p(x, z).
@@ -132,7 +133,7 @@ def estimate_log_evidence(
         with _quiet():
             annealed = evidence(model, guide, columns, method=annealing, **options)
         estimates.append((annealed.values, annealed.untrusted))
-    values, unreliable = min(estimates, key=lambda each: _share(each[1]))
+    values, unreliable = min(estimates, key=_rank)
     return LogEvidence(values, unreliable, elbo, gaps, members, parameters, note)
 
 
@@ -142,6 +143,11 @@ def _estimate(gaps: InferenceGaps) -> tuple[Tensor, Tensor]:
     count = gaps.num_particles
     effective = count / (1 + (count - 1) * errors.square())  # (sum w)^2 / sum w^2
     return values, untrusted(values, gaps.khat, effective, count)
+
+
+def _rank(estimate: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    values, unreliable = estimate
+    return _share(unreliable), -values.double().mean().item()
 
 
 def _share(unreliable: Tensor) -> float:

@@ -1,6 +1,7 @@
 """The diagnosis names planted faults, in nats that agree with closed forms."""
 
 import math
+from types import SimpleNamespace
 
 import planted_faults
 import pyro
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
+from pyro_vae.report import _log_evidence
 
 SLACK = 0.05  # nats; the prior is fitted to 300 rows, and log p(x) is sampled
 
@@ -295,3 +297,26 @@ def test_one_row_is_refused_by_name(name):
     data[name] = true.sample(1)
     with pytest.raises(ValueError, match=f"{name} must have at least two rows"):
         pv.diagnose(true.model, true.posterior, **data)
+
+
+@pytest.mark.parametrize("higher", ["importance sampling", "annealing"])
+def test_the_highest_of_several_unreliable_estimates_is_used(higher, monkeypatch):
+    """Unreliable estimates of log p(x) are too low."""
+    rows, values = torch.zeros(5, 2), torch.randn(5)
+
+    def no_gaps(*args, **options):
+        raise ValueError("no gaps")
+
+    def unreliable(*args, method=None, **options):
+        name = "importance sampling" if method is None else "annealing"
+        found = values + (name == higher)
+        return SimpleNamespace(values=found, untrusted=values < 9, mean_log_weights=values)
+
+    monkeypatch.setattr(_log_evidence, "_quiet_gaps", no_gaps)
+    monkeypatch.setattr(_log_evidence, "evidence", unreliable)
+    found = _log_evidence.estimate_log_evidence(
+        None, None, (rows,), ascent=pv.evaluation.Ascent(), num_particles=2,
+        annealing=pv.evaluation.AIS(), capture=False, seed=0,
+    )  # fmt: skip
+    assert torch.equal(found.values, values + 1)
+    assert found.unreliable_share == 1
