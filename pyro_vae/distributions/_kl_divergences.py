@@ -211,15 +211,16 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, _InverseTransform):
         return _same(one.inv, other.inv)
     if isinstance(one, Transform):
-        return all(_same(a, b) for a, b in zip(_made_of(one), _made_of(other), strict=True))
+        parts, others = _made_of(one), _made_of(other)
+        return parts.keys() == others.keys() and all(_same(parts[n], others[n]) for n in parts)
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(_same, one, other))
     return isinstance(one, int | float | str) and one == other
 
 
-def _made_of(transform: Transform) -> list[Any]:
+def _made_of(transform: Transform) -> dict[str, Any]:
     kept = {"_cache_size", "_cached_x_y", "_inv"}
-    return [value for name, value in sorted(vars(transform).items()) if name not in kept]
+    return {name: value for name, value in vars(transform).items() if name not in kept}
 
 
 def _of_bernoulli(q: D.Bernoulli, p: D.Bernoulli) -> Tensor:

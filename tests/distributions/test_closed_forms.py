@@ -350,6 +350,47 @@ def test_kl_of_wrapped_distributions_matches_the_base_or_is_unknown():
     assert known_kl(*folded) is None
 
 
+class Doubling(T.Transform):
+    """A user's transform that keeps its last input, so a used one has one more attribute."""
+
+    domain = codomain = T.constraints.real
+    bijective = True
+
+    def _call(self, x):
+        self.last = x
+        return 2 * x
+
+    def _inverse(self, y):
+        return y / 2
+
+    def log_abs_det_jacobian(self, x, y):
+        return torch.full_like(x, math.log(2))
+
+
+def test_kl_of_transforms_with_other_attributes_is_unknown():
+    q, p = (
+        dist.TransformedDistribution(dist.Normal(torch.tensor(v), 1.0), [Doubling()])
+        for v in (0.0, 1.0)
+    )
+    assert known_kl(q, p) == 0.5
+    q.rsample()
+    assert known_kl(q, p) is None
+    assert known_kl(p, q) is None
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", p)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q)
+
+    x = torch.randn(3)
+    terms = pv.terms(model, guide, x, num_particles=4)
+    torch.testing.assert_close(terms.kl, terms.log_guide - terms.log_prior)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_match_finite_differences(dtype):
     """The KL is computed in float64; the gradient has the dtype of the parameters."""
