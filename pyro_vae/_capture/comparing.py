@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae._capture.tracing import Outputs, equal
+from pyro_vae._utils.numerics import real_parts
 from pyro_vae._utils.precision import rounding_of_convolutions, rounding_of_products
 
 aten = torch.ops.aten
@@ -60,6 +61,10 @@ def disagreement(results: Outputs, replayed: Outputs, rounding: float = 0.0) -> 
         rounding: the relative error of the factors of float32 products; see :func:`rounding_of`.
             Results in float64 must agree as without it.
     """
+    results, replayed = (
+        [None if each is None else real_parts(each) for each in outputs]
+        for outputs in (results, replayed)
+    )
     noise = max((_largest(r) for r in results[1:] if r is not None and _is_real(r)), default=0.0)
     for number, (mine, its) in enumerate(zip(results, replayed, strict=True)):
         if mine is None and its is None:

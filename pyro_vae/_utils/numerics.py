@@ -99,6 +99,11 @@ def increasing_root(
     return implicit(x, function(x), lambda grad: grad / found)
 
 
+def real_parts(tensor: Tensor) -> Tensor:
+    """Return a view of complex numbers as pairs of real ones, and other tensors unchanged."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def gradient_or_zeros(value: Tensor, point: Tensor, **options: bool) -> Tensor:
     """Return the gradient of the sum of ``value``, or zeros if it does not depend on ``point``.
 

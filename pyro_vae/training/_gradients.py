@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from pyro_vae._utils.numerics import real_parts
 from pyro_vae.training._adam import Adam
 
 
@@ -67,12 +68,12 @@ def all_finite(tensors: Iterable[Tensor | None]) -> Tensor:
 
 
 def numbers_of(tensor: Tensor) -> Tensor:
-    """Return the numbers of a dense or sparse tensor."""
+    """Return the real numbers of a dense or sparse tensor, a pair for each complex one."""
     return _values(tensor.detach())
 
 
 def _values(tensor: Tensor) -> Tensor:
-    return tensor.coalesce().values() if tensor.is_sparse else tensor
+    return real_parts(tensor.coalesce().values() if tensor.is_sparse else tensor)
 
 
 def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:

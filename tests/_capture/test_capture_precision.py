@@ -81,6 +81,13 @@ def large_pair():
     return make_pair(10, 64, 32)
 
 
+def test_complex_results_are_compared_up_to_rounding():
+    exact = torch.randn(5, dtype=torch.complex64)
+    rounded, other = exact * (1 + 1e-6j), exact * (1 + 1e-2j)
+    assert disagreement([exact], [rounded]) is None
+    assert "differs from the eager run by" in disagreement([exact], [other])
+
+
 def test_rounding_of_a_compiled_graph_is_no_disagreement(monkeypatch):
     """Float32 rounding moves some factors of IWAE's products to another number of 8 bits."""
 

@@ -10,6 +10,7 @@ from conftest import make_pair
 
 import pyro_vae as pv
 from pyro_vae.training._adam import Adam
+from pyro_vae.training._gradients import all_finite, clipped
 
 
 def closure_of(parameters, gradients):
@@ -22,7 +23,8 @@ def closure_of(parameters, gradients):
 
 
 def test_adam_equals_torchs_adam():
-    ours = [torch.randn(5, 3), torch.randn(4), torch.randn(2, dtype=torch.double)]
+    dtypes = (torch.double, torch.complex64, torch.complex128)
+    ours = [torch.randn(5, 3), torch.randn(4), *(torch.randn(2, dtype=d) for d in dtypes)]
     theirs = [p.clone().requires_grad_() for p in ours]
     ours = [p.requires_grad_() for p in ours]
     mine, reference = Adam(ours, lr=0.01), torch.optim.Adam(theirs, lr=0.01)
@@ -68,3 +70,39 @@ def test_sparse_gradients_need_another_optimizer():
         pv.fit(model, guide, x, **options)
     sgd = functools.partial(torch.optim.SGD, lr=0.01)
     assert math.isfinite(pv.fit(model, guide, x, optimizer=sgd, **options).history.loss[1])
+
+
+class Amplitudes(torch.nn.Module):
+    """An encoder with a complex weight, whose gradient is a conjugate view."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(6, 4, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (x.to(torch.complex64) @ self.weight).abs()
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.02])
+def test_complex_parameters_are_trained(clip_norm):
+    fitted = []
+    for chosen in ({"learning_rate": 1e-3}, {"optimizer": torch.optim.Adam}):
+        torch.manual_seed(0)
+        model, _ = make_pair(data=6)
+        guide = pv.guides.AmortizedNormal(model, Amplitudes())
+        x = torch.rand(20, 6).round()
+        pv.fit(
+            model, guide, x, epochs=3, batch_size=10, clip_norm=clip_norm, seed=0, capture=False,
+            progress=False, **chosen
+        )  # fmt: skip
+        fitted.append([*model.parameters(), *guide.parameters()])
+    for a, b in zip(*fitted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_norm_of_clipped_gradients_counts_imaginary_parts():
+    gradients = [torch.tensor([3.0 + 4.0j]).conj(), torch.tensor([12.0])]
+    found = clipped(gradients, 1.3)
+    torch.testing.assert_close(found, [torch.tensor([0.3 - 0.4j]), torch.tensor([1.2])])
+    assert all_finite(gradients)
+    assert not all_finite([torch.tensor([complex(1.0, math.nan)])])
