@@ -33,6 +33,7 @@ from pyro_vae._programs.sites import (
     random_sites,
 )
 from pyro_vae._programs.trial_runs import OUT_OF_MEMORY, trial_run
+from pyro_vae._utils.dynamo import compiled_functions_run_eagerly
 from pyro_vae._utils.identity import ProgramMap
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import restored_generators
@@ -133,6 +134,7 @@ class LatentSite:
         return value.reshape(*outer, batch_size, -1)
 
 
+@compiled_functions_run_eagerly()
 def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tuple[LatentSite, ...]:
     """Trace the model once on x and describe its latent sites in the plate ``"data"``.
 

@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
+from pyro_vae._utils.dynamo import compiled_functions_run_eagerly
 from pyro_vae._utils.modules import before_unknown, modules
 from pyro_vae._utils.random import restored_generators, restored_generators_of_python
 
@@ -51,7 +52,6 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
             stack.callback(_modules.reset, token)
             for module in modules(*programs):
                 remember(module)
-            # Only once, because compiled modules are compiled again if hooks change.
             stack.enter_context(before_unknown(remember, *found))
         else:
             for module in outer:
@@ -60,6 +60,7 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
             with (
                 restored_generators(),
                 restored_generators_of_python(),
+                compiled_functions_run_eagerly(),
                 torch.no_grad(),
                 poutine.block(),
                 kept_parameter_names(),

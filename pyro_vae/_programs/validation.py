@@ -22,6 +22,7 @@ from pyro_vae._programs.positions import check_positions
 from pyro_vae._programs.runs import as_guide, trace_of
 from pyro_vae._programs.sites import data_frame, refuse_mismatch
 from pyro_vae._utils.checks import ShapeError
+from pyro_vae._utils.dynamo import compiled_functions_run_eagerly
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.modules import NAME_IT, remember_unnamed, unnamed
 from pyro_vae._utils.network_outputs import NetworkError
@@ -44,6 +45,7 @@ PROGRAM_ERRORS = (
 _ROWS_SHOWN = 10
 
 
+@compiled_functions_run_eagerly()
 def check_pair(
     model: Program,
     guide: Program,

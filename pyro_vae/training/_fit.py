@@ -36,6 +36,7 @@ from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.devices import torch_device
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes, rank
+from pyro_vae._utils.dynamo import compiled_functions_run_eagerly
 from pyro_vae._utils.interrupts import Interrupted, defer_keyboard_interrupt
 from pyro_vae._utils.messages import program_name
 from pyro_vae._utils.modules import modules
@@ -476,6 +477,7 @@ def _move(
             objective.check_num_data(num_data)
 
 
+@compiled_functions_run_eagerly()
 def _check_pair(
     model: Program,
     guide: Program,

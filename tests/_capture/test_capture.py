@@ -630,6 +630,31 @@ def test_compiled_networks_stay_compiled(capture, binary):
     assert runs
 
 
+@needs_stance
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_compiled_networks_run_compiled_in_each_step(binary):
+    """The checks before the first step do not use up torch's limit of compilations."""
+    torch._dynamo.reset()
+    runs, counts = [], []
+
+    def backend(graph, inputs):
+        return lambda *args: runs.append(1) or graph(*args)
+
+    decoder, encoder = (
+        torch.compile(pv.nets.MLP(*sizes), backend=backend) for sizes in ((2, [8], 16), (16, [8]))
+    )
+    model = pv.LatentVariableModel(pv.priors.StandardNormal(2), pv.likelihoods.Bernoulli(decoder))
+    guide = pv.guides.AmortizedNormal(model, encoder)
+
+    def count(epoch, row):
+        counts.append(len(runs))
+        runs.clear()
+
+    options = {"epochs": 2, "batch_size": 10, "capture": False, "progress": False}
+    pv.fit(model, guide, binary[:25], validation=binary[:15], after_epoch=count, seed=0, **options)
+    assert counts == [2 * (3 + 2)] * 2  # steps and minibatches of the validation data
+
+
 class Branches(nn.Module):
     """A decoder with an operation that runs one of two functions."""
 
