@@ -27,7 +27,9 @@ class HierarchicalGuide(PyroModule):
     .. math:: q(z|x) = \prod_{l} q(z_{\sigma(l)} \mid z_{\sigma(<l)}, x)
 
     All factors are of the same family. For each factor, a network maps the encoder's features and
-    the values of the earlier latents to the parameters.
+    the values of the earlier latents to the parameters. A latent in an inner plate has one joint
+    distribution over this plate. If it is masked, the elements of the plate are independent given
+    the features and the earlier latents.
 
     Args:
         model: program of p(x, z). It does not become a submodule.
@@ -100,7 +102,8 @@ class HierarchicalGuide(PyroModule):
         def make() -> dict[str, nn.Module]:
             modules: dict[str, nn.Module] = {}
             for number, site in enumerate(ordered):
-                posterior = Posterior([site], self._family)
+                # A masked site has no joint distribution over its inner plates.
+                posterior = Posterior([site], self._family, joint=not site.masked)
                 inputs = width + sum(counts[self._first_before(number) : number])
                 network = MLP(inputs, self._hidden, posterior.num_parameters)
                 modules |= {f"network_{number}": network, f"posterior_{number}": posterior}

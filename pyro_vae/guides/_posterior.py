@@ -49,7 +49,7 @@ class Posterior(nn.Module):
             if masked := [site.name for site in sites if site.masked]:
                 raise ValueError(
                     f"latent site {masked[0]!r} is masked, so it cannot be sampled jointly with "
-                    "other sites. Pass joint=False."
+                    "other sites, or over an inner plate. Pass joint=False."
                 )
             made = [whole]
             self._sizes = [whole.num_parameters]

@@ -161,6 +161,52 @@ def test_joint_guide_refuses_masked_latents():
         guides.AmortizedMultivariateNormal(model, pv.nets.MLP(3, [8]))(x)
 
 
+class OfX(torch.nn.Module):
+    """An encoder that reads x alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = pv.nets.MLP(1, [8])
+
+    def forward(self, x, seen):
+        return self.net(x.unsqueeze(-1))
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        families.MultivariateNormal,
+        families.Mixture,
+        functools.partial(families.Transformed, flow=pv.flows.Planar, length=2),
+    ],
+)
+def test_hierarchical_guide_takes_masked_parts_of_any_family(family):
+    """The density of a part, from two masks, has the integral one over a grid of its values."""
+
+    def model(x, seen):
+        with pyro.plate("data", len(x)):
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))
+            with pyro.plate("parts", 2, dim=-2), poutine.mask(mask=seen.T):
+                pyro.sample("part", dist.Normal(level, 1.0))
+            pyro.sample("x", dist.Normal(level, 1.0), obs=x)
+
+    grid = torch.linspace(-15, 15, 600)
+    x, both = torch.full_like(grid, 0.3), torch.ones(600, 2, dtype=torch.bool)
+    guide = guides.HierarchicalGuide(model, OfX(), family=family, order="top-down")
+    given = {"level": torch.zeros(600), "part": torch.stack([grid, torch.full_like(grid, 0.5)])}
+
+    def score(seen):
+        trace = poutine.trace(poutine.condition(guide, data=given)).get_trace(x, seen)
+        trace.compute_log_prob()
+        return sum(trace.nodes[name]["log_prob"].reshape(-1, 600).sum(0) for name in given)
+
+    score(both)  # creates the networks
+    second = score(torch.tensor([False, True]).expand(600, 2))
+    density = (score(both) - second).exp()
+    assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(second, second[:1].expand(600))
+
+
 def test_autoguide_samples_a_global_weight():
     def model(x):
         weight = pyro.sample("weight", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
