@@ -75,7 +75,7 @@ def digests(model: Program, guide: Program) -> dict[str, int]:
         guide: program of q(z|x).
     """
     found = state(model, guide)
-    sums = [_digest(tensor).cpu() for tensor in found.values()]
+    sums = [digest(tensor).cpu() for tensor in found.values()]
     return dict(zip(found, torch.stack(sums).tolist() if sums else [], strict=True))
 
 
@@ -91,8 +91,8 @@ def changed(model: Program, guide: Program, before: Mapping[str, int]) -> list[s
     return [name for name, digest in before.items() if now.get(name) != digest]
 
 
-def _digest(tensor: Tensor) -> Tensor:
-    """Sum the bits of all entries modulo 2^64, each times a different odd number."""
+def digest(tensor: Tensor) -> Tensor:
+    """Sum the bits of all entries modulo 2^64, each times a different odd number; dense only."""
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for number, part in enumerate(tensor.detach().flatten().split(_ENTRIES_AT_ONCE)):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_vae._programs.argument_shapes import ColumnSpec, known_specs, remember_specs
 from pyro_vae._programs.data_plate import given_name, name_data_plate
 from pyro_vae._programs.pair_state import (
     FREE_PARAM,
     constraints_of_free_params,
+    digest,
     require_names,
     state,
 )
@@ -27,6 +29,7 @@ from pyro_vae._programs.parameters import (
     parameter_store,
 )
 from pyro_vae._utils import transform_config
+from pyro_vae._utils.code_names import package
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.referenced_objects import VALUES, referenced_objects
@@ -86,6 +89,7 @@ class Description:
         self._pair = (model, guide)
         self._parts: dict[str, Any] = {}
         self._recipe: dict[str, Any] = {}
+        self._digests: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the description of the pair; make a new recipe only if its parts have changed."""
@@ -94,7 +98,13 @@ class Description:
             self._recipe = recipe_of(*self._pair, state)
             self._parts = parts
         del state["tensors"]
-        return {**state, "parts": parts, "recipe": self._recipe, "versions": versions()}
+        return {
+            **state,
+            "parts": parts,
+            "digests": self._digests_of_others(),
+            "recipe": self._recipe,
+            "versions": versions(),
+        }
 
     def load_state_dict(self, content: Mapping[str, Any]) -> None:
         """Give the pair the frozen parameters and the modes of a description.
@@ -116,12 +126,49 @@ class Description:
                 "current values. If the saved ones are right, set them before you resume",
                 stacklevel=2,
             )
+        others = self._digests_of_others()
+        saved = content.get("digests", others)  # not in older checkpoints
+        if differing := [name for name in saved if others.get(name) != saved[name]]:
+            warnings.warn(
+                "tensors have other values than at the checkpoint, which contains parameters and "
+                f"buffers only: {', '.join(differing[:3])}. The run resumes with the current "
+                "values. Register tensors that change as buffers",
+                stacklevel=2,
+            )
         set_modes(
             state(*self._pair),
             named_modules(*self._pair),
             set(content["frozen"]),
             set(content["evaluating"]),
         )
+
+    def _digests_of_others(self) -> dict[str, int]:
+        """Return, by name, digests of the tensors that are neither parameters nor buffers.
+
+        The attributes of torch's and Pyro's modules are left out, as these are computed again.
+        """
+        reached = [*referenced_objects(model=self._pair[0], guide=self._pair[1])]
+        modules_of_pair = dict(modules_in(reached))
+        with parameter_store(*self._pair):
+            saved = set(map(id, state(*self._pair).values()))
+        found = {}
+        for name, thing in reached:
+            owner, _, attribute = name.rpartition(".")
+            if (
+                isinstance(thing, Tensor)
+                and _is_dense(thing)
+                and not (thing.requires_grad or id(thing) in saved or attribute.startswith("_"))
+                and package(type(modules_of_pair.get(owner))) not in ("torch", "pyro")
+            ):
+                version = -1 if thing.is_inference() else thing._version
+                if self._digests.get(thing, (-1, 0))[0] != version or version == -1:
+                    self._digests[thing] = (version, int(digest(thing)))
+                found[name] = self._digests[thing][1]
+        return found
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
 
 def _renamed(name: str) -> str:

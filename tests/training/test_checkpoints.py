@@ -4,9 +4,11 @@ import errno
 import functools
 import os
 import random
+import re
 import signal
 import threading
 import types
+import warnings
 from unittest import mock
 
 import numpy as np
@@ -333,6 +335,55 @@ def test_finished_run_resumes_for_more_epochs(binary, tmp_path):
     again, same = fit(binary, tmp_path, epochs=4, resume=True)
     assert equal(straight, same)
     assert again.history.loss.tolist() == expected.history.loss.tolist()
+
+
+class Averages(nn.Module):
+    """An encoder with tensors that are not buffers; a training step replaces some of them."""
+
+    def __init__(self, kinds):
+        super().__init__()
+        self.net, self.kinds = nn.Linear(16, 4), kinds
+        self.constant, self.mean = torch.arange(4.0), torch.zeros(4)
+        self.means, self.by_name = [torch.zeros(4)], {"mean": torch.zeros(4)}
+
+    def forward(self, x):
+        found = self.net(x)
+        if self.training:
+            mean = found.detach().mean(0)
+            if "attribute" in self.kinds:
+                self.mean = self.mean + mean
+            if "in place" in self.kinds:
+                self.mean += mean
+            if "list" in self.kinds:
+                self.means[0] = self.means[0] + mean
+            if "dictionary" in self.kinds:
+                self.by_name["mean"] = self.by_name["mean"] + mean
+        return found - self.mean - self.means[0] - self.by_name["mean"] - self.constant
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("attribute", r"encoder\.mean\."),
+        ("in place", r"encoder\.mean\."),
+        ("list", r"encoder\.means\[0\]\."),
+        ("dictionary", r"encoder\.by_name\['mean'\]\."),
+        ("none", None),
+    ],
+)
+def test_resume_warns_of_tensors_that_are_not_in_the_checkpoint(kind, name, binary, tmp_path):
+    def pair():
+        model, _ = make_pair()
+        return model, pv.guides.AmortizedNormal(model, Averages([kind]))
+
+    fit(binary, tmp_path, pair, epochs=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(binary, tmp_path, pair, epochs=2, resume=True)
+    found = [str(warning.message) for warning in caught]
+    assert len(found) == (name is not None)
+    for message in found:
+        assert re.search(f"buffers only: guide.{name} The run resumes with the current", message)
 
 
 def test_ctrl_c_stops_after_the_step_and_the_run_resumes(binary, tmp_path):
