@@ -20,12 +20,14 @@ from pyro_vae._utils.versions import versions
 from pyro_vae.serialization._folder import UnreadableFile, read, write
 from pyro_vae.serialization._pair_state import (
     differences,
+    digests_of_others,
     load_state,
     make_heads,
     memory_of,
     module_tensors,
     recipe_of,
     state_of,
+    warn_of_others,
 )
 from pyro_vae.serialization._recipe import rebuild
 from pyro_vae.serialization._registry import NOT_READABLE
@@ -126,6 +128,7 @@ def save(
         "notes": _notes(notes),
         "history": None if history is None else dataframe_to_dict(history),
         "recipe": recipe_of(model, guide, content),
+        "digests": digests_of_others(model, guide),
     }
     for name, why in content["recipe"]["given"].items():
         if why.endswith(NOT_READABLE):
@@ -153,6 +156,8 @@ def load(
 
     Returns:
         The pair, with its history and notes. Its results equal those of the saved pair, bit by bit.
+        Tensors that are neither parameters nor buffers are not saved. A warning names those that
+        differ.
 
     Raises:
         UnreadableFile: A file is missing, damaged or not part of a saved pair. Nothing in it was
@@ -250,6 +255,8 @@ def _loaded(content: Mapping[str, Any], given: dict[str, Program], device: torch
             "first call, as Pyro's AutoGuides do, call it once on a minibatch before."
         )
     load_state(model, guide, content, device)
+    if saved := content.get("digests"):  # not in older folders
+        warn_of_others("in the saved pair", saved, digests_of_others(model, guide))
     history = content["history"]
     return Saved(
         model=model,

@@ -33,6 +33,7 @@ from pyro_vae._utils.code_names import package
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.referenced_objects import VALUES, referenced_objects
+from pyro_vae._utils.user_warnings import warn_user
 from pyro_vae._utils.versions import versions
 from pyro_vae.guides._lazy_modules import LazyModules
 from pyro_vae.serialization._memory_limit import MemoryLimit
@@ -101,7 +102,7 @@ class Description:
         return {
             **state,
             "parts": parts,
-            "digests": self._digests_of_others(),
+            "digests": digests_of_others(*self._pair, self._digests),
             "recipe": self._recipe,
             "versions": versions(),
         }
@@ -126,15 +127,9 @@ class Description:
                 "current values. If the saved ones are right, set them before you resume",
                 stacklevel=2,
             )
-        others = self._digests_of_others()
-        saved = content.get("digests", others)  # not in older checkpoints
-        if differing := [name for name in saved if others.get(name) != saved[name]]:
-            warnings.warn(
-                "tensors have other values than at the checkpoint, which contains parameters and "
-                f"buffers only: {', '.join(differing[:3])}. The run resumes with the current "
-                "values. Register tensors that change as buffers",
-                stacklevel=2,
-            )
+        others = digests_of_others(*self._pair, self._digests)
+        # Older checkpoints do not have them.
+        warn_of_others("at the checkpoint", content.get("digests", {}), others)
         set_modes(
             state(*self._pair),
             named_modules(*self._pair),
@@ -142,29 +137,54 @@ class Description:
             set(content["evaluating"]),
         )
 
-    def _digests_of_others(self) -> dict[str, int]:
-        """Return, by name, digests of the tensors that are neither parameters nor buffers.
 
-        The attributes of torch's and Pyro's modules are left out, as these are computed again.
-        """
-        reached = [*referenced_objects(model=self._pair[0], guide=self._pair[1])]
-        modules_of_pair = dict(modules_in(reached))
-        with parameter_store(*self._pair):
-            saved = set(map(id, state(*self._pair).values()))
-        found = {}
-        for name, thing in reached:
-            owner, _, attribute = name.rpartition(".")
-            if (
-                isinstance(thing, Tensor)
-                and _is_dense(thing)
-                and not (thing.requires_grad or id(thing) in saved or attribute.startswith("_"))
-                and package(type(modules_of_pair.get(owner))) not in ("torch", "pyro")
-            ):
-                version = -1 if thing.is_inference() else thing._version
-                if self._digests.get(thing, (-1, 0))[0] != version or version == -1:
-                    self._digests[thing] = (version, int(digest(thing)))
-                found[name] = self._digests[thing][1]
-        return found
+def digests_of_others(
+    model: Program, guide: Program, known: MutableMapping[Tensor, tuple[int, int]] | None = None
+) -> dict[str, int]:
+    """Return, by name, digests of the tensors of a pair that are neither parameters nor buffers.
+
+    The attributes of torch's and Pyro's modules are left out, as these are computed again.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        known: the version and the digest of tensors, from earlier calls.
+    """
+    known = WeakTensorKeyDictionary() if known is None else known
+    reached = [*referenced_objects(model=model, guide=guide)]
+    modules_of_pair = dict(modules_in(reached))
+    with parameter_store(model, guide):
+        saved = set(map(id, state(model, guide).values()))
+    found = {}
+    for name, thing in reached:
+        owner, _, attribute = name.rpartition(".")
+        if (
+            isinstance(thing, Tensor)
+            and _is_dense(thing)
+            and not (thing.requires_grad or id(thing) in saved or attribute.startswith("_"))
+            and package(type(modules_of_pair.get(owner))) not in ("torch", "pyro")
+        ):
+            version = -1 if thing.is_inference() else thing._version
+            if known.get(thing, (-1, 0))[0] != version or version == -1:
+                known[thing] = (version, int(digest(thing)))
+            found[name] = known[thing][1]
+    return found
+
+
+def warn_of_others(where: str, saved: Mapping[str, int], here: Mapping[str, int]) -> None:
+    """Warn if tensors that are neither parameters nor buffers differ from those of a saved pair.
+
+    Args:
+        where: the words for the saved pair in the message.
+        saved: the result of :func:`digests_of_others` when the pair was saved.
+        here: the present result.
+    """
+    if differing := [name for name in saved if here.get(name) != saved[name]]:
+        warn_user(
+            f"tensors have other values than {where}, which contains parameters and buffers only: "
+            f"{', '.join(differing[:3])}. Their current values are used. Register tensors that "
+            "change as buffers"
+        )
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import resource
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -295,6 +296,40 @@ NUMBERS = {
     "nan": np.float32("nan"), "int64": np.int64(-7), "uint8": np.uint8(255),
     "large": np.uint64(2**64 - 1), "true": np.bool_(True), "false": np.bool_(False),
 }  # fmt: skip
+
+
+class Centered(nn.Module):
+    """An encoder whose means are not buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale = nn.Linear(6, 5), torch.tensor(2.0)
+        self.mean, self.means = torch.zeros(6), {"x": torch.zeros(6)}
+
+    def forward(self, x):
+        return self.net((x - self.mean - self.means["x"]) / self.scale)
+
+
+@pytest.mark.parametrize("changed", [None, "mean", "means['x']"])
+def test_load_warns_of_tensors_that_are_not_saved(changed, tmp_path):
+    def pair():
+        model = plain_model()
+        guide = guides.AmortizedNormal(model, Centered())
+        guide(binary())
+        return model, guide
+
+    model, guide = pair()
+    if changed == "mean":
+        guide.encoder.mean = torch.full((6,), 0.3)
+    elif changed:
+        guide.encoder.means["x"] += 0.3
+    pv.save(tmp_path / "pair", model, guide)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pv.load(tmp_path / "pair", *pair())
+    found = [str(warning.message) for warning in caught]
+    assert len(found) == (changed is not None)
+    assert all(f"buffers only: guide.encoder.{changed}. Their" in message for message in found)
 
 
 def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):

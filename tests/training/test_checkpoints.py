@@ -383,7 +383,7 @@ def test_resume_warns_of_tensors_that_are_not_in_the_checkpoint(kind, name, bina
     found = [str(warning.message) for warning in caught]
     assert len(found) == (name is not None)
     for message in found:
-        assert re.search(f"buffers only: guide.{name} The run resumes with the current", message)
+        assert re.search(f"buffers only: guide.{name} Their current values are used", message)
 
 
 def test_ctrl_c_stops_after_the_step_and_the_run_resumes(binary, tmp_path):
