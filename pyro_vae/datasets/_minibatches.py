@@ -389,6 +389,12 @@ class Minibatches:
                 batch = self._next(stream)
             if batch is None:
                 break
+            if isinstance(batch, Mapping):
+                raise ValueError(  # noqa: TRY004 - bad data are a ValueError throughout
+                    f"{self.name} yields minibatches that are dictionaries, with the keys "
+                    f"{[*batch]}. Programs take columns in order: return a tuple (x, *covariates) "
+                    "from the Dataset, or from the collate_fn of a DataLoader"
+                )
             columns = self._taken(batch if isinstance(batch, tuple | list) else (batch,))
             yield tuple(
                 as_tensor(column, _column_name(self.name, i), finite=False)

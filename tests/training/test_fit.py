@@ -11,7 +11,7 @@ from oracles import LinearGaussian
 from pyro.optim.adagrad_rmsprop import AdagradRMSProp
 from pyro.optim.clipped_adam import ClippedAdam
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, StackDataset, TensorDataset
 
 import pyro_vae as pv
 
@@ -434,6 +434,13 @@ def test_items_that_cannot_be_collated_are_refused(binary):
 
     with pytest.raises(ValueError, match="data has items that torch's DataLoader cannot collate: "):
         fit(make_pair(), Objects(binary))
+
+
+def test_items_that_are_dictionaries_are_refused(binary):
+    rows = StackDataset(x=binary, y=torch.zeros(len(binary)))
+    for data in (rows, DataLoader(rows, batch_size=10)):
+        with pytest.raises(ValueError, match=r"with the keys \['x', 'y'\].*collate_fn"):
+            fit(make_pair(), data)
 
 
 def test_learning_rate_with_a_custom_optimizer_is_refused(binary):
