@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,6 +14,7 @@ from pyro import poutine
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
+from pyro_vae._utils.code_names import MACHINERY, package
 from pyro_vae._utils.dynamo import compiled_functions_run_eagerly
 from pyro_vae._utils.modules import before_unknown, modules
 from pyro_vae._utils.random import restored_generators, restored_generators_of_python
@@ -20,6 +22,9 @@ from pyro_vae._utils.random import restored_generators, restored_generators_of_p
 # A lack of memory says nothing of a program, so no trial run may be judged by it.
 OUT_OF_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
 _NUMBERS = (bool, int, float, str, type(None))
+# Elements of a tensor that is not a buffer. A larger one is data, which a step does not change.
+LARGEST_COPIED = 2**22
+_OF_MODULES = frozenset(vars(nn.Module()))  # such as the dictionary of parameters
 # The modules that are found in the outermost trial run, None outside of it.
 _modules: ContextVar[list[nn.Module] | None] = ContextVar("modules", default=None)
 
@@ -38,14 +43,14 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
             takes milliseconds. Other modules are found when they run. A block inside another one
             uses the modules of the outer one.
     """
-    states: list[_ModuleState] = []
+    states: list[ModuleState] = []
     outer = _modules.get()
     found = [] if outer is None else outer
     token = None if outer is not None else _modules.set(found)
 
     def remember(module: nn.Module) -> None:
         found.append(module)
-        states.extend(_ModuleState(part) for part in module.modules())
+        states.extend(ModuleState(part) for part in module.modules())
 
     with contextlib.ExitStack() as stack:
         if outer is None:
@@ -55,7 +60,7 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
             stack.enter_context(before_unknown(remember, *found))
         else:
             for module in outer:
-                states.extend(_ModuleState(part) for part in module.modules())
+                states.extend(ModuleState(part) for part in module.modules())
         try:
             with (
                 restored_generators(),
@@ -104,28 +109,48 @@ def _keep_names(store: ParamStoreDict, names: set[str]) -> None:
     store.set_state(kept)
 
 
-class _ModuleState:
-    """The buffers, tensors, numbers and mode of one module without its submodules."""
+class ModuleState:
+    """The buffers, tensors, numbers and mode of one module without its submodules.
 
-    def __init__(self, module: nn.Module):
+    Lists, dictionaries and sets of tensors and numbers are part of it, too.
+
+    Args:
+        module: the module.
+        copied: ids of tensors whose values the caller restores.
+        largest: number of elements above which a tensor that is not a buffer counts as data, whose
+            values do not change.
+    """
+
+    def __init__(self, module: nn.Module, copied: Container[int] = (), largest: float = math.inf):
         self._module = module
         self._attributes = dict(vars(module))
-        self._contents = [
-            (value, value.copy())
-            for value in self._attributes.values()
+        self._contents = {
+            name: (value, value.copy())
+            for name, value in self._attributes.items()
             if isinstance(value, dict | list | set)
-        ]
+        }
         self._buffers = dict(module.named_buffers(recurse=False))
         self._values = {
             name: value
             for name, value in vars(module).items()
             if isinstance(value, Tensor) or type(value) in _NUMBERS
         }
-        tensors = (*self._buffers.values(), *self._values.values())
+        of_libraries = package(type(module)) in MACHINERY
+        self._collections = [
+            (container, content)
+            for name, (container, content) in self._contents.items()
+            if not (name in _OF_MODULES or (of_libraries and name.startswith("_")))
+            and _is_collection(content)
+        ]
+        inside = [t for _, each in self._collections for t in _elements(each)]
+        others = [t for t in (*self._values.values(), *inside) if isinstance(t, Tensor)]
+        tensors = (*self._buffers.values(), *(t for t in others if t.numel() <= largest))
         self._copies = [
-            (t, t.clone())
+            (t, t.detach().clone())
             for t in tensors
-            if isinstance(t, Tensor) and not isinstance(t, nn.parameter.UninitializedTensorMixin)
+            if isinstance(t, Tensor)
+            and not isinstance(t, nn.parameter.UninitializedTensorMixin | nn.Parameter)
+            and id(t) not in copied
         ]
 
     def roll_back(self) -> None:
@@ -134,9 +159,8 @@ class _ModuleState:
             return
         vars(self._module).clear()
         vars(self._module).update(self._attributes)
-        for container, content in self._contents:
-            container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
+        for container, content in self._contents.values():
+            _fill(container, content)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -152,6 +176,23 @@ class _ModuleState:
         for name, buffer in self._buffers.items():
             if self._module._buffers.get(name) is not buffer:
                 self._module._buffers[name] = buffer
+        for container, content in self._collections:
+            if _is_collection(container):
+                _fill(container, content)
+
+
+def _is_collection(container: Any) -> bool:
+    """Return whether a list, dictionary or set holds only tensors and numbers."""
+    return all(isinstance(e, Tensor) or type(e) in _NUMBERS for e in _elements(container))
+
+
+def _elements(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _fill(container: Any, content: Any) -> None:
+    container.clear()
+    container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 def _are_equal(tensor: Tensor, copy: Tensor) -> bool:

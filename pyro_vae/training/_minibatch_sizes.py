@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.pair_trace import Program
+from pyro_vae._programs.trial_runs import LARGEST_COPIED, ModuleState
 from pyro_vae._programs.validation import PROGRAM_ERRORS
 from pyro_vae._utils.distributed import num_processes
 from pyro_vae._utils.messages import first_line
@@ -21,8 +22,6 @@ from pyro_vae._utils.referenced_objects import referenced_objects
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Minibatches
 from pyro_vae.training._losses import loss_value
-
-_LARGEST_COPIED = 2**22  # elements of a tensor, unless it is a buffer
 
 
 def try_sizes(
@@ -131,7 +130,7 @@ def _rows(size: int) -> str:
 def put_back(
     model: Program, guide: Program, objective: pyro.infer.ELBO, batches: Minibatches
 ) -> Iterator[None]:
-    """Restore the untrained tensors and the random state after the block."""
+    """Restore the untrained tensors, numbers and the random state after the block."""
     noise, restore = random_state(batches.device), _copies(model, guide, objective)
     try:
         yield
@@ -148,13 +147,13 @@ def _copies(model: Program, guide: Program, objective: pyro.infer.ELBO) -> Calla
             found.setdefault(id(thing), thing)
     saved = [(tensor, tensor.clone()) for tensor in found.values()]
     every = [inner for module in modules(model, guide) for inner in module.modules()]
-    buffers = [(module, dict(module._buffers)) for module in every]  # a run may replace them
+    states = [ModuleState(module, found, LARGEST_COPIED) for module in every]
     remembered = {n: v for n, v in vars(objective).items() if isinstance(v, Tensor)}
     averages = dict(getattr(objective, "averages", {}))  # by site, created at the first run
 
     def restore() -> None:
-        for module, those in buffers:
-            module._buffers.update(those)
+        for state in states:
+            state.restore()
         vars(objective).update(remembered)
         if hasattr(objective, "averages"):
             objective.averages = averages
@@ -168,4 +167,4 @@ def _copies(model: Program, guide: Program, objective: pyro.infer.ELBO) -> Calla
 def _may_change(tensor: Tensor) -> bool:
     """Return whether a run may change a tensor in place. A large tensor is data."""
     fixed = tensor.requires_grad or tensor.is_inference() or tensor.layout != torch.strided
-    return not fixed and tensor.numel() <= _LARGEST_COPIED
+    return not fixed and tensor.numel() <= LARGEST_COPIED

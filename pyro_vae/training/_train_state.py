@@ -12,13 +12,14 @@ from typing import Any
 import pyro
 import torch
 from pyro.optim import PyroOptim
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae._programs.pair_state import FREE_PARAM, constraints_of_free_params, make_free_params
 from pyro_vae._programs.pair_state import state as tensors_of_pair
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import free_param_names
+from pyro_vae._programs.trial_runs import LARGEST_COPIED, ModuleState
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.referenced_objects import VALUES, referenced_objects
@@ -80,6 +81,7 @@ class TrainState:
         self._scheduler = _made_scheduler(scheduler, self.optimizer)
         self.has_user_code = optimizer is not None or scheduler is not None
         self._named = self._named_tensors()
+        self._modules = self._parts_of_modules()
 
     @property
     def learning_rate(self) -> float:
@@ -123,6 +125,7 @@ class TrainState:
         if new:
             self._train_too(new)
         self._named = self._named_tensors()
+        self._modules = self._parts_of_modules()
         return bool(new)
 
     def snapshot_tensors(self) -> dict[str, Tensor]:
@@ -149,7 +152,9 @@ class TrainState:
                 "the optimizer has parameters that are not in model and guide, and a checkpoint "
                 "cannot include them. Make the optimizer from the passed parameters alone"
             )
-        return self.snapshot() | {
+        state = self.snapshot()
+        del state["modules"]
+        return state | {
             "kinds": self._kinds(),
             "groups": [[names[id(p)] for p in group["params"]] for group in groups],
             "constraints": constraints_of_free_params(),
@@ -164,12 +169,15 @@ class TrainState:
             "objective": {n: t.clone() for n, t in self._tensors_of_objective().items()},
             "optimizer": _copied(self.optimizer.state_dict()),
             "scheduler": None if self._scheduler is None else _copied(self._scheduler.state_dict()),
+            "modules": self._states_of_modules(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore a copy from :meth:`snapshot`."""
         self._forget_later_parameters(state)
         self.restore_tensors(state["tensors"])
+        for each in state.get("modules", []):  # a checkpoint does not have them
+            each.restore()
         with torch.no_grad():
             for name, tensor in self._tensors_of_objective().items():
                 tensor.copy_(state["objective"][name])
@@ -249,6 +257,13 @@ class TrainState:
             p for p in self.parameters if id(p) not in known
         ]  # not among the pair's named tensors
         return named | {f"parameter {i}": p for i, p in enumerate(unnamed)}
+
+    def _parts_of_modules(self) -> list[nn.Module]:
+        return [part for module in modules(*self.pair) for part in module.modules()]
+
+    def _states_of_modules(self) -> list[ModuleState]:
+        copied = set(map(id, self._named.values()))
+        return [ModuleState(part, copied, LARGEST_COPIED) for part in self._modules]
 
     def _tensors_of_objective(self) -> dict[str, Tensor]:
         """Return the tensors of the objective and the transform that are not in the pair."""

@@ -508,7 +508,7 @@ def test_fit_validates_unnamed_modules_in_eval_mode():
     x = torch.randn(20, 2) + 3
     pv.fit(pair.model, pair.guide, x, validation=x, epochs=2, batch_size=10, progress=False)
     assert net.body[1].num_batches_tracked == 4  # the trial minibatch does not count
-    assert net.modes.count(True) == 5
+    assert net.modes.count(True) == 4
     assert not any(net.modes[:2] + net.modes[-2:])
     assert unnamed(pair.model, pair.guide) == [net]
 

@@ -160,6 +160,48 @@ def test_skipped_steps_leave_no_trace(capture, wrap, data, without_compiler):
     assert result.history.loss[3] < result.history.loss[1]
 
 
+class Counting(nn.Module):
+    """Counts its training steps in attributes of each kind; NaN where a pixel is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(5, 8)
+        self.number, self.tensor, self.in_place = 0, torch.zeros(()), torch.zeros(())
+        self.list, self.dictionary = [torch.zeros(())], {"count": torch.zeros(()), "number": 0}
+        self.register_buffer("replaced", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.number += 1
+            self.tensor = self.tensor + 1
+            self.in_place += 1
+            self.list[0] = self.list[0] + 1
+            self.dictionary["count"] += 1
+            self.dictionary["number"] += 1
+            self.replaced = self.replaced + 1
+        return self.inner(x * x.log())
+
+    def counts(self):
+        found = [self.number, self.tensor, self.in_place, *self.list, *self.dictionary.values()]
+        return {int(each) for each in (*found, self.replaced)}
+
+
+@pytest.mark.parametrize("rows", [60, 55])  # with one and with two sizes of minibatches
+def test_modules_count_each_step_once(rows, data):
+    model, _ = pair()
+    guide = pv.guides.AmortizedNormal(model, encoder=Counting())
+    fit((model, guide), data[:rows].clamp(min=0.1))
+    assert guide.encoder.counts() == {12}
+    guide = pv.guides.AmortizedNormal(model, encoder=Counting())
+    result = fit((model, guide), data[:rows], on_nonfinite="skip")
+    assert result.history.skipped.sum() == 2
+    assert guide.encoder.counts() == {10}
+    guide = pv.guides.AmortizedNormal(model, encoder=Counting())
+    with pytest.raises(pv.training.NonFiniteError) as error:
+        fit((model, guide), data[:rows])
+    assert guide.encoder.counts() == {error.value.step - 1}
+
+
 def identity(x):
     return x
 
