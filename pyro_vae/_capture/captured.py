@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_vae._capture.comparing import disagreement, rounding_of
 from pyro_vae._capture.cuda import CudaGraph, has_graphs, versions_elsewhere
+from pyro_vae._capture.dynamo import compiled_functions_run_eagerly
 from pyro_vae._capture.guards import change, state_of, tensors_that_may_change
 from pyro_vae._capture.inductor import compile_graph
 from pyro_vae._capture.policy import (
@@ -24,7 +25,6 @@ from pyro_vae._capture.policy import (
 )
 from pyro_vae._capture.signatures import Signature, from_config, signature_of, to_config
 from pyro_vae._capture.tracing import CaptureError, Outputs, Trace, trace
-from pyro_vae._utils.dynamo import compiled_functions_run_eagerly
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.precision import current_precision
 from pyro_vae._utils.random import (

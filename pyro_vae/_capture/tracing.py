@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyro_vae._utils.dynamo import compiled_functions_run_eagerly
+from pyro_vae._capture.dynamo import compiled_functions_run_eagerly
 
 Outputs: TypeAlias = Sequence[Tensor | None]
 aten = torch.ops.aten

@@ -33,9 +33,10 @@ from pyro_vae._programs.sites import (
     random_sites,
 )
 from pyro_vae._programs.trial_runs import OUT_OF_MEMORY, trial_run
-from pyro_vae._utils.dynamo import compiled_functions_run_eagerly
+from pyro_vae._utils.compiled_modules import compiled_modules_run_eagerly
 from pyro_vae._utils.identity import ProgramMap
 from pyro_vae._utils.messages import first_line
+from pyro_vae._utils.modules import modules
 from pyro_vae._utils.random import restored_generators
 from pyro_vae.distributions._circular import maps_onto_angles
 from pyro_vae.distributions._supports import support_of
@@ -134,7 +135,6 @@ class LatentSite:
         return value.reshape(*outer, batch_size, -1)
 
 
-@compiled_functions_run_eagerly()
 def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tuple[LatentSite, ...]:
     """Trace the model once on x and describe its latent sites in the plate ``"data"``.
 
@@ -153,7 +153,8 @@ def latent_sites(model: Callable[..., Any], x: Tensor, *covariates: Any) -> tupl
         a[rows] if isinstance(a, Tensor) and a.dim() and len(a) == len(x) else a
         for a in (x, *covariates)
     ]
-    with restored_generators(), torch.inference_mode(False):
+    eagerly = compiled_modules_run_eagerly(modules(model))
+    with restored_generators(), torch.inference_mode(False), eagerly:
         latents = latents_of(model, x, *covariates)
         try:
             fewer_latents = latents_of(model, *fewer)

@@ -15,7 +15,7 @@ from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
 from pyro_vae._utils.code_names import MACHINERY, package
-from pyro_vae._utils.dynamo import compiled_functions_run_eagerly
+from pyro_vae._utils.compiled_modules import compiled_modules_run_eagerly
 from pyro_vae._utils.modules import before_unknown, modules
 from pyro_vae._utils.random import restored_generators, restored_generators_of_python
 
@@ -58,6 +58,7 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
             for module in modules(*programs):
                 remember(module)
             stack.enter_context(before_unknown(remember, *found))
+            stack.enter_context(compiled_modules_run_eagerly(found))
         else:
             for module in outer:
                 states.extend(ModuleState(part) for part in module.modules())
@@ -65,7 +66,6 @@ def trial_run(*programs: Callable[..., Any]) -> Iterator[None]:
             with (
                 restored_generators(),
                 restored_generators_of_python(),
-                compiled_functions_run_eagerly(),
                 torch.no_grad(),
                 poutine.block(),
                 kept_parameter_names(),

@@ -22,9 +22,9 @@ from pyro_vae._programs.positions import check_positions
 from pyro_vae._programs.runs import as_guide, trace_of
 from pyro_vae._programs.sites import data_frame, refuse_mismatch
 from pyro_vae._utils.checks import ShapeError
-from pyro_vae._utils.dynamo import compiled_functions_run_eagerly
+from pyro_vae._utils.compiled_modules import compiled_modules_run_eagerly
 from pyro_vae._utils.messages import first_line
-from pyro_vae._utils.modules import NAME_IT, remember_unnamed, unnamed
+from pyro_vae._utils.modules import NAME_IT, modules, remember_unnamed, unnamed
 from pyro_vae._utils.network_outputs import NetworkError
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._columns import finite_rows
@@ -45,7 +45,6 @@ PROGRAM_ERRORS = (
 _ROWS_SHOWN = 10
 
 
-@compiled_functions_run_eagerly()
 def check_pair(
     model: Program,
     guide: Program,
@@ -80,14 +79,15 @@ def check_pair(
     """
     name = name if batches is None else batches.name
     rows = torch.arange(len(batch[0]))
-    trace = _run(model, guide, batch, rows, name, weighs=weighs)
-    if batches is not None:
-        if batches.num_data is not None:
-            check_positions(model, guide, batch, trace, batches.num_data)
-        _check_nonfinite_rows(model, guide, batches, weighs=weighs)
-        run = functools.partial(_run_on_numbers, model, guide, name=name, weighs=weighs)
-        batches.values_checked = check_supports(run, trace, batch, batches)
-    remember(model, batch)
+    with compiled_modules_run_eagerly(modules(model, guide)):
+        trace = _run(model, guide, batch, rows, name, weighs=weighs)
+        if batches is not None:
+            if batches.num_data is not None:
+                check_positions(model, guide, batch, trace, batches.num_data)
+            _check_nonfinite_rows(model, guide, batches, weighs=weighs)
+            run = functools.partial(_run_on_numbers, model, guide, name=name, weighs=weighs)
+            batches.values_checked = check_supports(run, trace, batch, batches)
+        remember(model, batch)
     return trace
 
 

@@ -34,9 +34,9 @@ from pyro_vae._programs.parameters import (
 )
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call
+from pyro_vae._utils.compiled_modules import compiled_modules_run_eagerly
 from pyro_vae._utils.devices import torch_device
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes, rank
-from pyro_vae._utils.dynamo import compiled_functions_run_eagerly
 from pyro_vae._utils.interrupts import Interrupted, defer_keyboard_interrupt
 from pyro_vae._utils.messages import program_name
 from pyro_vae._utils.modules import modules
@@ -359,9 +359,10 @@ def fit(
                     del settings["seed"]
                 batches.load_state_dict(saved)
         order = batches.state_dict()  # before the check of the pair, which begins the first pass
-        parameters = _check_pair(
-            model, guide, objective, batches, held_out, store, skips=skip_limit > 0
-        )
+        with compiled_modules_run_eagerly(modules(model, guide)):
+            parameters = _check_pair(
+                model, guide, objective, batches, held_out, store, skips=skip_limit > 0
+            )
         train_state = TrainState(
             model,
             guide,
@@ -477,7 +478,6 @@ def _move(
             objective.check_num_data(num_data)
 
 
-@compiled_functions_run_eagerly()
 def _check_pair(
     model: Program,
     guide: Program,
