@@ -81,6 +81,9 @@ def state_of(model: Program, guide: Program) -> dict[str, Any]:
 class Description:
     """The description of a pair in a checkpoint, which can rebuild it except for its tensors.
 
+    It is made before the first run of the pair, because a run may create tensors that it does not
+    depend on, such as activations that a network keeps.
+
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
@@ -90,6 +93,7 @@ class Description:
         self._pair = (model, guide)
         self._parts: dict[str, Any] = {}
         self._recipe: dict[str, Any] = {}
+        self._others = frozenset(_tensors_not_saved(model, guide))
         self._digests: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,8 +132,9 @@ class Description:
                 stacklevel=2,
             )
         others = digests_of_others(*self._pair, self._digests)
+        before = {name: found for name, found in others.items() if name in self._others}
         # Older checkpoints do not have them.
-        warn_of_others("at the checkpoint", content.get("digests", {}), others)
+        warn_of_others("at the checkpoint", content.get("digests", {}), before)
         set_modes(
             state(*self._pair),
             named_modules(*self._pair),
@@ -143,14 +148,26 @@ def digests_of_others(
 ) -> dict[str, int]:
     """Return, by name, digests of the tensors of a pair that are neither parameters nor buffers.
 
-    The attributes of torch's and Pyro's modules are left out, as these are computed again.
-
     Args:
         model: program of p(x, z).
         guide: program of q(z|x).
         known: the version and the digest of tensors, from earlier calls.
     """
     known = WeakTensorKeyDictionary() if known is None else known
+    found = {}
+    for name, tensor in _tensors_not_saved(model, guide).items():
+        version = -1 if tensor.is_inference() else tensor._version
+        if known.get(tensor, (-1, 0))[0] != version or version == -1:
+            known[tensor] = (version, int(digest(tensor)))
+        found[name] = known[tensor][1]
+    return found
+
+
+def _tensors_not_saved(model: Program, guide: Program) -> dict[str, Tensor]:
+    """Return tensors that are neither parameters nor buffers, by name.
+
+    The attributes of torch's and Pyro's modules are left out, as these are computed again.
+    """
     reached = [*referenced_objects(model=model, guide=guide)]
     modules_of_pair = dict(modules_in(reached))
     with parameter_store(model, guide):
@@ -164,10 +181,7 @@ def digests_of_others(
             and not (thing.requires_grad or id(thing) in saved or attribute.startswith("_"))
             and package(type(modules_of_pair.get(owner))) not in ("torch", "pyro")
         ):
-            version = -1 if thing.is_inference() else thing._version
-            if known.get(thing, (-1, 0))[0] != version or version == -1:
-                known[thing] = (version, int(digest(thing)))
-            found[name] = known[thing][1]
+            found[name] = thing
     return found
 
 
@@ -179,7 +193,7 @@ def warn_of_others(where: str, saved: Mapping[str, int], here: Mapping[str, int]
         saved: the result of :func:`digests_of_others` when the pair was saved.
         here: the present result.
     """
-    if differing := [name for name in saved if here.get(name) != saved[name]]:
+    if differing := [name for name in saved if here.get(name, saved[name]) != saved[name]]:
         warn_user(
             f"tensors have other values than {where}, which contains parameters and buffers only: "
             f"{', '.join(differing[:3])}. Their current values are used. Register tensors that "

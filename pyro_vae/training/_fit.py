@@ -51,6 +51,7 @@ from pyro_vae._utils.random import restored_generators, seeded
 from pyro_vae._utils.user_warnings import ignores_frozen_parameters, warns_once
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.objectives import ELBO, Objective
+from pyro_vae.serialization._pair_state import Description
 from pyro_vae.training._arguments import (
     alternation_of,
     check_arguments,
@@ -359,6 +360,7 @@ def fit(
                     del settings["seed"]
                 batches.load_state_dict(saved)
         order = batches.state_dict()  # before the check of the pair, which begins the first pass
+        described = Description(model, guide)
         with compiled_modules_run_eagerly(modules(model, guide)):
             parameters = _check_pair(
                 model, guide, objective, batches, held_out, store, skips=skip_limit > 0
@@ -395,6 +397,7 @@ def fit(
                 advance=advance,
                 interrupted=interrupted,
                 order=order,
+                description=described,
             )
             if saved is not None:
                 with resuming_from(checkpoints.folder):

@@ -123,6 +123,7 @@ class TrainingLoop:
         advance: Advances the progress bar.
         interrupted: Returns whether the run must stop.
         order: The result of ``batches.state_dict()`` before the first pass, which has started.
+        description: The description of the pair in a checkpoint.
     """
 
     train_step: TrainStep
@@ -137,13 +138,13 @@ class TrainingLoop:
     advance: Callable[..., None]
     interrupted: Callable[[], bool]
     order: Mapping[str, Any]
+    description: Description
 
     def __post_init__(self):
         seed = broadcast_from_first(torch.randint(2**62, ()))
         self.position = LoopState(validation_seed=seed.item())
         self.device = self.batches.device
         self._train_state = self.train_step.train_state
-        self._description = Description(*self._train_state.pair)
         self._best: dict[str, Tensor] | None = None
         self._last_good: dict[str, Any] = {}
         self._resumed_at: Mapping[str, Tensor] | None = None
@@ -168,7 +169,7 @@ class TrainingLoop:
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the result of :meth:`state_dict`. The pass over the data must have started."""
         self.train_step.load_state_dict(checkpoint["trainer"])
-        self._description.load_state_dict(checkpoint["pair"])
+        self.description.load_state_dict(checkpoint["pair"])
         history = dict_to_dataframe(checkpoint["history"]).to_dict("records")
         missing = dict.fromkeys(COLUMNS, math.nan)  # from a checkpoint of an older version
         history = [missing | row for row in history]
@@ -460,7 +461,7 @@ class TrainingLoop:
             "processes": self._rank_states(),
             "steps_per_epoch": self._steps_per_epoch,
             "settings": dict(self.settings),
-            "pair": self._description.state_dict(),
+            "pair": self.description.state_dict(),
             "callbacks": self.callbacks.state_dict(),
         }
 

@@ -386,6 +386,30 @@ def test_resume_warns_of_tensors_that_are_not_in_the_checkpoint(kind, name, bina
         assert re.search(f"buffers only: guide.{name} Their current values are used", message)
 
 
+class Keeping(nn.Module):
+    """An encoder that keeps activations, on which the next run does not depend."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.hidden = nn.Linear(16, 4), None
+
+    def forward(self, x):
+        self.rows, self.hidden = x, self.net(x).tanh()
+        return self.hidden
+
+
+def test_resume_is_silent_about_activations_that_a_network_keeps(binary, tmp_path):
+    def pair():
+        model, _ = make_pair()
+        return model, pv.guides.AmortizedNormal(model, Keeping())
+
+    options = {"validation": binary[:20]}
+    fit(binary, tmp_path, pair, epochs=1, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(binary, tmp_path, pair, epochs=2, resume=True, **options)
+
+
 def test_ctrl_c_stops_after_the_step_and_the_run_resumes(binary, tmp_path):
     _, straight = fit(binary, transform=torch.bernoulli)
     press = At(9, lambda: signal.raise_signal(signal.SIGINT))
