@@ -170,8 +170,10 @@ def _tensors_not_saved(model: Program, guide: Program) -> dict[str, Tensor]:
     """
     reached = [*referenced_objects(model=model, guide=guide)]
     modules_of_pair = dict(modules_in(reached))
-    with parameter_store(model, guide):
-        saved = set(map(id, state(model, guide).values()))
+    of_modules = (
+        m for module in modules(model, guide) for m in (module.parameters(), module.buffers())
+    )
+    saved = {id(tensor) for tensors in of_modules for tensor in tensors}
     found = {}
     for name, thing in reached:
         owner, _, attribute = name.rpartition(".")
