@@ -59,7 +59,7 @@ ARGUMENTS = {
     ],
     "published/page.py": ["--out", "page.md"],
     "published/run.py": [
-        *("A", "hvae-vampprior", "--data", "digits", "--epochs", "2", "--particles", "30"),
+        *("A", "vampprior", "--data", "digits", "--epochs", "2", "--particles", "30"),
         *("--ais", "0", "--results", "results"),
     ],
     "semi_supervised.py": [

@@ -12,7 +12,7 @@ import pyro_vae as pv
 from pyro_vae._utils.precision import matmul_precision
 from pyro_vae.training import Checkpoint
 
-AIS = pv.evaluation.AIS(num_temperatures=4, num_chains=2)
+AIS = pv.evaluation.AIS(num_temperatures=4, num_chains=2, leapfrog_steps=1)
 ASCENT = pv.evaluation.Ascent(window=2, patience=1, max_steps=4)
 CALLS = {
     "fit": lambda m, g, x, **o: pv.fit(m, g, x, epochs=1, progress=False, **o),
