@@ -459,7 +459,8 @@ def test_mistakes_in_own_pairs_are_one_line(arguments, message, place, capsys, m
         (["--data", "pickled.npy"], "cannot read pickled.npy: Object arrays cannot be loaded"),
         (["--data", "pickled.pt"], "cannot read pickled.pt: Weights only load failed"),
         (["--data", "text.csv"], "cannot read text.csv: could not convert string"),
-        (["--data", "semicolons.csv"], "its cells are separated by ';'. Write it with commas"),
+        (["--data", "semicolons.csv"], "If its cells are separated by ';', write it with commas"),
+        (["--data", "units.csv"], "cannot read units.csv: could not convert string 'four'"),
         (["--data", "empty.csv"], "train of empty.csv must have at least one row"),
         (["--data", "two.npz"], "two.npz must have one array, or arrays named train, validation"),
         (["--data", "text.npy"], "train of text.npy must be an array of numbers, got <U1"),
@@ -487,6 +488,7 @@ def test_wrong_options_are_one_line(arguments, message, place, capsys, monkeypat
     (place / "text.csv").write_text("a,b\n1,2\n3,four\n")
     (place / "empty.csv").write_text("")
     (place / "semicolons.csv").write_text("a;b\n1,5;0,5\n")
+    (place / "units.csv").write_text("size (a; b),c\n1,2\n3,four\n")
     (place / "gaps.csv").write_text("a,b\n" + "1,\n" * 11)
     np.save(place / "flat.npy", np.ones(60))
     np.savez(place / "two.npz", a=np.zeros((20, 3)), b=np.zeros((20, 3)))

@@ -193,8 +193,8 @@ def _read_csv(path: Path) -> np.ndarray:
         except ValueError as error:
             if separator := next((s for s in ";\t" if any(s in name for name in names)), None):
                 raise ValueError(
-                    f"its cells are separated by {separator!r}. Write it with commas between the "
-                    "cells, and with a point in decimal numbers"
+                    f"{first_line(error)}. If its cells are separated by {separator!r}, write it "
+                    "with commas between them, and with a point in decimal numbers"
                 ) from error
             raise
 
