@@ -7,7 +7,7 @@ from torch import Tensor
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.runs import AtValues, as_guide, plain_trace, trace_of
 from pyro_vae._programs.sites import data_frame, random_sites
-from pyro_vae._utils.random import seeded
+from pyro_vae._programs.trial_runs import trial_run
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch
 
@@ -15,8 +15,8 @@ from pyro_vae.datasets._minibatches import Batch
 def at_global_latents(model: Program, guide: Program | None, batch: Batch) -> Program:
     """Return a model whose global latents have one sample in all of its runs.
 
-    They are sampled from the guide, or from the model without a guide. The random numbers do not
-    depend on this call if the model has no global latents.
+    They are sampled from the guide, or from the model without a guide. If the model has no global
+    latents, this call has no effect on later runs.
 
     Args:
         model: program of p(x, z).
@@ -24,7 +24,7 @@ def at_global_latents(model: Program, guide: Program | None, batch: Batch) -> Pr
         batch: a minibatch, whose values of x may be placeholders.
     """
     with values_checked(False):
-        with seeded(0):
+        with trial_run(model):
             names = _global_latents(model, batch).keys()
         if not names:
             return model

@@ -259,3 +259,20 @@ def test_invalid_numbers_of_data_points(count):
     make("normal", model, torch.randn(3, 5))
     with pytest.raises(ValueError, match="x must be"):
         pv.generate(model, count)
+
+
+def test_the_search_for_global_latents_has_no_effect():
+    """New parameters depend on the seed of the call."""
+
+    def run(seed):
+        def model(x):
+            w = pyro.param("w", lambda: torch.randn(()))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+        return pv.generate(model, torch.zeros(3), seed=seed)
+
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        assert (run(seed) == torch.randn(())).all()
