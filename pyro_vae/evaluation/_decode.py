@@ -77,7 +77,8 @@ def decode(
             the shape is that of the data that the model was last fitted or evaluated on.
         guide: the guide that the model was fitted with. A model with ``pyro.param`` statements
             needs it, because their values are in the store of the pair. A model with global latents
-            needs it, unless they should follow their prior.
+            needs it, unless they should follow their prior. The guide then runs on x, or on zeros
+            without it. So pass x if these latents depend on it in the guide.
         num_samples: S, the number of samples of x for each z; with 0, the mean is returned.
         batch_size: data points at a time.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.

@@ -53,7 +53,8 @@ def generate(
         *covariates: further arguments of the program, with N rows each.
         guide: the guide that the model was fitted with. A model with ``pyro.param`` statements
             needs it, because their values are in the store of the pair. A model with global latents
-            needs it, unless they should follow their prior.
+            needs it, unless they should follow their prior. The guide then runs on x, or on zeros
+            without it. So pass x if these latents depend on it in the guide.
         draw: return samples of x, :math:`x \sim p(x|z)`, instead of means.
         batch_size: data points at a time.
         plate: the name of the plate of the data points; see :func:`pyro_vae.terms`.

@@ -8,6 +8,8 @@ from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.runs import AtValues, as_guide, plain_trace, trace_of
 from pyro_vae._programs.sites import data_frame, random_sites
 from pyro_vae._programs.trial_runs import trial_run
+from pyro_vae._programs.validation import PROGRAM_ERRORS
+from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch
 
@@ -22,6 +24,9 @@ def at_global_latents(model: Program, guide: Program | None, batch: Batch) -> Pr
         model: program of p(x, z).
         guide: program of q(z|x), or None.
         batch: a minibatch, whose values of x may be placeholders.
+
+    Raises:
+        ValueError: The guide cannot run on the minibatch.
     """
     with values_checked(False):
         with trial_run(model):
@@ -30,7 +35,15 @@ def at_global_latents(model: Program, guide: Program | None, batch: Batch) -> Pr
             return model
         values = _global_latents(model, batch)
         if guide is not None:
-            sites = plain_trace(as_guide(guide), *batch).nodes
+            try:
+                sites = plain_trace(as_guide(guide), *batch).nodes
+            except PROGRAM_ERRORS as error:
+                raise ValueError(
+                    f"the guide, which samples the global latents {sorted(names)}, cannot run on x "
+                    f"of shape {tuple(batch[0].shape)}: {type(error).__name__}: "
+                    f"{first_line(error)}. Pass data as x, or leave out guide to sample these "
+                    "latents from their prior"
+                ) from error
             values |= {name: sites[name]["value"] for name in names if name in sites}
     return AtValues(values)(model)
 

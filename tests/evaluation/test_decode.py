@@ -269,3 +269,19 @@ def test_generated_data_share_global_latents(with_guide):
     found = pv.generate(model, 9, guide=guide if with_guide else None, batch_size=2, seed=0)
     assert (found == found[0]).all()
     assert bool(found[0] > 45) is with_guide
+
+
+def test_a_guide_of_global_latents_that_needs_data():
+    def guide(x):
+        w = pyro.sample("w", dist.Normal(x.mean(), 1e-3))
+        with pyro.plate("data", len(x)):
+            level = dist.Categorical(x / x.sum(-1, keepdim=True)).sample()
+            pyro.sample("z", dist.Normal((w + level)[:, None], 1.0).to_event(1))
+
+    pair, z = Bayesian(), torch.ones(4, 1)
+    with pytest.raises(ValueError, match=r"latents \['w'\], cannot run .*Pass data as x"):
+        pv.decode(pair.model, z, guide=guide, seed=0)
+    with pytest.raises(ValueError, match=r"latents \['w'\], cannot run .*Pass data as x"):
+        pv.generate(pair.model, torch.zeros(4, 1), guide=guide, seed=0)
+    means = pv.decode(pair.model, z, x=torch.full((4, 1), 30.0), guide=guide, seed=0)
+    assert torch.allclose(means, torch.tensor(30.0), atol=0.01)  # 10 standard deviations
