@@ -130,13 +130,15 @@ def test_whole_steps_after_a_skipped_step(binary, recorded):
     class Spoiled(pv.objectives.ELBO):
         def bound(self, terms):
             bound = super().bound(terms)
-            return torch.where(self.step == 13, math.nan, bound)
+            return torch.where(torch.rand(()) < 0.1, math.nan, bound)
 
     options = {"objective": Spoiled(), "on_nonfinite": "skip"}
     eager, expected = fitted(make_pair, binary, **copy.deepcopy(options), capture=False)
     captured, tensors = fitted(make_pair, binary, **copy.deepcopy(options), capture=True)
     assert captured.execution.endswith("with the optimizer")
-    assert captured.history.skipped.sum() == eager.history.skipped.sum() > 0
+    skipped = captured.history.skipped.tolist()
+    assert skipped == eager.history.skipped.tolist()
+    assert sum(skipped[:3]) > 0 == skipped[3]  # so the last epoch has whole steps
     assert distance(tensors, expected) < 1e-5
 
 
