@@ -68,7 +68,7 @@ def refit_prior(
 
     Args:
         model: a module with the attribute ``prior``, which returns p(z) when called without
-            arguments. Its class has no such attribute. z is its only latent, a real vector.
+            arguments. Each object has its own. z is its only latent, a real vector.
         guide: program of q(z|x).
         data: training data in memory, as in :func:`pyro_vae.fit`. Data points whose latent the
             programs mask are left out, because they have no code.
@@ -89,7 +89,8 @@ def refit_prior(
         The new model, of the same class.
 
     Raises:
-        TypeError: The model is not a module with the attribute ``prior``, or its class has it.
+        TypeError: The model is not a module with the attribute ``prior``, or ``prior`` belongs to
+            its class.
         ValueError: ``prior`` is not the p(z) of the model. The model has other latents, or z is not
             a real vector. The data are not in memory, or the latent of all of them is
             masked. The pair breaks a rule (docs/contract.md).
@@ -121,7 +122,8 @@ def refit_prior(
             f"{type(model).__name__}. For other programs, write the prior as a module, and call it "
             "in the program as self.prior()"
         )
-    if hasattr(type(model), "prior"):
+    stand_in = nn.Module()
+    if _replaced(model, stand_in).prior is not stand_in:
         raise TypeError(
             "model.prior must be an attribute of the object, so that another prior can replace it; "
             f"got one of the class {type(model).__name__}. Set self.prior in __init__, such as "
@@ -267,15 +269,8 @@ def _train(prior: nn.Module, codes: WeightedCodes) -> float:
 
 
 def _with_prior(model: nn.Module, prior: nn.Module, guide: Program, batch: Batch) -> nn.Module:
-    """Return the model with another prior, and all its other modules and parameters shared."""
-    shared = [*model.modules(), *model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {id(each): each for each in shared if each is not model}
-    memo[id(model.prior)] = prior
-    old: Callable[[], Any] = model.prior
-    new = copy.deepcopy(model, memo)
-    if not isinstance(old, nn.Module):
-        vars(new).pop("prior", None)
-        new.prior = prior
+    """Return :func:`_replaced` after a run of the new model."""
+    new = _replaced(model, prior)
     try:
         terms(new, guide, *batch)
     except (AttributeError, TypeError, ValueError) as error:
@@ -283,4 +278,17 @@ def _with_prior(model: nn.Module, prior: nn.Module, guide: Program, batch: Batch
             f"{type(model).__name__} cannot run with a {type(prior).__name__} as its prior: "
             f"{first_line(error)}. Choose another kind"
         ) from error
+    return new
+
+
+def _replaced(model: nn.Module, prior: nn.Module) -> nn.Module:
+    """Return the model with another prior, and all its other modules and parameters shared."""
+    shared = [*model.modules(), *model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {id(each): each for each in shared if each is not model}
+    old: Callable[[], Any] = model.prior
+    memo[id(old)] = prior
+    new = copy.deepcopy(model, memo)
+    if not isinstance(old, nn.Module):
+        vars(new).pop("prior", None)
+        new.prior = prior
     return new

@@ -250,6 +250,19 @@ def test_a_prior_of_the_class_is_refused():
             refit_prior(owner(), Pair().guide, torch.randn(20, D))
 
 
+def test_a_property_may_return_a_prior_of_the_object():
+    class Renamed(pv.LatentVariableModel):
+        @property
+        def prior(self):
+            return self._modules["prior"]
+
+    pair = Pair()
+    x, model = pair.data(torch.randn(50, 2)), Renamed(pair.model.prior, pair.model.likelihood)
+    better = refit_prior(model, pair.guide, 3 + x, components=1, seed=0)
+    assert isinstance(better.prior, pv.priors.MixtureOfNormals)
+    assert pair.evidence(better, 3 + x).mean > pair.evidence(model, 3 + x).mean + 1.0
+
+
 def test_a_prior_that_does_not_help_is_reported():
     pair = Pair()
     x = pair.data(torch.randn(10, 2))
