@@ -89,7 +89,7 @@ def run_pair(
                     f"{name} has NaN or infinite values, and the pair cannot run on them: "
                     f"{first_line(error)}"
                 ) from error
-        if options.get("num_particles") == 1 and args and isinstance(args[0], Tensor):
+        if options.get("num_particles", 1) == 1 and args and isinstance(args[0], Tensor):
             refuse_mismatch(error, args[0])
         raise
 

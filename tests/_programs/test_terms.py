@@ -241,7 +241,16 @@ def test_particles_in_the_dimension_of_a_plate_are_refused():
         pv.terms(model, guide, torch.randn(6), num_particles=3, vectorize_particles=True)
 
 
-@pytest.mark.parametrize("call", [pv.terms, pv.objectives.ELBO().loss], ids=["terms", "loss"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        pv.terms,
+        functools.partial(pv.terms, num_particles=3),
+        pv.objectives.ELBO().loss,
+        pv.objectives.IWAE(3).loss,
+    ],
+    ids=["terms", "particles", "ELBO", "IWAE"],
+)
 def test_a_likelihood_without_to_event_is_refused_with_advice(call, pair):
     def model(x):
         with pyro.plate("data", len(x)):
