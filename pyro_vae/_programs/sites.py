@@ -347,8 +347,9 @@ def require_one_observation(name: str, value: Tensor, other: Tensor) -> None:
 
 
 def refuse_mismatch(error: ValueError, x: Tensor) -> None:
-    """Raise an error with advice if Pyro found a site whose shape does not fit its plate."""
-    if "Shape mismatch inside plate" in str(error):
+    """Raise an error with advice if a site does not fit a plate of as many rows as x."""
+    message = str(error)
+    if "Shape mismatch inside plate" in message and f", {x.shape[0]} vs " in message:
         raise ValueError(
             f"{first_line(error)}, for data x of shape {tuple(x.shape)}. In the plate 'data' "
             f"the batch shape of a site must be ({x.shape[0]},). All other dimensions belong "

@@ -261,6 +261,19 @@ def test_a_likelihood_without_to_event_is_refused_with_advice(call, pair):
         call(model, pair[1], torch.randn(5, 16))
 
 
+@pytest.mark.parametrize("call", [pv.terms, pv.fit], ids=["terms", "fit"])
+def test_the_advice_on_the_data_plate_is_not_for_other_plates(call, pair):
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            with pyro.plate("steps", 4, dim=-2):
+                pyro.sample("x", dist.Normal(z.sum(-1).expand(x.T.shape), 1.0), obs=x.T)
+
+    with pytest.raises(ValueError, match=r"plate\('steps'\) at site x dim -2, 4 vs 16") as caught:
+        call(model, pair[1], torch.randn(5, 16))
+    assert "In the plate 'data'" not in str(caught.value)
+
+
 def test_observations_and_factors_in_the_data_plate():
     def model(x):
         with pyro.plate("data", len(x)):
