@@ -40,7 +40,7 @@ class Adam(torch.optim.Adam):
     17% of a step there.
 
     On CUDA, an update can be part of a CUDA graph, which reads and writes tensors at fixed places.
-    So the learning rate is a float32 tensor there, and :meth:`load_state_dict` copies the state to
+    So the learning rate is rounded to a float32 tensor there, and :meth:`load_state_dict` copies the state to
     the tensors that exist.
 
     Args:

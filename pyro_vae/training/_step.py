@@ -99,7 +99,7 @@ class TrainStep:
             after_user_code: Whether code of the user ran since the last step, which may have
                 changed objects that no name refers to.
         """
-        if self._trained != self._now_trained():
+        if self.train_state.train_new_parameters() or self._trained != self._now_trained():
             self._new_capture()  # parameters were frozen or thawed
         since = self.steps - self._compared_at
         compare = after_user_code or since >= STEPS_BETWEEN_COMPARISONS
@@ -213,7 +213,8 @@ class TrainStep:
 
     def end_epoch(self, loss: float) -> None:
         """Step the scheduler. Train new parameters too, and then capture the step again."""
-        if self.train_state.end_epoch(loss):
+        self.train_state.end_epoch(loss)
+        if self.train_state.train_new_parameters():
             self._new_capture()
 
     def state_dict(self) -> dict[str, Any]:

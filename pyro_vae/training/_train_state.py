@@ -20,6 +20,7 @@ from pyro_vae._programs.pair_state import state as tensors_of_pair
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import free_param_names
 from pyro_vae._programs.trial_runs import LARGEST_COPIED, ModuleState
+from pyro_vae._utils.code_names import package
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.referenced_objects import VALUES, referenced_objects
@@ -81,7 +82,8 @@ class TrainState:
         self._scheduler = _made_scheduler(scheduler, self.optimizer)
         self.has_user_code = optimizer is not None or scheduler is not None
         self._named = self._named_tensors()
-        self._modules = self._parts_of_modules()
+        self._modules = self._modules_with_state()
+        self._frozen = [p for p in self._named.values() if _is_frozen(p)]
 
     @property
     def learning_rate(self) -> float:
@@ -108,24 +110,29 @@ class TrainState:
             for tensor in (*self._named.values(), *self._tensors_of_objective().values()):
                 broadcast_from_first(tensor)
 
-    def end_epoch(self, loss: float) -> bool:
-        """Step the scheduler, and train parameters that the programs created in the epoch too.
-
-        Returns:
-            Whether there were such parameters.
-        """
+    def end_epoch(self, loss: float) -> None:
+        """Step the scheduler."""
         if isinstance(self._scheduler, ReduceLROnPlateau):
             if math.isfinite(loss):  # NaN if every step was skipped
                 self._scheduler.step(loss)
         elif self._scheduler is not None:
             self._scheduler.step()
+        self._named = self._named_tensors()
+
+    def train_new_parameters(self) -> bool:
+        """Train parameters that the programs have created, or that were thawed, since the start.
+
+        Returns:
+            Whether there were such parameters.
+        """
         known = set(map(id, self.parameters))
         registered = [p for _, p in pyro.get_param_store().named_parameters()]
-        new = [p for p in registered if p.requires_grad and id(p) not in known]
+        found = {id(p): p for p in (*registered, *self._frozen) if p.requires_grad}
+        new = [p for p in found.values() if id(p) not in known]
         if new:
             self._train_too(new)
-        self._named = self._named_tensors()
-        self._modules = self._parts_of_modules()
+            self._named = self._named_tensors()
+            self._modules = self._modules_with_state()
         return bool(new)
 
     def snapshot_tensors(self) -> dict[str, Tensor]:
@@ -258,8 +265,10 @@ class TrainState:
         ]  # not among the pair's named tensors
         return named | {f"parameter {i}": p for i, p in enumerate(unnamed)}
 
-    def _parts_of_modules(self) -> list[nn.Module]:
-        return [part for module in modules(*self.pair) for part in module.modules()]
+    def _modules_with_state(self) -> list[nn.Module]:
+        """Return the modules that a step may change. Those of torch have parameters and buffers."""
+        parts = [part for module in modules(*self.pair) for part in module.modules()]
+        return [part for part in parts if part._buffers or package(type(part)) != "torch"]
 
     def _states_of_modules(self) -> list[ModuleState]:
         copied = set(map(id, self._named.values()))
@@ -276,6 +285,10 @@ class TrainState:
         for number, module in enumerate(modules(self._transform)):
             found += [(f"transform {number}.{n}", t) for n, t in module.state_dict().items()]
         return {name: tensor for name, tensor in found if id(tensor) not in of_pair}
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
 
 
 def _groups(

@@ -383,6 +383,36 @@ def test_a_parameter_may_be_frozen_during_a_fit(binary, without_compiler):
     assert distance(tensors, expected) < 1e-5
 
 
+@pytest.mark.parametrize("program", ["model", "guide"])
+def test_a_parameter_that_was_frozen_before_a_fit_may_be_thawed(program, binary, without_compiler):
+    def run(capture):
+        moved = []
+
+        def make():
+            nonlocal frozen, start
+            pair = dict(zip(("model", "guide"), make_pair(), strict=True))
+            pair["guide"](binary)
+            frozen = next(pair[program].parameters()).requires_grad_(False)
+            start = frozen.detach().clone()
+            return pair["model"], pair["guide"]
+
+        def thaw(epoch, row):
+            moved.append(not torch.equal(frozen.detach(), start))
+            frozen.requires_grad_(epoch > 1)
+
+        frozen = start = None
+        fit, tensors = fitted(make, binary, capture=capture, epochs=4, after_epoch=thaw)
+        assert moved == [False, False, True, True]
+        return fit, tensors
+
+    _, expected = run(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*eagerly")
+        fit, tensors = run(True)
+    assert fit.execution == "captured, not compiled"
+    assert distance(tensors, expected) < 1e-5
+
+
 def test_first_repeated_batch_shape_is_captured(binary, without_compiler):
     batches = [binary[:5], *binary[5:].split(9)]
 
