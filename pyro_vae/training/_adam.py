@@ -40,8 +40,8 @@ class Adam(torch.optim.Adam):
     17% of a step there.
 
     On CUDA, an update can be part of a CUDA graph, which reads and writes tensors at fixed places.
-    So the learning rate is rounded to a float32 tensor there, and :meth:`load_state_dict` copies the state to
-    the tensors that exist.
+    So the learning rate is rounded to a float32 tensor there, and :meth:`load_state_dict` copies
+    the state to the tensors that exist.
 
     Args:
         parameters: The parameters to train, or groups of them with separate learning rates.

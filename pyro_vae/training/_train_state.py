@@ -22,6 +22,7 @@ from pyro_vae._programs.parameters import free_param_names
 from pyro_vae._programs.trial_runs import LARGEST_COPIED, ModuleState
 from pyro_vae._utils.code_names import package
 from pyro_vae._utils.distributed import broadcast_from_first, num_processes
+from pyro_vae._utils.identity import is_blocked
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.referenced_objects import VALUES, referenced_objects
 from pyro_vae.training._adam import Adam
@@ -84,6 +85,7 @@ class TrainState:
         self._named = self._named_tensors()
         self._modules = self._modules_with_state()
         self._frozen = [p for p in self._named.values() if _is_frozen(p)]
+        self._hidden = self._untrained_in_store() if any(map(is_blocked, self.pair)) else []
 
     @property
     def learning_rate(self) -> float:
@@ -125,11 +127,10 @@ class TrainState:
         Returns:
             Whether there were such parameters.
         """
-        known = set(map(id, self.parameters))
-        registered = [p for _, p in pyro.get_param_store().named_parameters()]
-        found = {id(p): p for p in (*registered, *self._frozen) if p.requires_grad}
-        new = [p for p in found.values() if id(p) not in known]
-        if new:
+        known = set(map(id, (*self.parameters, *self._hidden)))
+        thawed = [p for p in self._frozen if p.requires_grad]
+        found = dict.fromkeys((*self._untrained_in_store(), *thawed))
+        if new := [p for p in found if id(p) not in known]:
             self._train_too(new)
             self._named = self._named_tensors()
             self._modules = self._modules_with_state()
@@ -264,6 +265,11 @@ class TrainState:
             p for p in self.parameters if id(p) not in known
         ]  # not among the pair's named tensors
         return named | {f"parameter {i}": p for i, p in enumerate(unnamed)}
+
+    def _untrained_in_store(self) -> list[Tensor]:
+        known = set(map(id, self.parameters))
+        registered = [p for _, p in pyro.get_param_store().named_parameters()]
+        return [p for p in registered if p.requires_grad and id(p) not in known]
 
     def _modules_with_state(self) -> list[nn.Module]:
         """Return the modules that a step may change. Those of torch have parameters and buffers."""
