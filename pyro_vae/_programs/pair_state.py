@@ -15,6 +15,7 @@ from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import free_param_names
 from pyro_vae._utils import transform_config
 from pyro_vae._utils.modules import NAME_IT, outermost, unnamed
+from pyro_vae._utils.numerics import real_parts
 from pyro_vae._utils.referenced_objects import referenced_objects
 
 UNNAMED = "unnamed module"
@@ -93,7 +94,7 @@ def changed(model: Program, guide: Program, before: Mapping[str, int]) -> list[s
 
 def digest(tensor: Tensor) -> Tensor:
     """Sum the bits of all entries modulo 2^64, each times a different odd number; dense only."""
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    tensor = real_parts(tensor)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for number, part in enumerate(tensor.detach().flatten().split(_ENTRIES_AT_ONCE)):
         real = part.is_floating_point()

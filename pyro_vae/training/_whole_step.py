@@ -38,8 +38,8 @@ class WholeStep:
     def __init__(self, captured: Captured, optimizer: Adam, parameters: Sequence[Tensor]):
         self._captured, self._optimizer, self._parameters = captured, optimizer, parameters
         self._graph: CudaGraph | None = None
-        self._recorded: list[object] = []  # the numbers and the places of tensors in the graph
-        self._kept: list[object] = []  # so that no other objects take these places
+        self._tensors: list[object] = []  # those of the graph, without the parameters
+        self._numbers: list[object] = []  # settings of the optimizer in the graph
         self._has_failed = False
 
     @property
@@ -57,14 +57,21 @@ class WholeStep:
         """
         if self._has_failed or not self._captured.replays(*inputs):
             return None
-        if self._graph is None or self._recorded != self._to_record():
+        if self._graph is None or self._is_outdated():
             return self._record(inputs)
         self._optimizer.write_learning_rates()
         return self._graph(*inputs)[0].clone()
 
-    def _to_record(self) -> list[object]:
-        places = [id(tensor) for tensor in self._optimizer.tensors()]
-        return [id(self._captured.constants), places, self._optimizer.numbers()]
+    def _is_outdated(self) -> bool:
+        now = self._tensors_of_graph()
+        return (
+            self._numbers != self._optimizer.numbers()
+            or len(now) != len(self._tensors)
+            or any(a is not b for a, b in zip(now, self._tensors, strict=True))
+        )
+
+    def _tensors_of_graph(self) -> list[object]:
+        return [self._captured.constants, *self._optimizer.tensors()]
 
     def _record(self, inputs: Sequence[Tensor]) -> Tensor | None:
         """Record the graph, compare it with the two parts, and take a step."""
@@ -101,8 +108,7 @@ class WholeStep:
                 restore()
                 self._give_up(failure)
                 return None
-        self._kept = [captured.constants, *optimizer.tensors()]
-        self._recorded = self._to_record()
+        self._tensors, self._numbers = self._tensors_of_graph(), optimizer.numbers()
         return found[0]
 
     def _step(self, *inputs: Tensor) -> Outputs:
