@@ -149,3 +149,61 @@ def test_one_component_far_away_does_not_change_the_others(position):
     z = loc[near] + torch.randn(50, 2)
     expected = alone.log_prob(z) + math.log(50 / 51)
     torch.testing.assert_close(mixture.log_prob(z), expected)
+
+
+@pytest.fixture
+def few_products_at_a_time(monkeypatch):
+    monkeypatch.setattr(pv.distributions._mixtures, "_PRODUCTS_IN_CACHE", 37)
+
+
+@pytest.mark.parametrize("one_scale", [False, True])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])
+def test_density_of_many_values_with_many_components(
+    few_products_at_a_time, one_scale, dtype, error
+):
+    """Few rows of the product of values and components exist at a time."""
+    k, d = 11, 3
+    logits = torch.randn(k, dtype=dtype).masked_fill(torch.arange(k) == 4, -torch.inf)
+    loc, scale = 100 + torch.randn(k, d, dtype=dtype), torch.rand(1 if one_scale else k, d) + 0.3
+    q = pv.distributions.MixtureOfDiagNormals(logits, loc, scale.to(dtype).expand(k, d))
+    for rows in (1, 4, 29):
+        z = 100 + 3 * torch.randn(2, rows, d, dtype=dtype)
+        wide = pv.distributions.MixtureOfDiagNormals(
+            *(each.double() for each in (logits, loc, q.scale))
+        )
+        expected = wide.log_joint(z.double()).logsumexp(-1)
+        torch.testing.assert_close(q.log_prob(z).double(), expected, rtol=error, atol=error)
+    q._validate_args = False
+    z[0, 3, 1] = torch.nan
+    assert q.log_prob(z).isnan().nonzero().tolist() == [[0, 3]]
+    assert (q.log_prob(torch.full_like(z, 1e4)) < -1e6).all()
+    nothing = pv.distributions.MixtureOfDiagNormals(logits, loc, q.scale)
+    nothing.logits = torch.full_like(logits, -torch.inf)
+    assert (nothing.log_prob(z[1]) == -torch.inf).all()
+
+
+def test_derivatives_of_the_density_of_many_values(few_products_at_a_time):
+    """All modes of differentiation agree, also where values are scored in parts without them."""
+    q = pv.distributions.MixtureOfDiagNormals(
+        torch.randn(11), torch.randn(11, 3), torch.ones(11, 3)
+    )
+    z, direction = torch.randn(2, 8, 3)
+    backward = torch.func.grad(lambda value: q.log_prob(value).sum())(z)
+    forward = torch.func.jvp(q.log_prob, (z,), (direction,))[1]
+    torch.testing.assert_close(forward, (backward * direction).sum(-1))
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z, direction)
+        found = torch.autograd.forward_ad.unpack_dual(q.log_prob(dual)).tangent
+    torch.testing.assert_close(found, forward)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_operation_for_large_mixtures_is_a_valid_operation_of_torch(
+    few_products_at_a_time, dtype
+):
+    a, b = torch.randn(9, 4, dtype=torch.float64), torch.randn(4, 13, dtype=torch.float64)
+    torch.library.opcheck(
+        pv.distributions._mixtures.log_sum_exp_of_products,
+        (a, b, dtype),
+        test_utils=("test_schema", "test_faketensor"),
+    )
