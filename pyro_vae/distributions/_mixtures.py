@@ -22,14 +22,15 @@ _PRODUCTS_IN_CACHE = 1_000_000  # 8 MB of float64
 
 
 @torch.library.custom_op("pyro_vae::log_sum_exp_of_products", mutates_args=())
-def log_sum_exp_of_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``(a @ b).logsumexp(1)``, ``(N,)``, for a of shape (N, D) and b of shape (D, K).
+def log_sum_exp_of_products(bias: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``(bias + a @ b).logsumexp(1)``, ``(N,)``, for shapes (K,), (N, D) and (D, K).
 
     Only a few rows of the product exist at a time, so they stay in the cache of a CPU, and their
     memory is used again, because new memory takes as long as the product. This is an operation of
     its own, because a captured pass would otherwise have thousands. The exponentials are computed
     in ``dtype``, after the largest exponent is subtracted.
     """
+    a, b = torch.cat([a, a.new_ones(len(a), 1)], dim=1), torch.cat([b, bias.unsqueeze(0)])
     result = a.new_empty(len(a))
     numbers = _PRODUCTS_IN_CACHE if a.device.type == "cpu" else _LOG_DENSITIES_AT_A_TIME
     at_a_time = max(1, numbers // b.shape[1])
@@ -45,7 +46,7 @@ def log_sum_exp_of_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @log_sum_exp_of_products.register_fake
-def _(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def _(bias: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.new_empty(len(a))
 
 
@@ -212,19 +213,17 @@ class MixtureOfDiagNormals(TorchDistribution):
             mixture = mixture.reshape(self.logits.shape[:-1])
             shape = torch.broadcast_shapes(shape, mixture.shape)
             value, mixture = value.expand(*shape, -1), mixture.expand(shape).flatten()
-        weight = torch.cat([weight, bias.unsqueeze(0)])
         rows = (value.double() - center).reshape(-1, value.shape[-1])
-        features = [rows] if one_scale else [rows, rows.square()]
-        features = torch.cat([*features, rows.new_ones(len(rows), 1)], dim=1)
+        features = rows if one_scale else torch.cat([rows, rows.square()], dim=1)
         is_large = len(rows) * len(bias) > _PRODUCTS_IN_CACHE
-        if is_large and logits is None and not _is_differentiated(features, weight):
+        if is_large and logits is None and not _is_differentiated(bias, features, weight):
             dtype = torch.promote_types(value.dtype, torch.float32)
-            log_prob = log_sum_exp_of_products(features, weight, dtype)
+            log_prob = log_sum_exp_of_products(bias, features, weight, dtype)
         else:
             at_a_time = max(1, _LOG_DENSITIES_AT_A_TIME // len(bias))
             parts = []
             for first in range(0, max(1, len(rows)), at_a_time):
-                log_joint = features[first : first + at_a_time] @ weight
+                log_joint = torch.addmm(bias, features[first : first + at_a_time], weight)
                 if logits is not None:
                     log_joint = log_joint + logits[mixture[first : first + at_a_time]]
                 parts.append(log_joint.logsumexp(1))

@@ -184,13 +184,13 @@ def test_density_of_many_values_with_many_components(
 
 def test_derivatives_of_the_density_of_many_values(few_products_at_a_time):
     """All modes of differentiation agree, also where values are scored in parts without them."""
-    q = pv.distributions.MixtureOfDiagNormals(
-        torch.randn(11), torch.randn(11, 3), torch.ones(11, 3)
-    )
+    logits = torch.randn(11).masked_fill(torch.arange(11) == 2, -torch.inf)
+    q = pv.distributions.MixtureOfDiagNormals(logits, torch.randn(11, 3), torch.ones(11, 3))
     z, direction = torch.randn(2, 8, 3)
     backward = torch.func.grad(lambda value: q.log_prob(value).sum())(z)
     forward = torch.func.jvp(q.log_prob, (z,), (direction,))[1]
     torch.testing.assert_close(forward, (backward * direction).sum(-1))
+    assert torch.func.hessian(lambda value: q.log_prob(value).sum())(z).isfinite().all()
     with torch.no_grad(), torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(z, direction)
         found = torch.autograd.forward_ad.unpack_dual(q.log_prob(dual)).tangent
@@ -201,9 +201,9 @@ def test_derivatives_of_the_density_of_many_values(few_products_at_a_time):
 def test_the_operation_for_large_mixtures_is_a_valid_operation_of_torch(
     few_products_at_a_time, dtype
 ):
-    a, b = torch.randn(9, 4, dtype=torch.float64), torch.randn(4, 13, dtype=torch.float64)
+    bias, a, b = (torch.randn(*n, dtype=torch.float64) for n in ((13,), (9, 4), (4, 13)))
     torch.library.opcheck(
         pv.distributions._mixtures.log_sum_exp_of_products,
-        (a, b, dtype),
+        (bias, a, b, dtype),
         test_utils=("test_schema", "test_faketensor"),
     )
