@@ -13,6 +13,7 @@ The result is written to examples/published/results, from which page.py makes do
 import argparse
 import functools
 import json
+import pickle
 import platform
 import resource
 import time
@@ -130,14 +131,47 @@ def train(row, data, args, folder):
     )
 
 
-def evaluate(fit, data, args):
+def evidence_in_parts(path, model, guide, images, *, images_at_a_time, **options):
+    """Return log p(x) of the images and the seconds that it took, also those of earlier runs.
+
+    After each part, the estimates so far are written to the file. The next run resumes from them.
+    """
+    known = path.exists()
+    estimate, seconds = pickle.loads(path.read_bytes()) if known else (None, 0.0)  # noqa: S301 - own file
+    done = 0 if estimate is None else len(estimate.values)
+    while done < len(images):
+        start = time.perf_counter()
+        estimate = pv.evidence(
+            model,
+            guide,
+            images[: done + images_at_a_time],
+            seed=done,
+            resume=estimate,
+            progress=True,
+            **options,
+        )
+        seconds += time.perf_counter() - start
+        done = len(estimate.values)
+        written = path.with_suffix(".new")
+        written.write_bytes(pickle.dumps((estimate, seconds)))
+        written.replace(path)
+    return estimate, seconds
+
+
+def evaluate(fit, data, args, folder):
     """Yield parts of what tables A, B, C and E show of a fit, in nats. The last may take hours."""
     _, test = protocols.binary(data)
     model, guide = fit.model, fit.guide
     test = test[: args.images]
-    start = time.perf_counter()
-    estimate = pv.evidence(model, guide, test, num_particles=args.particles, seed=0, progress=True)
-    seconds = time.perf_counter() - start
+    name = f"{len(fit.history)}-epochs-{len(test)}-images-{args.particles}-particles"
+    estimate, seconds = evidence_in_parts(
+        folder / f"log_p-{name}.pickle",
+        model,
+        guide,
+        test,
+        images_at_a_time=1000,
+        num_particles=args.particles,
+    )
     yield {
         "log_p": estimate.mean,
         "monte_carlo_error": error_of_mean(estimate.monte_carlo_errors),
@@ -158,7 +192,14 @@ def evaluate(fit, data, args):
     yield result
     if args.ais:
         few = test[: args.ais]
-        annealed = pv.evidence(model, guide, few, method=AIS, seed=0, progress=True)
+        annealed, _ = evidence_in_parts(
+            folder / f"ais-{len(fit.history)}-epochs-{len(few)}-images.pickle",
+            model,
+            guide,
+            few,
+            images_at_a_time=100,
+            method=AIS,
+        )
         errors = annealed.monte_carlo_errors.hypot(estimate.monte_carlo_errors[: len(few)])
         yield {
             "ais_images": len(few),
@@ -260,12 +301,14 @@ def main():
     read = pv.datasets.from_idx if is_folder else pv.datasets.load
     data = read(args.data, binarize=row.binarize)
     name = f"{args.table}-{args.row}-{data.name}-{args.seed}"
-    fit = train(row, data, args, args.folder / name)
+    folder = args.folder / name
+    fit = train(row, data, args, folder)
     print(fit)
     result = {"table": args.table, "row": args.row, "data": data.name, "seed": args.seed}
     result |= {"epochs_of_protocol": args.epochs is None} | cost(fit)
     args.results.mkdir(parents=True, exist_ok=True)
-    for found in gaps(fit, data, args) if row.measures_gaps else evaluate(fit, data, args):
+    results = gaps(fit, data, args) if row.measures_gaps else evaluate(fit, data, args, folder)
+    for found in results:
         result |= found | {"peak_memory_mb": peak_memory()}
         finite = {key: None if value != value else value for key, value in result.items()}
         path = args.results / f"{name}.json"
