@@ -120,17 +120,18 @@ def test_log_p_resumes_after_the_part_that_was_finished(published, tmp_path, mon
         return pv.evidence(model, guide, x, **options)
 
     monkeypatch.setattr(published.run, "pv", SimpleNamespace(evidence=evidence))
-    path = tmp_path / "log_p.pickle"
     options = {"num_particles": 500, "batch_size": 7, "images_at_a_time": 7, "capture": False}
     with pytest.raises(KeyboardInterrupt):
-        published.run.evidence_in_parts(path, model, guide, images, **options)
-    estimate, seconds = published.run.evidence_in_parts(path, model, guide, images, **options)
-    assert calls == [7, 14, 21, 21, 23]
+        published.run.evidence_in_parts(tmp_path, model, guide, images, **options)
+    estimate, seconds = published.run.evidence_in_parts(tmp_path, model, guide, images, **options)
+    assert calls == [7, 14, 21, 21, 23]  # the third was interrupted
     assert len(estimate.values) == 23
     assert seconds > 0
-    again, same = published.run.evidence_in_parts(path, model, guide, images, **options)
+    again, same = published.run.evidence_in_parts(tmp_path, model, guide, images, **options)
     assert torch.equal(again.values, estimate.values)
     assert same == seconds
+    options["num_particles"] = 400
+    assert published.run.evidence_in_parts(tmp_path, model, guide, images, **options)[1] != same
     whole = pv.evidence(model, guide, images, num_particles=500, seed=1)
     errors = whole.monte_carlo_errors.hypot(estimate.monte_carlo_errors)
     # All 23 values are within 6 standard errors in all but 5 in 100 million runs.

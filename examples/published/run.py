@@ -12,6 +12,7 @@ The result is written to examples/published/results, from which page.py makes do
 
 import argparse
 import functools
+import hashlib
 import json
 import pickle
 import platform
@@ -131,11 +132,16 @@ def train(row, data, args, folder):
     )
 
 
-def evidence_in_parts(path, model, guide, images, *, images_at_a_time, **options):
+def evidence_in_parts(folder, model, guide, images, *, images_at_a_time, **options):
     """Return log p(x) of the images and the seconds that it took, also those of earlier runs.
 
-    After each part, the estimates so far are written to the file. The next run resumes from them.
+    After each part, the estimates so far are written to a file. The next run resumes from them if
+    parameters, images and options are the same.
     """
+    checksum = hashlib.sha256(repr(sorted(options.items())).encode())
+    for tensor in (*model.state_dict().values(), *guide.state_dict().values(), images):
+        checksum.update(tensor.cpu().numpy().tobytes())
+    path = folder / f"evidence-{checksum.hexdigest()[:16]}.pickle"
     known = path.exists()
     estimate, seconds = pickle.loads(path.read_bytes()) if known else (None, 0.0)  # noqa: S301 - own file
     done = 0 if estimate is None else len(estimate.values)
@@ -163,9 +169,8 @@ def evaluate(fit, data, args, folder):
     _, test = protocols.binary(data)
     model, guide = fit.model, fit.guide
     test = test[: args.images]
-    name = f"{len(fit.history)}-epochs-{len(test)}-images-{args.particles}-particles"
     estimate, seconds = evidence_in_parts(
-        folder / f"log_p-{name}.pickle",
+        folder,
         model,
         guide,
         test,
@@ -193,7 +198,7 @@ def evaluate(fit, data, args, folder):
     if args.ais:
         few = test[: args.ais]
         annealed, _ = evidence_in_parts(
-            folder / f"ais-{len(fit.history)}-epochs-{len(few)}-images.pickle",
+            folder,
             model,
             guide,
             few,

@@ -152,16 +152,15 @@ def test_one_component_far_away_does_not_change_the_others(position):
 
 
 @pytest.fixture
-def few_products_at_a_time(monkeypatch):
-    monkeypatch.setattr(pv.distributions._mixtures, "_PRODUCTS_IN_CACHE", 37)
+def few_at_a_time(monkeypatch):
+    for name in ("_LOG_DENSITIES_AT_A_TIME", "_LOG_DENSITIES_IN_CACHE"):
+        monkeypatch.setattr(pv.distributions._mixtures, name, 37)
 
 
 @pytest.mark.parametrize("one_scale", [False, True])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])
-def test_density_of_many_values_with_many_components(
-    few_products_at_a_time, one_scale, dtype, error
-):
-    """Few rows of the product of values and components exist at a time."""
+def test_density_of_many_values_with_many_components(few_at_a_time, one_scale, dtype, error):
+    """Values are scored in parts of a few log-densities."""
     k, d = 11, 3
     logits = torch.randn(k, dtype=dtype).masked_fill(torch.arange(k) == 4, -torch.inf)
     loc, scale = 100 + torch.randn(k, d, dtype=dtype), torch.rand(1 if one_scale else k, d) + 0.3
@@ -182,8 +181,8 @@ def test_density_of_many_values_with_many_components(
     assert (nothing.log_prob(z[1]) == -torch.inf).all()
 
 
-def test_derivatives_of_the_density_of_many_values(few_products_at_a_time):
-    """All modes of differentiation agree, also where values are scored in parts without them."""
+def test_derivatives_of_the_density_of_many_values(few_at_a_time):
+    """All modes of differentiation agree, also if values are scored in parts."""
     logits = torch.randn(11).masked_fill(torch.arange(11) == 2, -torch.inf)
     q = pv.distributions.MixtureOfDiagNormals(logits, torch.randn(11, 3), torch.ones(11, 3))
     z, direction = torch.randn(2, 8, 3)
@@ -191,19 +190,14 @@ def test_derivatives_of_the_density_of_many_values(few_products_at_a_time):
     forward = torch.func.jvp(q.log_prob, (z,), (direction,))[1]
     torch.testing.assert_close(forward, (backward * direction).sum(-1))
     assert torch.func.hessian(lambda value: q.log_prob(value).sum())(z).isfinite().all()
+    outer = torch.func.jvp(
+        lambda v: torch.func.grad(lambda w: (w * q.log_prob(v)).sum())(torch.ones(8)),
+        (z,),
+        (direction,),
+    )[1]
+    torch.testing.assert_close(outer, forward)
+    torch.testing.assert_close(torch.vmap(q.log_prob)(z.unsqueeze(1)).squeeze(1), q.log_prob(z))
     with torch.no_grad(), torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(z, direction)
         found = torch.autograd.forward_ad.unpack_dual(q.log_prob(dual)).tangent
     torch.testing.assert_close(found, forward)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_operation_for_large_mixtures_is_a_valid_operation_of_torch(
-    few_products_at_a_time, dtype
-):
-    bias, a, b = (torch.randn(*n, dtype=torch.float64) for n in ((13,), (9, 4), (4, 13)))
-    torch.library.opcheck(
-        pv.distributions._mixtures.log_sum_exp_of_products,
-        (bias, a, b, dtype),
-        test_utils=("test_schema", "test_faketensor"),
-    )

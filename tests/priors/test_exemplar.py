@@ -315,21 +315,6 @@ def test_estimators_encode_all_exemplars_once(name, binary, without_compiler, mo
     assert every >= 2 * once
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_captured_pass_scores_many_latents_under_many_exemplars(
-    compiled, binary, monkeypatch, request
-):
-    """It gives the evidence of eager passes, also of those that score all pairs at once."""
-    if not compiled:
-        request.getfixturevalue("without_compiler")
-    monkeypatch.setattr(pv.distributions._mixtures, "_PRODUCTS_IN_CACHE", 70)
-    model, guide = make(torch.rand(33, D).round())
-    found = [ESTIMATORS["evidence"](model, guide, x=binary, c=capture) for capture in (True, False)]
-    monkeypatch.undo()
-    found.append(ESTIMATORS["evidence"](model, guide, x=binary, c=False))
-    assert found == pytest.approx([found[0]] * 3, rel=1e-6)
-
-
 def test_a_fit_tells_that_positions_are_wrong(binary, without_compiler):
     count = len(binary)
     for wrong in (-1, count):
