@@ -151,9 +151,15 @@ def test_early_stopping_restores_parameters_and_buffers_of_the_best_epoch(binary
     norm = nn.BatchNorm1d(30)
     guide = pv.guides.AmortizedNormal(model, nn.Sequential(nn.Linear(16, 30), norm, nn.Tanh()))
     train, validation = binary[:20], binary[20:]
+    states = []
+
+    def record(epoch, row):
+        states.append([each.clone() for m in (model, guide) for each in m.state_dict().values()])
+
     result = fit(
         (model, guide),
         train,
+        after_epoch=record,
         objective=pv.objectives.MeanFieldELBO(20),
         validation=validation,
         epochs=400,
@@ -172,7 +178,9 @@ def test_early_stopping_restores_parameters_and_buffers_of_the_best_epoch(binary
     guide.eval()
     again = objective.loss(model, guide, validation) / len(validation)
     assert again == pytest.approx(losses.min(), abs=0.2)
-    assert losses.iloc[-1] > losses.min() + 0.2  # differs from the last epoch
+    record(None, None)
+    assert all(map(torch.equal, states[-1], states[result.best_epoch - 1]))
+    assert not all(map(torch.equal, states[-1], states[-2]))  # differs from the last epoch
 
 
 def test_seed_fixes_the_fit_and_keeps_the_global_rng_state(binary):
