@@ -142,9 +142,10 @@ def evidence_in_parts(folder, model, guide, images, *, images_at_a_time, **optio
     for tensor in (*model.state_dict().values(), *guide.state_dict().values(), images):
         checksum.update(tensor.cpu().numpy().tobytes())
     path = folder / f"evidence-{checksum.hexdigest()[:16]}.pickle"
-    known = path.exists()
-    estimate, seconds = pickle.loads(path.read_bytes()) if known else (None, 0.0)  # noqa: S301 - own file
-    done = 0 if estimate is None else len(estimate.values)
+    estimate, seconds, done = None, 0.0, 0
+    if path.exists():
+        estimate, seconds = pickle.loads(path.read_bytes())  # noqa: S301 - written below
+        done = len(estimate.values)
     while done < len(images):
         start = time.perf_counter()
         estimate = pv.evidence(
@@ -169,14 +170,8 @@ def evaluate(fit, data, args, folder):
     _, test = protocols.binary(data)
     model, guide = fit.model, fit.guide
     test = test[: args.images]
-    estimate, seconds = evidence_in_parts(
-        folder,
-        model,
-        guide,
-        test,
-        images_at_a_time=1000,
-        num_particles=args.particles,
-    )
+    options = {"images_at_a_time": 1000, "num_particles": args.particles}
+    estimate, seconds = evidence_in_parts(folder, model, guide, test, **options)
     yield {
         "log_p": estimate.mean,
         "monte_carlo_error": error_of_mean(estimate.monte_carlo_errors),
@@ -197,14 +192,8 @@ def evaluate(fit, data, args, folder):
     yield result
     if args.ais:
         few = test[: args.ais]
-        annealed, _ = evidence_in_parts(
-            folder,
-            model,
-            guide,
-            few,
-            images_at_a_time=100,
-            method=AIS,
-        )
+        options = {"images_at_a_time": 100, "method": AIS}
+        annealed, _ = evidence_in_parts(folder, model, guide, few, **options)
         errors = annealed.monte_carlo_errors.hypot(estimate.monte_carlo_errors[: len(few)])
         yield {
             "ais_images": len(few),
@@ -220,11 +209,14 @@ def error_of_mean(errors):
     return errors.square().sum().sqrt().item() / len(errors)
 
 
-def gaps(fit, data, args):
+def gaps(fit, data, args, folder):
     """Yield what table D shows of a fit, in nats, for the first images."""
     pair, few = (fit.model, fit.guide), data.test[: args.ais or 100]
+    annealed, seconds = None, 0.0
+    if args.ais:
+        options = {"images_at_a_time": 100, "method": AIS}
+        annealed, seconds = evidence_in_parts(folder, *pair, few, **options)
     start = time.perf_counter()
-    annealed = pv.evidence(*pair, few, method=AIS, seed=0, progress=True) if args.ais else None
     found = pv.inference_gaps(
         *pair,
         few,
@@ -241,7 +233,7 @@ def gaps(fit, data, args):
         ("amortization_gap", found.amortization_gap),
     ):
         result |= {name: estimate.mean, f"{name}_error": estimate.standard_error}
-    yield result | {"seconds_of_log_p": time.perf_counter() - start}
+    yield result | {"seconds_of_log_p": seconds + time.perf_counter() - start}
     yield gaps_of_training_images(fit, data, args)
 
 
@@ -312,8 +304,8 @@ def main():
     result = {"table": args.table, "row": args.row, "data": data.name, "seed": args.seed}
     result |= {"epochs_of_protocol": args.epochs is None} | cost(fit)
     args.results.mkdir(parents=True, exist_ok=True)
-    results = gaps(fit, data, args) if row.measures_gaps else evaluate(fit, data, args, folder)
-    for found in results:
+    measure = gaps if row.measures_gaps else evaluate
+    for found in measure(fit, data, args, folder):
         result |= found | {"peak_memory_mb": peak_memory()}
         finite = {key: None if value != value else value for key, value in result.items()}
         path = args.results / f"{name}.json"
