@@ -178,7 +178,7 @@ class MixtureOfDiagNormals(TorchDistribution):
             shape = torch.broadcast_shapes(shape, mixture.shape)
             value, mixture = value.expand(*shape, -1), mixture.expand(shape).flatten()
         rows = (value.double() - center).reshape(-1, value.shape[-1])
-        # Parts in a CPU's cache take two thirds of the time. A graph has the operations of each part.
+        # Parts in a CPU's cache save a third of the time. A graph has the operations of each part.
         in_cache = rows.device.type == "cpu" and not is_in_torch_dispatch_mode()
         numbers = _LOG_DENSITIES_IN_CACHE if in_cache else _LOG_DENSITIES_AT_A_TIME
         at_a_time = max(1, numbers // len(bias))
