@@ -49,7 +49,7 @@ MLP = functools.partial(pv.nets.MLP, 4, [3])
 
 
 def make_pair(likelihood: Callable = pv.likelihoods.Bernoulli) -> tuple[Any, Any]:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     decoder = pv.nets.MLP(2, [3], 4)
     model = pv.LatentVariableModel(pv.priors.StandardNormal(2), likelihood(decoder))
     return model, pv.guides.AmortizedNormal(model, MLP())
@@ -244,7 +244,7 @@ def arguments(name: str) -> dict[str, Any]:
 
 def call(name: str, **changed: Any) -> Any:
     """Call a public function or class with valid arguments, except for those in ``changed``."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     signature = inspect.signature(PUBLIC[name])
     values = arguments(name) | changed
     bound = inspect.BoundArguments(
@@ -256,7 +256,7 @@ def call(name: str, **changed: Any) -> Any:
             bound.arguments[parameter.name] = (
                 several if isinstance(several, tuple | list) else (several,)
             )
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     made = PUBLIC[name](*bound.args, **bound.kwargs)
     if isinstance(made, contextlib.AbstractContextManager):
         with made:
@@ -310,7 +310,7 @@ NUMBERS: dict[type, Callable[[Any], Any]] = {
 
 def numbers(made: Any) -> Any:
     """Return the numbers of a result; an empty list if its class is not in NUMBERS."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     if type(made).__name__ == "InferenceData":
         return torch.tensor(made["sample_stats"]["log_weight"].values)
     return next((of(made) for kind, of in NUMBERS.items() if isinstance(made, kind)), [])

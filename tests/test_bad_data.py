@@ -295,7 +295,7 @@ def test_data_are_refused_by_name_or_match_a_plain_tensor(name, argument):
 def _with_decoder(likelihood: Any, z: Any) -> Tensor:
     count = 4 * {"Categorical": 2, "DiscretizedLogistic": 2}.get(type(likelihood).__name__, 1)
     count = 24 if type(likelihood).__name__ == "DiscretizedLogisticMixture" else count
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     likelihood.decoder = pv.nets.MLP(4, [3], count)
     return likelihood(z).log_prob(X)
 
@@ -311,7 +311,7 @@ def _moved(flow: Any, x: Any) -> list[Tensor]:
 
 
 def _sampled(program: Any, x: Any) -> Any:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     found = program(x)
     return [*found.values()] if isinstance(found, dict) else found
 

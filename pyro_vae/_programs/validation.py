@@ -319,16 +319,19 @@ def _check_trace(trace: PairTrace, x: Tensor, *, weighs: bool) -> None:
         )
     for factor in (*trace.guide.values(), *trace.guide_losses, *trace.model.values()):
         _check_observation(factor, x)
+        excludes = factor.is_factor and factor.name in trace.model
+        may_be_zero = excludes or factor.name in trace.latents
         allowed = torch.isfinite(factor.log_prob)
-        if weighs and factor.name in trace.latents:
+        if weighs and may_be_zero:
             allowed = allowed | torch.isneginf(factor.log_prob)
         if not allowed.all():
             row = (~allowed).nonzero()[0, -1].item()
             remedy = "Look for values outside its support, or for a scale of zero or infinity."
-            if factor.name in trace.latents:
+            if may_be_zero:
                 remedy += (
-                    " There is no ELBO if the guide samples a latent outside the model's support: "
-                    "use a distribution on that support, as the guides of the library do."
+                    " There is no ELBO if the guide samples a latent outside the model's support, "
+                    "or one that a factor excludes: use a distribution on that support, as the "
+                    "guides of the library do."
                 )
             raise _NonFiniteDensityError(
                 f"site {factor.name!r} has a log-density of "

@@ -293,10 +293,13 @@ class VIMCO(Objective):
         bound = log_mean_weight(terms.log_weight, 0)
         if terms.score is None:
             return bound
-        log_weight = terms.log_weight.detach()
-        others = (log_weight.sum(0) - log_weight) / (len(log_weight) - 1)
-        one = torch.eye(len(log_weight), dtype=torch.bool, device=log_weight.device).unsqueeze(-1)
-        without = log_mean_weight(torch.where(one, others, log_weight.unsqueeze(0)), 1)
+        log_weight = terms.log_weight.detach().unsqueeze(0)
+        count = log_weight.shape[1]
+        one = torch.eye(count, dtype=torch.bool, device=log_weight.device).unsqueeze(-1)
+        # The sum minus one log-weight would be NaN for weights of zero.
+        others = torch.where(one, 0.0, log_weight).sum(1) / (count - 1)
+        without = log_mean_weight(torch.where(one, others, log_weight), 1)
+        without = torch.where(without == -torch.inf, 0.0, without)  # any baseline is unbiased
         signal = bound.detach() - without
         return bound + (signal * (terms.score - terms.score.detach())).sum(0)
 

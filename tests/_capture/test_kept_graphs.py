@@ -16,11 +16,11 @@ import pyro_vae as pv
 
 @needs_compiler
 def test_equal_graphs_are_compiled_once(binary, monkeypatch):
-    compiled, compiler = [], torch._inductor.compile
+    compiled = []
 
     def counted(graph, inputs, options):
         compiled.append(graph)
-        return compiler(graph, inputs, options)
+        return graph
 
     replace_compiler(monkeypatch, counted)
     for seed in range(3):  # with other parameters and the same architecture

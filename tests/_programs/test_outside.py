@@ -219,6 +219,52 @@ def test_discrete_samples_outside_have_weight_zero():
             assert ((found.values - exact).abs() < 5 * found.monte_carlo_errors).all()
 
 
+@pytest.mark.parametrize("method", ["importance", "naive"])
+@pytest.mark.parametrize("discrete", [False, True])
+def test_samples_that_a_factor_excludes_have_weight_zero(discrete, method):
+    """The prior is N(0, 1) or uniform on {0, 1, 2}. A factor excludes all values below 0.5."""
+    cut = torch.tensor(0.5)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            p_z = dist.Categorical(torch.ones(3)) if discrete else dist.Normal(0.0, 1.0)
+            z = pyro.sample("z", p_z)
+            pyro.factor("constraint", torch.where(z < cut, -torch.inf, 0.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            q_z = dist.Categorical(torch.ones(3)) if discrete else dist.Normal(0.8, 0.9)
+            pyro.sample("z", q_z)
+
+    x = torch.randn(5)
+    if discrete:
+        z = torch.tensor([1.0, 2.0])
+        exact = dist.Normal(z, 1.0).log_prob(x[:, None]).logsumexp(-1) - torch.tensor(3.0).log()
+    else:  # z is N(x / 2, 1 / 2) given x
+        above = dist.Normal(0.0, 1.0).cdf((x / 2 - cut) * 2**0.5)
+        exact = dist.Normal(0.0, 2**0.5).log_prob(x) + above.log()
+    found = pv.evidence(model, guide, x, num_particles=20_000, method=method, seed=0)
+    assert ((found.values - exact).abs() < 5 * found.monte_carlo_errors).all()
+    with pytest.raises(ValueError, match=r"'constraint' has a log-density of -inf.*a factor excl"):
+        pv.fit(model, guide, x.repeat(10), epochs=1, progress=False)
+
+
+def test_a_factor_of_the_guide_cannot_exclude_samples():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("f", torch.where(z < 0, -torch.inf, 0.0), has_rsample=True)
+
+    with pytest.raises(ValueError, match=r"'f' has a log-density of -inf"):
+        pv.evidence(model, guide, torch.randn(50), num_particles=10)
+
+
 @pytest.mark.parametrize("inside_event", [False, True])
 def test_masked_samples_outside_add_nothing(inside_event):
     mask = torch.tensor([True, False])

@@ -321,11 +321,20 @@ def test_baselines_lower_the_variance(without, with_baseline, share):
     assert variances[1] < share * variances[0]
 
 
-def test_vimco_matches_its_definition():
-    """Compute the signal of each of three particles per data point."""
+@pytest.mark.parametrize("lowest", [-torch.inf, -1.5])
+def test_vimco_matches_its_definition(lowest):
+    """Compute the signal of each of three particles per data point; z below ``lowest`` has p = 0."""
     torch.manual_seed(9)
     pair = Pair(reparameterized=False)
-    t = pv.terms(pair.model, pair.guide, X, num_particles=3)
+
+    class Truncated(dist.Normal):
+        def log_prob(self, value):
+            return torch.where(value < lowest, -torch.inf, super().log_prob(value))
+
+    pair.p_z = lambda number, z: Truncated(torch.zeros((), dtype=torch.float64), 1.0)
+    t = pv.terms(pair.model, pair.guide, X.repeat(20), num_particles=3)
+    zeros = {*t.log_weight.isinf().sum(0).tolist()}
+    assert zeros == ({0, 1, 2} if lowest > -torch.inf else {0})
     bound = objectives.VIMCO(3).bound(t).sum()
     log_w, log_q = t.log_weight, t.log_guide
     total = log_mean(log_w).sum()
@@ -333,7 +342,8 @@ def test_vimco_matches_its_definition():
         others = [j for j in range(3) if j != k]
         mean = log_w[others].detach().mean(0)
         replaced = torch.cat([log_w[others].detach(), mean.unsqueeze(0)])
-        signal = log_mean(log_w).detach() - log_mean(replaced)
+        baseline = torch.where(replaced.isinf().all(0), 0.0, log_mean(replaced))
+        signal = log_mean(log_w).detach() - baseline
         total = total + (signal * (log_q[k] - log_q[k].detach())).sum()
     found = torch.autograd.grad(bound, [*pair.parameters()], retain_graph=True)
     expected = torch.autograd.grad(total, [*pair.parameters()])
