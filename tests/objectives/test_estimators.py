@@ -323,7 +323,7 @@ def test_baselines_lower_the_variance(without, with_baseline, share):
 
 @pytest.mark.parametrize("lowest", [-torch.inf, -1.5])
 def test_vimco_matches_its_definition(lowest):
-    """Compute the signal of each of three particles per data point; z below ``lowest`` has p = 0."""
+    """Compute the signal of each of three particles, also if z below ``lowest`` has p(z) = 0."""
     torch.manual_seed(9)
     pair = Pair(reparameterized=False)
 
