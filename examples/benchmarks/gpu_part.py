@@ -87,10 +87,11 @@ def run(sections: Mapping[str, Callable[[Settings], None]]) -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
-    settings = Settings(
-        torch.device(arguments.device), arguments.small, time.monotonic() + arguments.seconds
-    )
-    on_cuda = settings.device.type == "cuda"
+    device = torch.device(arguments.device)
+    on_cuda = device.type == "cuda"
+    if on_cuda and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    settings = Settings(device, arguments.small, time.monotonic() + arguments.seconds)
     if on_cuda:
         torch.cuda.set_device(settings.device)
     name = torch.cuda.get_device_name(settings.device) if on_cuda else platform.machine()

@@ -153,7 +153,8 @@ class Case:
             train_step._whole = None
 
         def epoch():
-            train_step.recheck(after_user_code=True)
+            if not train_step.execution.startswith("captured"):
+                train_step.recheck(after_user_code=True)
             train_step.begin(None)
             losses = [train_step.step(selection) for selection in batches.selections()]
             if capture and not train_step.execution.startswith("captured"):

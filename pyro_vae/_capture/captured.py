@@ -210,6 +210,10 @@ class Captured:
             and self._reason_against_replay() is None
         )
 
+    def release(self) -> None:
+        """Release the graph and its memory on a GPU. Calls are not possible afterwards."""
+        self._graph = self._replay = None
+
     def run_graph(self, *inputs: Tensor) -> Outputs:
         """Run the operations of the graph, without checks. :meth:`replays` must be true."""
         with torch.no_grad():

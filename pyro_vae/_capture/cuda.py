@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,15 +33,22 @@ class CudaGraph:
         device = inputs[0].device
         self._inputs = [tensor.clone() for tensor in inputs]
         with torch.cuda.device(device):  # a graph belongs to the current device
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):  # warm-up: libraries choose algorithms
-                for _ in range(3):
-                    function(*self._inputs)
-            torch.cuda.current_stream(device).wait_stream(stream)
+            before, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+            stream.wait_stream(before)
+            try:
+                with torch.cuda.stream(stream):  # warm-up: libraries choose algorithms
+                    for _ in range(2):
+                        function(*self._inputs)
+                    with _refused_synchronization():
+                        function(*self._inputs)
+            finally:
+                before.wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            # Other threads may use the device, such as one that copies a stream of data to it.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.stream(before),  # torch stays on the other stream if recording fails
+                # Other threads may use the device, such as one that copies a stream of data to it.
+                torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
+            ):
                 self._outputs = function(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> Outputs:
@@ -48,6 +57,22 @@ class CudaGraph:
             kept.copy_(given, non_blocking=True)
         self._graph.replay()
         return self._outputs
+
+
+@contextlib.contextmanager
+def _refused_synchronization() -> Iterator[None]:
+    """Raise a RuntimeError if the CPU waits for the device, as it does when it reads a value.
+
+    Such a function cannot be recorded, and torch does not recover from a recording that fails.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 def versions_elsewhere(tensors: Sequence[Tensor], device: torch.device) -> list[tuple[Tensor, int]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +85,24 @@ def _compile(graph: GraphModule, inputs: Sequence[Tensor]) -> CompiledGraph:
             if node.target is aten.view.default:
                 # A tensor that is contiguous here may have another layout in compiled code.
                 node.target = aten.reshape.default
-        return torch._inductor.compile(graph, inputs, options)
+        with contextlib.nullcontext() if inputs[0].is_cpu else bernoulli_of_torch():
+            return torch._inductor.compile(graph, inputs, options)
+
+
+@contextlib.contextmanager
+def bernoulli_of_torch() -> Iterator[None]:
+    """Compile calls of torch's kernel for torch.bernoulli. The compiler's own draws other numbers.
+
+    On a CPU, :func:`rewrite` replaces the operation by a faster one that draws torch's numbers.
+    """
+    from torch._inductor.decomposition import decompositions
+
+    replaced = decompositions.pop(aten.bernoulli.default, None)
+    try:
+        yield
+    finally:
+        if replaced is not None:
+            decompositions[aten.bernoulli.default] = replaced
 
 
 def rewrite(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:

@@ -158,9 +158,14 @@ def preserve_rng_state(inputs: Sequence[Tensor]) -> Iterator[Callable[[], None]]
 
 
 def generator_state(inputs: Sequence[Tensor]) -> Tensor:
-    """Return the state of torch's generator on the inputs' device."""
-    device = inputs[0].device
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    """Return the states of torch's generators: of the CPU, and of the inputs' device.
+
+    A CUDA graph keeps a number that the CPU drew, so its replay leaves the CPU's generator behind.
+    """
+    device, states = inputs[0].device, [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
 
 
 def noise_from_elsewhere() -> list[list[int]]:

@@ -139,7 +139,8 @@ class MixtureOfDiagNormals(TorchDistribution):
                 t.expand(*component.shape, -1, -1).gather(-2, index).squeeze(-2)
                 for t in (self.loc, self.scale)
             )
-            value = torch.normal(loc, scale)
+            # The numbers of torch.normal, which reads a value of the scale on the CPU.
+            value = torch.randn(loc.shape, dtype=loc.dtype, device=loc.device) * scale + loc
         if torch.is_grad_enabled() and any(
             t.requires_grad for t in (self.logits, self.loc, self.scale)
         ):

@@ -30,7 +30,8 @@ class Householder(Flow):
     def forward(self, parameters: Tensor) -> FlowTransform:
         """Return the reflection across the plane orthogonal to v."""
         # Zero parameters give the first axis, because v = 0 does not define a plane.
-        return _Householder(parameters + torch.eye(1, self.dim).to(parameters).squeeze(0))
+        first = torch.eye(1, self.dim, dtype=parameters.dtype, device=parameters.device)
+        return _Householder(parameters + first.squeeze(0))
 
 
 class _Householder(FlowTransform):

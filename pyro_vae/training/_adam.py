@@ -157,7 +157,8 @@ class Adam(torch.optim.Adam):
                 "does, or create the embedding with sparse=False"
             )
         state = self.state[parameter]
-        state["step"] = torch.zeros((), device=parameter.device)
+        # Torch's kernel on CUDA reads float32, whatever the default dtype is.
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         for name in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad:
             state[name] = torch.zeros_like(parameter)
         return state

@@ -409,6 +409,7 @@ def fit(
     history = loop.history.set_index("epoch")
     seconds = time.perf_counter() - started
     execution = train_step.execution
+    train_step.release()
     result = Fit(
         model,
         guide,

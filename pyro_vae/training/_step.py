@@ -78,6 +78,14 @@ class TrainStep:
             found += ", with the optimizer"
         return found
 
+    def release(self) -> None:
+        """Release the capture and its memory on a GPU. Steps are not possible afterwards.
+
+        References in a circle would keep the memory until the next garbage collection.
+        """
+        self._captured.release()
+        self._whole = None
+
     def begin(self, steps: int | None, *, validated: bool = False) -> None:
         """Prepare for the steps of one epoch.
 

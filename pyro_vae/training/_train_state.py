@@ -220,12 +220,17 @@ class TrainState:
         return bool(later)
 
     def _undo_casts(self, saved: Mapping[int, Mapping[str, Any]]) -> None:
-        """Restore the dtypes of the optimizer's state. Torch casts it to the parameters' dtypes."""
+        """Restore the dtypes of the optimizer's state. Torch casts it to the parameters' dtypes.
+
+        Torch casts the number of steps only where the optimizer needs another dtype.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for number, values in saved.items():
             live = self.optimizer.state[parameters[number]]
             for name, value in values.items():
-                if isinstance(value, Tensor) and live[name].dtype != value.dtype:
+                if name == "step" or not isinstance(value, Tensor):
+                    continue
+                if live[name].dtype != value.dtype:
                     live[name] = value.clone().to(live[name].device)
 
     def _forget_later_parameters(self, state: Mapping[str, Any]) -> None:

@@ -6,7 +6,9 @@ write fixed tensors, and the results of all replays lie in the same memory.
 
 import copy
 import functools
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -74,6 +76,25 @@ def test_losses_of_steps_that_share_their_memory(options, binary, recorded):
 @pytest.mark.parametrize("options", IN_ONE_GRAPH.values(), ids=IN_ONE_GRAPH)
 def test_whole_steps(options, binary, recorded):
     check_recorded(binary, "captured, not compiled, with the optimizer", **options)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_recordings_are_released_with_the_fit(parts, binary, recorded, monkeypatch):
+    made, begin = [], Recorded.__init__
+
+    def noted(self, *args):
+        made.append(weakref.ref(self))
+        begin(self, *args)
+
+    monkeypatch.setattr(Recorded, "__init__", noted)
+    options = {} if parts == 1 else IN_TWO_PARTS["alternation"]
+    gc.disable()  # memory on a GPU does not start a garbage collection
+    try:
+        fitted(make_pair, binary, capture=True, **options)
+        assert made
+        assert not any(each() for each in made)
+    finally:
+        gc.enable()
 
 
 def check_recorded(binary, execution, **options):

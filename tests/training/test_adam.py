@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from capturing import default_dtype
 from conftest import make_pair
 
 import pyro_vae as pv
@@ -49,6 +50,19 @@ def test_adam_equals_torchs_adam():
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
     assert calls == [2] * 240
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_steps_are_counted_in_float32(resume):
+    """Torch's kernel on CUDA reads the number as float32."""
+    with default_dtype(torch.float64):
+        parameter = torch.randn(3, requires_grad=True)
+        optimizer = Adam([parameter])
+        optimizer.step(closure_of([parameter], [torch.ones(3)]))
+        if resume:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.step(closure_of([parameter], [torch.ones(3)]))
+    assert optimizer.state[parameter]["step"].dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:.*run(s)? eagerly")
