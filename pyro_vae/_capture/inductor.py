@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.library import Library
 
 from pyro_vae._capture.products import faster_products
 from pyro_vae._utils.precision import current_precision
@@ -80,29 +80,33 @@ def _compile(graph: GraphModule, inputs: Sequence[Tensor]) -> CompiledGraph:
         if inputs[0].is_cpu:
             graph = rewrite(graph, inputs)
             options["cpp_wrapper"] = True  # call the kernels from C++
+        else:
+            keep_bernoulli(graph)
         for node in graph.graph.nodes:
             node.meta.clear()  # otherwise the compiler would use its fake tensors
             if node.target is aten.view.default:
                 # A tensor that is contiguous here may have another layout in compiled code.
                 node.target = aten.reshape.default
-        with contextlib.nullcontext() if inputs[0].is_cpu else bernoulli_of_torch():
-            return torch._inductor.compile(graph, inputs, options)
+        return torch._inductor.compile(graph, inputs, options)
 
 
-@contextlib.contextmanager
-def bernoulli_of_torch() -> Iterator[None]:
-    """Compile calls of torch's kernel for torch.bernoulli. The compiler's own draws other numbers.
+def keep_bernoulli(graph: GraphModule) -> None:
+    """Let compiled code call torch's kernel for torch.bernoulli, by an operation of our own.
 
-    On a CPU, :func:`rewrite` replaces the operation by a faster one that draws torch's numbers.
+    The compiler's version of the operation draws other numbers on a GPU. On a CPU, :func:`rewrite`
+    replaces it by a faster one that draws torch's numbers.
     """
-    from torch._inductor.decomposition import decompositions
+    for node in graph.graph.nodes:
+        if node.target is aten.bernoulli.default and node.kwargs.get("generator") is None:
+            node.target, node.kwargs = torch.ops.pyro_vae.bernoulli.default, {}
+    graph.recompile()
 
-    replaced = decompositions.pop(aten.bernoulli.default, None)
-    try:
-        yield
-    finally:
-        if replaced is not None:
-            decompositions[aten.bernoulli.default] = replaced
+
+_library = Library("pyro_vae", "FRAGMENT")
+_library.define("bernoulli(Tensor p) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_library.impl("bernoulli", torch.bernoulli, "CPU")
+_library.impl("bernoulli", torch.bernoulli, "CUDA")
+_library.impl("bernoulli", lambda p: p.new_empty(p.shape), "Meta")
 
 
 def rewrite(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:

@@ -40,11 +40,12 @@ def test_compiled_samples_are_those_of_torch():
     """On a GPU, no operation is rewritten. In float64, the compiler's own samples are others."""
 
     def function(p):
-        return [torch.bernoulli(p), torch.rand(3)]
+        return [torch.bernoulli(p), torch.rand(3), torch.bernoulli(p), torch.bernoulli(p.T)]
 
-    p = torch.rand(200, dtype=torch.float64)
-    with inductor.bernoulli_of_torch():
-        compiled = torch._inductor.compile(make_fx(function)(p), [p], {"fallback_random": True})
+    p = torch.rand(20, 10, dtype=torch.float64)
+    graph = make_fx(function)(p)
+    inductor.keep_bernoulli(graph)
+    compiled = torch._inductor.compile(graph, [p], {"fallback_random": True})
     results = []
     for each in (compiled, function):
         torch.manual_seed(1)
