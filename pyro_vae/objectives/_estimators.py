@@ -299,8 +299,8 @@ class VIMCO(Objective):
         # The sum minus one log-weight would be NaN for weights of zero.
         others = torch.where(one, 0.0, log_weight).sum(1) / (count - 1)
         without = log_mean_weight(torch.where(one, others, log_weight), 1)
-        without = torch.where(without == -torch.inf, 0.0, without)  # any baseline is unbiased
-        signal = bound.detach() - without
+        # If all other weights are zero, the signal would be infinite. Leave it out.
+        signal = torch.where(without == -torch.inf, 0.0, bound.detach() - without)
         return bound + (signal * (terms.score - terms.score.detach())).sum(0)
 
 

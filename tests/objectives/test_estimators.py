@@ -342,13 +342,36 @@ def test_vimco_matches_its_definition(lowest):
         others = [j for j in range(3) if j != k]
         mean = log_w[others].detach().mean(0)
         replaced = torch.cat([log_w[others].detach(), mean.unsqueeze(0)])
-        baseline = torch.where(replaced.isinf().all(0), 0.0, log_mean(replaced))
-        signal = log_mean(log_w).detach() - baseline
+        signal = log_mean(log_w).detach() - log_mean(replaced)
+        signal = torch.where(replaced.isinf().all(0), 0.0, signal)
         total = total + (signal * (log_q[k] - log_q[k].detach())).sum()
     found = torch.autograd.grad(bound, [*pair.parameters()], retain_graph=True)
     expected = torch.autograd.grad(total, [*pair.parameters()])
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(bound, total)
+
+
+def test_vimco_does_not_depend_on_a_constant_if_weights_are_zero():
+    gradients = []
+    for offset in (0.0, 100.0):
+        logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+
+        def model(x, offset=offset):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Categorical(torch.ones(3)))
+                pyro.factor("f", torch.where(z < 1, -torch.inf, offset))
+                pyro.sample("x", dist.Normal(z.double(), 1.0), obs=x)
+
+        def guide(x, logits=logits):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Categorical(logits=logits.expand(len(x), 3)))
+
+        torch.manual_seed(2)
+        x = torch.linspace(0, 2, 20).double()
+        objectives.VIMCO(3).differentiable_loss(model, guide, x).backward()
+        gradients.append(logits.grad)
+    assert gradients[0].isfinite().all()
+    torch.testing.assert_close(*gradients)
 
 
 def test_sleep_phase_refuses_a_factor():
