@@ -23,6 +23,12 @@ _GRAPHS_KEPT = 16
 _ALIGNMENT = 64  # bytes; compiled code may assume the alignment of its inputs
 _compiled: OrderedDict[Hashable, CompiledGraph] = OrderedDict()  # the last used is at the end
 
+_library = Library("pyro_vae", "FRAGMENT")
+_library.define("bernoulli(Tensor p) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_library.impl("bernoulli", torch.bernoulli, "CPU")
+_library.impl("bernoulli", torch.bernoulli, "CUDA")
+_library.impl("bernoulli", lambda p: p.new_empty(p.shape), "Meta")
+
 
 def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> CompiledGraph:
     """Compile a graph, whose random numbers stay those of torch's generators.
@@ -100,13 +106,6 @@ def keep_bernoulli(graph: GraphModule) -> None:
         if node.target is aten.bernoulli.default and node.kwargs.get("generator") is None:
             node.target, node.kwargs = torch.ops.pyro_vae.bernoulli.default, {}
     graph.recompile()
-
-
-_library = Library("pyro_vae", "FRAGMENT")
-_library.define("bernoulli(Tensor p) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
-_library.impl("bernoulli", torch.bernoulli, "CPU")
-_library.impl("bernoulli", torch.bernoulli, "CUDA")
-_library.impl("bernoulli", lambda p: p.new_empty(p.shape), "Meta")
 
 
 def rewrite(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:

@@ -317,10 +317,11 @@ def _check_trace(trace: PairTrace, x: Tensor, *, weighs: bool) -> None:
             'Programs are called with minibatches: use `pyro.plate("data", x.shape[0])`. If the '
             'minibatch represents N rows, use `pyro.plate("data", N, subsample=x)`.'
         )
-    for factor in (*trace.guide.values(), *trace.guide_losses, *trace.model.values()):
+    factors = [(factor, False) for factor in (*trace.guide.values(), *trace.guide_losses)]
+    factors += [(factor, True) for factor in trace.model.values()]
+    for factor, of_model in factors:
         _check_observation(factor, x)
-        excludes = factor.is_factor and factor.name in trace.model
-        may_be_zero = excludes or factor.name in trace.latents
+        may_be_zero = of_model and (factor.is_factor or factor.name in trace.latents)
         allowed = torch.isfinite(factor.log_prob)
         if weighs and may_be_zero:
             allowed = allowed | torch.isneginf(factor.log_prob)

@@ -228,9 +228,8 @@ class TrainState:
         for number, values in saved.items():
             live = self.optimizer.state[parameters[number]]
             for name, value in values.items():
-                if name == "step" or not isinstance(value, Tensor):
-                    continue
-                if live[name].dtype != value.dtype:
+                is_cast = isinstance(value, Tensor) and live[name].dtype != value.dtype
+                if is_cast and name != "step":
                     live[name] = value.clone().to(live[name].device)
 
     def _forget_later_parameters(self, state: Mapping[str, Any]) -> None:

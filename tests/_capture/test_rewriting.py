@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from capturing import needs_compiler
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae._capture.inductor import rewrite
+from pyro_vae._capture.inductor import keep_bernoulli, rewrite
 
 
 def rewritten(function, *inputs):
@@ -69,3 +70,22 @@ def test_writes_in_place_are_kept():
 
     rewritten(function, count, x)
     assert count == 2  # once by the trace, and once by the graph
+
+
+@needs_compiler
+def test_compiled_samples_are_those_of_torch():
+    """As on a GPU, where no operation is rewritten. The compiler's own float64 samples differ."""
+
+    def function(p):
+        return [torch.bernoulli(p), torch.rand(3), torch.bernoulli(p), torch.bernoulli(p.T)]
+
+    p = torch.rand(20, 10, dtype=torch.float64)
+    graph = make_fx(function)(p)
+    keep_bernoulli(graph)
+    compiled = torch._inductor.compile(graph, [p], {"fallback_random": True})
+    results = []
+    for each in (compiled, function):
+        torch.manual_seed(1)
+        results.append([*each(p), torch.get_rng_state()])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)

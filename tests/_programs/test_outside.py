@@ -250,10 +250,14 @@ def test_samples_that_a_factor_excludes_have_weight_zero(discrete, method):
         pv.fit(model, guide, x.repeat(10), epochs=1, progress=False)
 
 
-def test_a_factor_of_the_guide_cannot_exclude_samples():
+@pytest.mark.parametrize("name", ["f", "g"])
+def test_a_factor_of_the_guide_cannot_exclude_samples(name):
+    """Also if the model has a factor of the same name."""
+
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor(name, z)
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     def guide(x):
