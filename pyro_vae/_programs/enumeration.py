@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Categorical
@@ -40,7 +41,8 @@ class SummedOut:
         sites: by name, the sites from the run with all values at once.
         dims: by name, the dimension of the tables over the values of a site.
         tables: the factors of :math:`\log p(c, z)`, for the values c of the sites and the latents z
-            that depend on them, each of shape (\*enumerated dimensions, K, B).
+            that depend on them, each of shape (\*enumerated dimensions, K, B). Those of a
+            ``pyro.factor`` are among them.
     """
 
     sites: dict[str, Site]
@@ -245,8 +247,9 @@ class Enumeration:
         r"""Sum the enumerated sites that only the model has out of its densities.
 
         Sites that depend on the same enumerated sites form a group. The first latent of a group
-        gets the density of all its latents, :math:`\log p(z)`. Its first observation gets
-        :math:`\log p(x, z) - \log p(z)`. The other sites of the group get zero.
+        gets the density of all its latents, :math:`\log p(z)`. Its first factor gets the rest of
+        the sum over latents and factors. Its first observation gets the rest of the sum over all
+        sites, :math:`\log p(x, z) - \log p(z)` without factors. The other sites get zero.
         A scale multiplies the logarithm of the sum, so all sites of a group must have the same one.
         """
         result = {name: table for name, table in tables.items() if name not in self.in_model}
@@ -255,6 +258,7 @@ class Enumeration:
             unobserved = [n for n in group if not self._model_sites[n]["is_observed"]]
             latents = [n for n in unobserved if n not in self.in_model]
             observed = [n for n in group if n not in unobserved]
+            factors = [n for n in observed if isinstance(self._model_sites[n]["fn"], Unit)]
             joint = [tables[n] for n in unobserved]
             dims = dict(zip(self.in_model, self._model_dims, strict=True))
             dims = {name: dim for name, dim in dims.items() if name in group}
@@ -274,8 +278,9 @@ class Enumeration:
                     tables[name].reshape(
                         *tables[name].shape[: self.count], *tables[name].shape[-2:]
                     )
-                    for name in unobserved
-                    if name not in inside
+                    for name in group
+                    if name in unobserved or name in factors
+                    if not any(tables[name].shape[dim] > 1 for dim in inside.values())
                 ]
                 self.summed_out.append(
                     SummedOut(
@@ -284,17 +289,23 @@ class Enumeration:
                         flat,
                     )
                 )
+            before = None
             if latents:
-                prior = self._log_sum(joint)
+                before = self._log_sum(joint)
                 self.entangled.append(latents)
-                result.update(dict.fromkeys(latents, torch.zeros_like(prior)))
-                result[latents[0]] = prior
-            if observed:
-                whole = self._log_sum(tables[n] for n in group)
-                result.update(dict.fromkeys(observed, torch.zeros_like(whole)))
-                if latents:  # impossible latents have a prior of minus infinity
-                    whole = torch.where(prior == -math.inf, 0.0, whole - prior)
-                result[observed[0]] = whole
+                result.update(dict.fromkeys(latents, torch.zeros_like(before)))
+                result[latents[0]] = before
+            # Factors come before observations, so that a factor of minus infinity stays a factor.
+            for others in (factors, [name for name in observed if name not in factors]):
+                if not others:
+                    continue
+                joint = joint + [tables[name] for name in others]
+                whole = self._log_sum(joint)
+                result.update(dict.fromkeys(others, torch.zeros_like(whole)))
+                result[others[0]] = whole
+                if before is not None:  # what follows an impossible value has a density of one
+                    result[others[0]] = torch.where(before == -math.inf, 0.0, whole - before)
+                before = whole
         return result
 
     def _require_one_scale(self, group: list[str]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,14 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
+from torch.distributions.constraints import Constraint
 
 from pyro_vae._programs.agreement import (
     check_agreement,
     check_event_shape,
     check_rows,
     common_data_frame,
+    is_delta,
 )
 from pyro_vae._programs.ancestral import JointSample
 from pyro_vae._programs.data_plate import name_plates_in, names_for_guide, repeated_rows
@@ -46,6 +48,7 @@ from pyro_vae._programs.sites import (
     cannot_score,
     data_frame,
     is_loss_of_guide,
+    is_real,
     masked_observations,
     observed_value,
     own_scale,
@@ -182,6 +185,7 @@ class PairTrace:
             self.scale *= self._copies
         # Sites of the guide that cannot score the given value, see ``guide_at``.
         self.unscored: list[str] = []
+        self._limited: set[str] = set()  # latents that the guide may sample outside their support
         self.averaged: list[str] = []
         self.summed: list[str] = []  # sites that only the model enumerates
         self.entangled: list[list[str]] = []
@@ -222,7 +226,7 @@ class PairTrace:
             return trace
 
         self._samples = HeldSamples()
-        with self._samples if hold_samples else nullcontext():
+        with self._samples if hold_samples else contextlib.nullcontext():
             guide_trace = run_guide(*args, **kwargs)
         model_trace = plain_trace(replay(model, guide_trace), *args, **kwargs)
         names = name_plates_in(model_trace, model, args, kwargs, run_model)
@@ -345,6 +349,29 @@ class PairTrace:
     def _observed_sites(self) -> list[Site]:
         """The local observed sites."""
         return [f.site for f in self.model.values() if f.observed and f.local and not f.is_factor]
+
+    def excluded(self) -> Tensor | None:
+        """Return which samples have a density of zero under the model, (K, B).
+
+        They have a latent outside of its support, or a factor of minus infinity. The result is
+        None if there can be no such sample.
+        """
+        able = [f for f in self.model.values() if f.is_factor or f.name in self._limited]
+        if not able:
+            return None
+        zero = [f.log_prob.isneginf() for f in able]
+        zero = [each if f.local else each.unsqueeze(1) for f, each in zip(able, zero, strict=True)]
+        return functools.reduce(torch.logical_or, zero).expand_as(self.zeros(local=True))
+
+    def outside_support(self) -> dict[str, Constraint]:
+        """Return the supports of latents that the guide samples on the whole real line, by name."""
+        found = {}
+        for name in sorted(self._limited):
+            site = self.guide[name].site
+            with contextlib.suppress(NotImplementedError):
+                if is_real(site["fn"].support) and not is_delta(site):
+                    found[name] = self.model[name].site["fn"].support
+        return found
 
     def sample_joint(self) -> JointSample:
         """Sample latents and data together from the model, as many as the minibatch has rows."""
@@ -479,6 +506,7 @@ class PairTrace:
             if drawn_at is not None:
                 support = support_to_check(site, drawn_at)
                 if support is not None:
+                    self._limited.add(site["name"])
                     return log_prob_on(support, site)
             return fn.log_prob(value, *site["args"], **site["kwargs"])
         except (KeyError, NotImplementedError):  # Pyro's flows without an inverse raise either one

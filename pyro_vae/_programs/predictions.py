@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pyro import poutine
 from pyro.distributions import Unit
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
-from pyro_vae._programs.enumeration import SummedOut
+from pyro_vae._programs.enumeration import SummedOut, inner_dims
 from pyro_vae._programs.pair_trace import PairTrace
-from pyro_vae._programs.sites import Site, data_frame, random_sites
+from pyro_vae._programs.sites import WAS_GIVEN, Site, data_frame, random_sites
+from pyro_vae._utils.user_warnings import warn_user
 from pyro_vae.distributions._moments import closed_form_mean
 from pyro_vae.distributions._supports import is_angle
 
@@ -34,6 +35,10 @@ def drawn_sites(run: PairTrace) -> list[Site]:
         ValueError: The guide enumerates a site, so it has no sampled latents.
     """
     run.require_drawn()
+    inside = [inner_dims(site) for site in run.summed_inside]
+    local = [f.site for f in run.model.values() if f.is_factor and f.local]
+    beside = [site for site in local if any(plates <= inner_dims(site) for plates in inside)]
+    warn_of_factors([*beside, *run.summed_inside])
     given = {}
     for together in run.summed_out:
         for name, index in together.sample().items():
@@ -74,15 +79,38 @@ def mean_or_draw(site: Site) -> Tensor:
     return site["value"] if mean is None else mean
 
 
+def warn_of_factors(sites: Iterable[Site]) -> None:
+    """Warn that samples of a model do not take its factors into account.
+
+    Args:
+        sites: the sites of a run of the model. There is no warning if it sampled no latent.
+    """
+    factors, sampled = [], False
+    for site in sites:
+        if isinstance(site["fn"], Unit):
+            factors.append(site["name"])
+        elif not (site["is_observed"] or _was_observed(site) or site["infer"].get(WAS_GIVEN)):
+            sampled = True
+    if factors and sampled:
+        warn_user(
+            f"the model has the factor {factors[0]!r}, which is not a density. Latents are sampled "
+            "from the distributions of their sites, and the factor has no effect. If it depends on "
+            "latents, they do not follow the joint density of the model.",
+            key="factor",
+        )
+
+
 def drawn_observations(trace: poutine.Trace) -> list[Site]:
     """Return the sites of the plate ``"data"`` whose observations were removed."""
     return [
         site
         for site in random_sites(trace)
-        if site["infer"].get("was_observed")
-        and data_frame(site) is not None
-        and not isinstance(site["fn"], Unit)
+        if _was_observed(site) and data_frame(site) is not None and not isinstance(site["fn"], Unit)
     ]
+
+
+def _was_observed(site: Site) -> bool:
+    return site["infer"].get("was_observed", False)
 
 
 def _values(site: Site) -> Tensor:

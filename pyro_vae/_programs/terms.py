@@ -7,6 +7,7 @@ All objectives and nearly all estimators are short reductions of these tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -131,12 +132,12 @@ class Terms:
     @cached_property
     def log_likelihood(self) -> Tensor:
         r""":math:`\log p(x_b|z_{kb})`, shape (K, B)."""
-        return self._sum(lambda run: (f for f in run.model.values() if f.observed))
+        return self._possible(lambda run: (f for f in run.model.values() if f.observed))
 
     @cached_property
     def log_prior(self) -> Tensor:
         r""":math:`\log p(z_{kb})`, shape (K, B)."""
-        return self._sum(lambda run: (f for f in run.model.values() if not f.observed))
+        return self._possible(lambda run: (f for f in run.model.values() if not f.observed))
 
     @cached_property
     def log_guide(self) -> Tensor:
@@ -529,6 +530,17 @@ class Terms:
                 "sample."
             )
 
+    def _possible(self, factors: Callable) -> Tensor:
+        """Return the sum of factors of the model, with minus infinity for NaN at excluded samples.
+
+        There, distributions after the latent may have no density. An example is a Poisson whose
+        rate is a negative latent.
+        """
+        total, excluded = self._sum(factors), [run.excluded() for run in self._runs]
+        if any(each is None for each in excluded):
+            return total
+        return torch.where(torch.cat(excluded) & total.isnan(), -math.inf, total)
+
     def _sum(self, factors: Callable, local: bool = True) -> Tensor:
         return torch.cat([run.total(factors(run), local=local) for run in self._runs])
 
@@ -537,8 +549,10 @@ class Terms:
         return list(dict.fromkeys(f.name for f in factors if condition(f)))
 
 
-def weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """Multiply, with zero wherever a weight is zero, even for a value of minus infinity."""
+def weighted(weights: Tensor | float, values: Tensor) -> Tensor:
+    """Multiply, with zero wherever a weight is zero, even for a value that is infinite or NaN."""
+    if not isinstance(weights, Tensor):
+        return weights * values if weights else torch.zeros_like(values)
     return weights * torch.where(weights == 0, 0.0, values)
 
 

@@ -6,6 +6,7 @@ names the argument or site, the expected value and the given one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Sequence
@@ -20,12 +21,13 @@ from pyro_vae._programs.pair_trace import Factor, PairTrace, Program
 from pyro_vae._programs.parameters import has_finite_parameters
 from pyro_vae._programs.positions import check_positions
 from pyro_vae._programs.runs import as_guide, trace_of
-from pyro_vae._programs.sites import data_frame, refuse_mismatch
+from pyro_vae._programs.sites import data_frame, refuse_mismatch, values_outside_support
 from pyro_vae._utils.checks import ShapeError
 from pyro_vae._utils.compiled_modules import compiled_modules_run_eagerly
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.modules import NAME_IT, modules, remember_unnamed, unnamed
 from pyro_vae._utils.network_outputs import NetworkError
+from pyro_vae._utils.random import random_state, set_random_state
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._columns import finite_rows
 from pyro_vae.datasets._minibatches import Batch, Minibatches
@@ -204,8 +206,8 @@ def _run_on_numbers(
 ) -> PairTrace:
     x = batch[0]
     try:
-        with torch.no_grad(), values_checked(True), remember_unnamed(model, guide):
-            trace = PairTrace(model, guide, batch)
+        with torch.no_grad(), remember_unnamed(model, guide):
+            trace = checked_run(model, guide, batch, weighs=weighs)
     except NetworkError:
         raise
     except PROGRAM_ERRORS as error:
@@ -218,6 +220,55 @@ def _run_on_numbers(
         raise _cannot_run(model, guide, batch, name, error) from error
     _check_trace(trace, x, weighs=weighs)
     return trace
+
+
+def checked_run(model: Program, guide: Program, batch: Batch, *, weighs: bool) -> PairTrace:
+    """Run a pair once with one particle and value checks.
+
+    Args:
+        model: program of p(x, z).
+        guide: program of q(z|x).
+        batch: x and any covariates.
+        weighs: whether samples of the guide may have zero density under the model. The parameters
+            of later distributions may be invalid there, such as a rate that is a negative latent.
+
+    Raises:
+        ValueError: A value or a parameter is invalid.
+    """
+    device = batch[0].device
+    noise = random_state(device) if weighs else {}
+    try:
+        with values_checked(True):
+            return PairTrace(model, guide, batch)
+    except ValueError as error:
+        if not weighs:
+            raise
+        trace = None
+        with contextlib.suppress(ValueError, *PROGRAM_ERRORS), values_checked(False):
+            set_random_state(noise, device)  # for the same samples
+            trace = PairTrace(model, guide, batch)
+        excluded = None if trace is None else trace.excluded()
+        if excluded is None or not excluded.any():
+            raise
+        _check_observations(trace, ~excluded[0], error)
+        return trace
+
+
+def _check_observations(trace: PairTrace, possible: Tensor, error: ValueError) -> None:
+    """Raise ValueError if a finite observed value of some rows is outside of its support.
+
+    Args:
+        trace: a run with one particle.
+        possible: the rows to check, (B,).
+        error: the cause of the check.
+    """
+    for factor in trace.model.values():
+        if not factor.observed or not factor.local or factor.is_factor:
+            continue
+        site, value = factor.site, factor.site["value"]
+        rows = possible & finite_rows(value) if len(value) == len(possible) else possible
+        if (outside := values_outside_support(site, value, rows)) is not None:
+            raise ValueError(outside) from error
 
 
 def _cannot_run(
@@ -319,12 +370,15 @@ def _check_trace(trace: PairTrace, x: Tensor, *, weighs: bool) -> None:
         )
     factors = [(factor, False) for factor in (*trace.guide.values(), *trace.guide_losses)]
     factors += [(factor, True) for factor in trace.model.values()]
+    excluded = trace.excluded() if weighs else None
     for factor, of_model in factors:
         _check_observation(factor, x)
         may_be_zero = of_model and (factor.is_factor or factor.name in trace.latents)
         allowed = torch.isfinite(factor.log_prob)
         if weighs and may_be_zero:
             allowed = allowed | torch.isneginf(factor.log_prob)
+        if excluded is not None and of_model and factor.local:
+            allowed = allowed | excluded
         if not allowed.all():
             row = (~allowed).nonzero()[0, -1].item()
             remedy = "Look for values outside its support, or for a scale of zero or infinity."

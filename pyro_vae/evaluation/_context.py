@@ -44,7 +44,8 @@ def evaluation_context(
         model: program of p(x, z).
         guide: program of q(z|x).
         batches: the data. The pair is checked on the first minibatch. Validation of values stays
-            on in the block, for the other minibatches.
+            on in the block, for the other minibatches, unless ``weighs`` and the model can give a
+            sample a density of zero.
         vectorize_particles: see :func:`pyro_vae.terms`.
         seed: seed of the samples inside the block.
         drawn_from: program that replaces the guide in the check, if no sample comes from the guide.
@@ -78,16 +79,19 @@ def evaluation_context(
                 f"{who} found no value of pyro.param {fresh[0]!r} and uses its initial value. Fit "
                 "this pair first, or let its programs wrap fitted programs."
             )
+        # Where a sample has a density of zero, later distributions may have invalid parameters.
+        checked = not (weighs and trace.excluded() is not None)
         if weighs_particles:
             Terms([trace]).require_independent_data(who)
-            check_independence(who, model, drawn_from, first)
+            with values_checked(checked):
+                check_independence(who, model, drawn_from, first)
         if needs_latents and not trace.samples():
             raise ValueError(
                 f"{who} needs a latent variable, but this pair has none: its sites are "
                 f"{[*trace.model, *trace.guide]}. Sample a latent variable in model and guide, in "
                 'the plate "data".'
             )
-        with values_checked(True):
+        with values_checked(checked):
             yield (
                 particle_options(
                     model,

@@ -16,7 +16,7 @@ from pyro_vae._programs.enumeration import is_enumerated
 from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.parameters import device_of, parameter_store
-from pyro_vae._programs.predictions import drawn_sites, means
+from pyro_vae._programs.predictions import drawn_sites, means, warn_of_factors
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.scales import unscaled
 from pyro_vae._programs.sites import (
@@ -30,6 +30,7 @@ from pyro_vae._programs.validation import PROGRAM_ERRORS
 from pyro_vae._utils.checks import check_call, positive_integer, shown
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import seeded
+from pyro_vae._utils.user_warnings import warns_once
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.datasets._minibatches import Batch
@@ -46,6 +47,7 @@ NEEDS_X = (
 )
 
 
+@warns_once
 def decode(
     model: Program,
     z: Tensor | Mapping[str, Tensor],
@@ -223,11 +225,13 @@ def _reconstructed(
         by_site: see :func:`decode`.
         draw: whether to return samples of x.
     """
-    latents = {
-        name: site
-        for name, site in _latents(fixed, batch).items()
-        if name in given or not is_enumerated(site)
-    }
+    sites = [
+        site
+        for site in random_sites(trace_of(fixed, *batch))
+        if site["name"] in given or not is_enumerated(site)
+    ]
+    warn_of_factors(sites)
+    latents = {site["name"]: site for site in sites if not site["is_observed"]}
     run = PairTrace(unscaled(model), guide_to(latents), batch)
     with Readings(batch[0]) as readings:
         found = [(s, s["value"]) for s in drawn_sites(run)] if draw else [*means(run)]

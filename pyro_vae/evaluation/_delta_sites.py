@@ -110,24 +110,15 @@ def has_one_prior(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> 
 
 
 def prior_guide(model: Program) -> Program:
-    """Return a guide that samples each latent from the model's distribution.
+    """Return a guide that samples the latents from the prior: the model without its observations.
 
-    Use it to check a model without a guide. It does not sample the joint prior: each latent is
-    sampled given other values of the earlier latents.
+    Use it to check a model without a guide. Enumerated latents are sampled, but are not sites.
     """
 
-    def guide(*batch: Tensor) -> None:
-        with poutine.block():
-            trace = trace_of(model, *batch)
-        sites = {
-            site["name"]: site
-            for site in random_sites(trace)
-            if not site["is_observed"] and not is_enumerated(site)
-        }
-        for name, site in inside_all(sites, batch[0]):
-            pyro.sample(name, site["fn"])
+    def is_hidden(msg: Site) -> bool:
+        return msg["type"] != "sample" or msg["is_observed"] or is_enumerated(msg)
 
-    return guide
+    return poutine.block(model, hide_fn=is_hidden)
 
 
 def guide_to(sites: Mapping[str, Site]) -> Program:

@@ -14,6 +14,7 @@ from pyro_vae._capture import Capture, Captured, check_capture
 from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.terms import terms
+from pyro_vae._programs.validation import checked_run
 from pyro_vae._utils.checks import check_call, positive_integer, require_word
 from pyro_vae._utils.interrupts import Interrupted
 from pyro_vae._utils.precision import Precision, check_precision
@@ -214,7 +215,7 @@ def _sampler(
     draw.calls_left = batches.num_batches and runner.group.max_share(batches.num_batches) * passes
 
     def estimate(batch: Batch) -> tuple[Tensor, ...]:
-        terms(runner.model, runner.guide, *batch)  # values are validated with one particle
+        checked_run(runner.model, runner.guide, batch, weighs=True)
         weights = WeightStream(num_particles)
         draw.recheck()
         with values_checked(False):

@@ -16,6 +16,7 @@ from pyro_vae._programs.parameters import device_of, parameter_store
 from pyro_vae._utils.checks import check_call, is_whole_number, positive_integer
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import seeded
+from pyro_vae._utils.user_warnings import warns_once
 from pyro_vae.datasets._minibatches import Batch
 from pyro_vae.evaluation._global_latents import at_global_latents
 from pyro_vae.evaluation._predict import as_covariates, columns_of, mean_of_x
@@ -23,6 +24,7 @@ from pyro_vae.evaluation._predict import as_covariates, columns_of, mean_of_x
 Numbers = Tensor | dict[str, Tensor]  # in the layout of x, or by site
 
 
+@warns_once
 def generate(
     model: Program,
     x: int | Tensor,
@@ -41,7 +43,8 @@ def generate(
     sampled, also those that are enumerated (summed out) in other calls. A global latent, such as a
     Bayesian weight, has one sample for all data points, from the guide if it is given. If a
     distribution has no mean, a sample of it is returned. By default, the means are returned,
-    because the noise of :math:`p(x|z)` hides the effect of z in images.
+    because the noise of :math:`p(x|z)` hides the effect of z in images. A ``pyro.factor`` of the
+    model has no effect, and a warning says so.
 
     Args:
         model: program of p(x, z).

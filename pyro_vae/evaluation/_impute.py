@@ -17,7 +17,7 @@ from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.parameters import device_of, parameter_store
 from pyro_vae._programs.particles import run_particles
-from pyro_vae._programs.predictions import drawn_observations, known_mean
+from pyro_vae._programs.predictions import drawn_observations
 from pyro_vae._programs.runs import as_guide, trace_of
 from pyro_vae._programs.sites import Site, to_particle_layout
 from pyro_vae._programs.terms import Terms
@@ -27,6 +27,7 @@ from pyro_vae._utils.random import seeded
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._columns import as_tensor, finite_rows
 from pyro_vae.datasets._minibatches import Batch, Minibatches
+from pyro_vae.distributions._moments import closed_form_mean
 from pyro_vae.distributions._supports import is_angle
 from pyro_vae.evaluation._group import LazyBatch
 from pyro_vae.evaluation._log_evidence import UnreliableEvidence, untrusted, why_unreliable
@@ -221,7 +222,16 @@ def impute(
         num_samples=num_samples,
     )
     incomplete = int(_is_incomplete(observed | padding).sum())
-    if (bad := int(result.untrusted.sum())) > incomplete / 2:
+    # The effective sample size is NaN if all weights are zero, or infinite.
+    if (without := sizes.isnan() & _is_incomplete(observed | padding)).any():
+        warnings.warn(
+            f"the missing numbers of {int(without.sum())} of {incomplete} rows are NaN, first in "
+            f"row {int(without.nonzero()[0])}: no sample of z has a density above zero there. Use "
+            "more samples, or a guide whose samples are inside of the support of the prior.",
+            UnreliableEvidence,
+            stacklevel=2,
+        )
+    elif (bad := int(result.untrusted.sum())) > incomplete / 2:
         warnings.warn(
             f"the imputed numbers are unreliable for {bad} of {incomplete} rows. Their "
             f"{why_unreliable(num_samples)}. Use more samples, or a guide that is fitted to data "
@@ -335,6 +345,10 @@ def _filler(
                     averages.add(log_weight, _means_given_latents(runs, gaps))
                 chosen.add(log_weight, t.samples)
             draws = [_draw(x, single, gaps, z) for z in chosen.latents()]
+        if (impossible := weights.log_mean().isneginf()).any():
+            missing = places[impossible[places // x[0].numel()]]
+            nowhere = x.new_full((len(missing),), torch.nan)
+            draws = [_filled(each, missing, nowhere) for each in draws]
         return (
             _filled(x, places, averages.means()),
             _filled(torch.zeros_like(x), places, averages.errors()),
@@ -362,7 +376,8 @@ class _Averages:
 
     def add(self, log_weight: Tensor, values: Tensor) -> None:
         """Add samples of the numbers, (K, M), with log-weights (K, B)."""
-        values = values.double()
+        # E[x|z] may not exist at samples with a weight of zero.
+        values = torch.where(log_weight[:, self._rows].isneginf(), 0.0, values.double())
         largest = log_weight.amax(0).clamp(min=torch.finfo(log_weight.dtype).min)
         if self._largest is None:
             self._center = values.mean(0)
@@ -396,7 +411,7 @@ def _means_given_latents(runs: list[PairTrace], gaps: list[MissingAtSite]) -> Te
 
 def _mean_of(gap: MissingAtSite, run: PairTrace) -> Tensor:
     site = run.model[gap.site].site
-    mean = known_mean(site)
+    mean = closed_form_mean(site["fn"])
     if mean is None or is_angle(site["fn"]):
         mean = torch.full_like(site["value"], math.nan)
     return gap.of(run, mean, site)

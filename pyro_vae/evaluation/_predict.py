@@ -11,9 +11,14 @@ from pyro_vae._programs.enumeration import sampled_guides
 from pyro_vae._programs.evaluation import evaluation_mode
 from pyro_vae._programs.pair_trace import PairTrace, Program
 from pyro_vae._programs.parameters import device_of, parameter_store
-from pyro_vae._programs.predictions import drawn_observations, mean_or_draw, means
+from pyro_vae._programs.predictions import (
+    drawn_observations,
+    mean_or_draw,
+    means,
+    warn_of_factors,
+)
 from pyro_vae._programs.runs import trace_of
-from pyro_vae._programs.sites import Site, Unobserve, to_particle_layout
+from pyro_vae._programs.sites import Site, Unobserve, random_sites, to_particle_layout
 from pyro_vae._programs.validation import check_pair
 from pyro_vae._utils.checks import check_call
 from pyro_vae._utils.random import seeded
@@ -124,6 +129,7 @@ def mean_of_x(
     x = x.contiguous()
     with Readings(x) as readings:
         trace = trace_of(Unobserve()(model), x, *covariates)
+        warn_of_factors(random_sites(trace))
         sites = drawn_observations(trace)
         found = [(site, site["value"] if draw else mean_or_draw(site)) for site in sites]
     return gathered(x, found, readings, by_site)

@@ -115,7 +115,7 @@ class WeightedCodes:
             t = draw(number, batch)
             codes, jacobian = latents(t.samples)
             log_prior = t.log_prior + jacobian
-            rest = t.log_weight - t.log_prior - jacobian
+            rest = t.log_likelihood - t.log_guide - jacobian
             numbers = [each.cpu().double().transpose(0, 1) for each in (codes, log_prior, rest)]
             parts.append([*numbers, t.masked_data().cpu()])
         return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -253,7 +253,9 @@ def maximize_evidence(
 ) -> GaussianMixture:
     """Return the mixture of ``count`` Gaussians with the largest log p(x), by the EM algorithm."""
     points = codes.codes.flatten(0, 1)  # (N K, D)
-    weights = (codes.log_rest + codes.log_prior).softmax(1).flatten()
+    log_weight = codes.log_rest + codes.log_prior
+    zero = log_weight.amax(1, keepdim=True) == -math.inf  # the old prior has no mass there
+    weights = torch.where(zero, codes.log_rest, log_weight).softmax(1).flatten()
     mean = (weights.unsqueeze(1) * points).sum(0) / weights.sum()
     covariance = _covariance(points - mean, weights, diagonal)
     # One number for each dimension, so units have no effect.

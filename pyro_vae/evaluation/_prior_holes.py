@@ -14,12 +14,14 @@ from torch import Tensor
 from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import device_of
+from pyro_vae._programs.predictions import warn_of_factors
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.sites import Unobserve, data_frame, random_sites, to_particle_layout
 from pyro_vae._programs.terms import terms
 from pyro_vae._utils.checks import check_call, positive_integer, real_number
 from pyro_vae._utils.interrupts import defer_keyboard_interrupt
 from pyro_vae._utils.progress import task
+from pyro_vae._utils.user_warnings import warns_once
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation._context import evaluation_context
 from pyro_vae.evaluation._predict import mean_of_x
@@ -69,6 +71,7 @@ class PriorHoles:
         )
 
 
+@warns_once
 def prior_holes(
     model: Program,
     guide: Program,
@@ -230,6 +233,7 @@ def _dream(
     """Return latents sampled from the model, their log p(z) (B,), and the means of x or None."""
     trace = trace_of(Unobserve()(model), *batch)
     sites = {site["name"]: site for site in random_sites(trace)}
+    warn_of_factors(sites.values())
     latents = {
         name: to_particle_layout(sites[name]["value"], sites[name], None)[0] for name in names
     }

@@ -163,6 +163,20 @@ def refit_prior(
         codes = codes[~codes.masked]
         if not len(codes.codes):
             raise ValueError(f"the model masks latent {site!r} of all data points")
+        possible = (codes.log_rest > -torch.inf).any(1)
+        if not possible.any():
+            raise ValueError(
+                f"no sample of latent {site!r} has a density above zero, whatever its prior. "
+                "Choose a guide whose samples the factors of the model do not exclude"
+            )
+        if not possible.all():
+            warnings.warn(
+                f"{int((~possible).sum())} of {len(possible)} data points were left out, because "
+                "none of their samples has a density above zero, whatever the prior. Use more "
+                "particles, or a guide whose samples the factors of the model do not exclude.",
+                stacklevel=2,
+            )
+        codes = codes[possible]
         codes = codes[torch.randperm(len(codes.codes))]
         if kind == "mixture":
             prior, gain = _mixture(codes, components)

@@ -225,7 +225,7 @@ class Objective(pyro.infer.ELBO):
         """
         if not terms.baselines:
             return bound
-        signal, before = signal.detach(), {}
+        signal, before = torch.where(signal.isinf(), 0.0, signal).detach(), {}
         for name, baseline in terms.baselines.items():
             if baseline.decay is not None:
                 average = self.averages.setdefault(name, signal.new_zeros((), dtype=torch.float64))
@@ -393,4 +393,5 @@ def _without_denormals(weights: Tensor) -> Tensor:
 
 
 def _zero(values: Tensor) -> Tensor:
+    values = torch.where(values.detach().isinf(), 0.0, values)
     return (values - values.detach()).sum(0)

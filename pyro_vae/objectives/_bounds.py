@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_vae._programs.terms import Terms
+from pyro_vae._programs.terms import Terms, weighted
 from pyro_vae._utils.checks import positive_integer, real_number
 from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.objectives._base import Objective
@@ -184,7 +184,7 @@ class CIWAE(Objective):
         terms.require_reparameterized("CIWAE")
         log_weight = terms.log_weight
         iwae = log_mean_weight(log_weight, 0)
-        return self.beta * log_weight.mean(0) + (1 - self.beta) * iwae
+        return weighted(self.beta, log_weight.mean(0)) + weighted(1 - self.beta, iwae)
 
 
 @records_init_args
@@ -228,6 +228,12 @@ def log_mean_weight(log_weight: Tensor, dim: int) -> Tensor:
     return log_weight.logsumexp(dim) - math.log(log_weight.shape[dim])
 
 
+def normalized_weights(log_weight: Tensor, dim: int) -> Tensor:
+    """Return weights divided by their sum along a dimension. If all are zero, they stay zero."""
+    impossible = log_weight.amax(dim, keepdim=True) == -math.inf
+    return torch.where(impossible, 0.0, log_weight.softmax(dim))
+
+
 def _log_mean_exp(powers: Tensor) -> Tensor:
     """Return the logarithm of the average of exp along the first dimension.
 
@@ -259,5 +265,6 @@ def _with_score_function(terms: Terms) -> Tensor:
     value, score = terms.log_weight, terms.score
     if score is None:
         return value
-    own = terms.log_guide_of_score
-    return value + value.detach() * (score - score.detach()) + (own - own.detach())
+    own, signal = terms.log_guide_of_score, value.detach()
+    signal = torch.where(signal.isinf(), 0.0, signal)  # not NaN: the value is infinite anyway
+    return value + signal * (score - score.detach()) + (own - own.detach())

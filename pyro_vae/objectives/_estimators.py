@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_vae._programs.terms import Terms
+from pyro_vae._programs.terms import Terms, weighted
 from pyro_vae._utils.checks import positive_integer, real_number, require_word
 from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.objectives._base import Objective, gradient
-from pyro_vae.objectives._bounds import MIWAE, log_mean_weight
+from pyro_vae.objectives._bounds import MIWAE, log_mean_weight, normalized_weights
 
 
 @records_init_args
@@ -67,7 +67,7 @@ class DReG(Objective):
         """Return the logarithm of the average weight."""
         terms.require_reparameterized("DReG")
         log_weight = terms.log_weight.detach()
-        weights = log_weight.softmax(0)
+        weights = normalized_weights(log_weight, 0)
         return log_mean_weight(log_weight, 0) + gradient(terms, joint=weights, path=weights**2)
 
 
@@ -93,10 +93,11 @@ class PIWAE(MIWAE):
         """Return the logarithm of the average of all weights."""
         terms.require_reparameterized("PIWAE")
         log_weight = terms.log_weight.detach()
-        of_each = log_weight.unflatten(0, (self.num_bounds, -1)).softmax(1).flatten(0, 1)
-        of_each = of_each / self.num_bounds
+        of_each = normalized_weights(log_weight.unflatten(0, (self.num_bounds, -1)), 1)
+        of_each = of_each.flatten(0, 1) / self.num_bounds
+        joint = normalized_weights(log_weight, 0)
         return log_mean_weight(log_weight, 0) + gradient(
-            terms, joint=log_weight.softmax(0), guide=of_each, path=of_each
+            terms, joint=joint, guide=of_each, path=of_each
         )
 
 
@@ -137,7 +138,7 @@ class CUBO(Objective):
         """Return minus the upper bound, because objectives are maximized."""
         terms.require_reparameterized("CUBO")
         powers = self.n * terms.log_weight.detach()
-        down = -powers.softmax(0)
+        down = -normalized_weights(powers, 0)
         return -log_mean_weight(powers, 0) / self.n + gradient(terms, guide=down, path=down)
 
 
@@ -191,11 +192,12 @@ class TVO(Objective):
         value = torch.zeros_like(log_weight[0])
         joint, guide = torch.zeros_like(log_weight), torch.zeros_like(log_weight)
         for beta, after in zip(self.points, self.points[1:], strict=False):
-            weights = (beta * log_weight).softmax(0)
-            expected = (weights * log_weight).sum(0)
+            weights = normalized_weights(weighted(beta, log_weight), 0)
+            expected = weighted(weights, log_weight).sum(0)
             value = value + (after - beta) * expected
             weights = (after - beta) * weights
-            covariance = weights * (log_weight - expected)
+            covariance = weighted(weights, log_weight - expected)
+            covariance = torch.where(expected.isinf(), 0.0, covariance)  # as is the value
             joint = joint + weights + beta * covariance
             guide = guide + weights - (1 - beta) * covariance
         return value + gradient(terms, joint=joint, guide=guide)
@@ -248,7 +250,7 @@ class ScoreFunction(Objective):
         """Average the log-weights over the particles."""
         log_weight = terms.log_weight.detach()
         count = len(log_weight)
-        signal = log_weight - self._baseline(log_weight)
+        signal = torch.where(log_weight.isinf(), 0.0, log_weight - self._baseline(log_weight))
         joint = torch.full_like(log_weight, 1 / count)
         bound = log_weight.mean(0) + gradient(terms, joint=joint, guide=-signal / count)
         return self.less_baselines(bound, terms, signal)
@@ -259,7 +261,8 @@ class ScoreFunction(Objective):
         if self.baseline == "average":
             before = self.average.clone()
             if torch.is_grad_enabled():
-                self.average.lerp_(log_weight.mean().to(self.average), 0.1)
+                newest = log_weight.mean().to(self.average)
+                self.average.lerp_(torch.where(newest.isinf(), before, newest), 0.1)
             return before
         return 0.0
 
@@ -347,7 +350,7 @@ class ReweightedWakeSleep(Objective):
     def bound(self, terms: Terms) -> Tensor:
         """Return the logarithm of the average weight."""
         log_weight = terms.log_weight.detach()
-        weights = log_weight.softmax(0)
+        weights = normalized_weights(log_weight, 0)
         bound = log_mean_weight(log_weight, 0)
         bound = bound + gradient(terms, joint=weights, guide=-self.wake * weights)
         if self.sleep:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from pyro_vae._programs.terms import Terms
+from pyro_vae._programs.terms import Terms, weighted
 from pyro_vae._utils.checks import positive_number, require_word
 from pyro_vae._utils.init_args import records_init_args
 from pyro_vae.objectives._base import Objective
@@ -53,7 +53,7 @@ class BetaELBO(Objective):
     def bound(self, terms: Terms) -> Tensor:
         """Average the log-likelihood minus the weighted KL over the particles."""
         terms.require_reparameterized("BetaELBO")
-        return (terms.log_likelihood - self.beta(self.step) * terms.kl).mean(0)
+        return (terms.log_likelihood - weighted(self.beta(self.step), terms.kl)).mean(0)
 
     def shared(self, terms: Terms) -> Tensor:
         """Return the same average for the global sites."""

@@ -48,7 +48,7 @@ from pyro_vae._utils.precision import (
 )
 from pyro_vae._utils.progress import task
 from pyro_vae._utils.random import restored_generators, seeded
-from pyro_vae._utils.user_warnings import ignores_frozen_parameters, warns_once
+from pyro_vae._utils.user_warnings import ignores_frozen_parameters, warn_user, warns_once
 from pyro_vae.datasets._minibatches import Data, Minibatches
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.serialization._pair_state import Description
@@ -511,6 +511,7 @@ def _check_pair(
             with restored_generators():  # so that validation does not change the noise of training
                 check_pair(model, guide, first_held_out, held_out)
         check_enumeration(objective, trace)
+        _warn_of_supports(trace)
         loss_value(objective, model, guide, *first)  # to raise its errors now
         _check_scale_of_global_latents(trace, batches.num_data)
         bind(model, guide, store, trace)
@@ -523,6 +524,16 @@ def _check_pair(
                     model, guide, objective, each, rows, training=training, nonfinite_too=not skips
                 )
     return parameters
+
+
+def _warn_of_supports(trace: PairTrace) -> None:
+    for name, support in trace.outside_support().items():
+        warn_user(
+            f"the guide samples latent {name!r} from all real numbers, but its support under the "
+            f"model is {support}. Samples outside have a density of zero. Then the ELBO is minus "
+            "infinity, and reparameterized gradients of other bounds, such as the IWAE, are "
+            "biased. Use a guide on that support, such as pv.guides.AmortizedNormal."
+        )
 
 
 def _check_scale_of_global_latents(trace: PairTrace, num_data: int | None) -> None:

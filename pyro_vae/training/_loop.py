@@ -433,6 +433,7 @@ class TrainingLoop:
             rows=selection[0].cpu() if self.batches.columns is not None else None,
             bad=site.bad,
             folder=self._write_nonfinite_checkpoint(selection),
+            excludes=site.excludes,
         )
 
     def _write_nonfinite_checkpoint(self, selection: tuple[Tensor, ...]) -> Path | None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae._programs.data_plate import Program, known_frame, known_names
+from pyro_vae._programs.outside import log_prob_on, support_to_check
 from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.distributed import gather
 from pyro_vae.training._gradients import numbers_of
@@ -62,6 +64,8 @@ class NonFiniteError(FloatingPointError):
         folder: The folder of a checkpoint just before the step, with the minibatch. To reproduce
             the error, pass ``checkpoint=pv.training.Checkpoint(folder, resume=True)`` to ``fit``,
             with the same other arguments.
+        excludes: Whether a sample of the guide has a density of zero under the model, for the
+            message.
     """
 
     def __init__(
@@ -75,10 +79,11 @@ class NonFiniteError(FloatingPointError):
         rows: Tensor | None,
         bad: Tensor | None,
         folder: Path | None = None,
+        excludes: bool = False,
     ):
         self.what, self.epoch, self.step = what, epoch, step
         self.site, self.parameter, self.rows, self.bad = site, parameter, rows, bad
-        self.folder = folder
+        self.folder, self.excludes = folder, excludes
         lines = [f"{what} in epoch {epoch}, step {step}"]
         if bad is not None and len(bad):
             lines.append(f"The site is NaN or infinite in rows {shown_rows(bad)} of the minibatch")
@@ -86,6 +91,11 @@ class NonFiniteError(FloatingPointError):
                 lines[-1] += f", which are rows {shown_rows(rows[bad])} of the data"
         elif rows is not None:
             lines.append(f"The minibatch has rows {shown_rows(rows)} of the data")
+        if excludes:
+            lines.append(
+                "A sample of the guide has a density of zero under the model. It is outside of the "
+                "support of a latent, or a factor excludes it. Use a guide without such samples"
+            )
         lines.append(
             "The parameters have their values before that step. Lower the learning rate, set "
             'clip_norm, look for a scale that falls to zero, or pass on_nonfinite="skip"'
@@ -103,7 +113,7 @@ class NonFiniteError(FloatingPointError):
         return type(self)(self.what, **(self._arguments() | {"folder": None}))
 
     def _arguments(self) -> dict[str, Any]:
-        names = ("epoch", "step", "site", "parameter", "rows", "bad", "folder")
+        names = ("epoch", "step", "site", "parameter", "rows", "bad", "folder", "excludes")
         return {name: getattr(self, name) for name in names}
 
 
@@ -118,6 +128,7 @@ class FirstNonFiniteSite(Messenger):
         what: A description of the number. It is in a parameter of the distribution, in the value
             or in the log-density.
         bad: The rows with such numbers, None if the site is outside the plate ``"data"``.
+        excludes: Whether it is a latent or a factor, and only its log-density is infinite or NaN.
         has_nonfinite_numbers: Whether a parameter is NaN, or a value is NaN or infinite, at this
             site or a later one. A log-density alone does not count, because it is infinite outside
             the support.
@@ -129,6 +140,7 @@ class FirstNonFiniteSite(Messenger):
         self.name: str | None = None
         self.what = ""
         self.bad: Tensor | None = None
+        self.excludes = False
         self.has_nonfinite_numbers = False
 
     def of_all(self, row_offset: int) -> FirstNonFiniteSite:
@@ -138,9 +150,9 @@ class FirstNonFiniteSite(Messenger):
             row_offset: The number of rows of the minibatch in processes of lower rank.
         """
         rows = None if self.bad is None else self.bad + row_offset
-        for name, what, bad in gather((self.name, self.what, rows)):
+        for name, what, bad, excludes in gather((self.name, self.what, rows, self.excludes)):
             if name is not None:
-                self.name, self.what, self.bad = name, what, bad
+                self.name, self.what, self.bad, self.excludes = name, what, bad, excludes
                 break
         return self
 
@@ -156,6 +168,8 @@ class FirstNonFiniteSite(Messenger):
                 if self.name is None:
                     self.name = msg["name"]
                     self.what = f"{what} of site {self.name!r} is {values[~finite][0].item()}"
+                    excludes = isinstance(msg["fn"], Unit) or not msg["is_observed"]
+                    self.excludes = what == "the log-density" and excludes
                     self.bad = _rows(msg, finite, self._plates)
                 return
 
@@ -168,7 +182,8 @@ def _numbers(msg: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name in base.arg_constraints:
         if isinstance(parameter := vars(base).get(name), Tensor):
             yield f"parameter {name!r}", parameter
-    log_prob = msg["fn"].log_prob(msg["value"])
+    support = None if msg["is_observed"] else support_to_check(msg, msg)
+    log_prob = msg["fn"].log_prob(msg["value"]) if support is None else log_prob_on(support, msg)
     if msg["mask"] is not None:
         log_prob = log_prob.where(torch.as_tensor(msg["mask"]), 0.0)
     # An observed site with a finite log-density may have masked missing data.

@@ -1,6 +1,8 @@
 """The first NaN or infinity of a run is located, reported and undone, or skipped."""
 
+import copy
 import functools
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -369,3 +371,40 @@ def test_sparse_gradients_are_clipped():
     fit((model, guide), x, optimizer=optimizer, clip_norm=0.5, epochs=1, batch_size=30)
     assert (table.weight - before).norm() <= 0.05001
     assert not torch.equal(table.weight, before)
+
+
+def exponential(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Exponential(1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def on_the_real_line(x):
+    loc = pyro.param("loc", torch.tensor(1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(loc + 0 * x, 0.25))
+
+
+def test_fit_warns_of_a_guide_that_samples_outside_the_support():
+    pyro.clear_param_store()
+    x = torch.zeros(4)
+    options = {"epochs": 1, "progress": False, "seed": 0, "capture": False}
+    with pytest.warns(UserWarning, match="latent 'z' from all real numbers") as found:
+        pv.fit(exponential, on_the_real_line, x, **options)
+    assert [w.filename for w in found] == [__file__]
+    pyro.clear_param_store()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pv.fit(exponential, pyro.infer.autoguide.AutoNormal(exponential), x, **options)
+
+
+def test_a_sample_without_a_density_is_named_in_the_error():
+    pyro.clear_param_store()
+    x = torch.zeros(20)
+    with (
+        pytest.warns(UserWarning, match="all real numbers"),
+        pytest.raises(pv.training.NonFiniteError, match="density of zero under the model") as error,
+    ):  # the mean falls from 1 to the negative numbers
+        pv.fit(exponential, on_the_real_line, x, epochs=500, progress=False, learning_rate=0.1)
+    assert error.value.site == "z"
+    assert copy.copy(error.value).args == error.value.args
