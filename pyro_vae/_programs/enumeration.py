@@ -304,7 +304,9 @@ class Enumeration:
                 result.update(dict.fromkeys(others, torch.zeros_like(whole)))
                 result[others[0]] = whole
                 if before is not None:  # what follows an impossible value has a density of one
-                    result[others[0]] = torch.where(before == -math.inf, 0.0, whole - before)
+                    impossible = before == -math.inf
+                    before = torch.where(impossible, 0.0, before)
+                    result[others[0]] = torch.where(impossible, 0.0, whole) - before
                 before = whole
         return result
 
@@ -439,9 +441,19 @@ def sum_out(tables: Iterable[Tensor], dims: Iterable[int], names: list[str]) -> 
         left.remove(dim)
         depending = [t for t in tables if t.shape[dim] > 1]
         check_size(names, depending)
-        total = sum(depending).logsumexp(dim, keepdim=True)
+        total = _log_sum_exp(sum(depending), dim)
         tables = [t for t in tables if t.shape[dim] == 1] + [total]
     return tables
+
+
+def _log_sum_exp(table: Tensor, dim: int) -> Tensor:
+    """Return the logarithm of the sum of exp, with a gradient of zero where it is minus infinity.
+
+    There, torch's gradient is NaN.
+    """
+    impossible = (table.detach() == -math.inf).all(dim, keepdim=True)
+    total = torch.where(impossible, 0.0, table).logsumexp(dim, keepdim=True)
+    return torch.where(impossible, -math.inf, total)
 
 
 def _at(table: Tensor, dim: int, index: Tensor) -> Tensor:

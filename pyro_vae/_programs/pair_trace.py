@@ -49,11 +49,13 @@ from pyro_vae._programs.sites import (
     data_frame,
     is_loss_of_guide,
     is_real,
+    mask_of,
     masked_observations,
     observed_value,
     own_scale,
     placed,
     random_sites,
+    rows_with_valid_parameters,
     sum_to_data_points,
     to_particle_layout,
     values_outside_support,
@@ -356,12 +358,29 @@ class PairTrace:
         They have a latent outside of its support, or a factor of minus infinity. The result is
         None if there can be no such sample.
         """
-        able = [f for f in self.model.values() if f.is_factor or f.name in self._limited]
+        # The first latent of a group that depends on enumerated values has the density of all.
+        names = self._limited | {g[0] for g in self.entangled if not self._limited.isdisjoint(g)}
+        able = [f for f in self.model.values() if f.is_factor or f.name in names]
         if not able:
             return None
         zero = [f.log_prob.isneginf() for f in able]
         zero = [each if f.local else each.unsqueeze(1) for f, each in zip(able, zero, strict=True)]
         return functools.reduce(torch.logical_or, zero).expand_as(self.zeros(local=True))
+
+    def has_valid_parameters(self, *, except_in: Tensor) -> bool:
+        """Return whether the parameters of all distributions are valid, with one particle.
+
+        Args:
+            except_in: the rows in which sites of the model may have any parameters, (B,).
+        """
+        for site in random_sites(self._traces["guide"]):
+            if not rows_with_valid_parameters(site, self.batch_size).all():
+                return False
+        rows = (
+            rows_with_valid_parameters(site, self.batch_size)
+            for site in random_sites(self._traces["model"])
+        )
+        return all(bool((valid | except_in).all()) for valid in rows)
 
     def outside_support(self) -> dict[str, Constraint]:
         """Return the supports of latents that the guide samples on the whole real line, by name."""
@@ -369,7 +388,7 @@ class PairTrace:
         for name in sorted(self._limited):
             site = self.guide[name].site
             with contextlib.suppress(NotImplementedError):
-                if is_real(site["fn"].support) and not is_delta(site):
+                if is_real(site["fn"].support) and not is_delta(site) and mask_of(site) is None:
                     found[name] = self.model[name].site["fn"].support
         return found
 

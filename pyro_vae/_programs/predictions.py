@@ -85,12 +85,18 @@ def warn_of_factors(sites: Iterable[Site]) -> None:
     Args:
         sites: the sites of a run of the model. There is no warning if it sampled no latent.
     """
-    factors, sampled = [], False
-    for site in sites:
-        if isinstance(site["fn"], Unit):
-            factors.append(site["name"])
-        elif not (site["is_observed"] or _was_observed(site) or site["infer"].get(WAS_GIVEN)):
-            sampled = True
+    sites = [*sites]
+    sampled = [
+        data_frame(site) is not None
+        for site in sites
+        if not (site["is_observed"] or _was_observed(site) or site["infer"].get(WAS_GIVEN))
+    ]
+    # A factor outside of the plate is a penalty, such as on weights, unless latents are there too.
+    factors = [
+        site["name"]
+        for site in sites
+        if isinstance(site["fn"], Unit) and (data_frame(site) is not None or not all(sampled))
+    ]
     if factors and sampled:
         warn_user(
             f"the model has the factor {factors[0]!r}, which is not a density. Latents are sampled "

@@ -419,6 +419,35 @@ def inside_support(site: Site, values: Tensor) -> Tensor | None:
     return inside.flatten(1).all(1) if inside.dim() > 1 else inside
 
 
+def rows_with_valid_parameters(site: Site, batch_size: int) -> Tensor:
+    """Return in which rows the parameters of a site's distribution are valid, (B,).
+
+    All rows are invalid if a shared parameter is, or if the rows of a parameter are unknown.
+
+    Args:
+        site: node of a trace.
+        batch_size: B.
+    """
+    frame, base = data_frame(site), site["fn"]
+    batch_shape = base.batch_shape
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    extra = len(base.batch_shape) - len(batch_shape)  # dimensions of events, on the right
+    valid = torch.ones(batch_size, dtype=torch.bool, device=site["value"].device)
+    for name, constraint in base.arg_constraints.items():
+        parameter = vars(base).get(name)
+        if not isinstance(parameter, Tensor) or constraints.is_dependent(constraint):
+            continue
+        each = constraint.check(parameter)
+        if each.all():
+            continue
+        dim = None if frame is None or extra < 0 else frame.dim - extra
+        if dim is None or each.dim() < -dim or each.shape[dim] != batch_size:
+            return torch.zeros_like(valid)
+        valid = valid & each.movedim(dim, 0).reshape(batch_size, -1).all(1)
+    return valid
+
+
 def values_outside_support(
     site: Site, values: Tensor, considered: Tensor | None = None, *, start: int = 0
 ) -> str | None:

@@ -248,7 +248,7 @@ def checked_run(model: Program, guide: Program, batch: Batch, *, weighs: bool) -
             set_random_state(noise, device)  # for the same samples
             trace = PairTrace(model, guide, batch)
         excluded = None if trace is None else trace.excluded()
-        if excluded is None or not excluded.any():
+        if excluded is None or not trace.has_valid_parameters(except_in=excluded[0]):
             raise
         _check_observations(trace, ~excluded[0], error)
         return trace

@@ -44,8 +44,7 @@ def evaluation_context(
         model: program of p(x, z).
         guide: program of q(z|x).
         batches: the data. The pair is checked on the first minibatch. Validation of values stays
-            on in the block, for the other minibatches, unless ``weighs`` and the model can give a
-            sample a density of zero.
+            on in the block, for the other minibatches.
         vectorize_particles: see :func:`pyro_vae.terms`.
         seed: seed of the samples inside the block.
         drawn_from: program that replaces the guide in the check, if no sample comes from the guide.
@@ -91,15 +90,15 @@ def evaluation_context(
                 f"{[*trace.model, *trace.guide]}. Sample a latent variable in model and guide, in "
                 'the plate "data".'
             )
-        with values_checked(checked):
-            yield (
-                particle_options(
+        options = {}
+        if weighs_particles:
+            with values_checked(checked):
+                options = particle_options(
                     model,
                     drawn_from,
                     first,
                     vectorize_particles=vectorize_particles,
                     may_fold=may_fold,
                 )
-                if weighs_particles
-                else {}
-            )
+        with values_checked(True):
+            yield options

@@ -20,7 +20,7 @@ from pyro_vae._programs.sites import (
     random_sites,
     to_particle_layout,
 )
-from pyro_vae._programs.validation import PROGRAM_ERRORS
+from pyro_vae._programs.validation import PROGRAM_ERRORS, checked_run
 from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch
 from pyro_vae.distributions._nan_masked import mask_missing
@@ -104,7 +104,7 @@ def find_missing(
     """
     x = batch[0]
     with Readings(x) as readings:
-        run = PairTrace(model, guide, batch)
+        run = checked_run(model, guide, batch, weighs=True)
     masked = _masked(run, readings, x) & was_nan.flatten()
     padding = _masked_for_any_value(model, guide, batch, masked)
     missing, taken = ~x.isfinite().flatten(), torch.zeros_like(x, dtype=torch.long).flatten()

@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_vae._programs.data_plate import name_data_plate
 from pyro_vae._programs.enumeration import sampled_guides
 from pyro_vae._programs.evaluation import evaluation_mode
-from pyro_vae._programs.pair_trace import PairTrace, Program
+from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import device_of, parameter_store
 from pyro_vae._programs.predictions import (
     drawn_observations,
@@ -19,8 +19,9 @@ from pyro_vae._programs.predictions import (
 )
 from pyro_vae._programs.runs import trace_of
 from pyro_vae._programs.sites import Site, Unobserve, random_sites, to_particle_layout
-from pyro_vae._programs.validation import check_pair
+from pyro_vae._programs.validation import check_pair, checked_run
 from pyro_vae._utils.checks import check_call
+from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import seeded
 from pyro_vae.datasets._columns import as_tensor
 from pyro_vae.datasets._unused_columns import columns_taken
@@ -57,8 +58,9 @@ def reconstruct(
         Shape ``(B, *event)``; by site, each ``(B, *inner plates, *event)``. On the CPU.
 
     Raises:
-        ValueError: The pair breaks a rule (docs/contract.md). Without ``by_site``: the model does
-            not observe all of x, observes a number of x twice, or observes sums of numbers of x.
+        ValueError: The pair breaks a rule (docs/contract.md). A sample of z has a density of zero,
+            and x has no distribution there. Without ``by_site``: the model does not observe all of
+            x, observes a number of x twice, or observes sums of numbers of x.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -87,9 +89,19 @@ def reconstruct(
     ):
         check_pair(model, guide, (x, *covariates), weighs=True, name="x")
         with sampled_guides():
-            run = PairTrace(model, guide, (x, *covariates))
+            run = checked_run(model, guide, (x, *covariates), weighs=True)
         with Readings(x) as readings:
-            found = [*means(run)]
+            try:
+                found = [*means(run)]
+            except (RuntimeError, ValueError) as error:
+                excluded = run.excluded()
+                if excluded is None or not excluded.any():
+                    raise
+                raise ValueError(
+                    "the model gives a sample of the guide a density of zero, first in row "
+                    f"{int(excluded[0].nonzero()[0])}, and x has no distribution there: "
+                    f"{first_line(error)}. Use a guide on the support of the latents"
+                ) from error
     return gathered(x, found, readings, by_site)
 
 

@@ -17,9 +17,11 @@ from pyro_vae._programs.parameters import device_of
 from pyro_vae._programs.sites import is_real
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._programs.trial_runs import kept_parameter_names
+from pyro_vae._programs.validation import checked_run
 from pyro_vae._utils.checks import check_call, positive_integer, require_callable, require_word
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.numerics import MIN_SCALE, inverse_softplus_scale
+from pyro_vae._utils.value_checks import values_checked
 from pyro_vae.datasets._minibatches import Batch, Data, Minibatches
 from pyro_vae.evaluation._context import evaluation_context
 from pyro_vae.evaluation._prior_fit import (
@@ -156,7 +158,9 @@ def refit_prior(
             return _with_prior(model, prior, guide, first)
 
         def draw(number: int, batch: Batch) -> Terms:
-            return terms(model, guide, *batch, num_particles=num_particles, **options)
+            checked_run(model, guide, batch, weighs=True)  # values are validated once
+            with values_checked(False):
+                return terms(model, guide, *batch, num_particles=num_particles, **options)
 
         latents = UnconstrainedLatents(model, first, [site])
         codes = WeightedCodes.of(draw, list(batches), latents)
@@ -203,7 +207,7 @@ def _flow(size: int) -> priors.FlowPrior:
 
 def _latent_of(model: nn.Module, guide: Program, batch: Batch) -> tuple[str, int, torch.dtype]:
     """Return name, size and dtype of the only latent, after checks that its prior is known."""
-    t = terms(model, guide, *batch)
+    t = Terms([checked_run(model, guide, batch, weighs=True)])
     if len(t.samples) != 1:
         raise ValueError(
             f"refit_prior needs a model with one latent variable, got the latents {[*t.samples]}"
@@ -286,7 +290,7 @@ def _with_prior(model: nn.Module, prior: nn.Module, guide: Program, batch: Batch
     """Return :func:`_replaced` after a run of the new model."""
     new = _replaced(model, prior)
     try:
-        terms(new, guide, *batch)
+        checked_run(new, guide, batch, weighs=True)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{type(model).__name__} cannot run with a {type(prior).__name__} as its prior: "

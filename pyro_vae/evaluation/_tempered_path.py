@@ -17,6 +17,7 @@ from pyro_vae._programs.sites import is_discrete, to_particle_layout
 from pyro_vae._programs.terms import Terms, terms
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.numerics import gradient_or_zeros
+from pyro_vae._utils.random import separate_draws
 from pyro_vae.evaluation._delta_sites import point, prior_sites
 from pyro_vae.evaluation._scoring import log_prob_given
 
@@ -93,6 +94,7 @@ class TemperedPath:
         self._sites = tuple(
             replace(site, nesting=plate_nesting) for site in latent_sites(model, *batch)
         )
+        self._refuse_dependent_supports(batch)
         self._refuse_what_changes(batch)
 
     @property
@@ -232,6 +234,24 @@ class TemperedPath:
                     f"AIS moves latents along gradients, but latent site {name!r} is discrete. "
                     'Enumerate it in the model (infer={"enumerate": "parallel"}) and leave it out '
                     'of the guide, or use evidence(method="importance")'
+                )
+
+    def _refuse_dependent_supports(self, batch: tuple[Tensor, ...]) -> None:
+        """Raise ValueError if the support of a latent is another one for other earlier latents."""
+        with separate_draws("other values of the latents"):
+            others = latent_sites(self._model, *batch)
+        for site, other in zip(self._sites, others, strict=True):
+            zeros = torch.zeros(site.event_shape, device=batch[0].device)
+            ends = [
+                each(sign * torch.ones_like(zeros))
+                for sign in (-1, 1)
+                for each in (site.bijection, other.bijection)
+            ]
+            if not (torch.equal(ends[0], ends[1]) and torch.equal(ends[2], ends[3])):
+                raise ValueError(
+                    f"the support of latent {site.name!r} depends on other latents, and AIS needs "
+                    'one support. Use method="importance" or "naive", or scale the latent inside '
+                    "of the model"
                 )
 
     def _refuse_what_changes(self, batch: tuple[Tensor, ...]) -> None:

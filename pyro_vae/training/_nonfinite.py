@@ -128,7 +128,8 @@ class FirstNonFiniteSite(Messenger):
         what: A description of the number. It is in a parameter of the distribution, in the value
             or in the log-density.
         bad: The rows with such numbers, None if the site is outside the plate ``"data"``.
-        excludes: Whether it is a latent or a factor, and only its log-density is infinite or NaN.
+        excludes: Whether it is a latent of the model outside of its support, or a factor of minus
+            infinity in the model.
         has_nonfinite_numbers: Whether a parameter is NaN, or a value is NaN or infinite, at this
             site or a later one. A log-density alone does not count, because it is infinite outside
             the support.
@@ -141,6 +142,8 @@ class FirstNonFiniteSite(Messenger):
         self.what = ""
         self.bad: Tensor | None = None
         self.excludes = False
+        self._latents: set[str] = set()
+        self._in_model = False
         self.has_nonfinite_numbers = False
 
     def of_all(self, row_offset: int) -> FirstNonFiniteSite:
@@ -157,6 +160,9 @@ class FirstNonFiniteSite(Messenger):
         return self
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if not msg["is_observed"]:
+            self._in_model |= msg["name"] in self._latents  # first in the guide
+            self._latents.add(msg["name"])
         if self.has_nonfinite_numbers or type(msg["fn"]).__name__ == "_Subsample":
             return
         for what, values in _numbers(msg):
@@ -168,10 +174,15 @@ class FirstNonFiniteSite(Messenger):
                 if self.name is None:
                     self.name = msg["name"]
                     self.what = f"{what} of site {self.name!r} is {values[~finite][0].item()}"
-                    excludes = isinstance(msg["fn"], Unit) or not msg["is_observed"]
-                    self.excludes = what == "the log-density" and excludes
+                    self.excludes = what == "the log-density" and self._is_excluded(msg, values)
                     self.bad = _rows(msg, finite, self._plates)
                 return
+
+    def _is_excluded(self, msg: dict[str, Any], log_prob: Tensor) -> bool:
+        limited = isinstance(msg["fn"], Unit) or (
+            not msg["is_observed"] and support_to_check(msg, msg) is not None
+        )
+        return self._in_model and limited and bool(log_prob.isneginf().any())
 
 
 def _numbers(msg: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -54,6 +54,19 @@ def test_samples_from_the_prior_warn_once_that_they_ignore_a_factor(name):
     assert found[0].filename == __file__
 
 
+def test_a_penalty_outside_of_the_plate_is_not_a_reason_to_warn():
+    def penalized(x):
+        weight = pyro.param("weight", torch.ones(()))
+        pyro.factor("penalty", -weight.square())
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pv.generate(penalized, torch.zeros(10), seed=0)
+
+
 def test_decode_warns_only_if_it_samples_a_latent():
     def two(x):
         with pyro.plate("data", len(x)):

@@ -257,3 +257,101 @@ def test_impute_warns_of_rows_without_possible_samples():
     assert found.mean.isfinite().tolist() == [[True, True], [True, False], [True, True]]
     assert found.draws.isfinite().all(0).tolist() == found.mean.isfinite().tolist()
     assert found.untrusted.tolist()[1:] == [True, False]
+
+
+def test_ais_refuses_supports_that_depend_on_latents_for_any_number_of_rows():
+    for start in ("prior", "guide"):
+        ais = pv.evaluation.AIS(start=start, num_chains=10, num_temperatures=3)
+        for rows in (1, 3):
+            with pytest.raises(ValueError, match="support of latent"):
+                pv.evidence(nested, guide_of_nested, torch.ones(rows), method=ais, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_impute_accepts_invalid_parameters_at_excluded_samples_and_reconstruct_says_so(seed):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Exponential(1.0))
+            pyro.sample("a", dist.Poisson(z), obs=x[:, 0])
+            pyro.sample("b", pv.distributions.NanMasked(dist.Normal(z, 1.0)), obs=x[:, 1])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(1.0 + 0 * x[:, 0], 1.0))
+
+    x = torch.stack([torch.arange(4.0).repeat(5), torch.full((20,), math.nan)], 1)
+    found = pv.impute(model, guide, x, num_samples=400, num_draws=3, seed=seed, batch_size=5)
+    assert found.mean.isfinite().all()
+    torch.manual_seed(seed)
+    with pytest.raises(ValueError, match="x has no distribution there"):
+        pv.reconstruct(rates, tailed, torch.arange(4.0).repeat(10))
+
+
+def test_an_excluded_latent_may_be_any_of_those_that_depend_on_enumerated_values():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(torch.tensor(0.5)), infer=dict(ALL))
+            pyro.sample("z0", dist.Normal(c, 1.0))
+            z1 = pyro.sample("z1", dist.Exponential(1.0 + c))
+            pyro.sample("x", dist.Poisson(z1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z0", dist.Normal(0.5 + 0 * x, 1.3))
+            pyro.sample("z1", dist.StudentT(4.0, 0.5 + 0 * x, 1.0))
+
+    x = torch.arange(4.0).repeat(10)
+    found = pv.evidence(model, guide, x, num_particles=3000, seed=0)
+    wide = x.double()
+    truth = sum(0.5 * r / (1 + r) ** (wide + 1) for r in (1.0, 2.0))
+    assert_near(found, truth.log())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_invalid_parameter_at_a_possible_sample_is_an_error_for_each_seed(seed):
+    def too_large(x):  # of a probability
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Exponential(1.0))
+            pyro.sample("x", dist.Bernoulli(z), obs=x)
+
+    def negative_scale(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Exponential(1.0))
+            pyro.sample("x", dist.Normal(z, torch.where(x == 7, -1.0, 1.0)), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            scale = torch.where(x == 8, -1.0, 1.0)
+            pyro.sample("z", dist.Normal(2.0 + 0 * x, scale))
+
+    options = {"num_particles": 20, "seed": seed, "batch_size": 20}
+    with pytest.raises(ValueError, match="parameter probs"):
+        pv.evidence(too_large, guide, torch.arange(40.0) % 2, **options)
+    for wrong in (7.0, 8.0):
+        x = torch.zeros(40)
+        x[20:] = wrong
+        with pytest.raises(ValueError, match="parameter scale"):
+            pv.evidence(negative_scale, guide, x, **options)
+
+
+def test_a_factor_does_not_switch_off_the_checks_of_later_minibatches():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.prior = pv.priors.StandardNormal(2)
+
+        def forward(self, x, c):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", self.prior())
+                pyro.factor("none", 0 * z[..., 0])
+                pyro.sample("a", dist.Bernoulli(c / 2), obs=(x[:, 0] > 0).float())
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x, c):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.8).to_event(1))
+
+    c = torch.full((40,), 0.5)
+    c[30] = 3.0
+    with pytest.raises(ValueError, match="parameter probs"):
+        pv.evaluation.refit_prior(Model(), guide, (torch.randn(40, 2), c), batch_size=20, seed=0)

@@ -118,3 +118,35 @@ def test_a_kl_that_is_infinite_has_no_effect_at_a_weight_of_zero():
     z = dist.Normal(torch.zeros(50), 1.0).sample()
     assert loss == pytest.approx(-dist.Normal(z, 1.0).log_prob(x).sum().item(), rel=1e-5)
     assert o.BetaELBO(0.1).loss(model, guide, x) == math.inf
+
+
+@pytest.mark.parametrize(
+    "make",
+    [o.IWAE, o.DReG, o.CUBO, o.ReweightedWakeSleep, lambda k: o.PIWAE(k, 2)],
+    ids=["IWAE", "DReG", "CUBO", "RWS", "PIWAE"],
+)
+@pytest.mark.parametrize("by_component", [False, True])
+def test_gradients_are_finite_if_a_factor_depends_on_enumerated_values(make, by_component):
+    shift, loc = (torch.nn.Parameter(torch.tensor(value)) for value in (0.5, 1.0))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            infer = {"enumerate": "parallel"}
+            c = pyro.sample("c", dist.Bernoulli(torch.tensor(0.4)), infer=infer)
+            z = pyro.sample("z", dist.Normal(c * shift, 1.0))
+            excluded = (z < 0) & (c >= 0) if not by_component else (z < c - 0.5)
+            pyro.factor("positive", torch.where(excluded, -torch.inf, 0.0))
+            pyro.sample("x", dist.Normal(z + c, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc + 0 * x, 1.0))
+
+    torch.manual_seed(0)
+    x = torch.arange(4.0).repeat(3)
+    with terms_of_losses() as found:
+        loss = make(16).differentiable_loss(model, guide, x)
+    assert found[0].log_weight.isinf().any()
+    assert loss.isfinite()
+    gradients = torch.autograd.grad(loss, [shift, loc], allow_unused=True)
+    assert all(g is None or g.isfinite() for g in gradients)

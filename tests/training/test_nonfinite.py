@@ -408,3 +408,34 @@ def test_a_sample_without_a_density_is_named_in_the_error():
         pv.fit(exponential, on_the_real_line, x, epochs=500, progress=False, learning_rate=0.1)
     assert error.value.site == "z"
     assert copy.copy(error.value).args == error.value.args
+
+
+@pytest.mark.parametrize(
+    ("of_guide", "number", "excludes"),
+    [(True, -torch.inf, False), (False, torch.inf, False), (False, -torch.inf, True)],
+)
+def test_only_a_factor_of_the_model_excludes_samples(of_guide, number, excludes):
+    """The first steps are finite. Then a factor becomes infinite."""
+    pyro.clear_param_store()
+
+    def factor(own, z):
+        level = pyro.param("level", torch.tensor(0.3))
+        if own:
+            value = torch.where(level.detach().abs() > 0.5, number, level) + 0 * z
+            pyro.factor("penalty", value, has_rsample=True)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            factor(not of_guide, z)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            factor(of_guide, pyro.sample("z", dist.Normal(0 * x, 1.0)))
+
+    options = {"epochs": 50, "learning_rate": 0.1, "capture": False, "progress": False}
+    with pytest.raises(pv.training.NonFiniteError) as error:
+        pv.fit(model, guide, torch.zeros(8), **options)
+    assert error.value.excludes is excludes
+    assert ("density of zero" in str(error.value)) is excludes
