@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from pyro import poutine
-from pyro.distributions import Delta, Unit
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
@@ -17,11 +17,13 @@ from pyro_vae._programs.sites import (
     Unobserve,
     base_distribution,
     data_frame,
+    is_factor,
     is_loss_of_guide,
     own_scale,
     random_sites,
     sum_to_data_points,
     to_particle_layout,
+    was_observed,
 )
 
 
@@ -69,7 +71,7 @@ class JointSample:
                 guide cannot score latents that it did not sample.
         """
         for name, site in self._sites.items():
-            if _was_observed(site) and isinstance(site["fn"], Unit):
+            if was_observed(site) and is_factor(site):
                 raise ValueError(
                     f"the model has the factor {name!r}, which is not a density, so data cannot be "
                     "sampled from the model. Remove the factor, or use sleep=0"
@@ -77,7 +79,7 @@ class JointSample:
         latents = {
             name: site["value"].detach()
             for name, site in self._sites.items()
-            if not _was_observed(site)
+            if not was_observed(site)
         }
         guide = poutine.condition(as_guide(self._guide), data=latents)
         trace = trace_of(guide, *self._args_with_samples(), **self._kwargs)
@@ -103,7 +105,7 @@ class JointSample:
         observed = {
             name: site
             for name, site in self._sites.items()
-            if _was_observed(site) and not isinstance(site["fn"], Unit)
+            if was_observed(site) and not is_factor(site)
         }
         for name, site in observed.items():
             for number, arg in enumerate(self._args):
@@ -117,10 +119,6 @@ class JointSample:
                 "an argument, and observe that argument unchanged"
             )
         return args
-
-
-def _was_observed(site: Site) -> bool:
-    return site["infer"].get("was_observed", False)
 
 
 def _is_same(observation: Any, arg: Any) -> bool:

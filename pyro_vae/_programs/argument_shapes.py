@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_vae._programs.runs import Program, trace_of
-from pyro_vae._programs.sites import Unobserve, random_sites
+from pyro_vae._programs.sites import (
+    Unobserve,
+    is_factor,
+    random_sites,
+    was_observed,
+)
 from pyro_vae._programs.trial_runs import OUT_OF_MEMORY, trial_run
 from pyro_vae._utils.identity import ProgramMap
 from pyro_vae._utils.messages import first_line
@@ -183,11 +187,7 @@ def _spec_from_trial(
         return None, f"the model does not run on x of shape ({count}, 1), {first_line(error)}"
     finally:
         _unknown.reset(token)
-    observed = [
-        site
-        for site in random_sites(trace)
-        if site["infer"].get("was_observed") and not isinstance(site["fn"], Unit)
-    ]
+    observed = [site for site in random_sites(trace) if was_observed(site) and not is_factor(site)]
     values = [site["value"] for site in observed if site["infer"].get("obs") is x]
     if len(values) != 1 or len(values[0]) != count:
         shapes = ", ".join(f"{s['name']!r} of shape {tuple(s['value'].shape)}" for s in observed)

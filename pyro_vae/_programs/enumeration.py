@@ -17,12 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Categorical
 
-from pyro_vae._programs.sites import DATA_PLATE, PARTICLE_PLATE, Site, mask_of_events, own_scale
+from pyro_vae._programs.sites import (
+    DATA_PLATE,
+    PARTICLE_PLATE,
+    Site,
+    is_factor,
+    mask_of_events,
+    own_scale,
+)
 
 Program = Callable[..., Any]
 
@@ -258,7 +264,7 @@ class Enumeration:
             unobserved = [n for n in group if not self._model_sites[n]["is_observed"]]
             latents = [n for n in unobserved if n not in self.in_model]
             observed = [n for n in group if n not in unobserved]
-            factors = [n for n in observed if isinstance(self._model_sites[n]["fn"], Unit)]
+            factors = [n for n in observed if is_factor(self._model_sites[n])]
             joint = [tables[n] for n in unobserved]
             dims = dict(zip(self.in_model, self._model_dims, strict=True))
             dims = {name: dim for name, dim in dims.items() if name in group}

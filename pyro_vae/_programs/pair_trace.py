@@ -12,7 +12,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -47,6 +46,7 @@ from pyro_vae._programs.sites import (
     Unobserve,
     cannot_score,
     data_frame,
+    is_factor,
     is_loss_of_guide,
     is_real,
     mask_of,
@@ -96,7 +96,7 @@ class Factor:
     @property
     def is_factor(self) -> bool:
         """Whether the site is a pyro.factor: a density without a value."""
-        return isinstance(self.site["fn"], Unit)
+        return is_factor(self.site)
 
     @property
     def reparameterized(self) -> bool:
@@ -352,11 +352,12 @@ class PairTrace:
         """The local observed sites."""
         return [f.site for f in self.model.values() if f.observed and f.local and not f.is_factor]
 
+    @functools.cached_property
     def excluded(self) -> Tensor | None:
-        """Return which samples have a density of zero under the model, (K, B).
+        """Whether each sample has a density of zero under the model, (K, B).
 
-        They have a latent outside of its support, or a factor of minus infinity. The result is
-        None if there can be no such sample.
+        It has a latent outside of its support, or a factor of minus infinity. The result is None
+        if there can be no such sample.
         """
         # The first latent of a group that depends on enumerated values has the density of all.
         names = self._limited | {g[0] for g in self.entangled if not self._limited.isdisjoint(g)}

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from pyro import poutine
-from pyro.distributions import Unit
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from pyro_vae._programs.enumeration import SummedOut, inner_dims
 from pyro_vae._programs.pair_trace import PairTrace
-from pyro_vae._programs.sites import WAS_GIVEN, Site, data_frame, random_sites
+from pyro_vae._programs.sites import (
+    WAS_GIVEN,
+    Site,
+    data_frame,
+    is_factor,
+    random_sites,
+    was_observed,
+)
 from pyro_vae._utils.user_warnings import warn_user
 from pyro_vae.distributions._moments import closed_form_mean
 from pyro_vae.distributions._supports import is_angle
@@ -35,6 +41,7 @@ def drawn_sites(run: PairTrace) -> list[Site]:
         ValueError: The guide enumerates a site, so it has no sampled latents.
     """
     run.require_drawn()
+    # Sites summed out in inner plates are sampled without the factors there.
     inside = [inner_dims(site) for site in run.summed_inside]
     local = [f.site for f in run.model.values() if f.is_factor and f.local]
     beside = [site for site in local if any(plates <= inner_dims(site) for plates in inside)]
@@ -89,13 +96,13 @@ def warn_of_factors(sites: Iterable[Site]) -> None:
     sampled = [
         data_frame(site) is not None
         for site in sites
-        if not (site["is_observed"] or _was_observed(site) or site["infer"].get(WAS_GIVEN))
+        if not (site["is_observed"] or was_observed(site) or site["infer"].get(WAS_GIVEN))
     ]
     # A factor outside of the plate is a penalty, such as on weights, unless latents are there too.
     factors = [
         site["name"]
         for site in sites
-        if isinstance(site["fn"], Unit) and (data_frame(site) is not None or not all(sampled))
+        if is_factor(site) and (data_frame(site) is not None or not all(sampled))
     ]
     if factors and sampled:
         warn_user(
@@ -111,12 +118,8 @@ def drawn_observations(trace: poutine.Trace) -> list[Site]:
     return [
         site
         for site in random_sites(trace)
-        if _was_observed(site) and data_frame(site) is not None and not isinstance(site["fn"], Unit)
+        if was_observed(site) and data_frame(site) is not None and not is_factor(site)
     ]
-
-
-def _was_observed(site: Site) -> bool:
-    return site["infer"].get("was_observed", False)
 
 
 def _values(site: Site) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, MaskedDistribution
+from pyro.distributions import Delta, MaskedDistribution, Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
@@ -58,6 +58,16 @@ class Unobserve(UnconditionMessenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not is_deterministic(msg):
             super()._pyro_sample(msg)
+
+
+def was_observed(site: Site) -> bool:
+    """Return whether :class:`Unobserve` has removed the observation of a site."""
+    return site["infer"].get("was_observed", False)
+
+
+def is_factor(site: Site) -> bool:
+    """Return whether a site is a ``pyro.factor``: a density without a value."""
+    return isinstance(site["fn"], Unit)
 
 
 def is_loss_of_guide(site: Site) -> bool:

@@ -132,12 +132,12 @@ class Terms:
     @cached_property
     def log_likelihood(self) -> Tensor:
         r""":math:`\log p(x_b|z_{kb})`, shape (K, B)."""
-        return self._possible(lambda run: (f for f in run.model.values() if f.observed))
+        return self._sum_of_model(lambda run: (f for f in run.model.values() if f.observed))
 
     @cached_property
     def log_prior(self) -> Tensor:
         r""":math:`\log p(z_{kb})`, shape (K, B)."""
-        return self._possible(lambda run: (f for f in run.model.values() if not f.observed))
+        return self._sum_of_model(lambda run: (f for f in run.model.values() if not f.observed))
 
     @cached_property
     def log_guide(self) -> Tensor:
@@ -530,13 +530,13 @@ class Terms:
                 "sample."
             )
 
-    def _possible(self, factors: Callable) -> Tensor:
+    def _sum_of_model(self, factors: Callable) -> Tensor:
         """Return the sum of factors of the model, with minus infinity for NaN at excluded samples.
 
         There, distributions after the latent may have no density. An example is a Poisson whose
         rate is a negative latent.
         """
-        total, excluded = self._sum(factors), [run.excluded() for run in self._runs]
+        total, excluded = self._sum(factors), [run.excluded for run in self._runs]
         if any(each is None for each in excluded):
             return total
         return torch.where(torch.cat(excluded) & total.isnan(), -math.inf, total)

@@ -247,7 +247,7 @@ def checked_run(model: Program, guide: Program, batch: Batch, *, weighs: bool) -
         with contextlib.suppress(ValueError, *PROGRAM_ERRORS), values_checked(False):
             set_random_state(noise, device)  # for the same samples
             trace = PairTrace(model, guide, batch)
-        excluded = None if trace is None else trace.excluded()
+        excluded = None if trace is None else trace.excluded
         if excluded is None or not trace.has_valid_parameters(except_in=excluded[0]):
             raise
         _check_observations(trace, ~excluded[0], error)
@@ -370,7 +370,7 @@ def _check_trace(trace: PairTrace, x: Tensor, *, weighs: bool) -> None:
         )
     factors = [(factor, False) for factor in (*trace.guide.values(), *trace.guide_losses)]
     factors += [(factor, True) for factor in trace.model.values()]
-    excluded = trace.excluded() if weighs else None
+    excluded = trace.excluded if weighs else None
     for factor, of_model in factors:
         _check_observation(factor, x)
         may_be_zero = of_model and (factor.is_factor or factor.name in trace.latents)

@@ -79,7 +79,7 @@ def evaluation_context(
                 "this pair first, or let its programs wrap fitted programs."
             )
         # Where a sample has a density of zero, later distributions may have invalid parameters.
-        checked = not (weighs and trace.excluded() is not None)
+        checked = not (weighs and trace.excluded is not None)
         if weighs_particles:
             Terms([trace]).require_independent_data(who)
             with values_checked(checked):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions import MaskedDistribution, Unit
+from pyro.distributions import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent
@@ -16,6 +16,7 @@ from pyro_vae._programs.runs import Program, as_guide, trace_of
 from pyro_vae._programs.sites import (
     Site,
     is_deterministic,
+    is_factor,
     mask_of,
     random_sites,
     to_particle_layout,
@@ -32,7 +33,7 @@ class LeaveOutMissing(Messenger):
 
     def _pyro_sample(self, msg: Site) -> None:
         value = msg["value"]
-        if not msg["is_observed"] or isinstance(msg["fn"], Unit) or is_deterministic(msg):
+        if not msg["is_observed"] or is_factor(msg) or is_deterministic(msg):
             return
         if isinstance(value, Tensor) and not value.isfinite().all():
             try:

@@ -94,7 +94,7 @@ def reconstruct(
             try:
                 found = [*means(run)]
             except (RuntimeError, ValueError) as error:
-                excluded = run.excluded()
+                excluded = run.excluded
                 if excluded is None or not excluded.any():
                     raise
                 raise ValueError(

@@ -16,7 +16,13 @@ from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import device_of
 from pyro_vae._programs.predictions import warn_of_factors
 from pyro_vae._programs.runs import trace_of
-from pyro_vae._programs.sites import Unobserve, data_frame, random_sites, to_particle_layout
+from pyro_vae._programs.sites import (
+    Unobserve,
+    data_frame,
+    random_sites,
+    to_particle_layout,
+    was_observed,
+)
 from pyro_vae._programs.terms import terms
 from pyro_vae._utils.checks import check_call, positive_integer, real_number
 from pyro_vae._utils.interrupts import defer_keyboard_interrupt
@@ -238,7 +244,7 @@ def _dream(
         name: to_particle_layout(sites[name]["value"], sites[name], None)[0] for name in names
     }
     for name, site in sites.items():
-        if site["infer"].get("was_observed") or data_frame(site) is None:
+        if was_observed(site) or data_frame(site) is None:
             trace.remove_node(name)
     decoded = None
     with contextlib.suppress(ValueError):  # no site has the shape of x; not needed for the share

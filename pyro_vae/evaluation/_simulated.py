@@ -6,13 +6,19 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.runs import trace_of
-from pyro_vae._programs.sites import Unobserve, data_frame, random_sites, to_particle_layout
+from pyro_vae._programs.sites import (
+    Unobserve,
+    data_frame,
+    is_factor,
+    random_sites,
+    to_particle_layout,
+    was_observed,
+)
 from pyro_vae.datasets._minibatches import Batch
 
 
@@ -31,12 +37,12 @@ def simulate(model: Program, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
     trace = trace_of(Unobserve()(model), *batch)
     arguments, latents = tuple(column.clone() for column in batch), {}
     for site in random_sites(trace):
-        if not site["infer"].get("was_observed", False):
+        if not was_observed(site):
             if data_frame(site) is not None:
                 latents[site["name"]] = to_particle_layout(site["value"], site, None)
             continue
-        if isinstance(site["fn"], Unit):
-            raise ValueError(  # noqa: TRY004 - about the model, not an argument
+        if is_factor(site):
+            raise ValueError(
                 f"the model has the factor {site['name']!r}, which is not a density, so data "
                 "cannot be simulated from the model. Remove the factor or use pv.evidence"
             )

@@ -24,6 +24,7 @@ from pyro_vae._programs.sites import (
     is_real,
     random_sites,
     to_particle_layout,
+    was_observed,
 )
 from pyro_vae._utils.messages import first_line
 from pyro_vae._utils.random import seeded
@@ -211,9 +212,7 @@ class PriorOfSite:
         return {
             site["name"]: site
             for site in random_sites(trace)
-            if not site["infer"].get("was_observed")
-            and not site["is_observed"]
-            and data_frame(site) is not None
+            if not was_observed(site) and not site["is_observed"] and data_frame(site) is not None
         }
 
     @staticmethod

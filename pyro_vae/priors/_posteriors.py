@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Normal, Unit
+from pyro.distributions import Normal
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from pyro_vae._programs.sites import (
     Site,
     base_distribution,
     data_frame,
+    is_factor,
     is_scored,
     random_sites,
     to_particle_layout,
@@ -98,9 +99,7 @@ def check_guide(guide: Guide, site: str, rows: Sequence[Tensor]) -> Tensor:
             "Use a guide with a density"
         )
     shared = [
-        name
-        for name, each in found.items()
-        if isinstance(each["fn"], Unit) or each["infer"].get("is_auxiliary")
+        name for name, each in found.items() if is_factor(each) or each["infer"].get("is_auxiliary")
     ]
     if shared:
         raise ValueError(

@@ -20,7 +20,13 @@ from pyro_vae._programs.pair_trace import Program
 from pyro_vae._programs.parameters import free_param_names
 from pyro_vae._programs.predictions import drawn_observations, known_mean
 from pyro_vae._programs.runs import plain_trace, trace_of
-from pyro_vae._programs.sites import Site, Unobserve, data_frame, random_sites
+from pyro_vae._programs.sites import (
+    Site,
+    Unobserve,
+    data_frame,
+    random_sites,
+    was_observed,
+)
 from pyro_vae._utils.modules import modules
 from pyro_vae._utils.random import seeded
 from pyro_vae.distributions._moments import closed_form_mean, closed_form_moments
@@ -136,9 +142,7 @@ class Decoder(TensorFunction):
         latents = [
             site
             for site in random_sites(trace)
-            if data_frame(site) is not None
-            and not site["is_observed"]
-            and not site["infer"].get("was_observed")
+            if data_frame(site) is not None and not site["is_observed"] and not was_observed(site)
         ]
         if not latents or not observed:
             lack = "no observed site" if latents else "no latent site"

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae._programs.data_plate import Program, known_frame, known_names
 from pyro_vae._programs.outside import log_prob_on, support_to_check
+from pyro_vae._programs.sites import is_factor
 from pyro_vae._utils.checks import positive_integer
 from pyro_vae._utils.distributed import gather
 from pyro_vae.training._gradients import numbers_of
@@ -179,7 +179,7 @@ class FirstNonFiniteSite(Messenger):
                 return
 
     def _is_excluded(self, msg: dict[str, Any], log_prob: Tensor) -> bool:
-        limited = isinstance(msg["fn"], Unit) or (
+        limited = is_factor(msg) or (
             not msg["is_observed"] and support_to_check(msg, msg) is not None
         )
         return self._in_model and limited and bool(log_prob.isneginf().any())
