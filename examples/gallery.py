@@ -45,7 +45,7 @@ def draw(args):
     data, labels = pv.datasets.load("digits"), pv.datasets.load_labels("digits").train
     objectives = {"ELBO": pv.objectives.ELBO(), "IWAE, K = 10": pv.objectives.IWAE(10)}
     fits = {
-        name: [fit(data, objective, args, seed=seed) for seed in range(3)]
+        name: [fit(data, objective, args, seed=seed) for seed in range(args.seeds)]
         for name, objective in objectives.items()
     }
     model, guide = fits["ELBO"][0].model, fits["ELBO"][0].guide
@@ -114,6 +114,7 @@ def main():
     parser.add_argument("--folder", type=Path, default=Path("gallery"))
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--width", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3, help="fits of each objective")
     parser.add_argument("--particles", type=int, default=300, help="of log p(x)")
     parser.add_argument("--repeats", type=int, default=100, help="gradients of each objective")
     parser.add_argument("--rows", type=int, default=200, help="data points of the diagnosis")

@@ -41,7 +41,7 @@ ARGUMENTS = {
     ],
     "gallery.py": [
         *("--epochs", "2", "--width", "20", "--particles", "30", "--repeats", "5"),
-        *("--rows", "40"),
+        *("--rows", "40", "--seeds", "1"),
     ],
     "gaps.py": [
         *("--data", "digits", "--epochs", "1", "--test", "20", "--particles", "100"),
