@@ -90,6 +90,11 @@ NUMBERS = {
     },
 }
 
+PARTS = """
+Rows that were run in part, and the same rows with other numbers of epochs or test images:
+
+"""
+
 COSTS = """
 ## Time and memory
 
@@ -116,11 +121,21 @@ COST_COLUMNS = [
 
 
 def results_of(table, row):
-    """Return the results of a row on MNIST, one for each seed: those of the largest part."""
+    """Return the results of a row on MNIST, for each seed and each part of the row that was run."""
     paths = sorted(RESULTS.glob(f"{table}-{row}-mnist-*.json"))
-    found = [json.loads(path.read_text()) for path in paths]
-    parts = [(result["epochs_of_protocol"], result["test_images"]) for result in found]
-    return [each for each, part in zip(found, parts, strict=True) if part == max(parts)]
+    return sorted((json.loads(path.read_text()) for path in paths), key=part_of)
+
+
+def part_of(result):
+    """Return which part of a row a result has. The whole is larger than all parts."""
+    whole = result["epochs_of_protocol"]
+    epochs = 0 if whole else result["epochs"]
+    return whole, epochs, result["test_images"], result["particles"]
+
+
+def largest_part(results):
+    """Return the results of the largest part, one for each seed."""
+    return [each for each in results if part_of(each) == part_of(results[-1])]
 
 
 def head(columns):
@@ -190,6 +205,21 @@ def line(row, published, results):
     return f"| {' | '.join([*cells, ', '.join(checks), units])} |\n"
 
 
+def parts_table(results):
+    """Return a table of all results of the rows that were run in part, if a row has several."""
+    parts = {row: {part_of(each) for each in found} for row, found in results.items()}
+    if all(len(each) < 2 for each in parts.values()):
+        return ""
+    lines = "".join(
+        f"| {row} | {each['epochs']} | {each['test_images']} | {each['log_p']:.2f} | "
+        f"{each['test_elbo']:.2f} |\n"
+        for row, found in results.items()
+        for each in found
+        if any(part[:3] != (True, 0, TEST_IMAGES) for part in parts[row])
+    )
+    return PARTS + head(["row", "epochs", "test images", "log p(x)", "test ELBO"]) + lines
+
+
 def cost_line(table, row, results):
     """Return the line of a row in the table of time and memory."""
     cells = [
@@ -212,13 +242,15 @@ def page():
     for table, description in DESCRIPTIONS.items():
         text += f"\n## Table {table}: {description}\n\n"
         rows = {row: each for (of_table, row), each in ROWS.items() if of_table == table}
-        results = {row: results_of(table, row) for row in rows}
+        found = {row: results_of(table, row) for row in rows}
+        results = {row: largest_part(each) for row, each in found.items()}
         of_row, columns = line, COLUMNS
         if table in NUMBERS:
             of_row = functools.partial(numbers_line, NUMBERS[table])
             columns = columns_of(NUMBERS[table], next(iter(rows.values())).published)
         text += TEXTS.get(table, "") + head(columns)
         text += "".join(of_row(row, rows[row].published, results[row]) for row in rows)
+        text += parts_table(found)
         costs += "".join(cost_line(table, row, results[row]) for row in rows if results[row])
     return text + (COSTS + head(COST_COLUMNS) + costs if costs else "")
 

@@ -7,7 +7,8 @@ python examples/published/run.py B iwae-5 --epochs 364       # six of eight stag
 python examples/published/run.py A exemplar --images 1000 --ais 0
 python examples/published/run.py A vae --data digits --epochs 3 --particles 10
 
-The result is written to examples/published/results, from which page.py makes docs/published.md.
+The result is written to examples/published/results, from which page.py makes docs/published.md. A
+part of a row, of fewer epochs, images or particles, has a file of its own.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import torch
 import pyro_vae as pv
 
 RESULTS = Path(__file__).parent / "results"
+PARTICLES = 5000
 AIS = pv.evaluation.AIS(num_chains=16, num_temperatures=500)
 ASCENT = pv.evaluation.Ascent(learning_rate=1e-3, window=100, patience=10)
 DESCRIPTIONS = {
@@ -276,6 +278,18 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def file_name(args, data_name):
+    """Return the name of the result of a run. A part of a row never replaces the whole."""
+    words = [args.table, args.row, data_name, args.seed]
+    if args.epochs is not None:
+        words += [args.epochs, "epochs"]
+    if args.images is not None:
+        words += [args.images, "images"]
+    if args.particles != PARTICLES:
+        words += [args.particles, "particles"]
+    return "-".join(map(str, words)) + ".json"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("table", choices=sorted({table for table, _ in ROWS}))
@@ -285,7 +299,7 @@ def main():
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="at most; the default is the protocol's")
-    parser.add_argument("--particles", type=int, default=5000)
+    parser.add_argument("--particles", type=int, default=PARTICLES)
     parser.add_argument("--images", type=int, help="test images of log p(x); the default is all")
     parser.add_argument("--ais", type=int, default=500, help="images for the check by AIS; or 0")
     parser.add_argument("--folder", type=Path, default=Path("published"), help="for checkpoints")
@@ -308,7 +322,7 @@ def main():
     for found in measure(fit, data, args, folder):
         result |= found | {"peak_memory_mb": peak_memory()}
         finite = {key: None if value != value else value for key, value in result.items()}
-        path = args.results / f"{name}.json"
+        path = args.results / file_name(args, data.name)
         path.write_text(json.dumps(finite, indent=2) + "\n")  # JSON has no NaN
     for name in {"log_p": None} | row.published:
         value, deviation = row.published.get(name, ("nothing", None))

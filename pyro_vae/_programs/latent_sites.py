@@ -312,8 +312,8 @@ def constant_over_data(support: Constraint, axis: int, name: str) -> Constraint:
             row = value.narrow(axis, 0, 1)
             if not (value == row).all():
                 raise ValueError(
-                    f"the support of latent site {name!r} differs between data points, but an "
-                    "amortized guide needs one for all. Scale the latent inside the model instead."
+                    f"the support of latent site {name!r} differs between data points. Amortized "
+                    "guides and AIS need one for all. Scale the latent inside the model instead."
                 )
             # If the data's dimension comes first, remove it: it would count as an event dimension.
             setattr(support, attribute, row.squeeze(axis) if axis == -row.dim() else row)
