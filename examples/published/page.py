@@ -91,8 +91,17 @@ NUMBERS = {
 }
 
 PARTS = """
-Rows that were run in part, and the same rows with other numbers of epochs or test images:
+Rows that were run in part, with all their numbers of epochs and test images:
 
+"""
+
+CONTROL = """
+The row exemplar ended early, so it is below the published value. The row vampprior is the control.
+On the same {images} images after the same number of epochs, exemplar is {above:.2f} nats above
+vampprior; the published difference is {published:.2f} ± {error:.2f}. From there to the end of its
+protocol, vampprior gains {gain:.2f} nats. The first {images} test images have a higher log p(x)
+than all test images, by {easier:.2f} nats for vampprior. So their mean is comparable with that of
+the same images only.
 """
 
 COSTS = """
@@ -220,6 +229,27 @@ def parts_table(results):
     return PARTS + head(["row", "epochs", "test images", "log p(x)", "test ELBO"]) + lines
 
 
+def control(exemplar, vampprior):
+    """Return how much of the loss of the row exemplar the control explains, if it ended early."""
+    parts = {part_of(each): each["log_p"] for each in vampprior}
+    early = exemplar[-1] if exemplar else None
+    if early is None or early["epochs_of_protocol"] or part_of(early) not in parts:
+        return ""
+    whole, epochs, images, particles = part_of(early)
+    of_all = parts[whole, epochs, TEST_IMAGES, particles]
+    (ours, our_error), (theirs, their_error) = (
+        ROWS["A", row].published["log_p"] for row in ("exemplar", "vampprior")
+    )
+    return CONTROL.format(
+        images=images,
+        above=early["log_p"] - parts[part_of(early)],
+        published=ours - theirs,
+        error=(our_error**2 + their_error**2) ** 0.5,
+        gain=parts[True, 0, TEST_IMAGES, particles] - of_all,
+        easier=parts[part_of(early)] - of_all,
+    )
+
+
 def cost_line(table, row, results):
     """Return the line of a row in the table of time and memory."""
     cells = [
@@ -251,6 +281,7 @@ def page():
         text += TEXTS.get(table, "") + head(columns)
         text += "".join(of_row(row, rows[row].published, results[row]) for row in rows)
         text += parts_table(found)
+        text += control(found["exemplar"], found["vampprior"]) if table == "A" else ""
         costs += "".join(cost_line(table, row, results[row]) for row in rows if results[row])
     return text + (COSTS + head(COST_COLUMNS) + costs if costs else "")
 
