@@ -278,11 +278,11 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def file_name(args, data_name):
+def file_name(args, data_name, epochs):
     """Return the name of the result of a run. A part of a row never replaces the whole."""
     words = [args.table, args.row, data_name, args.seed]
     if args.epochs is not None:
-        words += [args.epochs, "epochs"]
+        words += [epochs, "epochs"]  # more than asked for, if a checkpoint had more
     if args.images is not None:
         words += [args.images, "images"]
     if args.particles != PARTICLES:
@@ -322,7 +322,7 @@ def main():
     for found in measure(fit, data, args, folder):
         result |= found | {"peak_memory_mb": peak_memory()}
         finite = {key: None if value != value else value for key, value in result.items()}
-        path = args.results / file_name(args, data.name)
+        path = args.results / file_name(args, data.name, result["epochs"])
         path.write_text(json.dumps(finite, indent=2) + "\n")  # JSON has no NaN
     for name in {"log_p": None} | row.published:
         value, deviation = row.published.get(name, ("nothing", None))
