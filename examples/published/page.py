@@ -105,12 +105,12 @@ Rows that were run in part, with all their numbers of epochs and test images:
 """
 
 CONTROL = """
-The row exemplar ended early, so it is below the published value. The row vampprior is the control.
-On the same {images} images after the same number of epochs, exemplar is {above:.2f} nats above
+The row exemplar ended early. The row vampprior is a control, of one run, for what that costs. On
+the same {images} images after the same number of epochs, exemplar is {above:.2f} nats above
 vampprior; the published difference is {published:.2f} ± {error:.2f}. From there to the end of its
-protocol, vampprior gains {gain:.2f} nats. The first {images} test images have a higher log p(x)
-than all test images, by {easier:.2f} nats for vampprior. So their mean is comparable with that of
-the same images only.
+protocol, vampprior gains {gain:.2f} nats. The gain of exemplar was not measured. The first
+{images} test images have a higher log p(x) than all test images, by {easier:.2f} nats for
+vampprior. So their mean is comparable with that of the same images only.
 """
 
 COSTS = """
@@ -240,7 +240,7 @@ def parts_table(results):
 
 
 def control(exemplar, vampprior):
-    """Return how much of the loss of the row exemplar the control explains, if it ended early."""
+    """Return what the row vampprior gains after the epoch at which the row exemplar ended early."""
     parts = {part_of(each): each["log_p"] for each in vampprior}
     early = exemplar[-1] if exemplar else None
     if early is None or early["epochs_of_protocol"] or part_of(early) not in parts:

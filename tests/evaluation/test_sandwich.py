@@ -250,7 +250,7 @@ def test_sandwich_of_a_model_that_sums_over_an_inner_plate():
             pyro.sample("z", dist.Normal(x / 4, 0.9))
 
     ais = pv.evaluation.AIS(num_chains=5, num_temperatures=20, leapfrog_steps=3, pilot=2)
-    found = pv.sandwich(model, guide, like=torch.randn(60), ais=ais, seed=0)
+    found = pv.sandwich(model, guide, like=torch.randn(200), ais=ais, seed=0)
     entropy = 0.5 * math.log(2 * math.pi * math.e * 4)  # x is N(0, 4)
     assert found.lower.mean() < -entropy + 0.4
     assert found.upper.mean() > -entropy - 0.4
